@@ -1,0 +1,201 @@
+"""Configs: one frozen, keyword-only class per component, read from YAML plus `--section.key value` overrides.
+
+Unknown keys are refused with the nearest known key named; every message says where the value came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.types import ByteSize as ByteSize
+
+from raytower.errors import InputError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, validated when made, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class WorkersConfig(Config):
+    """How many workers a Ray Data or Ray task stage may use, and what each of them holds."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=2, ge=1)
+    num_cpus: float = Field(default=1, gt=0)
+    num_gpus: float = Field(default=0, ge=0)
+
+    def model_post_init(self, context: Any) -> None:
+        if self.min > self.max:
+            raise ValueError(f"workers.min is {self.min}, more than workers.max {self.max}; lower min or raise max")
+
+
+OnError = Literal["fail", "quarantine"]
+FractionField = Annotated[float, Field(ge=0, le=1)]
+
+
+def load_config(
+    config_class: type[ConfigT],
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """Read `path` (YAML or JSON), lay `overrides` (dotted key → value) over it and validate.
+
+    Raises:
+        InputError: the file is missing or no mapping, a key is unknown, or a value breaks its rule.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"config file {str(path)!r} cannot be read: {error.strerror or error}") from error
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise InputError(
+                f"config file {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping of keys to values"
+            )
+        values = loaded or {}
+    for key, value in (overrides or {}).items():
+        _set_dotted(values, key, value)
+    return make_config(config_class, values, source=str(path) if path else "the command line")
+
+
+def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
+    """Validate `values` into `config_class`; errors become one InputError that names every offending key."""
+    _refuse_unknown_keys(config_class, values, (), source)
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(detail, source) for detail in error.errors()]
+        raise InputError("\n".join(lines)) from error
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turn `--section.key value` and `--section.key=value` into a dotted mapping; values are read as YAML.
+
+    Raises:
+        InputError: an argument is no `--key`, or has no value.
+    """
+    overrides: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if not argument.startswith("--") or len(argument) == 2:
+            raise InputError(f"unexpected argument {argument!r}; overrides are written --section.key VALUE")
+        key, has_value, text = argument[2:].partition("=")
+        if not has_value:
+            position += 1
+            if position >= len(arguments):
+                raise InputError(f"--{key} has no value; write --{key} VALUE")
+            text = arguments[position]
+        overrides[key.replace("-", "_")] = _parse_scalar(text)
+        position += 1
+    return overrides
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, for --dry-run and for the record beside an output."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON with text kept readable; NaN and infinity become null, which is all JSON knows."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _parse_scalar(text: str) -> Any:
+    # YAML reads "1e-5" as a string (its float needs a dot); a practitioner means the number.
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c.isdigit() for c in value) else value
+        except ValueError:
+            return text
+    if value is None:
+        return None if text.strip() in ("null", "~", "None") else text
+    return value if isinstance(value, (bool, int, float, list, dict)) else text
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = {}
+        node[parent] = child = dict(child)
+        node = child
+    node[leaf] = value
+
+
+def _nested_config(annotation: Any) -> type[Config] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    if typing.get_origin(annotation) in (Union, types.UnionType, Annotated):
+        found = [_nested_config(argument) for argument in typing.get_args(annotation)]
+        configs = [item for item in found if item is not None]
+        return configs[0] if len(configs) == 1 else None
+    return None
+
+
+def _known_keys(config_class: type[Config], prefix: tuple[str, ...] = ()) -> list[str]:
+    keys = []
+    for name, field in config_class.model_fields.items():
+        keys.append(".".join((*prefix, name)))
+        nested = _nested_config(field.annotation)
+        if nested is not None:
+            keys.extend(_known_keys(nested, (*prefix, name)))
+    return keys
+
+
+def _refuse_unknown_keys(
+    config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: str
+) -> None:
+    fields = config_class.model_fields
+    for key, value in values.items():
+        dotted = ".".join((*prefix, str(key)))
+        if key not in fields:
+            known = _known_keys(config_class, prefix)
+            nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)
+            hint = f"; the nearest known key is {nearest[0]!r}" if nearest else ""
+            raise InputError(f"{source}: unknown key {dotted!r}{hint}")
+        nested = _nested_config(fields[key].annotation)
+        if nested is not None and isinstance(value, Mapping):
+            _refuse_unknown_keys(nested, value, (*prefix, str(key)), source)
+
+
+def _describe(detail: Any, source: str) -> str:
+    where = ".".join(str(part) for part in detail["loc"]) or "(whole config)"
+    if detail["type"] == "missing":
+        return f"{source}: {where} is required and not given; set it in the config file or with --{where} VALUE"
+    return f"{source}: {where} is {detail.get('input')!r}: {detail['msg']}"
