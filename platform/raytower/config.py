@@ -38,7 +38,9 @@ class WorkersConfig(Config):
 
     def model_post_init(self, context: Any) -> None:
         if self.min > self.max:
-            raise ValueError(f"workers.min is {self.min}, more than workers.max {self.max}; lower min or raise max")
+            raise ValueError(
+                f"workers.min is {self.min}, more than workers.max {self.max}; lower min or raise max"
+            )
 
 
 OnError = Literal["fail", "quarantine"]
@@ -60,7 +62,9 @@ def load_config(
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"config file {str(path)!r} cannot be read: {error.strerror or error}") from error
+            raise InputError(
+                f"config file {str(path)!r} cannot be read: {error.strerror or error}"
+            ) from error
         try:
             loaded = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -197,5 +201,7 @@ def _refuse_unknown_keys(
 def _describe(detail: Any, source: str) -> str:
     where = ".".join(str(part) for part in detail["loc"]) or "(whole config)"
     if detail["type"] == "missing":
-        return f"{source}: {where} is required and not given; set it in the config file or with --{where} VALUE"
+        return (
+            f"{source}: {where} is required and not given; set it in the config file or with --{where} VALUE"
+        )
     return f"{source}: {where} is {detail.get('input')!r}: {detail['msg']}"

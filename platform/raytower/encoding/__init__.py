@@ -1,0 +1,1 @@
+"""Encoding a corpus: Ray Data spreads pieces over workers; each writes its own Parquet file."""

@@ -1,0 +1,223 @@
+"""Metrics of rankings, classifications and pair scores, in NumPy alone.
+
+Per-query values come back as arrays, so that a caller can average them, find the worst query or bootstrap an
+interval. Array shapes: Q queries, D the deepest cut-off, N scored items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from raytower.errors import InputError
+
+MRR_DEPTH = 10
+NDCG_DEPTH = 10
+# Resampled values held at once by the bootstrap (8 bytes of index and 8 of value each).
+_BOOTSTRAP_BLOCK = 1 << 21
+
+Floats = NDArray[np.float64]
+
+
+def ranking_metrics(
+    ranked_ids: Sequence[Sequence[str]], relevant: Sequence[Mapping[str, float]], ks: Sequence[int]
+) -> dict[str, Floats]:
+    """Score one ranked list per query against its graded judgements.
+
+    - `recall@k`: relevant documents among the first k, divided by all relevant documents of the query, as in
+      trec_eval and BEIR.
+    - `hit@k`: 1 where at least one relevant document is among the first k. Where every query has one relevant
+      document the two are equal; systems that call this one "Recall@k" mean `hit@k`.
+    - `mrr@10`: 1 / rank of the first relevant document among the first 10, else 0.
+    - `ndcg@10`: gains as judged (linear), discount log2(rank + 1), against the ideal order of all judged
+      documents.
+
+    A document is relevant when its judgement is above 0. An id that a list repeats counts only at its
+    first place.
+
+    Args:
+        ranked_ids: for each query the document ids, best first; lists may be shorter than a cut-off.
+        relevant: for each query, judgement by document id.
+        ks: cut-offs of recall and hit.
+
+    Returns:
+        Metric name to one value per query, float64 [Q].
+
+    Raises:
+        InputError: lists differ in number, a cut-off is below 1, or a query has no relevant document: its
+            recall is undefined, so such queries must be left out (and counted) by the caller.
+    """
+    if len(ranked_ids) != len(relevant):
+        raise InputError(
+            f"{len(ranked_ids)} ranked lists for {len(relevant)} sets of judgements; there must be as many"
+        )
+    if not ks or min(ks) < 1:
+        raise InputError(f"cut-offs are {list(ks)}; give at least one, each 1 or more")
+    depth = max(*ks, MRR_DEPTH, NDCG_DEPTH)
+    gains = np.zeros((len(ranked_ids), depth))  # [Q, D]
+    ideal = np.zeros((len(ranked_ids), NDCG_DEPTH))
+    num_relevant = np.zeros(len(ranked_ids))
+    for row, (ids, judged) in enumerate(zip(ranked_ids, relevant, strict=True)):
+        positive = sorted((gain for gain in judged.values() if gain > 0), reverse=True)
+        if not positive:
+            raise InputError(
+                f"query number {row} has no relevant document; leave it out before computing metrics"
+            )
+        num_relevant[row] = len(positive)
+        ideal[row, : len(positive)] = positive[:NDCG_DEPTH]
+        gains[row, : len(ids)] = _gains_in_order(ids[:depth], judged)
+    found = gains > 0
+    metrics: dict[str, Floats] = {}
+    for k in ks:
+        hits = found[:, :k].sum(axis=1)
+        metrics[f"recall@{k}"] = hits / num_relevant
+        metrics[f"hit@{k}"] = (hits > 0).astype(np.float64)
+    metrics[f"mrr@{MRR_DEPTH}"] = reciprocal_rank(found[:, :MRR_DEPTH])
+    discount = 1.0 / np.log2(np.arange(2, NDCG_DEPTH + 2))
+    metrics[f"ndcg@{NDCG_DEPTH}"] = (gains[:, :NDCG_DEPTH] @ discount) / (ideal @ discount)
+    return metrics
+
+
+def _gains_in_order(ids: Sequence[str], judged: Mapping[str, float]) -> list[float]:
+    seen: set[str] = set()
+    gains = []
+    for doc_id in ids:
+        gains.append(0.0 if doc_id in seen else max(float(judged.get(doc_id, 0.0)), 0.0))
+        seen.add(doc_id)
+    return gains
+
+
+def reciprocal_rank(found: NDArray[np.bool_]) -> Floats:
+    """1 / (place of the first True, counted from 1) in each row of `found` [Q, D]; 0 where a row has none."""
+    if found.shape[1] == 0:
+        return np.zeros(found.shape[0])
+    first = found.argmax(axis=1)
+    return np.where(found.any(axis=1), 1.0 / (first + 1), 0.0)
+
+
+def accuracy(predicted: Sequence[object], expected: Sequence[object]) -> float:
+    """Share of places where both agree. Raises InputError for lengths that differ or no items."""
+    if len(predicted) != len(expected) or not expected:
+        raise InputError(
+            f"{len(predicted)} predictions for {len(expected)} labels; give as many of each, at least one"
+        )
+    return sum(a == b for a, b in zip(predicted, expected, strict=True)) / len(expected)
+
+
+def midranks(values: ArrayLike) -> Floats:
+    """Rank of each value from 1; equal values share the mean of their ranks. Float64 [N]."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
+
+    Args:
+        scores: float [N]; any monotone scale.
+        labels: 0 or 1 [N].
+
+    Raises:
+        InputError: lengths differ, a score is not finite, a label is neither 0 nor 1, or a class is missing.
+    """
+    values, positive = _checked(scores, labels)
+    num_positive = int(positive.sum())
+    num_negative = len(positive) - num_positive
+    if not num_positive or not num_negative:
+        only = 1 if num_positive else 0
+        raise InputError(f"all {len(positive)} labels are {only}; AUC needs pairs of both classes, 0 and 1")
+    rank_sum = midranks(values)[positive].sum()
+    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def accuracy_f1(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[float, float]:
+    """Accuracy and F1 of the class 1 when `score >= threshold` predicts 1; F1 is 0 where nothing is found.
+
+    Raises:
+        InputError: as `auc`, except that one class alone is fine.
+    """
+    values, positive = _checked(scores, labels)
+    predicted = values >= threshold
+    true_positive = int((predicted & positive).sum())
+    num_claims = int(predicted.sum()) + int(positive.sum())
+    return float((predicted == positive).mean()), 2 * true_positive / num_claims if num_claims else 0.0
+
+
+def best_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
+    """The threshold with the highest accuracy on these very pairs; ties take the lowest one.
+
+    The result is one of the scores, or just above the highest where predicting 0 always is best. An accuracy
+    measured with it on the same pairs flatters: apply it to others.
+    """
+    values, positive = _checked(scores, labels)
+    candidates, inverse = np.unique(values, return_inverse=True)
+    positives_at = np.bincount(inverse, weights=positive, minlength=len(candidates))
+    negatives_at = np.bincount(inverse, weights=~positive, minlength=len(candidates))
+    # At threshold candidates[i]: positives at or above it and negatives below it are right.
+    positives_above = np.append(np.cumsum(positives_at[::-1])[::-1], 0)
+    negatives_below = np.append(0, np.cumsum(negatives_at))
+    choice = int(np.argmax(positives_above + negatives_below))
+    return (
+        float(candidates[choice]) if choice < len(candidates) else float(np.nextafter(candidates[-1], np.inf))
+    )
+
+
+def spearman(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Spearman's rank correlation with midranks; NaN where either side is constant.
+
+    Raises:
+        InputError: lengths differ or there are fewer than two items.
+    """
+    left, right = midranks(scores), midranks(labels)
+    if len(left) != len(right) or len(left) < 2:
+        raise InputError(f"{len(left)} scores for {len(right)} labels; give as many of each, at least two")
+    left, right = left - left.mean(), right - right.mean()
+    norm = float(np.sqrt((left @ left) * (right @ right)))
+    return float(left @ right) / norm if norm else float("nan")
+
+
+def bootstrap_interval(
+    values: ArrayLike, seed: int = 0, samples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` [N]: the same seed gives the same interval.
+
+    Raises:
+        InputError: no values, values that are not finite, fewer than one sample, or a level outside (0, 1).
+    """
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if not len(array) or not np.isfinite(array).all():
+        raise InputError(f"a bootstrap over {len(array)} values needs at least one, all finite")
+    if samples < 1 or not 0 < level < 1:
+        raise InputError(
+            f"bootstrap samples {samples} and level {level}: need samples >= 1 and 0 < level < 1"
+        )
+    generator = np.random.default_rng(seed)
+    block = max(1, _BOOTSTRAP_BLOCK // len(array))
+    means = np.empty(samples)
+    for start in range(0, samples, block):
+        stop = min(start + block, samples)
+        means[start:stop] = array[generator.integers(len(array), size=(stop - start, len(array)))].mean(
+            axis=1
+        )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    values = np.asarray(scores, dtype=np.float64).ravel()
+    classes = np.asarray(labels, dtype=np.float64).ravel()
+    if len(values) != len(classes) or not len(values):
+        raise InputError(
+            f"{len(values)} scores for {len(classes)} labels; give as many of each, at least one"
+        )
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{int((~np.isfinite(values)).sum())} scores are not finite; every score must be a number"
+        )
+    wrong = classes[(classes != 0) & (classes != 1)]
+    if len(wrong):
+        raise InputError(f"label {wrong[0]:g} is neither 0 nor 1; this metric needs two classes")
+    return values, classes == 1

@@ -1,0 +1,49 @@
+"""Cutting a list of texts into forward batches: sorted by length, bounded by a token budget. Pure, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """`batches` are index arrays that together hold every text once, longest first."""
+
+    batches: list[NDArray[np.int64]]
+    num_tokens: int
+    num_padded_tokens: int
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the computed tokens that are padding, 0 to 1."""
+        return 1 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
+
+
+def plan_batches(
+    lengths: list[int] | NDArray[np.int64], tokens_per_batch: int, multiple: int = 1
+) -> BatchPlan:
+    """Group texts of similar length so that each batch, padded to its longest text, keeps to the budget.
+
+    Args:
+        lengths: tokens of each text, in input order.
+        tokens_per_batch: most padded tokens (rows x longest) of a batch; one text longer than that goes alone.
+        multiple: widths are rounded up to a multiple of this (accelerators like 8).
+
+    The longest batch comes first, so that a budget that does not fit fails at once rather than at the end.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    batches: list[NDArray[np.int64]] = []
+    padded = 0
+    start = 0
+    while start < len(order):
+        width = -(-max(int(sizes[order[start]]), 1) // multiple) * multiple
+        count = max(tokens_per_batch // width, 1)
+        batch = order[start : start + count]
+        batches.append(batch)
+        padded += width * len(batch)
+        start += count
+    return BatchPlan(batches=batches, num_tokens=int(sizes.sum()), num_padded_tokens=padded)

