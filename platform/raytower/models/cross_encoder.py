@@ -31,7 +31,7 @@ from raytower.models.directory import (
     write_json,
 )
 from raytower.models.forward import (
-    _TORCH_DTYPES,
+    TORCH_DTYPES,
     ComputeDtype,
     check_max_length,
     default_device,
@@ -142,7 +142,7 @@ class CrossScorer:
         self.device = torch.device(device) if device is not None else default_device()
         self.fusion = cross_encoder.fusion
         self.fingerprint = cross_encoder.fingerprint
-        self.cross_encoder = cross_encoder.eval().to(self.device, _TORCH_DTYPES[dtype])
+        self.cross_encoder = cross_encoder.eval().to(self.device, TORCH_DTYPES[dtype])
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
 
     @torch.inference_mode()

@@ -112,7 +112,7 @@ def hash_tensors(digest: Any, tensors: dict[str, torch.Tensor]) -> None:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to(device="cpu", dtype=torch.float32).contiguous()
         digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.numpy()).cast("B"))
+        digest.update(tensor.numpy().data)
 
 
 def hash_tokenizer(digest: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,1 @@
+"""Training objectives in plain torch, one idea a file. Nothing here imports Ray."""

@@ -1,0 +1,61 @@
+"""Gathering rows across workers with gradients. Without a process group everything stays as it is.
+
+Shape legend: B rows of this worker, W workers, N = B·W rows of all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """Forward: (B, …) of each worker → (N, …) in rank order. Backward: the sum over workers of each row's gradient.
+
+    With each worker's loss a mean over its own B queries and data parallelism averaging gradients over workers, the
+    sum here is what makes the result the gradient of the mean over all N queries: no factor of W enters anywhere.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        context.num_rows = rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient)
+        start = rank() * context.num_rows
+        return gradient[start : start + context.num_rows]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(B, …) → (N, …), rank 0's rows first; gradients flow back to the worker that holds a row.
+
+    Every worker must hold equally many rows.
+    """
+    if world_size() == 1:
+        return rows
+    return cast(Tensor, _GatherRows.apply(rows))
+
+
+def gather_constants(rows: Tensor) -> Tensor:
+    """(B, …) → (N, …) for values that need no gradient."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Ray Train jobs: the two-tower retriever and the cross-encoder reranker."""

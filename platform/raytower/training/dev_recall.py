@@ -1,0 +1,137 @@
+"""Recall on a dev set during training: every worker encodes a share, all get the same metrics.
+
+Shape legend: Q queries, C corpus texts of this worker, D embedding dimension, K depth.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raytower.data.pieces import Survey, read_piece
+from raytower.data.sources import InputConfig
+from raytower.data.pieces import survey as survey_input
+from raytower.errors import InputError
+from raytower.metrics import ranking_metrics
+from raytower.models.encoder import Encoder
+from raytower.models.forward import ForwardEngine
+from raytower.objectives.gather import gather_constants, rank, world_size
+from raytower.training.config import RetrieverDevConfig
+
+_ROWS_PER_PIECE = 8192
+
+
+@dataclass(frozen=True)
+class DevSet:
+    """Queries, the corpus to find them in, and for each query the places of its relevant texts in the corpus."""
+
+    queries: list[str]
+    corpus: list[str]
+    relevant: list[list[int]]
+
+
+def load_dev_set(config: RetrieverDevConfig) -> DevSet:
+    """Read dev pairs and a sample of the corpus that holds every relevant text; memory holds the sample only.
+
+    Relevant to a query are the documents of all its rows; equal texts of the corpus count once.
+    """
+    positives: dict[str, dict[str, None]] = {}
+    for query, document in _rows(InputConfig(path=config.path), "pairs", ("query", "document")):
+        positives.setdefault(query, {})[document] = None
+    places: dict[str, int] = {}
+    for documents in positives.values():
+        for document in documents:
+            places.setdefault(document, len(places))
+    if config.corpus is not None:
+        source = InputConfig(path=config.corpus)
+        surveyed = survey_input(source, "corpus", rows_per_piece=_ROWS_PER_PIECE)
+        wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
+        for (text,) in _survey_rows(surveyed, ("text",)):
+            if text not in places and _position(text) < wanted:
+                places[text] = len(places)
+    relevant = [[places[document] for document in documents] for documents in positives.values()]
+    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant)
+
+
+def evaluate_encoder(
+    encoder: Encoder,
+    dev: DevSet,
+    *,
+    metric: str,
+    prefixes: tuple[str, str],
+    max_length: int,
+    dtype: Literal["float32", "bfloat16"],
+) -> dict[str, float]:
+    """Recall@1, @10, MRR@10, nDCG@10 and `metric` of the encoder; all workers call it and get the same values."""
+    # A copy, because the engine casts the weights that training still needs in fp32.
+    device = next(encoder.parameters()).device
+    engine = ForwardEngine(copy.deepcopy(encoder), dtype=dtype, device=device, max_length=max_length)
+    share = slice(rank(), None, world_size())
+    query_QD = _interleaved(engine.encode(dev.queries[share], prefixes[0]), len(dev.queries))
+    own_corpus = np.arange(len(dev.corpus))[share]
+    corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
+    name, _, cutoff = metric.partition("@")
+    cutoffs = sorted({1, 10, int(cutoff)})
+    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs))
+    ids = [[str(row) for row in rows] for rows in ranked.tolist()]
+    judged = [{str(row): 1.0 for row in rows} for rows in dev.relevant]
+    values = {key: float(value.mean()) for key, value in ranking_metrics(ids, judged, cutoffs).items()}
+    if metric not in values:
+        raise InputError(f"dev.metric {metric!r} is unknown; known are {sorted(values)}")
+    return values
+
+
+def _rank_documents(
+    query_QD: Tensor, corpus_CD: Tensor, own_corpus: NDArray[np.int64], depth: int
+) -> NDArray[np.int64]:
+    """Places of the best documents over all workers, (Q, K), best first."""
+    places_C = torch.from_numpy(own_corpus)
+    kept = min(depth, len(corpus_CD))
+    scores, places = [], []
+    for block_qD in query_QD.split(256):
+        top = (block_qD @ corpus_CD.T).topk(kept, dim=1)
+        scores.append(top.values)
+        places.append(places_C[top.indices])
+    # Workers may hold shares that differ by one text; short lists are filled with scores that never win.
+    score_QK = torch.full((len(query_QD), depth), -torch.inf)
+    place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64)
+    score_QK[:, :kept], place_QK[:, :kept] = torch.cat(scores), torch.cat(places)
+    all_score = torch.cat(gather_constants(score_QK).split(len(query_QD)), dim=1)
+    all_place = torch.cat(gather_constants(place_QK).split(len(query_QD)), dim=1)
+    best = all_score.topk(depth, dim=1)
+    ranked = torch.gather(all_place, 1, best.indices)
+    # A filler may stand at the end where the corpus is smaller than the depth: it repeats nothing real.
+    ranked[torch.isinf(best.values)] = -1
+    return ranked.numpy()
+
+
+def _interleaved(vectors: NDArray[np.float32], num_rows: int) -> Tensor:
+    """Each worker's rows r, r+W, … back in order: (num_rows, D) on every worker."""
+    workers = world_size()
+    padded = torch.zeros((-(-num_rows // workers), vectors.shape[1]))
+    padded[: len(vectors)] = torch.from_numpy(vectors)
+    parts = gather_constants(padded).reshape(workers, len(padded), -1)
+    return parts.transpose(0, 1).reshape(workers * len(padded), -1)[:num_rows]
+
+
+def _rows(source: InputConfig, kind: Literal["pairs", "corpus"], names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    yield from _survey_rows(survey_input(source, kind, rows_per_piece=_ROWS_PER_PIECE), names)
+
+
+def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for piece in surveyed.pieces:
+        table = read_piece(piece)
+        yield from zip(*(table[name].to_pylist() for name in names), strict=True)
+
+
+def _position(text: str) -> float:
+    """A fixed place of a text in 0..1, to sample by."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64

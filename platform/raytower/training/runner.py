@@ -1,0 +1,147 @@
+"""Running a training job: survey, plan, Ray Train, and the best checkpoint published as the output directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+
+from raytower.data.pieces import Survey
+from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.models.directory import INFO_NAME
+from raytower.runtime import ensure_ray, log
+from raytower.storage import Location, publish_directory
+from raytower.training.config import TrainJobConfig
+from raytower.training.loop import MODEL_DIR, TrainingPlan, train_worker
+from raytower.training.row_stream import count_steps
+from raytower.training.task import Task
+
+
+def describe_plan(config: TrainJobConfig, survey: Survey, trainable_parameters: int) -> dict[str, Any]:
+    """What --dry-run prints: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker."""
+    return {
+        "rows": survey.num_rows,
+        "rejected_rows": survey.num_rejected,
+        "steps": count_steps(survey.num_rows, config.batch_size, config.epochs),
+        "rows_per_worker_and_step": config.batch_size // config.workers.num,
+        "workers": config.workers.num,
+        "predicted_state_bytes_per_worker": 16 * trainable_parameters,
+        "output": config.output,
+    }
+
+
+def finished_run(config: TrainJobConfig, survey: Survey) -> dict[str, Any] | None:
+    """The figures of a finished run of this very config and data, or None.
+
+    Raises:
+        InputError: the output holds something else.
+    """
+    output = Location.of(config.output)
+    if not output.exists():
+        return None
+    info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
+    if info.get("run") == run_key(config, survey):
+        return dict(info["figures"])
+    raise InputError(
+        f"output {config.output!r} exists and was made by another config or other data; choose a new output, or "
+        "remove it first"
+    )
+
+
+def run_key(config: TrainJobConfig, survey: Survey) -> str:
+    """Hash over what decides the result: the config less its output and the size of the data."""
+    values = config.model_dump(mode="json", exclude={"output", "log_every_steps", "max_failures"})
+    values["data"] = [survey.num_rows, survey.num_bytes]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task]) -> dict[str, Any]:
+    """Train and publish; a finished run is not repeated, a killed one continues from its last checkpoint.
+
+    Raises:
+        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
+    """
+    done = finished_run(config, survey)
+    if done is not None:
+        log(f"{config.output} is finished; nothing to do")
+        return done
+    num_steps = count_steps(survey.num_rows, config.batch_size, config.epochs)
+    ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
+    output = Location.of(config.output)
+    _probe_writable(output)
+    key = run_key(config, survey)
+    storage = output.parent
+    name = f".{output.name}.{key}.train"
+    task = make_task()
+    plan = TrainingPlan(
+        config=config,
+        task=task,
+        pieces=survey.pieces,
+        num_steps=num_steps,
+        num_threads=max(int(config.workers.num_cpus), 1),
+    )
+    result = _run_trainer(plan, storage, name)
+    checkpoint = _chosen_checkpoint(result, task.metric)
+    figures = {**result.return_value, "output": config.output}
+    info = {"run": key, "config": config.model_dump(mode="json"), "figures": figures, "history": figures.pop("history")}
+    with checkpoint.as_directory() as folder, publish_directory(output) as target:
+        shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
+        own = json.loads((target / INFO_NAME).read_text(encoding="utf-8"))
+        (target / INFO_NAME).write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+    (storage / name).delete()
+    return figures
+
+
+def _run_trainer(plan: TrainingPlan, storage: Location, name: str) -> ray.train.Result:
+    config, metric = plan.config, plan.task.metric
+    checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
+    if metric:
+        checkpoints = ray.train.CheckpointConfig(
+            num_to_keep=2, checkpoint_score_attribute=metric, checkpoint_score_order="max"
+        )
+    workers = config.workers
+    resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.num, use_gpu=workers.num_gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=None if storage.is_local else storage.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=checkpoints,
+        ),
+    )
+    try:
+        return trainer.fit()
+    except Exception as error:
+        cause = find_cause(error)
+        if isinstance(cause, RaytowerError):
+            raise cause from error
+        raise RaytowerError(f"training failed: {error}") from error
+
+
+def _chosen_checkpoint(result: ray.train.Result, metric: str | None) -> ray.train.Checkpoint:
+    if metric and result.best_checkpoints:
+        return max(result.best_checkpoints, key=lambda item: item[1].get(metric, float("-inf")))[0]
+    if result.checkpoint is None:
+        raise RaytowerError("training ended without a checkpoint; see the worker logs above")
+    return result.checkpoint
+
+
+def _probe_writable(output: Location) -> None:
+    probe = output.parent / f".{output.name}.probe"
+    try:
+        probe.write_bytes(b"probe")
+        probe.delete()
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written: {error}; choose a place that every worker can") from error
