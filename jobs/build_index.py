@@ -1,0 +1,9 @@
+"""`raytower index build` as a job: `python jobs/build_index.py`, or the same behind `ray job submit`; the config lies beside."""
+
+import sys
+from pathlib import Path
+
+from raytower.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("index build", default_config=Path(__file__).with_suffix(".yaml")))

@@ -1,0 +1,275 @@
+"""The command line: one table of commands, one way to run each of them.
+
+`raytower NAME --config FILE --section.key value --dry-run`; jobs/*.py call `run_command` with the same names.
+Results go to stdout, the last line of a job being one JSON object; progress goes to stderr.
+Exit codes: 0 done, 2 bad input or configuration, 1 failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytower import __version__
+from raytower.config import Config, dump_config, load_config, parse_overrides, to_json
+from raytower.errors import InputError, RaytowerError, find_cause
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's config, job and plan live; imported only when it runs."""
+
+    help: str
+    config: str
+    run: str
+    plan: str | None = None
+    render: str | None = None  # how a person sees the result, where that is more than the JSON line
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "the whole way on a sample: train, encode, index, evaluate, rerank, serve",
+        "raytower.demo:DemoConfig",
+        "raytower.demo:run_demo",
+        "raytower.demo:plan_demo",
+    ),
+    "train-retriever": Command(
+        "train a two-tower encoder from pairs or triples",
+        "raytower.training.config:TrainRetrieverConfig",
+        "raytower.training.retriever:train_retriever",
+        "raytower.training.retriever:plan_train_retriever",
+    ),
+    "train-reranker": Command(
+        "train a cross-encoder from scored pairs or triples",
+        "raytower.training.config:TrainRerankerConfig",
+        "raytower.training.reranker:train_reranker",
+        "raytower.training.reranker:plan_train_reranker",
+    ),
+    "encode": Command(
+        "encode a corpus into a folder of Parquet files",
+        "raytower.encoding.config:EncodeConfig",
+        "raytower.encoding.job:encode",
+        "raytower.encoding.job:plan",
+    ),
+    "index build": Command(
+        "build and publish a sharded index from embeddings",
+        "raytower.index.config:IndexBuildConfig",
+        "raytower.index.build:build_index",
+        "raytower.index.build:plan_build",
+    ),
+    "index list": Command(
+        "list the versions of an index",
+        "raytower.index.manage:IndexListConfig",
+        "raytower.index.manage:index_list",
+    ),
+    "index verify": Command(
+        "read an index again and prove its checksums, counts and ids",
+        "raytower.index.manage:IndexVerifyConfig",
+        "raytower.index.manage:index_verify",
+    ),
+    "index rollback": Command(
+        "publish an earlier version again (--to VERSION)",
+        "raytower.index.manage:IndexRollbackConfig",
+        "raytower.index.manage:index_rollback",
+    ),
+    "search": Command(
+        "ask an index a question (--index URI --query TEXT [--k N] [--json])",
+        "raytower.evaluation.search:SearchConfig",
+        "raytower.evaluation.search:search",
+        "raytower.evaluation.search:plan_search",
+        "raytower.evaluation.search:render_search",
+    ),
+    "mine": Command(
+        "mine hard negatives for training pairs from an index",
+        "raytower.evaluation.mine:MineConfig",
+        "raytower.evaluation.mine:mine",
+        "raytower.evaluation.mine:plan_mine",
+    ),
+    "evaluate": Command(
+        "measure recall, MRR and nDCG of an index, with or without a reranker",
+        "raytower.evaluation.evaluate:EvaluateConfig",
+        "raytower.evaluation.evaluate:evaluate",
+        "raytower.evaluation.evaluate:plan_evaluate",
+    ),
+    "classify": Command(
+        "label texts by nearest labels or by votes of labelled texts",
+        "raytower.evaluation.classify:ClassifyConfig",
+        "raytower.evaluation.classify:classify",
+        "raytower.evaluation.classify:plan_classify",
+    ),
+    "similarity": Command(
+        "score a file of text pairs",
+        "raytower.evaluation.similarity:SimilarityConfig",
+        "raytower.evaluation.similarity:similarity",
+        "raytower.evaluation.similarity:plan_similarity",
+    ),
+    "serve": Command(
+        "serve an index over HTTP",
+        "raytower.serving.config:ServeConfig",
+        "raytower.serving.deploy:serve",
+        "raytower.serving.deploy:plan_serve",
+    ),
+    "pipeline": Command(
+        "run several jobs one after the other from one file; a finished step is skipped",
+        "raytower.pipeline:PipelineConfig",
+        "raytower.pipeline:run_pipeline",
+        "raytower.pipeline:plan_pipeline",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    config_path: str | None
+    overrides: dict[str, Any]
+    dry_run: bool
+    as_json: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `raytower`; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"raytower {__version__}")
+        return 0
+    name, rest = given[0], given[1:]
+    if name == "index" and rest and not rest[0].startswith("-"):
+        name, rest = f"index {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        print(f"raytower: no command {name!r}; `raytower --help` lists them", file=sys.stderr)
+        return 2
+    return run_command(name, rest)
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None, default_config: Path | None = None) -> int:
+    """Run one command with its arguments (default: the process's) and return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = COMMANDS[name]
+    if "-h" in given or "--help" in given:
+        print(_command_help(name, command))
+        return 0
+    try:
+        return _execute(command, _parse(given, default_config))
+    except KeyboardInterrupt:
+        print("raytower: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        return _explain(error)
+
+
+def _execute(command: Command, arguments: _Arguments) -> int:
+    config = load_config(_find(command.config), arguments.config_path, arguments.overrides)
+    if arguments.dry_run:
+        plan = _find(command.plan)(config) if command.plan else {}
+        print(dump_config(config), end="")
+        print(to_json({"plan": plan}))
+        return 0
+    result = _find(command.run)(config)
+    if command.render and not arguments.as_json:
+        print(_find(command.render)(result))
+    else:
+        print(to_json(result))
+    return 0
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong: one message for the user's mistakes, the traceback for ours."""
+    cause = find_cause(error)
+    if isinstance(cause, InputError):
+        print(f"raytower: {cause}", file=sys.stderr)
+        return 2
+    if isinstance(cause, RaytowerError):
+        print(f"raytower: {cause}", file=sys.stderr)
+        return 1
+    traceback.print_exception(error)
+    return 1
+
+
+def _parse(given: list[str], default_config: Path | None) -> _Arguments:
+    config_path = str(default_config) if default_config else None
+    rest: list[str] = []
+    dry_run = as_json = False
+    position = 0
+    while position < len(given):
+        argument = given[position]
+        if argument == "--dry-run":
+            dry_run = True
+        elif argument == "--json":
+            as_json = True
+        elif argument == "--config" or argument.startswith("--config="):
+            _, equals, value = argument.partition("=")
+            if not equals:
+                position += 1
+                if position >= len(given):
+                    raise InputError("--config has no value; write --config FILE.yaml")
+                value = given[position]
+            config_path = value
+        elif argument in ("--full", "--keep-serving") and _is_switch(given, position):
+            rest.append(f"{argument}=true")
+        else:
+            rest.append(argument)
+            if argument.startswith("--") and "=" not in argument and position + 1 < len(given):
+                position += 1
+                rest.append(given[position])
+        position += 1
+    return _Arguments(config_path, parse_overrides(rest), dry_run, as_json)
+
+
+def _is_switch(given: list[str], position: int) -> bool:
+    """Whether `--flag` stands alone rather than with true or false behind it."""
+    return position + 1 >= len(given) or given[position + 1] not in ("true", "false")
+
+
+def _find(reference: str) -> Callable[..., Any] | Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  raytower {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"raytower {__version__}: semantic retrieval on Ray",
+            "",
+            *lines,
+            "",
+            "Every command takes --config FILE.yaml, overrides --section.key VALUE, --dry-run and --help.",
+        ]
+    )
+
+
+def _command_help(name: str, command: Command) -> str:
+    config_class: type[Config] = _find(command.config)
+    lines = [f"raytower {name}: {command.help}", "", "Keys (--key VALUE, or in the file of --config):"]
+    lines += [f"  {line}" for line in _describe_keys(config_class)]
+    return "\n".join(lines)
+
+
+def _describe_keys(config_class: type[Config], prefix: str = "") -> list[str]:
+    lines = []
+    for key, field in config_class.model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if isinstance(default, Config):
+            lines += _describe_keys(type(default), f"{prefix}{key}.")
+        elif field.is_required():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, Config):
+                lines += _describe_keys(kind, f"{prefix}{key}.")
+            else:
+                lines.append(f"{prefix}{key}  (required)")
+        else:
+            lines.append(f"{prefix}{key}  (default {to_json(default)})")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
