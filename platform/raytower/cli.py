@@ -166,15 +166,15 @@ def run_command(name: str, arguments: Sequence[str] | None = None, default_confi
 
 
 def _execute(command: Command, arguments: _Arguments) -> int:
-    config = load_config(_find(command.config), arguments.config_path, arguments.overrides)
+    config = load_config(find_reference(command.config), arguments.config_path, arguments.overrides)
     if arguments.dry_run:
-        plan = _find(command.plan)(config) if command.plan else {}
+        plan = find_reference(command.plan)(config) if command.plan else {}
         print(dump_config(config), end="")
         print(to_json({"plan": plan}))
         return 0
-    result = _find(command.run)(config)
+    result = find_reference(command.run)(config)
     if command.render and not arguments.as_json:
-        print(_find(command.render)(result))
+        print(find_reference(command.render)(result))
     else:
         print(to_json(result))
     return 0
@@ -228,7 +228,8 @@ def _is_switch(given: list[str], position: int) -> bool:
     return position + 1 >= len(given) or given[position + 1] not in ("true", "false")
 
 
-def _find(reference: str) -> Callable[..., Any] | Any:
+def find_reference(reference: str) -> Callable[..., Any] | Any:
+    """The object that `module:name` names, imported now."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -248,7 +249,7 @@ def _usage() -> str:
 
 
 def _command_help(name: str, command: Command) -> str:
-    config_class: type[Config] = _find(command.config)
+    config_class: type[Config] = find_reference(command.config)
     lines = [f"raytower {name}: {command.help}", "", "Keys (--key VALUE, or in the file of --config):"]
     lines += [f"  {line}" for line in _describe_keys(config_class)]
     return "\n".join(lines)

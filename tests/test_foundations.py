@@ -1,0 +1,142 @@
+"""Configs, storage and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytower.config import (
+    ByteSize,
+    Config,
+    WorkersConfig,
+    load_config,
+    make_config,
+    parse_overrides,
+    to_json,
+)
+from raytower.errors import FormatError, InputError, RaytowerError, find_cause
+from raytower.storage import Location, publish_directory
+
+
+class Nested(Config):
+    rate: float = 1.0
+    memory: ByteSize = ByteSize(1)
+
+
+class Example(Config):
+    name: str
+    nested: Nested = Nested()
+    workers: WorkersConfig = WorkersConfig()
+    maybe: Nested | None = None
+
+
+class TestConfig:
+    def test_file_and_overrides(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text("name: 中文\nnested: {rate: 2, memory: 8GiB}\n", encoding="utf-8")
+        config = load_config(Example, tmp_path / "c.yaml", {"nested.rate": 1e-5, "workers.max": 9})
+        assert (config.name, config.nested.rate, config.workers.max) == ("中文", 1e-5, 9)
+        assert int(config.nested.memory) == 8 * 2**30
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"name": "x", "nested": {"rat": 1}}, "unknown key 'nested.rat'; the nearest known key is 'nested.rate'"),
+            ({"nmae": "x"}, "unknown key 'nmae'; the nearest known key is 'name'"),
+            ({"name": "x", "maybe": {"rte": 1}}, "unknown key 'maybe.rte'; the nearest known key is 'maybe.rate'"),
+            ({}, "name is required and not given"),
+            ({"name": "x", "nested": {"rate": "fast"}}, "nested.rate is 'fast'"),
+            ({"name": "x", "workers": {"min": 3, "max": 2}}, "more than workers.max 2"),
+        ],
+    )
+    def test_refusals_name_key_value_and_rule(self, values: dict[str, object], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            make_config(Example, values)
+
+    def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="cannot be read"):
+            load_config(Example, tmp_path / "none.yaml")
+        (tmp_path / "bad.yaml").write_text("a: [")
+        with pytest.raises(InputError, match="not valid YAML"):
+            load_config(Example, tmp_path / "bad.yaml")
+        (tmp_path / "list.yaml").write_text("- a")
+        with pytest.raises(InputError, match="holds a list"):
+            load_config(Example, tmp_path / "list.yaml")
+
+    def test_overrides_are_read_as_values(self) -> None:
+        given_ = ["--a.b", "1e-5", "--c-d=true", "--e", "null", "--f", "plain text", "--g", "[1, 5]", "--h="]
+        assert parse_overrides(given_) == {
+            "a.b": 1e-5,
+            "c_d": True,
+            "e": None,
+            "f": "plain text",
+            "g": [1, 5],
+            "h": "",
+        }
+
+    @pytest.mark.parametrize("given_", [["oops"], ["--key"], ["--"]])
+    def test_malformed_overrides(self, given_: list[str]) -> None:
+        with pytest.raises(InputError):
+            parse_overrides(given_)
+
+    def test_json_has_no_nan(self) -> None:
+        assert to_json({"a": float("nan"), "b": [1, "中"]}) == '{"a": null, "b": [1, "中"]}'
+
+
+class TestStorage:
+    def test_an_interrupted_write_leaves_nothing(self, tmp_path: Path) -> None:
+        place = Location.of(tmp_path) / "deep" / "file.bin"
+        place.write_bytes(b"old")
+        with pytest.raises(RuntimeError), place.open_write() as stream:
+            stream.write(b"new")
+            raise RuntimeError
+        assert place.read_bytes() == b"old"
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.bin"]
+
+    def test_an_interrupted_directory_leaves_the_old_one(self, tmp_path: Path) -> None:
+        target = Location.of(tmp_path / "model")
+        with publish_directory(target) as folder:
+            (folder / "a").write_text("first")
+        with pytest.raises(RuntimeError), publish_directory(target) as folder:
+            (folder / "b").write_text("second")
+            raise RuntimeError
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert [path.name for path in (tmp_path / "model").iterdir()] == ["a"]
+
+    def test_uris_and_missing_files(self, tmp_path: Path) -> None:
+        place = Location.of(f"file://{tmp_path}/x.txt")
+        place.write_bytes(b"1")
+        assert (tmp_path / "x.txt").read_bytes() == b"1"
+        with pytest.raises(InputError, match="no file at"):
+            Location.of(tmp_path / "none").read_bytes()
+        with pytest.raises(InputError, match="cannot be opened"):
+            Location.of("nosuch://bucket/key")
+        (tmp_path / "bad.json").write_text("{")
+        with pytest.raises(FormatError, match="not valid JSON"):
+            Location.of(tmp_path / "bad.json").read_json()
+
+    @given(content=st.binary(max_size=1000))
+    def test_sha256_is_the_standard_one(self, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+        import hashlib
+
+        place = Location.of(tmp_path_factory.mktemp("sha") / "f")
+        place.write_bytes(content)
+        assert place.sha256() == hashlib.sha256(content).hexdigest()
+
+
+def test_the_users_mistake_is_found_under_what_wraps_it() -> None:
+    inner = InputError("the rule")
+    try:
+        try:
+            raise inner
+        except InputError as error:
+            raise ValueError("middle") from error
+    except ValueError as error:
+        outer = RuntimeError("outer")
+        outer.cause = error  # type: ignore[attr-defined] # as RayTaskError does
+    assert find_cause(outer) is inner
+    plain = RuntimeError("nothing inside")
+    assert find_cause(plain) is plain
+    assert isinstance(inner, RaytowerError)
