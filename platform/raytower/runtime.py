@@ -25,9 +25,10 @@ def ensure_ray(min_cpus: float = 0) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    environment = {"env_vars": worker_environment()}
+    environment = {"env_vars": worker_environment(), "worker_process_setup_hook": "raytower.runtime.quieten"}
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         # The submitted job brings its own runtime environment; it must not be set twice.
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
@@ -53,6 +54,16 @@ def worker_environment() -> dict[str, str]:
     }
 
 
+def quieten() -> None:
+    """Keep Ray's own progress logs out of ours; warnings still show. Run in the driver and in each local worker."""
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Without a dashboard this monitor warns once a second that it cannot ask it; it works all the same.
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
 def log(message: str) -> None:
     """A line of progress for people. It goes to stderr: stdout belongs to the result."""
-    print(message, file=sys.stderr, flush=True)
+    # Not print(): Ray Train's workers patch it and show each line twice.
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()

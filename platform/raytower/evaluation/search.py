@@ -6,60 +6,80 @@ from typing import Any
 
 from pydantic import Field
 
-from raytower.config import Config
-from raytower.errors import InputError
+from raytower.config import Config, FractionField
 from raytower.evaluation.recall import Retriever
-from raytower.index.reader import Index
-from raytower.models.cross_encoder import CrossEncoder, CrossScorer
-from raytower.models.encoder import Encoder
-from raytower.models.forward import ForwardEngine
+from raytower.evaluation.settings import QueryCompute, load_engine, load_reranker, own_or, plan_rows
+from raytower.index.reader import Index, check_fingerprint, open_manifest
+
+_SHOWN_CHARACTERS = 200
 
 
 class SearchConfig(Config):
-    """`encoder` null is the one whose path the index recorded; `query_prefix` null is the encoder's own."""
+    """`raytower search`. `encoder` null is the one that the index's manifest names."""
 
     index: str
     query: str
     k: int = Field(default=10, ge=1)
     encoder: str | None = None
     reranker: str | None = None
-    recall_k: int = Field(default=100, ge=1)
+    rerank_k: int = Field(default=100, ge=1)
+    fusion_weight: FractionField | None = None
     query_prefix: str | None = None
+    compute: QueryCompute = QueryCompute()
+
+    def model_post_init(self, context: Any) -> None:
+        if not self.query.strip():
+            raise ValueError("the query is empty; give a text to search for")
 
 
 def search(config: SearchConfig) -> dict[str, Any]:
-    """The best k documents; fewer where the index holds fewer.
+    """The best `k` documents: `index_version` and `results`, each with rank, id, score, recall_score and text.
+
+    Fewer come back where the index holds fewer than `k`.
 
     Raises:
-        InputError: an empty query, no such index, an encoder with another fingerprint than the index.
+        InputError: no such index or model, or an encoder that did not make the index.
     """
-    if not config.query.strip():
-        raise InputError("query is empty; give some text with --query TEXT")
     index = Index.open(config.index)
-    encoder = Encoder.load(config.encoder or index.manifest.encoder)
-    index.check_fingerprint(encoder.fingerprint)
-    scorer = CrossScorer(CrossEncoder.load(config.reranker)) if config.reranker else None
-    retriever = Retriever(
-        ForwardEngine(encoder),
-        index,
-        scorer,
-        scorer.fusion if scorer else None,
-        query_prefix=encoder.prefix_for("query") if config.query_prefix is None else config.query_prefix,
-    )
-    found = retriever.search([config.query], k=config.k, recall_k=config.recall_k)
-    return {
-        "index_version": index.version,
-        "results": [{"id": hit.id, "score": hit.score, "text": hit.text} for hit in found.hits[0]],
-    }
+    engine = load_engine(config.encoder or index.manifest.encoder, config.compute)
+    index.check_fingerprint(engine.fingerprint)
+    scorer, fusion = None, None
+    if config.reranker is not None:
+        scorer, fusion = load_reranker(config.reranker, config.compute, config.fusion_weight)
+    prefix = own_or(config.query_prefix, engine.encoder, "query")
+    retriever = Retriever(engine, index, scorer, fusion, query_prefix=prefix)
+    found = retriever.search([config.query], k=config.k, recall_k=config.rerank_k)
+    results = [
+        {
+            "rank": hit.rank,
+            "id": hit.id,
+            "score": hit.score,
+            "recall_score": hit.recall_score,
+            "rerank_score": hit.rerank_score,
+            "text": hit.text,
+            "metadata": hit.metadata,
+        }
+        for hit in found.hits[0]
+    ]
+    return {"index_version": index.version, "results": results}
 
 
 def plan_search(config: SearchConfig) -> dict[str, Any]:
-    """What would be searched."""
-    index = Index.open(config.index, verify="none")
-    return {"index_version": index.version, "rows": index.num_rows, "encoder": config.encoder or index.manifest.encoder}
+    """What the search will hold in memory, and the index version it will ask."""
+    manifest, _ = open_manifest(config.index)
+    depth = max(config.k, config.rerank_k) if config.reranker else config.k
+    plan = plan_rows(1, config.compute, config.encoder or manifest.encoder, depth, config.reranker)
+    check_fingerprint(manifest, plan["fingerprint"])
+    return {**plan, "index_version": manifest.version, "index_rows": manifest.rows}
 
 
 def render_search(result: dict[str, Any]) -> str:
-    """Results for people: score, id and text, a line each."""
-    lines = [f"{hit['score']:8.4f}  [{hit['id']}]  {hit['text']}" for hit in result["results"]]
+    """Results for people, one a line."""
+    if not result["results"]:
+        return f"nothing found in version {result['index_version']}"
+    lines = []
+    for item in result["results"]:
+        text = " ".join(item["text"].split())
+        shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+        lines.append(f"{item['rank']:>3}  {item['score']:8.4f}  {item['id']}  {shown}")
     return "\n".join(lines)

@@ -75,8 +75,9 @@ class _Worker:
                 self._restore(folder)
         self.parallel: nn.Module = self.model
         if self.world_size > 1:
-            self.parallel = ray.train.torch.prepare_model(
-                self.model, parallel_strategy_kwargs={"broadcast_buffers": False}
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.parallel = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=devices, broadcast_buffers=False
             )
 
     def run(self) -> dict[str, Any]:

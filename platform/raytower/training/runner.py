@@ -57,7 +57,7 @@ def finished_run(config: TrainJobConfig, survey: Survey) -> dict[str, Any] | Non
 def run_key(config: TrainJobConfig, survey: Survey) -> str:
     """Hash over what decides the result: the config less its output and the size of the data."""
     values = config.model_dump(mode="json", exclude={"output", "log_every_steps", "max_failures"})
-    values["data"] = [survey.num_rows, survey.num_bytes]
+    values["data"] = [survey.num_rows, survey.bytes]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,1 @@
+"""Sharded, versioned FAISS indexes: planned, built by Ray tasks, published atomically, searched with one merge."""
