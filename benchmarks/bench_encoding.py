@@ -94,7 +94,9 @@ def ray_overhead(model_dir: Path, texts: list[str], repeats: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
-        corpus.write_text("\n".join(json.dumps({"id": str(i), "text": text}) for i, text in enumerate(texts)) + "\n")
+        corpus.write_text(
+            "\n".join(json.dumps({"id": str(i), "text": text}) for i, text in enumerate(texts)) + "\n"
+        )
         ensure_ray()
         config = {
             "encoder": str(model_dir),

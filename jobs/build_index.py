@@ -1,4 +1,4 @@
-"""`raytower index build` as a job: `python jobs/build_index.py`, or the same behind `ray job submit`; the config lies beside."""
+"""`raytower index build` as a job, on a laptop or behind `ray job submit`; its config lies beside it."""
 
 import sys
 from pathlib import Path

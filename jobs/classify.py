@@ -1,4 +1,4 @@
-"""`raytower classify` as a job: `python jobs/classify.py`, or the same behind `ray job submit`; the config lies beside."""
+"""`raytower classify` as a job, on a laptop or behind `ray job submit`; its config lies beside it."""
 
 import sys
 from pathlib import Path

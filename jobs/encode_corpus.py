@@ -1,4 +1,4 @@
-"""`raytower encode` as a job: `python jobs/encode_corpus.py`, or the same behind `ray job submit`; the config lies beside."""
+"""`raytower encode` as a job, on a laptop or behind `ray job submit`; its config lies beside it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`raytower pipeline` as a job: `python jobs/pipeline.py`, or the same behind `ray job submit`; the config lies beside."""
+"""`raytower pipeline` as a job, on a laptop or behind `ray job submit`; its config lies beside it."""
 
 import sys
 from pathlib import Path

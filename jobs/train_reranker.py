@@ -1,4 +1,4 @@
-"""`raytower train-reranker` as a job: `python jobs/train_reranker.py`, or the same behind `ray job submit`; the config lies beside."""
+"""`raytower train-reranker` as a job, on a laptop or behind `ray job submit`; its config lies beside it."""
 
 import sys
 from pathlib import Path

@@ -60,7 +60,9 @@ def test_files_are_few_enough_to_list_and_many_enough_to_share(rows: int, worker
 
 @pytest.mark.usefixtures("ray_cluster")
 class TestRuns:
-    def test_the_folder_is_what_one_process_would_have_written(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    def test_the_folder_is_what_one_process_would_have_written(
+        self, dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
         texts = write_corpus(tmp_path / "corpus.jsonl", 100)
         figures = encode(encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out"))
         table = read_folder(tmp_path / "out")
@@ -81,7 +83,9 @@ class TestRuns:
         tokens = sum(min(len(text.replace(" ", " ")) + 2, 64) for text in texts)
         assert figures["tokens"] == tokens
 
-    def test_a_killed_run_continues_with_what_is_missing(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    def test_a_killed_run_continues_with_what_is_missing(
+        self, dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
         write_corpus(tmp_path / "corpus.jsonl", 100)
         config = encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out")
         encode(config)
@@ -115,7 +119,9 @@ class TestRuns:
         table = read_folder(tmp_path / "out")
         assert table.schema.field("embedding").type == pa.list_(pa.float16(), 32)
         vectors = np.stack(table["embedding"].to_numpy()).astype(np.float64)
-        peer = SentenceTransformer(str(dummy_encoder_dir), device="cpu").encode(["the " + text for text in texts])
+        peer = SentenceTransformer(str(dummy_encoder_dir), device="cpu").encode(
+            ["the " + text for text in texts]
+        )
         assert np.abs(vectors - peer).max() < 1e-3
         assert EmbeddingsManifest.read(Location.of(tmp_path / "out")).prefix == "the "
 
@@ -126,7 +132,9 @@ class TestRuns:
         with pytest.raises(InputError, match="belongs to another encoding job: fingerprint"):
             encode(encode_config(other, tmp_path / "corpus.jsonl", tmp_path / "out"))
         with pytest.raises(InputError, match="max_length is 64 there and 32 now"):
-            encode(encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out", max_length=32))
+            encode(
+                encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out", max_length=32)
+            )
 
     def test_vectors_that_are_not_finite_name_the_text(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
         broken = build_tiny_encoder(tmp_path / "broken")

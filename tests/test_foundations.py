@@ -43,9 +43,15 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"name": "x", "nested": {"rat": 1}}, "unknown key 'nested.rat'; the nearest known key is 'nested.rate'"),
+            (
+                {"name": "x", "nested": {"rat": 1}},
+                "unknown key 'nested.rat'; the nearest known key is 'nested.rate'",
+            ),
             ({"nmae": "x"}, "unknown key 'nmae'; the nearest known key is 'name'"),
-            ({"name": "x", "maybe": {"rte": 1}}, "unknown key 'maybe.rte'; the nearest known key is 'maybe.rate'"),
+            (
+                {"name": "x", "maybe": {"rte": 1}},
+                "unknown key 'maybe.rte'; the nearest known key is 'maybe.rate'",
+            ),
             ({}, "name is required and not given"),
             ({"name": "x", "nested": {"rate": "fast"}}, "nested.rate is 'fast'"),
             ({"name": "x", "workers": {"min": 3, "max": 2}}, "more than workers.max 2"),
@@ -89,9 +95,9 @@ class TestStorage:
     def test_an_interrupted_write_leaves_nothing(self, tmp_path: Path) -> None:
         place = Location.of(tmp_path) / "deep" / "file.bin"
         place.write_bytes(b"old")
-        with pytest.raises(RuntimeError), place.open_write() as stream:
+        with pytest.raises(RuntimeError, match="interrupted"), place.open_write() as stream:  # noqa: PT012
             stream.write(b"new")
-            raise RuntimeError
+            raise RuntimeError("interrupted")
         assert place.read_bytes() == b"old"
         assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.bin"]
 
@@ -99,9 +105,9 @@ class TestStorage:
         target = Location.of(tmp_path / "model")
         with publish_directory(target) as folder:
             (folder / "a").write_text("first")
-        with pytest.raises(RuntimeError), publish_directory(target) as folder:
+        with pytest.raises(RuntimeError, match="interrupted"), publish_directory(target) as folder:  # noqa: PT012
             (folder / "b").write_text("second")
-            raise RuntimeError
+            raise RuntimeError("interrupted")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert [path.name for path in (tmp_path / "model").iterdir()] == ["a"]
 
@@ -118,7 +124,9 @@ class TestStorage:
             Location.of(tmp_path / "bad.json").read_json()
 
     @given(content=st.binary(max_size=1000))
-    def test_sha256_is_the_standard_one(self, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    def test_sha256_is_the_standard_one(
+        self, tmp_path_factory: pytest.TempPathFactory, content: bytes
+    ) -> None:
         import hashlib
 
         place = Location.of(tmp_path_factory.mktemp("sha") / "f")

@@ -37,10 +37,14 @@ class TestCommandLine:
         assert "compute.dtype" in done.stdout
         assert "encoder  (required)" in done.stdout
 
-    def test_dry_run_prints_config_and_plan_and_writes_nothing(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    def test_dry_run_prints_config_and_plan_and_writes_nothing(
+        self, dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
         (tmp_path / "corpus.txt").write_text("a\nb\nc\n")
         arguments = ("--encoder", str(dummy_encoder_dir), "--input.path", str(tmp_path / "corpus.txt"))
-        done = run_cli("encode", *arguments, "--output", str(tmp_path / "out"), "--max_length", "64", "--dry-run")
+        done = run_cli(
+            "encode", *arguments, "--output", str(tmp_path / "out"), "--max_length", "64", "--dry-run"
+        )
         assert done.returncode == 0, done.stderr
         assert "tokens_per_batch: null" in done.stdout
         assert json.loads(done.stdout.splitlines()[-1])["plan"]["rows"] == 3
@@ -99,7 +103,11 @@ def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
     command += ["--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
-    command += [f"--ray-client-server-port={ports[2]}", "--include-dashboard=true", f"--temp-dir={tmp_path / 'r'}"]
+    command += [
+        f"--ray-client-server-port={ports[2]}",
+        "--include-dashboard=true",
+        f"--temp-dir={tmp_path / 'r'}",
+    ]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{ports[1]}"
@@ -124,7 +132,10 @@ def test_a_job_runs_by_ray_job_submit(
 ) -> None:
     address, environment = local_cluster
     (tmp_path / "corpus.txt").write_text("first text\nsecond text\n", encoding="utf-8")
-    runtime = {"env_vars": {"PYTHONPATH": "platform"}, "excludes": [".git", ".venv", "tests", "benchmarks", "docs"]}
+    runtime = {
+        "env_vars": {"PYTHONPATH": "platform"},
+        "excludes": [".git", ".venv", "tests", "benchmarks", "docs"],
+    }
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address]
     command += ["--working-dir", str(ROOT), "--runtime-env-json", json.dumps(runtime), "--"]
     command += ["python", "jobs/encode_corpus.py", "--encoder", str(dummy_encoder_dir), "--max_length", "64"]

@@ -18,7 +18,16 @@ from raytower.models.two_tower import TwoTower
 from raytower.objectives.in_batch_negatives import BatchKeys, InBatchNegatives, text_keys
 from raytower.objectives.pointwise import PointwiseCrossEntropy
 
-QUERIES = ["what is a deductible", "who pays the debt", "a new car", "life insurance?", "who pays", "dog", "cat", "他的"]
+QUERIES = [
+    "what is a deductible",
+    "who pays the debt",
+    "a new car",
+    "life insurance?",
+    "who pays",
+    "dog",
+    "cat",
+    "他的",
+]
 DOCUMENTS = [
     "the part you pay",
     "the owner does",
@@ -58,7 +67,9 @@ def test_loss_is_the_formula(scale: float, margin: float) -> None:
     query, document = unit_rows(6, 5, 1), unit_rows(6, 5, 2)
     keys = BatchKeys(query=text_keys(list("abcdef")), documents=(text_keys(list("uvwxyz")),))
     loss = InBatchNegatives(scale=scale, margin=margin)(query, [document], keys)
-    assert float(loss) == pytest.approx(reference_loss(query.numpy(), document.numpy(), set(), scale, margin), abs=1e-5)
+    assert float(loss) == pytest.approx(
+        reference_loss(query.numpy(), document.numpy(), set(), scale, margin), abs=1e-5
+    )
 
 
 def test_known_relevant_documents_are_no_negatives() -> None:
@@ -74,14 +85,20 @@ def test_known_relevant_documents_are_no_negatives() -> None:
     excluded = {(0, 1), (1, 0), (2, 3), (3, 2), (0, 3), (3, 0), (3, 5)}
     loss = InBatchNegatives(scale=20.0)(query, [document, negative], keys)
     everything = np.concatenate([document.numpy(), negative.numpy()])
-    assert float(loss) == pytest.approx(reference_loss(query.numpy(), everything, excluded, 20.0, 0.0), abs=1e-5)
+    assert float(loss) == pytest.approx(
+        reference_loss(query.numpy(), everything, excluded, 20.0, 0.0), abs=1e-5
+    )
 
 
 def test_missing_ids_are_not_equal() -> None:
     query, document = unit_rows(2, 5, 1), unit_rows(2, 5, 2)
-    keys = BatchKeys(query=text_keys(["a", "b"], [None, None]), documents=(text_keys(["u", "v"], [None, None]),))
+    keys = BatchKeys(
+        query=text_keys(["a", "b"], [None, None]), documents=(text_keys(["u", "v"], [None, None]),)
+    )
     loss = InBatchNegatives()(query, [document], keys)
-    assert float(loss) == pytest.approx(reference_loss(query.numpy(), document.numpy(), set(), 20.0, 0.0), abs=1e-5)
+    assert float(loss) == pytest.approx(
+        reference_loss(query.numpy(), document.numpy(), set(), 20.0, 0.0), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(("scale", "margin"), [(0.0, 0.0), (-1.0, 0.0), (20.0, -0.1), (20.0, 2.1)])

@@ -42,7 +42,9 @@ def test_a_lower_step_never_imports_a_higher_one() -> None:
         for name in imports_of(path):
             target = name.split(".")[1] if name.startswith("raytower.") else ""
             if part in LAYERS and target:
-                assert target in FOUNDATIONS or LAYERS.index(target) <= LAYERS.index(part), f"{path} imports {name}"
+                assert target in FOUNDATIONS or LAYERS.index(target) <= LAYERS.index(part), (
+                    f"{path} imports {name}"
+                )
                 seen += 1
             if part in FOUNDATIONS and target:
                 assert target in FOUNDATIONS, f"{path} imports {name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ class TestRowStream:
     def test_an_epoch_holds_every_row_once_and_orders_differ(self, tmp_path: Path) -> None:
         path = write_pairs(tmp_path / "pairs.tsv", 48)
         batches = first_batches(path, 12)
-        first, second = sum(batches[:6], []), sum(batches[6:], [])
+        first, second = [*chain(*batches[:6])], [*chain(*batches[6:])]
         assert Counter(first) == Counter(second)
         assert len(set(first)) == 48
         assert first != second
@@ -161,7 +162,9 @@ class TestRetrieverRuns:
         assert train_retriever(config) == two
         assert not [path for path in tmp_path.iterdir() if path.name.endswith(".train")]
 
-    def test_dev_recall_rises_and_the_best_checkpoint_is_published(self, still_encoder: Path, tmp_path: Path) -> None:
+    def test_dev_recall_rises_and_the_best_checkpoint_is_published(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 64)
         dev = {"path": str(pairs), "metric": "recall@1", "every_steps": 8, "patience": 5}
         figures = train_retriever(
@@ -183,7 +186,9 @@ class TestRetrieverRuns:
 
     def test_a_loss_that_is_no_number_stops_the_run(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 40)
-        config = retriever_config(still_encoder, pairs, tmp_path / "out", optimizer={"lr": 1e30}, max_failures=0)
+        config = retriever_config(
+            still_encoder, pairs, tmp_path / "out", optimizer={"lr": 1e30}, max_failures=0
+        )
         with pytest.raises(RaytowerError, match="the loss is nan"):
             train_retriever(config)
         assert not (tmp_path / "out").exists()
@@ -209,7 +214,7 @@ def test_dry_run_plans_without_ray(still_encoder: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_workers_cannot_share_is_refused(still_encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="make it a multiple of workers.num"):
+    with pytest.raises(InputError, match=r"make it a multiple of workers\.num"):
         retriever_config(still_encoder, tmp_path / "x", tmp_path / "y", batch_size=9, workers={"num": 2})
 
 
@@ -222,7 +227,9 @@ def test_max_length_beyond_the_positions_is_refused(still_encoder: Path, tmp_pat
 @pytest.mark.usefixtures("ray_cluster")
 def test_reranker_learns_from_triples_and_loads_with_the_peer(still_encoder: Path, tmp_path: Path) -> None:
     rows = ["query\ttitle\tneg_title"]
-    rows += [f"find {TOPICS[i % 8]}\t{TOPICS[i % 8]} is here\t{TOPICS[(i + 3) % 8]} is here" for i in range(64)]
+    rows += [
+        f"find {TOPICS[i % 8]}\t{TOPICS[i % 8]} is here\t{TOPICS[(i + 3) % 8]} is here" for i in range(64)
+    ]
     (tmp_path / "triples.tsv").write_text("\n".join(rows) + "\n")
     scored = ["query\ttitle\tlabel"]
     scored += [f"find {a}\t{b} is here\t{int(a == b)}" for a in TOPICS for b in TOPICS]

@@ -12,7 +12,10 @@ from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder, EncoderSettings, Projection
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789?!.,-' 的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要下以"
+CHARACTERS = (
+    "abcdefghijklmnopqrstuvwxyz0123456789?!.,-' "
+    + "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就"
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

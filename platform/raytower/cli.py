@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def _is_switch(given: list[str], position: int) -> bool:
     return position + 1 >= len(given) or given[position + 1] not in ("true", "false")
 
 
-def find_reference(reference: str) -> Callable[..., Any] | Any:
+def find_reference(reference: str) -> Any:
     """The object that `module:name` names, imported now."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)

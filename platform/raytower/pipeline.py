@@ -19,7 +19,16 @@ from raytower.errors import InputError
 from raytower.runtime import log
 from raytower.storage import Location
 
-STEP_JOBS = ("train-retriever", "train-reranker", "encode", "index build", "mine", "evaluate", "classify", "similarity")
+STEP_JOBS = (
+    "train-retriever",
+    "train-reranker",
+    "encode",
+    "index build",
+    "mine",
+    "evaluate",
+    "classify",
+    "similarity",
+)
 
 
 class StepConfig(Config):
@@ -79,7 +88,9 @@ def _prepare(config: PipelineConfig) -> list[tuple[StepConfig, Command, Config, 
         if step.job not in STEP_JOBS:
             raise InputError(f"steps.{number}.job is {step.job!r}; it must be one of {', '.join(STEP_JOBS)}")
         command = COMMANDS[step.job]
-        job_config = make_config(find_reference(command.config), step.config, source=f"step {number} ({step.job})")
+        job_config = make_config(
+            find_reference(command.config), step.config, source=f"step {number} ({step.job})"
+        )
         content = json.dumps([key, step.job, job_config.model_dump(mode="json")], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
         prepared.append((step, command, job_config, key))

@@ -25,7 +25,6 @@ def ensure_ray(min_cpus: float = 0) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     environment = {"env_vars": worker_environment(), "worker_process_setup_hook": "raytower.runtime.quieten"}
@@ -59,7 +58,9 @@ def quieten() -> None:
     for name in ("ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Without a dashboard this monitor warns once a second that it cannot ask it; it works all the same.
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(
+        logging.ERROR
+    )
 
 
 def log(message: str) -> None:

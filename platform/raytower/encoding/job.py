@@ -35,13 +35,15 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     """Encode the corpus; files that an earlier, killed run of the same job finished are kept.
 
     Returns:
-        rows, tokens, seconds, output, fingerprint, tokens_per_second, padding_share, rejected_rows.
+        rows, tokens, seconds, startup_seconds (until the first text was begun), output, fingerprint,
+        tokens_per_second, padding_share, files_encoded, rejected_rows.
 
     Raises:
         InputError: bad rows under on_error=fail, duplicate ids, an output of another job, an unknown model.
         RaytowerError: vectors that are not finite, or workers that failed.
     """
-    started = time.perf_counter()
+    started_at, started = time.time(), time.perf_counter()
+    startup_seconds = 0.0
     encoder = Encoder.load(config.encoder)
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
@@ -56,7 +58,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         if pieces:
             ensure_ray()
             settings = _worker_settings(config, encoder.fingerprint, prefix)
-            _run(settings, config, survey.pieces, pieces)
+            first_start = _run(settings, config, survey.pieces, pieces)
+            startup_seconds = max(first_start - started_at, 0.0)
         _write_manifest(output, config, encoder, prefix, survey)
     else:
         log(f"{config.output} is finished; nothing to do")
@@ -66,6 +69,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         "rows": survey.num_rows,
         "tokens": tokens,
         "seconds": round(seconds, 3),
+        "startup_seconds": round(startup_seconds, 3),
         "output": config.output,
         "fingerprint": encoder.fingerprint,
         "tokens_per_second": round(tokens / seconds, 1),
@@ -82,7 +86,7 @@ def plan(config: EncodeConfig) -> dict[str, Any]:
     survey, rows_per_file = _survey(config)
     made: EncodePlan = plan_encode(
         num_rows=survey.num_rows,
-        num_bytes=survey.num_bytes,
+        num_bytes=survey.bytes,
         num_files=len(survey.pieces),
         rows_per_file=rows_per_file,
         num_workers=config.workers.max,
@@ -118,7 +122,7 @@ def _job_spec(
         "embedding_dtype": config.embedding_dtype,
         "input": config.input.model_dump(mode="json"),
         "input_rows": survey.num_rows,
-        "input_bytes": survey.num_bytes,
+        "input_bytes": survey.bytes,
         "rows_per_file": rows_per_file,
     }
 
@@ -135,7 +139,9 @@ def _finished_parts(output: Location, spec: dict[str, Any], pieces: Sequence[Pie
                 f"output {str(output)!r} belongs to another encoding job: {key} is {found.get(key)!r} there and "
                 f"{spec[key]!r} now; choose a new output, or remove the old one"
             )
-    elif [child for child in output.children() if child.name.endswith(".parquet") or child.name == MANIFEST_NAME]:
+    elif [
+        child for child in output.children() if child.name.endswith(".parquet") or child.name == MANIFEST_NAME
+    ]:
         raise InputError(f"output {str(output)!r} holds files of something else; choose a new output")
     else:
         place.write_json(spec)
@@ -157,7 +163,10 @@ def _worker_settings(config: EncodeConfig, fingerprint: str, prefix: str) -> Wor
     )
 
 
-def _run(settings: WorkerSettings, config: EncodeConfig, every: Sequence[Piece], pieces: Sequence[Piece]) -> None:
+def _run(
+    settings: WorkerSettings, config: EncodeConfig, every: Sequence[Piece], pieces: Sequence[Piece]
+) -> float:
+    """Encode `pieces`; returns the time (epoch seconds) at which the first of them was begun."""
     workers = config.workers
     size = min(workers.max, len(pieces))
     numbers = {piece.index: number for number, piece in enumerate(every)}
@@ -173,10 +182,12 @@ def _run(settings: WorkerSettings, config: EncodeConfig, every: Sequence[Piece],
     )
     started = reported = time.perf_counter()
     rows = tokens = files = 0
+    first_start = float("inf")
     total = sum(piece.num_rows for piece in pieces)
     try:
         for row in dataset.iter_rows():
             rows, tokens, files = rows + row["rows"], tokens + row["tokens"], files + 1
+            first_start = min(first_start, row["started_at"])
             now = time.perf_counter()
             if now - reported > _LOG_EVERY_SECONDS or files == len(pieces):
                 reported, elapsed = now, now - started
@@ -189,17 +200,24 @@ def _run(settings: WorkerSettings, config: EncodeConfig, every: Sequence[Piece],
         if isinstance(cause, RaytowerError):
             raise cause from error
         raise RaytowerError(f"encoding failed: {error}") from error
+    return first_start
 
 
-def _write_manifest(output: Location, config: EncodeConfig, encoder: Encoder, prefix: str, survey: Survey) -> None:
+def _write_manifest(
+    output: Location, config: EncodeConfig, encoder: Encoder, prefix: str, survey: Survey
+) -> None:
     files = []
     for piece in survey.pieces:
         place = output / part_name(piece)
         with place.open_read() as stream:
             rows = pq.ParquetFile(stream).metadata.num_rows
         if rows != piece.num_rows:
-            raise RaytowerError(f"{place} has {rows} rows, its piece has {piece.num_rows}; remove it and encode again")
-        files.append(EmbeddingsFile(name=place.name, rows=rows, bytes=place.size_bytes(), sha256=place.sha256()))
+            raise RaytowerError(
+                f"{place} has {rows} rows, its piece has {piece.num_rows}; remove it and encode again"
+            )
+        files.append(
+            EmbeddingsFile(name=place.name, rows=rows, bytes=place.size_bytes(), sha256=place.sha256())
+        )
     EmbeddingsManifest(
         fingerprint=encoder.fingerprint,
         encoder=config.encoder,

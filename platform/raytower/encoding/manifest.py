@@ -60,7 +60,7 @@ class EmbeddingsManifest:
         place = folder / MANIFEST_NAME
         if not place.is_file():
             raise FormatError(
-                f"{folder} has no {MANIFEST_NAME}: it is no finished embeddings folder; run (or rerun) `raytower encode`"
+                f"{folder} has no {MANIFEST_NAME}: it is no finished embeddings folder; run `raytower encode`"
             )
         values: dict[str, Any] = place.read_json()
         version = values.pop("format_version", None)

@@ -75,7 +75,7 @@ class PieceEncoder:
         return {name: [row[name] for row in figures] for name in figures[0]}
 
     def _encode_piece(self, piece: Piece) -> dict[str, Any]:
-        started = time.perf_counter()
+        started_at, started = time.time(), time.perf_counter()
         table = read_piece(piece)
         stats = self.engine.stats
         tokens_before, padded_before = stats.tokens, stats.padded_tokens
@@ -89,7 +89,7 @@ class PieceEncoder:
             {TOKENS_KEY: str(tokens).encode(), PADDED_KEY: str(padded).encode()},
         )
         seconds = time.perf_counter() - started
-        return {"rows": table.num_rows, "tokens": tokens, "padded_tokens": padded, "seconds": seconds}
+        return {"rows": table.num_rows, "tokens": tokens, "seconds": seconds, "started_at": started_at}
 
 
 def write_part(place: Location, table: pa.Table, vectors: NDArray[Any], metadata: dict[bytes, bytes]) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from raytower.config import Config, FractionField
-from raytower.evaluation.recall import Retriever
-from raytower.evaluation.settings import QueryCompute, load_engine, load_reranker, own_or, plan_rows
+from raytower.evaluation.settings import QueryCompute, load_engine, load_retriever, plan_rows
 from raytower.index.reader import Index, check_fingerprint, open_manifest
 
 _SHOWN_CHARACTERS = 200
@@ -43,11 +42,14 @@ def search(config: SearchConfig) -> dict[str, Any]:
     index = Index.open(config.index)
     engine = load_engine(config.encoder or index.manifest.encoder, config.compute)
     index.check_fingerprint(engine.fingerprint)
-    scorer, fusion = None, None
-    if config.reranker is not None:
-        scorer, fusion = load_reranker(config.reranker, config.compute, config.fusion_weight)
-    prefix = own_or(config.query_prefix, engine.encoder, "query")
-    retriever = Retriever(engine, index, scorer, fusion, query_prefix=prefix)
+    retriever = load_retriever(
+        engine,
+        index,
+        config.compute,
+        reranker=config.reranker,
+        fusion_weight=config.fusion_weight,
+        query_prefix=config.query_prefix,
+    )
     found = retriever.search([config.query], k=config.k, recall_k=config.rerank_k)
     results = [
         {

@@ -65,7 +65,9 @@ def build_index(config: IndexBuildConfig) -> dict[str, Any]:
             raise cause from error
         raise RaytowerError(f"building {folder} failed: {error}") from error
     if not measured.reached:
-        log(f"recall@{config.target.k} stays at {measured.recall:.4f}, below target.recall {config.target.recall}")
+        log(
+            f"recall@{config.target.k} stays at {measured.recall:.4f}, below target.recall {config.target.recall}"
+        )
     manifest = replace(
         draft,
         recall=measured.recall,
@@ -178,8 +180,8 @@ def _build_shards(
 ) -> tuple[list[ShardEntry], list[NDArray[np.uint64]]]:
     workers = config.workers
     threads = max(int(workers.num_cpus), 1)
-    options = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
-    trained = None
+    options: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
+    trained: Any = None
     if plan.train_rows:
         trained = ray.remote(**options)(train_quantiser).remote(config.embeddings, plan, config.seed, threads)
     task = ray.remote(**options)(build_shard)
@@ -210,7 +212,9 @@ def _refuse_duplicates(
     seen: dict[str, int] = {}
     for batch in stream_rows(Location.of(config.embeddings), embeddings, 0, embeddings.rows):
         ids = batch.documents["id"].to_pylist()
-        for row, (name, value) in enumerate(zip(ids, hash_ids(ids).tolist(), strict=True), start=batch.first_row):
+        for row, (name, value) in enumerate(
+            zip(ids, hash_ids(ids).tolist(), strict=True), start=batch.first_row
+        ):
             if value in suspects:
                 if name in seen:
                     raise InputError(

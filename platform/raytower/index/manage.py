@@ -64,7 +64,9 @@ def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
             hashes.append(hash_ids(batch.column("id").to_pylist()))
     unique = len(np.unique(np.concatenate(hashes)))
     if unique != index.num_rows:
-        raise FormatError(f"index version {index.version} has {index.num_rows} rows but {unique} different ids")
+        raise FormatError(
+            f"index version {index.version} has {index.num_rows} rows but {unique} different ids"
+        )
     return {
         "index": config.index,
         "version": index.version,
@@ -81,6 +83,8 @@ def index_rollback(config: IndexRollbackConfig) -> dict[str, Any]:
     before = current_version(index)
     known = finished_versions(index)
     if config.to not in known:
-        raise InputError(f"index {config.index!r} has no finished version {config.to!r}; it has {', '.join(known)}")
+        raise InputError(
+            f"index {config.index!r} has no finished version {config.to!r}; it has {', '.join(known)}"
+        )
     publish(index, config.to)
     return {"index": config.index, "version": config.to, "before": before}

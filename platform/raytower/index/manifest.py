@@ -52,18 +52,24 @@ class IndexManifest:
     search_parameters: dict[str, int]
 
     def write(self, folder: Location) -> None:
-        (folder / MANIFEST_NAME).write_json({"format_version": FORMAT_VERSION, "kind_of_file": "index", **asdict(self)})
+        (folder / MANIFEST_NAME).write_json(
+            {"format_version": FORMAT_VERSION, "kind_of_file": "index", **asdict(self)}
+        )
 
     @staticmethod
     def read(folder: Location) -> IndexManifest:
         """Raises FormatError: no manifest (unfinished version), a newer format, or counts that do not add up."""
         place = folder / MANIFEST_NAME
         if not place.is_file():
-            raise FormatError(f"{folder} has no {MANIFEST_NAME}: that version was never finished; build it again")
+            raise FormatError(
+                f"{folder} has no {MANIFEST_NAME}: that version was never finished; build it again"
+            )
         values = place.read_json()
         version = values.pop("format_version", None) if isinstance(values, dict) else None
         if version != FORMAT_VERSION or values.pop("kind_of_file", None) != "index":
-            raise FormatError(f"{place} has format version {version!r}; this raytower reads version {FORMAT_VERSION}")
+            raise FormatError(
+                f"{place} has format version {version!r}; this raytower reads version {FORMAT_VERSION}"
+            )
         try:
             values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
             values["recall_curve"] = tuple(values["recall_curve"])
@@ -84,7 +90,9 @@ def current_version(index: Location) -> str:
     """The published version's name. Raises InputError where nothing is published there."""
     place = index / CURRENT_NAME
     if not place.is_file():
-        raise InputError(f"{index} holds no published index (no {CURRENT_NAME}); build one with `raytower index build`")
+        raise InputError(
+            f"{index} holds no published index (no {CURRENT_NAME}); build one with `raytower index build`"
+        )
     return place.read_bytes().decode("utf-8").strip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from raytower.errors import InputError
 from raytower.index.config import IndexKind
@@ -82,7 +83,7 @@ def plan_index(
 def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:
     """Contiguous ranges, none empty, sizes differing by at most one."""
     bounds = [rows * number // shards for number in range(shards + 1)]
-    return tuple(zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(pairwise(bounds))
 
 
 def row_bytes(kind: IndexKind, dim: int, parameters: dict[str, int]) -> int:
@@ -123,7 +124,10 @@ def _choose_kind(rows: int, dim: int, kind: IndexKind, memory: int, num_shards: 
         return "flat", f"{rows} rows are few enough to search exactly"
     for name in ("hnsw", "ivf_sq8", "ivf_pq"):
         if sizes[name] <= memory:
-            return name, f"{name} takes {sizes[name]:,} bytes, the fastest kind within target.memory {memory:,}"
+            return (
+                name,
+                f"{name} takes {sizes[name]:,} bytes, the fastest kind within target.memory {memory:,}",
+            )
     raise InputError(
         f"{rows} rows of {dim} take {sizes['ivf_pq']:,} bytes even as ivf_pq, more than target.memory {memory:,}; "
         "raise target.memory or reduce the dimension"

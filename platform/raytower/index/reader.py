@@ -52,7 +52,9 @@ class Index:
             check_fingerprint(manifest, encoder_fingerprint)
         cache = default_cache_dir()
         numbers = range(len(manifest.shards))
-        return cls(manifest, [Shard.open(folder, n, manifest, cache, verify=verify == "checksum") for n in numbers])
+        return cls(
+            manifest, [Shard.open(folder, n, manifest, cache, verify=verify == "checksum") for n in numbers]
+        )
 
     @property
     def version(self) -> str:
@@ -93,7 +95,9 @@ class Index:
             empty = np.zeros((0, min(k, self.num_rows)))
             return Hits(empty.astype(np.float32), empty.astype(np.int32), empty.astype(np.int64))
         if self._threads is not None and len(prepared) < _CONCURRENT_QUERIES:
-            parts = list(self._threads.map(lambda shard: shard.search(prepared, k, search_parameters), self.shards))
+            parts = list(
+                self._threads.map(lambda shard: shard.search(prepared, k, search_parameters), self.shards)
+            )
         else:
             parts = [shard.search(prepared, k, search_parameters) for shard in self.shards]
         return merge_hits(parts, min(k, self.num_rows))

@@ -50,7 +50,9 @@ class Shard:
         self._manifest = manifest
 
     @classmethod
-    def open(cls, folder: Location, number: int, manifest: IndexManifest, cache: Path, *, verify: bool = True) -> Shard:
+    def open(
+        cls, folder: Location, number: int, manifest: IndexManifest, cache: Path, *, verify: bool = True
+    ) -> Shard:
         """Open shard `number` of a version.
 
         Raises:
@@ -59,7 +61,9 @@ class Shard:
         entry = manifest.shards[number]
         place = folder / entry.name
         vectors = _checked(place / VECTORS_NAME, entry.vectors_sha256, entry.vectors_bytes, cache, verify)
-        documents = _checked(place / DOCUMENTS_NAME, entry.documents_sha256, entry.documents_bytes, cache, verify)
+        documents = _checked(
+            place / DOCUMENTS_NAME, entry.documents_sha256, entry.documents_bytes, cache, verify
+        )
         faiss = import_faiss()
         try:
             index = faiss.read_index(str(vectors), faiss.IO_FLAG_MMAP_IFC)
@@ -77,7 +81,9 @@ class Shard:
         """At most k hits of each prepared query vector (Q, D); cosine queries must have unit length."""
         kept = min(k, self.num_rows)
         chosen = {**self._manifest.search_parameters, **(search_parameters or {})}
-        scores, rows = self._index.search(vectors, kept, params=_faiss_parameters(self._manifest.kind, chosen))
+        scores, rows = self._index.search(
+            vectors, kept, params=_faiss_parameters(self._manifest.kind, chosen)
+        )
         shards = np.where(rows < 0, -1, self.number).astype(np.int32)
         return Hits(np.where(rows < 0, -np.inf, scores).astype(np.float32), shards, rows.astype(np.int64))
 
@@ -86,7 +92,9 @@ class Shard:
         taken = self.documents_table.take(pa.array(np.asarray(rows, dtype=np.int64)))
         return [
             Document(
-                row["id"], row["text"], {name: value for name, value in row.items() if name not in ("id", "text")}
+                row["id"],
+                row["text"],
+                {name: value for name, value in row.items() if name not in ("id", "text")},
             )
             for row in taken.to_pylist()
         ]
@@ -99,7 +107,9 @@ def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
     rows = np.concatenate([part.rows for part in parts], axis=1)
     order = np.lexsort((rows, shards, -scores), axis=1)[:, :k]
     return Hits(
-        np.take_along_axis(scores, order, 1), np.take_along_axis(shards, order, 1), np.take_along_axis(rows, order, 1)
+        np.take_along_axis(scores, order, 1),
+        np.take_along_axis(shards, order, 1),
+        np.take_along_axis(rows, order, 1),
     )
 
 
@@ -111,7 +121,9 @@ def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
     """
     prepared = np.ascontiguousarray(vectors, dtype=np.float32)
     if prepared.ndim != 2 or prepared.shape[1] != manifest.dim:
-        raise InputError(f"query vectors have shape {prepared.shape}; this index takes (queries, {manifest.dim})")
+        raise InputError(
+            f"query vectors have shape {prepared.shape}; this index takes (queries, {manifest.dim})"
+        )
     if not np.isfinite(prepared).all():
         raise InputError("query vectors hold values that are not finite; check the encoder")
     if manifest.metric == "cosine":
@@ -135,12 +147,16 @@ def _checked(place: Location, sha256: str, size: int, cache: Path, verify: bool)
     if not place.is_file():
         raise FormatError(f"{place} is missing; the index is damaged, build it again or roll back")
     if place.size_bytes() != size:
-        raise FormatError(f"{place} has {place.size_bytes()} bytes, its manifest says {size}: truncated or changed")
+        raise FormatError(
+            f"{place} has {place.size_bytes()} bytes, its manifest says {size}: truncated or changed"
+        )
     path = place.fetch(cache, sha256)
     if verify:
         found = Location.of(path).sha256()
         if found != sha256:
-            raise FormatError(f"{place} has sha256 {found[:12]}…, its manifest says {sha256[:12]}…: it was changed")
+            raise FormatError(
+                f"{place} has sha256 {found[:12]}…, its manifest says {sha256[:12]}…: it was changed"
+            )
     return path
 
 

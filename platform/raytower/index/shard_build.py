@@ -56,7 +56,12 @@ def new_index(plan: IndexPlan) -> Any:
 
 
 def build_shard(
-    embeddings: str, version: str, number: int, plan: IndexPlan, trained: NDArray[np.uint8] | None, num_threads: int
+    embeddings: str,
+    version: str,
+    number: int,
+    plan: IndexPlan,
+    trained: NDArray[np.uint8] | None,
+    num_threads: int,
 ) -> tuple[ShardEntry, NDArray[np.uint64]]:
     """Build shard `number` under the version folder and return its entry and the hashes of its ids.
 
@@ -119,7 +124,9 @@ def _finished(target: Location) -> tuple[ShardEntry, NDArray[np.uint64]]:
     entry = ShardEntry(**json.loads((target / SHARD_NAME).read_bytes()))
     with (target / DOCUMENTS_NAME).open_read() as stream:
         reader = pa.ipc.open_file(stream)
-        parts = [hash_ids(reader.get_batch(n).column("id").to_pylist()) for n in range(reader.num_record_batches)]
+        parts = [
+            hash_ids(reader.get_batch(n).column("id").to_pylist()) for n in range(reader.num_record_batches)
+        ]
     return entry, np.concatenate(parts)
 
 

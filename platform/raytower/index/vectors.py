@@ -27,7 +27,9 @@ class VectorBatch:
     documents: pa.Table
 
 
-def stream_rows(folder: Location, manifest: EmbeddingsManifest, start: int, end: int) -> Iterator[VectorBatch]:
+def stream_rows(
+    folder: Location, manifest: EmbeddingsManifest, start: int, end: int
+) -> Iterator[VectorBatch]:
     """Rows start to end (exclusive) of the whole folder, files in manifest order.
 
     Raises:
@@ -46,7 +48,9 @@ def sample_rows(
     folder: Location, manifest: EmbeddingsManifest, count: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """`count` distinct random rows in file order: their numbers and vectors (count, dim)."""
-    chosen = np.sort(np.random.default_rng(seed).choice(manifest.rows, size=min(count, manifest.rows), replace=False))
+    chosen = np.sort(
+        np.random.default_rng(seed).choice(manifest.rows, size=min(count, manifest.rows), replace=False)
+    )
     parts = []
     for batch in stream_rows(folder, manifest, 0, manifest.rows):
         inside = (chosen >= batch.first_row) & (chosen < batch.first_row + len(batch.vectors))
@@ -74,7 +78,9 @@ def _stream_file(
             low, high = max(wanted[0] - row, 0), min(wanted[1] - row, table.num_rows)
             if low < high:
                 part = table.slice(low, high - low)
-                yield VectorBatch(row + low, _vectors_of(part, manifest, place), part.drop_columns(["embedding"]))
+                yield VectorBatch(
+                    row + low, _vectors_of(part, manifest, place), part.drop_columns(["embedding"])
+                )
             row += table.num_rows
 
 
@@ -85,15 +91,17 @@ def _vectors_of(table: pa.Table, manifest: EmbeddingsManifest, place: Location) 
     column = table["embedding"].combine_chunks()
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or kind.list_size != manifest.dim:
-        raise InputError(f"{place} has embeddings of type {kind}; its manifest says {manifest.dim} dimensions")
+        raise InputError(
+            f"{place} has embeddings of type {kind}; its manifest says {manifest.dim} dimensions"
+        )
     if column.null_count:
         raise InputError(f"{place} has {column.null_count} rows without an embedding; encode again")
     flat = column.flatten().to_numpy(zero_copy_only=False)
     vectors: NDArray[np.float32] = np.ascontiguousarray(flat.reshape(-1, manifest.dim), dtype=np.float32)
-    _refuse(~np.isfinite(vectors).all(axis=1), "that is not finite", table, place)
+    _refuse(np.asarray(~np.isfinite(vectors).all(axis=1)), "that is not finite", table, place)
     if manifest.similarity == "cosine":
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        _refuse(norms[:, 0] == 0, "that is zero, which has no cosine", table, place)
+        norms: NDArray[np.float32] = np.asarray(np.linalg.norm(vectors, axis=1, keepdims=True))
+        _refuse(np.asarray(norms[:, 0] == 0), "that is zero, which has no cosine", table, place)
         vectors = vectors / norms
     return vectors
 
@@ -101,4 +109,6 @@ def _vectors_of(table: pa.Table, manifest: EmbeddingsManifest, place: Location) 
 def _refuse(bad: NDArray[np.bool_], what: str, table: pa.Table, place: Location) -> None:
     if bad.any():
         name: Any = table["id"][int(np.flatnonzero(bad)[0])].as_py()
-        raise InputError(f"{place}: id {name!r} has a vector {what} ({int(bad.sum())} such rows); encode it again")
+        raise InputError(
+            f"{place}: id {name!r} has a vector {what} ({int(bad.sum())} such rows); encode it again"
+        )

@@ -296,7 +296,7 @@ def _read_pooling(place: Path) -> PoolingMode:
     ]
     if other or len(modes) != 1 or modes[0] not in _POOLING_FLAGS.values():
         raise FormatError(
-            f"{str(place)!r} asks for pooling {other + modes}; exactly one of {sorted(_POOLING_FLAGS.values())} is known"
+            f"{str(place)!r} asks for pooling {other + modes}; give one of {sorted(_POOLING_FLAGS.values())}"
         )
     if config.get("include_prompt") is False:
         raise FormatError(

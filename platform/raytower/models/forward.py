@@ -21,7 +21,7 @@ from raytower.models.encoder import Encoder
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CPU_TOKENS_PER_BATCH = 4096
+_CPU_TOKENS_PER_BATCH = 2048
 _GPU_TOKENS_PER_BATCH = 65536
 
 
@@ -66,7 +66,7 @@ class ForwardEngine:
         self.device = torch.device(device) if device is not None else default_device()
         self.fingerprint = encoder.fingerprint  # before the cast: it names the model, not the precision
         self.encoder = encoder.eval().to(self.device)
-        self.encoder.backbone.to(dtype=TORCH_DTYPES[dtype])
+        torch.nn.Module.to(self.encoder.backbone, dtype=TORCH_DTYPES[dtype])
         self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
         self.stats = ForwardStats()
 

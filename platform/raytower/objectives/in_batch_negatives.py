@@ -2,7 +2,7 @@
 
 For query i with positive p(i) and cosine similarities s:
 
-    loss_i = -log( exp(a·(s[i, p(i)] - m)) / ( exp(a·(s[i, p(i)] - m)) + sum over j in negatives(i) of exp(a·s[i, j]) ) )
+    e_i = exp(a·(s[i, p(i)] - m)),    loss_i = -log( e_i / ( e_i + sum over j in negatives(i) of exp(a·s[i, j]) ) )
 
 with scale a and margin m. Documents known to be relevant to query i (the same text or id as its positive, or the
 positive of an equal query) are no negatives and leave the sum.
@@ -39,7 +39,9 @@ class InBatchNegatives:
         if not self.scale > 0:
             raise InputError(f"objective.scale is {self.scale}; it must be above 0 (20 is usual)")
         if not 0 <= self.margin <= 2:
-            raise InputError(f"objective.margin is {self.margin}; cosines differ by at most 2, so it must be in 0..2")
+            raise InputError(
+                f"objective.margin is {self.margin}; cosines differ by at most 2, so it must be in 0..2"
+            )
 
     def __call__(self, query_BD: Tensor, documents: Sequence[Tensor], keys: BatchKeys) -> Tensor:
         """Mean loss over this worker's queries, a scalar.
@@ -73,7 +75,9 @@ class BatchKeys:
     documents: tuple[Tensor, ...]
 
     def to(self, device: torch.device) -> BatchKeys:
-        return BatchKeys(query=self.query.to(device), documents=tuple(column.to(device) for column in self.documents))
+        return BatchKeys(
+            query=self.query.to(device), documents=tuple(column.to(device) for column in self.documents)
+        )
 
 
 def known_relevant(keys: BatchKeys) -> Tensor:
@@ -95,7 +99,10 @@ def _same(left_B2: Tensor, right_C2: Tensor) -> Tensor:
 def text_keys(texts: Sequence[str], ids: Sequence[str | None] | None = None) -> Tensor:
     """(len(texts), 2) keys of the stripped text and of the id, for BatchKeys."""
     given = ids if ids is not None else [None] * len(texts)
-    rows = [[_key(text.strip()), NO_KEY if name is None else _key(name)] for text, name in zip(texts, given, strict=True)]
+    rows = [
+        [_key(text.strip()), NO_KEY if name is None else _key(name)]
+        for text, name in zip(texts, given, strict=True)
+    ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), 2)
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.data.pieces import Survey, read_piece
-from raytower.data.sources import InputConfig
 from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import InputConfig
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.encoder import Encoder
@@ -78,8 +78,7 @@ def evaluate_encoder(
     query_QD = _interleaved(engine.encode(dev.queries[share], prefixes[0]), len(dev.queries))
     own_corpus = np.arange(len(dev.corpus))[share]
     corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
-    name, _, cutoff = metric.partition("@")
-    cutoffs = sorted({1, 10, int(cutoff)})
+    cutoffs = sorted({1, 10, int(metric.partition("@")[2])})
     ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs))
     ids = [[str(row) for row in rows] for rows in ranked.tolist()]
     judged = [{str(row): 1.0 for row in rows} for rows in dev.relevant]
@@ -122,7 +121,9 @@ def _interleaved(vectors: NDArray[np.float32], num_rows: int) -> Tensor:
     return parts.transpose(0, 1).reshape(workers * len(padded), -1)[:num_rows]
 
 
-def _rows(source: InputConfig, kind: Literal["pairs", "corpus"], names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _rows(
+    source: InputConfig, kind: Literal["pairs", "corpus"], names: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
     yield from _survey_rows(survey_input(source, kind, rows_per_piece=_ROWS_PER_PIECE), names)
 
 

@@ -96,7 +96,9 @@ class _Worker:
             progress.step += 1
             progress.seconds = before + time.perf_counter() - started
             if progress.step % config.log_every_steps == 0 or progress.step == plan.num_steps:
-                self._log(loss, (progress.step - first_step) * config.batch_size / (time.perf_counter() - started))
+                self._log(
+                    loss, (progress.step - first_step) * config.batch_size / (time.perf_counter() - started)
+                )
             last = progress.step == plan.num_steps
             if self._evaluates() and (last or progress.step % plan.task.every_steps == 0):
                 if self._evaluate():
@@ -175,7 +177,9 @@ class _Worker:
     def _log(self, loss: float, rows_per_second: float) -> None:
         if self.rank:
             return
-        left = (self.plan.num_steps - self.progress.step) * self.config.batch_size / max(rows_per_second, 1e-9)
+        left = (
+            (self.plan.num_steps - self.progress.step) * self.config.batch_size / max(rows_per_second, 1e-9)
+        )
         log(
             f"step {self.progress.step}/{self.plan.num_steps}  loss {loss:.4f}  "
             f"lr {self.schedule.get_last_lr()[0]:.2e}  {rows_per_second:.1f} rows/s  {left:.0f} s left"
@@ -195,5 +199,3 @@ class _checkpoint_folder:  # noqa: N801 - used as a function
     def __exit__(self, *error: object) -> None:
         if self._context:
             self._context.__exit__(*error)
-
-

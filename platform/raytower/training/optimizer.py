@@ -18,7 +18,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW over the trainable parameters; biases and norm weights (every one-dimensional tensor) do not decay."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return AdamW(groups, lr=config.lr)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,15 +35,18 @@ class RerankerTask:
 
     config: TrainRerankerConfig
     dev: ScoredRows | None
-    metric: str | None = field(init=False)
-    every_steps: int = field(init=False)
-    patience: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        dev = self.config.dev
-        object.__setattr__(self, "metric", dev.metric if dev else None)
-        object.__setattr__(self, "every_steps", dev.every_steps if dev else 0)
-        object.__setattr__(self, "patience", dev.patience if dev else 0)
+    @property
+    def metric(self) -> str | None:
+        return self.config.dev.metric if self.config.dev else None
+
+    @property
+    def every_steps(self) -> int:
+        return self.config.dev.every_steps if self.config.dev else 0
+
+    @property
+    def patience(self) -> int:
+        return self.config.dev.patience if self.config.dev else 0
 
     def build(self, start_from: Path | None) -> nn.Module:
         model = CrossEncoder.load(start_from) if start_from else CrossEncoder.start_from(self.config.model)
@@ -77,7 +80,9 @@ class RerankerTask:
     def save(self, model: nn.Module, folder: Path, info: dict[str, Any]) -> None:
         cast(CrossEncoder, model).save(folder, info)
 
-    def _inputs(self, model: nn.Module, queries: Sequence[str], documents: Sequence[str]) -> dict[str, Tensor]:
+    def _inputs(
+        self, model: nn.Module, queries: Sequence[str], documents: Sequence[str]
+    ) -> dict[str, Tensor]:
         inner = cast(CrossEncoder, getattr(model, "module", model))
         encoded = inner.tokenizer(
             list(queries),
@@ -96,7 +101,9 @@ def train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     Raises:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model.
     """
-    return fit(config, _survey(config), lambda: RerankerTask(config, _load_dev(config.dev) if config.dev else None))
+    return fit(
+        config, _survey(config), lambda: RerankerTask(config, _load_dev(config.dev) if config.dev else None)
+    )
 
 
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:

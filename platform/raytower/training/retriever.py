@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,15 +33,18 @@ class RetrieverTask:
 
     config: TrainRetrieverConfig
     dev: DevSet | None
-    metric: str | None = field(init=False)
-    every_steps: int = field(init=False)
-    patience: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        dev = self.config.dev
-        object.__setattr__(self, "metric", dev.metric if dev else None)
-        object.__setattr__(self, "every_steps", dev.every_steps if dev else 0)
-        object.__setattr__(self, "patience", dev.patience if dev else 0)
+    @property
+    def metric(self) -> str | None:
+        return self.config.dev.metric if self.config.dev else None
+
+    @property
+    def every_steps(self) -> int:
+        return self.config.dev.every_steps if self.config.dev else 0
+
+    @property
+    def patience(self) -> int:
+        return self.config.dev.patience if self.config.dev else 0
 
     def build(self, start_from: Path | None) -> nn.Module:
         encoder = Encoder.load(start_from or self.config.model)
@@ -94,7 +97,11 @@ def train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
     Raises:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model.
     """
-    return fit(config, _survey(config), lambda: RetrieverTask(config, load_dev_set(config.dev) if config.dev else None))
+    return fit(
+        config,
+        _survey(config),
+        lambda: RetrieverTask(config, load_dev_set(config.dev) if config.dev else None),
+    )
 
 
 def plan_train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def count_steps(num_rows: int, batch_size: int, epochs: float) -> int:
         InputError: the rows do not fill one batch.
     """
     if num_rows < batch_size:
-        raise InputError(f"{num_rows} training rows are fewer than one batch of {batch_size}; lower batch_size")
+        raise InputError(
+            f"{num_rows} training rows are fewer than one batch of {batch_size}; lower batch_size"
+        )
     return max(int(num_rows * epochs) // batch_size, 1)
 
 

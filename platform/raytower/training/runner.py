@@ -88,12 +88,19 @@ def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task]) -
     )
     result = _run_trainer(plan, storage, name)
     checkpoint = _chosen_checkpoint(result, task.metric)
-    figures = {**result.return_value, "output": config.output}
-    info = {"run": key, "config": config.model_dump(mode="json"), "figures": figures, "history": figures.pop("history")}
+    figures: dict[str, Any] = {**result.return_value, "output": config.output}  # type: ignore[attr-defined]
+    info = {
+        "run": key,
+        "config": config.model_dump(mode="json"),
+        "figures": figures,
+        "history": figures.pop("history"),
+    }
     with checkpoint.as_directory() as folder, publish_directory(output) as target:
         shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
         own = json.loads((target / INFO_NAME).read_text(encoding="utf-8"))
-        (target / INFO_NAME).write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+        (target / INFO_NAME).write_text(
+            json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8"
+        )
     (storage / name).delete()
     return figures
 
@@ -108,7 +115,7 @@ def _run_trainer(plan: TrainingPlan, storage: Location, name: str) -> ray.train.
     workers = config.workers
     resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
     trainer = ray.train.torch.TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type] # Ray's stub knows no return value
         train_loop_config={"plan": plan},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.num, use_gpu=workers.num_gpus > 0, resources_per_worker=resources
@@ -144,4 +151,6 @@ def _probe_writable(output: Location) -> None:
         probe.write_bytes(b"probe")
         probe.delete()
     except OSError as error:
-        raise InputError(f"output {output} cannot be written: {error}; choose a place that every worker can") from error
+        raise InputError(
+            f"output {output} cannot be written: {error}; choose a place that every worker can"
+        ) from error

@@ -13,9 +13,17 @@ from raytower.training.row_stream import Rows
 class Task(Protocol):
     """One kind of model under training. Made on the driver, sent to every worker; holds no weights itself."""
 
-    metric: str | None
-    every_steps: int
-    patience: int
+    @property
+    def metric(self) -> str | None:
+        """The dev metric that chooses the best checkpoint; None without a dev set."""
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between evaluations."""
+
+    @property
+    def patience(self) -> int:
+        """Evaluations without a better value before training stops."""
 
     def build(self, start_from: Path | None) -> nn.Module:
         """The model in fp32, from the config's start or from a checkpoint's model directory."""
