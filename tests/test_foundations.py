@@ -72,15 +72,13 @@ class TestConfig:
             load_config(Example, tmp_path / "list.yaml")
 
     def test_overrides_are_read_as_values(self) -> None:
-        given_ = ["--a.b", "1e-5", "--c-d=true", "--e", "null", "--f", "plain text", "--g", "[1, 5]", "--h="]
-        assert parse_overrides(given_) == {
-            "a.b": 1e-5,
-            "c_d": True,
-            "e": None,
-            "f": "plain text",
-            "g": [1, 5],
-            "h": "",
-        }
+        given_ = ["--name=x", "--nested.rate", "1e-5", "--maybe", "null", "--workers.max=3"]
+        config = load_config(Example, None, parse_overrides(given_))
+        assert (config.nested.rate, config.maybe, config.workers.max) == (1e-5, None, 3)
+
+    @pytest.mark.parametrize("text", ["123", "yes", "what is: this", "[x", "null", "", "-"])
+    def test_plain_text_stays_as_it_was_typed(self, text: str) -> None:
+        assert load_config(Example, None, parse_overrides(["--name", text])).name == text
 
     @pytest.mark.parametrize("given_", [["oops"], ["--key"], ["--"]])
     def test_malformed_overrides(self, given_: list[str]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +95,8 @@ class TestCommandLine:
 @pytest.fixture
 def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node of its own, ended by its process id; yields the dashboard's address and the environment."""
+    # Short, because the names of Ray's sockets lie below it and may have 107 bytes at most.
+    session = tempfile.mkdtemp(prefix="rt")
     ports = []
     for _ in range(3):
         with socket.socket() as free:
@@ -106,7 +110,7 @@ def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     command += [
         f"--ray-client-server-port={ports[2]}",
         "--include-dashboard=true",
-        f"--temp-dir={tmp_path / 'r'}",
+        f"--temp-dir={session}",
     ]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -120,11 +124,13 @@ def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             time.sleep(0.5)
         yield address, environment
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+        if head.poll() is None:
+            head.send_signal(signal.SIGTERM)
+            try:
+                head.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def test_a_job_runs_by_ray_job_submit(

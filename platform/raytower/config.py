@@ -75,6 +75,8 @@ def load_config(
             )
         values = loaded or {}
     for key, value in (overrides or {}).items():
+        if isinstance(value, str) and not _is_text(config_class, key):
+            value = _parse_scalar(value)
         _set_dotted(values, key, value)
     return make_config(config_class, values, source=str(path) if path else "the command line")
 
@@ -89,13 +91,15 @@ def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: 
         raise InputError("\n".join(lines)) from error
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Turn `--section.key value` and `--section.key=value` into a dotted mapping; values are read as YAML.
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Turn `--section.key value` and `--section.key=value` into dotted keys and their texts.
+
+    `load_config` reads a text as YAML unless its key holds plain text.
 
     Raises:
         InputError: an argument is no `--key`, or has no value.
     """
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
     position = 0
     while position < len(arguments):
         argument = arguments[position]
@@ -107,7 +111,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if position >= len(arguments):
                 raise InputError(f"--{key} has no value; write --{key} VALUE")
             text = arguments[position]
-        overrides[key.replace("-", "_")] = _parse_scalar(text)
+        overrides[key.replace("-", "_")] = text
         position += 1
     return overrides
 
@@ -148,6 +152,18 @@ def _parse_scalar(text: str) -> Any:
     if value is None:
         return None if text.strip() in ("null", "~", "None") else text
     return value if isinstance(value, (bool, int, float, list, dict)) else text
+
+
+def _is_text(config_class: type[Config], key: str) -> bool:
+    """Whether a dotted key holds plain text, so that a query like `123` or `what is: this` stays as it was typed."""
+    head, _, rest = key.partition(".")
+    field = config_class.model_fields.get(head)
+    if field is None:
+        return False
+    if rest:
+        nested = _nested_config(field.annotation)
+        return nested is not None and _is_text(nested, rest)
+    return field.annotation is str
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

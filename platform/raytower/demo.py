@@ -44,7 +44,17 @@ QUESTIONS = (
     "Can I get life insurance if I have diabetes?",
     "How much car insurance do I need?",
 )
-METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@50", "mrr@10", "ndcg@10")
+METRICS = (
+    "hit@1",
+    "hit@10",
+    "recall@1",
+    "recall@5",
+    "recall@10",
+    "recall@20",
+    "recall@50",
+    "mrr@10",
+    "ndcg@10",
+)
 _MAX_LENGTH = 128
 _PROMOTION_METRIC = "mrr@10"
 _SAMPLE = SampleSizes(train=900, dev=200, test=300, corpus=3000)
@@ -119,9 +129,6 @@ class _Demo:
         )
         with _timed(self.seconds, "evaluate reranker"):
             self._evaluate("reranked", encoder, name, files, "test", reranker=reranker)
-            self._evaluate(
-                "reranker alone", encoder, name, files, "test", reranker=reranker, fusion_weight=1.0
-            )
         answers = self._serve(encoder, name, reranker if fused else None)
         total = time.perf_counter() - started
         print(self._table(name, fused))
@@ -134,7 +141,9 @@ class _Demo:
                 "zero-shot": base,
                 "trained": trained,
                 "recall": tuned.recall_mrr,
+                "reranker alone": tuned.rerank_mrr,
                 "fused": tuned.fused_mrr,
+                "fusion_weight": tuned.fusion.weight,
             },
             "test": {
                 row: {metric: values[metric] for metric in METRICS} for row, values in self.rows.items()

@@ -1,0 +1,117 @@
+"""Row ranges of Parquet files as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytower.data.layouts import Source, parquet_columns
+from raytower.data.records import RecordField
+from raytower.data.rows import Parsed, RowBatch, free_name, to_records
+from raytower.errors import InputError
+
+_BATCH_ROWS = 8192
+
+
+class RowGroupReader:
+    """Reads row ranges of one file; ranges asked for in order decode each row group once."""
+
+    def __init__(self, source: Source):
+        """Raises InputError where the file is no Parquet, or lacks a column that the records need."""
+        self.source = source
+        try:
+            self._file = pq.ParquetFile(source.file.open())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{source.file} is no readable Parquet file: {error}") from error
+        self._names = parquet_columns(source.file, source.layout, self._file.schema_arrow)
+        self._wanted = [name for name in self._names.values() if name is not None]
+        if source.layout.passes_columns_through:
+            self._wanted = self._file.schema_arrow.names
+        self._group = -1
+        self._position = 0
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._rest: pa.RecordBatch | None = None
+
+    def row_counts(self) -> list[int]:
+        """Rows of each row group."""
+        metadata = self._file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def read(self, group: int, start: int, num_rows: int) -> pa.Table:
+        """`num_rows` rows of row group `group` from its row `start` on; fewer only at the group's end."""
+        if group != self._group or start < self._position:
+            self._begin(group)
+        parts: list[pa.RecordBatch] = []
+        try:
+            while num_rows > 0:
+                batch = self._rest if self._rest is not None else next(self._batches, None)
+                self._rest = None
+                if batch is None:
+                    break
+                skip = min(start - self._position, len(batch))
+                taken = batch.slice(skip, num_rows)
+                self._position += skip + len(taken)
+                start, num_rows = start + len(taken), num_rows - len(taken)
+                if len(taken):
+                    parts.append(taken)
+                if skip + len(taken) < len(batch):
+                    self._rest = batch.slice(skip + len(taken))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{self.source.file} cannot be read in row group {group}: {error}") from error
+        schema = pa.schema([self._file.schema_arrow.field(name) for name in self._wanted])
+        return pa.Table.from_batches(parts) if parts else schema.empty_table()
+
+    def parse(self, rows: pa.Table, first_row: int) -> Parsed:
+        """`rows`, the first of which is row `first_row` of the file (counted from 1), as records."""
+        batch = RowBatch(np.arange(first_row, first_row + len(rows), dtype=np.int64), {})
+        nulls = pa.nulls(len(rows), pa.string())
+        batch.columns = {
+            name: nulls if column is None else _as_text(rows.column(column))
+            for name, column in self._names.items()
+        }
+        if self.source.layout.passes_columns_through:
+            taken = set(self._names.values())
+            batch.extra = {
+                free_name(n): rows.column(n).combine_chunks() for n in rows.column_names if n not in taken
+            }
+        for wanted in self.source.layout.fields:
+            _reject_bad_utf8(batch, wanted)
+        return to_records(batch, self.source.layout, self.source.file.stem)
+
+    def _begin(self, group: int) -> None:
+        self._group, self._position, self._rest = group, 0, None
+        try:
+            columns = list(dict.fromkeys(self._wanted))
+            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+        except (pa.ArrowInvalid, OSError, IndexError) as error:
+            raise InputError(f"{self.source.file} cannot be read in row group {group}: {error}") from error
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.string())
+
+
+def _reject_bad_utf8(batch: RowBatch, wanted: RecordField) -> None:
+    try:
+        batch.columns[wanted.name].validate(full=True)
+        return
+    except pa.ArrowInvalid:
+        pass
+    raw = batch.columns[wanted.name].cast(pa.binary()).to_pylist()
+    batch.reject(
+        np.array([not _is_utf8(value) for value in raw]), lambda i: f"{wanted.names[0]} is not UTF-8"
+    )
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

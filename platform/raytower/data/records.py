@@ -1,0 +1,89 @@
+"""What a record is: the kinds, the columns that each kind always has, and the names a file may give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pyarrow as pa
+
+RecordKind = Literal["corpus", "pairs", "triples", "scored", "labelled", "lines"]
+RECORD_KINDS: tuple[RecordKind, ...] = get_args(RecordKind)
+
+FieldType = Literal["text", "id", "number", "category"]
+"""text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text."""
+
+
+@dataclass(frozen=True)
+class RecordField:
+    """One value of a record, and the column or key names it may come under, best first."""
+
+    name: str
+    names: tuple[str, ...]
+    type: FieldType = "text"
+    required: bool = True
+    may_be_blank: bool = False
+
+
+_QUERY = RecordField("query", ("query", "sentence1"))
+_DOCUMENT = RecordField("document", ("document", "title", "sentence2"))
+_FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
+    "pairs": (
+        RecordField("query", ("query", "sentence1", "text")),
+        RecordField("document", ("document", "title", "sentence2", "similar_text")),
+        RecordField("query_id", ("query_id",), "id", required=False),
+        RecordField("document_id", ("document_id",), "id", required=False),
+    ),
+    "triples": (_QUERY, _DOCUMENT, RecordField("negative", ("negative", "neg_title"))),
+    "scored": (_QUERY, _DOCUMENT, RecordField("label", ("label",), "number")),
+    "labelled": (RecordField("text", ("text",)), RecordField("label", ("label",), "category")),
+}
+
+# The column names that the documentation gives for TSV files of each kind; None where files carry no header.
+EXPECTED_HEADER: dict[RecordKind, tuple[str, ...]] = {
+    "triples": ("query", "title", "neg_title"),
+    "scored": ("query", "title", "label"),
+}
+# What the columns of a TSV without a header mean.
+HEADERLESS: dict[RecordKind, tuple[str, ...]] = {
+    "pairs": ("query", "document"),
+    "labelled": ("text", "label"),
+}
+
+
+def is_corpus_like(kind: RecordKind) -> bool:
+    """Kinds whose records are single texts with an id."""
+    return kind in ("corpus", "lines")
+
+
+def fields_of(
+    kind: RecordKind, text_fields: tuple[str, ...], id_field: str | None, text_may_be_blank: bool = False
+) -> tuple[RecordField, ...]:
+    """The fields to read for `kind`. For a corpus: its id, then one field for each of `text_fields`.
+
+    The last text field is required, those before it (a title) are not. `text_may_be_blank` lets the required one be
+    empty as long as the joined text is not, which BEIR's corpora need.
+    """
+    if not is_corpus_like(kind):
+        return _FIELDS[kind]
+    identifier = RecordField(
+        "id", (id_field,) if id_field else ("id", "_id"), "id", required=id_field is not None
+    )
+    last = len(text_fields) - 1
+    texts = [
+        RecordField(
+            f"text_{number}",
+            (name,),
+            required=number == last,
+            may_be_blank=number < last or text_may_be_blank,
+        )
+        for number, name in enumerate(text_fields)
+    ]
+    return (identifier, *texts)
+
+
+def canonical_schema(kind: RecordKind) -> pa.Schema:
+    """The columns that every table of this kind has, whatever its source."""
+    if is_corpus_like(kind):
+        return pa.schema([("id", pa.string()), ("text", pa.string())])
+    return pa.schema([(f.name, pa.float64() if f.type == "number" else pa.string()) for f in _FIELDS[kind]])

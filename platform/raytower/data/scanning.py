@@ -1,0 +1,111 @@
+"""Going through a source chunk by chunk, and reading any of those chunks again on its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raytower.data.layouts import Source
+from raytower.data.parquet import RowGroupReader
+from raytower.data.rows import Parsed, parse_slice, raw_line
+from raytower.data.slices import RangeReader, Slice, iter_slices
+from raytower.errors import InputError
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of rows of one file: decompressed bytes [start, end), or rows [start, end) of a Parquet row group."""
+
+    start: int
+    end: int
+    first_line: int
+    """Line number (Parquet: row number) of the first row, counted from 1."""
+    row_group: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One extent with its rows parsed."""
+
+    extent: Extent
+    parsed: Parsed
+    content: Slice | pa.Table
+
+    @property
+    def num_lines(self) -> int:
+        """Rows of the file in this chunk, good and bad."""
+        return self.parsed.num_rows + len(self.parsed.rejections)
+
+    def raw(self, line: int) -> bytes:
+        """The row's bytes as they stand in the file; for Parquet the row as JSON."""
+        if isinstance(self.content, Slice):
+            return raw_line(self.content, line)
+        row = self.content.slice(line - self.extent.first_line, 1)
+        values = {name: _plain_value(row.column(name)) for name in row.column_names}
+        return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8")
+
+
+def scan(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
+    """Every row of `source`, parsed, in chunks of at most `rows_per_chunk` rows; chunks of Parquet end with row groups.
+
+    Raises:
+        InputError: the file cannot be read, or holds no row at all.
+    """
+    chunks = _scan_parquet if source.layout.format == "parquet" else _scan_text
+    is_empty = True
+    for chunk in chunks(source, rows_per_chunk):
+        is_empty = False
+        yield chunk
+    if is_empty:
+        after = " after its header" if source.layout.first_line > 1 else ""
+        raise InputError(f"{source.file} holds no rows{after}; remove the file or give one that has rows")
+
+
+class ExtentReader:
+    """Reads extents of one source; in file order each byte is read once, compressed or not."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self._parquet = RowGroupReader(source) if source.layout.format == "parquet" else None
+        self._text = None if self._parquet else RangeReader(source.file)
+
+    def read(self, extent: Extent) -> Chunk:
+        """Raises InputError where the file can no longer be read."""
+        if self._parquet is not None and extent.row_group is not None:
+            rows = self._parquet.read(extent.row_group, extent.start, extent.end - extent.start)
+            return Chunk(extent, self._parquet.parse(rows, extent.first_line), rows)
+        assert self._text is not None
+        data = self._text.read(extent.start, extent.end - extent.start)
+        content = Slice(extent.start, extent.first_line, data)
+        return Chunk(extent, parse_slice(content, self.source), content)
+
+
+def _plain_value(cell: pa.ChunkedArray) -> Any:
+    """The one value of `cell`; a string that is no UTF-8 with its odd bytes escaped."""
+    try:
+        return cell[0].as_py()
+    except UnicodeDecodeError:
+        return cell[0].as_buffer().to_pybytes().decode("utf-8", errors="backslashreplace")
+
+
+def _scan_text(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
+    layout = source.layout
+    for content in iter_slices(source.file, layout.body_start, layout.first_line, rows_per_chunk):
+        extent = Extent(content.start, content.end, content.first_line)
+        yield Chunk(extent, parse_slice(content, source), content)
+
+
+def _scan_parquet(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
+    reader = RowGroupReader(source)
+    first_row = 1
+    for group, num_rows in enumerate(reader.row_counts()):
+        for start in range(0, num_rows, rows_per_chunk):
+            end = min(start + rows_per_chunk, num_rows)
+            rows = reader.read(group, start, end - start)
+            extent = Extent(start, end, first_row + start, group)
+            yield Chunk(extent, reader.parse(rows, extent.first_line), rows)
+        first_row += num_rows

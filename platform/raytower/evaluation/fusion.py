@@ -1,0 +1,170 @@
+"""Tuning the weight between recall score and rerank logit on queries with known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from raytower.errors import InputError
+from raytower.evaluation.recall import Retriever
+from raytower.metrics import MRR_DEPTH, reciprocal_rank
+from raytower.models.directory import INFO_NAME
+from raytower.models.fusion import Fusion
+from raytower.storage import Location
+
+# Twentieths, so that 0, 0.05 … 1 are each the float nearest to what is written.
+WEIGHTS = tuple(step / 20 for step in range(21))
+_QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedFusion:
+    """A tuned fusion and MRR@10 on the queries it was tuned on: recall alone, reranker alone, both fused."""
+
+    fusion: Fusion
+    recall_mrr: float
+    rerank_mrr: float
+    fused_mrr: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Candidates of all queries, [Q, K]; `exists` is False where a query has fewer."""
+
+    recall: NDArray[np.float64]
+    rerank: NDArray[np.float64]
+    relevant: NDArray[np.bool_]
+    exists: NDArray[np.bool_]
+
+
+def tune_fusion(
+    recall_scores: Sequence[ArrayLike], rerank_logits: Sequence[ArrayLike], relevance: Sequence[ArrayLike]
+) -> Fusion:
+    """The weight among 0, 0.05 … 1 with the highest MRR@10; of equal ones the smallest, which trusts recall more.
+
+    Args:
+        recall_scores: for each query the scores of its candidates, best first.
+        rerank_logits: the reranker's logits of the same candidates.
+        relevance: their judgements; above 0 is relevant. A query without a relevant candidate changes nothing.
+
+    Raises:
+        InputError: there are no candidates, or the three disagree in number.
+    """
+    return _tune(_pad(recall_scores, rerank_logits, relevance))
+
+
+def fused_mrr(
+    fusion: Fusion,
+    recall_scores: Sequence[ArrayLike],
+    rerank_logits: Sequence[ArrayLike],
+    relevance: Sequence[ArrayLike],
+) -> float:
+    """MRR@10 of the candidates ordered by `fusion`; ties keep the given order. Arguments as for `tune_fusion`."""
+    return _mrr(fusion, _pad(recall_scores, rerank_logits, relevance))
+
+
+def tune_on_queries(
+    retriever: Retriever, queries: Sequence[str], relevant: Sequence[Mapping[str, float]], rerank_k: int = 100
+) -> TunedFusion:
+    """Recall and rerank `queries` with `retriever` (its own fusion plays no part) and tune on the candidates.
+
+    Args:
+        retriever: must have a reranker.
+        queries: dev queries, never the ones that are evaluated later.
+        relevant: judgement by document id, for each query.
+        rerank_k: candidates a query.
+    """
+    recall_scores: list[ArrayLike] = []
+    logits: list[ArrayLike] = []
+    relevance: list[ArrayLike] = []
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        batch = list(queries[start : start + _QUERIES_AT_ONCE])
+        candidates = retriever.recall(retriever.encode(batch), rerank_k)
+        logits.extend(retriever.score(batch, candidates))
+        for items, judged in zip(candidates, relevant[start : start + len(batch)], strict=True):
+            recall_scores.append([item.score for item in items])
+            relevance.append([judged.get(item.id, 0.0) for item in items])
+    padded = _pad(recall_scores, logits, relevance)
+    fusion = _tune(padded)
+    return TunedFusion(
+        fusion=fusion,
+        recall_mrr=_mrr(replace(fusion, weight=0.0), padded),
+        rerank_mrr=_mrr(replace(fusion, weight=1.0), padded),
+        fused_mrr=_mrr(fusion, padded),
+    )
+
+
+def store_fusion(reranker: str | Location, tuned: Fusion | TunedFusion) -> None:
+    """Keep a fusion in the raytower.json of a reranker directory, under `fusion`; the file is replaced atomically.
+
+    Raises:
+        InputError: the directory has no raytower.json.
+    """
+    place = Location.of(reranker) / INFO_NAME
+    info = place.read_json()
+    fusion = tuned.fusion if isinstance(tuned, TunedFusion) else tuned
+    info["fusion"] = fusion.to_dict()
+    if isinstance(tuned, TunedFusion):
+        info["fusion_tuning"] = {key: value for key, value in tuned.to_dict().items() if key != "fusion"}
+    place.write_json(info)
+
+
+def _tune(padded: _Padded) -> Fusion:
+    recall, rerank = padded.recall[padded.exists], padded.rerank[padded.exists]
+    base = Fusion(
+        weight=0.0,
+        recall_mean=float(recall.mean()),
+        recall_std=_deviation(recall),
+        rerank_mean=float(rerank.mean()),
+        rerank_std=_deviation(rerank),
+    )
+    # max() keeps the first of equals, and the weights rise; rounding, or the order of a sum would break ties.
+    return max(
+        (replace(base, weight=weight) for weight in WEIGHTS), key=lambda item: round(_mrr(item, padded), 12)
+    )
+
+
+def _mrr(fusion: Fusion, padded: _Padded) -> float:
+    fused = np.where(padded.exists, fusion.fuse(padded.recall, padded.rerank), -np.inf)
+    order = np.argsort(-fused, axis=1, kind="stable")[:, :MRR_DEPTH]
+    return float(reciprocal_rank(np.take_along_axis(padded.relevant, order, axis=1)).mean())
+
+
+def _pad(recall: Sequence[ArrayLike], rerank: Sequence[ArrayLike], relevance: Sequence[ArrayLike]) -> _Padded:
+    if not len(recall) == len(rerank) == len(relevance):
+        raise InputError(
+            f"{len(recall)} queries have recall scores, {len(rerank)} logits, {len(relevance)} judgements; "
+            "there must be as many of each"
+        )
+    rows = [
+        tuple(np.asarray(part, dtype=np.float64) for part in row)
+        for row in zip(recall, rerank, relevance, strict=True)
+    ]
+    width = max((len(row[0]) for row in rows), default=0)
+    if not width:
+        raise InputError("no query has a candidate; a fusion cannot be tuned on nothing")
+    padded = np.zeros((3, len(rows), width))
+    exists = np.zeros((len(rows), width), dtype=bool)
+    for number, row in enumerate(rows):
+        if not len(row[0]) == len(row[1]) == len(row[2]):
+            raise InputError(
+                f"query number {number} has {len(row[0])} recall scores, {len(row[1])} logits and {len(row[2])} "
+                "judgements; there must be as many of each"
+            )
+        exists[number, : len(row[0])] = True
+        for part in range(3):
+            padded[part, number, : len(row[0])] = row[part]
+    return _Padded(padded[0], padded[1], padded[2] > 0, exists)
+
+
+def _deviation(values: NDArray[np.float64]) -> float:
+    # Equal scores carry no order; dividing what rounding left of their deviation would make one up.
+    deviation = float(values.std())
+    return deviation if deviation > 1e-9 * max(1.0, float(np.abs(values).max())) else 1.0

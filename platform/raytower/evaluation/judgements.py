@@ -1,0 +1,85 @@
+"""Which documents of an index are relevant to which query, and how many relevant ones the index does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raytower.data.queries import QuerySet
+from raytower.index.reader import Index
+
+# No document id can begin with this: ids come from text files, whose readers refuse the character.
+_ABSENT = "\x00"
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """Judged queries. `relevant` holds document id → judgement for each, and is never empty.
+
+    A relevant document that the index lacks keeps its place there, so that recall counts it as missed.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    relevant: list[dict[str, float]]
+    num_missing: int
+    """Judgements whose document is not in the index."""
+    num_without_relevant: int
+    """Queries of the input that nothing is relevant to; they are no part of the lists above."""
+
+
+def document_tables(index: Index) -> list[pa.Table]:
+    """The documents of each shard: `id`, `text` and the metadata columns; mapped from disk, not held."""
+    return [shard.documents_table for shard in index.shards]
+
+
+def judge(queries: QuerySet, documents: Sequence[pa.Table]) -> Judgements:
+    """Turn a query set into judgements over the documents of an index (`document_tables`); scans them once.
+
+    Relevance by id is taken as it is. Relevance by text (pairs) means every document whose text is equal.
+    """
+    if queries.relevant is not None:
+        known = {doc_id for judged in queries.relevant for doc_id in judged}
+        present = set(find_documents(documents, "id", known, "id"))
+        relevant = queries.relevant
+        num_missing = sum(doc_id not in present for judged in relevant for doc_id in judged)
+    else:
+        assert queries.relevant_texts is not None
+        wanted = {text for texts in queries.relevant_texts for text in texts}
+        ids = find_documents(documents, "text", wanted, "id")
+        relevant = [
+            {doc_id: 1.0 for text in texts for doc_id in ids.get(text, (_ABSENT + text,))}
+            for texts in queries.relevant_texts
+        ]
+        num_missing = sum(text not in ids for texts in queries.relevant_texts for text in texts)
+    return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant)
+
+
+def find_documents(
+    tables: Iterable[pa.Table], column: str, values: Collection[str], wanted: str
+) -> dict[str, list[str]]:
+    """For each of `values` that occurs in `column`: the `wanted` column of the documents that have it.
+
+    Memory holds `values`, the matches and one bit for each document of a table.
+    """
+    found: dict[str, list[str]] = {}
+    if not values:
+        return found
+    for table in tables:
+        searched = table[column]
+        if searched.type not in (pa.string(), pa.large_string()):
+            searched = searched.cast(pa.string())  # metadata, such as labels that are numbers
+        value_set = pa.array(sorted(values), type=searched.type)
+        mask = pc.is_in(searched, value_set=value_set)
+        matches = zip(searched.filter(mask).to_pylist(), table[wanted].filter(mask).to_pylist(), strict=True)
+        for value, other in matches:
+            found.setdefault(value, []).append(other)
+    return found
+
+
+def absent_text(identifier: str) -> str | None:
+    """The text that stands for a relevant document which the index lacks, or None for an ordinary id."""
+    return identifier[len(_ABSENT) :] if identifier.startswith(_ABSENT) else None

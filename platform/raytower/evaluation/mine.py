@@ -1,0 +1,276 @@
+"""`raytower mine`: hard negatives for training pairs, from what an index recalls for each query.
+
+Two passes over the pairs: the first remembers which documents are known positives of a query (eight bytes each), the
+second searches in batches and samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from raytower.config import Config, OnError
+from raytower.data.pieces import Survey
+from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import InputConfig
+from raytower.evaluation.progress import Progress
+from raytower.evaluation.recall import Candidate, Vectors, index_recall
+from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
+from raytower.evaluation.settings import (
+    ROWS_PER_PIECE,
+    QueryCompute,
+    cosines,
+    load_engine,
+    open_index_manifest,
+    own_or,
+    plan_rows,
+    quarantine_place,
+    row_batches,
+)
+from raytower.index.reader import Index
+from raytower.models.forward import ForwardEngine
+from raytower.runtime import log
+from raytower.storage import Location
+
+_COLUMNS = {"triples": ("query", "title", "neg_title"), "scored": ("query", "title", "label")}
+
+
+class MineConfig(Config):
+    """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
+
+    encoder: str
+    index: str
+    input: InputConfig
+    output: str
+    kind: Literal["triples", "scored"] = "triples"
+    format: RowFormat = "tsv"
+    depth: int = Field(default=50, ge=1)
+    """Documents recalled for each query."""
+    skip_top: int = Field(default=0, ge=0)
+    """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
+    num_negatives: int = Field(default=1, ge=1)
+    """Sampled for each pair, without replacement; fewer where fewer remain."""
+    max_score_ratio: float | None = Field(default=None, gt=0)
+    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
+    query_prefix: str | None = None
+    seed: int = Field(default=0, ge=0)
+    on_error: OnError = "fail"
+    compute: QueryCompute = QueryCompute()
+
+    def model_post_init(self, context: Any) -> None:
+        if self.skip_top + self.num_negatives > self.depth:
+            raise ValueError(
+                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than depth {self.depth}; "
+                "raise depth"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A training pair. `number` counts the good rows of the input from 0."""
+
+    number: int
+    query: str
+    document: str
+
+
+@dataclass
+class MinedCounts:
+    """What became of the pairs and the candidates."""
+
+    pairs: int = 0
+    negatives: int = 0
+    pairs_without_negatives: int = 0
+    """Nothing was left to sample; such pairs are not written."""
+    pairs_with_fewer: int = 0
+    """Written with fewer than num_negatives."""
+    dropped_positives: int = 0
+    """Recalled documents that are known positives of the query, or the query itself."""
+    dropped_likely_positives: int = 0
+    """Candidates above max_score_ratio."""
+
+
+class KnownPositives:
+    """Which documents are positives of a query, by text and by id; eight bytes for each.
+
+    Hashes of 64 bits stand for the entries: of a thousand million lookups about none errs, and an error only drops
+    one candidate.
+    """
+
+    def __init__(self, keys: NDArray[np.uint64]) -> None:
+        self._keys = np.unique(keys)
+
+    @staticmethod
+    def read(survey: Survey) -> KnownPositives:
+        parts = []
+        for table in row_batches(survey, ROWS_PER_PIECE):
+            columns = (table[name].to_pylist() for name in ("query", "document", "document_id"))
+            keys = []
+            for query, document, document_id in zip(*columns, strict=True):
+                keys.append(_key(query, "text", document))
+                if document_id is not None:
+                    keys.append(_key(query, "id", document_id))
+            parts.append(np.array(keys, dtype=np.uint64))
+        return KnownPositives(np.concatenate(parts))
+
+    def include(self, query: str, candidates: Sequence[Candidate]) -> NDArray[np.bool_]:
+        """Whether each candidate is a known positive of `query`, or the query's own text; bool [K]."""
+        keys = [(_key(query, "text", item.text), _key(query, "id", item.id)) for item in candidates]
+        known = np.isin(np.array(keys, dtype=np.uint64).reshape(-1, 2), self._keys).any(axis=1)
+        return known | np.array([item.text == query for item in candidates], dtype=bool)
+
+
+def mine(config: MineConfig) -> dict[str, Any]:
+    """Write triples (`query title neg_title`) or scored pairs (`query title label`, the positive first) to `output`.
+
+    Candidates equal to the query, or known positives of it in any row, are never negatives. The sample depends on the
+    seed and on a pair's place in the input alone, not on how pairs are batched.
+
+    Returns:
+        pairs, negatives, pairs_without_negatives, pairs_with_fewer, dropped_positives, dropped_likely_positives,
+        rejected_rows, index_version, seconds, output.
+
+    Raises:
+        InputError: bad rows under on_error fail, an index that another encoder made, or, for a TSV, a text with a tab.
+    """
+    start = time.perf_counter()
+    survey = _survey(config)
+    engine = load_engine(config.encoder, config.compute)
+    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    positives = KnownPositives.read(survey)
+    miner = Miner(config, engine, index, positives)
+    with open_rows(Location.of(config.output), config.format, _COLUMNS[config.kind]) as writer:
+        miner.run(_pair_batches(survey, config.compute.rows_per_batch), survey.num_rows, writer)
+    counts = miner.counts
+    if counts.pairs_without_negatives:
+        log(
+            f"{counts.pairs_without_negatives:,} pairs have no negative left and are not written; raise depth"
+        )
+    return {
+        **asdict(counts),
+        "rejected_rows": survey.num_rejected,
+        "index_version": index.version,
+        "seconds": round(time.perf_counter() - start, 3),
+        "output": config.output,
+    }
+
+
+def plan_mine(config: MineConfig) -> dict[str, Any]:
+    """Pairs, batches and predicted memory; surveys the input."""
+    survey = _survey(config)
+    plan = plan_rows(survey.num_rows, config.compute, config.encoder, config.depth)
+    manifest = open_index_manifest(config.index, plan["fingerprint"])
+    # Up to two keys a pair, held twice while they are sorted.
+    plan["predicted_memory_bytes"] += survey.num_rows * 2 * 8 * 2
+    return {**plan, "rejected_rows": survey.num_rejected, "index_rows": manifest.rows}
+
+
+class Miner:
+    """Finds and writes the negatives of batches of pairs, and counts what became of them."""
+
+    def __init__(
+        self, config: MineConfig, engine: ForwardEngine, index: Index, positives: KnownPositives
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._prefix = own_or(config.query_prefix, engine.encoder, "query")
+        self._recall = index_recall(index)
+        self._manifest = index.manifest
+        # A positive is compared with candidates, so it is encoded as they were.
+        self._document_engine = ForwardEngine(
+            engine.encoder,
+            dtype=config.compute.dtype,
+            tokens_per_batch=config.compute.tokens_per_batch,
+            max_length=index.manifest.max_length,
+        )
+        self._positives = positives
+        self.counts = MinedCounts()
+
+    def run(self, batches: Iterator[list[Pair]], total: int, writer: RowWriter) -> None:
+        """Mine `total` pairs and write what is found."""
+        progress = Progress("mined", "pairs", total)
+        for batch in batches:
+            for pair, negatives in zip(batch, self.negatives(batch), strict=True):
+                self._write(pair, negatives, writer)
+            progress.advance(len(batch))
+
+    def negatives(self, batch: Sequence[Pair]) -> list[list[Candidate]]:
+        """The sampled negatives of each pair, nearest first."""
+        queries = list(dict.fromkeys(pair.query for pair in batch))
+        vectors = self._engine.encode(queries, self._prefix)
+        recalled = dict(zip(queries, self._recall(vectors, self._config.depth), strict=True))
+        limits = self._limits(batch, vectors, {query: row for row, query in enumerate(queries)})
+        return [
+            self._sample(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)
+        ]
+
+    def _limits(self, batch: Sequence[Pair], vectors: Vectors, rows: dict[str, int]) -> NDArray[np.float64]:
+        """The score above which a candidate of each pair is too near to be a negative, float64 [pairs]."""
+        if self._config.max_score_ratio is None:
+            return np.full(len(batch), np.inf)
+        documents = self._document_engine.encode([pair.document for pair in batch], self._manifest.prefix)
+        own = vectors[[rows[pair.query] for pair in batch]]
+        if self._manifest.metric == "cosine":
+            scores = cosines(own, documents)
+        else:
+            scores = np.einsum("nd,nd->n", own.astype(np.float64), documents.astype(np.float64))
+        return scores * self._config.max_score_ratio
+
+    def _sample(self, pair: Pair, candidates: Sequence[Candidate], limit: float) -> list[Candidate]:
+        known = self._positives.include(pair.query, candidates)
+        self.counts.dropped_positives += int(known.sum())
+        first = self._config.skip_top
+        left = [
+            item for item, positive in zip(candidates[first:], known[first:], strict=True) if not positive
+        ]
+        far = [item for item in left if item.score <= limit]
+        self.counts.dropped_likely_positives += len(left) - len(far)
+        by_text: dict[str, Candidate] = {}
+        for item in far:
+            by_text.setdefault(item.text, item)
+        distinct = list(by_text.values())
+        generator = np.random.default_rng([self._config.seed, pair.number])
+        num_taken = min(self._config.num_negatives, len(distinct))
+        if not num_taken:
+            return []
+        chosen = generator.choice(len(distinct), size=num_taken, replace=False)
+        return [distinct[place] for place in sorted(chosen.tolist())]
+
+    def _write(self, pair: Pair, negatives: Sequence[Candidate], writer: RowWriter) -> None:
+        self.counts.pairs += 1
+        self.counts.negatives += len(negatives)
+        self.counts.pairs_without_negatives += not negatives
+        self.counts.pairs_with_fewer += 0 < len(negatives) < self._config.num_negatives
+        if self._config.kind == "triples":
+            for item in negatives:
+                writer.write(pair.query, pair.document, item.text)
+        elif negatives:
+            writer.write(pair.query, pair.document, 1)
+            for item in negatives:
+                writer.write(pair.query, item.text, 0)
+
+
+def _survey(config: MineConfig) -> Survey:
+    place = quarantine_place(config.output, config.on_error)
+    return survey_input(config.input, "pairs", ROWS_PER_PIECE, config.on_error, place)
+
+
+def _pair_batches(survey: Survey, rows_per_batch: int) -> Iterator[list[Pair]]:
+    number = 0
+    for table in row_batches(survey, rows_per_batch):
+        rows = zip(table["query"].to_pylist(), table["document"].to_pylist(), strict=True)
+        yield [Pair(number + offset, query, document) for offset, (query, document) in enumerate(rows)]
+        number += table.num_rows
+
+
+def _key(query: str, kind: str, value: str) -> int:
+    # Lengths part the fields, so that no two triples of strings feed the same bytes.
+    content = f"{kind}{len(query)}:{query}{value}".encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -1,0 +1,242 @@
+"""Recall, then rerank: texts in, ranked documents out. Shared by the evaluation jobs and by serving; knows no Ray.
+
+A `Retriever` holds no state that a search changes, so one may be shared by threads as far as its parts may be.
+Shape legend: Q queries, D embedding dimension, K candidates a query.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytower.errors import InputError
+from raytower.index.reader import Index
+from raytower.models.fusion import Fusion
+
+Vectors = NDArray[np.float32]
+
+
+class TextEncoder(Protocol):
+    """What a `ForwardEngine` does for a retriever."""
+
+    def encode(self, texts: Sequence[str], prefix: str = "") -> Vectors: ...
+
+
+class PairScorer(Protocol):
+    """What a `CrossScorer` does for a retriever: one raw logit per (query, document)."""
+
+    def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A recalled document with its recall score (inner product or cosine, higher is nearer)."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One result. `score` is what the order goes by; `rank` counts from 1."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    recall_score: float
+    rerank_score: float | None
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """Hits of each query, best first, and milliseconds by stage (`encode`, `recall`, `rerank`, `total`)."""
+
+    hits: list[list[Hit]]
+    reranked: bool
+    timings_ms: dict[str, float]
+
+
+# Vectors float32 [Q, D] and a depth K to at most K candidates a query, best first.
+Recall = Callable[[Vectors, int], list[list[Candidate]]]
+
+
+def index_recall(index: Index) -> Recall:
+    """Recall from an opened index in this process."""
+
+    def recall(vectors: Vectors, k: int) -> list[list[Candidate]]:
+        found = index.search(vectors, k)
+        real = found.shards >= 0  # [Q, K]; short answers end in padding
+        # All documents in one call: fetching them query by query costs more than the search.
+        documents = index.documents(found.shards[real], found.rows[real])
+        flat = [
+            Candidate(document.id, document.text, document.metadata, score)
+            for document, score in zip(documents, found.scores[real].tolist(), strict=True)
+        ]
+        ends = np.cumsum(real.sum(axis=1)).tolist()
+        return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    return recall
+
+
+class Retriever:
+    """Encodes queries, recalls candidates and, given a scorer, reranks them.
+
+    Args:
+        encoder: the query tower.
+        index: an opened Index; None where every search brings its own recall.
+        scorer: the reranker, or None for recall alone.
+        fusion: how recall scores and rerank logits mix; None orders by the logit alone.
+        query_prefix: put before each query when it is encoded; the reranker sees the query without it.
+        recall: replaces recall from `index`, for shards that other processes hold.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        index: Index | None = None,
+        scorer: PairScorer | None = None,
+        fusion: Fusion | None = None,
+        *,
+        query_prefix: str = "",
+        recall: Recall | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.index = index
+        self.scorer = scorer
+        self.fusion = fusion
+        self.query_prefix = query_prefix
+        self._recall = recall or (index_recall(index) if index is not None else None)
+
+    def search(
+        self,
+        queries: Sequence[str],
+        *,
+        k: int = 10,
+        recall_k: int = 100,
+        rerank: bool = True,
+        recall: Recall | None = None,
+    ) -> SearchResult:
+        """The best `k` documents of each query.
+
+        Args:
+            queries: texts; none gives no lists.
+            k: hits a query; fewer come back where the index holds fewer.
+            recall_k: how many candidates the reranker sees. Where it is below `k`, the rest of the `k` follow in
+                recall order. Without reranking only `k` are recalled.
+            rerank: False leaves the reranker out; so does a retriever without one.
+            recall: the way of recall for this search alone, such as one bound to a filter.
+
+        Raises:
+            InputError: `k` or `recall_k` is below 1, or there is no way of recall.
+        """
+        start = time.perf_counter()
+        vectors = self.encode(queries)
+        encode_ms = _ms_since(start)
+        result = self.search_vectors(vectors, queries, k=k, recall_k=recall_k, rerank=rerank, recall=recall)
+        timings = {"encode": encode_ms, **result.timings_ms, "total": _ms_since(start)}
+        return SearchResult(result.hits, result.reranked, timings)
+
+    def search_vectors(
+        self,
+        vectors: Vectors,
+        queries: Sequence[str],
+        *,
+        k: int = 10,
+        recall_k: int = 100,
+        rerank: bool = True,
+        recall: Recall | None = None,
+    ) -> SearchResult:
+        """`search` for queries encoded before: `vectors` is float32 [Q, D], `queries` the texts for the reranker."""
+        if k < 1 or recall_k < 1:
+            raise InputError(f"k is {k} and recall_k is {recall_k}; both must be 1 or more")
+        if len(vectors) != len(queries):
+            raise InputError(
+                f"{len(vectors)} vectors given for {len(queries)} queries; there must be as many"
+            )
+        reranks = rerank and self.scorer is not None
+        start = time.perf_counter()
+        candidates = self.recall(vectors, max(k, recall_k) if reranks else k, recall)
+        timings = {"recall": _ms_since(start)}
+        if not reranks:
+            return SearchResult(
+                [recall_order(items)[:k] for items in candidates], False, {**timings, "rerank": 0.0}
+            )
+        middle = time.perf_counter()
+        hits = self.rerank(queries, candidates, recall_k)
+        return SearchResult([items[:k] for items in hits], True, {**timings, "rerank": _ms_since(middle)})
+
+    def encode(self, queries: Sequence[str]) -> Vectors:
+        """Query vectors, float32 [Q, D], with the query prefix put before each text."""
+        return self.encoder.encode(list(queries), self.query_prefix)
+
+    def recall(self, vectors: Vectors, k: int, recall: Recall | None = None) -> list[list[Candidate]]:
+        """At most `k` candidates for each vector, best first."""
+        way = recall or self._recall
+        if way is None:
+            raise InputError("this retriever has neither an index nor a recall function; give one of them")
+        return way(vectors, k) if len(vectors) else []
+
+    def rerank(
+        self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]], rerank_k: int
+    ) -> list[list[Hit]]:
+        """All candidates of each query, the first `rerank_k` of them put in order by their new score.
+
+        What lies past `rerank_k` keeps its recall order below them; its score carries on from the lowest reranked
+        one by the distance in recall score, so that scores fall along the list.
+        """
+        heads = [items[:rerank_k] for items in candidates]
+        logits = self.score(queries, heads)
+        return [
+            self._order(head, items[rerank_k:], scores)
+            for items, head, scores in zip(candidates, heads, logits, strict=True)
+        ]
+
+    def score(
+        self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]]
+    ) -> list[NDArray[np.float32]]:
+        """The reranker's raw logits of each query's candidates, in their order; all pairs go to it at once.
+
+        Raises:
+            InputError: this retriever has no reranker.
+        """
+        if self.scorer is None:
+            raise InputError("this retriever has no reranker; give it a scorer, or search with rerank false")
+        pair_queries = [query for query, items in zip(queries, candidates, strict=True) for _ in items]
+        logits = self.scorer.score(pair_queries, [item.text for items in candidates for item in items])
+        return np.split(logits, np.cumsum([len(items) for items in candidates])[:-1]) if candidates else []
+
+    def _order(
+        self, head: Sequence[Candidate], tail: Sequence[Candidate], logits: NDArray[np.float32]
+    ) -> list[Hit]:
+        recall_scores = np.array([item.score for item in head], dtype=np.float64)
+        fused = logits.astype(np.float64) if self.fusion is None else self.fusion.fuse(recall_scores, logits)
+        order = np.argsort(-fused, kind="stable")  # stable: a tie keeps the recall order
+        hits = [
+            _hit(head[place], rank, float(fused[place]), float(logits[place]))
+            for rank, place in enumerate(order.tolist(), start=1)
+        ]
+        for rank, item in enumerate(tail, start=len(hits) + 1):
+            hits.append(_hit(item, rank, float(fused.min() - (head[-1].score - item.score))))
+        return hits
+
+
+def recall_order(candidates: Sequence[Candidate]) -> list[Hit]:
+    """Candidates as hits in the order they were recalled; the score is the recall score."""
+    return [_hit(item, rank, item.score) for rank, item in enumerate(candidates, start=1)]
+
+
+def _hit(item: Candidate, rank: int, score: float, rerank_score: float | None = None) -> Hit:
+    return Hit(item.id, item.text, item.metadata, item.score, rerank_score, score, rank)
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000

@@ -1,0 +1,62 @@
+"""Writing result rows as TSV with a header or as JSON lines; the file appears only when it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+
+from raytower.errors import InputError
+from raytower.storage import Location
+
+RowFormat = Literal["tsv", "jsonl"]
+
+
+class RowWriter:
+    """Writes rows of one set of columns. Made by `open_rows`."""
+
+    def __init__(
+        self, stream: pa.NativeFile | IO[bytes], row_format: RowFormat, columns: Sequence[str]
+    ) -> None:
+        self._stream = stream
+        self._format = row_format
+        self._columns = tuple(columns)
+        self.num_rows = 0
+        if row_format == "tsv":
+            self._write_line("\t".join(self._columns))
+
+    def write(self, *values: Any, **more: Any) -> None:
+        """One row: a value for each column, in order. `more` goes into JSON lines only.
+
+        Raises:
+            InputError: a value cannot stand in a TSV, because it holds a tab or a line break.
+        """
+        row = dict(zip(self._columns, values, strict=True))
+        if self._format == "jsonl":
+            self._write_line(json.dumps({**row, **more}, ensure_ascii=False, allow_nan=False))
+        else:
+            self._write_line("\t".join(_tsv_cell(name, value) for name, value in row.items()))
+        self.num_rows += 1
+
+    def _write_line(self, line: str) -> None:
+        self._stream.write(line.encode() + b"\n")
+
+
+@contextmanager
+def open_rows(place: Location, row_format: RowFormat, columns: Sequence[str]) -> Iterator[RowWriter]:
+    """A writer of `place`; nothing appears there if the block fails."""
+    with place.open_write() as stream:
+        yield RowWriter(stream, row_format, columns)
+
+
+def _tsv_cell(name: str, value: Any) -> str:
+    text = f"{value:.6f}" if isinstance(value, float) else str(value)
+    if any(mark in text for mark in "\t\n\r"):
+        raise InputError(
+            f"{name} {text[:80]!r} holds a tab or a line break, which a TSV cannot carry (it has no quoting); "
+            "set format to jsonl"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""Serving recall-then-rerank over HTTP under Ray Serve."""

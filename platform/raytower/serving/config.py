@@ -1,0 +1,73 @@
+"""The config of `raytower serve`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any, Literal
+
+from pydantic import Field
+
+from raytower.config import Config, FractionField
+from raytower.errors import InputError
+from raytower.serving.schemas import Limits
+
+
+class ServeConfig(Config):
+    """What is served, where, and with how much of the machine.
+
+    `placement: together` holds encoder, all shards and reranker in each replica: the fewest hops. `apart` gives each
+    index shard its own process, for an index that one machine's memory cannot hold.
+    """
+
+    index: str
+    encoder: str | None = Field(default=None, description="null: the encoder recorded in the index manifest")
+    reranker: str | None = None
+    fusion_weight: FractionField | None = Field(
+        default=None, description="null: the weight stored with the reranker"
+    )
+    query_prefix: str | None = Field(default=None, description="null: the encoder's own query prompt")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
+    replicas: int = Field(default=1, ge=1)
+    placement: Literal["together", "apart"] = "together"
+    num_cpus: float = Field(default=1, ge=0, description="per replica")
+    num_gpus: float = Field(default=0, ge=0, description="per replica")
+    shard_num_cpus: float = Field(default=1, ge=0, description="per shard process, placement apart")
+    shard_timeout_ms: int = Field(
+        default=500, ge=1, description="how long to wait for a shard, placement apart"
+    )
+    max_ongoing_requests: int = Field(default=16, ge=1, description="worked on at once, per replica")
+    max_queued_requests: int = Field(
+        default=64, ge=0, description="waiting beyond those; more are answered 429"
+    )
+    timeout_ms: int = Field(default=2000, ge=1, description="where the request names none")
+    api_key_env: str | None = Field(
+        default=None, description="environment variable that holds the key to ask for"
+    )
+    limits: Limits = Limits()
+    page_title: str = Field(default="Search", min_length=1)
+
+    def model_post_init(self, context: Any) -> None:
+        if self.timeout_ms > self.limits.max_timeout_ms:
+            raise ValueError(
+                f"timeout_ms is {self.timeout_ms}, more than limits.max_timeout_ms {self.limits.max_timeout_ms}; "
+                "lower it or raise the limit"
+            )
+
+    def api_key_sha256(self) -> bytes | None:
+        """The digest of the key to ask for, or None. Replicas get this, so the key itself is stored nowhere.
+
+        Raises:
+            InputError: the named variable is unset or empty.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise InputError(
+                f"api_key_env names {self.api_key_env!r}, which is unset or empty; export the key in it or set "
+                "api_key_env to null"
+            )
+        return hashlib.sha256(key.encode()).digest()

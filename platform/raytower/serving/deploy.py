@@ -1,0 +1,291 @@
+"""Serving under Ray Serve: starting, moving to another index version, stopping, and the job that does all three."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+
+from raytower.errors import FormatError, InputError, RaytowerError, find_cause
+from raytower.index.manifest import IndexManifest
+from raytower.index.reader import open_manifest
+from raytower.models.directory import resolve_model
+from raytower.models.encoder import Encoder, read_encoder_info
+from raytower.runtime import ensure_ray, log
+from raytower.serving.config import ServeConfig
+from raytower.serving.engine import check_fingerprint, encoder_for
+from raytower.serving.graph import QUIET, build_application, needed_cpus
+
+APP_NAME = "raytower"
+_READY_TIMEOUT_S = 60.0
+_SIGNAL_POLL_S = 0.2
+
+
+def start(config: ServeConfig, version: str | None = None) -> str:
+    """Serve an index version (None: the published one) and return the base URL once searches are answered.
+
+    Raises:
+        InputError: no such index or model, the port is taken, or the API key's variable is empty.
+        FormatError: the index was made by another encoder.
+        RaytowerError: a replica could not start.
+    """
+    manifest = check_parts(config, version)
+    config.api_key_sha256()
+    ensure_ray(min_cpus=needed_cpus(config, len(manifest.shards)) + 1)
+    config = _start_proxy(config)
+    if config.host not in ("127.0.0.1", "localhost", "::1") and config.api_key_env is None:
+        log(f"warning: listening on {config.host} without a key; set api_key_env, or keep to 127.0.0.1")
+    url = base_url(config)
+    was_running = APP_NAME in ray_serve.status().applications
+    try:
+        _deploy(config, manifest)
+        _wait_until_served(url, manifest.version)
+    except BaseException:
+        if not was_running:
+            stop()
+        raise
+    return url
+
+
+def reload(config: ServeConfig, version: str | None = None) -> str:
+    """Move the running server to another index version (None: the published one) without failing a request.
+
+    `config` must be the one that it was started with (with the port that it got).
+
+    Returns:
+        The version now served.
+
+    Raises:
+        InputError: no such version. FormatError: another encoder made it. The version before stays.
+        RaytowerError: a replica could not open it; the version before is put back.
+    """
+    url = base_url(config)
+    before = served_version(url)
+    manifest = check_parts(config, version)
+    if manifest.version == before:
+        return manifest.version
+    _deploy(config, manifest)
+    try:
+        _wait_until_served(url, manifest.version)
+    except RaytowerError:
+        if before is not None:
+            _deploy(config, check_parts(config, before))
+        raise
+    return manifest.version
+
+
+def stop() -> None:
+    """Stop serving. Ray Serve itself stops too unless it has other applications; nothing happens if none runs."""
+    if not ray.is_initialized() or _get_global_client(raise_if_no_controller_running=False) is None:
+        return
+    if APP_NAME in ray_serve.status().applications:
+        ray_serve.delete(APP_NAME)
+    if not ray_serve.status().applications:
+        ray_serve.shutdown()
+
+
+def serve(config: ServeConfig) -> dict[str, Any]:
+    """The job: serve until SIGINT or SIGTERM; SIGHUP moves to the version that is published by then.
+
+    Returns:
+        url, index_version (the last one served), seconds.
+
+    Raises:
+        What `start` raises.
+    """
+    started = time.monotonic()
+    ensure_ray(min_cpus=needed_cpus(config, len(check_parts(config, None).shards)) + 1)
+    version: str | None = None
+    wanted: list[str] = []
+    # After Ray has started: it sets a SIGTERM handler of its own.
+    with _signals(wanted):
+        try:
+            url = start(config)
+            config = config.model_copy(update={"port": int(url.rsplit(":", 1)[1])})
+            version = served_version(url)
+            log(f"serving index version {version} at {url}/ (the search page); stop with Ctrl-C")
+            while True:
+                time.sleep(_SIGNAL_POLL_S)
+                if wanted:
+                    wanted.clear()
+                    version = _reload_or_keep(config, version)
+        except KeyboardInterrupt:
+            if version is None:
+                raise
+        finally:
+            log("stopping")
+            stop()
+    return {"url": url, "index_version": version, "seconds": round(time.monotonic() - started, 3)}
+
+
+def plan_serve(config: ServeConfig) -> dict[str, Any]:
+    """What `serve` would do: version, rows, shards, bytes of the index in each process, processes, CPUs.
+
+    Raises:
+        InputError: no such index or model, or an empty key variable. FormatError: another encoder made the index.
+    """
+    manifest = check_parts(config, None)
+    config.api_key_sha256()
+    apart = config.placement == "apart"
+    num_bytes = sum(entry.vectors_bytes + entry.documents_bytes for entry in manifest.shards)
+    return {
+        "url": base_url(config),
+        "index_version": manifest.version,
+        "kind": manifest.kind,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "index_bytes": num_bytes,
+        "encoder": encoder_for(config, manifest.encoder),
+        "reranker": config.reranker,
+        "placement": config.placement,
+        "processes": config.replicas + (len(manifest.shards) if apart else 0),
+        "index_bytes_per_process": num_bytes // len(manifest.shards) if apart else num_bytes,
+        "cpus": needed_cpus(config, len(manifest.shards)),
+    }
+
+
+def check_parts(config: ServeConfig, version: str | None) -> IndexManifest:
+    """Read the manifest of an index version and check the models against it, before any process is started.
+
+    Raises:
+        InputError, FormatError: as the engine would, but in the caller's process and at once.
+    """
+    manifest, _ = open_manifest(config.index, version)
+    name = encoder_for(config, manifest.encoder)
+    # Models that others made carry no record; loading one here is dearer, but tells before anything runs.
+    fingerprint = read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint
+    check_fingerprint(config.index, manifest.version, manifest.fingerprint, name, str(fingerprint))
+    if config.reranker:
+        resolve_model(config.reranker)
+    return manifest
+
+
+def base_url(config: ServeConfig) -> str:
+    """Where this machine reaches the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def served_version(url: str) -> str | None:
+    """The index version that a server answers with; None where nothing is ready there."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as reply:
+            return str(json.load(reply)["index_version"])
+    except (urllib.error.URLError, OSError, ValueError, KeyError):
+        return None
+
+
+def _deploy(config: ServeConfig, manifest: IndexManifest) -> None:
+    try:
+        ray_serve.run(build_application(config, manifest), name=APP_NAME, route_prefix="/", blocking=False)
+    except Exception as error:
+        raise _reason_of(error) from error
+
+
+def _reason_of(error: Exception) -> RaytowerError:
+    """What a replica raised on purpose. Serve passes it on as the text of a traceback, in its status."""
+    cause = find_cause(error)
+    if isinstance(cause, RaytowerError):
+        return cause
+    application = ray_serve.status().applications.get(APP_NAME)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    for kind, message in re.findall(r"^raytower\.errors\.(\w+): (.+)$", "\n".join(messages), re.MULTILINE):
+        return {"InputError": InputError, "FormatError": FormatError}.get(kind, RaytowerError)(message)
+    return RaytowerError(f"Ray Serve could not start the application: {error}; its replicas' logs say why")
+
+
+# --- proxy and readiness --------------------------------------------------------------------------------------
+
+
+def _start_proxy(config: ServeConfig) -> ServeConfig:
+    """Have the HTTP proxy listen where `config` says; returns it with the port that was picked for 0.
+
+    Raises:
+        InputError: the port is taken, or Serve already listens elsewhere in this cluster.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        running = client.http_config
+        if (running.host, running.port) != (config.host, config.port or running.port):
+            raise InputError(
+                f"Ray Serve already runs in this cluster on {running.host}:{running.port}; serve there by setting host "
+                f"and port to those, or stop it first (asked for: {config.host}:{config.port})"
+            )
+        return config.model_copy(update={"port": running.port})
+    port = _check_port(config.host, config.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what matters of it is logged here
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=config.host, port=port),
+        logging_config=QUIET,
+    )
+    return config.model_copy(update={"port": port})
+
+
+def _check_port(host: str, port: int) -> int:
+    """Bind the port and let it go; for 0 the port that the system picked."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port, 0 picks a "
+                "free one"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_served(url: str, version: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    found = None
+    while time.monotonic() < deadline:
+        found = served_version(url)
+        if found == version:
+            return
+        time.sleep(0.1)
+    raise RaytowerError(f"{url} serves index version {found!r}, not {version!r}; the replicas' logs say why")
+
+
+# --- signals of the job ---------------------------------------------------------------------------------------
+
+
+def _reload_or_keep(config: ServeConfig, version: str | None) -> str | None:
+    try:
+        version = reload(config)
+        log(f"serving index version {version}")
+    except RaytowerError as error:
+        log(f"still serving index version {version}: {error}")
+    return version
+
+
+@contextmanager
+def _signals(wanted: list[str]) -> Iterator[None]:
+    def on_stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def on_reload(number: int, frame: FrameType | None) -> None:
+        wanted.append("reload")
+
+    handlers = {signal.SIGINT: on_stop, signal.SIGTERM: on_stop, signal.SIGHUP: on_reload}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,135 @@
+"""The Serve application: which deployments there are and what each of them holds.
+
+`together`: one deployment, the HTTP ingress, holds everything; a search takes one hop. `apart`: one more deployment
+for each index shard, and the ingress asks all of them at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from raytower import __version__
+from raytower.index.manifest import IndexManifest
+from raytower.serving.app import create_app
+from raytower.serving.config import ServeConfig
+from raytower.serving.engine import SearchEngine, encoder_for
+from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, shard_deployment_name
+from raytower.storage import Location
+
+INGRESS_NAME = "search"
+# Room beside the requests that the application admits itself, so that it is the one to answer 429 and health checks.
+_SERVE_HEADROOM = 64
+_SHARD_ONGOING_REQUESTS = 64
+# They decide where the proxy listens or how many replicas there are, not what a replica does.
+_OUTSIDE_KEYS = {"host", "port", "replicas", "api_key_env"}
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
+_LOGGER = logging.getLogger("raytower.serving")
+
+
+class Ingress:
+    """A replica of the HTTP ingress: one engine and the application over it."""
+
+    def __init__(
+        self, settings: dict[str, Any], api_key_sha256: str | None, *shards: DeploymentHandle
+    ) -> None:
+        config = ServeConfig.model_validate(settings)
+        self._config = config
+        self._api_key_sha256 = bytes.fromhex(api_key_sha256) if api_key_sha256 else None
+        self._engine = SearchEngine(config, lambda version: _open_index(config, version, shards))
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the named version. If that fails, a replica that has another one keeps it: stale beats gone."""
+        try:
+            await asyncio.to_thread(self._engine.load, user_config["version"])
+        except Exception:
+            if self._engine.index_version is None:
+                raise
+            _LOGGER.exception("index version %r cannot be served", user_config["version"])
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._engine, self._config, self._api_key_sha256)
+
+
+def _open_index(
+    config: ServeConfig, version: str | None, shards: tuple[DeploymentHandle, ...]
+) -> LocalIndex | ShardedIndex:
+    if not shards:
+        return LocalIndex.open(config.index, version)
+    return ShardedIndex.open(config.index, version, shards, config.shard_timeout_ms)
+
+
+def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.Application:
+    """The deployments that serve one index version.
+
+    Raises:
+        InputError: the variable that should hold the API key is unset or empty, or no encoder is named.
+    """
+    settings = _from_anywhere(config, manifest).model_dump(mode="json")
+    digest = config.api_key_sha256()
+    key = digest.hex() if digest else None
+    kept = {name: value for name, value in settings.items() if name not in _OUTSIDE_KEYS}
+    num_shards = len(manifest.shards) if config.placement == "apart" else 0
+    # With an equal code version Serve changes running replicas in place through `reconfigure`; left to itself it
+    # gives every run a random one and restarts them all.
+    identity = json.dumps([__version__, kept, key, num_shards], sort_keys=True)
+    common: dict[str, Any] = {
+        "version": hashlib.sha256(identity.encode()).hexdigest()[:16],
+        "_internal": True,
+        "user_config": {"version": manifest.version},
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": config.timeout_ms / 1000 + 3,
+        # A dead process is replaced when a check misses it; the default checks every 10 s.
+        "health_check_period_s": 2.0,
+        "max_constructor_retry_count": 1,
+        "logging_config": QUIET,
+    }
+    shards = [
+        serve.deployment(
+            name=shard_deployment_name(number),
+            ray_actor_options={"num_cpus": config.shard_num_cpus},
+            max_ongoing_requests=_SHARD_ONGOING_REQUESTS,
+        )(ShardServer)
+        .options(**common)
+        .bind(settings["index"], number)
+        for number in range(num_shards)
+    ]
+    ingress = serve.deployment(
+        name=INGRESS_NAME,
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _SERVE_HEADROOM,
+    )(serve.ingress()(Ingress))
+    # The key's variable is the driver's; replicas get the digest of what it held.
+    return ingress.options(**common).bind({**settings, "api_key_env": None}, key, *shards)
+
+
+def _from_anywhere(config: ServeConfig, manifest: IndexManifest) -> ServeConfig:
+    """Local paths made absolute and the encoder named: replicas need not run in the caller's folder."""
+    encoder = encoder_for(config, manifest.encoder)
+    names = {"encoder": _absolute(encoder)}
+    if config.reranker:
+        names["reranker"] = _absolute(config.reranker)
+    if "://" not in config.index:
+        names["index"] = str(Location.of(config.index))
+    return config.model_copy(update=names)
+
+
+def _absolute(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def needed_cpus(config: ServeConfig, num_shards: int) -> float:
+    """Logical CPUs that all processes together ask Ray for."""
+    apart = num_shards if config.placement == "apart" else 0
+    return config.replicas * config.num_cpus + apart * config.shard_num_cpus

@@ -1,0 +1,485 @@
+"""The server under Ray Serve, over HTTP: both placements, a new version under load, a killed shard. Loopback only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from ray import serve
+
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.evaluation.recall import Candidate, index_recall
+from raytower.index.manifest import IndexManifest, ShardEntry, publish
+from raytower.index.reader import Index
+from raytower.models.encoder import Encoder
+from raytower.models.forward import ForwardEngine
+from raytower.serving import deploy
+from raytower.serving.config import ServeConfig
+from raytower.serving.schemas import NotReadyError, OutOfTimeError
+from raytower.serving.shards import ShardedIndex, ShardServer, merge_candidates, open_shard
+from raytower.serving.work import Deadline
+from raytower.storage import Location
+from tests.tiny_models import build_tiny_encoder
+
+Start = Callable[[ServeConfig], tuple[ServeConfig, str]]
+TEXTS = [f"{word} {number}" for number in range(10) for word in ("sun", "moon", "star", "月亮", "大地")]
+SOON = 20_000
+
+
+def write_version(
+    folder: Path,
+    version: str,
+    encoder_dir: Path,
+    num_shards: int = 2,
+    texts: list[str] = TEXTS,
+    published: bool = True,
+) -> None:
+    """A flat index version, written here by hand. Ids carry the version, so that a mix would show."""
+    encoder = Encoder.load(str(encoder_dir))
+    vectors = ForwardEngine(encoder).encode(texts)
+    entries = []
+    for number, rows in enumerate(np.array_split(np.arange(len(texts)), num_shards)):
+        place = folder / "versions" / version / f"shard-{number:05d}"
+        place.mkdir(parents=True)
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(vectors[rows])
+        faiss.write_index(index, str(place / "vectors.faiss"))
+        table = pa.table(
+            {
+                "id": [f"{version}/{row}" for row in rows],
+                "text": [texts[row] for row in rows],
+                "row": rows.tolist(),
+            }
+        )
+        with (
+            pa.OSFile(str(place / "documents.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        files = [(place / name).read_bytes() for name in ("vectors.faiss", "documents.arrow")]
+        sums = [hashlib.sha256(content).hexdigest() for content in files]
+        entries.append(
+            ShardEntry(
+                name=place.name,
+                rows=len(rows),
+                vectors_sha256=sums[0],
+                documents_sha256=sums[1],
+                vectors_bytes=len(files[0]),
+                documents_bytes=len(files[1]),
+            )
+        )
+    manifest = IndexManifest(
+        version=version,
+        parent=None,
+        fingerprint=encoder.fingerprint,
+        encoder=str(encoder_dir),
+        metric="cosine",
+        dim=int(vectors.shape[1]),
+        kind="flat",
+        parameters={},
+        rows=len(texts),
+        shards=tuple(entries),
+        prefix="",
+        query_prefix="",
+        max_length=64,
+        recall=1.0,
+        recall_k=10,
+        recall_target=0.95,
+        recall_target_reached=True,
+        recall_curve=(),
+        search_parameters={},
+    )
+    manifest.write(Location.of(folder / "versions" / version))
+    if published:
+        publish(Location.of(folder), version)
+
+
+@pytest.fixture(scope="module")
+def index_dir(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "index"
+    write_version(folder, "v1", dummy_encoder_dir)
+    write_version(folder, "v2", dummy_encoder_dir, published=False)
+    return folder
+
+
+def make_config(index_dir: Path, **values: Any) -> ServeConfig:
+    return ServeConfig(
+        index=str(index_dir),
+        **{"port": 0, "timeout_ms": SOON, "num_cpus": 0.5, "shard_num_cpus": 0.5, **values},
+    )
+
+
+@pytest.fixture
+def served(ray_cluster: None) -> Iterator[Start]:
+    """Starts a server on a free port; stopped after the test."""
+
+    def start(config: ServeConfig) -> tuple[ServeConfig, str]:
+        url = deploy.start(config)
+        return config.model_copy(update={"port": int(url.rsplit(":", 1)[1])}), url
+
+    yield start
+    deploy.stop()
+
+
+def ask(
+    url: str, path: str = "/v1/search", headers: dict[str, str] | None = None, **body: Any
+) -> tuple[int, Any]:
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def versions_in(answer: dict[str, Any]) -> set[str]:
+    return {answer["index_version"]} | {hit["id"].split("/")[0] for hits in answer["results"] for hit in hits}
+
+
+class Load:
+    """Two clients that ask without a pause and keep every answer, until the block ends."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.answers: list[tuple[int, Any]] = []
+        self._stop = threading.Event()
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            self.answers.append(ask(self.url, queries=["moon 3", "大地 1"], k=50))
+            time.sleep(0.01)
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(2)
+        self._clients = [self._pool.submit(self._ask) for _ in range(2)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for client in self._clients:
+            client.result()
+        self._pool.shutdown()
+
+
+def check_swap(config: ServeConfig, url: str) -> None:
+    """v1 → v2 under load: nothing fails, nothing mixes, nothing is partial; replicas stay the same processes."""
+    before = replica_names()
+    with Load(url) as load:
+        time.sleep(0.3)
+        assert deploy.reload(config, "v2") == "v2"
+        time.sleep(0.3)
+    assert {status for status, _ in load.answers} == {200}
+    assert all(len(versions_in(answer)) == 1 for _, answer in load.answers)
+    assert {answer["index_version"] for _, answer in load.answers} == {"v1", "v2"}
+    assert not any(answer["partial"] for _, answer in load.answers)
+    assert replica_names() == before
+
+
+def replica_names() -> set[str]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {item["name"] for item in named if item["name"].startswith(f"SERVE_REPLICA::{deploy.APP_NAME}#")}
+
+
+def test_together_serves_swaps_and_stops(
+    served: Start,
+    index_dir: Path,
+    dummy_reranker_dir: Path,
+    dummy_encoder_dir: Path,
+) -> None:
+    config, url = served(make_config(index_dir, reranker=str(dummy_reranker_dir)))
+    assert len(replica_names()) == 1, "one process holds everything"
+    status, answer = ask(url, query="moon 3", k=3)
+    assert status == 200
+    assert (answer["index_version"], answer["partial"], answer["reranked"]) == ("v1", False, True)
+    status, answer = ask(url, query="moon 3", k=3, rerank=False)
+    vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode([*TEXTS, "moon 3"])
+    best = np.argsort(-(vectors[:-1] @ vectors[-1]), kind="stable")[:3]
+    assert [hit["id"] for hit in answer["results"][0]] == [f"v1/{row}" for row in best]
+    assert answer["results"][0][0]["text"] == "moon 3"
+    assert answer["results"][0][0]["metadata"] == {"row": TEXTS.index("moon 3")}
+    assert len(ask(url, query="moon", k=1000, rerank=False)[1]["results"][0]) == len(TEXTS)
+    assert ask(url, "/v1/rerank", query="a", documents=["b", "c"])[0] == 200
+    status, answer = ask(url, "/v1/embeddings", input=TEXTS[:1])
+    assert answer["data"][0]["embedding"] == pytest.approx(vectors[0].tolist(), abs=1e-5)
+    assert ask(url, query="")[0] == 422
+    assert ask(url, query="x" * 1_000_000)[0] == 413
+    assert ask(url, query="x" * 5_000_000)[0] == 413
+    assert ask(url, "/nothing")[0] == 404
+    with urllib.request.urlopen(f"{url}/", timeout=10) as reply:
+        assert "default-src 'none'" in reply.headers["content-security-policy"]
+    check_swap(config, url)
+    with pytest.raises(InputError, match="already runs in this cluster"):
+        deploy.start(make_config(index_dir, port=free_port()))
+    deploy.stop()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", config.port)) != 0
+
+
+def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, index_dir: Path) -> None:
+    config, url = served(make_config(index_dir, placement="apart", shard_timeout_ms=5000))
+    assert len(replica_names()) == 3
+    queries = ["moon 3", "大地 1", "sun"]
+    status, whole = ask(url, queries=queries, k=50, rerank=False)
+    assert status == 200
+    assert not whole["partial"]
+    index = Index.open(str(index_dir), "v1")
+    vectors = ForwardEngine(Encoder.load(index.manifest.encoder)).encode(queries)
+    for hits, expected in zip(whole["results"], index_recall(index)(vectors, 50), strict=True):
+        assert [hit["id"] for hit in hits] == [item.id for item in expected]
+        assert [hit["recall_score"] for hit in hits] == pytest.approx(
+            [item.score for item in expected], abs=1e-6
+        )
+    check_swap(config, url)
+    assert deploy.reload(config) == "v1", "without a name the published version is taken"
+
+    (victim,) = [name for name in replica_names() if "shard-00001" in name]
+    ray.kill(ray.get_actor(victim, namespace="serve"))
+    status, answer = ask(url, queries=queries, k=50, timeout_ms=2000)
+    assert status == 200
+    assert answer["partial"] is True
+    rows = {hit["metadata"]["row"] for hit in answer["results"][0]}
+    assert rows == set(range(25)), "the other shard's rows, all of them"
+    wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, seconds=60)
+    assert versions_in(ask(url, query="moon 3", k=50)[1]) == {"v1"}
+
+
+def test_a_version_that_cannot_be_opened_leaves_the_one_before(
+    served: Start,
+    index_dir: Path,
+    dummy_encoder_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "index"
+    write_version(folder, "v1", dummy_encoder_dir)
+    monkeypatch.setenv("SEARCH_KEY_FOR_TEST", "open sesame")
+    monkeypatch.setattr(deploy, "_READY_TIMEOUT_S", 3.0)
+    config, url = served(make_config(folder, api_key_env="SEARCH_KEY_FOR_TEST"))
+    key = {"Authorization": "Bearer open sesame"}
+    assert ask(url, query="moon")[0] == 401
+    assert ask(url, query="moon", headers=key)[0] == 200
+    write_version(folder, "v2", dummy_encoder_dir)
+    damaged = folder / "versions/v2/shard-00000/vectors.faiss"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(RaytowerError, match="'v1', not 'v2'"):
+        deploy.reload(config)
+    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v1"
+    other = build_tiny_encoder(tmp_path / "other", seed=5)
+    write_version(folder, "v3", other)
+    with pytest.raises(FormatError, match="fingerprint"):
+        deploy.reload(config.model_copy(update={"encoder": str(dummy_encoder_dir)}))
+    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v1"
+
+
+def test_what_a_replica_refuses_is_told_in_its_own_words(
+    ray_cluster: None, dummy_encoder_dir: Path, tmp_path: Path
+) -> None:
+    write_version(tmp_path / "index", "v1", dummy_encoder_dir)
+    damaged = tmp_path / "index/versions/v1/shard-00001/documents.arrow"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(FormatError, match=r"documents\.arrow"):
+        deploy.start(make_config(tmp_path / "index"))
+    deploy.stop()
+    assert replica_names() == set()
+
+
+def test_a_taken_port_is_an_input_error(ray_cluster: None, index_dir: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}"):
+            deploy.start(make_config(index_dir, port=port))
+    assert not serve.status().applications
+
+
+# --- without a server -----------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_would_run(index_dir: Path) -> None:
+    together = deploy.plan_serve(make_config(index_dir, port=8123, replicas=2, num_cpus=2))
+    size = sum(
+        file.stat().st_size for file in (index_dir / "versions/v1").rglob("*") if file.parent.name != "v1"
+    )
+    assert together["index_version"] == "v1"
+    assert together["rows"] == 50
+    assert together["index_bytes_per_process"] == together["index_bytes"] == size
+    assert (together["processes"], together["cpus"]) == (2, 4)
+    apart = deploy.plan_serve(make_config(index_dir, placement="apart", num_cpus=1, shard_num_cpus=2))
+    assert (apart["processes"], apart["cpus"]) == (3, 5)
+    assert apart["index_bytes_per_process"] == size // 2
+
+
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="no published index"):
+        deploy.plan_serve(make_config(tmp_path))
+    with pytest.raises(InputError, match="does not exist"):
+        deploy.plan_serve(make_config(index_dir, reranker="./missing"))
+    other = build_tiny_encoder(tmp_path / "other", seed=5)
+    with pytest.raises(FormatError, match="fingerprint"):
+        deploy.plan_serve(make_config(index_dir, encoder=str(other)))
+    (other / "raytower.json").unlink()
+    with pytest.raises(FormatError, match="fingerprint"):
+        deploy.plan_serve(make_config(index_dir, encoder=str(other)))
+    monkeypatch.delenv("SEARCH_KEY_FOR_TEST", raising=False)
+    with pytest.raises(InputError, match="SEARCH_KEY_FOR_TEST"):
+        deploy.plan_serve(make_config(index_dir, api_key_env="SEARCH_KEY_FOR_TEST"))
+
+
+class Remote:
+    """A shard handle without Ray: what `remote` returns answers, fails, or is late."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self.answer = answer
+        self.asked: list[tuple[Any, ...]] = []
+        self.cancelled = False
+        self.recall = self.prepare = self
+
+    def remote(self, *arguments: Any) -> Remote:
+        self.asked.append(arguments)
+        return self
+
+    def result(self, *, timeout_s: float | None = None) -> Any:
+        return self.answer()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def late() -> Any:
+    raise TimeoutError("late")
+
+
+def candidate(name: str, score: float) -> Candidate:
+    return Candidate(name, "", {}, score)
+
+
+def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: Path) -> None:
+    good = Remote(lambda: [[candidate("a", 0.9), candidate("b", 0.1)]])
+    shards = [good, Remote(late)]
+    index = ShardedIndex(Index.open(str(index_dir), "v1").manifest, shards, 100)
+    vectors = np.zeros((1, 32), dtype=np.float32)
+    found, partial = index.recall(vectors, 1, Deadline.after(SOON))
+    assert [item.id for item in found[0]] == ["a"]
+    assert partial
+    assert shards[1].cancelled
+    assert [shard.asked[0][0] for shard in shards] == ["v1", "v1"]
+    shards[1].answer = lambda: [[candidate("c", 0.5)]]
+    found, partial = index.recall(vectors, 2, Deadline.after(SOON))
+    assert [item.id for item in found[0]] == ["a", "c"]
+    assert not partial
+
+
+def test_no_shard_at_all_is_an_error_and_not_an_empty_answer(index_dir: Path) -> None:
+    index = ShardedIndex(Index.open(str(index_dir), "v1").manifest, [Remote(late), Remote(late)], 100)
+    vectors = np.zeros((1, 32), dtype=np.float32)
+    with pytest.raises(NotReadyError, match="no shard"):
+        index.recall(vectors, 1, Deadline.after(SOON))
+    with pytest.raises(OutOfTimeError):
+        index.recall(vectors, 1, Deadline(time.monotonic() - 1, 10))
+
+
+def test_a_version_with_more_shards_than_processes_is_refused(index_dir: Path) -> None:
+    with pytest.raises(FormatError, match="2 shards, but 1"):
+        ShardedIndex.open(str(index_dir), "v1", [Remote(lambda: None)], 100)
+    with pytest.raises(RaytowerError, match="shard 1 could not open"):
+        ShardedIndex.open(str(index_dir), "v1", [Remote(lambda: None), Remote(late)], 100)
+
+
+def test_merging_keeps_shard_order_for_equal_scores() -> None:
+    parts = [[[candidate("a", 0.5), candidate("b", 0.2)]], [[candidate("c", 0.9), candidate("d", 0.5)]], [[]]]
+    assert [item.id for item in merge_candidates(parts, 3)[0]] == ["c", "a", "d"]
+
+
+def test_a_shard_server_keeps_two_versions_and_opens_others_when_asked(
+    tmp_path: Path, dummy_encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("v1", "v2", "v3"):
+        write_version(tmp_path, version, dummy_encoder_dir, texts=TEXTS[:4])
+    opened: list[str] = []
+
+    def counting(uri: str, version: str, number: int) -> Any:
+        opened.append(version)
+        return open_shard(uri, version, number)
+
+    monkeypatch.setattr("raytower.serving.shards.open_shard", counting)
+    server = ShardServer(str(tmp_path), 1)
+    vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode(TEXTS[3:4])
+    for version in ("v1", "v2", "v1", "v3", "v1", "v2"):
+        (found,) = server._recall_of(version)(vectors, 9)
+        assert [item.id for item in found] == sorted((f"{version}/2", f"{version}/3"), reverse=True)
+    assert opened == ["v1", "v2", "v3", "v2"]
+
+
+def test_the_job_serves_until_it_is_told_to_stop(index_dir: Path, tmp_path: Path) -> None:
+    """In a process and a Ray of its own, as a user runs it: HUP reloads, TERM ends with the JSON line and code 0."""
+    port = free_port()
+    config = json.dumps({"index": str(index_dir), "port": port, "num_cpus": 0.5, "timeout_ms": SOON})
+    script = (
+        "import json, sys; from raytower.config import to_json; from raytower.serving.deploy import serve;"
+        "from raytower.serving.config import ServeConfig;"
+        "print(to_json(serve(ServeConfig(**json.loads(sys.argv[1])))))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, config],
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "stderr").open("wb"),
+        env=environment,
+        cwd=tmp_path,
+        text=True,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: deploy.served_version(url) == "v1" or process.poll() is not None, seconds=90)
+        assert ask(url, query="moon", k=1)[0] == 200, (tmp_path / "stderr").read_text()
+        publish(Location.of(index_dir), "v2")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: deploy.served_version(url) == "v2", seconds=30)
+        wait_for(lambda: "serving index version v2" in (tmp_path / "stderr").read_text(), seconds=30)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, (tmp_path / "stderr").read_text()
+        result = json.loads(output.splitlines()[-1])
+        assert result["index_version"] == "v2"
+        assert result["url"] == url
+    finally:
+        publish(Location.of(index_dir), "v1")
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
