@@ -96,7 +96,11 @@ def measure(name: str, encoder: str, arguments: argparse.Namespace) -> dict[str,
             },
         )
     )
-    values = {"embeddings": str(work / f"embeddings-{name}"), "output": str(work / f"index-{name}"), "kind": "hnsw"}
+    values = {
+        "embeddings": str(work / f"embeddings-{name}"),
+        "output": str(work / f"index-{name}"),
+        "kind": "hnsw",
+    }
     built = build_index(make_config(IndexBuildConfig, {**values, "shards": 2}))
     figures = evaluate(
         make_config(

@@ -143,6 +143,9 @@ def test_the_users_mistake_is_found_under_what_wraps_it() -> None:
         outer = RuntimeError("outer")
         outer.cause = error  # type: ignore[attr-defined] # as RayTaskError does
     assert find_cause(outer) is inner
+    wrapper = InputError("a remote traceback of forty lines")
+    wrapper.cause = inner  # type: ignore[attr-defined]
+    assert find_cause(wrapper) is inner
     plain = RuntimeError("nothing inside")
     assert find_cause(plain) is plain
     assert isinstance(inner, RaytowerError)

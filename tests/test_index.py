@@ -241,15 +241,25 @@ class TestSearch:
         assert len(ids) == len(set(ids)) == 500
 
     @pytest.mark.usefixtures("ray_cluster")
-    def test_lists_that_hold_too_few_rows_give_no_ghosts(self, tmp_path: Path) -> None:
-        write_embeddings(tmp_path / "embeddings", clustered_vectors(400))
-        build(tmp_path / "embeddings", tmp_path / "index", kind="ivf_flat")
+    @pytest.mark.parametrize("kind", ["hnsw", "ivf_flat"])
+    def test_k_beyond_what_graph_or_lists_reach_gives_every_row_once(self, kind: str, tmp_path: Path) -> None:
+        vectors = clustered_vectors(3000)
+        write_embeddings(tmp_path / "embeddings", vectors)
+        build(tmp_path / "embeddings", tmp_path / "index", kind=kind)
         index = Index.open(tmp_path / "index")
-        hits = index.search(clustered_vectors(3, seed=4), 300, search_parameters={"nprobe": 1})
-        assert (hits.shards < 0).any()
-        for shards, rows in zip(hits.shards, hits.rows, strict=True):
+        queries = clustered_vectors(2, seed=4)
+        parameters = {"nprobe": 1} if kind == "ivf_flat" else {"efSearch": 4}
+        hits = index.search(queries, 5000, search_parameters=parameters)
+        for number, (shards, rows) in enumerate(zip(hits.shards, hits.rows, strict=True)):
             ids = [document.id for document in index.documents(shards, rows)]
-            assert len(ids) == len(set(ids)) == int((shards >= 0).sum()) > 0
+            assert ids == brute_force(vectors, queries, 3000)[number]
+
+    def test_hits_of_one_shard_are_padded_where_another_fills_the_row(
+        self, built: tuple[Path, np.ndarray]
+    ) -> None:
+        index = Index.open(built[0] / "index")
+        padded = np.array([1, -1], np.int32), np.array([3, -1], np.int64)
+        assert [document.id for document in index.documents(*padded)] == ["id 253"]
 
     @pytest.mark.parametrize("k", [0, -3])
     def test_k_below_one(self, built: tuple[Path, np.ndarray], k: int) -> None:

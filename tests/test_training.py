@@ -184,6 +184,15 @@ class TestRetrieverRuns:
         trained = Encoder.load(tmp_path / "out")
         assert (trained.prefix_for("query"), trained.prefix_for("document")) == ("q: ", "")
 
+    def test_relative_paths_reach_the_workers(
+        self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Workers run in directories of their own."""
+        monkeypatch.chdir(still_encoder.parent)
+        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+        config = retriever_config(Path(still_encoder.name), pairs, tmp_path / "out")
+        assert train_retriever(config)["steps"] == 1
+
     def test_a_loss_that_is_no_number_stops_the_run(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 40)
         config = retriever_config(

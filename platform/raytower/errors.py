@@ -32,7 +32,9 @@ def find_cause(error: BaseException) -> BaseException:
         if id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, RaytowerError):
+        wrapped = getattr(current, "cause", None)
+        # What Ray raises for a task's error is an instance of that error's class too, with a traceback as its text.
+        if isinstance(current, RaytowerError) and not isinstance(wrapped, RaytowerError):
             return current
         for name in ("cause", "__cause__", "__context__"):
             inner = getattr(current, name, None)

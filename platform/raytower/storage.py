@@ -191,6 +191,15 @@ class Location:
         return target
 
 
+def absolute_if_local(name: str) -> str:
+    """`name` as an absolute path where it is something on this machine, else (a hub id, a URI) as it is.
+
+    Workers run in directories of their own, so a relative path must not travel to them.
+    """
+    path = Path(name).expanduser()
+    return str(path.absolute()) if "://" not in name and path.exists() else name
+
+
 def fsync_dir(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -23,7 +23,7 @@ from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.encoder import Encoder
 from raytower.models.forward import check_max_length
 from raytower.runtime import ensure_ray, log
-from raytower.storage import Location
+from raytower.storage import Location, absolute_if_local
 
 JOB_NAME = "job.json"
 _SURVEY_ROWS = 65_536
@@ -151,9 +151,9 @@ def _finished_parts(output: Location, spec: dict[str, Any], pieces: Sequence[Pie
 
 def _worker_settings(config: EncodeConfig, fingerprint: str, prefix: str) -> WorkerSettings:
     return WorkerSettings(
-        encoder=config.encoder,
+        encoder=absolute_if_local(config.encoder),
         fingerprint=fingerprint,
-        output=config.output,
+        output=absolute_if_local(config.output),
         prefix=prefix,
         max_length=config.max_length,
         embedding_dtype=config.embedding_dtype,
@@ -220,7 +220,7 @@ def _write_manifest(
         )
     EmbeddingsManifest(
         fingerprint=encoder.fingerprint,
-        encoder=config.encoder,
+        encoder=absolute_if_local(config.encoder),
         dim=encoder.dim,
         dtype=config.embedding_dtype,
         normalised=encoder.normalised,

@@ -32,7 +32,7 @@ from raytower.index.search import Shard
 from raytower.index.shard_build import build_shard, hash_ids, shard_name, train_quantiser
 from raytower.index.vectors import stream_rows
 from raytower.runtime import ensure_ray, log
-from raytower.storage import Location
+from raytower.storage import Location, absolute_if_local
 
 BUILD_NAME = "build.json"
 
@@ -181,9 +181,10 @@ def _build_shards(
     workers = config.workers
     threads = max(int(workers.num_cpus), 1)
     options: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
+    embeddings = absolute_if_local(config.embeddings)
     trained: Any = None
     if plan.train_rows:
-        trained = ray.remote(**options)(train_quantiser).remote(config.embeddings, plan, config.seed, threads)
+        trained = ray.remote(**options)(train_quantiser).remote(embeddings, plan, config.seed, threads)
     task = ray.remote(**options)(build_shard)
     results: dict[int, tuple[ShardEntry, NDArray[np.uint64]]] = {}
     waiting = list(range(plan.shards))
@@ -192,7 +193,7 @@ def _build_shards(
         while waiting and len(running) < workers.max:
             number = waiting.pop(0)
             uri = folder.path if folder.is_local else str(folder)
-            running[task.remote(config.embeddings, uri, number, plan, trained, threads)] = number
+            running[task.remote(embeddings, uri, number, plan, trained, threads)] = number
         finished, _ = ray.wait(list(running), num_returns=1)
         number = running.pop(finished[0])
         results[number] = ray.get(finished[0])
@@ -258,11 +259,13 @@ def _draft_manifest(
 def _measure(config: IndexBuildConfig, draft: IndexManifest, folder: Location) -> MeasuredRecall:
     threads = max(int(config.workers.num_cpus * config.workers.max), 1)
 
+    embeddings = absolute_if_local(config.embeddings)
+
     def measure() -> MeasuredRecall:
         cache = default_cache_dir()
         shards = [Shard.open(folder, number, draft, cache) for number in range(len(draft.shards))]
         return measure_recall(
-            config.embeddings,
+            embeddings,
             Index(draft, shards),
             target=config.target.recall,
             k=config.target.k,

@@ -78,14 +78,27 @@ class Shard:
         return int(self._index.ntotal)
 
     def search(self, vectors: Vectors, k: int, search_parameters: dict[str, int] | None = None) -> Hits:
-        """At most k hits of each prepared query vector (Q, D); cosine queries must have unit length."""
+        """min(k, rows) hits of each prepared query vector (Q, D); cosine queries must have unit length."""
         kept = min(k, self.num_rows)
         chosen = {**self._manifest.search_parameters, **(search_parameters or {})}
-        scores, rows = self._index.search(
-            vectors, kept, params=_faiss_parameters(self._manifest.kind, chosen)
-        )
+        parameters = _faiss_parameters(self._manifest.kind, chosen)
+        scores, rows = self._index.search(vectors, kept, params=parameters)
+        short = (rows < 0).any(axis=1)
+        if short.any():
+            # The graph or the probed lists reached fewer rows than were asked for, though the shard holds them.
+            scores[short], rows[short] = self._search_everything(vectors[short], kept)
         shards = np.where(rows < 0, -1, self.number).astype(np.int32)
         return Hits(np.where(rows < 0, -np.inf, scores).astype(np.float32), shards, rows.astype(np.int64))
+
+    def _search_everything(
+        self, vectors: Vectors, kept: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        faiss = import_faiss()
+        if self._manifest.kind == "hnsw":
+            flat = faiss.downcast_index(self._index.storage)
+            return flat.search(vectors, kept)
+        parameters = faiss.SearchParametersIVF(nprobe=self._manifest.parameters["nlist"])
+        return self._index.search(vectors, kept, params=parameters)
 
     def documents(self, rows: Sequence[int] | NDArray[np.int64]) -> list[Document]:
         """The documents of some rows, in their order."""

@@ -19,7 +19,7 @@ from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.forward import check_max_length
 from raytower.objectives.gather import gather_constants, rank, world_size
 from raytower.objectives.pointwise import PointwiseCrossEntropy
-from raytower.storage import Location
+from raytower.storage import Location, absolute_if_local
 from raytower.training.config import RerankerDevConfig, TrainRerankerConfig
 from raytower.training.inputs import ROWS_PER_PIECE, detect_kind, quarantine_place
 from raytower.training.row_stream import Rows
@@ -35,6 +35,8 @@ class RerankerTask:
 
     config: TrainRerankerConfig
     dev: ScoredRows | None
+    start: str
+    """config.model, absolute where it is a directory here."""
 
     @property
     def metric(self) -> str | None:
@@ -49,7 +51,7 @@ class RerankerTask:
         return self.config.dev.patience if self.config.dev else 0
 
     def build(self, start_from: Path | None) -> nn.Module:
-        model = CrossEncoder.load(start_from) if start_from else CrossEncoder.start_from(self.config.model)
+        model = CrossEncoder.load(start_from) if start_from else CrossEncoder.start_from(self.start)
         model.max_length = check_max_length(self.config.max_length, model.max_positions)
         return model
 
@@ -101,9 +103,12 @@ def train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     Raises:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model.
     """
-    return fit(
-        config, _survey(config), lambda: RerankerTask(config, _load_dev(config.dev) if config.dev else None)
-    )
+
+    def make_task() -> RerankerTask:
+        dev = _load_dev(config.dev) if config.dev else None
+        return RerankerTask(config, dev, absolute_if_local(config.model))
+
+    return fit(config, _survey(config), make_task)
 
 
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:

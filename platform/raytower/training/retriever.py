@@ -16,7 +16,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import check_max_length
 from raytower.models.two_tower import TwoTower
 from raytower.objectives.in_batch_negatives import BatchKeys, InBatchNegatives, text_keys
-from raytower.storage import Location
+from raytower.storage import Location, absolute_if_local
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.dev_recall import DevSet, evaluate_encoder, load_dev_set
 from raytower.training.inputs import ROWS_PER_PIECE, detect_kind, quarantine_place
@@ -33,6 +33,8 @@ class RetrieverTask:
 
     config: TrainRetrieverConfig
     dev: DevSet | None
+    start: str
+    """config.model, absolute where it is a directory here."""
 
     @property
     def metric(self) -> str | None:
@@ -47,7 +49,7 @@ class RetrieverTask:
         return self.config.dev.patience if self.config.dev else 0
 
     def build(self, start_from: Path | None) -> nn.Module:
-        encoder = Encoder.load(start_from or self.config.model)
+        encoder = Encoder.load(start_from or self.start)
         if self.config.query_prefix is not None:
             encoder.prompts["query"] = self.config.query_prefix
         if self.config.document_prefix is not None:
@@ -97,11 +99,12 @@ def train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
     Raises:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model.
     """
-    return fit(
-        config,
-        _survey(config),
-        lambda: RetrieverTask(config, load_dev_set(config.dev) if config.dev else None),
-    )
+
+    def make_task() -> RetrieverTask:
+        dev = load_dev_set(config.dev) if config.dev else None
+        return RetrieverTask(config, dev, absolute_if_local(config.model))
+
+    return fit(config, _survey(config), make_task)
 
 
 def plan_train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
