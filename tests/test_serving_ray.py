@@ -27,8 +27,9 @@ from ray import serve
 
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.evaluation.recall import Candidate, index_recall
-from raytower.index.manifest import IndexManifest, ShardEntry, publish
+from raytower.index.manifest import IndexManifest, ShardEntry
 from raytower.index.reader import Index
+from raytower.index.versions import publish
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.serving import deploy
@@ -78,6 +79,7 @@ def write_version(
         sums = [hashlib.sha256(content).hexdigest() for content in files]
         entries.append(
             ShardEntry(
+                version=version,
                 name=place.name,
                 rows=len(rows),
                 vectors_sha256=sums[0],
@@ -94,12 +96,14 @@ def write_version(
         metric="cosine",
         dim=int(vectors.shape[1]),
         kind="flat",
+        kind_reason="written by hand",
         parameters={},
         rows=len(texts),
         shards=tuple(entries),
         prefix="",
         query_prefix="",
         max_length=64,
+        spec_sha256="0" * 64,
         recall=1.0,
         recall_k=10,
         recall_target=0.95,
@@ -115,8 +119,8 @@ def write_version(
 @pytest.fixture(scope="module")
 def index_dir(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("served") / "index"
-    write_version(folder, "v1", dummy_encoder_dir)
-    write_version(folder, "v2", dummy_encoder_dir, published=False)
+    write_version(folder, "v000001", dummy_encoder_dir)
+    write_version(folder, "v000002", dummy_encoder_dir, published=False)
     return folder
 
 
@@ -186,11 +190,11 @@ def check_swap(config: ServeConfig, url: str) -> None:
     before = replica_names()
     with Load(url) as load:
         time.sleep(0.3)
-        assert deploy.reload(config, "v2") == "v2"
+        assert deploy.reload(config, "v000002") == "v000002"
         time.sleep(0.3)
     assert {status for status, _ in load.answers} == {200}
     assert all(len(versions_in(answer)) == 1 for _, answer in load.answers)
-    assert {answer["index_version"] for _, answer in load.answers} == {"v1", "v2"}
+    assert {answer["index_version"] for _, answer in load.answers} == {"v000001", "v000002"}
     assert not any(answer["partial"] for _, answer in load.answers)
     assert replica_names() == before
 
@@ -210,11 +214,11 @@ def test_together_serves_swaps_and_stops(
     assert len(replica_names()) == 1, "one process holds everything"
     status, answer = ask(url, query="moon 3", k=3)
     assert status == 200
-    assert (answer["index_version"], answer["partial"], answer["reranked"]) == ("v1", False, True)
+    assert (answer["index_version"], answer["partial"], answer["reranked"]) == ("v000001", False, True)
     status, answer = ask(url, query="moon 3", k=3, rerank=False)
     vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode([*TEXTS, "moon 3"])
     best = np.argsort(-(vectors[:-1] @ vectors[-1]), kind="stable")[:3]
-    assert [hit["id"] for hit in answer["results"][0]] == [f"v1/{row}" for row in best]
+    assert [hit["id"] for hit in answer["results"][0]] == [f"v000001/{row}" for row in best]
     assert answer["results"][0][0]["text"] == "moon 3"
     assert answer["results"][0][0]["metadata"] == {"row": TEXTS.index("moon 3")}
     assert len(ask(url, query="moon", k=1000, rerank=False)[1]["results"][0]) == len(TEXTS)
@@ -242,7 +246,7 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
     status, whole = ask(url, queries=queries, k=50, rerank=False)
     assert status == 200
     assert not whole["partial"]
-    index = Index.open(str(index_dir), "v1")
+    index = Index.open(str(index_dir), "v000001")
     vectors = ForwardEngine(Encoder.load(index.manifest.encoder)).encode(queries)
     for hits, expected in zip(whole["results"], index_recall(index)(vectors, 50), strict=True):
         assert [hit["id"] for hit in hits] == [item.id for item in expected]
@@ -250,7 +254,7 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
             [item.score for item in expected], abs=1e-6
         )
     check_swap(config, url)
-    assert deploy.reload(config) == "v1", "without a name the published version is taken"
+    assert deploy.reload(config) == "v000001", "without a name the published version is taken"
 
     (victim,) = [name for name in replica_names() if "shard-00001" in name]
     ray.kill(ray.get_actor(victim, namespace="serve"))
@@ -260,7 +264,7 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
     rows = {hit["metadata"]["row"] for hit in answer["results"][0]}
     assert rows == set(range(25)), "the other shard's rows, all of them"
     wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, seconds=60)
-    assert versions_in(ask(url, query="moon 3", k=50)[1]) == {"v1"}
+    assert versions_in(ask(url, query="moon 3", k=50)[1]) == {"v000001"}
 
 
 def test_a_version_that_cannot_be_opened_leaves_the_one_before(
@@ -271,31 +275,31 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "index"
-    write_version(folder, "v1", dummy_encoder_dir)
+    write_version(folder, "v000001", dummy_encoder_dir)
     monkeypatch.setenv("SEARCH_KEY_FOR_TEST", "open sesame")
     monkeypatch.setattr(deploy, "_READY_TIMEOUT_S", 3.0)
     config, url = served(make_config(folder, api_key_env="SEARCH_KEY_FOR_TEST"))
     key = {"Authorization": "Bearer open sesame"}
     assert ask(url, query="moon")[0] == 401
     assert ask(url, query="moon", headers=key)[0] == 200
-    write_version(folder, "v2", dummy_encoder_dir)
-    damaged = folder / "versions/v2/shard-00000/vectors.faiss"
+    write_version(folder, "v000002", dummy_encoder_dir)
+    damaged = folder / "versions/v000002/shard-00000/vectors.faiss"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    with pytest.raises(RaytowerError, match="'v1', not 'v2'"):
+    with pytest.raises(RaytowerError, match="'v000001', not 'v000002'"):
         deploy.reload(config)
-    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v1"
+    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v000001"
     other = build_tiny_encoder(tmp_path / "other", seed=5)
-    write_version(folder, "v3", other)
+    write_version(folder, "v000003", other)
     with pytest.raises(FormatError, match="fingerprint"):
         deploy.reload(config.model_copy(update={"encoder": str(dummy_encoder_dir)}))
-    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v1"
+    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v000001"
 
 
 def test_what_a_replica_refuses_is_told_in_its_own_words(
     ray_cluster: None, dummy_encoder_dir: Path, tmp_path: Path
 ) -> None:
-    write_version(tmp_path / "index", "v1", dummy_encoder_dir)
-    damaged = tmp_path / "index/versions/v1/shard-00001/documents.arrow"
+    write_version(tmp_path / "index", "v000001", dummy_encoder_dir)
+    damaged = tmp_path / "index/versions/v000001/shard-00001/documents.arrow"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     with pytest.raises(FormatError, match=r"documents\.arrow"):
         deploy.start(make_config(tmp_path / "index"))
@@ -319,9 +323,11 @@ def test_a_taken_port_is_an_input_error(ray_cluster: None, index_dir: Path) -> N
 def test_the_plan_says_what_would_run(index_dir: Path) -> None:
     together = deploy.plan_serve(make_config(index_dir, port=8123, replicas=2, num_cpus=2))
     size = sum(
-        file.stat().st_size for file in (index_dir / "versions/v1").rglob("*") if file.parent.name != "v1"
+        file.stat().st_size
+        for file in (index_dir / "versions/v000001").rglob("*")
+        if file.parent.name != "v000001"
     )
-    assert together["index_version"] == "v1"
+    assert together["index_version"] == "v000001"
     assert together["rows"] == 50
     assert together["index_bytes_per_process"] == together["index_bytes"] == size
     assert (together["processes"], together["cpus"]) == (2, 4)
@@ -379,13 +385,13 @@ def candidate(name: str, score: float) -> Candidate:
 def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: Path) -> None:
     good = Remote(lambda: [[candidate("a", 0.9), candidate("b", 0.1)]])
     shards = [good, Remote(late)]
-    index = ShardedIndex(Index.open(str(index_dir), "v1").manifest, shards, 100)
+    index = ShardedIndex(Index.open(str(index_dir), "v000001").manifest, shards, 100)
     vectors = np.zeros((1, 32), dtype=np.float32)
     found, partial = index.recall(vectors, 1, Deadline.after(SOON))
     assert [item.id for item in found[0]] == ["a"]
     assert partial
     assert shards[1].cancelled
-    assert [shard.asked[0][0] for shard in shards] == ["v1", "v1"]
+    assert [shard.asked[0][0] for shard in shards] == ["v000001", "v000001"]
     shards[1].answer = lambda: [[candidate("c", 0.5)]]
     found, partial = index.recall(vectors, 2, Deadline.after(SOON))
     assert [item.id for item in found[0]] == ["a", "c"]
@@ -393,7 +399,7 @@ def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: 
 
 
 def test_no_shard_at_all_is_an_error_and_not_an_empty_answer(index_dir: Path) -> None:
-    index = ShardedIndex(Index.open(str(index_dir), "v1").manifest, [Remote(late), Remote(late)], 100)
+    index = ShardedIndex(Index.open(str(index_dir), "v000001").manifest, [Remote(late), Remote(late)], 100)
     vectors = np.zeros((1, 32), dtype=np.float32)
     with pytest.raises(NotReadyError, match="no shard"):
         index.recall(vectors, 1, Deadline.after(SOON))
@@ -403,9 +409,9 @@ def test_no_shard_at_all_is_an_error_and_not_an_empty_answer(index_dir: Path) ->
 
 def test_a_version_with_more_shards_than_processes_is_refused(index_dir: Path) -> None:
     with pytest.raises(FormatError, match="2 shards, but 1"):
-        ShardedIndex.open(str(index_dir), "v1", [Remote(lambda: None)], 100)
+        ShardedIndex.open(str(index_dir), "v000001", [Remote(lambda: None)], 100)
     with pytest.raises(RaytowerError, match="shard 1 could not open"):
-        ShardedIndex.open(str(index_dir), "v1", [Remote(lambda: None), Remote(late)], 100)
+        ShardedIndex.open(str(index_dir), "v000001", [Remote(lambda: None), Remote(late)], 100)
 
 
 def test_merging_keeps_shard_order_for_equal_scores() -> None:
@@ -416,7 +422,7 @@ def test_merging_keeps_shard_order_for_equal_scores() -> None:
 def test_a_shard_server_keeps_two_versions_and_opens_others_when_asked(
     tmp_path: Path, dummy_encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for version in ("v1", "v2", "v3"):
+    for version in ("v000001", "v000002", "v000003"):
         write_version(tmp_path, version, dummy_encoder_dir, texts=TEXTS[:4])
     opened: list[str] = []
 
@@ -427,10 +433,10 @@ def test_a_shard_server_keeps_two_versions_and_opens_others_when_asked(
     monkeypatch.setattr("raytower.serving.shards.open_shard", counting)
     server = ShardServer(str(tmp_path), 1)
     vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode(TEXTS[3:4])
-    for version in ("v1", "v2", "v1", "v3", "v1", "v2"):
+    for version in ("v000001", "v000002", "v000001", "v000003", "v000001", "v000002"):
         (found,) = server._recall_of(version)(vectors, 9)
         assert [item.id for item in found] == sorted((f"{version}/2", f"{version}/3"), reverse=True)
-    assert opened == ["v1", "v2", "v3", "v2"]
+    assert opened == ["v000001", "v000002", "v000003", "v000002"]
 
 
 def test_the_job_serves_until_it_is_told_to_stop(index_dir: Path, tmp_path: Path) -> None:
@@ -453,20 +459,20 @@ def test_the_job_serves_until_it_is_told_to_stop(index_dir: Path, tmp_path: Path
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: deploy.served_version(url) == "v1" or process.poll() is not None, seconds=90)
+        wait_for(lambda: deploy.served_version(url) == "v000001" or process.poll() is not None, seconds=90)
         assert ask(url, query="moon", k=1)[0] == 200, (tmp_path / "stderr").read_text()
-        publish(Location.of(index_dir), "v2")
+        publish(Location.of(index_dir), "v000002")
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: deploy.served_version(url) == "v2", seconds=30)
-        wait_for(lambda: "serving index version v2" in (tmp_path / "stderr").read_text(), seconds=30)
+        wait_for(lambda: deploy.served_version(url) == "v000002", seconds=30)
+        wait_for(lambda: "serving index version v000002" in (tmp_path / "stderr").read_text(), seconds=30)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, (tmp_path / "stderr").read_text()
         result = json.loads(output.splitlines()[-1])
-        assert result["index_version"] == "v2"
+        assert result["index_version"] == "v000002"
         assert result["url"] == url
     finally:
-        publish(Location.of(index_dir), "v1")
+        publish(Location.of(index_dir), "v000001")
         if process.poll() is None:
             process.kill()
             process.wait()

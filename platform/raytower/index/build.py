@@ -1,99 +1,99 @@
-"""`raytower index build`: embeddings into a new version, published only when it is whole."""
+"""`raytower index build`: embeddings into a new version, published only when it is whole.
+
+The steps: check the embeddings, claim a version, train on a sample, build shards, measure recall, write the manifest,
+publish. Each step runs as Ray tasks that stream; the driver holds 8 bytes a row, to find duplicate ids.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
+import pyarrow as pa
 import ray
-from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsManifest
-from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.index.config import IndexBuildConfig
-from raytower.index.manifest import (
-    CURRENT_NAME,
-    MANIFEST_NAME,
-    IndexManifest,
-    ShardEntry,
-    current_version,
+from raytower.errors import FormatError, RaytowerError, find_cause
+from raytower.index.config import IndexBuildConfig, IndexWorkersConfig
+from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
+from raytower.index.measure import MeasuredRecall, exact_hits, hold_out, measure_recall, merge_exact
+from raytower.index.plan import IndexPlan, human_bytes, plan_index
+from raytower.index.reader import Index
+from raytower.index.shard_build import ShardTask, build_shard, finished_shard, shard_name, train_template
+from raytower.index.vectors import check_file, metric_of, refuse_duplicate_ids
+from raytower.index.versions import (
+    claim_version,
+    finished_build,
     publish,
+    published_version,
+    spec_sha256,
     version_folder,
 )
-from raytower.index.measure import MeasuredRecall, measure_recall
-from raytower.index.plan import IndexPlan, plan_index
-from raytower.index.reader import Index, default_cache_dir
-from raytower.index.search import Shard
-from raytower.index.shard_build import build_shard, hash_ids, shard_name, train_quantiser
-from raytower.index.vectors import stream_rows
 from raytower.runtime import ensure_ray, log
-from raytower.storage import Location, absolute_if_local
+from raytower.storage import Location
 
-BUILD_NAME = "build.json"
+ResultT = TypeVar("ResultT")
 
 
 def build_index(config: IndexBuildConfig) -> dict[str, Any]:
-    """Build, measure and publish a version; shards that a killed run of the same build finished are kept.
+    """Build, measure and publish a version.
+
+    Shards that a killed run of the same build finished are kept; a build that is finished already is only published.
 
     Returns:
-        version, kind, shards, rows, recall, search_parameters, seconds, output.
+        version, kind, shards, rows, recall, recall_target_reached, search_parameters, seconds, output.
 
     Raises:
         FormatError: damaged or unfinished embeddings. InputError: NaN or zero vectors, duplicate ids, more shards
         than rows, a kind that does not fit the memory. RaytowerError: a task failed.
     """
     started = time.perf_counter()
-    embeddings = EmbeddingsManifest.read(Location.of(config.embeddings))
+    source = Location.of(config.embeddings)
+    embeddings = EmbeddingsManifest.read(source)
     plan = _plan(config, embeddings)
-    log(f"index plan: {plan.kind}, {plan.shards} shards; {plan.reason}")
-    output = Location.of(config.output)
-    version, folder = _claim_version(output, config, plan, embeddings)
-    ensure_ray()
-    try:
-        entries, hashes = _build_shards(config, plan, folder)
-        _refuse_duplicates(config, embeddings, hashes)
-        draft = _draft_manifest(config, embeddings, plan, version, output, entries)
-        measured = _measure(config, draft, folder)
-    except Exception as error:
-        cause = find_cause(error)
-        if isinstance(cause, RaytowerError):
-            raise cause from error
-        raise RaytowerError(f"building {folder} failed: {error}") from error
-    if not measured.reached:
-        log(
-            f"recall@{config.target.k} stays at {measured.recall:.4f}, below target.recall {config.target.recall}"
-        )
-    manifest = replace(
-        draft,
-        recall=measured.recall,
-        recall_target_reached=measured.reached,
-        recall_curve=measured.curve,
-        search_parameters=measured.search_parameters,
+    log(
+        f"index plan: {plan.kind}, {plan.shards} shards, {human_bytes(plan.predicted_search_memory_bytes)} to search, "
+        f"{human_bytes(plan.predicted_build_memory_bytes_per_task)} a build task; {plan.reason}"
     )
-    manifest.write(folder)
-    publish(output, version)
+    output = Location.of(config.output)
+    spec = _spec(config, embeddings, plan)
+    manifest = _reusable(output, spec, config)
+    if manifest is None:
+        ensure_ray(config.workers.num_cpus)
+        schema = _check_embeddings(source, embeddings, config.workers)
+        with claim_version(output, spec) as version:
+            manifest = _build_version(config, embeddings, plan, version, schema, spec)
+            manifest.write(version_folder(output, version))
+    if not manifest.recall_target_reached:
+        log(
+            f"recall@{manifest.recall_k} is {manifest.recall:.4f} at {manifest.search_parameters}, below target.recall "
+            f"{manifest.recall_target}; another kind may reach it"
+        )
+    if published_version(output) != manifest.version:
+        publish(output, manifest.version)
     return {
-        "version": version,
-        "kind": plan.kind,
-        "shards": plan.shards,
-        "rows": plan.rows,
-        "recall": round(measured.recall, 5),
-        "recall_target_reached": measured.reached,
-        "search_parameters": measured.search_parameters,
+        "version": manifest.version,
+        "kind": manifest.kind,
+        "shards": len(manifest.shards),
+        "rows": manifest.rows,
+        "recall": round(manifest.recall, 5),
+        "recall_target_reached": manifest.recall_target_reached,
+        "search_parameters": manifest.search_parameters,
         "seconds": round(time.perf_counter() - started, 3),
         "output": config.output,
     }
 
 
 def plan_build(config: IndexBuildConfig) -> dict[str, Any]:
-    """The plan for --dry-run: kind and why, shards, parameters, predicted memory and disk."""
+    """The plan for --dry-run: kind and why, shards, parameters, predicted memory and disk.
+
+    Raises:
+        FormatError, InputError: unfinished embeddings, or what does not fit.
+    """
     plan = _plan(config, EmbeddingsManifest.read(Location.of(config.embeddings)))
-    return {**{key: value for key, value in asdict(plan).items() if key != "ranges"}, "shards": plan.shards}
+    return {"shards": plan.shards, **asdict(plan)}
 
 
 def _plan(config: IndexBuildConfig, embeddings: EmbeddingsManifest) -> IndexPlan:
@@ -103,174 +103,181 @@ def _plan(config: IndexBuildConfig, embeddings: EmbeddingsManifest) -> IndexPlan
         dim=embeddings.dim,
         kind=config.kind,
         shards=config.shards,
+        recall=config.target.recall,
         memory_bytes=int(config.target.memory),
         num_workers=config.workers.max,
         text_bytes=max(sum(item.bytes for item in embeddings.files) - vector_bytes, 0),
     )
 
 
-def _claim_version(
-    output: Location, config: IndexBuildConfig, plan: IndexPlan, embeddings: EmbeddingsManifest
-) -> tuple[str, Location]:
-    """A version of our own: an unfinished one of a dead builder of the same build, or the next free number.
-
-    Creating the folder is the claim: of two builders at once only one succeeds in making it.
-    """
-    spec = json.loads(
-        json.dumps(
-            {
-                "fingerprint": embeddings.fingerprint,
-                "files": [item.sha256 for item in embeddings.files],
-                "kind": plan.kind,
-                "parameters": plan.parameters,
-                "ranges": plan.ranges,
-                "seed": config.seed,
-            }
-        )
-    )
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
-    versions = [place.name for place in (output / "versions").children()]
-    for name in versions:
-        folder = version_folder(output, name)
-        if (folder / MANIFEST_NAME).exists() or not (folder / BUILD_NAME).exists():
-            continue
-        found = (folder / BUILD_NAME).read_json()
-        if found["spec"] == spec and _is_dead(found["owner"]):
-            log(f"continuing the unfinished version {name}")
-            (folder / BUILD_NAME).write_json({"spec": spec, "owner": owner})
-            return name, folder
-    number = max((int(name[1:]) for name in versions if name[1:].isdigit()), default=0) + 1
-    while True:
-        name = f"v{number:06d}"
-        folder = version_folder(output, name)
-        if _create_exclusively(folder):
-            (folder / BUILD_NAME).write_json({"spec": spec, "owner": owner})
-            return name, folder
-        number += 1
+def _spec(config: IndexBuildConfig, embeddings: EmbeddingsManifest, plan: IndexPlan) -> dict[str, Any]:
+    """What shards are built from; two builds with the same spec may share finished shards."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": embeddings.fingerprint,
+        "files": [[item.name, item.rows, item.sha256] for item in embeddings.files],
+        "dim": plan.dim,
+        "metric": metric_of(embeddings),
+        "kind": plan.kind,
+        "parameters": plan.parameters,
+        "ranges": [list(bounds) for bounds in plan.ranges],
+        "train_rows": plan.train_rows,
+        "seed": config.seed,
+    }
 
 
-def _create_exclusively(folder: Location) -> bool:
-    folder.parent.make_dir()
-    if not folder.is_local:
-        # Object stores have no exclusive mkdir; the window between asking and writing is documented, not closed.
-        return not folder.exists()
+def _reusable(output: Location, spec: dict[str, Any], config: IndexBuildConfig) -> IndexManifest | None:
+    manifest = finished_build(output, spec, config.target.recall, config.target.k)
+    if manifest is None:
+        return None
     try:
-        os.mkdir(folder.path)
-    except FileExistsError:
-        return False
-    return True
+        Index.of_manifest(manifest, version_folder(output, manifest.version))
+    except FormatError as error:
+        log(f"version {manifest.version} is damaged and is built again: {error}")
+        return None
+    log(f"version {manifest.version} of {output} is this build, finished; nothing to build")
+    return manifest
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
-    if owner["host"] != socket.gethostname():
-        return False
-    if owner["pid"] == os.getpid():
-        return True
+def _check_embeddings(
+    source: Location, embeddings: EmbeddingsManifest, workers: IndexWorkersConfig
+) -> pa.Schema:
+    """Check every file and the ids of all; returns the schema of the documents."""
+    calls = [(source, embeddings, number) for number in range(len(embeddings.files))]
+    checked = _run_tasks(check_file, calls, workers, workers.max)
+    refuse_duplicate_ids(source, embeddings, [item.id_hashes for item in checked])
+    schemas = [item.documents_schema for item in checked]
     try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+        # A file may infer a column as null or int where another has text or float.
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowTypeError as error:
+        raise FormatError(f"the files of {source} do not agree on their columns: {error}") from error
 
 
-def _build_shards(
-    config: IndexBuildConfig, plan: IndexPlan, folder: Location
-) -> tuple[list[ShardEntry], list[NDArray[np.uint64]]]:
-    workers = config.workers
-    threads = max(int(workers.num_cpus), 1)
-    options: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
-    embeddings = absolute_if_local(config.embeddings)
-    trained: Any = None
-    if plan.train_rows:
-        trained = ray.remote(**options)(train_quantiser).remote(embeddings, plan, config.seed, threads)
-    task = ray.remote(**options)(build_shard)
-    results: dict[int, tuple[ShardEntry, NDArray[np.uint64]]] = {}
-    waiting = list(range(plan.shards))
-    running: dict[ray.ObjectRef[Any], int] = {}
-    while waiting or running:
-        while waiting and len(running) < workers.max:
-            number = waiting.pop(0)
-            uri = folder.path if folder.is_local else str(folder)
-            running[task.remote(embeddings, uri, number, plan, trained, threads)] = number
-        finished, _ = ray.wait(list(running), num_returns=1)
-        number = running.pop(finished[0])
-        results[number] = ray.get(finished[0])
-        log(f"built {shard_name(number)}: {results[number][0].rows:,} rows")
-    ordered = [results[number] for number in range(plan.shards)]
-    return [entry for entry, _ in ordered], [hashes for _, hashes in ordered]
-
-
-def _refuse_duplicates(
-    config: IndexBuildConfig, embeddings: EmbeddingsManifest, hashes: list[NDArray[np.uint64]]
-) -> None:
-    """Raises InputError naming a duplicate id. Equal hashes are looked up as text before anything is refused."""
-    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
-    if not suspects:
-        return
-    seen: dict[str, int] = {}
-    for batch in stream_rows(Location.of(config.embeddings), embeddings, 0, embeddings.rows):
-        ids = batch.documents["id"].to_pylist()
-        for row, (name, value) in enumerate(
-            zip(ids, hash_ids(ids).tolist(), strict=True), start=batch.first_row
-        ):
-            if value in suspects:
-                if name in seen:
-                    raise InputError(
-                        f"id {name!r} stands in rows {seen[name]} and {row} of {config.embeddings!r}; "
-                        "ids must be unique, so give the corpus unique ids and encode it again"
-                    )
-                seen[name] = row
-
-
-def _draft_manifest(
+def _build_version(
     config: IndexBuildConfig,
     embeddings: EmbeddingsManifest,
     plan: IndexPlan,
     version: str,
-    output: Location,
-    entries: list[ShardEntry],
+    schema: pa.Schema,
+    spec: dict[str, Any],
 ) -> IndexManifest:
-    return IndexManifest(
+    output, digest = Location.of(config.output), spec_sha256(spec)
+    entries = _build_shards(config, plan, version_folder(output, version), schema, digest)
+    draft = IndexManifest(
         version=version,
-        parent=current_version(output) if (output / CURRENT_NAME).exists() else None,
+        parent=None,
         fingerprint=embeddings.fingerprint,
         encoder=embeddings.encoder,
-        metric="cosine" if embeddings.similarity == "cosine" else "inner_product",
+        metric=metric_of(embeddings),
         dim=plan.dim,
         kind=plan.kind,
+        kind_reason=plan.reason,
         parameters=plan.parameters,
         rows=plan.rows,
         shards=tuple(entries),
         prefix=embeddings.prefix,
         query_prefix=embeddings.query_prefix,
         max_length=embeddings.max_length,
-        recall=0.0,
+        spec_sha256=digest,
         recall_k=config.target.k,
         recall_target=config.target.recall,
-        recall_target_reached=False,
-        recall_curve=(),
         search_parameters={},
+    )
+    measured = _measure(config, plan, draft)
+    return replace(
+        draft,
+        recall=measured.recall,
+        recall_queries=measured.num_queries,
+        recall_target_reached=measured.reached,
+        recall_curve=measured.curve,
+        search_parameters=measured.search_parameters,
     )
 
 
-def _measure(config: IndexBuildConfig, draft: IndexManifest, folder: Location) -> MeasuredRecall:
-    threads = max(int(config.workers.num_cpus * config.workers.max), 1)
+def _build_shards(
+    config: IndexBuildConfig, plan: IndexPlan, folder: Location, schema: pa.Schema, digest: str
+) -> list[ShardEntry]:
+    source, workers = Location.of(config.embeddings), config.workers
+    kept = [finished_shard(folder, number, digest) for number in range(plan.shards)]
+    missing = [number for number, entry in enumerate(kept) if entry is None]
+    if len(missing) < plan.shards:
+        log(f"continuing {folder}: {plan.shards - len(missing)} of {plan.shards} shards are finished already")
+    built: list[ShardEntry] = []
+    if missing:
+        train = [(source, plan, config.seed, workers.num_threads)]
+        # Put into the object store once, not once a task.
+        template = ray.put(_run_tasks(train_template, train, workers, 1)[0])
+        calls = [
+            (
+                ShardTask(
+                    embeddings=source,
+                    version=folder,
+                    number=number,
+                    plan=plan,
+                    documents_schema=schema,
+                    spec_sha256=digest,
+                    num_threads=workers.num_threads,
+                ),
+                template,
+            )
+            for number in missing
+        ]
+        built = _run_tasks(build_shard, calls, workers, plan.tasks_at_once, "built {} of {} shards")
+    entries = {entry.name: entry for entry in [*kept, *built] if entry is not None}
+    return [entries[shard_name(number)] for number in range(plan.shards)]
 
-    embeddings = absolute_if_local(config.embeddings)
+
+def _measure(config: IndexBuildConfig, plan: IndexPlan, manifest: IndexManifest) -> MeasuredRecall:
+    source, workers = Location.of(config.embeddings), config.workers
+    folder = version_folder(Location.of(config.output), manifest.version)
+    queries = _run_tasks(hold_out, [(source, config.seed)], workers, 1)[0]
+    calls = [(source, *bounds, queries, config.target.k) for bounds in plan.ranges]
+    parts = _run_tasks(exact_hits, calls, workers, workers.max)
 
     def measure() -> MeasuredRecall:
-        cache = default_cache_dir()
-        shards = [Shard.open(folder, number, draft, cache) for number in range(len(draft.shards))]
         return measure_recall(
-            embeddings,
-            Index(draft, shards),
+            Index.of_manifest(manifest, folder, verify="none"),
+            queries,
+            merge_exact(parts, config.target.k),
             target=config.target.recall,
-            k=config.target.k,
-            seed=config.seed,
-            num_threads=threads,
+            num_threads=workers.num_threads,
         )
 
-    return ray.get(ray.remote(num_cpus=config.workers.num_cpus)(measure).remote())
+    return _run_tasks(measure, [()], workers, 1)[0]
+
+
+def _run_tasks(
+    function: Callable[..., ResultT],
+    calls: Sequence[tuple[Any, ...]],
+    workers: IndexWorkersConfig,
+    at_once: int,
+    progress: str | None = None,
+) -> list[ResultT]:
+    """Results of `function` over `calls`, in order, with at most `at_once` Ray tasks running.
+
+    Raises:
+        RaytowerError: the first failure, as the task raised it where that was meant for the user.
+    """
+    task = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)(function)
+    waiting = list(enumerate(calls))
+    running: dict[ray.ObjectRef[Any], int] = {}
+    results: dict[int, ResultT] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                number, arguments = waiting.pop(0)
+                running[task.remote(*arguments)] = number
+            finished, _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(finished[0])
+            results[number] = ray.get(finished[0])
+            if progress:
+                log(progress.format(len(results), len(calls)))
+    except Exception as error:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        cause = find_cause(error)
+        if isinstance(cause, RaytowerError):
+            raise cause from None
+        raise RaytowerError(f"a task of the index build failed: {cause}") from error
+    return [results[number] for number in range(len(calls))]

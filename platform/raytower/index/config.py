@@ -6,17 +6,33 @@ from typing import Literal
 
 from pydantic import Field
 
-from raytower.config import ByteSize, Config, WorkersConfig
+from raytower.config import ByteSize, Config
 
-IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_pq", "ivf_sq8"]
+BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 
 class TargetConfig(Config):
-    """Recall@k against exact search to reach, and the memory that all shards together may take when searched."""
+    """Recall@k against exact search to reach, and memory to keep.
+
+    `memory` bounds both one process that searches all shards and the build tasks that run at once.
+    """
 
     recall: float = Field(default=0.95, gt=0, le=1)
     k: int = Field(default=10, ge=1)
     memory: ByteSize = ByteSize(8 * 2**30)
+
+
+class IndexWorkersConfig(Config):
+    """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it."""
+
+    max: int = Field(default=2, ge=1)
+    num_cpus: float = Field(default=1, gt=0)
+    num_gpus: float = Field(default=0, ge=0)
+
+    @property
+    def num_threads(self) -> int:
+        return max(int(self.num_cpus), 1)
 
 
 class IndexBuildConfig(Config):
@@ -27,5 +43,5 @@ class IndexBuildConfig(Config):
     kind: IndexKind = "auto"
     shards: Literal["auto"] | int = "auto"
     target: TargetConfig = TargetConfig()
-    workers: WorkersConfig = WorkersConfig()
+    workers: IndexWorkersConfig = IndexWorkersConfig()
     seed: int = Field(default=0, ge=0)

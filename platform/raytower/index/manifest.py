@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from raytower.errors import FormatError, InputError
+from raytower.errors import FormatError
+from raytower.index.config import BuiltKind
 from raytower.storage import Location
 
+FORMAT = "raytower.index"
 FORMAT_VERSION = 1
-CURRENT_NAME = "CURRENT"
 MANIFEST_NAME = "manifest.json"
 VECTORS_NAME = "vectors.faiss"
 DOCUMENTS_NAME = "documents.arrow"
@@ -17,8 +18,12 @@ DOCUMENTS_NAME = "documents.arrow"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard: its directory under the version, its rows, sha256 of its two files."""
+    """One shard: the version whose folder holds it, its directory there, its rows, and its two files.
 
+    A later version lists shards that it shares with an earlier one under that one's name.
+    """
+
+    version: str
     name: str
     rows: int
     vectors_sha256: str
@@ -29,7 +34,12 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexManifest:
-    """What a version holds. `search_parameters` are the smallest measured ones that reach the recall target."""
+    """What a version holds. `search_parameters` are the smallest measured ones that reach the recall target.
+
+    `recall` is recall@`recall_k` of `recall_queries` sampled rows against exact search, at those parameters;
+    `recall_curve` holds every point measured, `{"parameter", "value", "recall"}`. `spec_sha256` identifies what the
+    shards were built from. `parent` is the version that this one was derived from, null for a build.
+    """
 
     version: str
     parent: str | None
@@ -37,23 +47,26 @@ class IndexManifest:
     encoder: str
     metric: Literal["cosine", "inner_product"]
     dim: int
-    kind: str
+    kind: BuiltKind
+    kind_reason: str
     parameters: dict[str, int]
     rows: int
     shards: tuple[ShardEntry, ...]
     prefix: str
     query_prefix: str
     max_length: int
-    recall: float
+    spec_sha256: str
     recall_k: int
     recall_target: float
-    recall_target_reached: bool
-    recall_curve: tuple[dict[str, Any], ...]
+    recall: float = 0.0
+    recall_queries: int = 0
+    recall_target_reached: bool = False
+    recall_curve: tuple[dict[str, Any], ...] = ()
     search_parameters: dict[str, int]
 
     def write(self, folder: Location) -> None:
         (folder / MANIFEST_NAME).write_json(
-            {"format_version": FORMAT_VERSION, "kind_of_file": "index", **asdict(self)}
+            {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         )
 
     @staticmethod
@@ -65,10 +78,13 @@ class IndexManifest:
                 f"{folder} has no {MANIFEST_NAME}: that version was never finished; build it again"
             )
         values = place.read_json()
-        version = values.pop("format_version", None) if isinstance(values, dict) else None
-        if version != FORMAT_VERSION or values.pop("kind_of_file", None) != "index":
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise FormatError(f"{place} is not an index manifest; build the index again")
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
             raise FormatError(
-                f"{place} has format version {version!r}; this raytower reads version {FORMAT_VERSION}"
+                f"{place} has format version {version!r}; this raytower reads version {FORMAT_VERSION}: use the "
+                "raytower that wrote it, or build the index again"
             )
         try:
             values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
@@ -80,27 +96,3 @@ class IndexManifest:
         if total != manifest.rows:
             raise FormatError(f"{place} says {manifest.rows} rows but its shards add up to {total}")
         return manifest
-
-
-def version_folder(index: Location, version: str) -> Location:
-    return index / "versions" / version
-
-
-def current_version(index: Location) -> str:
-    """The published version's name. Raises InputError where nothing is published there."""
-    place = index / CURRENT_NAME
-    if not place.is_file():
-        raise InputError(
-            f"{index} holds no published index (no {CURRENT_NAME}); build one with `raytower index build`"
-        )
-    return place.read_bytes().decode("utf-8").strip()
-
-
-def publish(index: Location, version: str) -> None:
-    """Make `version` the one that new readers open; the swap is atomic."""
-    (index / CURRENT_NAME).write_bytes(f"{version}\n".encode())
-
-
-def finished_versions(index: Location) -> list[str]:
-    """Names of versions with a manifest, oldest first."""
-    return [folder.name for folder in (index / "versions").children() if (folder / MANIFEST_NAME).is_file()]

@@ -1,4 +1,7 @@
-"""Measured recall: sampled vectors as queries, exact search by streaming, and the smallest parameter that suffices."""
+"""Measured recall: sampled vectors as queries, exact search by streaming, the smallest parameter that suffices.
+
+Shape legend: Q queries, D dimension, K neighbours counted, C candidates kept.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,34 @@ from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.index.faiss_import import import_faiss
-from raytower.index.manifest import IndexManifest
+from raytower.index.kinds import Vectors, parameter_grid
 from raytower.index.reader import Index
 from raytower.index.vectors import sample_rows, stream_rows
 from raytower.storage import Location
 
-_NUM_QUERIES = 256
-_GRIDS = {
-    "hnsw": ("efSearch", (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)),
-    "ivf": ("nprobe", (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096, 16384, 65536)),
-}
+NUM_QUERIES = 256
+# Rows that tie with the k-th neighbour are as right as it is; so many beyond k are looked at for ties.
+_TIES = 32
+_TIE_TOLERANCE = 1e-6
+# The curve ends where recall has been within this of perfect, or has not risen over so many points.
+_PERFECT = 0.9995
+_LEVEL_POINTS = 6
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows taken as queries (Q,), and their vectors (Q, D)."""
+
+    rows: NDArray[np.int64]
+    vectors: Vectors
+
+
+@dataclass(frozen=True)
+class ExactHits:
+    """Best rows of the embeddings for each query, the query's own left out: scores and rows (Q, C)."""
+
+    scores: Vectors
+    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,68 +51,85 @@ class MeasuredRecall:
     reached: bool
     search_parameters: dict[str, int]
     curve: tuple[dict[str, Any], ...]
+    num_queries: int
+
+
+def hold_out(embeddings: Location, seed: int) -> HeldOut:
+    """Up to 256 random rows; another draw than the one that trained the index."""
+    return HeldOut(*sample_rows(embeddings, EmbeddingsManifest.read(embeddings), NUM_QUERIES, seed + 1))
+
+
+def exact_hits(embeddings: Location, start: int, end: int, queries: HeldOut, k: int) -> ExactHits:
+    """The best rows in start to end (exclusive) by exact inner products, streamed."""
+    best = ExactHits(np.empty((len(queries.rows), 0), np.float32), np.empty((len(queries.rows), 0), np.int64))
+    for batch in stream_rows(embeddings, EmbeddingsManifest.read(embeddings), start, end):
+        scores = queries.vectors @ batch.vectors.T
+        rows = np.arange(batch.first_row, batch.first_row + len(batch.vectors))
+        scores[queries.rows[:, None] == rows[None, :]] = -np.inf
+        best = merge_exact([best, ExactHits(scores, np.broadcast_to(rows, scores.shape))], k)
+    return best
+
+
+def merge_exact(parts: list[ExactHits], k: int) -> ExactHits:
+    """The best of several row ranges, deep enough to see what ties with the k-th."""
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    rows = np.concatenate([part.rows for part in parts], axis=1)
+    kept = min(k + _TIES, scores.shape[1])
+    top = np.argpartition(-scores, kept - 1, axis=1)[:, :kept]
+    order = np.take_along_axis(top, np.argsort(-np.take_along_axis(scores, top, 1), axis=1, kind="stable"), 1)
+    return ExactHits(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
 
 
 def measure_recall(
-    embeddings: str, index: Index, *, target: float, k: int, seed: int, num_threads: int
+    index: Index, queries: HeldOut, exact: ExactHits, *, target: float, num_threads: int
 ) -> MeasuredRecall:
-    """Search sampled rows at rising parameters until the target is reached; a query's own row does not count."""
-    faiss = import_faiss()
-    faiss.omp_set_num_threads(num_threads)
-    folder = Location.of(embeddings)
-    manifest = EmbeddingsManifest.read(folder)
-    own, queries = sample_rows(folder, manifest, _NUM_QUERIES, seed + 1)
-    depth = min(k, manifest.rows - 1)
-    if depth < 1:
-        return MeasuredRecall(1.0, True, {}, ())
-    exact = _without_own(exact_search(folder, manifest, queries, depth + 1), own, depth)
-    offsets = np.cumsum([0, *(entry.rows for entry in index.manifest.shards)])
-    curve: list[dict[str, Any]] = []
-    for parameters in _settings(index.manifest):
-        hits = index.search(queries, depth + 1, search_parameters=parameters)
-        found = np.where(hits.shards < 0, -1, offsets[np.maximum(hits.shards, 0)] + hits.rows)
-        recall = _overlap(_without_own(found, own, depth), exact)
-        curve.append({**parameters, "recall": round(recall, 5)})
-        if recall >= target:
-            return MeasuredRecall(recall, True, parameters, tuple(curve))
-    last = {name: value for name, value in curve[-1].items() if name != "recall"}
-    return MeasuredRecall(float(curve[-1]["recall"]), False, last, tuple(curve))
+    """Search at rising parameters; choose the smallest that reaches `target`, or the largest where none does.
+
+    k + 1 hits are asked and the query's own row is dropped.
+    """
+    import_faiss().omp_set_num_threads(num_threads)
+    manifest = index.manifest
+    k = min(manifest.recall_k, manifest.rows - 1)
+    grid = parameter_grid(manifest.kind, manifest.parameters, manifest.rows, max(k, 1))
+    if k < 1:
+        return MeasuredRecall(1.0, True, grid[0], (), 0)
+    relevant = _relevant_rows(exact, k)
+    starts = np.cumsum([0, *(entry.rows for entry in manifest.shards)])
+    curve: list[tuple[dict[str, int], float]] = []
+    for parameters in grid:
+        hits = index.search(queries.vectors, k + 1, search_parameters=parameters)
+        curve.append((parameters, _recall(starts[hits.shards] + hits.rows, queries.rows, relevant, k)))
+        if _ended([recall for _, recall in curve], target):
+            break
+    chosen = next((point for point in curve if point[1] >= target), curve[-1])
+    return MeasuredRecall(
+        recall=chosen[1],
+        reached=chosen[1] >= target,
+        search_parameters=chosen[0],
+        curve=tuple(_curve_point(parameters, recall) for parameters, recall in curve),
+        num_queries=len(queries.rows),
+    )
 
 
-def exact_search(
-    folder: Location, manifest: EmbeddingsManifest, queries: NDArray[np.float32], k: int
-) -> NDArray[np.int64]:
-    """Row numbers (queries, k) of the k largest inner products over all stored vectors, best first."""
-    best_scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    best_rows = np.full((len(queries), k), -1, dtype=np.int64)
-    for batch in stream_rows(folder, manifest, 0, manifest.rows):
-        scores = np.concatenate([best_scores, queries @ batch.vectors.T], axis=1)
-        numbers = np.arange(batch.first_row, batch.first_row + len(batch.vectors))
-        rows = np.concatenate([best_rows, np.broadcast_to(numbers, (len(queries), len(numbers)))], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        best_scores, best_rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-    return best_rows
+def _relevant_rows(exact: ExactHits, k: int) -> list[set[int]]:
+    bounds = exact.scores[:, k - 1 : k]
+    kept = exact.scores >= bounds - _TIE_TOLERANCE * np.maximum(1, np.abs(bounds))
+    return [set(rows[keep].tolist()) for rows, keep in zip(exact.rows, kept, strict=True)]
 
 
-def _settings(manifest: IndexManifest) -> list[dict[str, int]]:
-    """Parameter settings from the cheapest up; one empty setting for a kind that has none."""
-    if manifest.kind == "flat":
-        return [{}]
-    name, grid = _GRIDS["hnsw" if manifest.kind == "hnsw" else "ivf"]
-    if name == "efSearch":
-        return [{name: value} for value in grid]
-    nlist = manifest.parameters["nlist"]
-    return [{name: value} for value in grid if value < nlist] + [{name: nlist}]
+def _recall(found: NDArray[np.int64], own: NDArray[np.int64], relevant: list[set[int]], k: int) -> float:
+    right = 0
+    for line, self_row, wanted in zip(found.tolist(), own.tolist(), relevant, strict=True):
+        right += len(wanted.intersection([row for row in line if row != self_row][:k]))
+    return right / (k * len(relevant))
 
 
-def _without_own(rows: NDArray[np.int64], own: NDArray[np.int64], depth: int) -> NDArray[np.int64]:
-    kept = np.full((len(rows), depth), -1, dtype=np.int64)
-    for number, (line, self_row) in enumerate(zip(rows, own, strict=True)):
-        others = line[(line != self_row) & (line >= 0)][:depth]
-        kept[number, : len(others)] = others
-    return kept
+def _ended(recalls: list[float], target: float) -> bool:
+    if recalls[-1] >= max(target, _PERFECT):
+        return True
+    return len(recalls) > _LEVEL_POINTS and recalls[-1] <= min(recalls[-1 - _LEVEL_POINTS :])
 
 
-def _overlap(found: NDArray[np.int64], exact: NDArray[np.int64]) -> float:
-    pairs = zip(found, exact, strict=True)
-    return float(np.mean([len(np.intersect1d(a[a >= 0], b)) / len(b) for a, b in pairs]))
+def _curve_point(parameters: dict[str, int], recall: float) -> dict[str, Any]:
+    name, value = next(iter(parameters.items()), (None, None))
+    return {"parameter": name, "value": value, "recall": round(recall, 5)}

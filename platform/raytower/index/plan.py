@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+import itertools
+from dataclasses import dataclass, field
 
 from raytower.errors import InputError
-from raytower.index.config import IndexKind
+from raytower.index.config import BuiltKind, IndexKind
 
+# A flat search of this many rows still takes well under a millisecond a query.
 _FLAT_ROWS = 20_000
+# Below this a second shard saves less building time than it costs at every search.
+_MIN_ROWS_FOR_PARALLEL_SHARDS = 100_000
 _ROWS_PER_SHARD = 5_000_000
 _HNSW_M = 32
 _HNSW_EF_CONSTRUCTION = 100
-_MIN_ROWS_PER_LIST = 39
-_TRAIN_ROWS_PER_LIST = 64
-_MAX_TRAIN_ROWS = 1_000_000
-_MAX_NLIST = 65_536
+# FAISS asks for 39 training points a centroid and is content with more.
+_MIN_ROWS_PER_CENTROID = 39
+_TRAIN_ROWS_PER_CENTROID = 64
+_MAX_NLIST = 16_384
+_SCALAR_TRAIN_ROWS = 65_536
+_MAX_TRAIN_ROWS = _MAX_NLIST * _TRAIN_ROWS_PER_CENTROID
 _ID_BYTES = 8
-_BATCH_ROWS = 65_536
+_BATCH_ROWS = 16_384
+_TRAIN_MEMORY_SHARE = 4
+# FAISS's arrays grow by doubling while rows are added: at the last growth the old and the new one exist together.
+_GROWTH = 2
+# Product codes alone seldom get past this against exact search.
+_PQ_RECALL = 0.9
+_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    rows: int
+    dim: int
+    kind: IndexKind
+    shards: int | str
+    recall: float
+    memory_bytes: int
+    num_workers: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexPlan:
-    """What a build will do. `ranges` are half-open row ranges over the embeddings' rows in file order."""
+    """What a build will do. `ranges` are half-open row ranges over the embeddings' rows in file order.
 
-    kind: IndexKind
+    `parameters`: hnsw has M and efConstruction; ivf kinds have nlist; ivf_pq also pq_m (sub-vectors) and nbits.
+    """
+
+    kind: BuiltKind
     reason: str
     rows: int
     dim: int
     ranges: tuple[tuple[int, int], ...]
-    parameters: dict[str, int]
+    parameters: dict[str, int] = field(default_factory=dict)
     train_rows: int
+    tasks_at_once: int
     predicted_build_memory_bytes_per_task: int
     predicted_disk_bytes: int
     predicted_search_memory_bytes: int
@@ -44,117 +70,189 @@ def plan_index(
     *,
     rows: int,
     dim: int,
-    kind: IndexKind,
-    shards: int | str,
-    memory_bytes: int,
-    num_workers: int,
+    kind: IndexKind = "auto",
+    shards: int | str = "auto",
+    recall: float = 0.95,
+    memory_bytes: int = 8 * 2**30,
+    num_workers: int = 2,
     text_bytes: int = 0,
 ) -> IndexPlan:
     """Choose kind, shards and parameters, and predict memory and disk.
 
-    `memory_bytes` is what all shards together may take when searched.
+    `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once.
 
     Raises:
-        InputError: no rows, more shards than rows, or a kind that does not fit the memory (naming one that would).
+        InputError: no rows, more shards than rows, or what does not fit the memory, naming what would.
     """
+    request = _Request(
+        rows=rows,
+        dim=dim,
+        kind=kind,
+        shards=shards,
+        recall=recall,
+        memory_bytes=memory_bytes,
+        num_workers=num_workers,
+    )
     if rows < 1:
         raise InputError("the embeddings hold no rows; there is nothing to index")
-    num_shards = _choose_shards(rows, shards, num_workers)
-    chosen, reason = _choose_kind(rows, dim, kind, memory_bytes, num_shards)
-    ranges = split_rows(rows, num_shards)
-    shard_rows = max(end - start for start, end in ranges)
-    parameters = _parameters(chosen, dim, rows, num_shards)
-    per_row = row_bytes(chosen, dim, parameters)
-    total = rows * per_row + num_shards * _centroid_bytes(parameters, dim)
+    asked = _asked_shards(request)
+    chosen, reason = _choose_kind(request, asked)
+    num_shards = asked if asked is not None else _auto_shards(request, chosen)
+    parameters = _parameters(request, chosen, num_shards)
+    build_bytes = _build_bytes(request, chosen, num_shards)
+    if build_bytes > memory_bytes:
+        raise InputError(_does_not_build(request, chosen, num_shards, build_bytes))
+    search_bytes = _search_bytes(request, chosen, num_shards)
     return IndexPlan(
         kind=chosen,
         reason=reason,
         rows=rows,
         dim=dim,
-        ranges=ranges,
+        ranges=split_rows(rows, num_shards),
         parameters=parameters,
-        train_rows=_train_rows(parameters, rows),
-        predicted_build_memory_bytes_per_task=shard_rows * per_row + _BATCH_ROWS * dim * 4 * 2,
-        predicted_disk_bytes=total + text_bytes,
-        predicted_search_memory_bytes=total,
+        train_rows=_train_rows(request, chosen, parameters),
+        tasks_at_once=min(num_workers, num_shards, memory_bytes // build_bytes),
+        predicted_build_memory_bytes_per_task=build_bytes,
+        predicted_disk_bytes=search_bytes + text_bytes,
+        predicted_search_memory_bytes=search_bytes,
     )
 
 
 def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:
     """Contiguous ranges, none empty, sizes differing by at most one."""
     bounds = [rows * number // shards for number in range(shards + 1)]
-    return tuple(pairwise(bounds))
+    return tuple(itertools.pairwise(bounds))
 
 
-def row_bytes(kind: IndexKind, dim: int, parameters: dict[str, int]) -> int:
+def bytes_per_row(kind: BuiltKind, dim: int, parameters: dict[str, int]) -> int:
     """Bytes of one row in an index file of this kind."""
+    vector = dim * 4
     if kind == "flat":
-        return dim * 4
+        return vector
     if kind == "hnsw":
-        # Level 0 has 2·M links; upper levels add about M links for one row in M.
-        return dim * 4 + (2 * parameters["M"] + 1) * 4 + 8 + 4
+        # The graph runs over one byte a dimension; full vectors lie beside it for exact scores. Level 0 has 2·M
+        # links of 4 bytes, upper levels M links for about one row in M; then an offset and a level number.
+        return vector + dim + (2 * parameters["M"] + 1) * 4 + 8 + 4
     if kind == "ivf_pq":
-        return parameters["pq_m"] * parameters["nbits"] // 8 + _ID_BYTES
-    return (dim if kind == "ivf_sq8" else dim * 4) + _ID_BYTES
+        return -(-parameters["pq_m"] * parameters["nbits"] // 8) + _ID_BYTES
+    return (dim if kind == "ivf_sq8" else vector) + _ID_BYTES
 
 
-def _choose_shards(rows: int, shards: int | str, num_workers: int) -> int:
+def human_bytes(count: int) -> str:
+    """`8589934592` as `8.0 GiB`."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _asked_shards(request: _Request) -> int | None:
+    shards = request.shards
     if shards == "auto":
-        by_size = -(-rows // _ROWS_PER_SHARD)
-        return max(by_size, 1 if rows <= _FLAT_ROWS * 5 else min(num_workers, rows))
+        return None
     if not isinstance(shards, int) or shards < 1:
         raise InputError(f"shards is {shards!r}; it must be 'auto' or a number of 1 or more")
-    if shards > rows:
-        raise InputError(f"shards is {shards}, more than the {rows} rows; a shard holds at least one row")
+    if shards > request.rows:
+        raise InputError(
+            f"shards is {shards}, more than the {request.rows} rows; a shard holds at least one row, so set shards "
+            f"to {request.rows} or fewer, or to 'auto'"
+        )
     return shards
 
 
-def _choose_kind(rows: int, dim: int, kind: IndexKind, memory: int, num_shards: int) -> tuple[IndexKind, str]:
-    sizes = {name: rows * row_bytes(name, dim, _parameters(name, dim, rows, num_shards)) for name in _LADDER}
-    if kind != "auto":
-        if sizes[kind] > memory:
-            fitting = [name for name in _LADDER if sizes[name] <= memory]
-            remedy = f"kind {fitting[0]} would fit" if fitting else "raise target.memory"
+def _auto_shards(request: _Request, kind: BuiltKind) -> int:
+    """One for small inputs, at least one a worker for large ones, and more until a build task fits the memory."""
+    shards = -(-request.rows // _ROWS_PER_SHARD)
+    if request.rows >= _MIN_ROWS_FOR_PARALLEL_SHARDS:
+        shards = max(shards, request.num_workers)
+    while shards < request.rows and _build_bytes(request, kind, shards) > request.memory_bytes:
+        shards += max(shards // 4, 1)
+    return min(shards, request.rows)
+
+
+def _choose_kind(request: _Request, asked: int | None) -> tuple[BuiltKind, str]:
+    memory, have = request.memory_bytes, human_bytes(request.memory_bytes)
+    sizes = {kind: _search_bytes(request, kind, asked or 1) for kind in _KINDS}
+    over = f"{request.rows:,} rows of {request.dim} dimensions"
+    if request.kind != "auto":
+        if sizes[request.kind] > memory:
+            fitting = [kind for kind in _KINDS if sizes[kind] <= memory]
+            remedy = (
+                f"kind {fitting[0]} ({human_bytes(sizes[fitting[0]])}) would fit"
+                if fitting
+                else "no kind fits"
+            )
             raise InputError(
-                f"kind {kind} over {rows} rows of {dim} takes {sizes[kind]:,} bytes when searched, more than "
-                f"target.memory {memory:,}; {remedy}"
+                f"kind {request.kind} over {over} takes {human_bytes(sizes[request.kind])} to search, more than "
+                f"target.memory {have}; {remedy}, or raise target.memory to at least {sizes[request.kind]} bytes"
             )
-        return kind, f"kind {kind} was asked for"
-    if rows <= _FLAT_ROWS and sizes["flat"] <= memory:
-        return "flat", f"{rows} rows are few enough to search exactly"
-    for name in ("hnsw", "ivf_sq8", "ivf_pq"):
-        if sizes[name] <= memory:
-            return (
-                name,
-                f"{name} takes {sizes[name]:,} bytes, the fastest kind within target.memory {memory:,}",
-            )
+        return request.kind, f"kind {request.kind} was asked for"
+    if request.rows <= _FLAT_ROWS and sizes["flat"] <= memory:
+        return "flat", f"{over} are few enough to search exactly"
+    if sizes["hnsw"] <= memory:
+        return "hnsw", f"{over} take {human_bytes(sizes['hnsw'])} as hnsw, the fastest kind, within {have}"
+    too_big = f"hnsw would take {human_bytes(sizes['hnsw'])} of {have}"
+    if sizes["ivf_sq8"] <= memory:
+        return "ivf_sq8", f"{too_big}; ivf_sq8 takes {human_bytes(sizes['ivf_sq8'])}"
+    if sizes["ivf_pq"] <= memory:
+        reason = f"{too_big} and ivf_sq8 {human_bytes(sizes['ivf_sq8'])}; ivf_pq takes {human_bytes(sizes['ivf_pq'])}"
+        if request.recall > _PQ_RECALL:
+            reason += f", but its codes may not reach recall {request.recall}: see the measured recall"
+        return "ivf_pq", reason
     raise InputError(
-        f"{rows} rows of {dim} take {sizes['ivf_pq']:,} bytes even as ivf_pq, more than target.memory {memory:,}; "
-        "raise target.memory or reduce the dimension"
+        f"{over} take {human_bytes(sizes['ivf_pq'])} even as ivf_pq, more than target.memory {have}; raise "
+        f"target.memory to at least {sizes['ivf_pq']} bytes or use an encoder of a smaller dimension"
     )
 
 
-_LADDER: tuple[IndexKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
+def _does_not_build(request: _Request, kind: BuiltKind, shards: int, build_bytes: int) -> str:
+    start = (
+        f"building kind {kind} in {shards} shards takes {human_bytes(build_bytes)} a task, more than target.memory "
+        f"{human_bytes(request.memory_bytes)}; "
+    )
+    wanted = _auto_shards(request, kind)
+    if _build_bytes(request, kind, wanted) <= request.memory_bytes:
+        return f"{start}shards: {wanted} would fit, or raise target.memory to at least {build_bytes} bytes"
+    return f"{start}raise target.memory to at least {build_bytes} bytes"
 
 
-def _parameters(kind: IndexKind, dim: int, rows: int, num_shards: int) -> dict[str, int]:
+def _search_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
+    parameters = _parameters(request, kind, shards)
+    centroids = shards * parameters.get("nlist", 0) * request.dim * 4
+    return request.rows * bytes_per_row(kind, request.dim, parameters) + centroids
+
+
+def _build_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
+    """Of the larger of the two tasks: filling the largest shard, or training on the sample."""
+    parameters = _parameters(request, kind, shards)
+    largest = -(-request.rows // shards)
+    # A batch exists as decoded Parquet, as float32, normalised, and in what FAISS makes of it: four times over.
+    batch = min(_BATCH_ROWS, largest) * request.dim * 4 * 4
+    fill = _GROWTH * largest * bytes_per_row(kind, request.dim, parameters) + batch
+    train = _train_rows(request, kind, parameters) * request.dim * 4 + batch
+    return max(fill, train)
+
+
+def _parameters(request: _Request, kind: BuiltKind, shards: int) -> dict[str, int]:
     if kind == "flat":
         return {}
     if kind == "hnsw":
         return {"M": _HNSW_M, "efConstruction": _HNSW_EF_CONSTRUCTION}
-    per_shard = max(rows // num_shards, 1)
-    nlist = max(min(int(4 * per_shard**0.5), per_shard // _MIN_ROWS_PER_LIST, _MAX_NLIST), 1)
+    per_shard = max(request.rows // shards, 1)
+    nlist = max(min(int(4 * per_shard**0.5), per_shard // _MIN_ROWS_PER_CENTROID, _MAX_NLIST), 1)
     if kind != "ivf_pq":
         return {"nlist": nlist}
-    pq_m = next(size for size in (dim // 4, dim // 8, dim // 2, 1) if size >= 1 and dim % size == 0)
-    return {"nlist": nlist, "pq_m": pq_m, "nbits": 8 if rows >= 10_000 else 4}
+    dim = request.dim
+    # About four dimensions a code, and a divisor of the dimension, as product quantisation needs.
+    pq_m = next(size for size in range(max(dim // 4, 1), 0, -1) if dim % size == 0)
+    nbits = min(max((request.rows // _MIN_ROWS_PER_CENTROID).bit_length() - 1, 1), 8)
+    return {"nlist": nlist, "pq_m": pq_m, "nbits": nbits}
 
 
-def _train_rows(parameters: dict[str, int], rows: int) -> int:
-    if "nlist" not in parameters:
+def _train_rows(request: _Request, kind: BuiltKind, parameters: dict[str, int]) -> int:
+    if kind == "flat":
         return 0
-    return min(rows, max(parameters["nlist"] * _TRAIN_ROWS_PER_LIST, 10_000), _MAX_TRAIN_ROWS)
-
-
-def _centroid_bytes(parameters: dict[str, int], dim: int) -> int:
-    return parameters.get("nlist", 0) * dim * 4
+    centroids = max(parameters.get("nlist", 0), 1 << parameters.get("nbits", 0))
+    scalar = _SCALAR_TRAIN_ROWS if kind in ("hnsw", "ivf_sq8") else 0
+    affordable = max(request.memory_bytes // _TRAIN_MEMORY_SHARE // (request.dim * 4), _MIN_ROWS_PER_CENTROID)
+    return min(request.rows, max(centroids * _TRAIN_ROWS_PER_CENTROID, scalar), _MAX_TRAIN_ROWS, affordable)

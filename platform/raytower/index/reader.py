@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
-from raytower.index.manifest import IndexManifest, current_version, version_folder
+from raytower.index.faiss_import import import_faiss
+from raytower.index.manifest import IndexManifest
 from raytower.index.search import Document, Hits, Shard, merge_hits, prepare_queries
+from raytower.index.versions import current_version, finished_versions, version_folder
 from raytower.storage import Location
 
-# Fewer queries than this go to the shards at once, one thread each; more go shard by shard, all cores on each.
-_CONCURRENT_QUERIES = 4
+# One query alone keeps one core busy in FAISS; over large flat shards a thread a shard is worth its hand-over.
+_CONCURRENT_ROWS = 100_000
 
 
 def default_cache_dir() -> Path:
@@ -30,7 +34,11 @@ class Index:
     def __init__(self, manifest: IndexManifest, shards: list[Shard]) -> None:
         self.manifest = manifest
         self.shards = shards
-        self._threads = ThreadPoolExecutor(len(shards)) if len(shards) > 1 else None
+        self._threads: ThreadPoolExecutor | None = None
+        if manifest.kind == "flat" and len(shards) > 1 and manifest.rows >= _CONCURRENT_ROWS:
+            one_thread = import_faiss().omp_set_num_threads
+            workers = min(len(shards), os.cpu_count() or 1)
+            self._threads = ThreadPoolExecutor(workers, "index-shard", one_thread, (1,))
 
     @classmethod
     def open(
@@ -39,9 +47,11 @@ class Index:
         version: str | None = None,
         *,
         encoder_fingerprint: str | None = None,
-        verify: Literal["checksum", "size"] = "checksum",
+        verify: Literal["checksum", "none"] = "checksum",
     ) -> Index:
         """Open the published version, or a named one.
+
+        `verify="checksum"` reads every file once; "none" checks sizes and row counts only.
 
         Raises:
             InputError: no index there, or no such version.
@@ -50,11 +60,16 @@ class Index:
         manifest, folder = open_manifest(uri, version)
         if encoder_fingerprint is not None:
             check_fingerprint(manifest, encoder_fingerprint)
-        cache = default_cache_dir()
+        return cls.of_manifest(manifest, folder, verify=verify)
+
+    @classmethod
+    def of_manifest(
+        cls, manifest: IndexManifest, folder: Location, *, verify: Literal["checksum", "none"] = "checksum"
+    ) -> Index:
+        """Open the version in `folder` by a manifest that need not be written yet. Raises FormatError as `open`."""
+        cache, checked = default_cache_dir(), verify == "checksum"
         numbers = range(len(manifest.shards))
-        return cls(
-            manifest, [Shard.open(folder, n, manifest, cache, verify=verify == "checksum") for n in numbers]
-        )
+        return cls(manifest, [Shard.open(folder, n, manifest, cache, verify=checked) for n in numbers])
 
     @property
     def version(self) -> str:
@@ -73,7 +88,13 @@ class Index:
         return self.manifest.fingerprint
 
     @property
+    def encoder(self) -> str:
+        """The encoder that made the vectors, as the encoding job was given it."""
+        return self.manifest.encoder
+
+    @property
     def prefix(self) -> str:
+        """What was put before each document when it was encoded."""
         return self.manifest.prefix
 
     def check_fingerprint(self, fingerprint: str) -> None:
@@ -81,50 +102,63 @@ class Index:
         check_fingerprint(self.manifest, fingerprint)
 
     def search(
-        self, vectors: NDArray[Any], k: int, *, search_parameters: dict[str, int] | None = None
+        self, vectors: NDArray[Any], k: int, *, search_parameters: Mapping[str, int] | None = None
     ) -> Hits:
-        """The best min(k, rows) hits of each query vector (Q, dim) over all shards.
+        """The best min(k, rows) hits of each query vector (Q, dim) over all shards; a k beyond the rows gives all.
 
         Raises:
-            InputError: k below 1, or vectors of the wrong shape, not finite, or zero under cosine.
+            InputError: k below 1, an unknown search parameter, or vectors of the wrong shape, not finite, or zero
+                under cosine.
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         prepared = prepare_queries(vectors, self.manifest)
-        if not len(prepared):
-            empty = np.zeros((0, min(k, self.num_rows)))
-            return Hits(empty.astype(np.float32), empty.astype(np.int32), empty.astype(np.int64))
-        if self._threads is not None and len(prepared) < _CONCURRENT_QUERIES:
+        if self._threads is not None and len(prepared) == 1:
             parts = list(
                 self._threads.map(lambda shard: shard.search(prepared, k, search_parameters), self.shards)
             )
-        else:
-            parts = [shard.search(prepared, k, search_parameters) for shard in self.shards]
-        return merge_hits(parts, min(k, self.num_rows))
+            return merge_hits(parts, k)
+        # A running merge: memory holds two answers, however many shards there are.
+        best: Hits | None = None
+        for shard in self.shards:
+            found = shard.search(prepared, k, search_parameters)
+            best = merge_hits([found] if best is None else [best, found], k)
+        assert best is not None
+        return best
 
     def documents(self, shards: NDArray[np.int32], rows: NDArray[np.int64]) -> list[Document]:
-        """The documents of one query's hits, in order; padding (shard -1) is left out."""
-        found: dict[int, Document] = {}
-        for number in np.unique(shards[shards >= 0]):
-            places = np.flatnonzero(shards == number)
-            found |= dict(zip(places.tolist(), self.shards[number].documents(rows[places]), strict=True))
-        return [found[place] for place in sorted(found)]
+        """The documents of one query's hits, in order; a shard of -1, padding of a merge, is left out."""
+        found: list[Document] = []
+        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+            if shard >= 0:
+                found += self.shards[shard].documents([row])
+        return found
+
+    def document_tables(self) -> Iterator[pa.Table]:
+        """Every document, a memory-mapped table of each shard at a time."""
+        return (shard.documents_table for shard in self.shards)
 
 
 def open_manifest(uri: str | Location, version: str | None = None) -> tuple[IndexManifest, Location]:
     """The manifest of a version and its folder. Raises InputError and FormatError as Index.open."""
     index = Location.of(uri)
-    name = version or current_version(index)
+    name = current_version(index) if version is None else version
     folder = version_folder(index, name)
     if not folder.exists():
-        raise InputError(f"{index} has no version {name!r}; `raytower index list --index {index}` names them")
-    return IndexManifest.read(folder), folder
+        known = ", ".join(finished_versions(index)) or "none"
+        raise InputError(f"{index} has no version {name!r}; it has: {known}")
+    manifest = IndexManifest.read(folder)
+    if manifest.version != name:
+        raise FormatError(
+            f"{folder} holds the manifest of version {manifest.version!r}; the folder was renamed"
+        )
+    return manifest, folder
 
 
 def check_fingerprint(manifest: IndexManifest, fingerprint: str) -> None:
     """Raises FormatError naming both sides."""
     if manifest.fingerprint != fingerprint:
         raise FormatError(
-            f"index version {manifest.version} was made by the encoder with fingerprint {manifest.fingerprint[:12]}… "
-            f"({manifest.encoder}), the encoder given has {fingerprint[:12]}…; use that encoder, or encode again"
+            f"index version {manifest.version} was made by the encoder with fingerprint {manifest.fingerprint} "
+            f"({manifest.encoder}), the encoder given has {fingerprint}; use that encoder, or encode and build again"
         )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,124 +11,104 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsManifest
+from raytower.errors import FormatError
 from raytower.index.faiss_import import import_faiss
+from raytower.index.kinds import new_index
 from raytower.index.manifest import DOCUMENTS_NAME, VECTORS_NAME, ShardEntry
 from raytower.index.plan import IndexPlan
 from raytower.index.vectors import sample_rows, stream_rows
-from raytower.storage import Location
+from raytower.storage import Location, publish_directory
 
 SHARD_NAME = "shard.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """Everything a worker needs to build one shard; small enough to send."""
+
+    embeddings: Location
+    version: Location
+    number: int
+    plan: IndexPlan
+    documents_schema: pa.Schema
+    spec_sha256: str
+    num_threads: int
 
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-def train_quantiser(embeddings: str, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
-    """Centroids and codebooks from a sample, as a serialised empty index that every shard starts from."""
+def train_template(embeddings: Location, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
+    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(num_threads)
-    folder = Location.of(embeddings)
-    _, vectors = sample_rows(folder, EmbeddingsManifest.read(folder), plan.train_rows, seed)
-    index = new_index(plan)
-    index.train(vectors)
+    index = new_index(plan.kind, plan.dim, plan.parameters)
+    if plan.train_rows:
+        _, vectors = sample_rows(embeddings, EmbeddingsManifest.read(embeddings), plan.train_rows, seed)
+        index.train(vectors)
     serialised: NDArray[np.uint8] = faiss.serialize_index(index)
     return serialised
 
 
-def new_index(plan: IndexPlan) -> Any:
-    """An empty FAISS index over inner products, untrained where its kind trains."""
-    faiss = import_faiss()
-    parameters = plan.parameters
-    if plan.kind == "flat":
-        return faiss.IndexFlatIP(plan.dim)
-    if plan.kind == "hnsw":
-        index = faiss.IndexHNSWFlat(plan.dim, parameters["M"], faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = parameters["efConstruction"]
-        return index
-    codes = {"ivf_flat": "Flat", "ivf_sq8": "SQ8"}
-    code = codes.get(plan.kind) or f"PQ{parameters['pq_m']}x{parameters['nbits']}"
-    return faiss.index_factory(plan.dim, f"IVF{parameters['nlist']},{code}", faiss.METRIC_INNER_PRODUCT)
+def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
+    """Build a shard under the version folder; it appears there whole or not at all.
 
-
-def build_shard(
-    embeddings: str,
-    version: str,
-    number: int,
-    plan: IndexPlan,
-    trained: NDArray[np.uint8] | None,
-    num_threads: int,
-) -> tuple[ShardEntry, NDArray[np.uint64]]:
-    """Build shard `number` under the version folder and return its entry and the hashes of its ids.
-
-    A shard whose `shard.json` is there was finished by an earlier run and is only read for its ids.
+    Raises:
+        InputError, FormatError: what reading the embeddings raises.
     """
     faiss = import_faiss()
-    faiss.omp_set_num_threads(num_threads)
-    source = Location.of(embeddings)
-    target = Location.of(version) / shard_name(number)
-    if (target / SHARD_NAME).is_file():
-        return _finished(target)
-    manifest = EmbeddingsManifest.read(source)
-    index = new_index(plan) if trained is None else faiss.deserialize_index(trained)
-    with tempfile.TemporaryDirectory(dir=_scratch(target)) as scratch:
-        vectors_path, documents_path = Path(scratch) / VECTORS_NAME, Path(scratch) / DOCUMENTS_NAME
-        hashes = _fill(index, source, manifest, plan.ranges[number], documents_path)
+    faiss.omp_set_num_threads(task.num_threads)
+    index = faiss.deserialize_index(template)
+    target = task.version / shard_name(task.number)
+    with publish_directory(target) as folder:
+        vectors_path, documents_path = folder / VECTORS_NAME, folder / DOCUMENTS_NAME
+        _fill(index, task, documents_path)
         faiss.write_index(index, str(vectors_path))
         entry = ShardEntry(
-            name=shard_name(number),
+            version=task.version.name,
+            name=shard_name(task.number),
             rows=int(index.ntotal),
             vectors_sha256=Location.of(vectors_path).sha256(),
             documents_sha256=Location.of(documents_path).sha256(),
             vectors_bytes=vectors_path.stat().st_size,
             documents_bytes=documents_path.stat().st_size,
         )
-        (target / VECTORS_NAME).move_from_local(vectors_path)
-        (target / DOCUMENTS_NAME).move_from_local(documents_path)
-    (target / SHARD_NAME).write_json(asdict(entry))
-    return entry, hashes
+        Location.of(folder / SHARD_NAME).write_json({"spec_sha256": task.spec_sha256, "shard": asdict(entry)})
+    return entry
 
 
-def hash_ids(ids: list[str]) -> NDArray[np.uint64]:
-    """64-bit hashes, to find duplicates without holding the ids."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(digests, dtype=np.uint64)
-
-
-def _fill(
-    index: Any, source: Location, manifest: EmbeddingsManifest, rows: tuple[int, int], documents_path: Path
-) -> NDArray[np.uint64]:
-    hashes: list[NDArray[np.uint64]] = []
-    writer: pa.ipc.RecordBatchFileWriter | None = None
-    try:
-        for batch in stream_rows(source, manifest, *rows):
-            index.add(batch.vectors)
-            documents = batch.documents.replace_schema_metadata(None)
-            if writer is None:
-                schema = documents.schema
-                writer = pa.ipc.new_file(str(documents_path), schema)
-            # Files may infer a column differently (int in one, float in the next); the first one decides.
-            writer.write_table(documents.cast(schema))
-            hashes.append(hash_ids(batch.documents["id"].to_pylist()))
-    finally:
-        if writer is not None:
-            writer.close()
-    return np.concatenate(hashes)
-
-
-def _finished(target: Location) -> tuple[ShardEntry, NDArray[np.uint64]]:
-    entry = ShardEntry(**json.loads((target / SHARD_NAME).read_bytes()))
-    with (target / DOCUMENTS_NAME).open_read() as stream:
-        reader = pa.ipc.open_file(stream)
-        parts = [
-            hash_ids(reader.get_batch(n).column("id").to_pylist()) for n in range(reader.num_record_batches)
-        ]
-    return entry, np.concatenate(parts)
-
-
-def _scratch(target: Location) -> str | None:
-    """Beside the target where that is local, so that a finished file gets its name by a rename."""
-    if not target.is_local:
+def finished_shard(version: Location, number: int, spec_sha256: str) -> ShardEntry | None:
+    """The entry of a shard that an earlier run of the same build finished, or None. Its files are checked."""
+    folder = version / shard_name(number)
+    if not (folder / SHARD_NAME).is_file():
         return None
-    os.makedirs(target.path, exist_ok=True)
-    return target.path
+    try:
+        values = (folder / SHARD_NAME).read_json()
+        entry = ShardEntry(**values["shard"])
+    except (FormatError, KeyError, TypeError):
+        return None
+    files = {VECTORS_NAME: entry.vectors_sha256, DOCUMENTS_NAME: entry.documents_sha256}
+    if values.get("spec_sha256") != spec_sha256 or not all((folder / name).is_file() for name in files):
+        return None
+    return entry if all((folder / name).sha256() == sha256 for name, sha256 in files.items()) else None
+
+
+def _fill(index: Any, task: ShardTask, documents_path: Path) -> None:
+    manifest = EmbeddingsManifest.read(task.embeddings)
+    start, end = task.plan.ranges[task.number]
+    with pa.ipc.new_file(str(documents_path), task.documents_schema) as writer:
+        for batch in stream_rows(task.embeddings, manifest, start, end):
+            index.add(batch.vectors)
+            writer.write_table(_conform(batch.documents, task.documents_schema))
+
+
+def _conform(documents: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`documents` with the columns and types that all files agree on; a column that a file lacks is null."""
+    columns = [
+        documents[field.name].cast(field.type)
+        if field.name in documents.column_names
+        else pa.nulls(documents.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
