@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,13 +93,27 @@ class TestCommandLine:
         assert "Traceback" not in done.stderr
 
 
+def wait_until_ok(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 120) -> None:
+    """Until `url` answers 200. Fails when `process` has ended or the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail(f"{url} did not answer within {timeout_s} s:\n{log.read_text()}")
+
+
 @pytest.fixture
 def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node of its own, ended by its process id; yields the dashboard's address and the environment."""
     # Short, because the names of Ray's sockets lie below it and may have 107 bytes at most.
     session = tempfile.mkdtemp(prefix="rt")
     ports = []
-    for _ in range(3):
+    for _ in range(4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
@@ -111,17 +126,16 @@ def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         f"--ray-client-server-port={ports[2]}",
         "--include-dashboard=true",
         f"--temp-dir={session}",
+        # The default port may belong to the agent of the suite's own Ray; without one no job is ever accepted.
+        f"--dashboard-agent-listen-port={ports[3]}",
     ]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{ports[1]}"
     try:
-        for _ in range(120):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", ports[1])) == 0:
-                    break
-            assert head.poll() is None, (tmp_path / "head.log").read_text()
-            time.sleep(0.5)
+        # The dashboard takes jobs once the node's agent, which starts later, answers too.
+        for url in (f"{address}/api/version", f"http://127.0.0.1:{ports[3]}/api/local_raylet_healthz"):
+            wait_until_ok(url, head, tmp_path / "head.log")
         yield address, environment
     finally:
         if head.poll() is None:
