@@ -12,7 +12,7 @@ import pytest
 from raytower.data.records import canonical_schema
 from raytower.data.sources import InputConfig
 from raytower.errors import InputError, find_cause
-from tests.data_files import beir_folder, read, write
+from tests.data_files import beir_folder, read, write, write_jsonl
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -45,6 +45,14 @@ def test_datasets(tmp_path: Path) -> None:
     folder = beir_folder(tmp_path / "beir")
     pairs = read_dataset(InputConfig(path=str(folder)), "pairs", rows_per_piece=2)
     assert pairs.take_all() == read(folder, "pairs")
+
+    lists = [{"query": f"q{n}", "positive": ["a", "b"], "negatives": ["c"] * (n + 1)} for n in range(5)]
+    path = write_jsonl(tmp_path / "lists.jsonl", lists)
+    candidates = read_dataset(InputConfig(path=str(path)), "candidates", rows_per_piece=2)
+    batches = list(candidates.iter_batches(batch_size=None, batch_format="pyarrow"))
+    assert pa.concat_tables(batches).to_pylist() == read(path, "candidates")
+    assert {batch.schema for batch in batches} == {canonical_schema("candidates")}
+    assert candidates.count() == 10
 
     plain.unlink()
     with pytest.raises(Exception) as raised:  # noqa: PT011 (whatever Ray makes of it)

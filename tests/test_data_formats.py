@@ -240,6 +240,7 @@ def test_compressed_text(tmp_path: Path, suffix: str) -> None:
 def test_tables_have_the_canonical_columns(tmp_path: Path, kind: RecordKind) -> None:
     row = {"text": "t", "query": "q", "document": "d"}
     row |= {"negative": "n"} if kind == "triples" else {}
+    row |= {"documents": ["d", "e"], "scores": [1, 0]} if kind == "candidates" else {}
     row |= {"label": "1"} if kind in ("scored", "labelled") else {}
     surveyed = survey_of(write_jsonl(tmp_path / "r.jsonl", [row]), kind)
     names = canonical_schema(kind).names

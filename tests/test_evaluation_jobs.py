@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import pytrec_eval
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.classify import (
-    ClassifyConfig,
-    classify,
-    count_votes,
-    plan_classify,
-    rank_labels,
-    shown,
-)
+from raytower.evaluation.classify import ClassifyConfig, classify, plan_classify
 from raytower.evaluation.evaluate import EvaluateConfig, evaluate, plan_evaluate
 from raytower.evaluation.fusion import store_fusion
+from raytower.evaluation.labellers import count_votes, rank_labels, shown
 from raytower.evaluation.mine import MineConfig, mine, plan_mine
 from raytower.evaluation.runs import read_run
 from raytower.evaluation.search import SearchConfig, plan_search, render_search, search
@@ -36,7 +33,8 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.storage import Location
-from tests.tiny_models import build_tiny_encoder
+from tests.data_files import read
+from tests.tiny_models import build_tiny_encoder, build_tiny_reranker
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "train", "ocean", "candle"]
 # 30 distinct texts; the last two rows of the corpus repeat the first two.
@@ -338,6 +336,100 @@ def test_scored_pairs_and_pairs_without_a_negative(world: World, tmp_path: Path)
     assert (result["pairs"], result["negatives"], result["pairs_without_negatives"]) == (2, 1, 1)
 
 
+CANDIDATES = {"kind": "candidates", "format": "jsonl"}
+
+
+def _mine_lists(
+    world: World, tmp_path: Path, pairs: list[tuple[str, ...]], **more: Any
+) -> tuple[dict[str, Any], list]:
+    values = {
+        "encoder": world.encoder,
+        "index": world.index,
+        "input": {"path": _write(tmp_path / "pairs.tsv", pairs)},
+    }
+    output = tmp_path / "mined.jsonl"
+    result = mine(make_config(MineConfig, {**values, "output": str(output), "format": "jsonl", **more}))
+    return result, [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def _logits(reranker: Path, query: str, documents: list[str]) -> list[float]:
+    """One pair at a time through the bare model."""
+    tokenizer = AutoTokenizer.from_pretrained(reranker)
+    model = AutoModelForSequenceClassification.from_pretrained(reranker).eval()
+    with torch.inference_mode():
+        return [
+            float(model(**tokenizer(query, text, return_tensors="pt")).logits[0, 0]) for text in documents
+        ]
+
+
+def test_mined_candidates_hold_the_pair_first_and_read_back(world: World, tmp_path: Path) -> None:
+    query, nearest = "tiger lemons", CORPUS[world.nearest("tiger lemons", 1)[0]]
+    pairs = [(query, "own document"), ("candle river", "another"), (query, nearest)]
+    result, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, depth=3, num_negatives=3)
+    expected = []
+    for asked, document in pairs:
+        own = {text for other, text in pairs if other == asked}
+        near = dict.fromkeys(CORPUS[place] for place in world.nearest(asked, 3))
+        negatives = [text for text in near if text not in own]
+        expected.append(
+            {"query": asked, "documents": [document, *negatives], "scores": [1, *[0] * len(negatives)]}
+        )
+    assert rows == expected
+    counts = (result["pairs"], result["negatives"], result["pairs_without_negatives"])
+    assert counts == (3, sum(len(row["documents"]) - 1 for row in expected), 0)
+    assert read(tmp_path / "mined.jsonl", "candidates") == expected
+    # The one document recalled for the first query is a positive of it: nothing to compare, so nothing is written.
+    result, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, depth=1)
+    assert [row["query"] for row in rows] == ["candle river"]
+    assert (result["pairs_without_negatives"], result["negatives"]) == (2, 1)
+
+
+def test_a_teacher_scores_the_mined_candidates(
+    world: World, tmp_path: Path, dummy_reranker_dir: Path
+) -> None:
+    pairs = [("tiger lemons", "own document"), ("candle river", TEXTS[4]), (TEXTS[0], TEXTS[1])]
+    settings = {"depth": 8, "num_negatives": 3, "compute": {"rows_per_batch": 2}}
+    _, plain = _mine_lists(world, tmp_path, pairs, **CANDIDATES, **settings)
+    teacher = {"teacher": str(dummy_reranker_dir)}
+    _, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, **settings, **teacher)
+    assert [row["documents"] for row in rows] == [row["documents"] for row in plain]
+    assert [row["query"] for row in rows] == [query for query, _ in pairs]
+    logits = [_logits(dummy_reranker_dir, row["query"], row["documents"]) for row in rows]
+    assert [len(scores) for scores in logits] == [4, 4, 4]
+    for row, scores in zip(rows, logits, strict=True):
+        np.testing.assert_allclose(row["scores"], scores, atol=1e-5)
+    read_back = read(tmp_path / "mined.jsonl", "candidates")
+    assert [row["scores"] for row in read_back] == [sorted(row["scores"], reverse=True) for row in rows]
+
+    _, scored = _mine_lists(world, tmp_path, pairs, kind="scored", **settings, **teacher)
+    assert [row["title"] for row in scored] == [text for row in rows for text in row["documents"]]
+    labels = [row["label"] for row in scored]
+    np.testing.assert_allclose(labels, [score for scores in logits for score in scores], atol=1e-5)
+
+
+def test_mining_refuses_a_teacher_whose_logits_are_no_numbers(world: World, tmp_path: Path) -> None:
+    reranker = build_tiny_reranker(tmp_path / "broken")
+    weights = load_file(reranker / "model.safetensors")
+    weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], float("inf"))
+    save_file(weights, reranker / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="scores query 'tiger lemons' with inf; scores must be finite"):
+        _mine_lists(world, tmp_path, [("tiger lemons", "x")], **CANDIDATES, teacher=str(reranker))
+    assert not (tmp_path / "mined.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"kind": "candidates"}, "kind is candidates, .* do not fit format tsv; set format to jsonl"),
+        ({"teacher": "t"}, "teacher is 't', but triples hold no scores; set kind to candidates or scored"),
+    ],
+)
+def test_mining_refuses_settings_that_do_not_go_together(more: dict[str, str], message: str) -> None:
+    values = {"encoder": "e", "index": "i", "input": {"path": "p"}, "output": "o"}
+    with pytest.raises(InputError, match=message):
+        make_config(MineConfig, {**values, **more})
+
+
 def test_mining_into_tsv_refuses_tabs(world: World, tmp_path: Path) -> None:
     row = {"query": "tiger lemons", "document": "with a\ttab"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
@@ -396,6 +488,8 @@ def test_votes_of_labelled_texts(world: World, tmp_path: Path) -> None:
     assert lines[3].split("\t")[1] == f"things,{TEXTS[8].split()[0]}"
     assert result["accuracy"] == pytest.approx(2 / 3)
     assert (result["hit@5"], result["labels_missing"]) == (pytest.approx(2 / 3), 1)
+    # Two classes of four are always right: of the third row neither the expected nor the predicted one is.
+    assert (result["precision_macro"], result["recall_macro"], result["f1_macro"]) == (0.5, 0.5, 0.5)
     assert set(result["intervals"]) == {"accuracy", "hit@5", "hit@10", "hit@20"}
 
 
@@ -525,6 +619,11 @@ def test_plans_count_and_do_nothing(world: World, tmp_path: Path, dummy_reranker
     )
     plan = plan_mine(make_config(MineConfig, {**base, "input": {"path": pairs}, "output": output}))
     assert (plan["rows"], plan["batches"], plan["rejected_rows"]) == (6, 3, 0)
+    assert "teacher_pairs" not in plan
+    taught = {**base, **CANDIDATES, "teacher": str(dummy_reranker_dir), "num_negatives": 4}
+    with_teacher = plan_mine(make_config(MineConfig, {**taught, "input": {"path": pairs}, "output": output}))
+    assert with_teacher["teacher_pairs"] == 6 * 5
+    assert with_teacher["predicted_memory_bytes"] > plan["predicted_memory_bytes"]
     plan = plan_classify(make_config(ClassifyConfig, {**base, "input": {"path": pairs}, "output": output}))
     assert plan["rows"] == 6
     values = {"encoder": world.encoder, "input": {"path": scored}, "output": output}

@@ -144,10 +144,69 @@ def test_reranker_scores_like_the_peer(tmp_path: Path, num_labels: int) -> None:
         assert np.abs(ours - (peer[:, 1] - peer[:, 0])).max() < 1e-5
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+def test_the_peer_puts_on_the_logit_what_training_meant(tmp_path: Path, activation: str) -> None:
+    reranker = CrossEncoder.load(build_tiny_reranker(tmp_path / "first"))
+    reranker.activation = activation  # type: ignore[assignment]
+    reranker.save(tmp_path / "second")
+    again = CrossEncoder.load(tmp_path / "second")
+    assert again.activation == activation
+    again.save(tmp_path / "third")
+    pairs = [(a, b) for a in TEXTS[:2] for b in TEXTS]
+    logits = CrossScorer(again).score(*zip(*pairs, strict=True))
+    peer = PeerCrossEncoder(str(tmp_path / "third"), device="cpu", max_length=64).predict(pairs)
+    expected = 1 / (1 + np.exp(-logits)) if activation == "sigmoid" else logits
+    assert np.abs(expected - peer).max() < 1e-5
+    assert np.abs(1 / (1 + np.exp(-logits)) - logits).max() > 0.1
+
+
+@pytest.mark.parametrize(("module", "name"), [(torch.nn.Identity, "identity"), (torch.nn.Sigmoid, "sigmoid")])
+def test_a_rerankers_activation_is_read_from_what_the_peer_wrote(
+    dummy_reranker_dir: Path, tmp_path: Path, module: type[torch.nn.Module], name: str
+) -> None:
+    peer = PeerCrossEncoder(str(dummy_reranker_dir), device="cpu", activation_fn=module())
+    peer.save_pretrained(str(tmp_path / "peer"))
+    assert CrossEncoder.load(tmp_path / "peer").activation == name
+
+
+def test_an_unknown_activation_is_refused(dummy_reranker_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(dummy_reranker_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sentence_transformers"]["activation_fn"] = "torch.nn.modules.activation.Tanh"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"activation\.Tanh' on its logit; known are"):
+        CrossEncoder.load(folder)
+
+
 def test_an_encoder_is_refused_as_reranker_but_starts_one(dummy_encoder_dir: Path) -> None:
     with pytest.raises(FormatError, match="no trained classification head"):
         CrossEncoder.load(dummy_encoder_dir)
     assert CrossScorer(CrossEncoder.start_from(dummy_encoder_dir)).score(["a"], ["b"]).shape == (1,)
+
+
+def test_training_sees_every_logit_and_search_one(dummy_encoder_dir: Path) -> None:
+    model = CrossEncoder.start_from(dummy_encoder_dir, num_labels=2).eval()
+    inputs = dict(model.tokenizer(TEXTS[:3], TEXTS[3:6], padding=True, truncation=True, return_tensors="pt"))
+    logits, relevance = model.logits(**inputs), model(**inputs)
+    assert logits.shape == (3, 2)
+    assert torch.equal(relevance, logits[:, 1] - logits[:, 0])
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_a_finished_reranker_goes_on_with_its_head(tmp_path: Path, num_labels: int) -> None:
+    folder = build_tiny_reranker(tmp_path / "reranker", num_labels=num_labels)
+    finished = CrossEncoder.load(folder)
+    finished.activation = "identity" if num_labels == 1 else "sigmoid"
+    fusion = {"weight": 0.5, "recall_mean": 0.0, "recall_std": 1.0, "rerank_mean": 0.0, "rerank_std": 1.0}
+    finished.save(folder, {"fusion": fusion, "history": [{"step": 1}]})
+    started = CrossEncoder.start_from(folder, num_labels)
+    assert CrossScorer(started).score(["a"], ["b"]) == CrossScorer(finished).score(["a"], ["b"])
+    assert (started.activation, started.max_length) == (finished.activation, 64)
+    assert started.info == {}  # a fusion tuned for other weights would mislead
+    other = 3 - num_labels
+    with pytest.raises(InputError, match=f"num_labels {num_labels}, and the objective trains {other}"):
+        CrossEncoder.start_from(folder, other)
 
 
 class TestRefusals:

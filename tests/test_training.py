@@ -1,12 +1,15 @@
-"""Training: the stream of rows, the optimizer, and whole runs under Ray Train."""
+"""Training: the stream of batches, the optimizer, and whole runs under Ray Train."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,52 +23,109 @@ from raytower.data.pieces import survey
 from raytower.data.sources import InputConfig
 from raytower.errors import InputError, RaytowerError
 from raytower.models.encoder import Encoder
-from raytower.training.config import OptimizerConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.models.text_classifier import TextClassifier
+from raytower.training.batches import count_steps, cut_batches, cut_distinct_batches, worker_slice
+from raytower.training.classifier import train_classifier
+from raytower.training.config import (
+    OptimizerConfig,
+    TrainClassifierConfig,
+    TrainRerankerConfig,
+    TrainRetrieverConfig,
+)
 from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
 from raytower.training.reranker import train_reranker
 from raytower.training.retriever import plan_train_retriever, train_retriever
-from raytower.training.row_stream import count_steps, stream_batches, worker_slice
-from tests.tiny_models import build_tiny_encoder
-
-TOPICS = "abcdefgh"
-
-
-def write_pairs(path: Path, rows: int) -> Path:
-    lines = [f"what is {TOPICS[i % 8] * 3} {i}?\t{TOPICS[i % 8] * 5} is {i}" for i in range(rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.windows import Window, plan_windows
+from tests.tensorboard_events import read_scalars
+from tests.tiny_training import write_labelled, write_pairs, write_scored, write_triples
 
 
-def first_batches(path: Path, count: int, **changes: int) -> list[list[str]]:
-    pieces = survey(InputConfig(path=str(path)), "pairs", rows_per_piece=7).pieces
-    values = {"batch_size": 8, "seed": 3, "window_rows": 20, **changes}
-    batches = stream_batches(pieces, **values)
-    return [next(batches)["query"] for _ in range(count)]
+def windows_of(piece_rows: list[int], window_rows: int, epochs: int, seed: int = 3) -> list[Window]:
+    windows = plan_windows(piece_rows, seed=seed, window_rows=window_rows)
+    taken = []
+    for window in windows:
+        if window.epoch == epochs:
+            return taken
+        taken.append(window)
+    raise AssertionError("the windows must be endless")
 
 
-class TestRowStream:
-    def test_an_epoch_holds_every_row_once_and_orders_differ(self, tmp_path: Path) -> None:
-        path = write_pairs(tmp_path / "pairs.tsv", 48)
-        batches = first_batches(path, 12)
-        first, second = [*chain(*batches[:6])], [*chain(*batches[6:])]
-        assert Counter(first) == Counter(second)
-        assert len(set(first)) == 48
-        assert first != second
-        assert first != sorted(first)
-
-    def test_the_order_depends_on_the_seed_alone(self, tmp_path: Path) -> None:
-        path = write_pairs(tmp_path / "pairs.tsv", 48)
-        assert first_batches(path, 12) == first_batches(path, 12)
-        assert first_batches(path, 6) != first_batches(path, 6, seed=4)
-
-    @settings(max_examples=20, deadline=None)
-    @given(skip=st.integers(min_value=0, max_value=40), window=st.integers(min_value=1, max_value=60))
-    def test_skipping_continues_where_an_undisturbed_stream_would_be(
-        self, tmp_path_factory: pytest.TempPathFactory, skip: int, window: int
+class TestWindows:
+    @given(
+        piece_rows=st.lists(st.integers(min_value=1, max_value=50), min_size=1, max_size=20),
+        window_rows=st.integers(min_value=1, max_value=200),
+    )
+    def test_every_epoch_holds_every_piece_once_and_rows_add_up(
+        self, piece_rows: list[int], window_rows: int
     ) -> None:
-        path = write_pairs(tmp_path_factory.mktemp("rows") / "pairs.tsv", 45)
-        whole = first_batches(path, skip + 3, window_rows=window)
-        assert first_batches(path, 3, window_rows=window, skip_batches=skip) == whole[skip:]
+        windows = windows_of(piece_rows, window_rows, epochs=3)
+        expected_first = 0
+        for window in windows:
+            assert window.first_row == expected_first
+            assert window.num_rows == sum(piece_rows[index] for index in window.pieces)
+            expected_first += window.num_rows
+        for epoch in range(3):
+            own = [window for window in windows if window.epoch == epoch]
+            assert sorted(index for window in own for index in window.pieces) == list(range(len(piece_rows)))
+            assert [window.number for window in own] == list(range(len(own)))
+            assert all(window.num_rows >= window_rows for window in own[:-1])
+
+    def test_epochs_have_orders_of_their_own_and_the_seed_decides_them(self) -> None:
+        first = windows_of([5] * 12, 5, epochs=2)
+        assert first == windows_of([5] * 12, 5, epochs=2)
+        assert first != windows_of([5] * 12, 5, epochs=2, seed=4)
+        assert [w.pieces for w in first[:12]] != [w.pieces for w in first[12:]]
+
+
+def tables_of(rows: list[tuple[str, str | None]], sizes: list[int]) -> Iterator[pa.Table]:
+    start = 0
+    for size in sizes:
+        part = rows[start : start + size]
+        yield pa.table({"query": [a for a, _ in part], "id": pa.array([b for _, b in part], pa.string())})
+        start += size
+
+
+class TestBatches:
+    @given(
+        sizes=st.lists(st.integers(min_value=1, max_value=30), min_size=1, max_size=8),
+        batch_size=st.integers(min_value=1, max_value=20),
+    )
+    def test_batches_hold_the_rows_in_order(self, sizes: list[int], batch_size: int) -> None:
+        rows = [(str(number), None) for number in range(sum(sizes))]
+        batches = list(cut_batches(tables_of(rows, sizes), batch_size))
+        assert len(batches) == len(rows) // batch_size
+        flat = [query for batch in batches for query in batch["query"]]
+        assert flat == [query for query, _ in rows[: len(flat)]]
+
+    @given(
+        values=st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from(["1", "2", "3", None]))),
+        batch_size=st.integers(min_value=1, max_value=3),
+    )
+    def test_distinct_batches_share_nothing_and_lose_no_row(
+        self, values: list[tuple[str, str | None]], batch_size: int
+    ) -> None:
+        batches = list(
+            cut_distinct_batches(tables_of(values, [len(values)]), batch_size, ["query", "id"], 999)
+        )
+        for batch in batches:
+            assert len(batch["query"]) == batch_size == len(set(batch["query"]))
+            ids = [name for name in batch["id"] if name is not None]
+            assert len(ids) == len(set(ids))
+        given_rows = Counter(
+            row for batch in batches for row in zip(batch["query"], batch["id"], strict=True)
+        )
+        assert not given_rows - Counter(values)
+
+    def test_a_row_that_collides_comes_in_the_next_batch(self) -> None:
+        rows = [("a", None), ("a", None), ("b", None), ("c", None), ("a", None), ("d", None)]
+        batches = list(cut_distinct_batches(tables_of(rows, [2, 4]), 2, ["query"], 99))
+        assert [batch["query"] for batch in batches] == [["a", "b"], ["a", "c"], ["a", "d"]]
+
+    def test_rows_that_are_all_alike_are_refused(self) -> None:
+        rows = [("a", None)] * 20
+        with pytest.raises(InputError, match="without sharing a query; use sampler: shuffle"):
+            list(cut_distinct_batches(tables_of(rows, [20]), 2, ["query"], 10))
 
     def test_workers_share_a_batch_without_loss(self) -> None:
         rows = {"query": list("abcdefgh")}
@@ -78,6 +138,39 @@ class TestRowStream:
         assert count_steps(100, 32, 0.1) == 1
         with pytest.raises(InputError, match="fewer than one batch of 32"):
             count_steps(31, 32, 1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestRowStream:
+    """Through Ray Data."""
+
+    @pytest.fixture(scope="class")
+    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
+        path = write_pairs(tmp_path_factory.mktemp("rows") / "pairs.tsv", 45)
+        pieces = survey(InputConfig(path=str(path)), "pairs", rows_per_piece=7).pieces
+        return StreamPlan(pieces=pieces, batch_size=8, num_batches=16, seed=3, window_rows=20)
+
+    def test_epochs_flow_into_each_other_and_each_holds_every_row_once(self, plan: StreamPlan) -> None:
+        queries = [*chain.from_iterable(batch["query"] for batch in stream_batches(plan))]
+        assert len(queries) == 16 * 8
+        first, second = queries[:45], queries[45:90]
+        assert Counter(first) == Counter(second)
+        assert len(set(first)) == 45
+        assert first != second
+        assert first != sorted(first)
+
+    @settings(max_examples=8, deadline=None)
+    @given(skip=st.integers(min_value=0, max_value=15))
+    def test_skipping_continues_where_an_undisturbed_stream_would_be(
+        self, plan: StreamPlan, skip: int
+    ) -> None:
+        assert list(stream_batches(plan, skip)) == list(stream_batches(plan))[skip:]
+
+    def test_distinct_batches_continue_too(self, plan: StreamPlan) -> None:
+        values = {**vars(plan), "distinct_columns": ("query", "document"), "num_batches": 12}
+        whole = list(stream_batches(StreamPlan(**values)))
+        assert list(stream_batches(StreamPlan(**values), 9)) == whole[9:]
+        assert len(whole) == 12
 
 
 class TestOptimizer:
@@ -117,16 +210,6 @@ class TestOptimizer:
         restored = make_optimizer(twin, OptimizerConfig(lr=0.1))
         load_optimizer(restored, tmp_path / "state.safetensors")
         assert torch.equal(stepped(model, optimizer), stepped(twin, restored))
-
-
-@pytest.fixture(scope="module")
-def still_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder without dropout, so that runs with other worker counts can be compared."""
-    folder = build_tiny_encoder(tmp_path_factory.mktemp("models") / "still")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def retriever_config(encoder: Path, pairs: Path, output: Path, **changes: object) -> TrainRetrieverConfig:
@@ -193,14 +276,20 @@ class TestRetrieverRuns:
         config = retriever_config(Path(still_encoder.name), pairs, tmp_path / "out")
         assert train_retriever(config)["steps"] == 1
 
-    def test_a_loss_that_is_no_number_stops_the_run(self, still_encoder: Path, tmp_path: Path) -> None:
+    def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 40)
         config = retriever_config(
-            still_encoder, pairs, tmp_path / "out", optimizer={"lr": 1e30}, max_failures=0
+            still_encoder, pairs, tmp_path / "out", optimizer={"lr": 1e30}, checkpoint_every_steps=1
         )
-        with pytest.raises(RaytowerError, match="the loss is nan"):
+        with pytest.raises(
+            RaytowerError, match=r"the loss is nan at step \d, whose batch begins with 'what is"
+        ):
             train_retriever(config)
         assert not (tmp_path / "out").exists()
+        kept = list(tmp_path.glob(".out.*.train/checkpoint_*/model/model.safetensors"))
+        assert kept, "the last good checkpoint stays"
 
     def test_an_output_of_another_config_is_refused(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 8)
@@ -218,8 +307,12 @@ def test_dry_run_plans_without_ray(still_encoder: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.tsv", 40)
     plan = plan_train_retriever(retriever_config(still_encoder, pairs, tmp_path / "out"))
     assert (plan["rows"], plan["steps"], plan["workers"]) == (40, 5, 1)
-    parameters = sum(parameter.numel() for parameter in Encoder.load(still_encoder).parameters())
-    assert plan["predicted_state_bytes_per_worker"] == 16 * parameters
+    parameters = dict(Encoder.load(still_encoder).named_parameters())
+    pooler = sum(p.numel() for name, p in parameters.items() if "pooler" in name)
+    whole = sum(p.numel() for p in parameters.values())
+    # Weights, gradient and two moments of what trains, four bytes each; the pooler is only held.
+    assert plan["predicted_state_bytes_per_worker"] == 16 * (whole - pooler) + 4 * pooler
+    assert plan["trainable_parameters"] == whole - pooler
 
 
 def test_a_batch_that_workers_cannot_share_is_refused(still_encoder: Path, tmp_path: Path) -> None:
@@ -233,32 +326,60 @@ def test_max_length_beyond_the_positions_is_refused(still_encoder: Path, tmp_pat
         plan_train_retriever(retriever_config(still_encoder, pairs, tmp_path / "out", max_length=65))
 
 
+def job_values(model: Path, train: Path, output: Path, **changes: object) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "train": {"path": str(train)},
+        "output": str(output),
+        "batch_size": 16,
+        "max_length": 32,
+        "workers": {"num": 2, "num_cpus": 0.5},
+        **changes,
+    }
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_reranker_learns_from_triples_and_loads_with_the_peer(still_encoder: Path, tmp_path: Path) -> None:
-    rows = ["query\ttitle\tneg_title"]
-    rows += [
-        f"find {TOPICS[i % 8]}\t{TOPICS[i % 8]} is here\t{TOPICS[(i + 3) % 8]} is here" for i in range(64)
-    ]
-    (tmp_path / "triples.tsv").write_text("\n".join(rows) + "\n")
-    scored = ["query\ttitle\tlabel"]
-    scored += [f"find {a}\t{b} is here\t{int(a == b)}" for a in TOPICS for b in TOPICS]
-    (tmp_path / "dev.tsv").write_text("\n".join(scored) + "\n")
-    config = make_config(
-        TrainRerankerConfig,
-        {
-            "model": str(still_encoder),
-            "train": {"path": str(tmp_path / "triples.tsv")},
-            "dev": {"path": str(tmp_path / "dev.tsv"), "every_steps": 8},
-            "output": str(tmp_path / "reranker"),
-            "batch_size": 16,
-            "epochs": 4,
-            "max_length": 32,
-            "optimizer": {"lr": 2e-3},
-            "workers": {"num": 2, "num_cpus": 0.5},
-        },
+    train, dev = write_triples(tmp_path / "triples.tsv", 64), write_scored(tmp_path / "dev.tsv", 64)
+    values = job_values(
+        still_encoder,
+        train,
+        tmp_path / "reranker",
+        dev={"path": str(dev), "every_steps": 8},
+        epochs=6,
+        optimizer={"lr": 3e-3},
+        lora={"rank": 8},
+        dtype="float32",
     )
-    figures = train_reranker(config)
-    assert figures["steps"] == 16
-    assert 0.5 < figures["best"] <= 1.0
+    figures = train_reranker(make_config(TrainRerankerConfig, values))
+    assert figures["steps"] == 24
+    assert 0.6 < figures["best"] <= 1.0
     peer = PeerCrossEncoder(str(tmp_path / "reranker"), device="cpu").predict([("find a", "a is here")])
     assert 0.0 < float(peer[0]) < 1.0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_classifier_learns_and_writes_its_log(still_encoder: Path, tmp_path: Path) -> None:
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    values = job_values(
+        still_encoder,
+        train,
+        tmp_path / "classifier",
+        dev={"path": str(train), "metric": "accuracy", "every_steps": 8, "patience": 1},
+        epochs=40,
+        optimizer={"lr": 5e-3},
+        log_every_steps=4,
+        dtype="float32",
+    )
+    figures = train_classifier(make_config(TrainClassifierConfig, values))
+    assert figures["best"] > 0.9
+    # Eight texts of each topic are learnt long before the last step, so patience ends the run.
+    assert figures["steps"] < 160
+    assert TextClassifier.load(tmp_path / "classifier").labels[0] == "topics##a"
+    info = json.loads((tmp_path / "classifier" / "raytower.json").read_text())
+    logged = read_scalars(tmp_path / "classifier.tensorboard")
+    assert logged["train/loss"] == pytest.approx(
+        {row["step"]: row["loss"] for row in info["curve"]}, rel=1e-5
+    )
+    assert logged["dev/accuracy"].keys() == {row["step"] for row in info["history"]}
+    assert set(logged) >= {"train/lr", "train/rows_per_second", "dev/f1"}

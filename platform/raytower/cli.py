@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytower import __version__
-from raytower.config import Config, dump_config, load_config, parse_overrides, to_json
+from raytower.config import Config, dump_config, load_config, nested_configs, parse_overrides, to_json
 from raytower.errors import InputError, RaytowerError, find_cause
 
 
@@ -39,16 +39,22 @@ COMMANDS: dict[str, Command] = {
         "raytower.demo:plan_demo",
     ),
     "train-retriever": Command(
-        "train a two-tower encoder from pairs or triples",
+        "train a two-tower encoder: in-batch negatives, SimCSE, distillation and others",
         "raytower.training.config:TrainRetrieverConfig",
         "raytower.training.retriever:train_retriever",
         "raytower.training.retriever:plan_train_retriever",
     ),
     "train-reranker": Command(
-        "train a cross-encoder from scored pairs or triples",
+        "train a cross-encoder from scored pairs, triples or candidates",
         "raytower.training.config:TrainRerankerConfig",
         "raytower.training.reranker:train_reranker",
         "raytower.training.reranker:plan_train_reranker",
+    ),
+    "train-classifier": Command(
+        "train a text classifier, the fine-tuned baseline",
+        "raytower.training.config:TrainClassifierConfig",
+        "raytower.training.classifier:train_classifier",
+        "raytower.training.classifier:plan_train_classifier",
     ),
     "encode": Command(
         "encode a corpus into a folder of Parquet files",
@@ -97,7 +103,7 @@ COMMANDS: dict[str, Command] = {
         "raytower.evaluation.evaluate:plan_evaluate",
     ),
     "classify": Command(
-        "label texts by nearest labels or by votes of labelled texts",
+        "label texts by nearest labels, by votes of labelled texts, or by a trained classifier",
         "raytower.evaluation.classify:ClassifyConfig",
         "raytower.evaluation.classify:classify",
         "raytower.evaluation.classify:plan_classify",
@@ -258,17 +264,29 @@ def _command_help(name: str, command: Command) -> str:
 def _describe_keys(config_class: type[Config], prefix: str = "") -> list[str]:
     lines = []
     for key, field in config_class.model_fields.items():
+        nested = nested_configs(field.annotation)
         default = field.get_default(call_default_factory=True, validated_data={})
-        if isinstance(default, Config):
-            lines += _describe_keys(type(default), f"{prefix}{key}.")
+        if len(nested) > 1:
+            lines += _describe_choice(nested, default, f"{prefix}{key}.")
+        elif nested:
+            if not field.is_required() and default is None:
+                lines.append(f"{prefix}{key}  (default null, or the keys below)")
+            lines += _describe_keys(nested[0], f"{prefix}{key}.")
         elif field.is_required():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, Config):
-                lines += _describe_keys(kind, f"{prefix}{key}.")
-            else:
-                lines.append(f"{prefix}{key}  (required)")
+            lines.append(f"{prefix}{key}  (required)")
         else:
             lines.append(f"{prefix}{key}  (default {to_json(default)})")
+    return lines
+
+
+def _describe_choice(choices: Sequence[type[Config]], default: Any, prefix: str) -> list[str]:
+    """The keys of a part whose `name` chooses what it is."""
+    lines = [f"{prefix}name  (default {to_json(getattr(default, 'name', None))}), one of"]
+    for choice in choices:
+        keys = [line.removeprefix(prefix) for line in _describe_keys(choice, prefix)]
+        name = choice.model_fields["name"].default
+        others = ", ".join(key for key in keys if not key.startswith("name "))
+        lines.append(f"    {name}: {others}" if others else f"    {name}")
     return lines
 
 

@@ -161,8 +161,7 @@ def _is_text(config_class: type[Config], key: str) -> bool:
     if field is None:
         return False
     if rest:
-        nested = _nested_config(field.annotation)
-        return nested is not None and _is_text(nested, rest)
+        return any(_is_text(nested, rest) for nested in nested_configs(field.annotation))
     return field.annotation is str
 
 
@@ -178,24 +177,33 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
-def _nested_config(annotation: Any) -> type[Config] | None:
+def nested_configs(annotation: Any) -> list[type[Config]]:
+    """The config classes that a field may hold: several where a key such as `name` chooses between them."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
+        return [annotation]
     if typing.get_origin(annotation) in (Union, types.UnionType, Annotated):
-        found = [_nested_config(argument) for argument in typing.get_args(annotation)]
-        configs = [item for item in found if item is not None]
-        return configs[0] if len(configs) == 1 else None
-    return None
+        return [item for argument in typing.get_args(annotation) for item in nested_configs(argument)]
+    return []
+
+
+def _nested_config(annotation: Any, default: Any, values: Mapping[str, Any]) -> type[Config] | None:
+    """The class that `values` are for: the only one there is, or the one whose `name` they give, or the default's."""
+    configs = nested_configs(annotation)
+    if len(configs) <= 1:
+        return configs[0] if configs else None
+    name = values.get("name")
+    if name is None:
+        return type(default) if isinstance(default, Config) else None
+    return next((item for item in configs if item.model_fields["name"].default == name), None)
 
 
 def _known_keys(config_class: type[Config], prefix: tuple[str, ...] = ()) -> list[str]:
     keys = []
     for name, field in config_class.model_fields.items():
         keys.append(".".join((*prefix, name)))
-        nested = _nested_config(field.annotation)
-        if nested is not None:
+        for nested in nested_configs(field.annotation):
             keys.extend(_known_keys(nested, (*prefix, name)))
-    return keys
+    return list(dict.fromkeys(keys))
 
 
 def _refuse_unknown_keys(
@@ -209,15 +217,19 @@ def _refuse_unknown_keys(
             nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)
             hint = f"; the nearest known key is {nearest[0]!r}" if nearest else ""
             raise InputError(f"{source}: unknown key {dotted!r}{hint}")
-        nested = _nested_config(fields[key].annotation)
-        if nested is not None and isinstance(value, Mapping):
-            _refuse_unknown_keys(nested, value, (*prefix, str(key)), source)
+        if isinstance(value, Mapping):
+            nested = _nested_config(fields[key].annotation, fields[key].default, value)
+            if nested is not None:
+                _refuse_unknown_keys(nested, value, (*prefix, str(key)), source)
 
 
 def _describe(detail: Any, source: str) -> str:
-    where = ".".join(str(part) for part in detail["loc"]) or "(whole config)"
+    where = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{source}: {message}"
     if detail["type"] == "missing":
         return (
             f"{source}: {where} is required and not given; set it in the config file or with --{where} VALUE"
         )
-    return f"{source}: {where} is {detail.get('input')!r}: {detail['msg']}"
+    return f"{source}: {where} is {detail.get('input')!r}: {message}"

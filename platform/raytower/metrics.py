@@ -6,6 +6,7 @@ interval. Array shapes: Q queries, D the deepest cut-off, N scored items.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -104,6 +105,14 @@ def accuracy(predicted: Sequence[object], expected: Sequence[object]) -> float:
             f"{len(predicted)} predictions for {len(expected)} labels; give as many of each, at least one"
         )
     return sum(a == b for a, b in zip(predicted, expected, strict=True)) / len(expected)
+
+
+def macro_f1(predicted: Sequence[object], expected: Sequence[object]) -> float:
+    """Mean over the labels that occur on either side of their F1. Raises InputError as `accuracy`."""
+    accuracy(predicted, expected)
+    right = Counter(a for a, b in zip(predicted, expected, strict=True) if a == b)
+    claims = Counter(predicted) + Counter(expected)
+    return sum(2 * right[label] / count for label, count in claims.items()) / len(claims)
 
 
 def midranks(values: ArrayLike) -> Floats:

@@ -22,6 +22,7 @@ from raytower.storage import Location
 STEP_JOBS = (
     "train-retriever",
     "train-reranker",
+    "train-classifier",
     "encode",
     "index build",
     "mine",

@@ -17,7 +17,8 @@ import pyarrow as pa
 from raytower.data.layouts import Layout, Source, first_line
 from raytower.data.records import RecordField, RecordKind, canonical_schema, fields_of
 from raytower.data.rejects import Rejects
-from raytower.data.rows import Rejection, parse_slice
+from raytower.data.row_batch import Rejection
+from raytower.data.rows import parse_slice
 from raytower.data.scanning import Chunk, scan
 from raytower.data.slices import RangeReader, Slice
 from raytower.data.sources import COMPRESSION_SUFFIXES, InputConfig, SourceFile, is_glob, single_file

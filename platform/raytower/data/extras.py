@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from raytower.data.records import RecordKind, canonical_schema
-from raytower.data.rows import Parsed
+from raytower.data.row_batch import Parsed
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 

@@ -66,6 +66,11 @@ def name_among(field: RecordField, columns: Sequence[str]) -> str | None:
     return next((name for name in field.names if name in columns), None)
 
 
+def free_name(name: str) -> str:
+    """The name under which a column passes through: its own, unless a record's own column has it."""
+    return f"source_{name}" if name in ("id", "text") else name
+
+
 def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> Layout:
     """Decide from the config, the extension and the first line how `file` is read as records of `kind`.
 
@@ -75,6 +80,11 @@ def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> La
     """
     file_format = _detect_format(file, kind, config)
     fields = fields_of(kind, tuple(config.text_fields), config.id_field)
+    if file_format not in ("jsonl", "parquet") and any(field.is_list for field in fields):
+        raise InputError(
+            f"{file}: {kind} records hold lists, which format {file_format} cannot carry; give JSON lines or Parquet "
+            "(input.format jsonl or parquet)"
+        )
     if file_format == "parquet":
         return Layout(kind, "parquet", fields)
     line, body_start, after_line = first_line(file)
@@ -215,13 +225,26 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
             )
         if name is not None and not _fits(schema.field(name).type, field):
             raise InputError(
-                f"{file}: column {name!r} is {schema.field(name).type}, which is no {field.type}"
+                f"{file}: column {name!r} is {schema.field(name).type}, which is no "
+                f"{'list of ' if field.is_list else ''}{field.type}"
             )
         chosen[field.name] = name
     return chosen
 
 
 def _fits(data_type: pa.DataType, field: RecordField) -> bool:
+    if field.is_list:
+        return _is_list(data_type) and _holds(data_type.value_type, field)
+    return _holds(data_type, field)
+
+
+def _is_list(data_type: pa.DataType) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(data_type) for is_kind in kinds)
+
+
+def _holds(data_type: pa.DataType, field: RecordField) -> bool:
+    """Whether values of `data_type` can be read as values, or list elements, of the field."""
     if pa.types.is_dictionary(data_type):
         data_type = data_type.value_type
     is_text = (
@@ -231,8 +254,11 @@ def _fits(data_type: pa.DataType, field: RecordField) -> bool:
         or pa.types.is_null(data_type)
     )
     is_number = pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
+    if field.type == "numbers":
+        return is_number or pa.types.is_null(data_type)
     by_type = {
         "text": False,
+        "texts": False,
         "id": pa.types.is_integer(data_type),
         "number": is_number,
         "category": is_number,

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytower.data.layouts import Source, parquet_columns
+from raytower.data.layouts import Source, free_name, parquet_columns
 from raytower.data.records import RecordField
-from raytower.data.rows import Parsed, RowBatch, free_name, to_records
+from raytower.data.row_batch import Parsed, RowBatch
+from raytower.data.rows import to_records
 from raytower.errors import InputError
 
 _BATCH_ROWS = 8192
@@ -67,11 +68,10 @@ class RowGroupReader:
     def parse(self, rows: pa.Table, first_row: int) -> Parsed:
         """`rows`, the first of which is row `first_row` of the file (counted from 1), as records."""
         batch = RowBatch(np.arange(first_row, first_row + len(rows), dtype=np.int64), {})
-        nulls = pa.nulls(len(rows), pa.string())
-        batch.columns = {
-            name: nulls if column is None else _as_text(rows.column(column))
-            for name, column in self._names.items()
-        }
+        for wanted in self.source.layout.fields:
+            column = self._names[wanted.name]
+            values = pa.nulls(len(rows), wanted.read_type) if column is None else rows.column(column)
+            batch.columns[wanted.name] = _as_read(values, wanted)
         if self.source.layout.passes_columns_through:
             taken = set(self._names.values())
             batch.extra = {
@@ -90,26 +90,29 @@ class RowGroupReader:
             raise InputError(f"{self.source.file} cannot be read in row group {group}: {error}") from error
 
 
-def _as_text(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
+def _as_read(column: pa.ChunkedArray | pa.Array, wanted: RecordField) -> pa.Array:
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    return array.cast(pa.string())
+    return array.cast(wanted.read_type, safe=not wanted.is_list)  # unsafe: integer scores may be rounded
 
 
 def _reject_bad_utf8(batch: RowBatch, wanted: RecordField) -> None:
+    column = batch.columns[wanted.name]
     try:
-        batch.columns[wanted.name].validate(full=True)
+        column.validate(full=True)
         return
     except pa.ArrowInvalid:
         pass
-    raw = batch.columns[wanted.name].cast(pa.binary()).to_pylist()
+    raw = column.cast(pa.list_(pa.binary()) if wanted.is_list else pa.binary()).to_pylist()
     batch.reject(
         np.array([not _is_utf8(value) for value in raw]), lambda i: f"{wanted.names[0]} is not UTF-8"
     )
 
 
-def _is_utf8(value: bytes | None) -> bool:
+def _is_utf8(value: bytes | list[bytes | None] | None) -> bool:
+    if isinstance(value, list):
+        return all(_is_utf8(element) for element in value)
     try:
         (value or b"").decode("utf-8")
     except UnicodeDecodeError:

@@ -21,7 +21,7 @@ from raytower.data.extras import ExtraTypes, build_table
 from raytower.data.layouts import Source, detect_layout
 from raytower.data.records import RecordKind, canonical_schema, is_corpus_like
 from raytower.data.rejects import Rejects
-from raytower.data.rows import Rejection
+from raytower.data.row_batch import Rejection
 from raytower.data.scanning import Chunk, Extent, ExtentReader, scan
 from raytower.data.sources import InputConfig, find_files
 from raytower.errors import InputError
@@ -77,6 +77,7 @@ def survey(
 ) -> Survey:
     """Read every row of the input once, check it, and cut the input into pieces of at most `rows_per_piece` rows.
 
+    These are rows of the file: a row of candidates with several positives gives as many rows of the piece.
     Memory is bounded by one piece, plus eight bytes a row where rows bring ids, plus, for BEIR pairs, the judgements.
     With on_error `quarantine`, rejected rows are listed in a file under `quarantine`, published when the survey ends.
 

@@ -7,11 +7,24 @@ from typing import Literal, get_args
 
 import pyarrow as pa
 
-RecordKind = Literal["corpus", "pairs", "triples", "scored", "labelled", "lines"]
+RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "labelled", "lines"]
 RECORD_KINDS: tuple[RecordKind, ...] = get_args(RecordKind)
 
-FieldType = Literal["text", "id", "number", "category"]
-"""text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text."""
+FieldType = Literal["text", "id", "number", "category", "texts", "numbers"]
+"""text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text.
+texts, numbers: a list of such."""
+_EXPECTED: dict[FieldType, str] = {
+    "text": "string",
+    "id": "string or an integer",
+    "number": "number",
+    "category": "string or a number",
+    "texts": "list of strings",
+    "numbers": "list of numbers",
+}
+_LIST_TYPES: dict[FieldType, pa.DataType] = {
+    "texts": pa.list_(pa.string()),
+    "numbers": pa.list_(pa.float64()),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,25 @@ class RecordField:
     type: FieldType = "text"
     required: bool = True
     may_be_blank: bool = False
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, for messages."""
+        return _EXPECTED[self.type]
+
+    @property
+    def is_list(self) -> bool:
+        return self.type in _LIST_TYPES
+
+    @property
+    def read_type(self) -> pa.DataType:
+        """The Arrow type in which values come to the checks; a single number comes as its text."""
+        return _LIST_TYPES.get(self.type, pa.string())
+
+    @property
+    def record_type(self) -> pa.DataType:
+        """The Arrow type that the column of a finished record has."""
+        return pa.float64() if self.type == "number" else self.read_type
 
 
 _QUERY = RecordField("query", ("query", "sentence1"))
@@ -36,6 +68,12 @@ _FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
     ),
     "triples": (_QUERY, _DOCUMENT, RecordField("negative", ("negative", "neg_title"))),
     "scored": (_QUERY, _DOCUMENT, RecordField("label", ("label",), "number")),
+    # The best-scored document first. JSON lines may give `positive` and `negatives` in place of the lists.
+    "candidates": (
+        RecordField("query", ("query",)),
+        RecordField("documents", ("documents",), "texts"),
+        RecordField("scores", ("scores",), "numbers"),
+    ),
     "labelled": (RecordField("text", ("text",)), RecordField("label", ("label",), "category")),
 }
 
@@ -86,4 +124,4 @@ def canonical_schema(kind: RecordKind) -> pa.Schema:
     """The columns that every table of this kind has, whatever its source."""
     if is_corpus_like(kind):
         return pa.schema([("id", pa.string()), ("text", pa.string())])
-    return pa.schema([(f.name, pa.float64() if f.type == "number" else pa.string()) for f in _FIELDS[kind]])
+    return pa.schema([(field.name, field.record_type) for field in _FIELDS[kind]])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
 from raytower.config import OnError
-from raytower.data.rows import Rejection
+from raytower.data.row_batch import Rejection
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 from raytower.storage import Location

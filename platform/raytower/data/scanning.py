@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from raytower.data.layouts import Source
 from raytower.data.parquet import RowGroupReader
-from raytower.data.rows import Parsed, parse_slice, raw_line
+from raytower.data.row_batch import Parsed
+from raytower.data.rows import parse_slice, raw_line
 from raytower.data.slices import RangeReader, Slice, iter_slices
 from raytower.errors import InputError
 
@@ -35,17 +36,12 @@ class Chunk:
     parsed: Parsed
     content: Slice | pa.Table
 
-    @property
-    def num_lines(self) -> int:
-        """Rows of the file in this chunk, good and bad."""
-        return self.parsed.num_rows + len(self.parsed.rejections)
-
     def raw(self, line: int) -> bytes:
         """The row's bytes as they stand in the file; for Parquet the row as JSON."""
         if isinstance(self.content, Slice):
             return raw_line(self.content, line)
         row = self.content.slice(line - self.extent.first_line, 1)
-        values = {name: _plain_value(row.column(name)) for name in row.column_names}
+        values = {name: _plain_value(row.column(name)[0]) for name in row.column_names}
         return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8")
 
 
@@ -84,12 +80,14 @@ class ExtentReader:
         return Chunk(extent, parse_slice(content, self.source), content)
 
 
-def _plain_value(cell: pa.ChunkedArray) -> Any:
-    """The one value of `cell`; a string that is no UTF-8 with its odd bytes escaped."""
+def _plain_value(cell: pa.Scalar) -> Any:
+    """The value of `cell`; strings that are no UTF-8 with their odd bytes escaped."""
     try:
-        return cell[0].as_py()
+        return cell.as_py()
     except UnicodeDecodeError:
-        return cell[0].as_buffer().to_pybytes().decode("utf-8", errors="backslashreplace")
+        if isinstance(cell, pa.ListScalar):
+            return [_plain_value(element) for element in cell.values]
+        return cell.as_buffer().to_pybytes().decode("utf-8", errors="backslashreplace")
 
 
 def _scan_text(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:

@@ -1,4 +1,4 @@
-"""`raytower classify`: labels for texts by retrieval, from the nearest label texts or by votes of labelled texts.
+"""`raytower classify`: labels for the texts of a file, by retrieval or by a trained classifier, and their accuracy.
 
 A label is a path in a tree, its levels parted by `##`; results show it with commas, `A##B` as `A,B`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,17 +17,18 @@ from raytower.config import Config, OnError
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
 from raytower.data.sources import InputConfig
-from raytower.errors import InputError
-from raytower.evaluation.judgements import document_tables, find_documents
+from raytower.evaluation.class_scores import ClassScores
+from raytower.evaluation.labellers import ClassifierLabeller, IndexLabeller, Labeller, Prediction, shown
 from raytower.evaluation.progress import Progress
-from raytower.evaluation.recall import Candidate, index_recall
 from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
 from raytower.evaluation.settings import (
     ROWS_PER_PIECE,
     QueryCompute,
+    load_classifier,
     load_engine,
     open_index_manifest,
     own_or,
+    plan_classifier_rows,
     plan_rows,
     quarantine_place,
     row_batches,
@@ -39,21 +39,27 @@ from raytower.storage import Location
 
 HIT_CUTOFFS = (5, 10, 20)
 _COLUMNS = ("text", "label", "score")
+_OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
 
 
 class ClassifyConfig(Config):
-    """`raytower classify`. A document's label is its `label_field` where it has one; in mode labels else its text."""
+    """`raytower classify`. Modes labels and votes need `encoder` and `index`, mode classifier needs `classifier`.
 
-    encoder: str
-    index: str
+    A document's label is its `label_field` where it has one; in mode labels else its text.
+    """
+
+    encoder: str | None = None
+    index: str | None = None
+    classifier: str | None = None
+    """Mode classifier: a directory that train-classifier wrote, or any Hugging Face text classifier."""
     input: InputConfig
     output: str
-    mode: Literal["labels", "votes"] = "labels"
+    mode: Literal["labels", "votes", "classifier"] = "labels"
     labelled: bool = True
     """Whether the input holds labels to compare with (`text <tab> label`); false reads texts alone."""
     label_field: str = "label"
     k: int = Field(default=10, ge=1)
-    """Mode labels: labels listed in JSON lines. Mode votes: neighbours that vote."""
+    """Modes labels and classifier: labels listed in JSON lines. Mode votes: neighbours that vote."""
     temperature: float = Field(default=0.05, gt=0)
     """Mode votes: a neighbour's vote weighs exp(score / temperature); small trusts the nearest, large counts heads."""
     format: RowFormat = "tsv"
@@ -63,57 +69,34 @@ class ClassifyConfig(Config):
     on_error: OnError = "fail"
     compute: QueryCompute = QueryCompute()
 
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """A label as shown, with its score: the cosine of the nearest label text, or its share of the votes."""
-
-    label: str
-    score: float
-
-
-def shown(label: str) -> str:
-    """A label path as people read it: `A##B` is `A,B`."""
-    return label.replace("##", ",")
-
-
-def rank_labels(neighbours: Sequence[tuple[str, float]]) -> list[Prediction]:
-    """Labels by their nearest text; a label with several texts (descriptions) counts once, by its best one.
-
-    Args:
-        neighbours: label and score of each recalled document, best first.
-    """
-    best: dict[str, float] = {}
-    for label, score in neighbours:
-        best.setdefault(label, score)
-    return [Prediction(label, score) for label, score in best.items()]
-
-
-def count_votes(neighbours: Sequence[tuple[str, float]], temperature: float) -> list[Prediction]:
-    """Labels by their share of the votes, which sum to 1; of equal shares the label with the nearest text leads.
-
-    Args:
-        neighbours: label and score of each recalled document, best first.
-        temperature: a vote weighs exp(score / temperature).
-    """
-    if not neighbours:
-        return []
-    scores = np.array([score for _, score in neighbours], dtype=np.float64)
-    weights = np.exp((scores - scores.max()) / temperature)
-    shares: dict[str, float] = {}
-    for (label, _), weight in zip(neighbours, (weights / weights.sum()).tolist(), strict=True):
-        shares[label] = shares.get(label, 0.0) + weight
-    # sorted() is stable and the labels stand in the order of their nearest text.
-    return [Prediction(label, share) for label, share in sorted(shares.items(), key=lambda item: -item[1])]
+    def model_post_init(self, context: Any) -> None:
+        by_classifier = self.mode == "classifier"
+        needed, unread = (
+            (("classifier",), _OF_RETRIEVAL) if by_classifier else (("encoder", "index"), ("classifier",))
+        )
+        for key in needed:
+            if getattr(self, key) is None:
+                other = "labels or votes" if by_classifier else "classifier"
+                raise ValueError(
+                    f"mode {self.mode} needs {key}, which is not given; set it, or set mode to {other}"
+                )
+        for key in unread:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, which mode {self.mode} does not read; leave it out, or set "
+                    "another mode"
+                )
 
 
 def classify(config: ClassifyConfig) -> dict[str, Any]:
     """Write `text label score` for each text, and measure where labels are given.
 
     Returns:
-        rows, seconds, index_version, rejected_rows, output, and for labelled input `accuracy` (= recall@1, the first
-        label is right), `hit@5`, `hit@10`, `hit@20` (the right label is among the first k ranked ones), `intervals`
-        and `labels_missing` (rows whose label the index does not hold; they count as wrong).
+        rows, seconds, mode, index_version (mode classifier: the classifier's fingerprint), rejected_rows, output, and
+        for labelled input `accuracy` (= recall@1, the first label is right), `hit@5`, `hit@10`, `hit@20` (the right
+        label is among the first k ranked ones), `intervals` of these, `precision_macro`, `recall_macro`, `f1_macro`
+        (of the first label, over the classes expected or predicted) and `labels_missing` (rows whose label the index
+        or the classifier does not hold; they count as wrong).
 
     Raises:
         InputError: bad rows under on_error fail, an index that another encoder made, documents without the label
@@ -121,38 +104,38 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     survey = _survey(config)
-    engine = load_engine(config.encoder, config.compute)
-    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
-    prefix = own_or(config.query_prefix, engine.encoder, "query")
-    recall = index_recall(index)
+    labeller = _load_labeller(config)
     tally = _Tally(config)
     progress = Progress("classified", "texts", survey.num_rows)
     with open_rows(Location.of(config.output), config.format, _COLUMNS) as writer:
         for table in row_batches(survey, config.compute.rows_per_batch):
-            texts = table["text"].to_pylist()
-            recalled = recall(engine.encode(texts, prefix), _depth(config))
-            predictions = [_predict(items, config) for items in recalled]
-            tally.add(table, predictions, writer)
-            progress.advance(len(texts))
+            tally.add(table, labeller.label(table["text"].to_pylist()), writer)
+            progress.advance(table.num_rows)
     result: dict[str, Any] = {
         "rows": survey.num_rows,
         "mode": config.mode,
         "rejected_rows": survey.num_rejected,
-        "index_version": index.version,
+        **labeller.figures,
         "output": config.output,
     }
     if config.labelled:
         result |= tally.metrics()
-        result["labels_missing"] = _count_missing(index, tally.label_counts, config)
+        result["labels_missing"] = labeller.count_missing(tally.label_counts)
     return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def plan_classify(config: ClassifyConfig) -> dict[str, Any]:
     """Texts, batches and predicted memory; surveys the input."""
     survey = _survey(config)
+    rejected = {"rejected_rows": survey.num_rejected}
+    if config.mode == "classifier":
+        assert config.classifier is not None  # the config refused it otherwise
+        return {**plan_classifier_rows(survey.num_rows, config.compute, config.classifier), **rejected}
+    assert config.encoder is not None
+    assert config.index is not None
     plan = plan_rows(survey.num_rows, config.compute, config.encoder, _depth(config))
     manifest = open_index_manifest(config.index, plan["fingerprint"])
-    return {**plan, "rejected_rows": survey.num_rejected, "index_rows": manifest.rows}
+    return {**plan, **rejected, "index_rows": manifest.rows}
 
 
 class _Tally:
@@ -161,6 +144,7 @@ class _Tally:
     def __init__(self, config: ClassifyConfig) -> None:
         self._config = config
         self._places: list[int] = []  # from 1; 0 where the right label was not ranked
+        self._classes = ClassScores()
         self.label_counts: dict[str, int] = {}
 
     def add(self, table: pa.Table, predictions: Sequence[Sequence[Prediction]], writer: RowWriter) -> None:
@@ -174,6 +158,7 @@ class _Tally:
                 self.label_counts[label] = self.label_counts.get(label, 0) + 1
                 order = [item.label for item in ranked]
                 self._places.append(order.index(shown(label)) + 1 if shown(label) in order else 0)
+                self._classes.add(best.label, shown(label))
             writer.write(text, best.label, best.score, **more)
 
     def metrics(self) -> dict[str, Any]:
@@ -183,40 +168,32 @@ class _Tally:
         seed = self._config.seed
         return {
             **{name: float(value.mean()) for name, value in values.items()},
+            **self._classes.macro(),
             "intervals": {name: list(bootstrap_interval(value, seed=seed)) for name, value in values.items()},
         }
 
 
-def _predict(candidates: Sequence[Candidate], config: ClassifyConfig) -> list[Prediction]:
-    neighbours = [(shown(_label_of(item, config)), item.score) for item in candidates]
-    return rank_labels(neighbours) if config.mode == "labels" else count_votes(neighbours, config.temperature)
-
-
-def _label_of(item: Candidate, config: ClassifyConfig) -> str:
-    label = item.metadata.get(config.label_field)
-    if label is not None:
-        return str(label)
-    if config.mode == "labels":
-        return item.text
-    raise InputError(
-        f"document {item.id!r} of index {config.index!r} has no {config.label_field!r}, so it cannot vote; encode a "
-        f"corpus with a column {config.label_field!r}, name another label_field, or set mode to labels"
+def _load_labeller(config: ClassifyConfig) -> Labeller:
+    if config.mode == "classifier":
+        assert config.classifier is not None  # the config refused it otherwise
+        return ClassifierLabeller(load_classifier(config.classifier, config.compute), _depth(config))
+    assert config.encoder is not None
+    assert config.index is not None
+    engine = load_engine(config.encoder, config.compute)
+    return IndexLabeller(
+        engine,
+        Index.open(config.index, encoder_fingerprint=engine.fingerprint),
+        mode=config.mode,
+        depth=_depth(config),
+        label_field=config.label_field,
+        temperature=config.temperature,
+        prefix=own_or(config.query_prefix, engine.encoder, "query"),
     )
 
 
 def _depth(config: ClassifyConfig) -> int:
-    # Only the neighbours vote; label texts are recalled as deep as the deepest metric looks.
+    # Only the neighbours vote; labels are ranked as deep as the deepest metric looks.
     return config.k if config.mode == "votes" else max(config.k, *HIT_CUTOFFS)
-
-
-def _count_missing(index: Index, label_counts: dict[str, int], config: ClassifyConfig) -> int:
-    # Either side may write a path with ## or as it is shown.
-    wanted = {form for label in label_counts for form in (label, shown(label), label.replace(",", "##"))}
-    present: set[str] = set()
-    for table in document_tables(index):
-        column = config.label_field if config.label_field in table.column_names else "text"
-        present.update(shown(label) for label in find_documents([table], column, wanted, "id"))
-    return sum(count for label, count in label_counts.items() if shown(label) not in present)
 
 
 def _survey(config: ClassifyConfig) -> Survey:

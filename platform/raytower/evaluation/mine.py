@@ -1,7 +1,7 @@
 """`raytower mine`: hard negatives for training pairs, from what an index recalls for each query.
 
 Two passes over the pairs: the first remembers which documents are known positives of a query (eight bytes each), the
-second searches in batches and samples.
+second searches in batches and samples. A teacher (a cross-encoder) may score what was sampled, for distillation.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from raytower.config import Config, OnError
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
 from raytower.data.sources import InputConfig
+from raytower.errors import InputError
 from raytower.evaluation.progress import Progress
-from raytower.evaluation.recall import Candidate, Vectors, index_recall
+from raytower.evaluation.recall import Candidate, PairScorer, Vectors, index_recall
 from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
 from raytower.evaluation.settings import (
     ROWS_PER_PIECE,
     QueryCompute,
     cosines,
     load_engine,
+    load_reranker,
     open_index_manifest,
     own_or,
     plan_rows,
@@ -39,7 +41,11 @@ from raytower.models.forward import ForwardEngine
 from raytower.runtime import log
 from raytower.storage import Location
 
-_COLUMNS = {"triples": ("query", "title", "neg_title"), "scored": ("query", "title", "label")}
+_COLUMNS = {
+    "triples": ("query", "title", "neg_title"),
+    "scored": ("query", "title", "label"),
+    "candidates": ("query", "documents", "scores"),
+}
 
 
 class MineConfig(Config):
@@ -49,8 +55,11 @@ class MineConfig(Config):
     index: str
     input: InputConfig
     output: str
-    kind: Literal["triples", "scored"] = "triples"
+    kind: Literal["triples", "scored", "candidates"] = "triples"
     format: RowFormat = "tsv"
+    """Kind candidates is written as jsonl alone: its lists do not fit a TSV."""
+    teacher: str | None = None
+    """Cross-encoder directory or hub id whose logits are the labels or scores; null: 1 for the pair's own, else 0."""
     depth: int = Field(default=50, ge=1)
     """Documents recalled for each query."""
     skip_top: int = Field(default=0, ge=0)
@@ -69,6 +78,15 @@ class MineConfig(Config):
             raise ValueError(
                 f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than depth {self.depth}; "
                 "raise depth"
+            )
+        if self.kind == "candidates" and self.format != "jsonl":
+            raise ValueError(
+                f"kind is candidates, whose lists of documents do not fit format {self.format}; set format to jsonl"
+            )
+        if self.teacher is not None and self.kind == "triples":
+            raise ValueError(
+                f"teacher is {self.teacher!r}, but triples hold no scores; set kind to candidates or scored, or "
+                "teacher to null"
             )
 
 
@@ -128,7 +146,10 @@ class KnownPositives:
 
 
 def mine(config: MineConfig) -> dict[str, Any]:
-    """Write triples (`query title neg_title`) or scored pairs (`query title label`, the positive first) to `output`.
+    """Write each pair with its negatives to `output`, the pair's own document before them.
+
+    Triples are `query title neg_title`, scored pairs `query title label`, candidates `query documents scores` with one
+    row for each pair. Labels and scores are 1 and 0, or the teacher's logits.
 
     Candidates equal to the query, or known positives of it in any row, are never negatives. The sample depends on the
     seed and on a pair's place in the input alone, not on how pairs are batched.
@@ -138,14 +159,15 @@ def mine(config: MineConfig) -> dict[str, Any]:
         rejected_rows, index_version, seconds, output.
 
     Raises:
-        InputError: bad rows under on_error fail, an index that another encoder made, or, for a TSV, a text with a tab.
+        InputError: bad rows under on_error fail, an index that another encoder made, for a TSV a text with a tab, or a
+            teacher that gives a score that is no number.
     """
     start = time.perf_counter()
     survey = _survey(config)
     engine = load_engine(config.encoder, config.compute)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
-    positives = KnownPositives.read(survey)
-    miner = Miner(config, engine, index, positives)
+    teacher = None if config.teacher is None else load_reranker(config.teacher, config.compute, None)[0]
+    miner = Miner(config, engine, index, KnownPositives.read(survey), teacher)
     with open_rows(Location.of(config.output), config.format, _COLUMNS[config.kind]) as writer:
         miner.run(_pair_batches(survey, config.compute.rows_per_batch), survey.num_rows, writer)
     counts = miner.counts
@@ -165,20 +187,28 @@ def mine(config: MineConfig) -> dict[str, Any]:
 def plan_mine(config: MineConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
     survey = _survey(config)
-    plan = plan_rows(survey.num_rows, config.compute, config.encoder, config.depth)
+    plan = plan_rows(survey.num_rows, config.compute, config.encoder, config.depth, config.teacher)
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     # Up to two keys a pair, held twice while they are sorted.
     plan["predicted_memory_bytes"] += survey.num_rows * 2 * 8 * 2
+    if config.teacher is not None:
+        plan["teacher_pairs"] = survey.num_rows * (1 + config.num_negatives)
     return {**plan, "rejected_rows": survey.num_rejected, "index_rows": manifest.rows}
 
 
 class Miner:
-    """Finds and writes the negatives of batches of pairs, and counts what became of them."""
+    """Finds, scores and writes the negatives of batches of pairs, and counts what became of them."""
 
     def __init__(
-        self, config: MineConfig, engine: ForwardEngine, index: Index, positives: KnownPositives
+        self,
+        config: MineConfig,
+        engine: ForwardEngine,
+        index: Index,
+        positives: KnownPositives,
+        teacher: PairScorer | None = None,
     ) -> None:
         self._config = config
+        self._teacher = teacher
         self._engine = engine
         self._prefix = own_or(config.query_prefix, engine.encoder, "query")
         self._recall = index_recall(index)
@@ -197,8 +227,13 @@ class Miner:
         """Mine `total` pairs and write what is found."""
         progress = Progress("mined", "pairs", total)
         for batch in batches:
-            for pair, negatives in zip(batch, self.negatives(batch), strict=True):
-                self._write(pair, negatives, writer)
+            negatives = self.negatives(batch)
+            lists = [
+                [pair.document, *(item.text for item in items)] if items else []
+                for pair, items in zip(batch, negatives, strict=True)
+            ]
+            for pair, documents, scores in zip(batch, lists, self.scores(batch, lists), strict=True):
+                self._write(pair, documents, scores, writer)
             progress.advance(len(batch))
 
     def negatives(self, batch: Sequence[Pair]) -> list[list[Candidate]]:
@@ -210,6 +245,25 @@ class Miner:
         return [
             self._sample(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)
         ]
+
+    def scores(self, batch: Sequence[Pair], lists: Sequence[Sequence[str]]) -> list[list[float]]:
+        """A score for each document in the list of each pair: the teacher's logit, or 1 for the first and 0 after it.
+
+        Raises:
+            InputError: the teacher's logit is infinite or no number.
+        """
+        if self._teacher is None:
+            return [[1, *[0] * (len(documents) - 1)] if documents else [] for documents in lists]
+        queries = [pair.query for pair, documents in zip(batch, lists, strict=True) for _ in documents]
+        logits = self._teacher.score(queries, [text for documents in lists for text in documents])
+        bad = np.flatnonzero(~np.isfinite(logits))
+        if len(bad):
+            raise InputError(
+                f"teacher {self._config.teacher!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
+                "must be finite; set compute.dtype to float32, or name another teacher"
+            )
+        ends = np.cumsum([len(documents) for documents in lists])[:-1]
+        return [part.tolist() for part in np.split(logits, ends)]
 
     def _limits(self, batch: Sequence[Pair], vectors: Vectors, rows: dict[str, int]) -> NDArray[np.float64]:
         """The score above which a candidate of each pair is too near to be a negative, float64 [pairs]."""
@@ -243,18 +297,23 @@ class Miner:
         chosen = generator.choice(len(distinct), size=num_taken, replace=False)
         return [distinct[place] for place in sorted(chosen.tolist())]
 
-    def _write(self, pair: Pair, negatives: Sequence[Candidate], writer: RowWriter) -> None:
+    def _write(
+        self, pair: Pair, documents: Sequence[str], scores: Sequence[float], writer: RowWriter
+    ) -> None:
+        """Write the pair with `documents`: its own, then its negatives; none where it has no negative."""
+        num_negatives = max(len(documents) - 1, 0)
         self.counts.pairs += 1
-        self.counts.negatives += len(negatives)
-        self.counts.pairs_without_negatives += not negatives
-        self.counts.pairs_with_fewer += 0 < len(negatives) < self._config.num_negatives
+        self.counts.negatives += num_negatives
+        self.counts.pairs_without_negatives += not num_negatives
+        self.counts.pairs_with_fewer += 0 < num_negatives < self._config.num_negatives
         if self._config.kind == "triples":
-            for item in negatives:
-                writer.write(pair.query, pair.document, item.text)
-        elif negatives:
-            writer.write(pair.query, pair.document, 1)
-            for item in negatives:
-                writer.write(pair.query, item.text, 0)
+            for text in documents[1:]:
+                writer.write(pair.query, pair.document, text)
+        elif self._config.kind == "scored":
+            for text, score in zip(documents, scores, strict=True):
+                writer.write(pair.query, text, score)
+        elif documents:
+            writer.write(pair.query, documents, scores)
 
 
 def _survey(config: MineConfig) -> Survey:

@@ -21,6 +21,7 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine, check_max_length
 from raytower.models.fusion import Fusion
+from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.storage import Location
 
 ROWS_PER_PIECE = 8192
@@ -46,6 +47,16 @@ def load_engine(name: str, compute: QueryCompute) -> ForwardEngine:
     """The encoder of a job, ready to encode."""
     return ForwardEngine(
         Encoder.load(name),
+        dtype=compute.dtype,
+        tokens_per_batch=compute.tokens_per_batch,
+        max_length=compute.max_length,
+    )
+
+
+def load_classifier(name: str, compute: QueryCompute) -> ClassifierEngine:
+    """The text classifier of a job, ready to classify."""
+    return ClassifierEngine(
+        TextClassifier.load(name),
         dtype=compute.dtype,
         tokens_per_batch=compute.tokens_per_batch,
         max_length=compute.max_length,
@@ -162,13 +173,29 @@ def plan_rows(
     num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
     if reranker is not None:
         num_parameters += sum(parameter.numel() for parameter in CrossEncoder.load(reranker).parameters())
-    in_flight = min(rows, compute.rows_per_batch)
     per_row = _BYTES_PER_TEXT_IN_FLIGHT * (1 + candidates) + encoder.dim * 4
+    plan = _plan_memory(rows, compute, num_parameters, per_row)
+    return {**plan, "fingerprint": encoder.fingerprint}
+
+
+def plan_classifier_rows(rows: int, compute: QueryCompute, name: str) -> dict[str, Any]:
+    """What classifying `rows` texts will do, like `plan_rows`; the classifier is loaded to count its parameters."""
+    classifier = TextClassifier.load(name)
+    if compute.max_length is not None:
+        check_max_length(compute.max_length, classifier.max_positions)
+    num_parameters = sum(parameter.numel() for parameter in classifier.parameters())
+    # A logit and a probability of each label.
+    per_row = _BYTES_PER_TEXT_IN_FLIGHT + classifier.num_labels * 8
+    plan = _plan_memory(rows, compute, num_parameters, per_row)
+    return {**plan, "labels": classifier.num_labels, "fingerprint": classifier.fingerprint}
+
+
+def _plan_memory(rows: int, compute: QueryCompute, num_parameters: int, bytes_per_row: int) -> dict[str, Any]:
+    in_flight = min(rows, compute.rows_per_batch)
+    # While they are loaded, weights are held once as stored in fp32 and once as computed with.
+    weights = num_parameters * (4 + _PARAMETER_BYTES[compute.dtype])
     return {
         "rows": rows,
         "batches": -(-rows // compute.rows_per_batch),
-        # While they are loaded, weights are held once as stored in fp32 and once as computed with.
-        "predicted_memory_bytes": num_parameters * (4 + _PARAMETER_BYTES[compute.dtype])
-        + in_flight * per_row,
-        "fingerprint": encoder.fingerprint,
+        "predicted_memory_bytes": weights + in_flight * bytes_per_row,
     }

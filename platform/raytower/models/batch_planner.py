@@ -23,7 +23,10 @@ class BatchPlan:
 
 
 def plan_batches(
-    lengths: list[int] | NDArray[np.int64], tokens_per_batch: int, multiple: int = 1
+    lengths: list[int] | NDArray[np.int64],
+    tokens_per_batch: int,
+    multiple: int = 1,
+    rows_per_batch: int | None = None,
 ) -> BatchPlan:
     """Group texts of similar length so that each batch, padded to its longest text, keeps to the budget.
 
@@ -31,6 +34,7 @@ def plan_batches(
         lengths: tokens of each text, in input order.
         tokens_per_batch: most padded tokens (rows x longest) of a batch; one text longer than that goes alone.
         multiple: widths are rounded up to a multiple of this (accelerators like 8).
+        rows_per_batch: most texts of a batch; None leaves the budget as the only bound.
 
     The longest batch comes first, so that a budget that does not fit fails at once rather than at the end.
     """
@@ -41,7 +45,7 @@ def plan_batches(
     start = 0
     while start < len(order):
         width = -(-max(int(sizes[order[start]]), 1) // multiple) * multiple
-        count = max(tokens_per_batch // width, 1)
+        count = min(max(tokens_per_batch // width, 1), rows_per_batch or len(order))
         batch = order[start : start + count]
         batches.append(batch)
         padded += width * len(batch)

@@ -53,9 +53,11 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_constants(rows: Tensor) -> Tensor:
-    """(B, …) → (N, …) for values that need no gradient."""
+    """(B, …) → (N, …) for values that need no gradient, on the device that they came from."""
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    # NCCL moves nothing that lies in the CPU's memory.
+    sent = rows.cuda() if dist.get_backend() == "nccl" else rows
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent.contiguous())
+    return torch.cat(parts).to(rows.device)

@@ -1,15 +1,44 @@
-"""Configs of the training jobs."""
+"""Configs of the training jobs. An objective is its own config: `objective: {name: …}` and its settings."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField, OnError
+from raytower.models.lora import LoraConfig
+from raytower.objectives.classification import CrossEntropy, Focal
+from raytower.objectives.cosine_embedding import CosineEmbedding
+from raytower.objectives.cosine_regression import CosineRegression
+from raytower.objectives.hardest_negative import HardestNegative
+from raytower.objectives.in_batch_negatives import InBatchNegatives
+from raytower.objectives.kl_divergence import KLDivergence
+from raytower.objectives.listwise_softmax import ListwiseSoftmax
+from raytower.objectives.margin_mse import MarginMSE
+from raytower.objectives.matryoshka import Matryoshka
+from raytower.objectives.pairwise_margin import PairwiseMargin
+from raytower.objectives.pointwise_cross_entropy import PointwiseCrossEntropy
+from raytower.objectives.pointwise_regression import PointwiseRegression
+from raytower.objectives.random_negative import RandomNegative
+from raytower.objectives.simcse import SimCSE
 
-# float16 would need loss scaling; bfloat16 has the range of float32.
-TrainDtype = Literal["float32", "bfloat16"]
+TrainDtype = Literal["float32", "bfloat16", "float16"]
+RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
+RetrieverObjective = (
+    InBatchNegatives
+    | HardestNegative
+    | RandomNegative
+    | SimCSE
+    | CosineEmbedding
+    | CosineRegression
+    | MarginMSE
+    | KLDivergence
+)
+RerankerFormat = Literal["scored", "triples", "candidates"]
+RerankerObjective = PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax
+ClassifierObjective = CrossEntropy | Focal
 
 
 class OptimizerConfig(Config):
@@ -29,22 +58,52 @@ class TrainWorkersConfig(Config):
     num_gpus: float = Field(default=0, ge=0)
 
 
+class DevConfig(Config):
+    """Measuring during training: how often, and when to stop."""
+
+    path: str
+    metric: str
+    every_steps: int = Field(default=200, ge=1)
+    patience: int = Field(default=3, ge=1)
+    """Evaluations in a row without a better value before training stops."""
+
+
 class TrainJobConfig(Config):
     """Keys that every training job has."""
 
-    model: str
+    model: str | None = None
+    """Any Hugging Face encoder directory or hub id."""
+    init_from: str | None = None
+    """A directory that an earlier training wrote, to continue from; it takes the place of `model`."""
     output: str
+    dev: DevConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = Field(default=64, ge=1)
+    """Rows of a batch over all workers; in-batch objectives find their negatives among these."""
+    accumulate_batches: int = Field(default=1, ge=1)
+    """Batches whose gradients are averaged into one optimizer step."""
     epochs: float = Field(default=1, gt=0)
     dtype: TrainDtype = "bfloat16"
+    """Precision of forward passes; weights, gradients and optimizer stay in float32."""
+    recompute: bool = False
+    """Compute activations again in the backward pass rather than keep them: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the backbone: pays on accelerators and long runs, needs a C++ compiler."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
     seed: int = Field(default=0, ge=0)
     workers: TrainWorkersConfig = TrainWorkersConfig()
     on_error: OnError = "fail"
     shuffle_rows: int = Field(default=100_000, ge=1)
+    """Rows that are shuffled together; a worker holds a few times as many."""
     log_every_steps: int = Field(default=10, ge=1)
+    log_dir: str | None = None
+    """TensorBoard's event files; null is `<output>.tensorboard`."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest."""
     max_failures: int = Field(default=2, ge=0)
+    """Times that lost workers are replaced before the job fails; a job started again counts anew."""
 
     def model_post_init(self, context: Any) -> None:
         if self.batch_size % self.workers.num:
@@ -52,28 +111,54 @@ class TrainJobConfig(Config):
                 f"batch_size is {self.batch_size}, which {self.workers.num} workers cannot share evenly; "
                 "make it a multiple of workers.num"
             )
+        if self.start_name is None:
+            raise ValueError("model is required and not given; name an encoder by model or by init_from")
+
+    @property
+    def start_name(self) -> str | None:
+        return self.init_from if self.init_from is not None else self.model
+
+    @property
+    def start(self) -> str:
+        """Where the weights come from: `init_from`, or `model` without it."""
+        assert self.start_name is not None
+        return self.start_name
+
+
+def _with_default_name(name: str) -> Any:
+    """Let `objective: {margin: 0.2}` mean the default objective: overrides of single keys need no name."""
+
+    def fill(values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("objective"), Mapping):
+            return {**values, "objective": {"name": name, **values["objective"]}}
+        return values
+
+    return fill
 
 
 class RetrieverTrainInput(Config):
     path: str
-    format: Literal["auto", "pairs", "triples"] = "auto"
+    format: Literal["auto", RetrieverFormat] = "auto"
+    num_documents: int | None = Field(default=None, ge=2)
+    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
 
 
-class RetrieverDevConfig(Config):
-    """Recall on dev pairs against a corpus (null: the dev documents themselves), during training."""
+class RetrieverDevConfig(DevConfig):
+    """During training: recall of dev pairs against a corpus (null: the dev documents themselves), or, for the
+    metrics auc, accuracy, f1 and spearman, the cosines of scored dev pairs."""
 
-    path: str
     corpus: str | None = None
     corpus_rows: int = Field(default=20_000, ge=1)
-    metric: str = Field(default="recall@10", pattern=r"^((recall|hit)@[1-9]\d*|(mrr|ndcg)@10)$")
-    every_steps: int = Field(default=200, ge=1)
-    patience: int = Field(default=3, ge=1)
+    """Corpus texts that are searched: all relevant ones, and a fixed sample of the others."""
+    metric: str = Field(
+        default="recall@10", pattern=r"^((recall|hit)@[1-9]\d*|(mrr|ndcg)@10|auc|accuracy|f1|spearman)$"
+    )
+    threshold: float | None = None
+    """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
 
-
-class InBatchNegativesConfig(Config):
-    name: Literal["in_batch_negatives"] = "in_batch_negatives"
-    scale: float = Field(default=20.0, gt=0)
-    margin: float = Field(default=0.0, ge=0, le=2)
+    @property
+    def is_scored(self) -> bool:
+        return "@" not in self.metric
 
 
 class TrainRetrieverConfig(TrainJobConfig):
@@ -81,29 +166,36 @@ class TrainRetrieverConfig(TrainJobConfig):
 
     train: RetrieverTrainInput
     dev: RetrieverDevConfig | None = None
-    objective: InBatchNegativesConfig = InBatchNegativesConfig()
+    objective: Annotated[RetrieverObjective, Field(discriminator="name")] = InBatchNegatives()
+    matryoshka: Matryoshka | None = None
+    projection_dim: int | None = Field(default=None, ge=1)
+    """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
+    teacher: str | None = None
+    """A reranker directory that scores candidates while training, for margin_mse and kl_divergence."""
+    sampler: Literal["shuffle", "no_duplicates"] = "shuffle"
+    """no_duplicates: no two rows of a batch share a query, document, id or label."""
+    gradient_cache: int | None = Field(default=None, ge=1)
+    """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
     max_length: int = Field(default=64, ge=1)
     query_prefix: str | None = None
     document_prefix: str | None = None
 
+    _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
+
 
 class RerankerTrainInput(Config):
     path: str
-    format: Literal["auto", "scored", "triples"] = "auto"
+    format: Literal["auto", RerankerFormat] = "auto"
+    num_documents: int | None = Field(default=None, ge=2)
+    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
 
 
-class RerankerDevConfig(Config):
-    """Area under the ROC curve on scored dev pairs, during training."""
+class RerankerDevConfig(DevConfig):
+    """Judged pairs, scored during training."""
 
-    path: str
-    metric: Literal["auc"] = "auc"
-    every_steps: int = Field(default=200, ge=1)
-    patience: int = Field(default=3, ge=1)
-
-
-class PointwiseConfig(Config):
-    name: Literal["pointwise_cross_entropy"] = "pointwise_cross_entropy"
-    positive_weight: float = Field(default=1.0, gt=0)
+    metric: Literal["auc", "accuracy", "f1"] = "auc"
+    threshold: float | None = None
+    """accuracy and f1: a score above this is a match; null takes the threshold that suits the dev set best."""
 
 
 class TrainRerankerConfig(TrainJobConfig):
@@ -111,6 +203,32 @@ class TrainRerankerConfig(TrainJobConfig):
 
     train: RerankerTrainInput
     dev: RerankerDevConfig | None = None
-    objective: PointwiseConfig = PointwiseConfig()
+    objective: Annotated[RerankerObjective, Field(discriminator="name")] = PointwiseRegression()
     batch_size: int = Field(default=32, ge=1)
     max_length: int = Field(default=128, ge=1)
+
+    _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
+
+
+class ClassifierTrainInput(Config):
+    path: str
+
+
+class ClassifierDevConfig(DevConfig):
+    """Labelled dev texts; f1 is the mean over labels (macro)."""
+
+    metric: Literal["accuracy", "f1"] = "accuracy"
+
+
+class TrainClassifierConfig(TrainJobConfig):
+    """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
+
+    train: ClassifierTrainInput
+    labels: str | None = None
+    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
+    dev: ClassifierDevConfig | None = None
+    objective: Annotated[ClassifierObjective, Field(discriminator="name")] = CrossEntropy()
+    batch_size: int = Field(default=32, ge=1)
+    max_length: int = Field(default=128, ge=1)
+
+    _objective_name = model_validator(mode="before")(_with_default_name("cross_entropy"))

@@ -5,7 +5,6 @@ Shape legend: Q queries, C corpus texts of this worker, D embedding dimension, K
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.sources import InputConfig
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
-from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
-from raytower.objectives.gather import gather_constants, rank, world_size
+from raytower.objectives.gather import gather_constants
 from raytower.training.config import RetrieverDevConfig
+from raytower.training.shares import gather_rows_in_order, own_rows
 
 _ROWS_PER_PIECE = 8192
 
@@ -61,22 +60,13 @@ def load_dev_set(config: RetrieverDevConfig) -> DevSet:
     return DevSet(queries=list(positives), corpus=list(places), relevant=relevant)
 
 
-def evaluate_encoder(
-    encoder: Encoder,
-    dev: DevSet,
-    *,
-    metric: str,
-    prefixes: tuple[str, str],
-    max_length: int,
-    dtype: Literal["float32", "bfloat16"],
+def evaluate_recall(
+    engine: ForwardEngine, dev: DevSet, metric: str, prefixes: tuple[str, str]
 ) -> dict[str, float]:
-    """Recall@1, @10, MRR@10, nDCG@10 and `metric` of the encoder; all workers call it and get the same values."""
-    # A copy, because the engine casts the weights that training still needs in fp32.
-    device = next(encoder.parameters()).device
-    engine = ForwardEngine(copy.deepcopy(encoder), dtype=dtype, device=device, max_length=max_length)
-    share = slice(rank(), None, world_size())
-    query_QD = _interleaved(engine.encode(dev.queries[share], prefixes[0]), len(dev.queries))
-    own_corpus = np.arange(len(dev.corpus))[share]
+    """Recall@1, @10, MRR@10, nDCG@10 and `metric`; all workers call it together and get the same values."""
+    own_corpus = own_rows(len(dev.corpus))
+    own_queries = [dev.queries[row] for row in own_rows(len(dev.queries)).tolist()]
+    query_QD = gather_rows_in_order(engine.encode(own_queries, prefixes[0]), len(dev.queries))
     corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
     cutoffs = sorted({1, 10, int(metric.partition("@")[2])})
     ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs))
@@ -110,15 +100,6 @@ def _rank_documents(
     # A filler may stand at the end where the corpus is smaller than the depth: it repeats nothing real.
     ranked[torch.isinf(best.values)] = -1
     return ranked.numpy()
-
-
-def _interleaved(vectors: NDArray[np.float32], num_rows: int) -> Tensor:
-    """Each worker's rows r, r+W, … back in order: (num_rows, D) on every worker."""
-    workers = world_size()
-    padded = torch.zeros((-(-num_rows // workers), vectors.shape[1]))
-    padded[: len(vectors)] = torch.from_numpy(vectors)
-    parts = gather_constants(padded).reshape(workers, len(padded), -1)
-    return parts.transpose(0, 1).reshape(workers * len(padded), -1)[:num_rows]
 
 
 def _rows(

@@ -1,29 +1,107 @@
-"""What training jobs share about their input files."""
+"""Training inputs: finding their kind, surveying them, and refusing data that cannot train anything."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.sources import InputConfig
 from raytower.errors import InputError
 from raytower.storage import Location
+from raytower.training.config import TrainJobConfig
 
 ROWS_PER_PIECE = 8192
 
 
-def quarantine_place(output: Location) -> Location:
+def survey_training(
+    config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
+) -> Survey:
+    """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows are.
+
+    Args:
+        config: says what happens to bad rows.
+        path: the training file.
+        wanted: train.format.
+        kinds: what the objective trains from.
+        objective: its name, for messages.
+
+    Raises:
+        InputError: bad rows under on_error fail, rows that are none of `kinds`, or a format that is none of them.
+    """
+    source = InputConfig(path=path)
+    if wanted != "auto" and wanted not in kinds:
+        raise InputError(
+            f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
+        )
+    kind = _detect_kind(source, kinds) if wanted == "auto" else cast(RecordKind, wanted)
+    quarantine = _quarantine_place(Location.of(config.output)) if config.on_error == "quarantine" else None
+    return survey_input(
+        source, kind, rows_per_piece=ROWS_PER_PIECE, on_error=config.on_error, quarantine=quarantine
+    )
+
+
+def tables(survey: Survey) -> Iterator[pa.Table]:
+    """The rows of an input, a piece at a time."""
+    return (read_piece(piece) for piece in survey.pieces)
+
+
+def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
+    """Raise InputError where all rows have one and the same text in a column: no row has a negative then.
+
+    Reads until every column has shown two texts, which is mostly the first piece.
+    """
+    first: dict[str, str] = {}
+    open_columns = list(columns)
+    for table in tables(survey):
+        for name in list(open_columns):
+            values = pc.unique(table[name])
+            text = first.setdefault(name, values[0].as_py())
+            if len(values) > 1 or values[0].as_py() != text:
+                open_columns.remove(name)
+        if not open_columns:
+            return
+    name = open_columns[0]
+    raise InputError(
+        f"all {survey.num_rows} training rows have the same {name}, {first[name][:60]!r}: there is nothing to tell "
+        "apart, and no row has a negative; check the columns of the file"
+    )
+
+
+def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
+    """Let the objective see every label once before training, so that a bad one is not found in its midst.
+
+    `apply` computes the objective for labels (B,) with some constant in place of a model's output, and raises
+    InputError for a label that breaks the objective's rule.
+    """
+    for table in tables(survey):
+        try:
+            apply(torch.tensor(table["label"].to_pylist(), dtype=torch.float32))
+        except InputError as error:
+            raise InputError(f"{', '.join(survey.files[:3])}: {error}") from error
+
+
+def fewest_documents(survey: Survey) -> int:
+    """The shortest candidate list of all rows."""
+    return min(int(pc.min(pc.list_value_length(table["documents"])).as_py()) for table in tables(survey))
+
+
+def _quarantine_place(output: Location) -> Location:
     """Where rejected rows of a training job go: beside its output directory."""
     return output.parent / f"{output.name}.quarantine"
 
 
-def detect_kind(source: InputConfig, kinds: Sequence[RecordKind]) -> RecordKind:
-    """The first of `kinds` that the file's rows are, for `format: auto`.
-
-    Raises:
-        InputError: the rows are none of them; the message holds what each kind asked for.
-    """
+def _detect_kind(source: InputConfig, names: Sequence[str]) -> RecordKind:
+    kinds = cast(Sequence[RecordKind], names)
+    if len(kinds) == 1:
+        return kinds[0]
     reasons = []
     for kind in kinds:
         try:

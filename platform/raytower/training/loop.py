@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import socket
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,17 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from raytower.data.pieces import Piece
-from raytower.errors import RaytowerError
-from raytower.objectives.gather import gather_constants
+from raytower.errors import InputError
 from raytower.runtime import log
+from raytower.storage import Location
+from raytower.training.batches import Rows, worker_slice
+from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
-from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
-from raytower.training.row_stream import stream_batches, worker_slice
+from raytower.training.events import EventLog
+from raytower.training.optimizer import make_optimizer, make_schedule
+from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.step import NotANumberError, TrainingStep
 from raytower.training.task import Task
-
-MODEL_DIR = "model"
-STATE_NAME = "state.json"
-OPTIMIZER_NAME = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,168 +34,197 @@ class TrainingPlan:
     """Everything a worker needs; made on the driver."""
 
     config: TrainJobConfig
-    task: Task
-    pieces: Sequence[Piece]
+    task: Task[Any]
+    stream: StreamPlan
     num_steps: int
     num_threads: int
+    storage: Location
+    """Where checkpoints and the output go; every worker must be able to write there."""
+    log_dir: Location
 
 
 @dataclass
-class _Progress:
+class Progress:
+    """What a run has come to; part of every checkpoint."""
+
     step: int = 0
     best: float | None = None
     best_step: int = 0
     stale_evaluations: int = 0
     seconds: float = 0.0
-    history: list[dict[str, float]] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Dev metrics of each evaluation."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Loss and learning rate of each logged step."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry on each worker; returns the run's figures."""
+    """Ray Train's entry on each worker; returns the run's figures, or `failure`, why training cannot go on."""
     plan: TrainingPlan = loop_config["plan"]
+    probe_storage(plan.storage, ray.train.get_context().get_world_rank())
     torch.set_num_threads(plan.num_threads)
-    return _Worker(plan).run()
+    try:
+        return _Worker(plan).run()
+    except NotANumberError as error:
+        # All workers see the same mean loss and stop together. Raised, Ray Train would take it for a lost worker and
+        # run into the same batch again.
+        return {"failure": str(error)}
 
 
 class _Worker:
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan = plan
-        self.config = plan.config
+        self.config = config = plan.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self.progress = _Progress(history=[])
+        self.progress = Progress()
         with _checkpoint_folder() as folder:
-            # The same seed on every worker: a freshly initialised head must be the same everywhere.
-            torch.manual_seed(self.config.seed)
-            self.model = plan.task.build(folder / MODEL_DIR if folder else None).to(self.device).train()
-            self.optimizer = make_optimizer(self.model, self.config.optimizer)
-            self.schedule = make_schedule(self.optimizer, plan.num_steps, self.config.optimizer.warmup_ratio)
-            if folder:
-                self._restore(folder)
-        self.parallel: nn.Module = self.model
-        if self.world_size > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=devices, broadcast_buffers=False
+            # Adapters are merged in the model directory of a checkpoint, so they start again from the beginning.
+            start_from = folder / MODEL_DIR if folder and config.lora is None else None
+            device = ray.train.torch.get_device()
+            self.model = plan.task.build(start_from).to(device).train()
+            if folder and config.lora is not None:
+                load_trainable(self.model, folder)
+            optimizer = make_optimizer(self.model, config.optimizer)
+            schedule = make_schedule(optimizer, plan.num_steps, config.optimizer.warmup_ratio)
+            self.step = TrainingStep(
+                self.model,
+                optimizer,
+                schedule,
+                dtype=getattr(torch, config.dtype),
+                max_grad_norm=config.optimizer.max_grad_norm,
+                seed=config.seed,
+                parallel=_data_parallel(self.model) if self.world_size > 1 else None,
             )
+            if folder:
+                self.progress = Progress(**load_state(self.step, folder))
+                self._say(f"continuing from step {self.progress.step} of {plan.num_steps}")
+        self.events = None
+        if self.rank == 0:
+            self.events = EventLog(plan.log_dir, self.progress.step + 1)
 
     def run(self) -> dict[str, Any]:
-        config, plan, progress = self.config, self.plan, self.progress
-        batches = stream_batches(
-            plan.pieces,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            window_rows=config.shuffle_rows,
-            skip_batches=progress.step,
-        )
+        plan, progress, dev = self.plan, self.progress, self.plan.task.dev
+        accumulated = self.config.accumulate_batches
+        batches = stream_batches(plan.stream, skip_batches=progress.step * accumulated)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while progress.step < plan.num_steps:
-            rows = worker_slice(next(batches), self.rank, self.world_size)
-            loss = self._step(rows)
+            loss = self._make_step([next(batches) for _ in range(accumulated)])
             progress.step += 1
             progress.seconds = before + time.perf_counter() - started
-            if progress.step % config.log_every_steps == 0 or progress.step == plan.num_steps:
-                self._log(
-                    loss, (progress.step - first_step) * config.batch_size / (time.perf_counter() - started)
-                )
             last = progress.step == plan.num_steps
-            if self._evaluates() and (last or progress.step % plan.task.every_steps == 0):
+            if last or progress.step % self.config.log_every_steps == 0:
+                self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
+            if dev is not None and (last or progress.step % dev.every_steps == 0):
                 if self._evaluate():
                     break
-            elif last or progress.step % config.checkpoint_every_steps == 0:
+            elif last or progress.step % self.config.checkpoint_every_steps == 0:
                 self._report({})
+        if self.events is not None:
+            self.events.close()
         return {
             "steps": progress.step,
             "seconds": round(progress.seconds, 3),
             "best": progress.best,
             "best_step": progress.best_step,
             "history": progress.history,
+            "curve": progress.curve,
         }
 
-    def _step(self, rows: dict[str, list[Any]]) -> float:
-        # Dropout is a function of seed, step and worker, so a continued run draws what an undisturbed one did.
-        torch.manual_seed((self.config.seed * 1_000_003 + self.progress.step) * 4099 + self.rank)
-        dtype = getattr(torch, self.config.dtype)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            loss = self.plan.task.loss(self.parallel, rows)
-        mean_loss = float(gather_constants(loss.detach().reshape(1)).mean())
-        if not mean_loss == mean_loss or abs(mean_loss) == float("inf"):
-            raise RaytowerError(
-                f"the loss is {mean_loss} at step {self.progress.step + 1}; training stops and the last checkpoint "
-                "stays. Lower optimizer.lr, or use dtype float32"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        return mean_loss
-
-    def _evaluates(self) -> bool:
-        return self.plan.task.metric is not None
+    def _make_step(self, batches: list[Rows]) -> float:
+        shares = [worker_slice(rows, self.rank, self.world_size) for rows in batches]
+        try:
+            return self.step.run(self.progress.step, shares, self.plan.task.backward)
+        except NotANumberError as error:
+            texts = next(values for values in batches[0].values() if isinstance(values[0], str))
+            raise NotANumberError(
+                f"{error} at step {self.progress.step + 1}, whose batch begins with {texts[0][:80]!r}; training has "
+                "stopped. Lower optimizer.lr, use dtype float32, or look at these rows"
+            ) from error
 
     def _evaluate(self) -> bool:
         """Measure on dev, report a checkpoint, and say whether patience has run out."""
-        task, progress = self.plan.task, self.progress
-        assert task.metric is not None
+        progress, dev = self.progress, self.plan.task.dev
+        assert dev is not None
         self.model.eval()
-        metrics = task.evaluate(self.model)
+        metrics = self.plan.task.evaluate(self.model)
         self.model.train()
-        value = metrics[task.metric]
+        value = metrics[dev.metric]
         if progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.stale_evaluations = value, progress.step, 0
         else:
             progress.stale_evaluations += 1
-        assert progress.history is not None
         progress.history.append({"step": progress.step, **metrics})
-        if self.rank == 0:
-            log(f"step {progress.step}: dev {task.metric} {value:.4f} (best {progress.best:.4f})")
+        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {progress.best:.4f})")
+        if self.events is not None:
+            self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
         self._report(metrics)
-        return progress.stale_evaluations >= task.patience
+        return progress.stale_evaluations >= dev.patience
 
     def _report(self, metrics: dict[str, float]) -> None:
+        """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""
         values = {**metrics, "step": self.progress.step}
         if self.rank:
             ray.train.report(values)
             return
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            self.plan.task.save(self.model, folder / MODEL_DIR, {"history": self.progress.history})
-            save_optimizer(self.optimizer, folder / OPTIMIZER_NAME)
-            (folder / STATE_NAME).write_text(json.dumps(vars(self.progress)))
+            info = {"history": self.progress.history, "curve": self.progress.curve}
+            self.plan.task.save(self.model, folder / MODEL_DIR, info)
+            if self.config.lora is not None:
+                save_trainable(self.model, folder)
+            save_state(self.step, asdict(self.progress), folder)
             ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(name))
+        if self.events is not None:
+            self.events.flush()
 
-    def _restore(self, folder: Path) -> None:
-        self.progress = _Progress(**json.loads((folder / STATE_NAME).read_text()))
-        load_optimizer(self.optimizer, folder / OPTIMIZER_NAME)
-        for _ in range(self.progress.step):
-            self.schedule.step()
+    def _log(self, loss: float, steps_per_second: float) -> None:
+        progress = self.progress
+        lr = float(self.step.schedule.get_last_lr()[0])
+        progress.curve.append({"step": progress.step, "loss": loss, "lr": lr})
+        rows_per_second = steps_per_second * self.config.batch_size * self.config.accumulate_batches
+        seconds_left = (self.plan.num_steps - progress.step) / max(steps_per_second, 1e-9)
+        self._say(
+            f"step {progress.step}/{self.plan.num_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"{rows_per_second:.1f} rows/s  {seconds_left:.0f} s left"
+        )
+        if self.events is not None:
+            values = {"train/loss": loss, "train/lr": lr, "train/rows_per_second": rows_per_second}
+            self.events.write(progress.step, values)
+
+    def _say(self, message: str) -> None:
         if self.rank == 0:
-            log(f"continuing from step {self.progress.step} of {self.plan.num_steps}")
-
-    def _log(self, loss: float, rows_per_second: float) -> None:
-        if self.rank:
-            return
-        left = (
-            (self.plan.num_steps - self.progress.step) * self.config.batch_size / max(rows_per_second, 1e-9)
-        )
-        log(
-            f"step {self.progress.step}/{self.plan.num_steps}  loss {loss:.4f}  "
-            f"lr {self.schedule.get_last_lr()[0]:.2e}  {rows_per_second:.1f} rows/s  {left:.0f} s left"
-        )
+            log(message)
 
 
-class _checkpoint_folder:  # noqa: N801 - used as a function
-    """The last checkpoint as a local folder, or None on a fresh start."""
+def _data_parallel(model: nn.Module) -> nn.Module:
+    # Every worker keeps the same buffers (positions, token types): nothing to send before each forward.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def __init__(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        self._context = checkpoint.as_directory() if checkpoint else None
 
-    def __enter__(self) -> Path | None:
-        return Path(self._context.__enter__()) if self._context else None
+def probe_storage(storage: Location, rank: int) -> None:
+    """Write and remove a file from this worker, so that a place it cannot write is found before training.
 
-    def __exit__(self, *error: object) -> None:
-        if self._context:
-            self._context.__exit__(*error)
+    Raises:
+        InputError: naming the worker's machine.
+    """
+    probe = storage / f".probe-{rank}"
+    try:
+        probe.write_bytes(b"probe")
+        probe.delete()
+    except OSError as error:
+        raise InputError(
+            f"the folder of output, {storage}, cannot be written by the worker on {socket.gethostname()}: {error}; "
+            "choose a place that every worker can write, such as a shared file system or s3://"
+        ) from error
+
+
+@contextmanager
+def _checkpoint_folder() -> Iterator[Path | None]:
+    """The last whole checkpoint as a local folder, or None on a fresh start."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder:
+        yield Path(folder)

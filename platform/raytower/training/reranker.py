@@ -1,151 +1,141 @@
-"""`raytower train-reranker`: a cross-encoder from scored pairs or triples."""
+"""`raytower train-reranker`: a cross-encoder, by any of the cross-encoder objectives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from raytower.data.pieces import Survey, read_piece
-from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig
-from raytower.metrics import auc
-from raytower.models.cross_encoder import CrossEncoder
+from raytower.data.pieces import Survey
+from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.forward import check_max_length
-from raytower.objectives.gather import gather_constants, rank, world_size
-from raytower.objectives.pointwise import PointwiseCrossEntropy
-from raytower.storage import Location, absolute_if_local
-from raytower.training.config import RerankerDevConfig, TrainRerankerConfig
-from raytower.training.inputs import ROWS_PER_PIECE, detect_kind, quarantine_place
-from raytower.training.row_stream import Rows
+from raytower.storage import absolute_if_local
+from raytower.training.backbone import merged_copy, prepare_backbone
+from raytower.training.batches import Rows
+from raytower.training.columns import judged_pairs
+from raytower.training.config import TrainRerankerConfig
+from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
+from raytower.training.inputs import check_labels, fewest_documents, survey_training
+from raytower.training.logits_model import LogitsModel
 from raytower.training.runner import describe_plan, fit
+from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
+from raytower.training.step import TrainingStep
+from raytower.training.task import Task
 
-_EVALUATION_ROWS = 32
-ScoredRows = tuple[list[str], list[str], list[float]]
+# Objectives that compare the documents of one query: logits (queries, documents) in place of (pairs, classes).
+_LISTWISE = ("pairwise_margin", "listwise_softmax")
 
 
-@dataclass(frozen=True)
-class RerankerTask:
-    """Pointwise training of one cross-encoder; see training.task.Task."""
+class RerankerTask(Task[TrainRerankerConfig]):
+    """Training of one cross-encoder; see training.task.Task."""
 
-    config: TrainRerankerConfig
-    dev: ScoredRows | None
-    start: str
-    """config.model, absolute where it is a directory here."""
-
-    @property
-    def metric(self) -> str | None:
-        return self.config.dev.metric if self.config.dev else None
-
-    @property
-    def every_steps(self) -> int:
-        return self.config.dev.every_steps if self.config.dev else 0
-
-    @property
-    def patience(self) -> int:
-        return self.config.dev.patience if self.config.dev else 0
+    def __init__(self, config: TrainRerankerConfig, start: str, num_documents: int | None) -> None:
+        super().__init__(config, start)
+        self.num_documents = num_documents
+        self.scored_dev: ScoredPairs | None = None
+        if config.dev is not None:
+            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
 
     def build(self, start_from: Path | None) -> nn.Module:
-        model = CrossEncoder.load(start_from) if start_from else CrossEncoder.start_from(self.start)
-        model.max_length = check_max_length(self.config.max_length, model.max_positions)
-        return model
+        model = _load_start(self.config, str(start_from or self.start))
+        prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
+        return LogitsModel(model)
 
-    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
-        queries, documents, labels = _expand(rows)
-        logits_B = model(**self._inputs(model, queries, documents))
-        labels_B = torch.tensor(labels, dtype=torch.float32, device=logits_B.device)
-        objective = PointwiseCrossEntropy(positive_weight=self.config.objective.positive_weight)
-        with torch.autocast(logits_B.device.type, enabled=False):
-            return objective(logits_B.float(), labels_B)
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        assert self.dev is not None
-        queries, documents, labels = self.dev
-        share = range(rank(), len(labels), world_size())
-        # Padded to equal shares with a score that is cut off again below.
-        scores = torch.zeros(-(-len(labels) // world_size()))
-        device = next(model.parameters()).device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            for start in range(0, len(share), _EVALUATION_ROWS):
-                block = share[start : start + _EVALUATION_ROWS]
-                inputs = self._inputs(model, [queries[i] for i in block], [documents[i] for i in block])
-                scores[start : start + len(block)] = model(**inputs).float().cpu()
-        together = gather_constants(scores).reshape(world_size(), -1).T.reshape(-1)[: len(labels)]
-        return {"auc": auc(together.numpy(), np.asarray(labels))}
-
-    def save(self, model: nn.Module, folder: Path, info: dict[str, Any]) -> None:
-        cast(CrossEncoder, model).save(folder, info)
-
-    def _inputs(
-        self, model: nn.Module, queries: Sequence[str], documents: Sequence[str]
-    ) -> dict[str, Tensor]:
-        inner = cast(CrossEncoder, getattr(model, "module", model))
-        encoded = inner.tokenizer(
-            list(queries),
-            list(documents),
+    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+        model = cast(LogitsModel, step.model)
+        queries, documents, labels, per_query = judged_pairs(rows, self.num_documents)
+        encoded = model.inner.tokenizer(
+            queries,
+            documents,
             truncation="longest_first",
             max_length=self.config.max_length,
-            padding=True,
-            return_tensors="pt",
+            padding=False,
         )
-        return dict(encoded.to(next(inner.parameters()).device))
+        chunks = model.plan_chunks(encoded)
+
+        def compute_loss() -> Tensor:
+            with step.autocast():
+                logits_BC = step.parallel(chunks)
+            if self.config.objective.name in _LISTWISE:
+                logits_BC = logits_BC.reshape(-1, per_query)
+            return self.config.objective(logits_BC, torch.tensor(labels, device=logits_BC.device))
+
+        return step.propagate(compute_loss)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        config, dev = self.config, self.scored_dev
+        assert config.dev is not None
+        assert dev is not None
+        inner = cast(CrossEncoder, cast(LogitsModel, model).inner)
+        device = inner.model.device
+        # A copy, because the scorer casts the weights that training still needs in fp32.
+        scorer = CrossScorer(
+            merged_copy(inner, config) if config.lora else copy.deepcopy(inner),
+            dtype=evaluation_dtype(config.dtype, device),
+            device=device,
+            max_length=config.max_length,
+        )
+        rows = own_rows(len(dev.labels)).tolist()
+        logits = scorer.score([dev.queries[row] for row in rows], [dev.documents[row] for row in rows])
+        gathered = gather_rows_in_order(logits, len(dev.labels))
+        # A threshold is given on the scale that a reader of the finished directory sees.
+        scores = gathered.sigmoid() if inner.activation == "sigmoid" else gathered
+        return scored_metrics(scores.double().numpy(), dev.labels, config.dev.metric, config.dev.threshold)
+
+    def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
+        merged_copy(cast(LogitsModel, model).inner, self.config).save(folder, info)
 
 
 def train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     """Train and publish the reranker directory; returns steps, seconds, best, output.
 
     Raises:
-        InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model.
+        InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model, or labels
+            that the objective does not take.
     """
 
-    def make_task() -> RerankerTask:
-        dev = _load_dev(config.dev) if config.dev else None
-        return RerankerTask(config, dev, absolute_if_local(config.model))
+    surveyed = survey_reranker(config)
+    return fit(config, surveyed, lambda: make_reranker_task(config, surveyed))
 
-    return fit(config, _survey(config), make_task)
+
+def make_reranker_task(config: TrainRerankerConfig, surveyed: Survey) -> RerankerTask:
+    """The task, once model, rows and objective are known to fit together; raises InputError where they do not."""
+    _load_start(config, config.start)
+    names, shape = surveyed.schema.names, config.objective.num_labels
+    if "label" in names:
+        check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
+    count = config.train.num_documents
+    if count is None and "documents" in names:
+        count = fewest_documents(surveyed)
+    return RerankerTask(config, absolute_if_local(config.start), count)
 
 
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     """The plan for --dry-run; reads the rows once and the model's weights, trains nothing."""
-    model = CrossEncoder.start_from(config.model)
-    check_max_length(config.max_length, model.max_positions)
-    return describe_plan(config, _survey(config), sum(parameter.numel() for parameter in model.parameters()))
-
-
-def _survey(config: TrainRerankerConfig) -> Survey:
-    kind = config.train.format
-    source = InputConfig(path=config.train.path)
-    return survey_input(
-        source,
-        detect_kind(source, ("scored", "triples")) if kind == "auto" else kind,
-        rows_per_piece=ROWS_PER_PIECE,
-        on_error=config.on_error,
-        quarantine=quarantine_place(Location.of(config.output)) if config.on_error == "quarantine" else None,
+    model = _load_start(config, config.start)
+    prepare_backbone(
+        cast(PreTrainedModel, model.model.base_model), config.model_copy(update={"compile": False})
     )
+    return describe_plan(config, survey_reranker(config), model)
 
 
-def _load_dev(config: RerankerDevConfig) -> ScoredRows:
-    surveyed = survey_input(InputConfig(path=config.path), "scored", rows_per_piece=ROWS_PER_PIECE)
-    queries: list[str] = []
-    documents: list[str] = []
-    labels: list[float] = []
-    for piece in surveyed.pieces:
-        table = read_piece(piece)
-        queries += table["query"].to_pylist()
-        documents += table["document"].to_pylist()
-        labels += table["label"].to_pylist()
-    return queries, documents, labels
+def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
+    """The cross-encoder to train; raises InputError for no such model or a length beyond its positions."""
+    # The same seed on every worker: a fresh head must be the same everywhere.
+    torch.manual_seed(config.seed)
+    model = CrossEncoder.start_from(start, num_labels=config.objective.num_labels)
+    model.activation = config.objective.activation
+    model.max_length = check_max_length(config.max_length, model.max_positions)
+    return model
 
 
-def _expand(rows: Rows) -> ScoredRows:
-    """Scored rows as they are; a triple as one relevant and one irrelevant pair."""
-    if "negative" not in rows:
-        return rows["query"], rows["document"], rows["label"]
-    size = len(rows["query"])
-    return rows["query"] * 2, rows["document"] + rows["negative"], [1.0] * size + [0.0] * size
+def survey_reranker(config: TrainRerankerConfig) -> Survey:
+    """Survey the training rows as the kind that the objective trains from."""
+    return survey_training(
+        config, config.train.path, config.train.format, config.objective.formats, config.objective.name
+    )

@@ -1,87 +1,93 @@
-"""The stream of training rows: every worker reads the same shuffled order and takes its slice of each batch.
+"""The stream of training batches: windows read and shuffled by Ray Data tasks beside training, cut into batches here.
 
-The order depends on the seed and the pieces alone, never on the number of workers, so that N workers train on the
-very batches that one would, and a run continues at any step by skipping rows. Reading is far cheaper than training,
-so reading every row on each worker costs less than coordinating a split. Memory holds one shuffle window.
+Every worker streams the same rows and takes its slice of each batch. Reading is far cheaper than training, so that
+costs less than coordinating a split would, and it makes the batches independent of the number of workers. Nobody holds
+the training set: a worker's share of memory is a few windows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import ray
+import ray.data
 
-from raytower.data.pieces import Piece, read_piece
-from raytower.errors import InputError
+from raytower.data.pieces import Piece
+from raytower.training.batches import Rows, cut_batches, cut_distinct_batches
+from raytower.training.windows import Window, plan_windows, read_window
 
-Rows = dict[str, list[Any]]
+# Windows that one Ray Data execution goes through: many small epochs share one start-up, huge inputs stay plannable.
+_WINDOWS_PER_EXECUTION = 64
+# Windows read at a time for each worker; with the one in training and the one that lies ready, four in memory.
+_READERS = 2
+# Reading waits for storage most of the time. A fraction, so that the readers of many workers fit beside them.
+_CPUS_PER_READER = 0.25
 
 
-def count_steps(num_rows: int, batch_size: int, epochs: float) -> int:
-    """Steps of a run: whole batches only, epochs flowing into each other.
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """What decides the batches of a run."""
+
+    pieces: Sequence[Piece]
+    batch_size: int
+    num_batches: int
+    seed: int
+    window_rows: int
+    distinct_columns: tuple[str, ...] = ()
+    """Columns whose values no two rows of a batch may share; empty for plain shuffling."""
+
+
+def stream_batches(plan: StreamPlan, skip_batches: int = 0) -> Iterator[Rows]:
+    """The global batches of the run from number `skip_batches` on; the same ones however often it is called.
 
     Raises:
-        InputError: the rows do not fill one batch.
+        InputError: a file has changed since the survey, or distinct batches cannot be made of these rows.
     """
-    if num_rows < batch_size:
-        raise InputError(
-            f"{num_rows} training rows are fewer than one batch of {batch_size}; lower batch_size"
-        )
-    return max(int(num_rows * epochs) // batch_size, 1)
+    piece_rows = [piece.num_rows for piece in plan.pieces]
+    windows = plan_windows(piece_rows, seed=plan.seed, window_rows=plan.window_rows)
+    if plan.distinct_columns:
+        # Which rows wait depends on all that came before, so the batches are made again and passed over.
+        tables = _read_windows(plan, windows)
+        most_waiting = max(plan.window_rows, 100 * plan.batch_size)
+        batches = cut_distinct_batches(tables, plan.batch_size, plan.distinct_columns, most_waiting)
+        return itertools.islice(batches, skip_batches, plan.num_batches)
+    first_row, end_row = skip_batches * plan.batch_size, plan.num_batches * plan.batch_size
+    windows = itertools.dropwhile(lambda window: window.first_row + window.num_rows <= first_row, windows)
+    windows = itertools.takewhile(lambda window: window.first_row < end_row, windows)
+    tables = _read_windows(plan, windows, first_row)
+    return itertools.islice(cut_batches(tables, plan.batch_size), plan.num_batches - skip_batches)
 
 
-def stream_batches(
-    pieces: Sequence[Piece], *, batch_size: int, seed: int, window_rows: int, skip_batches: int = 0
-) -> Iterator[Rows]:
-    """Endless batches of `batch_size` rows; each epoch has its own order.
-
-    Pieces are permuted, then rows are permuted inside windows of at least `window_rows` rows.
-    """
-    pending: list[pa.Table] = []
-    num_pending = 0
-    to_skip = skip_batches * batch_size
-    for window in _windows(pieces, seed, window_rows):
-        if to_skip >= window.num_rows:
-            to_skip -= window.num_rows
-            continue
-        window = window.slice(to_skip)
-        to_skip = 0
-        pending.append(window)
-        num_pending += window.num_rows
-        if num_pending < batch_size:
-            continue
-        table = pa.concat_tables(pending)
-        start = 0
-        while num_pending - start >= batch_size:
-            yield table.slice(start, batch_size).to_pydict()
-            start += batch_size
-        rest = table.slice(start)
-        pending, num_pending = ([rest], rest.num_rows) if rest.num_rows else ([], 0)
+def _read_windows(plan: StreamPlan, windows: Iterator[Window], first_row: int = 0) -> Iterator[pa.Table]:
+    """The windows' tables in order, from row `first_row` of the run on."""
+    pieces = ray.put(plan.pieces)
+    while some := list(itertools.islice(windows, _WINDOWS_PER_EXECUTION)):
+        row = some[0].first_row
+        for table in _execute(some, pieces, plan.seed):
+            skipped = min(max(first_row - row, 0), table.num_rows)
+            row += table.num_rows
+            if skipped < table.num_rows:
+                yield table.slice(skipped)
 
 
-def worker_slice(rows: Rows, rank: int, world_size: int) -> Rows:
-    """The rows of a global batch that belong to one worker: contiguous and equally many for each."""
-    size = len(next(iter(rows.values()))) // world_size
-    return {name: values[rank * size : (rank + 1) * size] for name, values in rows.items()}
+def _execute(windows: list[Window], pieces: ray.ObjectRef, seed: int) -> Iterator[pa.Table]:
+    def read(batch: Any) -> pa.Table:
+        (number,) = batch["window"].tolist()
+        return read_window(windows[number], ray.get(pieces), seed)
 
-
-def _windows(pieces: Sequence[Piece], seed: int, window_rows: int) -> Iterator[pa.Table]:
-    epoch = 0
-    while True:
-        random = np.random.default_rng([seed, epoch])
-        gathered: list[pa.Table] = []
-        for number in random.permutation(len(pieces)):
-            gathered.append(read_piece(pieces[number]))
-            if sum(table.num_rows for table in gathered) >= window_rows:
-                yield _shuffled(gathered, random)
-                gathered = []
-        if gathered:
-            yield _shuffled(gathered, random)
-        epoch += 1
-
-
-def _shuffled(tables: list[pa.Table], random: np.random.Generator) -> pa.Table:
-    table = pa.concat_tables(tables)
-    return table.take(random.permutation(table.num_rows))
+    numbers = [{"window": number} for number in range(len(windows))]
+    dataset = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
+        read,
+        batch_size=1,
+        num_cpus=_CPUS_PER_READER,
+        compute=ray.data.TaskPoolStrategy(size=_READERS),
+    )
+    # Blocks come as tasks end unless told otherwise, and the order is what makes two runs equal.
+    dataset.context.execution_options.preserve_order = True
+    # The run shows its own progress; bars of each worker's stream would bury it.
+    dataset.context.enable_progress_bars = False
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)

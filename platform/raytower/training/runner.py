@@ -11,27 +11,37 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+from torch import nn
 
 from raytower.data.pieces import Survey
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.directory import INFO_NAME
 from raytower.runtime import ensure_ray, log
 from raytower.storage import Location, publish_directory
+from raytower.training.batches import count_steps
+from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import TrainJobConfig
-from raytower.training.loop import MODEL_DIR, TrainingPlan, train_worker
-from raytower.training.row_stream import count_steps
+from raytower.training.loop import TrainingPlan, train_worker
+from raytower.training.row_stream import StreamPlan
 from raytower.training.task import Task
 
 
-def describe_plan(config: TrainJobConfig, survey: Survey, trainable_parameters: int) -> dict[str, Any]:
-    """What --dry-run prints: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker."""
+def describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> dict[str, Any]:
+    """What --dry-run prints: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker.
+
+    `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
+    two moments).
+    """
+    sizes = [(p.numel() * 4, p.requires_grad) for p in model.parameters()]
     return {
         "rows": survey.num_rows,
         "rejected_rows": survey.num_rejected,
-        "steps": count_steps(survey.num_rows, config.batch_size, config.epochs),
-        "rows_per_worker_and_step": config.batch_size // config.workers.num,
+        "steps": _count_steps(config, survey),
+        "batches_per_step": config.accumulate_batches,
+        "rows_per_worker_and_batch": config.batch_size // config.workers.num,
         "workers": config.workers.num,
-        "predicted_state_bytes_per_worker": 16 * trainable_parameters,
+        "trainable_parameters": sum(size // 4 for size, trains in sizes if trains),
+        "predicted_state_bytes_per_worker": sum(size * (4 if trains else 1) for size, trains in sizes),
         "output": config.output,
     }
 
@@ -56,7 +66,8 @@ def finished_run(config: TrainJobConfig, survey: Survey) -> dict[str, Any] | Non
 
 def run_key(config: TrainJobConfig, survey: Survey) -> str:
     """Hash over what decides the result: the config less its output and the size of the data."""
-    values = config.model_dump(mode="json", exclude={"output", "log_every_steps", "max_failures"})
+    without = {"output", "log_dir", "log_every_steps", "keep_checkpoints", "max_failures"}
+    values = config.model_dump(mode="json", exclude=without)
     values["data"] = [survey.num_rows, survey.bytes]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -71,29 +82,48 @@ def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task]) -
     if done is not None:
         log(f"{config.output} is finished; nothing to do")
         return done
-    num_steps = count_steps(survey.num_rows, config.batch_size, config.epochs)
-    ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
+    num_steps = _count_steps(config, survey)
     output = Location.of(config.output)
     _probe_writable(output)
+    task = make_task()
+    ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
     key = run_key(config, survey)
     storage = output.parent
     name = f".{output.name}.{key}.train"
-    task = make_task()
+    log_dir = Location.of(config.log_dir) if config.log_dir else storage / f"{output.name}.tensorboard"
     plan = TrainingPlan(
         config=config,
         task=task,
-        pieces=survey.pieces,
+        stream=StreamPlan(
+            pieces=survey.pieces,
+            batch_size=config.batch_size,
+            num_batches=num_steps * config.accumulate_batches,
+            seed=config.seed,
+            window_rows=config.shuffle_rows,
+            distinct_columns=task.distinct_columns,
+        ),
         num_steps=num_steps,
         num_threads=max(int(config.workers.num_cpus), 1),
+        storage=storage,
+        log_dir=log_dir,
     )
     result = _run_trainer(plan, storage, name)
-    checkpoint = _chosen_checkpoint(result, task.metric)
+    failure = result.return_value.get("failure")  # type: ignore[attr-defined]
+    if failure:
+        kept = (
+            f"the last good checkpoint is {result.checkpoint.path}"
+            if result.checkpoint
+            else "no checkpoint yet"
+        )
+        raise RaytowerError(f"{failure} ({kept})")
+    checkpoint = _chosen_checkpoint(result, task.dev.metric if task.dev else None)
     figures: dict[str, Any] = {**result.return_value, "output": config.output}  # type: ignore[attr-defined]
     info = {
         "run": key,
         "config": config.model_dump(mode="json"),
         "figures": figures,
         "history": figures.pop("history"),
+        "curve": figures.pop("curve"),
     }
     with checkpoint.as_directory() as folder, publish_directory(output) as target:
         shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
@@ -106,12 +136,12 @@ def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task]) -
 
 
 def _run_trainer(plan: TrainingPlan, storage: Location, name: str) -> ray.train.Result:
-    config, metric = plan.config, plan.task.metric
-    checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
-    if metric:
-        checkpoints = ray.train.CheckpointConfig(
-            num_to_keep=2, checkpoint_score_attribute=metric, checkpoint_score_order="max"
-        )
+    config, dev = plan.config, plan.task.dev
+    checkpoints = ray.train.CheckpointConfig(
+        num_to_keep=config.keep_checkpoints,
+        checkpoint_score_attribute=dev.metric if dev else None,
+        checkpoint_score_order="max",
+    )
     workers = config.workers
     resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
     trainer = ray.train.torch.TorchTrainer(
@@ -143,6 +173,10 @@ def _chosen_checkpoint(result: ray.train.Result, metric: str | None) -> ray.trai
     if result.checkpoint is None:
         raise RaytowerError("training ended without a checkpoint; see the worker logs above")
     return result.checkpoint
+
+
+def _count_steps(config: TrainJobConfig, survey: Survey) -> int:
+    return count_steps(survey.num_rows, config.batch_size * config.accumulate_batches, config.epochs)
 
 
 def _probe_writable(output: Location) -> None:

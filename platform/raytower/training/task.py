@@ -1,38 +1,49 @@
-"""What the training loop asks of a task: a retriever and a reranker differ in these steps only."""
+"""What the training loop asks of a task: a retriever, a reranker and a classifier differ in these steps only."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from raytower.training.row_stream import Rows
+from raytower.training.batches import Rows
+from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.step import TrainingStep
+
+ConfigT = TypeVar("ConfigT", bound=TrainJobConfig)
 
 
-class Task(Protocol):
-    """One kind of model under training. Made on the driver, sent to every worker; holds no weights itself."""
+class Task(ABC, Generic[ConfigT]):
+    """One kind of model under training. Made on the driver and sent to every worker; holds no weights until `build`."""
+
+    distinct_columns: tuple[str, ...] = ()
+    """Columns whose values no two rows of a batch may share."""
+
+    def __init__(self, config: ConfigT, start: str) -> None:
+        """`start` is config.start, absolute where it is a directory here: workers run in folders of their own."""
+        self.config = config
+        self.start = start
 
     @property
-    def metric(self) -> str | None:
-        """The dev metric that chooses the best checkpoint; None without a dev set."""
+    def dev(self) -> DevConfig | None:
+        """When to measure, and what chooses the best checkpoint; None without a dev set."""
+        return self.config.dev
 
-    @property
-    def every_steps(self) -> int:
-        """Steps between evaluations."""
-
-    @property
-    def patience(self) -> int:
-        """Evaluations without a better value before training stops."""
-
+    @abstractmethod
     def build(self, start_from: Path | None) -> nn.Module:
         """The model in fp32, from the config's start or from a checkpoint's model directory."""
 
-    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
-        """Mean loss over this worker's rows, through `model` (perhaps wrapped for data parallelism)."""
+    @abstractmethod
+    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+        """Add the gradient of the mean loss over this worker's rows, through `step.propagate`; returns the loss."""
 
+    @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Dev metrics of the unwrapped model; every worker calls it together and gets the same answer."""
 
-    def save(self, model: nn.Module, folder: Path, info: dict[str, Any]) -> None:
-        """Write the unwrapped model's directory."""
+    @abstractmethod
+    def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
+        """Write the unwrapped model's directory, adapters merged."""

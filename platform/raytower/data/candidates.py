@@ -1,0 +1,128 @@
+"""Candidate lists: a query with the documents to compare for it and a score of each, best-scored first.
+
+A row comes with Arrow lists of documents and of scores. A row of several positives (see NUM_POSITIVES) becomes one
+record for each of them, with all the negatives: how many records there are is known only once the rows are checked.
+Everything is done over the flattened lists of all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raytower.data.row_batch import RowBatch
+from raytower.data.visible import describe_unseen, shows_nothing
+
+NUM_POSITIVES = "num_positives"
+"""Column of a batch, where its format has positives: how many documents of a row, from its first on, are the positive
+of a record each. 0: the row is one record as it stands."""
+
+
+def make_candidates(batch: RowBatch) -> None:
+    """Check the lists of each row, and make them records whose highest score comes first; ties keep their order."""
+    _check_lists(batch)
+    _split_and_sort(batch)
+
+
+def _check_lists(batch: RowBatch) -> None:
+    counts = _lengths(batch, "documents")
+    batch.reject(counts < 2, lambda i: f"documents holds {_count(counts[i], 'text')}, must hold at least 2")
+    _check_elements(batch, "documents", _is_null, lambda name, _: f"{name} is null, must be a string")
+    _check_elements(
+        batch, "documents", shows_nothing, lambda name, text: describe_unseen(name, text).removeprefix("the ")
+    )
+    documents, scores = _lengths(batch, "documents"), _lengths(batch, "scores")
+    batch.reject(
+        documents != scores,
+        lambda i: f"{documents[i]} documents and {_count(scores[i], 'score')}; each document has one score",
+    )
+    _check_elements(batch, "scores", _is_null, lambda name, _: f"{name} is null, must be a number")
+    _check_elements(
+        batch, "scores", _is_not_finite, lambda name, value: f"{name} {str(value)!r} is not a finite number"
+    )
+
+
+def _check_elements(
+    batch: RowBatch, column: str, is_bad: Callable[[pa.Array], np.ndarray], reason: Callable[[str, Any], str]
+) -> None:
+    """Reject the rows with a bad element in a list; the reason is told the first one's name and value."""
+    values = batch.columns[column].flatten()
+    bad = np.flatnonzero(is_bad(values))
+    if len(bad) == 0:
+        return
+    rows_of_values = pc.list_parent_indices(batch.columns[column]).to_numpy()
+    rows, first = np.unique(rows_of_values[bad], return_index=True)
+    first_bad = dict(zip(rows.tolist(), bad[first].tolist(), strict=True))
+    is_bad_row = np.zeros(len(batch.lines), dtype=bool)
+    is_bad_row[rows] = True
+
+    def describe(row: int) -> str:
+        place = first_bad[row] - int(np.searchsorted(rows_of_values, row))
+        return reason(_element_name(batch, column, row, place), values[first_bad[row]].as_py())
+
+    batch.reject(is_bad_row, describe)
+
+
+def _element_name(batch: RowBatch, column: str, row: int, place: int) -> str:
+    """What an element is called, counted from 1, in the terms in which the row was written."""
+    num_positives = _num_positives(batch)[row]
+    if not num_positives:
+        return f"{column.removesuffix('s')} {place + 1}"
+    if place < num_positives:
+        return f"positive {place + 1}"
+    return f"negative {place - num_positives + 1}"
+
+
+def _split_and_sort(batch: RowBatch) -> None:
+    """Make one record of each positive of a row, or of the row as it stands, and put its best document first."""
+    lengths = _lengths(batch, "documents")
+    starts = np.cumsum(lengths) - lengths
+    # A row gives as many records as it has heads: documents that are the first of one. The others go into each.
+    heads = np.maximum(_num_positives(batch), 1)
+    row = np.repeat(np.arange(len(lengths)), heads)  # [records]
+    sizes = (lengths - heads + 1)[row]  # [records]
+    record = np.repeat(np.arange(len(row)), sizes)  # [elements], as all below
+    place = _count_up(sizes)
+    after_heads = (heads[row] - 1)[record] + place
+    element = starts[row][record] + np.where(place == 0, _count_up(heads)[record], after_heads)
+    scores = batch.columns["scores"].flatten().to_numpy()[element]
+    order = np.lexsort((-scores, record))  # stable: ties keep their order
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    documents = batch.columns["documents"].flatten().take(pa.array(element[order]))
+    batch.lines = batch.lines[row]
+    batch.columns = {
+        "query": batch.columns["query"].take(pa.array(row)),
+        "documents": pa.ListArray.from_arrays(offsets, documents),
+        "scores": pa.ListArray.from_arrays(offsets, pa.array(scores[order])),
+    }
+
+
+def _count_up(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, … within each run: [2, 3] gives 0 1 0 1 2."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _num_positives(batch: RowBatch) -> np.ndarray:
+    if NUM_POSITIVES not in batch.columns:
+        return np.zeros(len(batch.lines), dtype=np.int64)
+    return batch.columns[NUM_POSITIVES].to_numpy()
+
+
+def _lengths(batch: RowBatch, column: str) -> np.ndarray:
+    return pc.list_value_length(batch.columns[column]).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _is_null(values: pa.Array) -> np.ndarray:
+    return values.is_null().to_numpy(zero_copy_only=False)
+
+
+def _is_not_finite(values: pa.Array) -> np.ndarray:
+    return ~np.isfinite(values.to_numpy(zero_copy_only=False))
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"

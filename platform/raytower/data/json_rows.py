@@ -1,0 +1,149 @@
+"""Lines of JSON as rows: one object a line, its keys the fields of a record."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raytower.data.candidates import NUM_POSITIVES
+from raytower.data.layouts import Source, free_name, name_among, refuse_other_kind
+from raytower.data.records import RecordField
+from raytower.data.row_batch import BadRowError, Rejection, RowBatch
+
+_JSON_TYPES = {str: "string", int: "number", float: "number", bool: "boolean", list: "array", dict: "object"}
+
+
+def load_json(text: str, numbers: np.ndarray, source: Source) -> RowBatch:
+    """The lines of `text`, the line numbers of which are `numbers`, as rows with a column for each field."""
+    layout = source.layout
+    columns: dict[str, list[Any]] = {wanted.name: [] for wanted in layout.fields}
+    num_positives: list[int] = []
+    kept: list[int] = []
+    extra: list[dict[str, Any]] = []
+    rejections: list[Rejection] = []
+    text_names = {name for f in layout.fields if f.type == "text" for name in f.names}
+    for number, line in zip(numbers.tolist(), text.split("\n"), strict=True):
+        try:
+            row = _json_object(line)
+            row, positives = _with_documents(row) if layout.kind == "candidates" else (row, 0)
+            record = [_json_value(row, wanted) for wanted in layout.fields]
+        except BadRowError as error:
+            rejections.append(Rejection(number, str(error)))
+            continue
+        if layout.kind == "pairs":
+            refuse_other_kind(f"{source.file}:{number}", "pairs", tuple(row))
+        for column, value in zip(columns.values(), record, strict=True):
+            column.append(value)
+        num_positives.append(positives)
+        kept.append(number)
+        if layout.passes_columns_through:
+            taken = text_names | {name_among(layout.fields[0], tuple(row))}
+            extra.append({free_name(key): value for key, value in row.items() if key not in taken})
+    arrays = {f.name: pa.array(columns[f.name], f.read_type) for f in layout.fields}
+    if layout.kind == "candidates":
+        arrays[NUM_POSITIVES] = pa.array(num_positives, pa.int64())
+    batch = RowBatch(np.array(kept, dtype=np.int64), arrays, extra, rejections)
+    if not layout.passes_columns_through:
+        batch.extra = {}
+    return batch
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        if not line.strip():
+            raise BadRowError("empty text: the line is blank") from error
+        raise BadRowError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; nesting without end
+        raise BadRowError(f"not valid JSON: {error}") from error
+    if type(row) is not dict:
+        found = "null" if row is None else _JSON_TYPES[type(row)]
+        raise BadRowError(f"JSON {found}, must be an object with one record a line")
+    if "\\ud" in line or "\\uD" in line:
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRowError(
+                "half of a surrogate pair (\\ud800 to \\udfff) stands alone; it is no character"
+            ) from error
+    return row
+
+
+def _json_value(row: dict[str, Any], wanted: RecordField) -> Any:
+    """The field's value: text, or for a list field a list of texts or of floats; None where it may be missing."""
+    for name in wanted.names:
+        if name in row:
+            value = row[name]
+            break
+    else:
+        if wanted.required:
+            raise BadRowError(f"missing key {' or '.join(map(repr, wanted.names))}")
+        return None
+    if wanted.is_list:
+        return _json_list(name, value, "string" if wanted.type == "texts" else "number")
+    if type(value) is str:
+        return value
+    if value is None:
+        if wanted.required:
+            raise BadRowError(f"{name!r} is null, must be a {wanted.expected}")
+        return None
+    if wanted.type == "text" or (
+        type(value) is not int and (type(value) is not float or wanted.type == "id")
+    ):
+        raise BadRowError(f"{name!r} {_found(value)}, must be a {wanted.expected}")
+    return str(value)
+
+
+def _json_list(name: str, value: Any, element_type: str) -> list[Any]:
+    """The elements of an array of strings or of numbers, numbers as floats."""
+    if type(value) is not list:
+        raise BadRowError(f"{name!r} {_found(value)}, must be an array of {element_type}s")
+    for place, element in enumerate(value, start=1):
+        if _JSON_TYPES.get(type(element)) != element_type:
+            raise BadRowError(f"element {place} of {name!r} {_found(element)}, must be a {element_type}")
+    return value if element_type == "string" else [_as_float(element) for element in value]
+
+
+def _as_float(number: int | float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
+
+
+def _found(value: Any) -> str:
+    return "is null" if value is None else f"is of JSON type {_JSON_TYPES[type(value)]}"
+
+
+def _with_documents(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """`row` with documents and scores, and how many of the documents are positives of a record each.
+
+    `positive` (one text or several) and `negatives` become documents with the scores 1 and 0. 0 positives stands for
+    a row that gives documents and scores itself.
+    """
+    if "documents" in row:
+        return row, 0
+    missing = [key for key in ("positive", "negatives") if key not in row]
+    if len(missing) == 2:
+        raise BadRowError("missing key 'documents' (with 'scores'), or 'positive' with 'negatives'")
+    if missing:
+        raise BadRowError(f"missing key {missing[0]!r}")
+    if "scores" in row:
+        raise BadRowError(
+            "'scores' goes with 'documents'; 'positive' and 'negatives' stand for the scores 1 and 0"
+        )
+    positives = row["positive"]
+    if type(positives) not in (str, list):
+        raise BadRowError(f"'positive' {_found(positives)}, must be a string or an array of strings")
+    positives = [positives] if type(positives) is str else _json_list("positive", positives, "string")
+    negatives = _json_list("negatives", row["negatives"], "string")
+    for key, texts in (("positive", positives), ("negatives", negatives)):
+        if not texts:
+            raise BadRowError(f"{key!r} is an empty array, must hold at least 1 text")
+    scores = [1.0] * len(positives) + [0.0] * len(negatives)
+    return {**row, "documents": positives + negatives, "scores": scores}, len(positives)

@@ -1,0 +1,163 @@
+"""Three ways to label a text: by the nearest label texts, by votes of the nearest labelled texts, by a classifier.
+
+A label is a path in a tree, its levels parted by `##`; results show it with commas, `A##B` as `A,B`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from raytower.errors import InputError
+from raytower.evaluation.judgements import document_tables, find_documents
+from raytower.evaluation.recall import Candidate, index_recall
+from raytower.index.reader import Index
+from raytower.models.forward import ForwardEngine
+from raytower.models.text_classifier import ClassifierEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A label as shown, with its score: the cosine of the nearest label text, its share of the votes, or its
+    probability."""
+
+    label: str
+    score: float
+
+
+class Labeller(Protocol):
+    """What the job asks of each way."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What was used, for the job's result."""
+
+    def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
+        """The ranked labels of each text, best first."""
+
+    def count_missing(self, label_counts: Mapping[str, int]) -> int:
+        """Rows, of so many for each label, whose label could never have been predicted."""
+
+
+class IndexLabeller:
+    """Labels by retrieval. A document's label is its `label_field` where it has one; in mode labels else its text."""
+
+    def __init__(
+        self,
+        engine: ForwardEngine,
+        index: Index,
+        *,
+        mode: Literal["labels", "votes"],
+        depth: int,
+        label_field: str,
+        temperature: float,
+        prefix: str,
+    ) -> None:
+        """`depth` documents are recalled for each text; `prefix` is put before it; the rest as in ClassifyConfig."""
+        self._engine = engine
+        self._index = index
+        self._recall = index_recall(index)
+        self._mode = mode
+        self._depth = depth
+        self._label_field = label_field
+        self._temperature = temperature
+        self._prefix = prefix
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return {"index_version": self._index.version}
+
+    def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
+        """Raises InputError: a document without the label field in mode votes."""
+        recalled = self._recall(self._engine.encode(texts, self._prefix), self._depth)
+        return [self._rank(candidates) for candidates in recalled]
+
+    def count_missing(self, label_counts: Mapping[str, int]) -> int:
+        # Either side may write a path with ## or as it is shown.
+        wanted = {form for label in label_counts for form in (label, shown(label), label.replace(",", "##"))}
+        present: set[str] = set()
+        for table in document_tables(self._index):
+            column = self._label_field if self._label_field in table.column_names else "text"
+            present.update(shown(label) for label in find_documents([table], column, wanted, "id"))
+        return _count_absent(label_counts, present)
+
+    def _rank(self, candidates: Sequence[Candidate]) -> list[Prediction]:
+        neighbours = [(shown(self._label_of(item)), item.score) for item in candidates]
+        return (
+            rank_labels(neighbours) if self._mode == "labels" else count_votes(neighbours, self._temperature)
+        )
+
+    def _label_of(self, item: Candidate) -> str:
+        label = item.metadata.get(self._label_field)
+        if label is not None:
+            return str(label)
+        if self._mode == "labels":
+            return item.text
+        raise InputError(
+            f"document {item.id!r} of the index has no {self._label_field!r}, so it cannot vote; encode a corpus "
+            f"with a column {self._label_field!r}, name another label_field, or set mode to labels"
+        )
+
+
+class ClassifierLabeller:
+    """Labels by a trained classifier, the first `depth` of them by probability."""
+
+    def __init__(self, engine: ClassifierEngine, depth: int) -> None:
+        self._engine = engine
+        self._depth = depth
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return {"fingerprint": self._engine.fingerprint}
+
+    def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
+        ranked, probabilities = self._engine.classify(texts, self._depth)
+        return [
+            [Prediction(shown(label), score) for label, score in zip(labels, scores, strict=True)]
+            for labels, scores in zip(ranked, probabilities.tolist(), strict=True)
+        ]
+
+    def count_missing(self, label_counts: Mapping[str, int]) -> int:
+        return _count_absent(label_counts, {shown(label) for label in self._engine.labels})
+
+
+def shown(label: str) -> str:
+    """A label path as people read it: `A##B` is `A,B`."""
+    return label.replace("##", ",")
+
+
+def rank_labels(neighbours: Sequence[tuple[str, float]]) -> list[Prediction]:
+    """Labels by their nearest text; a label with several texts (descriptions) counts once, by its best one.
+
+    Args:
+        neighbours: label and score of each recalled document, best first.
+    """
+    best: dict[str, float] = {}
+    for label, score in neighbours:
+        best.setdefault(label, score)
+    return [Prediction(label, score) for label, score in best.items()]
+
+
+def count_votes(neighbours: Sequence[tuple[str, float]], temperature: float) -> list[Prediction]:
+    """Labels by their share of the votes, which sum to 1; of equal shares the label with the nearest text leads.
+
+    Args:
+        neighbours: label and score of each recalled document, best first.
+        temperature: a vote weighs exp(score / temperature).
+    """
+    if not neighbours:
+        return []
+    scores = np.array([score for _, score in neighbours], dtype=np.float64)
+    weights = np.exp((scores - scores.max()) / temperature)
+    shares: dict[str, float] = {}
+    for (label, _), weight in zip(neighbours, (weights / weights.sum()).tolist(), strict=True):
+        shares[label] = shares.get(label, 0.0) + weight
+    # sorted() is stable and the labels stand in the order of their nearest text.
+    return [Prediction(label, share) for label, share in sorted(shares.items(), key=lambda item: -item[1])]
+
+
+def _count_absent(label_counts: Mapping[str, int], present: set[str]) -> int:
+    return sum(count for label, count in label_counts.items() if shown(label) not in present)

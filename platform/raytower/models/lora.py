@@ -1,0 +1,70 @@
+"""Low-rank adapters: training a few added weights in place of the backbone's own, merged when a directory is saved.
+
+Source: Hu et al. 2021 (LoRA), by the library `peft`, an optional extra.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytower.config import Config
+from raytower.errors import InputError, MissingExtraError
+
+
+class LoraConfig(Config):
+    """Size and place of the adapters."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    """Adapters count alpha / rank times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    """Ends of the names of the linear layers that get an adapter; null takes every linear layer of the backbone."""
+
+
+def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters into the backbone, in place, and freeze its own weights. At first they change nothing.
+
+    Raises:
+        MissingExtraError: `peft` is not installed.
+        InputError: no layer has a name that ends in one of `target_modules`.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("lora needs the library peft: pip install 'raytower[lora]'") from error
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules or "all-linear",
+        exclude_modules=r"(.*\.)?pooler\..*",
+    )
+    for name, parameter in backbone.named_parameters():
+        # The pooler belongs to a classifier's head, which trains as a whole; an encoder has none in use.
+        if not name.startswith("pooler."):
+            parameter.requires_grad_(False)
+    try:
+        peft.inject_adapter_in_model(settings, backbone)
+    except ValueError as error:
+        known = sorted(
+            {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise InputError(
+            f"lora.target_modules is {config.target_modules}: {error}; this backbone's linear layers are {known}"
+        ) from error
+
+
+def merge_adapters(backbone: nn.Module) -> None:
+    """Fold the adapters into the weights that they adapt, in place; the backbone is then as if it had never had any."""
+    import peft
+
+    adapted = [(n, m) for n, m in backbone.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    for name, module in adapted:
+        module.merge(safe_merge=True)
+        parent, _, leaf = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, module.get_base_layer())
+    if hasattr(backbone, "peft_config"):
+        del backbone.peft_config

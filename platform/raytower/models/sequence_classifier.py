@@ -1,0 +1,169 @@
+"""What the cross-encoder and the text classifier share: a transformer with a classification head, and its directory.
+
+Shape legend: B rows, L tokens, C logits a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raytower.errors import FormatError
+from raytower.models.batch_planner import plan_batches
+from raytower.models.directory import (
+    INFO_NAME,
+    hash_tensors,
+    hash_tokenizer,
+    max_positions,
+    new_digest,
+    read_info,
+    write_json,
+)
+
+
+class SequenceClassifier(nn.Module):
+    """Model, tokenizer and length of a Hugging Face sequence classifier; a base for what is done with its logits."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.info = dict(info or {})
+
+    def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
+        """Write the directory; `info` goes into raytower.json with the fingerprint."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.model_max_length = self.max_length
+        self.tokenizer.save_pretrained(folder)
+        self.info = {**self.info, **(info or {}), "max_length": self.max_length}
+        write_json(folder / INFO_NAME, {**self.info, "fingerprint": self.compute_fingerprint()})
+
+    def logits(self, **inputs: Tensor) -> Tensor:
+        """Tokenised rows (B, L) → logits (B, C) in fp32."""
+        return cast(Tensor, self.model(**inputs).logits.float())
+
+    @property
+    def num_labels(self) -> int:
+        """C, the logits of a row."""
+        return int(cast(Any, self.model.config).num_labels)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens the backbone has positions for."""
+        return max_positions(self.model.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash over what maps a string to its answer; valid while the weights rest."""
+        return self.compute_fingerprint()
+
+    def compute_fingerprint(self) -> str:
+        return str(self.digest_model().hexdigest())
+
+    def digest_model(self) -> Any:
+        """The running hash after weights and tokenizer."""
+        digest = new_digest()
+        hash_tensors(
+            digest, {k: v for k, v in self.model.state_dict().items() if not k.endswith("position_ids")}
+        )
+        hash_tokenizer(digest, self.tokenizer)
+        return digest
+
+
+def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The sequence classifier of a directory, in fp32, and the names of the head's weights that the directory lacks.
+
+    Args:
+        path: a sequence classifier, or an encoder, whose head is then freshly initialised (seed torch before).
+        changes: what to change in the model's config (`num_labels`, `id2label` …).
+
+    Raises:
+        FormatError: the directory cannot be loaded, or lacks weights of its backbone.
+    """
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **changes,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FormatError(
+            f"model directory {str(path)!r} cannot be loaded as a classifier: {error}"
+        ) from error
+    missing = sorted(key for key in report.get("missing_keys", []) if "position_ids" not in key)
+    # The head is what lies outside the backbone, and the pooler, which many encoders are published without.
+    backbone = f"{model.base_model_prefix}."
+    body = [key for key in missing if key.startswith(backbone) and "pooler" not in key]
+    if body:
+        raise FormatError(f"{str(path)!r} lacks weights of its backbone, {body[0]!r} among them")
+    return cast(PreTrainedModel, model), missing
+
+
+def finished_config(path: Path) -> PretrainedConfig | None:
+    """The config of a directory that holds a finished sequence classifier; None for an encoder."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"model directory {str(path)!r} has no usable config.json: {error}") from error
+    names = config.architectures or []
+    return config if any(name.endswith("ForSequenceClassification") for name in names) else None
+
+
+def recorded_max_length(path: Path, model: PreTrainedModel) -> int:
+    """The length that a directory was made for: of raytower.json, else of its tokenizer, else its positions."""
+    limit = max_positions(model.config)
+    recorded = read_info(path).get("max_length")
+    if recorded:
+        return min(int(recorded), limit)
+    config = path / "tokenizer_config.json"
+    stated = (
+        json.loads(config.read_text(encoding="utf-8")).get("model_max_length") if config.is_file() else None
+    )
+    return min(int(stated), limit) if stated else limit
+
+
+@torch.inference_mode()
+def classify_rows(
+    classifier: SequenceClassifier, rows: Mapping[str, list[list[int]]], tokens_per_batch: int
+) -> NDArray[np.float32]:
+    """Logits, float32 (n, C), of tokenised rows in input order, computed in batches of similar length.
+
+    Args:
+        classifier: in eval mode, on the device to use.
+        rows: what its tokenizer gave for n texts or pairs, without padding.
+        tokens_per_batch: most padded tokens of a batch.
+    """
+    logits_nC = np.zeros((len(rows["input_ids"]), classifier.num_labels), dtype=np.float32)
+    plan = plan_batches([len(ids) for ids in rows["input_ids"]], tokens_per_batch)
+    for batch in plan.batches:
+        part = {name: [values[row] for row in batch] for name, values in rows.items()}
+        inputs = classifier.tokenizer.pad(part, return_tensors="pt").to(classifier.model.device)
+        logits_nC[batch] = classifier.logits(**inputs).cpu().numpy()
+    return logits_nC

@@ -1,0 +1,174 @@
+"""The text classifier: one text in, one logit for each label out; its probabilities are their softmax.
+
+Directories are plain Hugging Face sequence classifiers with the labels in config.json:
+`transformers.pipeline("text-classification", model=DIR)` gives the same labels and probabilities.
+Shape legend: B texts of one forward call, n texts in all, L tokens, C labels, K of them listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from raytower.errors import FormatError, InputError
+from raytower.models.directory import load_tokenizer, read_info, resolve_model
+from raytower.models.forward import (
+    TORCH_DTYPES,
+    ComputeDtype,
+    check_max_length,
+    default_device,
+    default_tokens_per_batch,
+)
+from raytower.models.sequence_classifier import (
+    SequenceClassifier,
+    classify_rows,
+    finished_config,
+    load_classifier,
+    recorded_max_length,
+)
+
+# What transformers calls a classifier whose labels exclude each other.
+_PROBLEM_TYPE = "single_label_classification"
+
+
+class TextClassifier(SequenceClassifier):
+    """A sequence classifier over single texts whose labels exclude each other."""
+
+    @classmethod
+    def load(cls, name: str | Path) -> TextClassifier:
+        """Load a finished classifier directory or hub id.
+
+        Raises:
+            FormatError: weights are missing (an encoder is no classifier yet), or it is a reranker with one logit, a
+                regression, or a classifier of which several labels may hold at once.
+        """
+        path = resolve_model(str(name))
+        model, missing = load_classifier(path)
+        if missing:
+            raise FormatError(
+                f"{str(path)!r} has no trained classification head ({missing[0]!r} is missing): it is no classifier; "
+                "train one with `raytower train-classifier`"
+            )
+        labels, kind = _labels_of(model.config), model.config.problem_type
+        if len(labels) < 2 or kind not in (None, _PROBLEM_TYPE):
+            raise FormatError(
+                f"{str(path)!r} has {len(labels)} label(s) and problem_type {kind!r}; a text classifier has at least "
+                f"2 labels and the problem_type {_PROBLEM_TYPE!r}"
+            )
+        return cls(model, load_tokenizer(path), recorded_max_length(path, model), read_info(path)).eval()
+
+    @classmethod
+    def start_from(cls, name: str | Path, labels: Sequence[str]) -> TextClassifier:
+        """A classifier to train: on top of any encoder, with a fresh head (seed torch before), or a finished one.
+
+        Raises:
+            InputError: fewer than 2 labels, or a blank or repeated one; or `name` is a finished classifier whose
+                labels are not these in this order, so its head cannot go on.
+        """
+        _check_labels(labels)
+        path = resolve_model(str(name))
+        finished = finished_config(path)
+        if finished is None:
+            numbers = dict(enumerate(labels))
+            names = {label: number for number, label in numbers.items()}
+            model, _ = load_classifier(path, id2label=numbers, label2id=names, problem_type=_PROBLEM_TYPE)
+            return cls(model, load_tokenizer(path), recorded_max_length(path, model))
+        if _labels_of(finished) != tuple(labels):
+            raise InputError(
+                f"{str(path)!r} is a finished classifier and {_difference(_labels_of(finished), labels)}; train from "
+                "an encoder, or give this classifier's own labels in its order (id2label in config.json)"
+            )
+        other = cls.load(path)
+        # Its metric history belongs to the weights before this training.
+        return cls(other.model, other.tokenizer, other.max_length)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Tokenised texts (B, L) → logits (B, C), in the order of `labels`."""
+        return self.logits(**inputs)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The C labels, in the order of the logits."""
+        return _labels_of(self.model.config)
+
+    def compute_fingerprint(self) -> str:
+        """Hash over weights, tokenizer and labels."""
+        digest = self.digest_model()
+        for label in self.labels:
+            digest.update(f"{len(label)}:{label}".encode())
+        return str(digest.hexdigest())
+
+
+class ClassifierEngine:
+    """Classifies texts with one classifier at one precision on one device."""
+
+    def __init__(
+        self,
+        classifier: TextClassifier,
+        *,
+        dtype: ComputeDtype = "float32",
+        device: str | torch.device | None = None,
+        tokens_per_batch: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Raises InputError: `max_length` is beyond the model's positions."""
+        self.max_length = check_max_length(max_length or classifier.max_length, classifier.max_positions)
+        self.device = torch.device(device) if device is not None else default_device()
+        self.labels = classifier.labels
+        self.fingerprint = classifier.fingerprint
+        self.classifier = classifier.eval().to(self.device, TORCH_DTYPES[dtype])
+        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
+
+    def probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Probabilities, float32 (n, C), in the order of `labels`; each row sums to 1."""
+        if not len(texts):
+            return np.zeros((0, len(self.labels)), dtype=np.float32)
+        rows = self.classifier.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, padding=False
+        )
+        logits_nC = classify_rows(self.classifier, rows, self.tokens_per_batch)
+        powers_nC = np.exp(logits_nC - logits_nC.max(axis=1, keepdims=True))
+        return cast("NDArray[np.float32]", powers_nC / powers_nC.sum(axis=1, keepdims=True))
+
+    def classify(
+        self, texts: Sequence[str], top_k: int | None = None
+    ) -> tuple[list[list[str]], NDArray[np.float32]]:
+        """The labels of each text by falling probability, and those probabilities, float32 (n, K).
+
+        Labels of equal probability keep the order of `labels`. K is `top_k`, or C where that is less or None.
+        """
+        probabilities_nC = self.probabilities(texts)
+        order_nK = np.argsort(-probabilities_nC, axis=1, kind="stable")[:, :top_k]
+        labels = [[self.labels[place] for place in row] for row in order_nK.tolist()]
+        return labels, np.take_along_axis(probabilities_nC, order_nK, axis=1)
+
+
+def _labels_of(config: PretrainedConfig) -> tuple[str, ...]:
+    return tuple(name for _, name in sorted(cast("dict[int, str]", config.id2label).items()))
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if len(labels) < 2:
+        raise InputError(f"labels are {list(labels)}; a classifier needs at least 2")
+    seen: set[str] = set()
+    for label in labels:
+        if not label.strip() or label in seen:
+            raise InputError(f"label {label!r} is {'repeated' if label in seen else 'blank'}; give each once")
+        seen.add(label)
+
+
+def _difference(have: Sequence[str], want: Sequence[str]) -> str:
+    extra = [label for label in want if label not in set(have)]
+    if extra:
+        return f"does not know {extra[0]!r}, one of {len(extra)} new labels"
+    gone = [label for label in have if label not in set(want)]
+    if gone:
+        return f"knows {gone[0]!r}, one of {len(gone)} labels that are not asked for"
+    return "has the same labels in another order"

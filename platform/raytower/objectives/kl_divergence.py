@@ -1,0 +1,55 @@
+"""KL divergence: the student spreads its belief over a query's documents as the teacher does.
+
+For query i with documents d_1 … d_K, cosine similarities s and the teacher's scores t:
+
+    P_i = softmax over k of t[i, k] / τ,    Q_i = softmax over k of a·s[i, d_k]
+    loss_i = sum over k of P_i(k) · ( log P_i(k) - log Q_i(k) )
+
+with the teacher's temperature τ and the student's scale a.
+
+    columns      queries (B, D), then K ≥ 2 document columns (B, D), all of unit length
+    targets      teacher's scores (B, K), in the order of the document columns
+
+Use it to distil a teacher over lists of candidates: the teacher's logits, or its cosines with τ = 1/a. A higher τ tells
+more of the teacher's order among the lower documents. Siblings: margin_mse compares differences one by one;
+in_batch_negatives needs no teacher.
+Source: Hinton et al. 2015 (distillation); Ren et al. 2021 (RocketQAv2, listwise distillation into a retriever).
+
+Shape legend: B queries of this worker, K documents of each, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from raytower.config import Config
+from raytower.objectives.targets import Targets, candidate_cosines, teacher_scores
+
+
+class KLDivergence(Config):
+    """The objective with the student's scale and the teacher's temperature."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+
+    name: Literal["kl_divergence"] = "kl_divergence"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Mean loss over this worker's queries, a scalar.
+
+        Raises:
+            InputError: fewer than two documents, or no finite teacher score for each.
+        """
+        cosine_BK = candidate_cosines(columns, self.name)
+        teacher_BK = teacher_scores(targets, cosine_BK, self.name)
+        return nn.functional.kl_div(
+            (self.scale * cosine_BK).log_softmax(-1),
+            (teacher_BK / self.temperature).log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        )

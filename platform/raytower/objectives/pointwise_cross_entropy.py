@@ -1,0 +1,55 @@
+"""Pointwise classification of pairs: is this document relevant to this query, as two classes.
+
+For a pair with the logits z₀ (irrelevant) and z₁ (relevant) and the label y, 0 or 1:
+
+    loss = -w(y)·log softmax(z)_y,    w(1) = positive_weight, w(0) = 1,    mean over pairs
+
+The mean divides by the number of pairs, not by the sum of weights: a heavier positive makes a larger loss.
+
+Use it with judged pairs, or with positives and mined negatives. With graded labels use its sibling pointwise
+regression, which has one logit; to order the documents of one query against each other, pairwise margin or listwise
+softmax. Source: Nogueira and Cho 2019 (monoBERT).
+
+Shape legend: B pairs of this worker.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raytower.config import Config
+from raytower.errors import InputError
+
+
+class PointwiseCrossEntropy(Config):
+    """The objective; raise `positive_weight` where negatives far outnumber positives."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored", "triples", "candidates")
+    num_labels: ClassVar[int] = 2
+    activation: ClassVar[Literal["sigmoid", "identity"]] = "sigmoid"  # of z₁ - z₀: the softmax of the two
+
+    name: Literal["pointwise_cross_entropy"] = "pointwise_cross_entropy"
+    positive_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def __call__(self, logits_B2: Tensor, labels_B: Tensor) -> Tensor:
+        """Mean loss, a scalar.
+
+        Args:
+            logits_B2: (B, 2), the class irrelevant first.
+            labels_B: (B,), each 0 or 1.
+
+        Raises:
+            InputError: a label is neither.
+        """
+        wrong_B = (labels_B != 0) & (labels_B != 1)
+        if bool(wrong_B.any()):
+            raise InputError(
+                f"label {float(labels_B[wrong_B][0]):g} is neither 0 nor 1, which objective {self.name} needs; "
+                "train graded labels with pointwise_regression"
+            )
+        losses_B = nn.functional.cross_entropy(logits_B2, labels_B.long(), reduction="none")
+        return torch.where(labels_B == 1, self.positive_weight * losses_B, losses_B).mean()

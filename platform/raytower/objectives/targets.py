@@ -1,0 +1,71 @@
+"""What a batch says about its rows besides their texts: the second argument of every encoder objective.
+
+Shape legend: B rows of this worker, K candidate documents of each row, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from raytower.errors import InputError
+from raytower.objectives.keys import BatchKeys
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Targets of this worker's rows; an objective reads the field it needs and leaves the others."""
+
+    keys: BatchKeys | None = None
+    """For objectives that compare rows of the batch: what tells equal texts."""
+
+    labels_B: Tensor | None = None  # noqa: N815 - carries its shape
+    """For scored pairs: the label or the score of each pair."""
+
+    teacher_BK: Tensor | None = None  # noqa: N815
+    """For distillation: the teacher's score of each candidate document; column 0 is the first document column."""
+
+
+EncoderObjective = Callable[[Sequence[Tensor], Targets], Tensor]
+"""(unit-length embeddings (B, D) of each column: queries first, then documents; targets) → mean loss of the B rows."""
+
+
+def needed(value: ValueT | None, what: str, objective: str) -> ValueT:
+    """Return the target that an objective cannot do without. Raises InputError where the batch has none."""
+    if value is None:
+        raise InputError(
+            f"objective {objective} needs {what}, which these rows do not carry; train from rows that do, "
+            "or choose another objective"
+        )
+    return value
+
+
+def candidate_cosines(columns: Sequence[Tensor], objective: str) -> Tensor:
+    """(B, K) cosines of each query with its own documents. Raises InputError for fewer than two documents."""
+    query_BD, *documents = columns
+    if len(documents) < 2:
+        raise InputError(
+            f"objective {objective} compares the documents of a query and got {len(documents)} for each; "
+            "train from triples or candidates"
+        )
+    return (query_BD[:, None] * torch.stack(list(documents), dim=1)).sum(-1)
+
+
+def teacher_scores(targets: Targets, cosine_BK: Tensor, objective: str) -> Tensor:
+    """The teacher's scores beside the student's. Raises InputError where one is missing or not finite."""
+    teacher_BK = needed(targets.teacher_BK, "a teacher's score of each document", objective).to(cosine_BK)
+    if teacher_BK.shape != cosine_BK.shape:
+        raise InputError(
+            f"the teacher's scores have shape {tuple(teacher_BK.shape)}; objective {objective} needs one for each "
+            f"of the rows and documents, {tuple(cosine_BK.shape)}"
+        )
+    wrong_BK = ~teacher_BK.isfinite()
+    if bool(wrong_BK.any()):
+        raise InputError(f"teacher score {float(teacher_BK[wrong_BK][0])} is not finite; score the row again")
+    return teacher_BK

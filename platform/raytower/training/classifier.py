@@ -1,0 +1,183 @@
+"""`raytower train-classifier`: the fine-tuned baseline, one label a text."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytower.data.pieces import Survey
+from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import InputConfig
+from raytower.errors import InputError
+from raytower.metrics import accuracy, macro_f1
+from raytower.models.forward import check_max_length
+from raytower.models.sequence_classifier import classify_rows
+from raytower.models.text_classifier import TextClassifier
+from raytower.storage import absolute_if_local
+from raytower.training.backbone import merged_copy, prepare_backbone
+from raytower.training.batches import Rows
+from raytower.training.config import TrainClassifierConfig
+from raytower.training.inputs import ROWS_PER_PIECE, survey_training, tables
+from raytower.training.logits_model import LogitsModel
+from raytower.training.runner import describe_plan, fit
+from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
+from raytower.training.step import TrainingStep
+from raytower.training.task import Task
+
+_EVALUATION_TOKENS = 4096
+
+
+class ClassifierTask(Task[TrainClassifierConfig]):
+    """Training of one text classifier; see training.task.Task."""
+
+    def __init__(
+        self, config: TrainClassifierConfig, start: str, labels: Sequence[str], counts: Mapping[str, int]
+    ) -> None:
+        """`labels` in the order of the classes, `counts` of them among the training rows."""
+        super().__init__(config, start)
+        self.labels = tuple(labels)
+        self.classes = {label: number for number, label in enumerate(labels)}
+        self.weights_C = config.objective.weights_of(self.labels, [counts[label] for label in self.labels])
+        self.dev_texts: list[str] = []
+        self.dev_labels: list[str] = []
+        if config.dev is not None:
+            self.dev_texts, self.dev_labels = _load_dev(config.dev.path, self.classes)
+
+    def build(self, start_from: Path | None) -> nn.Module:
+        model = _load_start(self.config, str(start_from or self.start), self.labels)
+        prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
+        return LogitsModel(model)
+
+    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+        model = cast(LogitsModel, step.model)
+        chunks = model.plan_chunks(self._tokenise(model.inner, rows["text"]))
+        classes_B = torch.tensor([self.classes[label] for label in rows["label"]], device=step.device)
+
+        def compute_loss() -> Tensor:
+            with step.autocast():
+                logits_BC = step.parallel(chunks)
+            weights_C = None if self.weights_C is None else self.weights_C.to(step.device)
+            return self.config.objective(logits_BC, classes_B, weights_C)
+
+        return step.propagate(compute_loss)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        inner = cast(LogitsModel, model).inner
+        device = inner.model.device
+        copied = merged_copy(inner, self.config) if self.config.lora else copy.deepcopy(inner)
+        copied.to(getattr(torch, evaluation_dtype(self.config.dtype, device)))
+        rows = own_rows(len(self.dev_texts)).tolist()
+        encoded = self._tokenise(inner, [self.dev_texts[row] for row in rows])
+        logits = classify_rows(copied, encoded, _EVALUATION_TOKENS)
+        best = gather_rows_in_order(logits.argmax(1).astype(np.float32), len(self.dev_texts))
+        predicted = [self.labels[int(number)] for number in best]
+        return {
+            "accuracy": accuracy(predicted, self.dev_labels),
+            "f1": macro_f1(predicted, self.dev_labels),
+        }
+
+    def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
+        merged_copy(cast(LogitsModel, model).inner, self.config).save(folder, info)
+
+    def _tokenise(self, inner: Any, texts: Sequence[str]) -> Mapping[str, list[list[int]]]:
+        return cast(
+            Mapping[str, list[list[int]]],
+            inner.tokenizer(list(texts), truncation=True, max_length=self.config.max_length, padding=False),
+        )
+
+
+def train_classifier(config: TrainClassifierConfig) -> dict[str, Any]:
+    """Train and publish the classifier directory; returns steps, seconds, best, labels, output.
+
+    Raises:
+        InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model, fewer than
+            two labels, or a label that is not in the list of labels.
+    """
+
+    surveyed = survey_classifier(config)
+    return fit(config, surveyed, lambda: make_classifier_task(config, surveyed))
+
+
+def make_classifier_task(config: TrainClassifierConfig, surveyed: Survey) -> ClassifierTask:
+    """The task, once model, rows and labels are known to fit together; raises InputError where they do not."""
+    labels, counts = _labels(config, surveyed)
+    _load_start(config, config.start, labels)
+    return ClassifierTask(config, absolute_if_local(config.start), labels, counts)
+
+
+def plan_train_classifier(config: TrainClassifierConfig) -> dict[str, Any]:
+    """The plan for --dry-run; reads the rows once and the model's weights, trains nothing."""
+    surveyed = survey_classifier(config)
+    labels, _ = _labels(config, surveyed)
+    model = _load_start(config, config.start, labels)
+    prepare_backbone(
+        cast(PreTrainedModel, model.model.base_model), config.model_copy(update={"compile": False})
+    )
+    return {**describe_plan(config, surveyed, model), "labels": len(labels)}
+
+
+def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]) -> TextClassifier:
+    # The same seed on every worker: a fresh head must be the same everywhere.
+    torch.manual_seed(config.seed)
+    model = TextClassifier.start_from(start, labels)
+    model.max_length = check_max_length(config.max_length, model.max_positions)
+    return model
+
+
+def survey_classifier(config: TrainClassifierConfig) -> Survey:
+    """Survey the training rows."""
+    return survey_training(
+        config, config.train.path, "labelled", config.objective.formats, config.objective.name
+    )
+
+
+def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str], Counter[str]]:
+    """The labels in the order of the classes, and how many training rows have each."""
+    counts: Counter[str] = Counter()
+    for table in tables(surveyed):
+        counts.update(table["label"].to_pylist())
+    labels = sorted(counts) if config.labels is None else _read_labels(config.labels)
+    unknown = sorted(set(counts) - set(labels))
+    if unknown:
+        raise InputError(
+            f"{config.train.path}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
+            f"labels, {sum(counts[label] for label in unknown)} rows); add them there, or remove labels"
+        )
+    if len(labels) < 2:
+        raise InputError(
+            f"{config.train.path}: the only label is {labels[0]!r}; a classifier needs at least two"
+        )
+    return labels, counts
+
+
+def _read_labels(path: str) -> list[str]:
+    surveyed = survey_input(InputConfig(path=path, format="lines"), "lines", rows_per_piece=ROWS_PER_PIECE)
+    labels = [text.strip() for table in tables(surveyed) for text in table["text"].to_pylist()]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise InputError(f"labels {path!r}: {twice[0]!r} stands there more than once; write each label once")
+    return labels
+
+
+def _load_dev(path: str, classes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    texts: list[str] = []
+    labels: list[str] = []
+    surveyed = survey_input(InputConfig(path=path), "labelled", rows_per_piece=ROWS_PER_PIECE)
+    for table in tables(surveyed):
+        texts += table["text"].to_pylist()
+        labels += table["label"].to_pylist()
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise InputError(
+            f"dev.path {path!r}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
+            "set can only hold labels of the training set or of `labels`"
+        )
+    return texts, labels

@@ -1,0 +1,77 @@
+"""Judged dev pairs: reading them, and the metrics of their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from raytower.data.pieces import read_piece
+from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import InputConfig
+from raytower.errors import InputError
+from raytower.metrics import accuracy_f1, auc, best_threshold, spearman
+from raytower.training.inputs import ROWS_PER_PIECE
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Pairs of texts with a label each; the labels of two classes are 0 and 1."""
+
+    queries: list[str]
+    documents: list[str]
+    labels: list[float]
+
+
+def load_scored_pairs(path: str, metric: str) -> ScoredPairs:
+    """Read scored pairs and check that `metric` can be computed of them, before any training; -1 counts as 0.
+
+    Raises:
+        InputError: bad rows, or labels that `metric` knows nothing to do with.
+    """
+    queries: list[str] = []
+    documents: list[str] = []
+    labels: list[float] = []
+    for piece in survey_input(InputConfig(path=path), "scored", rows_per_piece=ROWS_PER_PIECE).pieces:
+        table = read_piece(piece)
+        queries += table["query"].to_pylist()
+        documents += table["document"].to_pylist()
+        labels += table["label"].to_pylist()
+    found = sorted(set(labels))
+    if metric == "spearman":
+        if len(found) < 2:
+            raise InputError(
+                f"dev.path {path!r}: every label is {found[0]:g}; dev.metric spearman needs labels that differ"
+            )
+        return ScoredPairs(queries, documents, labels)
+    wrong = [label for label in found if label not in (-1, 0, 1)]
+    if wrong or found == [-1, 0, 1]:
+        raise InputError(
+            f"dev.path {path!r} has the labels {[f'{label:g}' for label in found[:5]]}; dev.metric {metric} needs two "
+            "classes, 0 (or -1) and 1; use spearman for graded labels"
+        )
+    if len(found) < 2:
+        raise InputError(
+            f"dev.path {path!r}: all {len(labels)} labels are {found[0]:g}; dev.metric {metric} needs pairs of both "
+            "classes, 0 and 1"
+        )
+    return ScoredPairs(queries, documents, [float(label == 1) for label in labels])
+
+
+def scored_metrics(
+    scores: ArrayLike, labels: ArrayLike, metric: str, threshold: float | None
+) -> dict[str, float]:
+    """auc, accuracy, f1 and the threshold used, or spearman alone where that is the metric.
+
+    Args:
+        scores: [N], higher for pairs that match.
+        labels: [N], 0 or 1; graded for spearman.
+        metric: the one that chooses the best checkpoint.
+        threshold: scores from here on count as a match; None takes the best one for these pairs, which flatters.
+    """
+    if metric == "spearman":
+        return {"spearman": spearman(scores, labels)}
+    chosen = best_threshold(scores, labels) if threshold is None else threshold
+    accuracy, f1 = accuracy_f1(np.asarray(scores), labels, chosen)
+    return {"auc": auc(scores, labels), "accuracy": accuracy, "f1": f1, "threshold": chosen}

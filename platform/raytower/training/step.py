@@ -1,0 +1,127 @@
+"""One optimizer step, the same on a laptop and on every worker: forward, backward, clip, update. Imports no Ray.
+
+What a batch's loss is, and how it is propagated, is the task's; precision, loss scaling, gradient accumulation, the
+exchange between workers and the guard against losses that are no numbers are here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from raytower.errors import RaytowerError
+from raytower.objectives.gather import gather_constants, rank
+from raytower.objectives.gradient_cache import backward_cached
+
+BatchT = TypeVar("BatchT")
+ChunkT = TypeVar("ChunkT")
+
+
+class NotANumberError(RaytowerError):
+    """The loss became NaN or infinite; training cannot go on."""
+
+
+class TrainingStep:
+    """Runs optimizer steps of one model at one precision."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+        parallel: nn.Module | None = None,
+    ) -> None:
+        """`parallel` is the model wrapped for data parallelism, where there is more than one worker."""
+        self.model = model
+        self.parallel = parallel or model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.device = next(model.parameters()).device
+        self.dtype = dtype
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        # float16 underflows without loss scaling; bfloat16 has the range of float32.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
+        self._num_batches = 1
+        self._is_last_batch = True
+
+    def run(
+        self, number: int, batches: Sequence[BatchT], backward: Callable[[TrainingStep, BatchT], Tensor]
+    ) -> float:
+        """Make optimizer step `number` from the mean gradient over `batches`; the mean loss over all workers.
+
+        Args:
+            number: counts from 0. Dropout is a function of seed, step and worker alone, so a continued run draws what
+                an undisturbed one would have drawn.
+            batches: one batch, or several to accumulate; each is a batch of its own to its objective.
+            backward: propagates one batch through `propagate` or `propagate_cached` and returns its loss.
+
+        Raises:
+            NotANumberError: the loss is NaN or infinite on some worker; the weights are as before the step.
+        """
+        torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
+        self.optimizer.zero_grad(set_to_none=True)
+        self._num_batches = len(batches)
+        losses = []
+        for place, batch in enumerate(batches):
+            self._is_last_batch = place == len(batches) - 1
+            losses.append(backward(self, batch).detach().float().reshape(1))
+        mean_loss = float(gather_constants(torch.stack(losses).mean(0)).mean())
+        if not math.isfinite(mean_loss):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NotANumberError(f"the loss is {mean_loss}")
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        return mean_loss
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Forward passes at the step's precision."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    def propagate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+        """Compute a batch's loss with a graph and add its gradient; returns the loss."""
+        with self._exchange(self._is_last_batch):
+            loss = compute_loss()
+            self._backward(loss)
+        return loss
+
+    def propagate_cached(
+        self,
+        embed: Callable[[ChunkT], Tensor],
+        chunks: Sequence[ChunkT],
+        compute_loss: Callable[[Sequence[Tensor]], Tensor],
+    ) -> Tensor:
+        """As `propagate`, by gradient caching: the memory of one chunk in place of the whole batch."""
+
+        def backward_loss(vectors: Sequence[Tensor]) -> Tensor:
+            loss = compute_loss(vectors)
+            self._backward(loss)
+            return loss
+
+        with self._exchange(self._is_last_batch):
+            return backward_cached(
+                embed, chunks, backward_loss, device=self.device, no_sync=lambda: self._exchange(False)
+            )
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss / self._num_batches).backward()
+
+    def _exchange(self, wanted: bool) -> AbstractContextManager[Any]:
+        """Whether backward passes inside average gradients over the workers."""
+        if wanted or not isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return cast(AbstractContextManager[Any], self.parallel.no_sync())

@@ -1,0 +1,196 @@
+"""Cases for the proof that two workers equal one process: an objective, the texts of a batch and their targets.
+
+Texts that count as equal lie on both halves of the batch, so that masks must reach across workers.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+
+from raytower.models.encoder import Encoder
+from raytower.models.two_tower import Chunk, TwoTower, split_columns
+from raytower.objectives.cosine_embedding import CosineEmbedding
+from raytower.objectives.cosine_regression import CosineRegression
+from raytower.objectives.hardest_negative import HardestNegative
+from raytower.objectives.in_batch_negatives import InBatchNegatives
+from raytower.objectives.keys import BatchKeys, text_keys
+from raytower.objectives.kl_divergence import KLDivergence
+from raytower.objectives.margin_mse import MarginMSE
+from raytower.objectives.matryoshka import Matryoshka
+from raytower.objectives.random_negative import RandomNegative
+from raytower.objectives.simcse import SimCSE
+from raytower.objectives.targets import EncoderObjective, Targets
+
+QUERIES = [
+    "what is a deductible",
+    "who pays the debt",
+    "a new car",
+    "life insurance?",
+    "who pays",
+    "dog",
+    "a new car ",  # the same text as row 2, on the other worker
+    "他的",
+]
+DOCUMENTS = [
+    "the part you pay",
+    "the owner does",
+    "bought today",
+    "pays at death",
+    "the owner does",  # the same text as row 1, on the other worker
+    "an animal",
+    "another animal",
+    "我们大学",
+]
+OTHER_DOCUMENTS = [*DOCUMENTS[:4], "the debtor", *DOCUMENTS[5:]]
+NEGATIVES = ["not this", "nor that", "the part you pay", "x", "y", "z", "an animal", "国"]
+LABELS = ["pay", "debt", None, "pay", "debt", "animal", "car", None]
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One objective on one batch. labels: one for each row, shared by its query and its document."""
+
+    objective: EncoderObjective
+    columns: Sequence[Sequence[str]]
+    labels: Sequence[str | None] | None = None
+    scores: Sequence[float] | None = None
+    teacher: Sequence[Sequence[float]] | None = None
+
+    def texts(self, rows: slice) -> list[list[str]]:
+        return [list(column[rows]) for column in self.columns]
+
+    def targets(self, rows: slice) -> Targets:
+        query, first, *others = self.texts(rows)
+        labels = None if self.labels is None else self.labels[rows]
+        keys = BatchKeys(
+            query=text_keys(query, labels=labels),
+            documents=(text_keys(first, labels=labels), *(text_keys(texts) for texts in others)),
+        )
+        return Targets(
+            keys=keys,
+            labels_B=None if self.scores is None else torch.tensor(self.scores[rows]),
+            teacher_BK=None if self.teacher is None else torch.tensor(self.teacher[rows]),
+        )
+
+
+PAIRS = (QUERIES, DOCUMENTS)
+TRIPLES = (QUERIES, DOCUMENTS, NEGATIVES)
+TEACHER = [[0.9, 0.1], [0.7, 0.4], [0.8, 0.8], [0.6, -0.2], [0.5, 0.3], [0.9, 0.2], [0.4, 0.1], [1.0, 0.0]]
+BATCH = slice(0, 8)
+
+IN_BATCH = {
+    "plain": Case(objective=InBatchNegatives(margin=0.1), columns=(QUERIES, OTHER_DOCUMENTS)),
+    "duplicates": Case(objective=InBatchNegatives(), columns=PAIRS),
+    "hard negatives": Case(objective=InBatchNegatives(margin=0.1), columns=TRIPLES),
+    "labels": Case(objective=InBatchNegatives(symmetric=True), columns=PAIRS, labels=LABELS),
+    "symmetric": Case(objective=InBatchNegatives(margin=0.1, symmetric=True), columns=TRIPLES),
+    "hardest": Case(objective=HardestNegative(margin=0.5), columns=PAIRS),
+    "hardest with hard negatives": Case(objective=HardestNegative(margin=0.5), columns=TRIPLES),
+    "random": Case(objective=RandomNegative(margin=0.5), columns=PAIRS),
+    "random with labels": Case(objective=RandomNegative(margin=0.5), columns=PAIRS, labels=LABELS),
+    "simcse": Case(objective=SimCSE(), columns=(DOCUMENTS, DOCUMENTS)),
+    "matryoshka": Case(
+        objective=Matryoshka(dims=(32, 8, 3), weights=(1.0, 0.5, 0.25)).wrap(
+            InBatchNegatives(symmetric=True)
+        ),
+        columns=TRIPLES,
+    ),
+}
+ROW_BY_ROW = {
+    "cosine embedding": Case(objective=CosineEmbedding(), columns=PAIRS, scores=[1, 0, 1, -1, 0, 0, 1, 1]),
+    "cosine regression": Case(
+        objective=CosineRegression(), columns=PAIRS, scores=[1, 0.2, -0.5, 0, 0.9, -1, 0.3, 0.7]
+    ),
+    "margin mse": Case(objective=MarginMSE(), columns=TRIPLES, teacher=TEACHER),
+    "kl divergence": Case(objective=KLDivergence(temperature=0.5), columns=TRIPLES, teacher=TEACHER),
+}
+CASES = {**IN_BATCH, **ROW_BY_ROW}
+
+
+def load_tower(
+    folder: Path | str, *, tokens_per_batch: int = 64, rows_per_batch: int | None = None
+) -> TwoTower:
+    """The tower of an encoder directory, without dropout."""
+    return TwoTower(Encoder.load(folder), 64, tokens_per_batch, rows_per_batch).eval()
+
+
+def plan_case(case: Case, tower: TwoTower, rows: slice) -> list[Chunk]:
+    return tower.plan_chunks([tower.tokenise(texts, "") for texts in case.texts(rows)])
+
+
+def loss_of(case: Case, rows: slice, vectors: Sequence[Tensor], chunks: Sequence[Chunk]) -> Tensor:
+    return case.objective(split_columns(vectors, chunks, len(case.columns)), case.targets(rows))
+
+
+def backward_whole(case: Case, model: nn.Module, tower: TwoTower, rows: slice) -> Tensor:
+    """Loss and gradients by one forward pass over everything."""
+    chunks = plan_case(case, tower, rows)
+    loss = loss_of(case, rows, model(chunks), chunks)
+    loss.backward()
+    return loss.detach()
+
+
+def gradients_of(model: nn.Module) -> Gradients:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(
+    loss: Tensor, gradients: Gradients, expected: Tensor, expected_gradients: Gradients
+) -> None:
+    """Equal to 1e-5, and large enough for that to mean something."""
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    assert max(float(gradient.abs().max()) for gradient in expected_gradients.values()) > 1e-2
+    for name, gradient in expected_gradients.items():
+        assert torch.allclose(gradients[name], gradient, rtol=0, atol=1e-5), name
+
+
+BackwardOf = Callable[[Case, nn.Module, TwoTower, slice], Tensor]
+
+
+def run_cases_on_two_workers(
+    cases: dict[str, Case], backward: BackwardOf, encoder_dir: Path, out: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Mean loss (under "loss") and averaged gradients of each case, from two data-parallel processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_worker, (port, cases, backward, str(encoder_dir), str(out)), nprocs=2)
+    results: dict[str, dict[str, Tensor]] = torch.load(out, weights_only=True)
+    return results
+
+
+def _worker(
+    rank: int, port: int, cases: dict[str, Case], backward: BackwardOf, encoder_dir: str, out: str
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(
+            seconds=120
+        ),  # a worker that waits for an exchange too many fails in place of hanging
+    )
+    results = {}
+    for name, case in cases.items():
+        tower = load_tower(encoder_dir)
+        model = nn.parallel.DistributedDataParallel(tower, broadcast_buffers=False)
+        loss = backward(case, model, tower, slice(rank * 4, rank * 4 + 4))
+        dist.all_reduce(loss)
+        results[name] = {"loss": loss / 2, **gradients_of(tower)}
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""Small learnable training data of every kind, and a training loop in this process, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytower.data.pieces import Survey
+from raytower.training.batches import Rows, cut_batches
+from raytower.training.config import TrainJobConfig
+from raytower.training.optimizer import make_optimizer, make_schedule
+from raytower.training.step import TrainingStep
+from raytower.training.task import Task
+from raytower.training.windows import plan_windows, read_window
+
+TOPICS = "abcdefgh"
+
+
+def question(number: int) -> str:
+    return f"what is {TOPICS[number % 8] * 3} {number}?"
+
+
+def answer(number: int) -> str:
+    return f"{TOPICS[number % 8] * 5} is {number}"
+
+
+def other_answer(number: int, times: int = 1) -> str:
+    """An answer to another question, marked as such, so that a tiny cross-encoder can learn to tell it."""
+    return answer(number + 3 * times) + " no" * times
+
+
+def write_rows(path: Path, rows: list[str]) -> Path:
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def write_pairs(path: Path, rows: int) -> Path:
+    return write_rows(path, [f"{question(i)}\t{answer(i)}" for i in range(rows)])
+
+
+def write_triples(path: Path, rows: int) -> Path:
+    lines = [f"{question(i)}\t{answer(i)}\t{other_answer(i)}" for i in range(rows)]
+    return write_rows(path, ["query\ttitle\tneg_title", *lines])
+
+
+def write_scored(path: Path, rows: int, low: float = 0.0) -> Path:
+    """Half of the pairs match and have label 1, the others have `low`."""
+    lines = [
+        f"{question(i)}\t{other_answer(i) if i % 2 else answer(i)}\t{1 if i % 2 == 0 else low}"
+        for i in range(rows)
+    ]
+    return write_rows(path, ["query\ttitle\tlabel", *lines])
+
+
+def write_candidates(path: Path, rows: int, documents: int = 3) -> Path:
+    """Each query's own answer, and others with falling scores."""
+    lines = [
+        json.dumps(
+            {
+                "query": question(i),
+                "documents": [answer(i), *(other_answer(i, k) for k in range(1, documents))],
+                "scores": [2.0 - k for k in range(documents)],
+            }
+        )
+        for i in range(rows)
+    ]
+    return write_rows(path, lines)
+
+
+def write_lines(path: Path, rows: int) -> Path:
+    return write_rows(path, [question(i) for i in range(rows)])
+
+
+def write_labelled(path: Path, rows: int) -> Path:
+    return write_rows(path, [f"{question(i)}\ttopics##{TOPICS[i % 8]}" for i in range(rows)])
+
+
+def batches_of(survey: Survey, config: TrainJobConfig) -> Iterator[Rows]:
+    """The batches that a run under Ray gets, read in this process."""
+    rows = [piece.num_rows for piece in survey.pieces]
+    windows = plan_windows(rows, seed=config.seed, window_rows=config.shuffle_rows)
+    tables = (read_window(window, survey.pieces, config.seed) for window in windows)
+    return cut_batches(tables, config.batch_size)
+
+
+def train_here(
+    task: Task[Any], config: TrainJobConfig, survey: Survey, num_steps: int
+) -> tuple[nn.Module, list[float]]:
+    """The task's model after `num_steps` steps of one worker, and the loss of each."""
+    torch.manual_seed(config.seed)
+    model = task.build(None).train()
+    optimizer = make_optimizer(model, config.optimizer)
+    step = TrainingStep(
+        model,
+        optimizer,
+        make_schedule(optimizer, num_steps, config.optimizer.warmup_ratio),
+        dtype=getattr(torch, config.dtype),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        seed=config.seed,
+    )
+    batches = batches_of(survey, config)
+    many = config.accumulate_batches
+    losses = [step.run(number, list(islice(batches, many)), task.backward) for number in range(num_steps)]
+    return model, losses
