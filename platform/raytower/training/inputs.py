@@ -88,9 +88,21 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
             raise InputError(f"{', '.join(survey.files[:3])}: {error}") from error
 
 
-def fewest_documents(survey: Survey) -> int:
-    """The shortest candidate list of all rows."""
-    return min(int(pc.min(pc.list_value_length(table["documents"])).as_py()) for table in tables(survey))
+def count_documents(survey: Survey, wanted: int | None) -> int | None:
+    """Documents to take from each candidate list: `wanted`, or as many as every row has; None for other rows.
+
+    Raises:
+        InputError: a row has fewer than `wanted`.
+    """
+    if "documents" not in survey.schema.names:
+        return None
+    fewest = min(int(pc.min(pc.list_value_length(table["documents"])).as_py()) for table in tables(survey))
+    if wanted is not None and fewest < wanted:
+        raise InputError(
+            f"train.num_documents is {wanted}, and a row has only {fewest}; lower it, or leave it out to take "
+            f"{fewest} from every row"
+        )
+    return wanted if wanted is not None else fewest
 
 
 def _quarantine_place(output: Location) -> Location:

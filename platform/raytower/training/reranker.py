@@ -20,7 +20,7 @@ from raytower.training.batches import Rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, fewest_documents, survey_training
+from raytower.training.inputs import check_labels, count_documents, survey_training
 from raytower.training.logits_model import LogitsModel
 from raytower.training.runner import describe_plan, fit
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
@@ -109,9 +109,7 @@ def make_reranker_task(config: TrainRerankerConfig, surveyed: Survey) -> Reranke
     names, shape = surveyed.schema.names, config.objective.num_labels
     if "label" in names:
         check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
-    count = config.train.num_documents
-    if count is None and "documents" in names:
-        count = fewest_documents(surveyed)
+    count = count_documents(surveyed, config.train.num_documents)
     return RerankerTask(config, absolute_if_local(config.start), count)
 
 

@@ -24,7 +24,7 @@ from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, fewest_documents, refuse_single_text, survey_training
+from raytower.training.inputs import check_labels, count_documents, refuse_single_text, survey_training
 from raytower.training.runner import describe_plan, fit
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
@@ -142,16 +142,13 @@ def train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
 
 def make_retriever_task(config: TrainRetrieverConfig, surveyed: Survey) -> RetrieverTask:
     """The task, once model, rows and objective are known to fit together; raises InputError where they do not."""
-    _load_start(config, config.start)
+    prepare_backbone(_load_start(config, config.start).backbone, config.model_copy(update={"compile": False}))
     _check_rows(config, surveyed)
-    names = surveyed.schema.names
-    count = config.train.num_documents
-    if count is None and "documents" in names:
-        count = fewest_documents(surveyed)
+    count = count_documents(surveyed, config.train.num_documents)
     teacher = None if config.teacher is None else absolute_if_local(config.teacher)
     task = RetrieverTask(config, absolute_if_local(config.start), count, teacher)
     if config.sampler == "no_duplicates":
-        task.distinct_columns = tuple(name for name in _TELLING_COLUMNS if name in names)
+        task.distinct_columns = tuple(name for name in _TELLING_COLUMNS if name in surveyed.schema.names)
     return task
 
 
