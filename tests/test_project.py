@@ -57,11 +57,12 @@ def test_models_and_objectives_know_no_ray() -> None:
             assert not [name for name in imports_of(path) if name.split(".")[0] == "ray"], path
 
 
-def test_the_forward_engine_runs_where_ray_cannot_be_imported() -> None:
+def test_the_forward_engine_and_the_training_step_run_where_ray_cannot_be_imported() -> None:
     code = (
         "import sys; sys.modules['ray'] = None; "
         "import raytower.models.forward, raytower.models.batch_planner, raytower.models.cross_encoder, "
-        "raytower.objectives.in_batch_negatives"
+        "raytower.objectives.gradient_cache, raytower.training.step, raytower.training.config, "
+        "raytower.training.optimizer, raytower.training.columns, raytower.training.windows"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -199,7 +199,9 @@ class _Worker:
 
 def _data_parallel(model: nn.Module) -> nn.Module:
     # Every worker keeps the same buffers (positions, token types): nothing to send before each forward.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def probe_storage(storage: Location, rank: int) -> None:

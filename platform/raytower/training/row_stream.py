@@ -84,7 +84,7 @@ def _execute(windows: list[Window], pieces: ray.ObjectRef, seed: int) -> Iterato
         read,
         batch_size=1,
         num_cpus=_CPUS_PER_READER,
-        compute=ray.data.TaskPoolStrategy(size=_READERS),
+        compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(numbers))),
     )
     # Blocks come as tasks end unless told otherwise, and the order is what makes two runs equal.
     dataset.context.execution_options.preserve_order = True
