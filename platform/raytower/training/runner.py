@@ -15,7 +15,7 @@ from torch import nn
 
 from raytower.data.pieces import Survey
 from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.models.directory import INFO_NAME
+from raytower.models.directory import INFO_NAME, read_info
 from raytower.runtime import ensure_ray, log
 from raytower.storage import Location, publish_directory
 from raytower.training.batches import count_steps
@@ -65,78 +65,90 @@ def finished_run(config: TrainJobConfig, survey: Survey) -> dict[str, Any] | Non
 
 
 def run_key(config: TrainJobConfig, survey: Survey) -> str:
-    """Hash over what decides the result: the config less its output and the size of the data."""
+    """Hash over what decides the result: the config less where it goes, the starting weights, the size of the data."""
     without = {"output", "log_dir", "log_every_steps", "keep_checkpoints", "max_failures"}
     values = config.model_dump(mode="json", exclude=without)
     values["data"] = [survey.num_rows, survey.bytes]
+    # A directory that was trained anew under the same name is another start; a hub id stands for itself.
+    names = (config.start, getattr(config, "teacher", None))
+    values["start"] = [None if name is None else read_info(Path(name)).get("fingerprint") for name in names]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task]) -> dict[str, Any]:
+def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task[Any]]) -> dict[str, Any]:
     """Train and publish; a finished run is not repeated, a killed one continues from its last checkpoint.
 
     Raises:
         InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
     """
+    output = Location.of(config.output)
+    key = run_key(config, survey)
+    name = f".{output.name}.{key}.train"
     done = finished_run(config, survey)
     if done is not None:
         log(f"{config.output} is finished; nothing to do")
+        # A kill between publishing and cleaning up leaves the checkpoints behind.
+        (output.parent / name).delete()
         return done
-    num_steps = _count_steps(config, survey)
-    output = Location.of(config.output)
     _probe_writable(output)
-    task = make_task()
+    plan = _make_plan(config, survey, make_task())
     ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
-    key = run_key(config, survey)
-    storage = output.parent
-    name = f".{output.name}.{key}.train"
-    log_dir = Location.of(config.log_dir) if config.log_dir else storage / f"{output.name}.tensorboard"
-    plan = TrainingPlan(
-        config=config,
-        task=task,
-        stream=StreamPlan(
-            pieces=survey.pieces,
-            batch_size=config.batch_size,
-            num_batches=num_steps * config.accumulate_batches,
-            seed=config.seed,
-            window_rows=config.shuffle_rows,
-            distinct_columns=task.distinct_columns,
-        ),
-        num_steps=num_steps,
-        num_threads=max(int(config.workers.num_cpus), 1),
-        storage=storage,
-        log_dir=log_dir,
-    )
-    result = _run_trainer(plan, storage, name)
-    failure = result.return_value.get("failure")  # type: ignore[attr-defined]
-    if failure:
+    result = _run_trainer(plan, name)
+    outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    if "failure" in outcome:
         kept = (
             f"the last good checkpoint is {result.checkpoint.path}"
             if result.checkpoint
-            else "no checkpoint yet"
+            else "there is no checkpoint"
         )
-        raise RaytowerError(f"{failure} ({kept})")
-    checkpoint = _chosen_checkpoint(result, task.dev.metric if task.dev else None)
-    figures: dict[str, Any] = {**result.return_value, "output": config.output}  # type: ignore[attr-defined]
+        raise RaytowerError(f"{outcome['failure']}; {kept}")
+    checkpoint, metrics = _chosen_checkpoint(result, plan.task.dev.metric if plan.task.dev else None)
+    figures = {**outcome, "best_step": metrics.get("step", outcome["steps"]), "output": config.output}
     info = {
         "run": key,
         "config": config.model_dump(mode="json"),
-        "figures": figures,
         "history": figures.pop("history"),
         "curve": figures.pop("curve"),
+        "figures": figures,
     }
-    with checkpoint.as_directory() as folder, publish_directory(output) as target:
-        shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
-        own = json.loads((target / INFO_NAME).read_text(encoding="utf-8"))
-        (target / INFO_NAME).write_text(
-            json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8"
-        )
-    (storage / name).delete()
+    _publish(checkpoint, output, info)
+    (plan.storage / name).delete()
     return figures
 
 
-def _run_trainer(plan: TrainingPlan, storage: Location, name: str) -> ray.train.Result:
-    config, dev = plan.config, plan.task.dev
+def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> TrainingPlan:
+    num_steps = _count_steps(config, survey)
+    output = Location.of(config.output)
+    stream = StreamPlan(
+        pieces=survey.pieces,
+        batch_size=config.batch_size,
+        num_batches=num_steps * config.accumulate_batches,
+        seed=config.seed,
+        window_rows=config.shuffle_rows,
+        distinct_columns=task.distinct_columns,
+    )
+    return TrainingPlan(
+        config=config,
+        task=task,
+        stream=stream,
+        num_steps=num_steps,
+        num_threads=max(int(config.workers.num_cpus), 1),
+        storage=output.parent,
+        log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
+    )
+
+
+def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str, Any]) -> None:
+    """The checkpoint's model directory as the job's output, with the run's record in raytower.json."""
+    with checkpoint.as_directory() as folder, publish_directory(output) as target:
+        shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
+        path = target / INFO_NAME
+        own = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
+    config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
         num_to_keep=config.keep_checkpoints,
         checkpoint_score_attribute=dev.metric if dev else None,
@@ -167,12 +179,15 @@ def _run_trainer(plan: TrainingPlan, storage: Location, name: str) -> ray.train.
         raise RaytowerError(f"training failed: {error}") from error
 
 
-def _chosen_checkpoint(result: ray.train.Result, metric: str | None) -> ray.train.Checkpoint:
+def _chosen_checkpoint(
+    result: ray.train.Result, metric: str | None
+) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
+    """The checkpoint to publish, and what was reported with it: the best by the metric, or the last."""
     if metric and result.best_checkpoints:
-        return max(result.best_checkpoints, key=lambda item: item[1].get(metric, float("-inf")))[0]
+        return max(result.best_checkpoints, key=lambda item: item[1].get(metric, float("-inf")))
     if result.checkpoint is None:
         raise RaytowerError("training ended without a checkpoint; see the worker logs above")
-    return result.checkpoint
+    return result.checkpoint, result.metrics or {}
 
 
 def _count_steps(config: TrainJobConfig, survey: Survey) -> int:
