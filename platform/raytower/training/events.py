@@ -4,36 +4,50 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from raytower.storage import Location
 
 
 class EventLog:
-    """Scalars of one run; a run that continues appends, and TensorBoard drops what it had logged beyond that step."""
+    """Scalars of one run; a run that continues appends, and TensorBoard drops what it had logged beyond that step.
+
+    Events are written at once: the library's usual writer queues them, and its flush does not wait for the queue.
+    """
 
     def __init__(self, place: Location, first_step: int) -> None:
         """`first_step` is the next step that will be logged."""
         self._place = place
         self._folder = Path(place.path) if place.is_local else Path(tempfile.mkdtemp(prefix="events"))
-        self._writer = SummaryWriter(str(self._folder), purge_step=first_step if first_step > 1 else None)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Names hold whole seconds only, and a run may start again sooner.
+        self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{first_step}")
+        if first_step > 1:
+            restart = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=restart))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` by name at `step`."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            summary = scalar(name, value)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
         """Make everything logged so far visible at the place."""
         self._writer.flush()
         if not self._place.is_local:
+            self._place.make_dir()
             for file in sorted(self._folder.iterdir()):
                 (self._place / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
+        """Flush for the last time."""
         self.flush()
         self._writer.close()
         if not self._place.is_local:

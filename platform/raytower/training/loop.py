@@ -108,7 +108,7 @@ class _Worker:
         accumulated = self.config.accumulate_batches
         batches = stream_batches(plan.stream, skip_batches=progress.step * accumulated)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
-        while progress.step < plan.num_steps:
+        while not self._is_over():
             loss = self._make_step([next(batches) for _ in range(accumulated)])
             progress.step += 1
             progress.seconds = before + time.perf_counter() - started
@@ -116,8 +116,7 @@ class _Worker:
             if last or progress.step % self.config.log_every_steps == 0:
                 self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
             if dev is not None and (last or progress.step % dev.every_steps == 0):
-                if self._evaluate():
-                    break
+                self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
                 self._report({})
         if self.events is not None:
@@ -142,8 +141,14 @@ class _Worker:
                 "stopped. Lower optimizer.lr, use dtype float32, or look at these rows"
             ) from error
 
-    def _evaluate(self) -> bool:
-        """Measure on dev, report a checkpoint, and say whether patience has run out."""
+    def _is_over(self) -> bool:
+        """All steps are made, or patience has run out; true at once where a run was killed after its last step."""
+        dev = self.plan.task.dev
+        impatient = dev is not None and self.progress.stale_evaluations >= dev.patience
+        return impatient or self.progress.step >= self.plan.num_steps
+
+    def _evaluate(self) -> None:
+        """Measure on dev and report a checkpoint."""
         progress, dev = self.progress, self.plan.task.dev
         assert dev is not None
         self.model.eval()
@@ -159,7 +164,6 @@ class _Worker:
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
         self._report(metrics)
-        return progress.stale_evaluations >= dev.patience
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""
@@ -212,6 +216,7 @@ def probe_storage(storage: Location, rank: int) -> None:
     """
     probe = storage / f".probe-{rank}"
     try:
+        storage.make_dir()
         probe.write_bytes(b"probe")
         probe.delete()
     except OSError as error:
