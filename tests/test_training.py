@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import fs as pafs
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from torch import nn
@@ -23,7 +25,9 @@ from raytower.data.pieces import survey
 from raytower.data.sources import InputConfig
 from raytower.errors import InputError, RaytowerError
 from raytower.models.encoder import Encoder
+from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import TextClassifier
+from raytower.storage import Location
 from raytower.training.batches import count_steps, cut_batches, cut_distinct_batches, worker_slice
 from raytower.training.classifier import train_classifier
 from raytower.training.config import (
@@ -32,12 +36,15 @@ from raytower.training.config import (
     TrainRerankerConfig,
     TrainRetrieverConfig,
 )
+from raytower.training.dev_recall import evaluate_recall, load_dev_set
 from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
 from raytower.training.reranker import train_reranker
-from raytower.training.retriever import plan_train_retriever, train_retriever
+from raytower.training.retriever import plan_train_retriever, survey_retriever, train_retriever
 from raytower.training.row_stream import StreamPlan, stream_batches
-from raytower.training.windows import Window, plan_windows
+from raytower.training.runner import finished_run, run_identity, run_key
+from raytower.training.windows import Window, plan_windows, read_window
 from tests.tensorboard_events import read_scalars
+from tests.tiny_models import build_tiny_encoder
 from tests.tiny_training import write_labelled, write_pairs, write_scored, write_triples
 
 
@@ -122,6 +129,11 @@ class TestBatches:
         batches = list(cut_distinct_batches(tables_of(rows, [2, 4]), 2, ["query"], 99))
         assert [batch["query"] for batch in batches] == [["a", "b"], ["a", "c"], ["a", "d"]]
 
+    def test_of_candidates_the_best_document_tells(self) -> None:
+        table = pa.table({"query": ["a", "b", "c"], "documents": [["x", "y"], ["x", "z"], ["y", "x"]]})
+        (batch,) = cut_distinct_batches([table], 2, ["query", "documents"], 99)
+        assert batch["query"] == ["a", "c"]
+
     def test_rows_that_are_all_alike_are_refused(self) -> None:
         rows = [("a", None)] * 20
         with pytest.raises(InputError, match="without sharing a query; use sampler: shuffle"):
@@ -165,6 +177,22 @@ class TestRowStream:
         self, plan: StreamPlan, skip: int
     ) -> None:
         assert list(stream_batches(plan, skip)) == list(stream_batches(plan))[skip:]
+
+    def test_memory_holds_a_few_windows_however_slow_the_consumer(
+        self, plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ray Data reads ahead without bound, so no more than a few windows are ever given to it at a time."""
+        given_out: list[Window] = []
+
+        def record(windows: list[Window], pieces: object, seed: int) -> Iterator[pa.Table]:
+            given_out.extend(windows)
+            return (read_window(window, plan.pieces, seed) for window in windows)
+
+        monkeypatch.setattr("raytower.training.row_stream._execute", record)
+        batches = stream_batches(StreamPlan(**{**vars(plan), "window_rows": 7, "num_batches": 10_000}))
+        for taken in range(1, 10):
+            next(batches)
+            assert sum(window.num_rows for window in given_out) <= taken * 8 + 4 * 7
 
     def test_distinct_batches_continue_too(self, plan: StreamPlan) -> None:
         values = {**vars(plan), "distinct_columns": ("query", "document"), "num_batches": 12}
@@ -245,19 +273,34 @@ class TestRetrieverRuns:
         assert train_retriever(config) == two
         assert not [path for path in tmp_path.iterdir() if path.name.endswith(".train")]
 
-    def test_dev_recall_rises_and_the_best_checkpoint_is_published(
+    def test_the_best_checkpoint_is_published_and_not_the_last(
         self, still_encoder: Path, tmp_path: Path
     ) -> None:
+        """The learning rate rises until it destroys the model: the dev metric falls at the end."""
         pairs = write_pairs(tmp_path / "pairs.tsv", 64)
-        dev = {"path": str(pairs), "metric": "recall@1", "every_steps": 8, "patience": 5}
-        figures = train_retriever(
-            retriever_config(still_encoder, pairs, tmp_path / "out", dev=dev, epochs=3, dtype="bfloat16")
+        dev = {"path": str(pairs), "metric": "recall@1", "every_steps": 4, "patience": 9}
+        config = retriever_config(
+            still_encoder,
+            pairs,
+            tmp_path / "out",
+            dev=dev,
+            epochs=4,
+            optimizer={"lr": 0.3, "warmup_ratio": 1.0, "max_grad_norm": 1e6},
+            checkpoint_every_steps=3,
+            keep_checkpoints=1,
         )
+        figures = train_retriever(config)
         info = json.loads((tmp_path / "out" / "raytower.json").read_text())
         history = {entry["step"]: entry["recall@1"] for entry in info["history"]}
-        assert figures["best"] == max(history.values()) > history[8] * 0.99
-        assert info["config"]["dev"]["metric"] == "recall@1"
-        assert info["fingerprint"] == Encoder.load(tmp_path / "out").fingerprint
+        assert list(history) == [4, 8, 12, 16, 20, 24, 28, 32]
+        assert figures["best"] == max(history.values())
+        assert history[figures["best_step"]] == figures["best"] > history[32]
+        published = Encoder.load(tmp_path / "out")
+        assert info["fingerprint"] == published.fingerprint
+        assert config.dev is not None
+        engine = ForwardEngine(published, max_length=32)
+        measured = evaluate_recall(engine, load_dev_set(config.dev), "recall@1", ("", ""))
+        assert measured["recall@1"] == pytest.approx(figures["best"], abs=1e-6)
 
     def test_prefixes_become_the_models_prompts(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 8)
@@ -284,12 +327,14 @@ class TestRetrieverRuns:
             still_encoder, pairs, tmp_path / "out", optimizer={"lr": 1e30}, checkpoint_every_steps=1
         )
         with pytest.raises(
-            RaytowerError, match=r"the loss is nan at step \d, whose batch begins with 'what is"
+            RaytowerError, match=r"is (nan|inf).* at step \d+, whose batch begins with 'what is"
         ):
             train_retriever(config)
         assert not (tmp_path / "out").exists()
         kept = list(tmp_path.glob(".out.*.train/checkpoint_*/model/model.safetensors"))
         assert kept, "the last good checkpoint stays"
+        for path in kept:
+            assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
     def test_an_output_of_another_config_is_refused(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 8)
@@ -301,6 +346,54 @@ class TestRetrieverRuns:
         pairs = write_pairs(tmp_path / "pairs.tsv", 7)
         with pytest.raises(InputError, match="7 training rows are fewer than one batch of 8"):
             train_retriever(retriever_config(still_encoder, pairs, tmp_path / "out"))
+
+
+class TestIdentity:
+    """What makes a job started again the same job."""
+
+    def identity(self, config: TrainRetrieverConfig) -> dict[str, Any]:
+        return run_identity(config, survey_retriever(config))
+
+    def test_every_file_and_the_starting_weights_count(self, still_encoder: Path, tmp_path: Path) -> None:
+        start = tmp_path / "start"
+        shutil.copytree(still_encoder, start)
+        pairs, dev_file = write_pairs(tmp_path / "pairs.tsv", 8), write_pairs(tmp_path / "dev.tsv", 8)
+        config = retriever_config(start, pairs, tmp_path / "out", dev={"path": str(dev_file)})
+        seen = [self.identity(config)]
+        assert self.identity(config) == seen[0]
+        for path in (pairs, dev_file):
+            # As many bytes and rows as before, and another content.
+            path.write_text(path.read_text().replace("aaa 0", "aaa 9"))
+            seen.append(self.identity(config))
+        build_tiny_encoder(start, seed=7)
+        seen.append(self.identity(config))
+        changed = [{key for key in later if later[key] != earlier[key]} for earlier, later in pairwise(seen)]
+        assert changed == [{"content of train"}, {"content of dev"}, {"weights of start"}]
+
+    def test_keys_that_change_nothing_do_not_count(self, still_encoder: Path, tmp_path: Path) -> None:
+        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+        plain = self.identity(retriever_config(still_encoder, pairs, tmp_path / "out"))
+        free = {"checkpoint_every_steps": 1, "log_every_steps": 1, "max_failures": 0, "keep_checkpoints": 5}
+        assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "other", **free)) == plain
+        assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "out", seed=1)) != plain
+
+    def test_an_output_that_is_half_published_elsewhere_is_published_again(
+        self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Object stores know no rename: raytower.json comes last, and is missing after a kill."""
+        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+        config = retriever_config(still_encoder, pairs, tmp_path / "out")
+        identity = self.identity(config)
+        bucket = tmp_path / "bucket"
+        (bucket / "run").mkdir(parents=True)
+        (bucket / "run" / "model.safetensors").write_bytes(b"half")
+        output = Location(pafs.SubTreeFileSystem(str(bucket), pafs.LocalFileSystem()), "run")
+        monkeypatch.setattr(Location, "of", staticmethod(lambda _: output))
+        with pytest.raises(InputError, match="no training job wrote it"):
+            finished_run(config, identity)
+        (bucket / f".run.{run_key(identity)}.train").mkdir()
+        assert finished_run(config, identity) is None
+        assert not (bucket / "run").exists()
 
 
 def test_dry_run_plans_without_ray(still_encoder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raytower.config import make_config
+from raytower.config import load_config, make_config
 from raytower.errors import InputError
 from raytower.storage import Location
 from raytower.training.classifier import make_classifier_task, survey_classifier, train_classifier
@@ -90,6 +90,12 @@ def test_labels_out_of_range_for_a_reranker(
     assert words in refused("reranker", dummy_encoder_dir, train, objective=objective)
 
 
+def test_scores_of_candidates_out_of_range_for_a_reranker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_candidates(tmp_path / "train.jsonl", 32)
+    message = refused("reranker", dummy_encoder_dir, train, objective={"name": "pointwise_cross_entropy"})
+    assert "label 2" in message
+
+
 def test_a_label_outside_the_list_of_labels(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     train = write_labelled(tmp_path / "train.tsv", 16)
     labels = write_rows(tmp_path / "label.txt", [f"topics##{topic}" for topic in "abcdefg"])
@@ -133,6 +139,18 @@ def test_a_text_that_is_empty_after_cleaning(dummy_encoder_dir: Path, tmp_path: 
     message = refused("retriever", dummy_encoder_dir, train)
     assert "train.tsv" in message
     assert "line 2" in message or ":2" in message
+
+
+def test_bad_rows_go_to_quarantine_whatever_the_format(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    rows = [*(f"question {i}\tanswer {i}" for i in range(20)), "no second column"]
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": str(write_rows(tmp_path / "train.tsv", rows))},
+        "output": str(tmp_path / "out"),
+        "on_error": "quarantine",
+    }
+    surveyed = survey_retriever(make_config(TrainRetrieverConfig, values))
+    assert (surveyed.num_rows, surveyed.num_rejected) == (20, 1)
 
 
 @pytest.mark.parametrize("column", ["query", "document"])
@@ -204,6 +222,12 @@ def test_distillation_without_a_teacher(dummy_encoder_dir: Path, tmp_path: Path)
     assert "set teacher to a reranker directory" in message
 
 
+def test_a_teacher_that_does_not_exist(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_triples(tmp_path / "train.tsv", 16)
+    changes = {"objective": {"name": "margin_mse"}, "teacher": str(tmp_path / "nothing")}
+    assert "nothing" in refused("retriever", dummy_encoder_dir, train, **changes)
+
+
 def test_a_teacher_that_nobody_follows(
     dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +278,9 @@ def test_lora_layers_that_do_not_exist(dummy_encoder_dir: Path, tmp_path: Path) 
         ({"objective": {"name": "simcse", "margin": 0.1}}, "unknown key 'objective.margin'"),
         ({"model": None}, "name an encoder by model or by init_from"),
         ({"dev": {"path": "x", "metric": "recal@10"}}, "dev.metric"),
+        ({"dev": {"path": "x", "metric": "auc", "corpus": "y"}}, "dev.metric auc searches none"),
+        ({"dev": {"path": "x", "threshold": 0.5}}, "dev.metric recall@10 has none"),
+        ({"seed": 2**32}, "seed"),
     ],
 )
 def test_configs_that_name_what_does_not_exist(
@@ -263,6 +290,18 @@ def test_configs_that_name_what_does_not_exist(
     with pytest.raises(InputError) as caught:
         make_config(TrainRetrieverConfig, json.loads(json.dumps(values)))
     assert words in str(caught.value)
+
+
+def test_plain_text_on_the_command_line_stays_as_typed() -> None:
+    overrides = {
+        "model": "2024",
+        "train.path": "x",
+        "output": "y",
+        "query_prefix": "query: ",
+        "teacher": "null",
+    }
+    config = load_config(TrainRetrieverConfig, None, overrides)
+    assert (config.model, config.query_prefix, config.teacher) == ("2024", "query: ", None)
 
 
 def test_every_job_config_is_frozen_and_shares_its_keys() -> None:

@@ -139,10 +139,8 @@ def test_three_stages_continue_from_each_other(dummy_encoder_dir: Path, tmp_path
             projection_dim=8,
         )
         assert task.start == str(start)
-        built = task.build(None)
-        assert built.encoder.compute_fingerprint() == (
-            Encoder.load(start).fingerprint if number else built.encoder.compute_fingerprint()
-        )
+        if number:
+            assert task.build(None).encoder.compute_fingerprint() == Encoder.load(start).fingerprint
         start = tmp_path / f"stage{number}"
         task.save(model, start, {})
         assert len(Encoder.load(start).projections) == 1
@@ -280,6 +278,36 @@ def test_every_cross_encoder_objective_trains_from_a_config(
     assert saved.max_length == 32
 
 
+def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
+    dummy_encoder_dir: Path, tmp_path: Path
+) -> None:
+    """The pooler is fresh where the encoder was published without one: frozen, it would stay random."""
+    train = write_scored(tmp_path / "train.tsv", 32)
+    values = values_of(dummy_encoder_dir, train, tmp_path, {"lora": {"rank": 2}})
+    config = make_config(TrainRerankerConfig, values)
+    model = make_reranker_task(config, survey_reranker(config)).build(None)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {
+        "inner.model.bert.pooler.dense.weight",
+        "inner.model.bert.pooler.dense.bias",
+        "inner.model.classifier.weight",
+        "inner.model.classifier.bias",
+    }
+
+
+def test_no_duplicates_looks_at_what_tells(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    def columns(rows: Path, **changes: Any) -> tuple[str, ...]:
+        changes |= {"sampler": "no_duplicates"}
+        config = make_config(TrainRetrieverConfig, values_of(dummy_encoder_dir, rows, tmp_path, changes))
+        return make_retriever_task(config, survey_retriever(config)).distinct_columns
+
+    scored = write_scored(tmp_path / "scored.tsv", 16)
+    assert columns(scored, objective={"name": "cosine_embedding"}) == ("query", "document")
+    assert columns(write_candidates(tmp_path / "c.jsonl", 16)) == ("query", "documents")
+    labelled = {"path": str(write_labelled(tmp_path / "labelled.tsv", 16)), "format": "labelled"}
+    assert columns(tmp_path / "labelled.tsv", train=labelled) == ("text", "label")
+
+
 @pytest.mark.parametrize("objective", [{"name": "cross_entropy"}, {"name": "focal", "gamma": 1.0}])
 @pytest.mark.parametrize("weights", [None, "balanced", {"topics##a": 2.0}])
 def test_classifiers_train_from_a_config(
@@ -327,5 +355,5 @@ def test_scored_dev_pairs_measure_an_encoder(dummy_encoder_dir: Path, tmp_path: 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_move(still_encoder: Path, tmp_path: Path) -> None:
     train = write_pairs(tmp_path / "train.tsv", 64)
-    with pytest.raises(RaytowerError, match="the loss is nan"):
+    with pytest.raises(RaytowerError, match=r"is (nan|inf)"):
         train_retriever_here(still_encoder, train, tmp_path, steps=8, optimizer={"lr": 1e30})

@@ -75,7 +75,7 @@ def load_config(
             )
         values = loaded or {}
     for key, value in (overrides or {}).items():
-        if isinstance(value, str) and not _is_text(config_class, key):
+        if isinstance(value, str) and not _is_text(config_class, key, value):
             value = _parse_scalar(value)
         _set_dotted(values, key, value)
     return make_config(config_class, values, source=str(path) if path else "the command line")
@@ -154,15 +154,15 @@ def _parse_scalar(text: str) -> Any:
     return value if isinstance(value, (bool, int, float, list, dict)) else text
 
 
-def _is_text(config_class: type[Config], key: str) -> bool:
+def _is_text(config_class: type[Config], key: str, value: str) -> bool:
     """Whether a dotted key holds plain text, so that a query like `123` or `what is: this` stays as it was typed."""
     head, _, rest = key.partition(".")
     field = config_class.model_fields.get(head)
     if field is None:
         return False
     if rest:
-        return any(_is_text(nested, rest) for nested in nested_configs(field.annotation))
-    return field.annotation is str
+        return any(_is_text(nested, rest, value) for nested in nested_configs(field.annotation))
+    return field.annotation is str or (field.annotation == str | None and value != "null")
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

@@ -42,10 +42,8 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
         target_modules=config.target_modules or "all-linear",
         exclude_modules=r"(.*\.)?pooler\..*",
     )
-    for name, parameter in backbone.named_parameters():
-        # The pooler belongs to a classifier's head, which trains as a whole; an encoder has none in use.
-        if not name.startswith("pooler."):
-            parameter.requires_grad_(False)
+    # The pooler belongs to a classifier's head, which trains as a whole; that of an encoder is frozen already.
+    pooler = [p for name, p in backbone.named_parameters() if name.startswith("pooler.") and p.requires_grad]
     try:
         peft.inject_adapter_in_model(settings, backbone)
     except ValueError as error:
@@ -55,6 +53,8 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
         raise InputError(
             f"lora.target_modules is {config.target_modules}: {error}; this backbone's linear layers are {known}"
         ) from error
+    for parameter in pooler:
+        parameter.requires_grad_(True)
 
 
 def merge_adapters(backbone: nn.Module) -> None:

@@ -58,39 +58,49 @@ def cut_distinct_batches(
     Raises:
         InputError: more than `max_waiting` rows wait: the data repeat themselves too much for distinct batches.
     """
-    waiting: list[dict[str, Any]] = []
-    batch: list[dict[str, Any]] = []
-    seen: set[tuple[str, Any]] = set()
+    waiting: list[_KeyedRow] = []
+    batch = _DistinctBatch(batch_size)
     for table in tables:
         for row in table.to_pylist():
-            if not _place(row, columns, batch, seen):
-                waiting.append(row)
+            keyed = (_keys(row, columns), row)
+            if not batch.take(keyed):
+                waiting.append(keyed)
                 if len(waiting) > max_waiting:
                     raise InputError(
                         f"more than {max_waiting} rows cannot be placed in batches of {batch_size} without sharing a "
                         f"{' or '.join(columns)}; use sampler: shuffle (false negatives are masked anyway) or a "
                         "smaller batch_size"
                     )
-            while len(batch) == batch_size:
-                yield {name: [item[name] for item in batch] for name in table.column_names}
-                batch, seen = [], set()
-                waiting = [item for item in waiting if not _place(item, columns, batch, seen, batch_size)]
+            while len(batch.rows) == batch_size:
+                yield {name: [item[name] for item in batch.rows] for name in table.column_names}
+                batch = _DistinctBatch(batch_size)
+                waiting = [item for item in waiting if not batch.take(item)]
 
 
-def _place(
-    row: dict[str, Any],
-    columns: Sequence[str],
-    batch: list[dict[str, Any]],
-    seen: set[tuple[str, Any]],
-    batch_size: int | None = None,
-) -> bool:
-    """Put a row into the batch unless it collides there, or the batch is full."""
-    keys = {(name, row[name]) for name in columns if row[name] is not None}
-    if keys & seen or (batch_size is not None and len(batch) >= batch_size):
-        return False
-    batch.append(row)
-    seen |= keys
-    return True
+_KeyedRow = tuple[frozenset[tuple[str, Any]], dict[str, Any]]
+
+
+class _DistinctBatch:
+    """Rows that share no key."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows: list[dict[str, Any]] = []
+        self._seen: set[tuple[str, Any]] = set()
+
+    def take(self, keyed: _KeyedRow) -> bool:
+        """Take a row in, unless the batch is full or has one of its keys."""
+        keys, row = keyed
+        if len(self.rows) == self.size or not self._seen.isdisjoint(keys):
+            return False
+        self.rows.append(row)
+        self._seen |= keys
+        return True
+
+
+def _keys(row: dict[str, Any], columns: Sequence[str]) -> frozenset[tuple[str, Any]]:
+    values = ((name, row[name][0] if isinstance(row[name], list) else row[name]) for name in columns)
+    return frozenset((name, value) for name, value in values if value is not None)
 
 
 def worker_slice(rows: Rows, rank: int, world_size: int) -> Rows:

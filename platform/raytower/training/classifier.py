@@ -33,6 +33,7 @@ from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
 _EVALUATION_TOKENS = 4096
+_CPU = torch.device("cpu")
 
 
 class ClassifierTask(Task[TrainClassifierConfig]):
@@ -51,7 +52,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         if config.dev is not None:
             self.dev_texts, self.dev_labels = _load_dev(config.dev.path, self.classes)
 
-    def build(self, start_from: Path | None) -> nn.Module:
+    def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
         return LogitsModel(model)
@@ -75,9 +76,11 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         copied = merged_copy(inner, self.config) if self.config.lora else copy.deepcopy(inner)
         copied.to(getattr(torch, evaluation_dtype(self.config.dtype, device)))
         rows = own_rows(len(self.dev_texts)).tolist()
-        encoded = self._tokenise(inner, [self.dev_texts[row] for row in rows])
-        logits = classify_rows(copied, encoded, _EVALUATION_TOKENS)
-        best = gather_rows_in_order(logits.argmax(1).astype(np.float32), len(self.dev_texts))
+        best_own = np.zeros(len(rows), dtype=np.float32)
+        if rows:  # more workers than texts leave some without any
+            encoded = self._tokenise(inner, [self.dev_texts[row] for row in rows])
+            best_own[:] = classify_rows(copied, encoded, _EVALUATION_TOKENS).argmax(1)
+        best = gather_rows_in_order(best_own, len(self.dev_texts))
         predicted = [self.labels[int(number)] for number in best]
         return {
             "accuracy": accuracy(predicted, self.dev_labels),

@@ -68,8 +68,16 @@ class DevConfig(Config):
     """Evaluations in a row without a better value before training stops."""
 
 
+class TrainInput(Config):
+    """Where the training rows are."""
+
+    path: str
+
+
 class TrainJobConfig(Config):
     """Keys that every training job has."""
+
+    train: TrainInput
 
     model: str | None = None
     """Any Hugging Face encoder directory or hub id."""
@@ -91,7 +99,7 @@ class TrainJobConfig(Config):
     """torch.compile the backbone: pays on accelerators and long runs, needs a C++ compiler."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     workers: TrainWorkersConfig = TrainWorkersConfig()
     on_error: OnError = "fail"
     shuffle_rows: int = Field(default=100_000, ge=1)
@@ -136,8 +144,7 @@ def _with_default_name(name: str) -> Any:
     return fill
 
 
-class RetrieverTrainInput(Config):
-    path: str
+class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
@@ -155,6 +162,14 @@ class RetrieverDevConfig(DevConfig):
     )
     threshold: float | None = None
     """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.is_scored and self.corpus is not None:
+            raise ValueError(
+                f"dev.corpus is set, and dev.metric {self.metric} searches none; remove it, or measure recall@10"
+            )
+        if self.threshold is not None and self.metric not in ("auc", "accuracy", "f1"):
+            raise ValueError(f"dev.threshold is set, and dev.metric {self.metric} has none; remove it")
 
     @property
     def is_scored(self) -> bool:
@@ -183,8 +198,7 @@ class TrainRetrieverConfig(TrainJobConfig):
     _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
 
 
-class RerankerTrainInput(Config):
-    path: str
+class RerankerTrainInput(TrainInput):
     format: Literal["auto", RerankerFormat] = "auto"
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
@@ -210,10 +224,6 @@ class TrainRerankerConfig(TrainJobConfig):
     _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
 
 
-class ClassifierTrainInput(Config):
-    path: str
-
-
 class ClassifierDevConfig(DevConfig):
     """Labelled dev texts; f1 is the mean over labels (macro)."""
 
@@ -223,7 +233,6 @@ class ClassifierDevConfig(DevConfig):
 class TrainClassifierConfig(TrainJobConfig):
     """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
 
-    train: ClassifierTrainInput
     labels: str | None = None
     """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
     dev: ClassifierDevConfig | None = None

@@ -28,9 +28,9 @@ class EventLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Names hold whole seconds only, and a run may start again sooner.
         self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{first_step}")
-        if first_step > 1:
-            restart = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=restart))
+        # Whatever stands in the folder from this step on, of a run that was killed or replaced, is void.
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=restart))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` by name at `step`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
-from raytower.data.sources import InputConfig
+from raytower.data.sources import InputConfig, find_files
 from raytower.errors import InputError
+from raytower.runtime import log
 from raytower.storage import Location
 from raytower.training.config import TrainJobConfig
 
@@ -41,10 +43,21 @@ def survey_training(
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
         )
-    kind = _detect_kind(source, kinds) if wanted == "auto" else cast(RecordKind, wanted)
     quarantine = _quarantine_place(Location.of(config.output)) if config.on_error == "quarantine" else None
-    return survey_input(
-        source, kind, rows_per_piece=ROWS_PER_PIECE, on_error=config.on_error, quarantine=quarantine
+    candidates = cast(Sequence[RecordKind], kinds if wanted == "auto" else [wanted])
+    reasons = []
+    for kind in candidates:
+        try:
+            return survey_input(
+                source, kind, rows_per_piece=ROWS_PER_PIECE, on_error=config.on_error, quarantine=quarantine
+            )
+        except InputError as error:
+            if len(candidates) == 1:
+                raise
+            reasons.append(f"as {kind}: {error}")
+    raise InputError(
+        f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
+        + "\n".join(reasons)
     )
 
 
@@ -56,13 +69,14 @@ def tables(survey: Survey) -> Iterator[pa.Table]:
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
     """Raise InputError where all rows have one and the same text in a column: no row has a negative then.
 
-    Reads until every column has shown two texts, which is mostly the first piece.
+    Of a list of documents the first one counts. Reads until every column has shown two texts, mostly one piece.
     """
     first: dict[str, str] = {}
     open_columns = list(columns)
     for table in tables(survey):
         for name in list(open_columns):
-            values = pc.unique(table[name])
+            column = table[name]
+            values = pc.unique(pc.list_element(column, 0) if pa.types.is_list(column.type) else column)
             text = first.setdefault(name, values[0].as_py())
             if len(values) > 1 or values[0].as_py() != text:
                 open_columns.remove(name)
@@ -75,15 +89,20 @@ def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
     )
 
 
-def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
+def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_documents: int | None = None) -> None:
     """Let the objective see every label once before training, so that a bad one is not found in its midst.
 
     `apply` computes the objective for labels (B,) with some constant in place of a model's output, and raises
-    InputError for a label that breaks the objective's rule.
+    InputError for a label that breaks the objective's rule. The labels of candidates are the scores of their best
+    `num_documents`.
     """
     for table in tables(survey):
+        if "label" in table.column_names:
+            labels = table["label"].to_pylist()
+        else:
+            labels = [score for row in table["scores"].to_pylist() for score in row[:num_documents]]
         try:
-            apply(torch.tensor(table["label"].to_pylist(), dtype=torch.float32))
+            apply(torch.tensor(labels, dtype=torch.float32))
         except InputError as error:
             raise InputError(f"{', '.join(survey.files[:3])}: {error}") from error
 
@@ -96,30 +115,38 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
     """
     if "documents" not in survey.schema.names:
         return None
-    fewest = min(int(pc.min(pc.list_value_length(table["documents"])).as_py()) for table in tables(survey))
+    lengths = [pc.list_value_length(table["documents"]) for table in tables(survey)]
+    fewest = min(int(pc.min(length).as_py()) for length in lengths)
     if wanted is not None and fewest < wanted:
         raise InputError(
             f"train.num_documents is {wanted}, and a row has only {fewest}; lower it, or leave it out to take "
             f"{fewest} from every row"
         )
-    return wanted if wanted is not None else fewest
+    count = wanted if wanted is not None else fewest
+    longer = sum(int(pc.sum(pc.greater(length, count)).as_py() or 0) for length in lengths)
+    if longer:
+        log(
+            f"{longer:,} of {survey.num_rows:,} rows have more than {count} documents and are cut to their best "
+            f"{count}; train.num_documents says how many to take"
+        )
+    return count
+
+
+def content_hash(path: str) -> str:
+    """Hash over the content of all files of an input: a file, a folder or a glob."""
+    place = Location.of(path)
+    if place.is_dir():
+        files = sorted((file for file in place.children(recursive=True) if file.is_file()), key=str)
+    elif place.is_file():
+        files = [place]
+    else:
+        files = [file.location for file in find_files(path, "auto").files]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.sha256()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _quarantine_place(output: Location) -> Location:
     """Where rejected rows of a training job go: beside its output directory."""
     return output.parent / f"{output.name}.quarantine"
-
-
-def _detect_kind(source: InputConfig, names: Sequence[str]) -> RecordKind:
-    kinds = cast(Sequence[RecordKind], names)
-    if len(kinds) == 1:
-        return kinds[0]
-    reasons = []
-    for kind in kinds:
-        try:
-            survey_input(source, kind, rows_per_piece=ROWS_PER_PIECE)
-        except InputError as error:
-            reasons.append(f"as {kind}: {error}")
-        else:
-            return kind
-    raise InputError(f"{source.path!r} is none of {', '.join(kinds)}:\n" + "\n".join(reasons))

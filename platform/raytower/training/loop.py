@@ -82,7 +82,7 @@ class _Worker:
             # Adapters are merged in the model directory of a checkpoint, so they start again from the beginning.
             start_from = folder / MODEL_DIR if folder and config.lora is None else None
             device = ray.train.torch.get_device()
-            self.model = plan.task.build(start_from).to(device).train()
+            self.model = plan.task.build(start_from, device).to(device).train()
             if folder and config.lora is not None:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
@@ -99,6 +99,8 @@ class _Worker:
             if folder:
                 self.progress = Progress(**load_state(self.step, folder))
                 self._say(f"continuing from step {self.progress.step} of {plan.num_steps}")
+            if device.type == "cpu" and torch.cuda.is_available():
+                self._say("a GPU is there and not used: set workers.num_gpus to 1")
         self.events = None
         if self.rank == 0:
             self.events = EventLog(plan.log_dir, self.progress.step + 1)
@@ -118,7 +120,8 @@ class _Worker:
             if dev is not None and (last or progress.step % dev.every_steps == 0):
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
-                self._report({})
+                # Without a value the checkpoint counts as the worst by the metric; it is there to continue from.
+                self._report({} if dev is None else {dev.metric: float("-inf")})
         if self.events is not None:
             self.events.close()
         return {
@@ -135,10 +138,12 @@ class _Worker:
         try:
             return self.step.run(self.progress.step, shares, self.plan.task.backward)
         except NotANumberError as error:
-            texts = next(values for values in batches[0].values() if isinstance(values[0], str))
+            columns = batches[error.batch].values()
+            text = next(values[0] for values in columns if isinstance(values[0], str))
             raise NotANumberError(
-                f"{error} at step {self.progress.step + 1}, whose batch begins with {texts[0][:80]!r}; training has "
-                "stopped. Lower optimizer.lr, use dtype float32, or look at these rows"
+                f"{error} at step {self.progress.step + 1}, whose batch begins with {text[:80]!r}; training has "
+                "stopped. Lower optimizer.lr, use dtype float32, or look at these rows",
+                error.batch,
             ) from error
 
     def _is_over(self) -> bool:

@@ -27,6 +27,7 @@ from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
+_CPU = torch.device("cpu")
 # Objectives that compare the documents of one query: logits (queries, documents) in place of (pairs, classes).
 _LISTWISE = ("pairwise_margin", "listwise_softmax")
 
@@ -41,7 +42,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
         if config.dev is not None:
             self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
 
-    def build(self, start_from: Path | None) -> nn.Module:
+    def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
         return LogitsModel(model)
@@ -107,9 +108,11 @@ def make_reranker_task(config: TrainRerankerConfig, surveyed: Survey) -> Reranke
     """The task, once model, rows and objective are known to fit together; raises InputError where they do not."""
     _load_start(config, config.start)
     names, shape = surveyed.schema.names, config.objective.num_labels
-    if "label" in names:
-        check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
     count = count_documents(surveyed, config.train.num_documents)
+    if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
+        check_labels(
+            surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels), count
+        )
     return RerankerTask(config, absolute_if_local(config.start), count)
 
 

@@ -33,8 +33,9 @@ from raytower.training.task import Task
 # Small chunks stay in a CPU's cache: twice as fast there as one padded batch of 64 pairs.
 _CPU_TOKENS_PER_BATCH = 1024
 _GPU_TOKENS_PER_BATCH = 65536
-# What makes two rows of a batch each other's false negatives.
-_TELLING_COLUMNS = ("query", "document", "query_id", "document_id", "text", "label")
+# What makes two rows of a batch each other's false negatives. Of candidates it is the best document that tells.
+_TELLING_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
+_CPU = torch.device("cpu")
 
 
 class RetrieverTask(Task[TrainRetrieverConfig]):
@@ -55,15 +56,14 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             self.recall_dev = load_dev_set(config.dev)
         self._teacher: CrossScorer | None = None
 
-    def build(self, start_from: Path | None) -> nn.Module:
+    def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         config = self.config
         encoder = _load_start(config, str(start_from or self.start))
         prepare_backbone(encoder.backbone, config)
-        has_gpu = torch.cuda.is_available()
         if self.teacher is not None:
-            dtype = evaluation_dtype(config.dtype, torch.device("cuda" if has_gpu else "cpu"))
-            self._teacher = CrossScorer(CrossEncoder.load(self.teacher), dtype=dtype)
-        tokens = _GPU_TOKENS_PER_BATCH if has_gpu else _CPU_TOKENS_PER_BATCH
+            dtype = evaluation_dtype(config.dtype, device)
+            self._teacher = CrossScorer(CrossEncoder.load(self.teacher), dtype=dtype, device=device)
+        tokens = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
         return TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
@@ -146,9 +146,14 @@ def make_retriever_task(config: TrainRetrieverConfig, surveyed: Survey) -> Retri
     _check_rows(config, surveyed)
     count = count_documents(surveyed, config.train.num_documents)
     teacher = None if config.teacher is None else absolute_if_local(config.teacher)
+    if teacher is not None:
+        CrossEncoder.load(teacher)  # a mistyped one is refused here, not by every worker
     task = RetrieverTask(config, absolute_if_local(config.start), count, teacher)
     if config.sampler == "no_duplicates":
-        task.distinct_columns = tuple(name for name in _TELLING_COLUMNS if name in surveyed.schema.names)
+        names = surveyed.schema.names
+        # The label of a text tells; that of a scored pair is 0 or 1 and tells nothing.
+        telling = [*_TELLING_COLUMNS, *(["label"] if "text" in names else [])]
+        task.distinct_columns = tuple(name for name in telling if name in names)
     return task
 
 
@@ -166,6 +171,8 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
         InputError: no such model, a length beyond its positions, matryoshka dimensions beyond its own, or SimCSE for a
             model without dropout.
     """
+    # The same seed on every worker: fresh layers and adapters must be the same everywhere.
+    torch.manual_seed(config.seed)
     encoder = Encoder.load(start)
     if config.query_prefix is not None:
         encoder.prompts["query"] = config.query_prefix
@@ -175,8 +182,6 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
     if config.projection_dim is not None and not (
         len(encoder.projections) and encoder.dim == config.projection_dim
     ):
-        # The same seed on every worker: a fresh layer must be the same everywhere.
-        torch.manual_seed(config.seed)
         encoder.projections.append(Projection(encoder.dim, config.projection_dim))
     if config.matryoshka is not None and config.matryoshka.dims[0] > encoder.dim:
         raise InputError(
@@ -205,6 +210,8 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         raise InputError(f"teacher is set, and objective {objective.name} follows none; remove it")
     if "query" in names and "label" in names:
         check_labels(surveyed, lambda labels_B: _loss_of_equal_vectors(config, labels_B))
+    elif "documents" in names:
+        refuse_single_text(surveyed, ("query", "documents"))
     elif "document" in names:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:

@@ -20,12 +20,12 @@ from raytower.data.pieces import Piece
 from raytower.training.batches import Rows, cut_batches, cut_distinct_batches
 from raytower.training.windows import Window, plan_windows, read_window
 
-# Windows that one Ray Data execution goes through: many small epochs share one start-up, huge inputs stay plannable.
-_WINDOWS_PER_EXECUTION = 64
-# Windows read at a time for each worker; with the one in training and the one that lies ready, four in memory.
+# Windows that one Ray Data execution goes through. Ray Data reads ahead as far as the object store allows, whatever the
+# consumer's pace, so this is what bounds a worker's share of memory.
+_WINDOWS_PER_EXECUTION = 4
 _READERS = 2
 # Reading waits for storage most of the time. A fraction, so that the readers of many workers fit beside them.
-_CPUS_PER_READER = 0.25
+CPUS_PER_READER = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def _execute(windows: list[Window], pieces: ray.ObjectRef, seed: int) -> Iterato
     dataset = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         read,
         batch_size=1,
-        num_cpus=_CPUS_PER_READER,
+        num_cpus=CPUS_PER_READER,
         compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(numbers))),
     )
     # Blocks come as tasks end unless told otherwise, and the order is what makes two runs equal.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 from torch import nn
@@ -21,8 +22,9 @@ from raytower.storage import Location, publish_directory
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import TrainJobConfig
+from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, train_worker
-from raytower.training.row_stream import StreamPlan
+from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
 
 
@@ -46,33 +48,69 @@ def describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> d
     }
 
 
-def finished_run(config: TrainJobConfig, survey: Survey) -> dict[str, Any] | None:
-    """The figures of a finished run of this very config and data, or None.
+# Keys that change how a run goes and not what comes of it: a job may go on with others.
+_FREE_KEYS = {
+    "output",
+    "log_dir",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "max_failures",
+}
+
+
+def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
+    """What decides the result: the config, the content of every file it reads, and the weights it starts from.
+
+    Two runs with the same identity give the same output.
+    """
+    values = config.model_dump(mode="json", exclude={*_FREE_KEYS, "model", "init_from", "workers"})
+    values["start"] = config.start
+    values["workers.num"] = config.workers.num
+    dev = config.dev
+    paths = {
+        "train": config.train.path,
+        "dev": dev.path if dev else None,
+        "dev.corpus": getattr(dev, "corpus", None),
+        "labels": getattr(config, "labels", None),
+    }
+    for name, path in paths.items():
+        if path is not None:
+            values[f"content of {name}"] = content_hash(path)
+    for name in ("start", "teacher"):
+        if values.get(name) is not None:
+            values[f"weights of {name}"] = read_info(Path(values[name])).get("fingerprint")
+    values["rows"] = survey.num_rows
+    return values
+
+
+def run_key(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of a finished run with this identity, or None.
 
     Raises:
-        InputError: the output holds something else.
+        InputError: the output holds something else; the message names what differs.
     """
     output = Location.of(config.output)
     if not output.exists():
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
-    if info.get("run") == run_key(config, survey):
+    if not info and not output.is_local and _run_folder(output, identity).exists():
+        # Object stores know no rename: the job was killed while it published. The checkpoint is still there.
+        log(f"{config.output} is half published; publishing again")
+        output.delete()
+        return None
+    made_by = info.get("run", {})
+    if made_by == identity:
         return dict(info["figures"])
+    other = sorted(key for key in {*made_by, *identity} if made_by.get(key) != identity.get(key))
     raise InputError(
-        f"output {config.output!r} exists and was made by another config or other data; choose a new output, or "
-        "remove it first"
+        f"output {config.output!r} exists and was made by another config or other data "
+        f"({', '.join(other) if made_by else 'no training job wrote it'}); choose a new output, or remove it first"
     )
-
-
-def run_key(config: TrainJobConfig, survey: Survey) -> str:
-    """Hash over what decides the result: the config less where it goes, the starting weights, the size of the data."""
-    without = {"output", "log_dir", "log_every_steps", "keep_checkpoints", "max_failures"}
-    values = config.model_dump(mode="json", exclude=without)
-    values["data"] = [survey.num_rows, survey.bytes]
-    # A directory that was trained anew under the same name is another start; a hub id stands for itself.
-    names = (config.start, getattr(config, "teacher", None))
-    values["start"] = [None if name is None else read_info(Path(name)).get("fingerprint") for name in names]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task[Any]]) -> dict[str, Any]:
@@ -82,18 +120,20 @@ def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task[Any
         InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
     """
     output = Location.of(config.output)
-    key = run_key(config, survey)
-    name = f".{output.name}.{key}.train"
-    done = finished_run(config, survey)
+    identity = run_identity(config, survey)
+    run_folder = _run_folder(output, identity)
+    done = finished_run(config, identity)
     if done is not None:
         log(f"{config.output} is finished; nothing to do")
         # A kill between publishing and cleaning up leaves the checkpoints behind.
-        (output.parent / name).delete()
+        run_folder.delete()
         return done
     _probe_writable(output)
+    _name_other_runs(output, run_folder)
     plan = _make_plan(config, survey, make_task())
     ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
-    result = _run_trainer(plan, name)
+    _compare_with_cluster(config)
+    result = _run_trainer(plan, run_folder.name)
     outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     if "failure" in outcome:
         kept = (
@@ -105,14 +145,14 @@ def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task[Any
     checkpoint, metrics = _chosen_checkpoint(result, plan.task.dev.metric if plan.task.dev else None)
     figures = {**outcome, "best_step": metrics.get("step", outcome["steps"]), "output": config.output}
     info = {
-        "run": key,
+        "run": identity,
         "config": config.model_dump(mode="json"),
         "history": figures.pop("history"),
         "curve": figures.pop("curve"),
         "figures": figures,
     }
     _publish(checkpoint, output, info)
-    (plan.storage / name).delete()
+    run_folder.delete()
     return figures
 
 
@@ -188,6 +228,38 @@ def _chosen_checkpoint(
     if result.checkpoint is None:
         raise RaytowerError("training ended without a checkpoint; see the worker logs above")
     return result.checkpoint, result.metrics or {}
+
+
+def _run_folder(output: Location, identity: dict[str, Any]) -> Location:
+    """Where a run keeps its checkpoints: beside the output, hidden, one folder for each identity."""
+    return output.parent / f".{output.name}.{run_key(identity)}.train"
+
+
+def _name_other_runs(output: Location, own: Location) -> None:
+    """Say what unfinished runs of other configs have left beside the output; they hold gigabytes and are not seen."""
+    for place in output.parent.children():
+        if (
+            place.name.startswith(f".{output.name}.")
+            and place.name.endswith(".train")
+            and place.name != own.name
+        ):
+            log(
+                f"{place} holds the checkpoints of an unfinished run with another config; remove it if not wanted"
+            )
+
+
+def _compare_with_cluster(config: TrainJobConfig) -> None:
+    """Say so where the workers and their readers do not fit: Ray waits for more nodes, which may never come."""
+    there = ray.cluster_resources()
+    # One reader must find room beside the workers, or nothing would ever be read.
+    cpus = config.workers.num * config.workers.num_cpus + CPUS_PER_READER
+    gpus = config.workers.num * config.workers.num_gpus
+    if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
+        log(
+            f"the job needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {there.get('CPU', 0):g} and "
+            f"{there.get('GPU', 0):g} now: it waits until nodes are added; lower workers.num or workers.num_cpus "
+            "if none will be"
+        )
 
 
 def _count_steps(config: TrainJobConfig, survey: Survey) -> int:

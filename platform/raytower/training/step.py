@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,12 @@ ChunkT = TypeVar("ChunkT")
 
 
 class NotANumberError(RaytowerError):
-    """The loss became NaN or infinite; training cannot go on."""
+    """The loss or its gradient became NaN or infinite; training cannot go on."""
+
+    def __init__(self, message: str, batch: int) -> None:
+        """`batch`: which of the step's accumulated batches it was; the last one where that cannot be told."""
+        super().__init__(message)
+        self.batch = batch
 
 
 class TrainingStep:
@@ -68,7 +73,8 @@ class TrainingStep:
             backward: propagates one batch through `propagate` or `propagate_cached` and returns its loss.
 
         Raises:
-            NotANumberError: the loss is NaN or infinite on some worker; the weights are as before the step.
+            NotANumberError: the loss of a batch, or the gradient, is NaN or infinite; the weights are as before the
+                step. A gradient that overflows in float16 is no error: the step is left out and the loss scale lowered.
         """
         torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
         self.optimizer.zero_grad(set_to_none=True)
@@ -76,17 +82,26 @@ class TrainingStep:
         losses = []
         for place, batch in enumerate(batches):
             self._is_last_batch = place == len(batches) - 1
-            losses.append(backward(self, batch).detach().float().reshape(1))
-        mean_loss = float(gather_constants(torch.stack(losses).mean(0)).mean())
-        if not math.isfinite(mean_loss):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NotANumberError(f"the loss is {mean_loss}")
+            losses.append(backward(self, batch).detach().float().reshape(1, 1))
+        # (workers, batches) → the mean of each batch over the workers, the same on all of them.
+        batch_losses = gather_constants(torch.cat(losses, dim=1)).mean(0).tolist()
+        for place, loss in enumerate(batch_losses):
+            if not math.isfinite(loss):
+                self._refuse(f"the loss is {loss}", place)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            self._refuse(
+                f"the gradient's norm is {norm} at a loss of {batch_losses[-1]:.4f}", len(batches) - 1
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return mean_loss
+        return sum(batch_losses) / len(batch_losses)
+
+    def _refuse(self, message: str, batch: int) -> NoReturn:
+        self.optimizer.zero_grad(set_to_none=True)
+        raise NotANumberError(message, batch)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forward passes at the step's precision."""

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from raytower.training.batches import Rows
 from raytower.training.config import DevConfig, TrainJobConfig
 from raytower.training.step import TrainingStep
 
+_CPU = torch.device("cpu")
 ConfigT = TypeVar("ConfigT", bound=TrainJobConfig)
 
 
@@ -33,8 +35,11 @@ class Task(ABC, Generic[ConfigT]):
         return self.config.dev
 
     @abstractmethod
-    def build(self, start_from: Path | None) -> nn.Module:
-        """The model in fp32, from the config's start or from a checkpoint's model directory."""
+    def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
+        """The model in fp32, from the config's start or from a checkpoint's model directory.
+
+        `device` is where the caller will put it and train it.
+        """
 
     @abstractmethod
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
