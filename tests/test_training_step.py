@@ -252,7 +252,7 @@ class TestTwoWorkers:
             assert worker[name]["losses"] == pytest.approx(losses, abs=0.02)
             assert worker[name]["losses"] != pytest.approx(results[0]["plain"]["losses"], abs=1e-6)
             assert norm_of(worker[name]["gradients"]) == pytest.approx(norm_of(gradients), rel=0.05)
-            assert cosine(worker[name]["gradients"], gradients) > 0.99
+            assert cosine(worker[name]["gradients"], gradients) > 0.999
         assert results[0][name]["losses"] == results[1][name]["losses"]
         assert largest_difference(results[0][name]["weights"], results[1][name]["weights"]) == 0
 
@@ -479,6 +479,18 @@ class TestWhatIsNoNumber:
         assert largest_difference(before.weights, weights_of(step.model)) > 1e-4
         assert Snapshot.of(step).steps_counted == before.steps_counted + 1
 
+    def test_a_gradient_that_no_loss_scale_helps_is_refused(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
+        """Halved without end, the scale would reach 0, and the weights would become NaN without a word."""
+        job, step = self.begun(still_encoder, tmp_path, dtype="float16")
+        step.scaler.update(0.5)
+        before = Snapshot.of(step)
+        spoil_gradient(step.model, math.inf)
+        with pytest.raises(NotANumberError, match="the gradient's norm is"):
+            job.run(step, 1, 2)
+        before.assert_same(Snapshot.of(step))
+
 
 class TestPrecisionAndClipping:
     """What stands in the gradients after a step, which is what the optimizer saw."""
@@ -510,7 +522,8 @@ class TestPrecisionAndClipping:
         """A chunk that holds all texts draws what no caching at all draws."""
         cached = self.gradients(dummy_encoder_dir, tmp_path, gradient_cache=64)
         assert largest_difference(cached, self.gradients(dummy_encoder_dir, tmp_path)) < 1e-5
-        assert largest_difference(cached, self.gradients(dummy_encoder_dir, tmp_path, seed=1)) > 1e-2
+        other_masks = self.gradients(dummy_encoder_dir, tmp_path, gradient_cache=4)
+        assert largest_difference(cached, other_masks) > 1e-2
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     @pytest.mark.parametrize("gradient_cache", [None, 4])
@@ -519,7 +532,7 @@ class TestPrecisionAndClipping:
     ) -> None:
         exact = self.gradients(still_encoder, tmp_path)
         mixed = self.gradients(still_encoder, tmp_path, dtype=dtype, gradient_cache=gradient_cache)
-        assert cosine(mixed, exact) > 0.99
+        assert cosine(mixed, exact) > 0.999
         assert norm_of(mixed) == pytest.approx(norm_of(exact), rel=0.03)
         assert norm_of(mixed) != pytest.approx(norm_of(exact), rel=1e-6)
 

@@ -11,6 +11,7 @@ The schedule follows from the step, the place in the data too, and dropout is a 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -41,8 +42,11 @@ def load_state(step: TrainingStep, folder: Path) -> dict[str, Any]:
     load_optimizer(cast(AdamW, step.optimizer), folder / _OPTIMIZER_NAME)
     if state["scaler"]:
         step.scaler.load_state_dict(state["scaler"])
-    for _ in range(state["progress"]["step"]):
-        step.schedule.step()
+    with warnings.catch_warnings():
+        # It is warned of schedules that step before their optimizer; this one catches up with a restored one.
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(state["progress"]["step"]):
+            step.schedule.step()
     return cast(dict[str, Any], state["progress"])
 
 

@@ -90,7 +90,9 @@ class TrainingStep:
                 self._refuse(f"the loss is {loss}", place)
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
+        # Overflow in float16 lowers the scale and passes; where even a scale below 1 does not help, it is no overflow.
+        is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(norm) and not is_overflow:
             self._refuse(
                 f"the gradient's norm is {norm} at a loss of {batch_losses[-1]:.4f}", len(batches) - 1
             )
