@@ -11,7 +11,12 @@ import pytest
 from raytower.config import load_config, make_config
 from raytower.errors import InputError
 from raytower.storage import Location
-from raytower.training.classifier import make_classifier_task, survey_classifier, train_classifier
+from raytower.training.classifier import (
+    make_classifier_task,
+    plan_train_classifier,
+    survey_classifier,
+    train_classifier,
+)
 from raytower.training.config import (
     TrainClassifierConfig,
     TrainJobConfig,
@@ -19,8 +24,18 @@ from raytower.training.config import (
     TrainRetrieverConfig,
 )
 from raytower.training.loop import probe_storage
-from raytower.training.reranker import make_reranker_task, survey_reranker, train_reranker
-from raytower.training.retriever import make_retriever_task, survey_retriever, train_retriever
+from raytower.training.reranker import (
+    make_reranker_task,
+    plan_train_reranker,
+    survey_reranker,
+    train_reranker,
+)
+from raytower.training.retriever import (
+    make_retriever_task,
+    plan_train_retriever,
+    survey_retriever,
+    train_retriever,
+)
 from tests.tiny_training import (
     write_candidates,
     write_labelled,
@@ -226,6 +241,24 @@ def test_a_teacher_that_does_not_exist(dummy_encoder_dir: Path, tmp_path: Path) 
     train = write_triples(tmp_path / "train.tsv", 16)
     changes = {"objective": {"name": "margin_mse"}, "teacher": str(tmp_path / "nothing")}
     assert "nothing" in refused("retriever", dummy_encoder_dir, train, **changes)
+
+
+def test_a_dry_run_makes_the_same_checks(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": str(write_triples(tmp_path / "train.tsv", 16))},
+        "output": str(tmp_path / "out"),
+        "batch_size": 8,
+        "max_length": 32,
+    }
+    distilled = {"objective": {"name": "margin_mse"}, "teacher": str(tmp_path / "nothing")}
+    with pytest.raises(InputError, match="nothing"):
+        plan_train_retriever(make_config(TrainRetrieverConfig, {**values, **distilled}))
+    assert plan_train_retriever(make_config(TrainRetrieverConfig, values))["steps"] == 2
+    assert plan_train_reranker(make_config(TrainRerankerConfig, values))["steps"] == 2
+    labelled = {"path": str(write_labelled(tmp_path / "labelled.tsv", 16))}
+    plan = plan_train_classifier(make_config(TrainClassifierConfig, {**values, "train": labelled}))
+    assert (plan["steps"], plan["labels"]) == (2, 8)
 
 
 def test_a_teacher_that_nobody_follows(

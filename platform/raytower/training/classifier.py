@@ -117,14 +117,10 @@ def make_classifier_task(config: TrainClassifierConfig, surveyed: Survey) -> Cla
 
 
 def plan_train_classifier(config: TrainClassifierConfig) -> dict[str, Any]:
-    """The plan for --dry-run; reads the rows once and the model's weights, trains nothing."""
+    """The plan for --dry-run: makes every check that training would make, and trains nothing."""
     surveyed = survey_classifier(config)
-    labels, _ = _labels(config, surveyed)
-    model = _load_start(config, config.start, labels)
-    prepare_backbone(
-        cast(PreTrainedModel, model.model.base_model), config.model_copy(update={"compile": False})
-    )
-    return {**describe_plan(config, surveyed, model), "labels": len(labels)}
+    task = make_classifier_task(config.model_copy(update={"compile": False}), surveyed)
+    return {**describe_plan(config, surveyed, task.build(None)), "labels": len(task.labels)}
 
 
 def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]) -> TextClassifier:

@@ -117,12 +117,10 @@ def make_reranker_task(config: TrainRerankerConfig, surveyed: Survey) -> Reranke
 
 
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
-    """The plan for --dry-run; reads the rows once and the model's weights, trains nothing."""
-    model = _load_start(config, config.start)
-    prepare_backbone(
-        cast(PreTrainedModel, model.model.base_model), config.model_copy(update={"compile": False})
-    )
-    return describe_plan(config, survey_reranker(config), model)
+    """The plan for --dry-run: makes every check that training would make, and trains nothing."""
+    surveyed = survey_reranker(config)
+    task = make_reranker_task(config.model_copy(update={"compile": False}), surveyed)
+    return describe_plan(config, surveyed, task.build(None))
 
 
 def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:

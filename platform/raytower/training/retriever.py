@@ -158,10 +158,10 @@ def make_retriever_task(config: TrainRetrieverConfig, surveyed: Survey) -> Retri
 
 
 def plan_train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
-    """The plan for --dry-run; reads the rows once and the model's weights, trains nothing."""
-    encoder = _load_start(config, config.start)
-    prepare_backbone(encoder.backbone, config.model_copy(update={"compile": False}))
-    return describe_plan(config, survey_retriever(config), encoder)
+    """The plan for --dry-run: makes every check that training would make, and trains nothing."""
+    surveyed = survey_retriever(config)
+    task = make_retriever_task(config.model_copy(update={"compile": False}), surveyed)
+    return describe_plan(config, surveyed, task.build(None))
 
 
 def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
