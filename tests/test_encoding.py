@@ -22,7 +22,7 @@ from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.plan import choose_rows_per_file
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.storage import Location
-from tests.tiny_models import build_tiny_encoder
+from tests.tiny_models import build_tiny_encoder, tiny_tokenizer
 
 
 def write_corpus(path: Path, rows: int) -> list[str]:
@@ -139,10 +139,17 @@ class TestRuns:
     def test_vectors_that_are_not_finite_name_the_text(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
         broken = build_tiny_encoder(tmp_path / "broken")
         weights = load_file(broken / "model.safetensors")
-        weights["embeddings.LayerNorm.weight"][0] = float("nan")
+        # Only texts that hold this character break; which worker meets its text first does not matter.
+        character = tiny_tokenizer().convert_tokens_to_ids("!")
+        weights["embeddings.word_embeddings.weight"][character] = float("nan")
         save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-        write_corpus(tmp_path / "corpus.jsonl", 20)
-        with pytest.raises(RaytowerError, match="not finite, the first for id 'doc 0'"):
+        lines = [{"id": f"doc {i}", "text": "hot!" if i in (18, 19) else f"text {i}"} for i in range(20)]
+        (tmp_path / "corpus.jsonl").write_text(
+            "\n".join(json.dumps(line) for line in lines), encoding="utf-8"
+        )
+        with pytest.raises(
+            RaytowerError, match="gave 2 vectors that are not finite, the first for id 'doc 18'"
+        ):
             encode(encode_config(broken, tmp_path / "corpus.jsonl", tmp_path / "out"))
         assert not (tmp_path / "out" / "manifest.json").exists()
 

@@ -22,9 +22,8 @@ from transformers import (
 
 from raytower.config import make_config
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.class_scores import ClassScores
 from raytower.evaluation.classify import ClassifyConfig, classify, plan_classify
-from raytower.metrics import macro_f1
+from raytower.metrics import ClassScores, macro_f1
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from tests.tiny_models import tiny_config, tiny_tokenizer
 

@@ -107,12 +107,51 @@ def accuracy(predicted: Sequence[object], expected: Sequence[object]) -> float:
     return sum(a == b for a, b in zip(predicted, expected, strict=True)) / len(expected)
 
 
-def macro_f1(predicted: Sequence[object], expected: Sequence[object]) -> float:
-    """Mean over the labels that occur on either side of their F1. Raises InputError as `accuracy`."""
-    accuracy(predicted, expected)
-    right = Counter(a for a, b in zip(predicted, expected, strict=True) if a == b)
-    claims = Counter(predicted) + Counter(expected)
-    return sum(2 * right[label] / count for label, count in claims.items()) / len(claims)
+def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    """F1 as `ClassScores` counts it. Raises InputError for lengths that differ or no items."""
+    if len(predicted) != len(expected):
+        raise InputError(f"{len(predicted)} predictions for {len(expected)} labels; give as many of each")
+    scores = ClassScores()
+    for label, right in zip(predicted, expected, strict=True):
+        scores.add(label, right)
+    return scores.macro()["f1_macro"]
+
+
+class ClassScores:
+    """Precision, recall and F1 of a single-label classification, counted as the rows pass.
+
+    For a class with t rows right, p rows predicted and e rows expected:
+
+        precision = t / p,    recall = t / e,    F1 = 2·t / (p + e),    0 where the divisor is 0
+
+    The macro mean goes over every class that was expected or predicted, each counting the same however rare it is.
+    The memory is that of the classes, not of the rows.
+    """
+
+    def __init__(self) -> None:
+        self._right: Counter[str] = Counter()
+        self._predicted: Counter[str] = Counter()
+        self._expected: Counter[str] = Counter()
+
+    def add(self, predicted: str, expected: str) -> None:
+        """Count one row."""
+        self._predicted[predicted] += 1
+        self._expected[expected] += 1
+        if predicted == expected:
+            self._right[expected] += 1
+
+    def macro(self) -> dict[str, float]:
+        """`precision_macro`, `recall_macro` and `f1_macro`. Raises InputError where no row was counted."""
+        classes = self._predicted.keys() | self._expected.keys()
+        if not classes:
+            raise InputError("no rows were classified; precision and recall need at least one")
+        totals = {"precision_macro": 0.0, "recall_macro": 0.0, "f1_macro": 0.0}
+        for name in sorted(classes):
+            right, predicted, expected = self._right[name], self._predicted[name], self._expected[name]
+            totals["precision_macro"] += right / predicted if predicted else 0.0
+            totals["recall_macro"] += right / expected if expected else 0.0
+            totals["f1_macro"] += 2 * right / (predicted + expected)
+        return {metric: total / len(classes) for metric, total in totals.items()}
 
 
 def midranks(values: ArrayLike) -> Floats:

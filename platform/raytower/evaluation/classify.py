@@ -17,7 +17,6 @@ from raytower.config import Config, OnError
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
 from raytower.data.sources import InputConfig
-from raytower.evaluation.class_scores import ClassScores
 from raytower.evaluation.labellers import ClassifierLabeller, IndexLabeller, Labeller, Prediction, shown
 from raytower.evaluation.progress import Progress
 from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
@@ -34,7 +33,7 @@ from raytower.evaluation.settings import (
     row_batches,
 )
 from raytower.index.reader import Index
-from raytower.metrics import bootstrap_interval
+from raytower.metrics import ClassScores, bootstrap_interval
 from raytower.storage import Location
 
 HIT_CUTOFFS = (5, 10, 20)

@@ -45,6 +45,11 @@ def merged_copy(model: ModuleT, config: TrainJobConfig) -> ModuleT:
     return merged
 
 
+def evaluation_copy(model: ModuleT, config: TrainJobConfig) -> ModuleT:
+    """A copy as the saved model would be, free to be cast: training still needs its own weights in fp32."""
+    return copy.deepcopy(model) if config.lora is None else merged_copy(model, config)
+
+
 def has_dropout(backbone: nn.Module) -> bool:
     """Whether two passes over the same text can differ while training."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in backbone.modules())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from raytower.models.forward import check_max_length
 from raytower.models.sequence_classifier import classify_rows
 from raytower.models.text_classifier import TextClassifier
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import merged_copy, prepare_backbone
+from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
 from raytower.training.config import TrainClassifierConfig
 from raytower.training.inputs import ROWS_PER_PIECE, survey_training, tables
@@ -73,7 +72,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         inner = cast(LogitsModel, model).inner
         device = inner.model.device
-        copied = merged_copy(inner, self.config) if self.config.lora else copy.deepcopy(inner)
+        copied = evaluation_copy(inner, self.config)
         copied.to(getattr(torch, evaluation_dtype(self.config.dtype, device)))
         rows = own_rows(len(self.dev_texts)).tolist()
         best_own = np.zeros(len(rows), dtype=np.float32)

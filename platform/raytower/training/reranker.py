@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from raytower.data.pieces import Survey
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.forward import check_max_length
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import merged_copy, prepare_backbone
+from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
@@ -74,9 +73,8 @@ class RerankerTask(Task[TrainRerankerConfig]):
         assert dev is not None
         inner = cast(CrossEncoder, cast(LogitsModel, model).inner)
         device = inner.model.device
-        # A copy, because the scorer casts the weights that training still needs in fp32.
         scorer = CrossScorer(
-            merged_copy(inner, config) if config.lora else copy.deepcopy(inner),
+            evaluation_copy(inner, config),
             dtype=evaluation_dtype(config.dtype, device),
             device=device,
             max_length=config.max_length,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from raytower.models.forward import ForwardEngine, check_max_length
 from raytower.models.two_tower import Chunk, TwoTower, split_columns
 from raytower.objectives.targets import EncoderObjective, Targets
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import has_dropout, merged_copy, prepare_backbone
+from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
 from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
@@ -91,9 +90,8 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         encoder = cast(TwoTower, model).encoder
         assert self.config.dev is not None
         device = next(encoder.parameters()).device
-        # A copy, because the engine casts the weights that training still needs in fp32.
         engine = ForwardEngine(
-            merged_copy(encoder, self.config) if self.config.lora else copy.deepcopy(encoder),
+            evaluation_copy(encoder, self.config),
             dtype=evaluation_dtype(self.config.dtype, device),
             device=device,
             max_length=self.config.max_length,
