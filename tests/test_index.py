@@ -421,8 +421,8 @@ class TestRefusals:
 
     def test_a_missing_or_newer_manifest(self, damaged: Path) -> None:
         manifest = json.loads((damaged / "manifest.json").read_text())
-        (damaged / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-        with pytest.raises(FormatError, match="format version 2; this raytower reads version 1"):
+        (damaged / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
+        with pytest.raises(FormatError, match="format version 3; this raytower reads version 2"):
             Index.open(damaged.parents[1])
         (damaged / "manifest.json").unlink()
         with pytest.raises(FormatError, match="never finished"):

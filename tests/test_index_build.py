@@ -121,7 +121,7 @@ class TestEveryKind:
         build(tmp_path / "embeddings", tmp_path / "index", kind="hnsw", target={"k": 10})
         index = Index.open(tmp_path / "index")
         with pytest.raises(
-            InputError, match="kind hnsw has no search parameter 'nprobe'; its parameter is 'efSearch'"
+            InputError, match="kind hnsw has no search parameter 'nprobe'; it has 'efSearch'"
         ):
             index.search(clustered_vectors(1), 5, search_parameters={"nprobe": 3})
         with pytest.raises(InputError, match="efSearch is 0; it must be 1 or more"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -27,7 +26,7 @@ from ray import serve
 
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.evaluation.recall import Candidate, index_recall
-from raytower.index.manifest import IndexManifest, ShardEntry
+from raytower.index.manifest import FileEntry, IndexManifest, ShardEntry
 from raytower.index.reader import Index
 from raytower.index.versions import publish
 from raytower.models.encoder import Encoder
@@ -75,22 +74,22 @@ def write_version(
             pa.ipc.new_file(sink, table.schema) as writer,
         ):
             writer.write_table(table)
-        files = [(place / name).read_bytes() for name in ("vectors.faiss", "documents.arrow")]
-        sums = [hashlib.sha256(content).hexdigest() for content in files]
         entries.append(
             ShardEntry(
                 version=version,
                 name=place.name,
                 rows=len(rows),
-                vectors_sha256=sums[0],
-                documents_sha256=sums[1],
-                vectors_bytes=len(files[0]),
-                documents_bytes=len(files[1]),
+                kind="flat",
+                files={
+                    name: FileEntry.of(Location.of(place / name))
+                    for name in ("vectors.faiss", "documents.arrow")
+                },
             )
         )
     manifest = IndexManifest(
         version=version,
         parent=None,
+        operation="build",
         fingerprint=encoder.fingerprint,
         encoder=str(encoder_dir),
         metric="cosine",

@@ -68,6 +68,30 @@ COMMANDS: dict[str, Command] = {
         "raytower.index.build:build_index",
         "raytower.index.build:plan_build",
     ),
+    "index add": Command(
+        "add documents to the published version; --upsert true replaces those with the same id",
+        "raytower.index.update:IndexAddConfig",
+        "raytower.index.update:add_to_index",
+        "raytower.index.update:plan_add",
+    ),
+    "index delete": Command(
+        "delete documents by id from the published version",
+        "raytower.index.update:IndexDeleteConfig",
+        "raytower.index.update:delete_from_index",
+        "raytower.index.update:plan_delete",
+    ),
+    "index compact": Command(
+        "fold added and deleted documents into a new build",
+        "raytower.index.compact:IndexCompactConfig",
+        "raytower.index.compact:compact_index",
+        "raytower.index.compact:plan_compact",
+    ),
+    "index gc": Command(
+        "remove old versions and shards that none needs (--keep N)",
+        "raytower.index.collect:IndexGcConfig",
+        "raytower.index.collect:collect_garbage",
+        "raytower.index.collect:plan_gc",
+    ),
     "index list": Command(
         "list the versions of an index",
         "raytower.index.manage:IndexListConfig",

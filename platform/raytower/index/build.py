@@ -1,28 +1,40 @@
 """`raytower index build`: embeddings into a new version, published only when it is whole.
 
-The steps: check the embeddings, claim a version, train on a sample, build shards, measure recall, write the manifest,
-publish. Each step runs as Ray tasks that stream; the driver holds 8 bytes a row, to find duplicate ids.
+The steps: check the embeddings, claim a version, place rows by cluster where asked, train on a sample, build shards,
+measure recall, write the manifest, publish. Each step runs as Ray tasks that stream; the driver holds 8 bytes a row,
+to find duplicate ids. Compaction takes the same way, with the rows of a version in place of embeddings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import ray
 
 from raytower.encoding.manifest import EmbeddingsManifest
-from raytower.errors import FormatError, RaytowerError, find_cause
-from raytower.index.config import IndexBuildConfig, IndexWorkersConfig
-from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
+from raytower.errors import FormatError
+from raytower.index.config import IndexBuildConfig, IndexWorkersConfig, Placing, TargetConfig
+from raytower.index.manifest import (
+    FORMAT_VERSION,
+    IndexManifest,
+    Operation,
+    PlacementEntry,
+    ShardEntry,
+)
 from raytower.index.measure import MeasuredRecall, exact_hits, hold_out, measure_recall, merge_exact
+from raytower.index.place import place_source, remove_placed
 from raytower.index.plan import IndexPlan, human_bytes, plan_index
 from raytower.index.reader import Index
+from raytower.index.search import unified_schema
 from raytower.index.shard_build import ShardTask, build_shard, finished_shard, shard_name, train_template
-from raytower.index.vectors import check_file, metric_of, refuse_duplicate_ids
+from raytower.index.source import EmbeddingsSource, VectorSource
+from raytower.index.tasks import run_tasks
+from raytower.index.vectors import check_file, refuse_duplicate_ids
 from raytower.index.versions import (
     claim_version,
     finished_build,
@@ -34,7 +46,41 @@ from raytower.index.versions import (
 from raytower.runtime import ensure_ray, log
 from raytower.storage import Location
 
-ResultT = TypeVar("ResultT")
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What a new version is built from, and how."""
+
+    source: VectorSource
+    output: Location
+    plan: IndexPlan
+    target: TargetConfig
+    workers: IndexWorkersConfig
+    placing: Placing
+    seed: int
+    operation: Operation
+    parent: str | None
+    check: Callable[[], pa.Schema]
+    """Checks the rows before anything is built; returns the schema of the documents."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What shards are built from; two builds with the same spec may share finished shards."""
+        plan = self.plan
+        return {
+            "format_version": FORMAT_VERSION,
+            "operation": self.operation,
+            "parent": self.parent,
+            **asdict(self.source.origin),
+            "rows": self.source.identity(),
+            "kind": plan.kind,
+            "parameters": plan.parameters,
+            "exact_dtype": getattr(plan, "exact_dtype", None),
+            "ranges": [list(bounds) for bounds in plan.ranges],
+            "placing": self.placing,
+            "train_rows": plan.train_rows,
+            "seed": self.seed,
+        }
 
 
 def build_index(config: IndexBuildConfig) -> dict[str, Any]:
@@ -50,29 +96,94 @@ def build_index(config: IndexBuildConfig) -> dict[str, Any]:
         than rows, a kind that does not fit the memory. RaytowerError: a task failed.
     """
     started = time.perf_counter()
-    source = Location.of(config.embeddings)
-    embeddings = EmbeddingsManifest.read(source)
-    plan = _plan(config, embeddings)
+    source = EmbeddingsSource(Location.of(config.embeddings))
+    build = Build(
+        source=source,
+        output=Location.of(config.output),
+        plan=_plan(config, source),
+        target=config.target,
+        workers=config.workers,
+        placing=config.placement,
+        seed=config.seed,
+        operation="build",
+        parent=None,
+        check=lambda: check_embeddings(source, config.workers),
+    )
+    manifest = make_version(build)
+    if published_version(build.output) != manifest.version:
+        publish(build.output, manifest.version)
+    return figures(manifest, started, config.output)
+
+
+def plan_build(config: IndexBuildConfig) -> dict[str, Any]:
+    """The plan for --dry-run: kind and why, shards, parameters, predicted memory and disk.
+
+    Raises:
+        FormatError, InputError: unfinished embeddings, or what does not fit.
+    """
+    plan = _plan(config, EmbeddingsSource(Location.of(config.embeddings)))
+    return {"shards": plan.shards, **asdict(plan)}
+
+
+def make_version(build: Build) -> IndexManifest:
+    """A finished version of this build: one that is there already, or a new one, not yet published."""
+    plan, output = build.plan, build.output
     log(
         f"index plan: {plan.kind}, {plan.shards} shards, {human_bytes(plan.predicted_search_memory_bytes)} to search, "
         f"{human_bytes(plan.predicted_build_memory_bytes_per_task)} a build task; {plan.reason}"
     )
-    output = Location.of(config.output)
-    spec = _spec(config, embeddings, plan)
-    manifest = _reusable(output, spec, config)
+    spec = build.spec
+    manifest = _reusable(build, spec)
     if manifest is None:
-        ensure_ray(config.workers.num_cpus)
-        schema = _check_embeddings(source, embeddings, config.workers)
+        ensure_ray(build.workers.num_cpus)
+        schema = build.check()
         with claim_version(output, spec) as version:
-            manifest = _build_version(config, embeddings, plan, version, schema, spec)
+            manifest = _build_version(build, version, schema, spec_sha256(spec))
             manifest.write(version_folder(output, version))
     if not manifest.recall_target_reached:
         log(
             f"recall@{manifest.recall_k} is {manifest.recall:.4f} at {manifest.search_parameters}, below target.recall "
             f"{manifest.recall_target}; another kind may reach it"
         )
-    if published_version(output) != manifest.version:
-        publish(output, manifest.version)
+    return manifest
+
+
+def check_embeddings(source: EmbeddingsSource, workers: IndexWorkersConfig) -> pa.Schema:
+    """Check every file and the ids of all, by Ray tasks; returns the schema of the documents.
+
+    Raises:
+        FormatError, InputError: what `check_file` and `refuse_duplicate_ids` raise.
+    """
+    embeddings: EmbeddingsManifest = source.manifest
+    calls = [(source.folder, embeddings, number) for number in range(len(embeddings.files))]
+    checked = run_tasks(check_file, calls, workers)
+    refuse_duplicate_ids(source.folder, embeddings, [item.id_hashes for item in checked])
+    return unified_schema([item.documents_schema for item in checked])
+
+
+def build_shards(
+    tasks: list[ShardTask], template: Callable[[], Any], workers: IndexWorkersConfig, at_once: int
+) -> tuple[ShardEntry, ...]:
+    """Shards by Ray tasks; those that an earlier run of the same build finished are kept.
+
+    `template` gives the trained empty index, and is asked only where a shard is missing.
+    """
+    kept = [finished_shard(task.version, task.number, task.spec_sha256) for task in tasks]
+    missing = [task for task, entry in zip(tasks, kept, strict=True) if entry is None]
+    if len(missing) < len(tasks):
+        log(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished already")
+    built: list[ShardEntry] = []
+    if missing:
+        # Put into the object store once, not once a task.
+        reference = ray.put(template())
+        calls = [(task, reference) for task in missing]
+        built = run_tasks(build_shard, calls, workers, at_once=at_once, progress="built {} of {} shards")
+    entries = {entry.name: entry for entry in [*kept, *built] if entry is not None}
+    return tuple(entries[shard_name(task.number)] for task in tasks)
+
+
+def figures(manifest: IndexManifest, started: float, output: str) -> dict[str, Any]:
+    """The JSON line of a job that ended with this version; `started` by `time.perf_counter`."""
     return {
         "version": manifest.version,
         "kind": manifest.kind,
@@ -82,202 +193,107 @@ def build_index(config: IndexBuildConfig) -> dict[str, Any]:
         "recall_target_reached": manifest.recall_target_reached,
         "search_parameters": manifest.search_parameters,
         "seconds": round(time.perf_counter() - started, 3),
-        "output": config.output,
+        "output": output,
     }
 
 
-def plan_build(config: IndexBuildConfig) -> dict[str, Any]:
-    """The plan for --dry-run: kind and why, shards, parameters, predicted memory and disk.
-
-    Raises:
-        FormatError, InputError: unfinished embeddings, or what does not fit.
-    """
-    plan = _plan(config, EmbeddingsManifest.read(Location.of(config.embeddings)))
-    return {"shards": plan.shards, **asdict(plan)}
-
-
-def _plan(config: IndexBuildConfig, embeddings: EmbeddingsManifest) -> IndexPlan:
-    vector_bytes = embeddings.rows * embeddings.dim * (4 if embeddings.dtype == "float32" else 2)
+def _plan(config: IndexBuildConfig, source: EmbeddingsSource) -> IndexPlan:
     return plan_index(
-        rows=embeddings.rows,
-        dim=embeddings.dim,
+        rows=source.rows,
+        dim=source.origin.dim,
         kind=config.kind,
         shards=config.shards,
         recall=config.target.recall,
         memory_bytes=int(config.target.memory),
         num_workers=config.workers.max,
-        text_bytes=max(sum(item.bytes for item in embeddings.files) - vector_bytes, 0),
+        text_bytes=source.text_bytes,
     )
 
 
-def _spec(config: IndexBuildConfig, embeddings: EmbeddingsManifest, plan: IndexPlan) -> dict[str, Any]:
-    """What shards are built from; two builds with the same spec may share finished shards."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": embeddings.fingerprint,
-        "files": [[item.name, item.rows, item.sha256] for item in embeddings.files],
-        "dim": plan.dim,
-        "metric": metric_of(embeddings),
-        "kind": plan.kind,
-        "parameters": plan.parameters,
-        "ranges": [list(bounds) for bounds in plan.ranges],
-        "train_rows": plan.train_rows,
-        "seed": config.seed,
-    }
-
-
-def _reusable(output: Location, spec: dict[str, Any], config: IndexBuildConfig) -> IndexManifest | None:
-    manifest = finished_build(output, spec, config.target.recall, config.target.k)
+def _reusable(build: Build, spec: dict[str, Any]) -> IndexManifest | None:
+    manifest = finished_build(build.output, spec, build.target.recall, build.target.k)
     if manifest is None:
         return None
     try:
-        Index.of_manifest(manifest, version_folder(output, manifest.version))
+        Index.of_manifest(manifest, version_folder(build.output, manifest.version))
     except FormatError as error:
         log(f"version {manifest.version} is damaged and is built again: {error}")
         return None
-    log(f"version {manifest.version} of {output} is this build, finished; nothing to build")
+    log(f"version {manifest.version} of {build.output} is this build, finished; nothing to build")
     return manifest
 
 
-def _check_embeddings(
-    source: Location, embeddings: EmbeddingsManifest, workers: IndexWorkersConfig
-) -> pa.Schema:
-    """Check every file and the ids of all; returns the schema of the documents."""
-    calls = [(source, embeddings, number) for number in range(len(embeddings.files))]
-    checked = _run_tasks(check_file, calls, workers, workers.max)
-    refuse_duplicate_ids(source, embeddings, [item.id_hashes for item in checked])
-    schemas = [item.documents_schema for item in checked]
-    try:
-        # A file may infer a column as null or int where another has text or float.
-        return pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowTypeError as error:
-        raise FormatError(f"the files of {source} do not agree on their columns: {error}") from error
+def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -> IndexManifest:
+    folder = version_folder(build.output, version)
+    source, plan, placement = build.source, build.plan, None
+    if build.placing == "cluster" and plan.shards > 1:
+        source, ranges, file = place_source(source, schema, plan.shards, folder, build.workers, build.seed)
+        plan = dataclasses.replace(plan, ranges=ranges)
+        placement = PlacementEntry(version=version, shards=len(ranges), file=file)
+    workers = build.workers
+    tasks = [
+        ShardTask(
+            source=source,
+            version=folder,
+            number=number,
+            start=start,
+            end=end,
+            kind=plan.kind,
+            exact_dtype=getattr(plan, "exact_dtype", None),
+            documents_schema=schema,
+            spec_sha256=digest,
+            num_threads=workers.num_threads,
+        )
+        for number, (start, end) in enumerate(plan.ranges)
+    ]
 
+    def template() -> Any:
+        return run_tasks(train_template, [(source, plan, build.seed, workers.num_threads)], workers)[0]
 
-def _build_version(
-    config: IndexBuildConfig,
-    embeddings: EmbeddingsManifest,
-    plan: IndexPlan,
-    version: str,
-    schema: pa.Schema,
-    spec: dict[str, Any],
-) -> IndexManifest:
-    output, digest = Location.of(config.output), spec_sha256(spec)
-    entries = _build_shards(config, plan, version_folder(output, version), schema, digest)
     draft = IndexManifest(
+        **asdict(build.source.origin),
         version=version,
-        parent=None,
-        fingerprint=embeddings.fingerprint,
-        encoder=embeddings.encoder,
-        metric=metric_of(embeddings),
-        dim=plan.dim,
+        parent=build.parent,
+        operation=build.operation,
         kind=plan.kind,
         kind_reason=plan.reason,
         parameters=plan.parameters,
+        exact_dtype=getattr(plan, "exact_dtype", None),
+        placement=placement,
         rows=plan.rows,
-        shards=tuple(entries),
-        prefix=embeddings.prefix,
-        query_prefix=embeddings.query_prefix,
-        max_length=embeddings.max_length,
+        shards=build_shards(tasks, template, workers, plan.tasks_at_once),
         spec_sha256=digest,
-        recall_k=config.target.k,
-        recall_target=config.target.recall,
-        search_parameters={},
+        recall_k=build.target.k,
+        recall_target=build.target.recall,
     )
-    measured = _measure(config, plan, draft)
-    return replace(
+    measured = _measure(build, source, plan, draft)
+    remove_placed(folder)
+    return dataclasses.replace(
         draft,
         recall=measured.recall,
         recall_queries=measured.num_queries,
         recall_target_reached=measured.reached,
         recall_curve=measured.curve,
+        placement_curve=measured.placement_curve,
+        recall_version=version,
         search_parameters=measured.search_parameters,
     )
 
 
-def _build_shards(
-    config: IndexBuildConfig, plan: IndexPlan, folder: Location, schema: pa.Schema, digest: str
-) -> list[ShardEntry]:
-    source, workers = Location.of(config.embeddings), config.workers
-    kept = [finished_shard(folder, number, digest) for number in range(plan.shards)]
-    missing = [number for number, entry in enumerate(kept) if entry is None]
-    if len(missing) < plan.shards:
-        log(f"continuing {folder}: {plan.shards - len(missing)} of {plan.shards} shards are finished already")
-    built: list[ShardEntry] = []
-    if missing:
-        train = [(source, plan, config.seed, workers.num_threads)]
-        # Put into the object store once, not once a task.
-        template = ray.put(_run_tasks(train_template, train, workers, 1)[0])
-        calls = [
-            (
-                ShardTask(
-                    embeddings=source,
-                    version=folder,
-                    number=number,
-                    plan=plan,
-                    documents_schema=schema,
-                    spec_sha256=digest,
-                    num_threads=workers.num_threads,
-                ),
-                template,
-            )
-            for number in missing
-        ]
-        built = _run_tasks(build_shard, calls, workers, plan.tasks_at_once, "built {} of {} shards")
-    entries = {entry.name: entry for entry in [*kept, *built] if entry is not None}
-    return [entries[shard_name(number)] for number in range(plan.shards)]
-
-
-def _measure(config: IndexBuildConfig, plan: IndexPlan, manifest: IndexManifest) -> MeasuredRecall:
-    source, workers = Location.of(config.embeddings), config.workers
-    folder = version_folder(Location.of(config.output), manifest.version)
-    queries = _run_tasks(hold_out, [(source, config.seed)], workers, 1)[0]
-    calls = [(source, *bounds, queries, config.target.k) for bounds in plan.ranges]
-    parts = _run_tasks(exact_hits, calls, workers, workers.max)
+def _measure(build: Build, source: VectorSource, plan: IndexPlan, manifest: IndexManifest) -> MeasuredRecall:
+    workers, target = build.workers, build.target
+    folder = version_folder(build.output, manifest.version)
+    queries = run_tasks(hold_out, [(source, build.seed)], workers)[0]
+    calls = [(source, *bounds, queries, target.k) for bounds in plan.ranges]
+    parts = run_tasks(exact_hits, calls, workers)
 
     def measure() -> MeasuredRecall:
         return measure_recall(
             Index.of_manifest(manifest, folder, verify="none"),
             queries,
-            merge_exact(parts, config.target.k),
-            target=config.target.recall,
+            merge_exact(parts, target.k),
+            target=target.recall,
             num_threads=workers.num_threads,
         )
 
-    return _run_tasks(measure, [()], workers, 1)[0]
-
-
-def _run_tasks(
-    function: Callable[..., ResultT],
-    calls: Sequence[tuple[Any, ...]],
-    workers: IndexWorkersConfig,
-    at_once: int,
-    progress: str | None = None,
-) -> list[ResultT]:
-    """Results of `function` over `calls`, in order, with at most `at_once` Ray tasks running.
-
-    Raises:
-        RaytowerError: the first failure, as the task raised it where that was meant for the user.
-    """
-    task = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)(function)
-    waiting = list(enumerate(calls))
-    running: dict[ray.ObjectRef[Any], int] = {}
-    results: dict[int, ResultT] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                number, arguments = waiting.pop(0)
-                running[task.remote(*arguments)] = number
-            finished, _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(finished[0])
-            results[number] = ray.get(finished[0])
-            if progress:
-                log(progress.format(len(results), len(calls)))
-    except Exception as error:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        cause = find_cause(error)
-        if isinstance(cause, RaytowerError):
-            raise cause from None
-        raise RaytowerError(f"a task of the index build failed: {cause}") from error
-    return [results[number] for number in range(len(calls))]
+    return run_tasks(measure, [()], workers)[0]

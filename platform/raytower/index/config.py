@@ -9,6 +9,7 @@ from pydantic import Field
 from raytower.config import ByteSize, Config
 
 BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
+Placing = Literal["rows", "cluster"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 
@@ -36,12 +37,17 @@ class IndexWorkersConfig(Config):
 
 
 class IndexBuildConfig(Config):
-    """`raytower index build`."""
+    """`raytower index build`.
+
+    `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
+    visit all shards.
+    """
 
     embeddings: str
     output: str
     kind: IndexKind = "auto"
     shards: Literal["auto"] | int = "auto"
+    placement: Placing = "rows"
     target: TargetConfig = TargetConfig()
     workers: IndexWorkersConfig = IndexWorkersConfig()
     seed: int = Field(default=0, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from raytower.config import Config
 from raytower.errors import FormatError, InputError
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index
-from raytower.index.vectors import hash_ids
+from raytower.index.search import Shard
+from raytower.index.vectors import BATCH_ROWS, hash_ids
 from raytower.index.versions import (
     current_version,
     finished_versions,
@@ -18,6 +20,7 @@ from raytower.index.versions import (
     published_version,
     version_folder,
 )
+from raytower.models.encoder import Encoder
 from raytower.storage import Location
 
 
@@ -28,10 +31,14 @@ class IndexListConfig(Config):
 
 
 class IndexVerifyConfig(Config):
-    """`raytower index verify`; `version` null verifies the published one."""
+    """`raytower index verify`; `version` null verifies the published one.
+
+    `encoder` null is the one that the index names, whose fingerprint is compared where it is on this machine.
+    """
 
     index: str
     version: str | None = None
+    encoder: str | None = None
 
 
 class IndexRollbackConfig(Config):
@@ -62,6 +69,8 @@ def index_list(config: IndexListConfig) -> dict[str, Any]:
                 "shards": len(manifest.shards),
                 "recall": manifest.recall,
                 "fingerprint": manifest.fingerprint,
+                "operation": manifest.operation,
+                "deleted": manifest.deleted_rows,
                 "parent": manifest.parent,
             }
         )
@@ -69,10 +78,10 @@ def index_list(config: IndexListConfig) -> dict[str, Any]:
 
 
 def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
-    """Read everything again: checksums, counts, and ids that are unique across shards.
+    """Read everything again: checksums, counts, ids that are unique across shards, vectors, and the fingerprint.
 
     Raises:
-        InputError, FormatError: what is wrong, naming the file or the counts.
+        InputError, FormatError: what is wrong, naming the file, the counts or both fingerprints.
     """
     index = Index.open(config.index, config.version, verify="checksum")
     hashes = [
@@ -85,16 +94,47 @@ def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
         raise FormatError(
             f"index version {index.version} has {index.num_rows} rows but {unique} different ids; build it again"
         )
-    entries = index.manifest.shards
+    for shard in index.shards:
+        _check_vectors(index, shard)
+    fingerprint_checked = _check_encoder(config, index)
+    manifest = index.manifest
     return {
         "index": config.index,
         "version": index.version,
         "verified": True,
         "rows": index.num_rows,
-        "shards": len(entries),
-        "bytes": sum(entry.vectors_bytes + entry.documents_bytes for entry in entries),
+        "deleted": manifest.deleted_rows,
+        "shards": len(manifest.shards),
+        "bytes": sum(entry.bytes for entry in manifest.shards),
         "fingerprint": index.fingerprint,
+        "fingerprint_checked": fingerprint_checked,
     }
+
+
+def _check_vectors(index: Index, shard: Shard) -> None:
+    """Whole vectors are finite and, under cosine, not zero; codes are vouched for by their checksum."""
+    if not shard.has_vectors:
+        return
+    live = shard.live_rows
+    for start in range(0, len(live), BATCH_ROWS):
+        rows = live[start : start + BATCH_ROWS]
+        broken = ~np.isfinite(shard.vectors(rows)).all(axis=1)
+        if broken.any():
+            row = int(rows[np.flatnonzero(broken)[0]])
+            (document,) = shard.documents([row])
+            raise FormatError(
+                f"index version {index.version} shard {shard.entry.name} row {row}: id {document.id!r} has a vector "
+                "that is zero or not finite; build it again"
+            )
+
+
+def _check_encoder(config: IndexVerifyConfig, index: Index) -> bool:
+    """Whether the encoder was there to compare; the one that the index names need not be on this machine."""
+    name = config.encoder or index.encoder
+    if config.encoder is None and not Path(name).is_dir():
+        return False
+    index.check_fingerprint(Encoder.load(name).fingerprint)
+    return True
 
 
 def index_rollback(config: IndexRollbackConfig) -> dict[str, Any]:

@@ -5,18 +5,19 @@ Shape legend: Q queries, D dimension, K neighbours counted, C candidates kept.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.index.faiss_import import import_faiss
 from raytower.index.kinds import Vectors, parameter_grid
 from raytower.index.reader import Index
-from raytower.index.vectors import sample_rows, stream_rows
-from raytower.storage import Location
+from raytower.index.search import SHARDS_PROBE
+from raytower.index.source import VectorSource
 
 NUM_QUERIES = 256
 # Rows that tie with the k-th neighbour are as right as it is; so many beyond k are looked at for ties.
@@ -52,17 +53,18 @@ class MeasuredRecall:
     search_parameters: dict[str, int]
     curve: tuple[dict[str, Any], ...]
     num_queries: int
+    placement_curve: tuple[dict[str, Any], ...] = ()
 
 
-def hold_out(embeddings: Location, seed: int) -> HeldOut:
+def hold_out(source: VectorSource, seed: int) -> HeldOut:
     """Up to 256 random rows; another draw than the one that trained the index."""
-    return HeldOut(*sample_rows(embeddings, EmbeddingsManifest.read(embeddings), NUM_QUERIES, seed + 1))
+    return HeldOut(*source.sample(NUM_QUERIES, seed + 1))
 
 
-def exact_hits(embeddings: Location, start: int, end: int, queries: HeldOut, k: int) -> ExactHits:
+def exact_hits(source: VectorSource, start: int, end: int, queries: HeldOut, k: int) -> ExactHits:
     """The best rows in start to end (exclusive) by exact inner products, streamed."""
     best = ExactHits(np.empty((len(queries.rows), 0), np.float32), np.empty((len(queries.rows), 0), np.int64))
-    for batch in stream_rows(embeddings, EmbeddingsManifest.read(embeddings), start, end):
+    for batch in source.stream(start, end):
         scores = queries.vectors @ batch.vectors.T
         rows = np.arange(batch.first_row, batch.first_row + len(batch.vectors))
         scores[queries.rows[:, None] == rows[None, :]] = -np.inf
@@ -83,32 +85,66 @@ def merge_exact(parts: list[ExactHits], k: int) -> ExactHits:
 def measure_recall(
     index: Index, queries: HeldOut, exact: ExactHits, *, target: float, num_threads: int
 ) -> MeasuredRecall:
-    """Search at rising parameters; choose the smallest that reaches `target`, or the largest where none does.
+    """Search at rising parameters; choose the smallest that reaches `target`, or the best where none does.
 
-    k + 1 hits are asked and the query's own row is dropped.
+    k + 1 hits are asked and the query's own row is dropped. Where candidates are rescored, every k_factor has a curve
+    of its own, measured until one reaches the target. An index placed by cluster is measured once more at the chosen
+    parameters, over rising numbers of shards visited.
     """
     import_faiss().omp_set_num_threads(num_threads)
     manifest = index.manifest
     k = min(manifest.recall_k, manifest.rows - 1)
-    grid = parameter_grid(manifest.kind, manifest.parameters, manifest.rows, max(k, 1))
+    rescored = manifest.exact_dtype is not None
+    grid = parameter_grid(manifest.kind, manifest.parameters, manifest.rows, max(k, 1), rescored=rescored)
     if k < 1:
         return MeasuredRecall(1.0, True, grid[0], (), 0)
     relevant = _relevant_rows(exact, k)
     starts = np.cumsum([0, *(entry.rows for entry in manifest.shards)])
-    curve: list[tuple[dict[str, int], float]] = []
-    for parameters in grid:
+
+    def recall_at(parameters: dict[str, int]) -> float:
         hits = index.search(queries.vectors, k + 1, search_parameters=parameters)
-        curve.append((parameters, _recall(starts[hits.shards] + hits.rows, queries.rows, relevant, k)))
-        if _ended([recall for _, recall in curve], target):
+        return _recall(starts[hits.shards] + hits.rows, queries.rows, relevant, k)
+
+    curve: list[tuple[dict[str, int], float]] = []
+    for _, settings in itertools.groupby(grid, key=lambda parameters: parameters.get("k_factor")):
+        line: list[float] = []
+        for parameters in settings:
+            line.append(recall_at(parameters))
+            curve.append((parameters, line[-1]))
+            if _ended(line, target):
+                break
+        if max(line) >= target:
             break
-    chosen = next((point for point in curve if point[1] >= target), curve[-1])
+    reaching = next((point for point in curve if point[1] >= target), None)
+    parameters, recall = reaching or max(curve, key=lambda point: point[1])
+    placed = _measure_placement(index, parameters, recall_at, target)
+    if placed:
+        chosen = next(point for point in placed if point["recall"] >= min(target, recall))
+        parameters, recall = {**parameters, SHARDS_PROBE: chosen["shards_probe"]}, chosen["recall"]
     return MeasuredRecall(
-        recall=chosen[1],
-        reached=chosen[1] >= target,
-        search_parameters=chosen[0],
+        recall=recall,
+        reached=recall >= target,
+        search_parameters=parameters,
         curve=tuple(_curve_point(parameters, recall) for parameters, recall in curve),
         num_queries=len(queries.rows),
+        placement_curve=tuple(placed),
     )
+
+
+def _measure_placement(
+    index: Index, parameters: dict[str, int], recall_at: Callable[[dict[str, int]], float], target: float
+) -> list[dict[str, Any]]:
+    """Recall over the number of placed shards visited, 1 to all; empty for an index that is not placed by cluster."""
+    placement = index.manifest.placement
+    if placement is None:
+        return []
+    points = []
+    for probe in range(1, placement.shards + 1):
+        recall = recall_at({**parameters, SHARDS_PROBE: probe})
+        points.append({SHARDS_PROBE: probe, "share": round(probe / placement.shards, 4), "recall": recall})
+        if recall >= max(target, _PERFECT):
+            break
+    return points
 
 
 def _relevant_rows(exact: ExactHits, k: int) -> list[set[int]]:
@@ -131,5 +167,7 @@ def _ended(recalls: list[float], target: float) -> bool:
 
 
 def _curve_point(parameters: dict[str, int], recall: float) -> dict[str, Any]:
-    name, value = next(iter(parameters.items()), (None, None))
-    return {"parameter": name, "value": value, "recall": round(recall, 5)}
+    name = next(iter(set(parameters) - {"k_factor"}), None)
+    extra = {"k_factor": parameters["k_factor"]} if "k_factor" in parameters else {}
+    value = None if name is None else parameters[name]
+    return {"parameter": name, "value": value, **extra, "recall": round(recall, 5)}

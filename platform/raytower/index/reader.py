@@ -14,8 +14,22 @@ from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
 from raytower.index.faiss_import import import_faiss
-from raytower.index.manifest import IndexManifest
-from raytower.index.search import Document, Hits, Shard, merge_hits, prepare_queries
+from raytower.index.filters import Filter, parse_filter
+from raytower.index.kinds import Vectors
+from raytower.index.manifest import PLACEMENT_NAME, IndexManifest
+from raytower.index.placement import Placement
+from raytower.index.search import (
+    SHARDS_PROBE,
+    Document,
+    Hits,
+    Shard,
+    checked_file,
+    empty_hits,
+    merge_hits,
+    prepare_queries,
+    spread_hits,
+    unified_schema,
+)
 from raytower.index.versions import current_version, finished_versions, version_folder
 from raytower.storage import Location
 
@@ -31,9 +45,13 @@ def default_cache_dir() -> Path:
 class Index:
     """One version, opened for search; it keeps answering while newer ones are published. Safe for threads."""
 
-    def __init__(self, manifest: IndexManifest, shards: list[Shard]) -> None:
+    def __init__(
+        self, manifest: IndexManifest, shards: list[Shard], placement: Placement | None = None
+    ) -> None:
         self.manifest = manifest
         self.shards = shards
+        self.documents_schema = unified_schema([shard.documents_table.schema for shard in shards])
+        self._placement = placement
         self._threads: ThreadPoolExecutor | None = None
         if manifest.kind == "flat" and len(shards) > 1 and manifest.rows >= _CONCURRENT_ROWS:
             one_thread = import_faiss().omp_set_num_threads
@@ -55,7 +73,7 @@ class Index:
 
         Raises:
             InputError: no index there, or no such version.
-            FormatError: another encoder's fingerprint, a wrong checksum, size or row count, a newer format.
+            FormatError: another encoder's fingerprint, a wrong checksum, size or row count, another format.
         """
         manifest, folder = open_manifest(uri, version)
         if encoder_fingerprint is not None:
@@ -69,7 +87,8 @@ class Index:
         """Open the version in `folder` by a manifest that need not be written yet. Raises FormatError as `open`."""
         cache, checked = default_cache_dir(), verify == "checksum"
         numbers = range(len(manifest.shards))
-        return cls(manifest, [Shard.open(folder, n, manifest, cache, verify=checked) for n in numbers])
+        shards = [Shard.open(folder, n, manifest, cache, verify=checked) for n in numbers]
+        return cls(manifest, shards, _open_placement(folder, manifest, cache, checked))
 
     @property
     def version(self) -> str:
@@ -81,6 +100,7 @@ class Index:
 
     @property
     def num_rows(self) -> int:
+        """Rows that can be found; deleted ones are not counted."""
         return self.manifest.rows
 
     @property
@@ -102,29 +122,32 @@ class Index:
         check_fingerprint(self.manifest, fingerprint)
 
     def search(
-        self, vectors: NDArray[Any], k: int, *, search_parameters: Mapping[str, int] | None = None
+        self,
+        vectors: NDArray[Any],
+        k: int,
+        *,
+        search_parameters: Mapping[str, int] | None = None,
+        filter: Mapping[str, Any] | None = None,
     ) -> Hits:
-        """The best min(k, rows) hits of each query vector (Q, dim) over all shards; a k beyond the rows gives all.
+        """The best min(k, rows that match) hits of each query vector (Q, dim) over all shards.
+
+        `filter` names the documents that may be hits by their columns, as `index.filters` describes; it is applied
+        before ranking, so k hits come back whenever k documents match. On an index placed by cluster,
+        `search_parameters` may hold `shards_probe`, the number of placed shards that a query visits.
 
         Raises:
-            InputError: k below 1, an unknown search parameter, or vectors of the wrong shape, not finite, or zero
-                under cosine.
+            InputError: k below 1, an unknown search parameter, a filter that does not fit the columns, or vectors of
+                the wrong shape, not finite, or zero under cosine.
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         prepared = prepare_queries(vectors, self.manifest)
-        if self._threads is not None and len(prepared) == 1:
-            parts = list(
-                self._threads.map(lambda shard: shard.search(prepared, k, search_parameters), self.shards)
-            )
-            return merge_hits(parts, k)
-        # A running merge: memory holds two answers, however many shards there are.
-        best: Hits | None = None
-        for shard in self.shards:
-            found = shard.search(prepared, k, search_parameters)
-            best = merge_hits([found] if best is None else [best, found], k)
-        assert best is not None
-        return best
+        parsed = None if filter is None else parse_filter(filter, self.documents_schema)
+        parameters = dict(search_parameters or {})
+        visits = self._visits(prepared, parameters.pop(SHARDS_PROBE, None))
+        if visits is not None:
+            return self._search_visited(prepared, k, parameters, parsed, visits)
+        return self._search_all(prepared, k, parameters, parsed)
 
     def documents(self, shards: NDArray[np.int32], rows: NDArray[np.int64]) -> list[Document]:
         """The documents of one query's hits, in order; a shard of -1, padding of a merge, is left out."""
@@ -135,8 +158,78 @@ class Index:
         return found
 
     def document_tables(self) -> Iterator[pa.Table]:
-        """Every document, a memory-mapped table of each shard at a time."""
-        return (shard.documents_table for shard in self.shards)
+        """Every document that is not deleted, a table of each shard at a time, memory-mapped where all of it lives."""
+        for shard in self.shards:
+            table = shard.documents_table
+            live = shard.live_rows
+            yield table if len(live) == table.num_rows else table.take(pa.array(live))
+
+    def _search_all(
+        self, prepared: Vectors, k: int, parameters: Mapping[str, int], filter: Filter | None
+    ) -> Hits:
+        if self._threads is not None and len(prepared) == 1:
+            parts = list(
+                self._threads.map(lambda shard: shard.search(prepared, k, parameters, filter), self.shards)
+            )
+            return merge_hits(parts, k)
+        # A running merge: memory holds two answers, however many shards there are.
+        best: Hits | None = None
+        for shard in self.shards:
+            found = shard.search(prepared, k, parameters, filter)
+            best = merge_hits([found] if best is None else [best, found], k)
+        assert best is not None
+        return best
+
+    def _visits(self, prepared: Vectors, asked: int | None) -> NDArray[np.bool_] | None:
+        """Which shards each query visits (Q, S), or None for all."""
+        if self._placement is None or self.manifest.placement is None:
+            if asked is not None:
+                raise InputError(
+                    f"search parameter {SHARDS_PROBE} is {asked}, but this index is not placed by cluster; leave it out"
+                )
+            return None
+        placed = self.manifest.placement.shards
+        probe = self.manifest.search_parameters.get(SHARDS_PROBE, placed) if asked is None else asked
+        if probe < 1:
+            raise InputError(f"search parameter {SHARDS_PROBE} is {probe}; it must be 1 or more")
+        if probe >= placed:
+            return None
+        visits = np.ones(
+            (len(prepared), len(self.shards)), dtype=np.bool_
+        )  # added shards are placed by nothing
+        visits[:, :placed] = self._placement.visit(prepared, probe)
+        return visits
+
+    def _search_visited(
+        self,
+        prepared: Vectors,
+        k: int,
+        parameters: Mapping[str, int],
+        filter: Filter | None,
+        visits: NDArray[np.bool_],
+    ) -> Hits:
+        depth = min(k, sum(shard.count(filter) for shard in self.shards))
+        best = empty_hits(len(prepared), depth)
+        for number, shard in enumerate(self.shards):
+            queries = np.flatnonzero(visits[:, number])
+            if len(queries):
+                found = shard.search(prepared[queries], k, parameters, filter)
+                best = merge_hits([best, spread_hits(found, queries, len(prepared))], depth)
+        short = np.flatnonzero((best.shards < 0).any(axis=1))
+        if len(short):
+            # The shards visited hold too few rows that match: ask all of them.
+            found = self._search_all(prepared[short], k, parameters, filter)
+            for name in ("scores", "shards", "rows"):
+                getattr(best, name)[short] = getattr(found, name)
+        return best
+
+
+def _open_placement(folder: Location, manifest: IndexManifest, cache: Path, verify: bool) -> Placement | None:
+    entry = manifest.placement
+    if entry is None:
+        return None
+    place = folder.parent / entry.version / PLACEMENT_NAME
+    return Placement.load(checked_file(place, entry.file, cache, verify))
 
 
 def open_manifest(uri: str | Location, version: str | None = None) -> tuple[IndexManifest, Location]:

@@ -1,4 +1,4 @@
-"""Building one shard: rows of the embeddings into a FAISS file and an Arrow file. Runs inside a Ray task."""
+"""Building one shard: rows of a source into a FAISS file and an Arrow file. Runs inside a Ray task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.errors import FormatError
+from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
 from raytower.index.kinds import new_index
-from raytower.index.manifest import DOCUMENTS_NAME, VECTORS_NAME, ShardEntry
+from raytower.index.manifest import (
+    DOCUMENTS_NAME,
+    EXACT_NAME,
+    VECTORS_NAME,
+    ExactDtype,
+    FileEntry,
+    ShardEntry,
+)
 from raytower.index.plan import IndexPlan
-from raytower.index.vectors import sample_rows, stream_rows
+from raytower.index.source import VectorSource
 from raytower.storage import Location, publish_directory
 
 SHARD_NAME = "shard.json"
@@ -24,12 +31,15 @@ SHARD_NAME = "shard.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """Everything a worker needs to build one shard; small enough to send."""
+    """Everything a worker needs to build one shard of rows start to end (exclusive); small enough to send."""
 
-    embeddings: Location
+    source: VectorSource
     version: Location
     number: int
-    plan: IndexPlan
+    start: int
+    end: int
+    kind: BuiltKind
+    exact_dtype: ExactDtype | None
     documents_schema: pa.Schema
     spec_sha256: str
     num_threads: int
@@ -39,15 +49,20 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-def train_template(embeddings: Location, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
+def train_template(source: VectorSource, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
     """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(num_threads)
     index = new_index(plan.kind, plan.dim, plan.parameters)
     if plan.train_rows:
-        _, vectors = sample_rows(embeddings, EmbeddingsManifest.read(embeddings), plan.train_rows, seed)
+        _, vectors = source.sample(plan.train_rows, seed)
         index.train(vectors)
-    serialised: NDArray[np.uint8] = faiss.serialize_index(index)
+    return serialise(index)
+
+
+def serialise(index: Any) -> NDArray[np.uint8]:
+    """A FAISS index as bytes that travel to workers."""
+    serialised: NDArray[np.uint8] = import_faiss().serialize_index(index)
     return serialised
 
 
@@ -55,24 +70,21 @@ def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
     """Build a shard under the version folder; it appears there whole or not at all.
 
     Raises:
-        InputError, FormatError: what reading the embeddings raises.
+        InputError, FormatError: what reading the source raises.
     """
     faiss = import_faiss()
     faiss.omp_set_num_threads(task.num_threads)
     index = faiss.deserialize_index(template)
     target = task.version / shard_name(task.number)
     with publish_directory(target) as folder:
-        vectors_path, documents_path = folder / VECTORS_NAME, folder / DOCUMENTS_NAME
-        _fill(index, task, documents_path)
-        faiss.write_index(index, str(vectors_path))
+        _fill(index, task, folder)
+        faiss.write_index(index, str(folder / VECTORS_NAME))
         entry = ShardEntry(
             version=task.version.name,
             name=shard_name(task.number),
             rows=int(index.ntotal),
-            vectors_sha256=Location.of(vectors_path).sha256(),
-            documents_sha256=Location.of(documents_path).sha256(),
-            vectors_bytes=vectors_path.stat().st_size,
-            documents_bytes=documents_path.stat().st_size,
+            kind=task.kind,
+            files={path.name: FileEntry.of(Location.of(path)) for path in sorted(folder.iterdir())},
         )
         Location.of(folder / SHARD_NAME).write_json({"spec_sha256": task.spec_sha256, "shard": asdict(entry)})
     return entry
@@ -85,22 +97,29 @@ def finished_shard(version: Location, number: int, spec_sha256: str) -> ShardEnt
         return None
     try:
         values = (folder / SHARD_NAME).read_json()
-        entry = ShardEntry(**values["shard"])
-    except (FormatError, KeyError, TypeError):
+        entry = ShardEntry.of_json(values["shard"])
+    except (AttributeError, FormatError, KeyError, TypeError):
         return None
-    files = {VECTORS_NAME: entry.vectors_sha256, DOCUMENTS_NAME: entry.documents_sha256}
-    if values.get("spec_sha256") != spec_sha256 or not all((folder / name).is_file() for name in files):
+    if values.get("spec_sha256") != spec_sha256:
         return None
-    return entry if all((folder / name).sha256() == sha256 for name, sha256 in files.items()) else None
+    places = [(folder / name, file) for name, file in entry.files.items()]
+    return entry if all(place.is_file() and place.sha256() == file.sha256 for place, file in places) else None
 
 
-def _fill(index: Any, task: ShardTask, documents_path: Path) -> None:
-    manifest = EmbeddingsManifest.read(task.embeddings)
-    start, end = task.plan.ranges[task.number]
-    with pa.ipc.new_file(str(documents_path), task.documents_schema) as writer:
-        for batch in stream_rows(task.embeddings, manifest, start, end):
+def _fill(index: Any, task: ShardTask, folder: Path) -> None:
+    exact = None
+    if task.exact_dtype is not None:
+        shape = (task.end - task.start, index.d)
+        exact = np.lib.format.open_memmap(folder / EXACT_NAME, "w+", np.dtype(task.exact_dtype), shape)
+    with pa.ipc.new_file(str(folder / DOCUMENTS_NAME), task.documents_schema) as writer:
+        for batch in task.source.stream(task.start, task.end):
             index.add(batch.vectors)
+            if exact is not None:
+                first = batch.first_row - task.start
+                exact[first : first + len(batch.vectors)] = batch.vectors
             writer.write_table(_conform(batch.documents, task.documents_schema))
+    if exact is not None:
+        exact.flush()
 
 
 def _conform(documents: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -129,6 +129,15 @@ def stream_rows(
                 yield VectorBatch(file_start + row, vectors, table.drop_columns(["embedding"]))
 
 
+def stream_ids(folder: Location, manifest: EmbeddingsManifest) -> Iterator[pa.Array]:
+    """The ids of each file, in manifest order."""
+    for entry in manifest.files:
+        place = folder / entry.name
+        with place.open_read() as stream:
+            ids = _open_parquet(stream, place, entry).read(columns=["id"])["id"]
+        yield ids.combine_chunks().cast(pa.string())
+
+
 def sample_rows(
     folder: Location, manifest: EmbeddingsManifest, count: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -10,9 +10,9 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
-from raytower.errors import FormatError, InputError
+from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.manifest import MANIFEST_NAME, IndexManifest
 from raytower.storage import Location
 
@@ -20,6 +20,7 @@ CURRENT_NAME = "CURRENT"
 BUILD_NAME = "build.json"
 _VERSIONS_NAME = "versions"
 _LOCK_NAME = ".lock"
+_PUBLISH_LOCK_NAME = ".publish.lock"
 _CLAIMS_NAME = "claims"
 _VERSION_PATTERN = re.compile(r"v(\d{6,})")
 
@@ -47,14 +48,69 @@ def current_version(index: Location) -> str:
     return version
 
 
-def publish(index: Location, version: str) -> None:
-    """Make `version` the one that new readers open; the swap is atomic."""
-    (index / CURRENT_NAME).write_bytes(f"{version}\n".encode())
+def publish(index: Location, version: str, *, instead_of: str | None = None) -> None:
+    """Make `version` the one that new readers open; the swap is atomic.
+
+    `instead_of` names the version that `version` was derived from, which must still be the published one: changes that
+    someone else published meanwhile are not in `version` and would be lost. Locally no two publishers look at once;
+    object stores have no lock, and there a publication within the same moment can go unseen.
+
+    Raises:
+        RaytowerError: another version is published by now.
+    """
+    with _publishing(index):
+        found = published_version(index)
+        if instead_of is not None and found != instead_of:
+            raise RaytowerError(
+                f"version {version} was made from {instead_of}, but {index} has {found} published by now; nothing was "
+                "changed: run the command again, which starts from what is published"
+            )
+        (index / CURRENT_NAME).write_bytes(f"{version}\n".encode())
+
+
+@contextmanager
+def _publishing(index: Location) -> Iterator[None]:
+    if not index.is_local:
+        yield
+        return
+    descriptor = os.open(
+        (index / _PUBLISH_LOCK_NAME).local_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+    )
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def finished_versions(index: Location) -> list[str]:
     """Names of versions with a manifest, oldest first."""
     return [name for name in _version_names(index) if (version_folder(index, name) / MANIFEST_NAME).is_file()]
+
+
+def unfinished_versions(index: Location) -> list[str]:
+    """Names of versions without a manifest that no living builder holds, oldest first.
+
+    On object stores a living builder cannot be told from a dead one, so there are none.
+    """
+    names = _version_names(index) if index.is_local else []
+    return [name for name in names if _state(version_folder(index, name)) == "unfinished"]
+
+
+def collected_versions(index: Location) -> list[str]:
+    """Names of versions that were taken away while others still needed some of their shards, oldest first."""
+    return [name for name in _version_names(index) if _state(version_folder(index, name)) == "collected"]
+
+
+def _state(folder: Location) -> Literal["finished", "unfinished", "collected", "held"]:
+    if (folder / MANIFEST_NAME).is_file():
+        return "finished"
+    if folder.is_local:
+        lock = _lock(folder)
+        if lock is None:
+            return "held"
+        os.close(lock)
+    return "unfinished" if (folder / BUILD_NAME).is_file() else "collected"
 
 
 def spec_sha256(spec: Mapping[str, Any]) -> str:

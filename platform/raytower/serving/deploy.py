@@ -141,7 +141,7 @@ def plan_serve(config: ServeConfig) -> dict[str, Any]:
     manifest = check_parts(config, None)
     config.api_key_sha256()
     apart = config.placement == "apart"
-    num_bytes = sum(entry.vectors_bytes + entry.documents_bytes for entry in manifest.shards)
+    num_bytes = sum(entry.bytes for entry in manifest.shards)
     return {
         "url": base_url(config),
         "index_version": manifest.version,

@@ -1,0 +1,53 @@
+"""Running the steps of an index job as Ray tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from raytower.errors import RaytowerError, find_cause
+from raytower.index.config import IndexWorkersConfig
+from raytower.runtime import log
+
+ResultT = TypeVar("ResultT")
+
+
+def run_tasks(
+    function: Callable[..., ResultT],
+    calls: Sequence[tuple[Any, ...]],
+    workers: IndexWorkersConfig,
+    *,
+    at_once: int | None = None,
+    progress: str | None = None,
+) -> list[ResultT]:
+    """Results of `function` over `calls`, in order, with at most `at_once` (default: workers.max) running.
+
+    `progress` is logged with the numbers of finished and of all calls.
+
+    Raises:
+        RaytowerError: the first failure, as the task raised it where that was meant for the user.
+    """
+    task = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)(function)
+    waiting = list(enumerate(calls))
+    running: dict[ray.ObjectRef[Any], int] = {}
+    results: dict[int, ResultT] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < (at_once or workers.max):
+                number, arguments = waiting.pop(0)
+                running[task.remote(*arguments)] = number
+            finished, _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(finished[0])
+            results[number] = ray.get(finished[0])
+            if progress:
+                log(progress.format(len(results), len(calls)))
+    except Exception as error:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        cause = find_cause(error)
+        if isinstance(cause, RaytowerError):
+            raise cause from None
+        raise RaytowerError(f"a task of the index job failed: {cause}") from error
+    return [results[number] for number in range(len(calls))]

@@ -1,0 +1,622 @@
+"""Placement by cluster: which shard a row lies on, which shards a query visits, and the placed copy on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.index import partition
+from raytower.index import placement as placement_module
+from raytower.index.partition import PlacedPart, PlaceTask, place_files, placed_copy
+from raytower.index.placement import Placement, sample_rows_for, train_placement
+from raytower.index.vectors import stream_rows
+from raytower.storage import Location
+from tests.conftest import REPOSITORY
+
+DIM = 16
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def clustered(rows: int, seed: int = 0, *, centres: int = 60, zipf: float = 0.0) -> NDArray[np.float32]:
+    """Unit vectors around centres that are the same for every seed; `zipf` makes some far more common."""
+    middles = np.random.default_rng(1).normal(size=(centres, DIM))
+    shares = 1 / np.arange(1, centres + 1) ** zipf
+    random = np.random.default_rng(seed)
+    chosen = random.choice(centres, rows, p=shares / shares.sum())
+    return unit(middles[chosen] + 0.3 * random.normal(size=(rows, DIM)))
+
+
+def train(sample: NDArray[np.float32], shards: int, seed: int = 0, **changes: Any) -> Placement:
+    return train_placement(sample, shards, seed, **{"metric": "cosine", **changes})
+
+
+def make_placement(centroids: list[list[float]], shard_of: list[int]) -> Placement:
+    return Placement(np.array(centroids, np.float32), np.array(shard_of, np.int32))
+
+
+def nearest_by_distance(vectors: NDArray[Any], centroids: NDArray[Any]) -> NDArray[np.int64]:
+    distances = np.linalg.norm(vectors.astype(np.float64)[:, None] - centroids.astype(np.float64), axis=2)
+    return distances.argmin(axis=1)
+
+
+class TestTraining:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        rows=st.integers(1, 400),
+        distinct=st.integers(1, 400),
+        shards=st.integers(1, 12),
+        metric=st.sampled_from(["cosine", "inner_product"]),
+        seed=st.integers(0, 2**40),
+    )
+    def test_any_sample_keeps_the_bound_and_fills_every_shard(
+        self, rows: int, distinct: int, shards: int, metric: str, seed: int
+    ) -> None:
+        random = np.random.default_rng(seed)
+        pool = random.normal(size=(distinct, 4))
+        pool = unit(pool) if metric == "cosine" else pool.astype(np.float32)
+        sample = pool[random.integers(0, distinct, rows)]
+        placement = train(sample, shards, seed, metric=metric, clusters_per_shard=8)
+        assert placement.num_shards <= min(shards, len(np.unique(sample, axis=0)))
+        sizes = np.bincount(placement.assign(sample), minlength=placement.num_shards)
+        assert sizes.min() >= 1
+        heaviest = np.bincount(nearest_by_distance(sample, placement.centroids)).max()
+        mean = rows / placement.num_shards
+        # One row may fall to the other side where a distance is a tie in float32.
+        assert sizes.max() <= max(1.25 * mean, mean + heaviest) + 1
+
+    @pytest.mark.parametrize("shards", [3, 8, 16])
+    @pytest.mark.parametrize("zipf", [0.0, 1.0])
+    def test_no_shard_is_larger_than_five_quarters_of_the_mean(self, shards: int, zipf: float) -> None:
+        sample = clustered(8_000, zipf=zipf)
+        placement = train(sample, shards)
+        assert placement.num_shards == shards
+        assert np.bincount(placement.assign(sample)).max() <= 1.25 * 8_000 / shards
+        # Other rows of the same corpus follow the sample.
+        assert np.bincount(placement.assign(clustered(8_000, 1, zipf=zipf))).max() <= 1.4 * 8_000 / shards
+
+    def test_near_clusters_share_a_shard(self) -> None:
+        random = np.random.default_rng(0)
+        groups = 10 * np.eye(4, DIM)
+        clusters = (groups[:, None] + random.normal(size=(4, 8, DIM))).reshape(-1, DIM)
+        sample = (clusters.repeat(40, axis=0) + 0.05 * random.normal(size=(1280, DIM))).astype(np.float32)
+        placement = train(sample, 4, metric="inner_product", clusters_per_shard=8)
+        shard_of_group = placement.assign(sample).reshape(4, 320)
+        assert (shard_of_group == shard_of_group[:, :1]).all()
+        assert sorted(shard_of_group[:, 0].tolist()) == [0, 1, 2, 3]
+
+    def test_equal_rows_stay_on_one_shard_however_many(self) -> None:
+        sample = clustered(4_000)
+        sample[::2] = sample[0]
+        placement = train(sample, 8)
+        shards = placement.assign(sample)
+        assert placement.num_shards == 8
+        assert len(set(shards[::2].tolist())) == 1
+        # The rest is spread over the other seven as evenly as it would be alone.
+        others = np.delete(np.bincount(shards, minlength=8), shards[0])
+        assert others.min() > 0
+        assert others.max() <= 1.25 * 4_000 / 8
+
+    @pytest.mark.parametrize(("distinct", "expected"), [(1, 1), (5, 5), (8, 8), (30, 8)])
+    def test_fewer_distinct_rows_than_clusters(self, distinct: int, expected: int) -> None:
+        rows = clustered(distinct)
+        placement = train(np.tile(rows, (50, 1)), 8)
+        assert placement.num_shards == expected
+        if distinct <= 8:
+            assert sorted(placement.assign(rows).tolist()) == list(range(distinct))
+
+    def test_minus_zero_is_zero(self) -> None:
+        sample = np.array([[0.0, 1.0], [-0.0, 1.0]], np.float32)
+        assert train(sample, 2).num_shards == 1
+
+    def test_the_same_seed_gives_the_same_placement(self) -> None:
+        sample = clustered(3_000)
+        first, again, other = train(sample, 4, 7), train(sample, 4, 7), train(sample, 4, 8)
+        assert first.sha256 == again.sha256
+        assert np.array_equal(first.centroids, again.centroids)
+        assert first.sha256 != other.sha256
+
+    def test_centroids_have_unit_length_under_cosine_only(self) -> None:
+        sample = clustered(3_000)
+        assert np.allclose(np.linalg.norm(train(sample, 4).centroids, axis=1), 1, atol=1e-5)
+        means = train(sample, 4, metric="inner_product").centroids
+        assert (np.linalg.norm(means, axis=1) < 0.999).any()
+
+    @pytest.mark.parametrize(
+        ("sample", "shards", "clusters", "message"),
+        [
+            (np.ones((3, 2)), 0, 4, "shards is 0"),
+            (np.ones((3, 2)), 2, 0, "clusters_per_shard is 0"),
+            (np.ones((0, 2)), 2, 4, r"shape \(0, 2\)"),
+            (np.ones(3), 2, 4, r"shape \(3,\)"),
+            (np.full((3, 2), np.nan), 2, 4, "NaN"),
+        ],
+    )
+    def test_refusals(self, sample: NDArray[Any], shards: int, clusters: int, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            train(sample.astype(np.float32), shards, clusters_per_shard=clusters)
+
+    def test_sample_rows(self) -> None:
+        assert sample_rows_for(8, 16) == 8 * 16 * 64
+
+
+class TestPlacement:
+    def test_assign_is_the_nearest_by_distance_also_without_unit_length(self) -> None:
+        random = np.random.default_rng(0)
+        centroids = (random.normal(size=(40, 5)) * random.uniform(0.1, 4, (40, 1))).astype(np.float32)
+        placement = Placement(centroids, np.repeat(np.arange(8, dtype=np.int32), 5))
+        vectors = (random.normal(size=(500, 5)) * 3).astype(np.float32)
+        assert placement.assign(vectors).dtype == np.int32
+        assert placement.assign(vectors).tolist() == (nearest_by_distance(vectors, centroids) // 5).tolist()
+        assert placement.assign(vectors[:0]).shape == (0,)
+
+    def test_visit_by_hand(self) -> None:
+        placement = make_placement([[1, 0], [0, 1], [-1, 0], [0.6, 0.8]], [0, 1, 1, 2])
+        query = np.array([[0, 1], [0.9, 0.1], [-1, 0.1]], np.float32)
+        # Best centroid of each shard: 0, 1, 0.8; then 0.9, 0.1, 0.62; then -1, 1, -0.52.
+        assert placement.visit(query, 1).tolist() == [
+            [False, True, False],
+            [True, False, False],
+            [False, True, False],
+        ]
+        assert placement.visit(query, 2).tolist() == [
+            [False, True, True],
+            [True, False, True],
+            [False, True, True],
+        ]
+
+    def test_equal_scores_go_by_shard_number(self) -> None:
+        placement = make_placement([[1, 0], [1, 0], [1, 0]], [0, 1, 2])
+        assert placement.visit(np.array([[1, 1]], np.float32), 2).tolist() == [[True, True, False]]
+
+    @settings(max_examples=50, deadline=None)
+    @given(owned=st.lists(st.integers(1, 4), min_size=1, max_size=8), seed=st.integers(0, 99))
+    def test_more_shards_include_those_of_fewer_up_to_all(self, owned: list[int], seed: int) -> None:
+        random = np.random.default_rng(seed)
+        shard_of = np.repeat(np.arange(len(owned), dtype=np.int32), owned)
+        # Few different values, so that equal scores occur.
+        placement = Placement(random.integers(-1, 2, (len(shard_of), 3)).astype(np.float32), shard_of)
+        queries = random.integers(-1, 2, (20, 3)).astype(np.float32)
+        before = np.zeros((20, len(owned)), bool)
+        for probe in range(1, len(owned) + 3):
+            visited = placement.visit(queries, probe)
+            assert (visited.sum(axis=1) == min(probe, len(owned))).all()
+            assert (visited | before == visited).all()
+            before = visited
+        assert before.all()
+
+    def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        vectors = clustered(1_000)
+        placement = train(vectors, 6)
+        whole = placement.assign(vectors), placement.visit(vectors, 2)
+        monkeypatch.setattr(placement_module, "_BLOCK_VALUES", 7 * len(placement.centroids))
+        assert np.array_equal(placement.assign(vectors), whole[0])
+        assert np.array_equal(placement.visit(vectors, 2), whole[1])
+
+    def test_half_of_the_shards_hold_the_neighbours(self) -> None:
+        corpus, queries = clustered(6_000), clustered(200, 1)
+        placement = train(corpus, 8)
+        neighbours = np.argsort(-(queries @ corpus.T), axis=1)[:, :10]
+        visited = placement.visit(queries, 4)
+        found = np.take_along_axis(visited, placement.assign(corpus)[neighbours], axis=1).mean()
+        by_rows = np.take_along_axis(visited, neighbours * 8 // len(corpus), axis=1).mean()
+        assert found >= 0.95
+        assert 0.4 < by_rows < 0.6
+
+    def test_without_empty(self) -> None:
+        placement = make_placement([[0, 0], [1, 0], [2, 0], [3, 0], [4, 0]], [0, 1, 1, 2, 3])
+        kept = placement.without_empty(np.array([5, 0, 1, 9]))
+        assert kept.centroids[:, 0].tolist() == [0, 3, 4]
+        assert kept.shard_of.tolist() == [0, 1, 2]
+        assert placement.without_empty(np.array([1, 1, 1, 1])).sha256 == placement.sha256
+
+    @pytest.mark.parametrize("probe", [0, -1])
+    def test_no_shard_to_visit_is_refused(self, probe: int) -> None:
+        with pytest.raises(InputError, match=f"shards_probe is {probe}"):
+            make_placement([[1, 0]], [0]).visit(np.ones((1, 2), np.float32), probe)
+
+    def test_other_dimensions_are_refused(self) -> None:
+        placement = make_placement([[1, 0]], [0])
+        with pytest.raises(InputError, match=r"\(4, 3\).*\(vectors, 2\)"):
+            placement.visit(np.ones((4, 3), np.float32), 1)
+        with pytest.raises(InputError, match=r"\(2,\)"):
+            placement.assign(np.ones(2, np.float32))
+
+    @pytest.mark.parametrize(
+        ("centroids", "shard_of", "message"),
+        [
+            (np.ones((2, 2)), np.zeros(2, np.int32), "float64"),
+            (np.ones((0, 2), np.float32), np.zeros(0, np.int32), r"\(0, 2\)"),
+            (np.ones((2, 2), np.float32), np.zeros(3, np.int32), r"int32 \(3,\)"),
+            (np.ones((2, 2), np.float32), np.zeros(2, np.int64), "int64"),
+            (np.full((2, 2), np.inf, np.float32), np.zeros(2, np.int32), "infinite"),
+            (np.ones((2, 2), np.float32), np.array([0, 2], np.int32), r"\[0, 2\]"),
+            (np.ones((2, 2), np.float32), np.array([1, 1], np.int32), r"\[1, 1\]"),
+            (np.ones((2, 2), np.float32), np.array([1, 0], np.int32), r"\[1, 0\]"),
+        ],
+    )
+    def test_arrays_that_do_not_fit(
+        self, centroids: NDArray[Any], shard_of: NDArray[Any], message: str
+    ) -> None:
+        with pytest.raises(FormatError, match=message):
+            Placement(centroids, shard_of)
+
+
+class TestPlacementFile:
+    def test_round_trip_with_equal_bytes(self, tmp_path: Path) -> None:
+        placement = train(clustered(1_000), 4)
+        placement.save(tmp_path / "a.npz")
+        placement.save(Location.of(tmp_path) / "b.npz")
+        loaded = Placement.load(tmp_path / "a.npz")
+        assert loaded.sha256 == placement.sha256
+        assert loaded.assign(clustered(100)).tolist() == placement.assign(clustered(100)).tolist()
+        assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+    def test_every_flipped_byte_is_refused_or_harmless(self, tmp_path: Path) -> None:
+        placement = make_placement([[1, 0], [0, 1]], [0, 1])
+        path = tmp_path / "placement.npz"
+        placement.save(path)
+        whole = path.read_bytes()
+        refused = 0
+        for position in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[position] ^= 0x15
+            path.write_bytes(damaged)
+            try:
+                assert Placement.load(path).sha256 == placement.sha256
+            except FormatError:
+                refused += 1
+        assert refused > len(whole) // 2
+
+    @pytest.mark.parametrize("keep", [0, 1, 100, -1])
+    def test_truncated(self, tmp_path: Path, keep: int) -> None:
+        path = tmp_path / "placement.npz"
+        make_placement([[1, 0]], [0]).save(path)
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(FormatError, match=r"placement\.npz is no whole placement file"):
+            Placement.load(path)
+
+    def test_what_is_no_placement(self, tmp_path: Path) -> None:
+        path = tmp_path / "placement.npz"
+        with pytest.raises(InputError, match="no file"):
+            Placement.load(path)
+        good = {"centroids": np.ones((1, 2), np.float32), "shard_of": np.zeros(1, np.int32)}
+        for arrays, message in (
+            ({**good}, "no whole placement"),
+            ({**good, "format_version": 2}, "format version 2"),
+            ({"format_version": 1, "shard_of": good["shard_of"]}, "'centroids'"),
+            ({**good, "format_version": 1, "shard_of": np.ones(1, np.int32)}, "without a gap"),
+            ({**good, "format_version": np.array([{"a": 1}], object)}, "no whole placement"),
+        ):
+            np.savez(path, **arrays)  # type: ignore[arg-type]
+            with pytest.raises(FormatError, match=message):
+                Placement.load(path)
+        np.save(path.with_suffix(".npy"), good["centroids"])
+        with pytest.raises(FormatError, match="no whole placement"):
+            Placement.load(path.with_suffix(".npy"))
+
+
+def write_embeddings(
+    folder: Path, vectors: NDArray[Any], files: int = 4, tables: dict[int, dict[str, Any]] | None = None
+) -> EmbeddingsManifest:
+    """An embeddings folder as the contract describes it; `tables` adds columns to some files."""
+    folder.mkdir(parents=True)
+    entries = []
+    for number, rows in enumerate(np.array_split(np.arange(len(vectors)), files)):
+        flat = pa.array(vectors[rows].reshape(-1))
+        columns = {
+            "id": [f"id {row}" for row in rows],
+            "text": [f"text of {row}" for row in rows],
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            **{name: make(rows) for name, make in (tables or {}).get(number, {}).items()},
+        }
+        place = Location.of(folder / f"part-{number:08d}.parquet")
+        pq.write_table(pa.table(columns), place.path, row_group_size=70)
+        entries.append(
+            EmbeddingsFile(name=place.name, rows=len(rows), bytes=place.size_bytes(), sha256=place.sha256())
+        )
+    manifest = EmbeddingsManifest(
+        fingerprint="f" * 64,
+        encoder="some-encoder",
+        dim=vectors.shape[1],
+        dtype=vectors.dtype.name,
+        normalised=False,
+        prefix="",
+        max_length=64,
+        rows=len(vectors),
+        files=tuple(entries),
+    )
+    manifest.write(Location.of(folder))
+    return manifest
+
+
+TEXT_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
+
+
+def tasks_of(folder: Path, target: Path, runs: list[tuple[int, int]], **changes: Any) -> list[PlaceTask]:
+    places = {"embeddings": Location.of(folder), "target": Location.of(target)}
+    return [PlaceTask(**{**places, "files": run, "documents_schema": TEXT_SCHEMA, **changes}) for run in runs]
+
+
+def place_all(tasks: list[PlaceTask], placement: Placement) -> list[PlacedPart]:
+    # Tasks finish in any order.
+    return [part for task in reversed(tasks) for part in place_files(task, placement)]
+
+
+def stored_rows(folder: Path, manifest: EmbeddingsManifest) -> dict[str, tuple[Any, ...]]:
+    """Every column of every row, vectors as their bytes, by id."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for entry in manifest.files:
+        table = pq.read_table(folder / entry.name)
+        flat = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        assert flat.dtype == manifest.dtype
+        for row, vector in zip(table.drop_columns(["embedding"]).to_pylist(), flat, strict=True):
+            assert row["id"] not in found
+            found[row.pop("id")] = (row, vector.tobytes())
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class TestPlacedCopy:
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    @pytest.mark.parametrize(
+        "runs",
+        [[(0, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 3), (3, 4)]],
+        ids=["whole", "each", "uneven"],
+    )
+    def test_each_row_once_bit_for_bit_and_grouped_by_shard(
+        self, tmp_path: Path, dtype: str, runs: list[tuple[int, int]]
+    ) -> None:
+        lengths = np.random.default_rng(3).uniform(0.5, 2, (1_000, 1))
+        vectors = (clustered(1_000) * lengths).astype(dtype)
+        manifest = write_embeddings(tmp_path / "embeddings", vectors)
+        placement = train(clustered(1_000), 5)
+        tasks = tasks_of(tmp_path / "embeddings", tmp_path / "placed", runs)
+        copy = placed_copy(manifest, place_all(tasks, placement), placement)
+        copy.manifest.write(Location.of(tmp_path / "placed"))
+        assert EmbeddingsManifest.read(Location.of(tmp_path / "placed")) == copy.manifest
+        assert replace(copy.manifest, files=manifest.files) == manifest
+        original = stored_rows(tmp_path / "embeddings", manifest)
+        assert stored_rows(tmp_path / "placed", copy.manifest) == original
+        assert len(original) == 1_000
+
+        expected = placement.assign(unit(vectors.astype(np.float32)))
+        assert copy.ranges[0][0] == 0
+        assert copy.ranges[-1][1] == 1_000
+        for shard, bounds in enumerate(copy.ranges):
+            ids = [
+                name
+                for batch in stream_rows(Location.of(tmp_path / "placed"), copy.manifest, *bounds)
+                for name in batch.documents["id"].to_pylist()
+            ]
+            # In the order of the corpus, which makes the copy the same however its rows were batched.
+            assert ids == [f"id {row}" for row in np.flatnonzero(expected == shard)]
+
+    def test_other_columns_pass_through_whatever_file_has_them(self, tmp_path: Path) -> None:
+        columns: dict[int, dict[str, Any]] = {
+            0: {"year": lambda rows: [int(row) for row in rows]},
+            1: {"year": lambda rows: pa.nulls(len(rows))},
+            3: {"year": lambda rows: [row + 0.5 for row in rows], "tags": lambda rows: [["a"] for _ in rows]},
+        }
+        manifest = write_embeddings(tmp_path / "embeddings", clustered(40), tables=columns)
+        schema = TEXT_SCHEMA.append(pa.field("year", pa.float64())).append(
+            pa.field("tags", pa.list_(pa.string()))
+        )
+        placement = train(clustered(40), 2)
+        tasks = tasks_of(
+            tmp_path / "embeddings", tmp_path / "placed", [(0, 2), (2, 4)], documents_schema=schema
+        )
+        copy = placed_copy(manifest, place_all(tasks, placement), placement)
+        for entry in copy.manifest.files:
+            names = pq.read_schema(tmp_path / "placed" / entry.name).names
+            assert names == ["id", "text", "embedding", "year", "tags"]
+        rows = stored_rows(tmp_path / "placed", copy.manifest)
+        assert rows["id 3"][0] == {"text": "text of 3", "year": 3.0, "tags": None}
+        assert rows["id 12"][0] == {"text": "text of 12", "year": None, "tags": None}
+        assert rows["id 22"][0] == {"text": "text of 22", "year": None, "tags": None}
+        assert rows["id 35"][0] == {"text": "text of 35", "year": 35.5, "tags": ["a"]}
+
+    def test_a_shard_without_rows_is_left_out(self, tmp_path: Path) -> None:
+        vectors = clustered(200)
+        manifest = write_embeddings(tmp_path / "embeddings", vectors)
+        trained = train(vectors, 3)
+        # A centroid that is nobody's nearest, as the only one of shard 1.
+        far = Placement(
+            np.concatenate([trained.centroids, np.full((1, DIM), 9, np.float32)])[
+                np.argsort([*(trained.shard_of + (trained.shard_of > 0)), 1], kind="stable")
+            ],
+            np.sort(np.array([*(trained.shard_of + (trained.shard_of > 0)), 1], np.int32)),
+        )
+        assert far.num_shards == 4
+        parts = place_all(tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)]), far)
+        copy = placed_copy(manifest, parts, far)
+        assert copy.placement.sha256 == trained.sha256
+        assert [end - start for start, end in copy.ranges] == np.bincount(trained.assign(vectors)).tolist()
+
+    def test_rows_wait_within_the_buffer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        waiting: list[int] = []
+        add = partition._ShardWriters.add
+
+        def watched(self: Any, table: pa.Table, shards: NDArray[np.int32]) -> None:
+            add(self, table, shards)
+            waiting.append(sum(item.nbytes for tables in self._waiting.values() for item in tables))
+
+        monkeypatch.setattr(partition._ShardWriters, "add", watched)
+        monkeypatch.setattr(partition, "BATCH_ROWS", 64)
+        manifest = write_embeddings(tmp_path / "embeddings", clustered(2_000))
+        placement = train(clustered(2_000), 6)
+        tasks = tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)], buffer_bytes=20_000)
+        copy = placed_copy(manifest, place_all(tasks, placement), placement)
+        assert max(waiting) <= 20_000
+        groups = [
+            pq.ParquetFile(tmp_path / "placed" / entry.name).num_row_groups for entry in copy.manifest.files
+        ]
+        # A row takes about 100 bytes, so 200 rows wait in all; groups are still far larger than a batch's share.
+        assert 2_000 / sum(groups) > 40
+        assert stored_rows(tmp_path / "placed", copy.manifest) == stored_rows(
+            tmp_path / "embeddings", manifest
+        )
+
+    def test_parts_that_do_not_add_up(self, tmp_path: Path) -> None:
+        manifest = write_embeddings(tmp_path / "embeddings", clustered(100))
+        placement = train(clustered(100), 2)
+        parts = place_all(tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 2), (2, 4)]), placement)
+        with pytest.raises(RaytowerError, match="100 rows"):
+            placed_copy(manifest, parts[1:], placement)
+        with pytest.raises(RaytowerError, match="in 5 parts, 4 of them different"):
+            placed_copy(manifest, [*parts, parts[0]], placement)
+
+    def test_a_dtype_that_the_manifest_does_not_name(self, tmp_path: Path) -> None:
+        manifest = write_embeddings(tmp_path / "embeddings", clustered(20))
+        replace(manifest, dtype="float16").write(Location.of(tmp_path / "embeddings"))
+        with pytest.raises(
+            FormatError, match=r"part-00000000\.parquet has embeddings of type .*float.*halffloat"
+        ):
+            place_all(
+                tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)]), train(clustered(20), 2)
+            )
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+from raytower.index import partition
+from raytower.index.placement import Placement
+from raytower.storage import Location
+from tests.test_index_placement import tasks_of
+
+folder, moment = Path(sys.argv[1]), sys.argv[2]
+if moment == "writing":
+    written, write = [], pq.ParquetWriter.write_table
+    def killed(self, *arguments, **options):
+        write(self, *arguments, **options)
+        written.append(1)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    pq.ParquetWriter.write_table = killed
+if moment == "renaming":
+    renamed, replace = [], os.replace
+    def killed(source, target):
+        replace(source, target)
+        renamed.append(1)
+        if len(renamed) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = killed
+if moment == "noting":
+    Location.write_json = lambda self, value: os.kill(os.getpid(), signal.SIGKILL)
+task, = tasks_of(folder / "embeddings", folder / "placed", [(0, 4)], buffer_bytes=10_000)
+partition.place_files(task, Placement.load(folder / "placement.npz"))
+"""
+
+
+class TestRestart:
+    def prepared(self, folder: Path) -> tuple[EmbeddingsManifest, Placement, list[PlaceTask]]:
+        manifest = write_embeddings(folder / "embeddings", clustered(800))
+        placement = train(clustered(800), 4)
+        placement.save(folder / "placement.npz")
+        return (
+            manifest,
+            placement,
+            tasks_of(folder / "embeddings", folder / "placed", [(0, 4)], buffer_bytes=10_000),
+        )
+
+    def test_finished_parts_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, placement, tasks = self.prepared(tmp_path)
+        first = place_all(tasks, placement)
+
+        def never(*_: Any) -> None:
+            raise AssertionError("a finished file is read again")
+
+        monkeypatch.setattr(partition, "_place_file", never)
+        assert place_all(tasks, placement) == first
+
+    @pytest.mark.parametrize("moment", ["writing", "renaming", "noting"])
+    def test_killed_and_started_again(self, tmp_path: Path, moment: str) -> None:
+        _, placement, tasks = self.prepared(tmp_path)
+        command = [sys.executable, "-c", KILLED, str(tmp_path), moment]
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'platform'}{os.pathsep}{REPOSITORY}"}
+        killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        left = [name.endswith(".parquet") for name in files_of(tmp_path / "placed")]
+        # Nothing whole, something whole beside what is not, everything but the note.
+        assert (any(left), all(left)) == {
+            "writing": (False, False),
+            "renaming": (True, False),
+            "noting": (True, True),
+        }[moment]
+        # An old part of a shard that gets no rows now must go too.
+        (tmp_path / "placed" / "placed-00009-00000000.parquet").write_bytes(b"old")
+        (tmp_path / "placed" / "placed-00000-00000004.parquet").write_bytes(b"another task's")
+        parts = place_all(tasks, placement)
+
+        undisturbed = tasks_of(tmp_path / "embeddings", tmp_path / "other", [(0, 4)], buffer_bytes=10_000)
+        assert place_all(undisturbed, placement) == parts
+        files = files_of(tmp_path / "placed")
+        assert files.pop("placed-00000-00000004.parquet") == b"another task's"
+        assert files == files_of(tmp_path / "other")
+
+    @pytest.mark.parametrize(
+        "change", ["flipped byte", "missing part", "broken note", "other placement", "other file"]
+    )
+    def test_parts_of_something_else_are_written_again(self, tmp_path: Path, change: str) -> None:
+        manifest, placement, tasks = self.prepared(tmp_path)
+        parts = place_all(tasks, placement)
+        part = tmp_path / "placed" / parts[0].file.name
+        if change == "flipped byte":
+            content = bytearray(part.read_bytes())
+            content[len(content) // 2] ^= 1
+            part.write_bytes(content)
+        elif change == "missing part":
+            part.unlink()
+        elif change == "broken note":
+            (tmp_path / "placed" / "placed-00000000.json").write_text(json.dumps({"spec": 1}))
+        elif change == "other placement":
+            placement = train(clustered(800), 2)
+        else:
+            entry = manifest.files[0]
+            table = pq.read_table(tmp_path / "embeddings" / entry.name)
+            pq.write_table(table.slice(1), tmp_path / "embeddings" / entry.name)
+            place = Location.of(tmp_path / "embeddings" / entry.name)
+            entry = replace(entry, rows=entry.rows - 1, bytes=place.size_bytes(), sha256=place.sha256())
+            manifest = replace(manifest, rows=799, files=(entry, *manifest.files[1:]))
+            manifest.write(Location.of(tmp_path / "embeddings"))
+        copy = placed_copy(manifest, place_all(tasks, placement), placement)
+        names = {entry.name for entry in copy.manifest.files}
+        assert set(files_of(tmp_path / "placed")) == {*names, "placed-00000000.json"}
+        assert stored_rows(tmp_path / "placed", copy.manifest) == stored_rows(
+            tmp_path / "embeddings", manifest
+        )
+        for entry in copy.manifest.files:
+            assert Location.of(tmp_path / "placed" / entry.name).sha256() == entry.sha256
+
+    def test_a_failure_leaves_nothing(self, tmp_path: Path) -> None:
+        vectors = clustered(800)
+        vectors[700, 2] = np.nan
+        write_embeddings(tmp_path / "embeddings", vectors)
+        tasks = tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)], buffer_bytes=10_000)
+        with pytest.raises(InputError, match="id 700"):
+            place_all(tasks, train(clustered(800), 4))
+        assert files_of(tmp_path / "placed") == {}
