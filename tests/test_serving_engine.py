@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from raytower.errors import FormatError, InputError
 from raytower.evaluation.recall import Candidate, Vectors
+from raytower.index.filters import parse_filter
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.serving.app import create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import SearchEngine
-from raytower.serving.schemas import NotConfiguredError, NotReadyError, OutOfTimeError
+from raytower.serving.schemas import NotConfiguredError, NotReadyError, OutOfTimeError, UnprocessableError
 from raytower.serving.work import Deadline, MicroBatcher
 from tests.tiny_models import build_tiny_encoder
 
@@ -45,7 +48,12 @@ class MemoryIndex:
     def dim(self) -> int:
         return int(self.vectors.shape[1])
 
-    def recall(self, vectors: Vectors, k: int, deadline: Deadline) -> tuple[list[list[Candidate]], bool]:
+    def check_filter(self, filter: Mapping[str, Any]) -> None:
+        parse_filter(filter, pa.schema([("place", pa.int64())]))
+
+    def recall(
+        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
+    ) -> tuple[list[list[Candidate]], bool]:
         if self.pause is not None:
             self.pause.wait(10)
         scores = vectors @ self.vectors.T
@@ -213,6 +221,14 @@ def test_versions_never_mix_while_they_are_swapped_under_load(dummy_encoder_dir:
         stop.set()
         seen = set().union(*(asker.result() for asker in askers))
     assert {"v0", "v3"} <= seen
+
+
+def test_a_filter_that_does_not_fit_is_the_callers_mistake(index: MemoryIndex) -> None:
+    engine = make_engine(index)
+    engine.load()
+    engine.search(["a"], 1, 1, False, Deadline.after(SOON), {"place": {"$lt": 3}})
+    with pytest.raises(UnprocessableError, match="there is no column 'palce'; the nearest is 'place'"):
+        engine.search(["a"], 1, 1, False, Deadline.after(SOON), {"palce": 3})
 
 
 def test_a_missing_shard_is_passed_on_and_time_is_kept(index: MemoryIndex) -> None:

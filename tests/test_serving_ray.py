@@ -34,7 +34,7 @@ from raytower.models.forward import ForwardEngine
 from raytower.serving import deploy
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotReadyError, OutOfTimeError
-from raytower.serving.shards import ShardedIndex, ShardServer, merge_candidates, open_shard
+from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, merge_candidates, open_shard
 from raytower.serving.work import Deadline
 from raytower.storage import Location
 from tests.tiny_models import build_tiny_encoder
@@ -234,8 +234,11 @@ def test_together_serves_swaps_and_stops(
     with pytest.raises(InputError, match="already runs in this cluster"):
         deploy.start(make_config(index_dir, port=free_port()))
     deploy.stop()
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", config.port)) != 0
+    # The proxy's process ends a moment later.
+    until = time.monotonic() + 20
+    while answers_on(config.port):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, index_dir: Path) -> None:
@@ -353,6 +356,11 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
         deploy.plan_serve(make_config(index_dir, api_key_env="SEARCH_KEY_FOR_TEST"))
 
 
+def answers_on(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Remote:
     """A shard handle without Ray: what `remote` returns answers, fails, or is late."""
 
@@ -373,6 +381,11 @@ class Remote:
         self.cancelled = True
 
 
+def sharded(index_dir: Path, shards: list[Remote]) -> ShardedIndex:
+    opened = Index.open(str(index_dir), "v000001")
+    return ShardedIndex(opened.manifest, opened.documents_schema, shards, 100)
+
+
 def late() -> Any:
     raise TimeoutError("late")
 
@@ -384,7 +397,7 @@ def candidate(name: str, score: float) -> Candidate:
 def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: Path) -> None:
     good = Remote(lambda: [[candidate("a", 0.9), candidate("b", 0.1)]])
     shards = [good, Remote(late)]
-    index = ShardedIndex(Index.open(str(index_dir), "v000001").manifest, shards, 100)
+    index = sharded(index_dir, shards)
     vectors = np.zeros((1, 32), dtype=np.float32)
     found, partial = index.recall(vectors, 1, Deadline.after(SOON))
     assert [item.id for item in found[0]] == ["a"]
@@ -398,7 +411,7 @@ def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: 
 
 
 def test_no_shard_at_all_is_an_error_and_not_an_empty_answer(index_dir: Path) -> None:
-    index = ShardedIndex(Index.open(str(index_dir), "v000001").manifest, [Remote(late), Remote(late)], 100)
+    index = sharded(index_dir, [Remote(late), Remote(late)])
     vectors = np.zeros((1, 32), dtype=np.float32)
     with pytest.raises(NotReadyError, match="no shard"):
         index.recall(vectors, 1, Deadline.after(SOON))
@@ -411,6 +424,27 @@ def test_a_version_with_more_shards_than_processes_is_refused(index_dir: Path) -
         ShardedIndex.open(str(index_dir), "v000001", [Remote(lambda: None)], 100)
     with pytest.raises(RaytowerError, match="shard 1 could not open"):
         ShardedIndex.open(str(index_dir), "v000001", [Remote(lambda: None), Remote(late)], 100)
+
+
+def test_a_filter_goes_to_every_shard_and_is_checked_before(index_dir: Path) -> None:
+    answers: list[Any] = [None, None]
+    shards = [Remote(lambda number=number: answers[number]) for number in range(2)]
+    index = ShardedIndex.open(str(index_dir), "v000001", shards, 100)
+    with pytest.raises(InputError, match="no column 'rwo'"):
+        index.check_filter({"rwo": 1})
+    filter = {"row": {"$gte": 1}}
+    index.check_filter(filter)
+    vectors = ForwardEngine(Encoder.load(Index.open(str(index_dir)).encoder)).encode(TEXTS[:1])
+    answers[:] = [
+        open_shard(str(index_dir), "v000001", number)(vectors, len(TEXTS), filter) for number in range(2)
+    ]
+    (together,), _ = index.recall(vectors, len(TEXTS), Deadline.after(SOON), filter)
+    assert [shard.asked[-1][3] for shard in shards] == [filter, filter]
+    assert {item.metadata["row"] for item in together} == set(range(1, len(TEXTS)))
+    (alone,), _ = LocalIndex.open(str(index_dir), "v000001").recall(
+        vectors, len(TEXTS), Deadline.after(SOON), filter
+    )
+    assert [item.id for item in alone] == [item.id for item in together]
 
 
 def test_merging_keeps_shard_order_for_equal_scores() -> None:
@@ -433,7 +467,7 @@ def test_a_shard_server_keeps_two_versions_and_opens_others_when_asked(
     server = ShardServer(str(tmp_path), 1)
     vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode(TEXTS[3:4])
     for version in ("v000001", "v000002", "v000001", "v000003", "v000001", "v000002"):
-        (found,) = server._recall_of(version)(vectors, 9)
+        (found,) = server._recall_of(version)(vectors, 9, None)
         assert [item.id for item in found] == sorted((f"{version}/2", f"{version}/3"), reverse=True)
     assert opened == ["v000001", "v000002", "v000003", "v000002"]
 

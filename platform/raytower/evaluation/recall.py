@@ -7,7 +7,7 @@ Shape legend: Q queries, D embedding dimension, K candidates a query.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,11 +69,11 @@ class SearchResult:
 Recall = Callable[[Vectors, int], list[list[Candidate]]]
 
 
-def index_recall(index: Index) -> Recall:
-    """Recall from an opened index in this process."""
+def index_recall(index: Index, filter: Mapping[str, Any] | None = None) -> Recall:
+    """Recall from an opened index in this process, among the documents that `filter` lets through."""
 
     def recall(vectors: Vectors, k: int) -> list[list[Candidate]]:
-        found = index.search(vectors, k)
+        found = index.search(vectors, k, filter=filter)
         real = found.shards >= 0  # [Q, K]; short answers end in padding
         # All documents in one call: fetching them query by query costs more than the search.
         documents = index.documents(found.shards[real], found.rows[real])

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from raytower.config import Config, FractionField
+from raytower.evaluation.recall import index_recall
 from raytower.evaluation.settings import QueryCompute, load_engine, load_retriever, plan_rows
 from raytower.index.reader import Index, check_fingerprint, open_manifest
 
@@ -14,7 +15,10 @@ _SHOWN_CHARACTERS = 200
 
 
 class SearchConfig(Config):
-    """`raytower search`. `encoder` null is the one that the index's manifest names."""
+    """`raytower search`. `encoder` null is the one that the index's manifest names.
+
+    `filter` is a condition on the documents' columns as JSON, such as {"year": {"$gte": 2020}}.
+    """
 
     index: str
     query: str
@@ -24,6 +28,7 @@ class SearchConfig(Config):
     rerank_k: int = Field(default=100, ge=1)
     fusion_weight: FractionField | None = None
     query_prefix: str | None = None
+    filter: dict[str, Any] | None = None
     compute: QueryCompute = QueryCompute()
 
     def model_post_init(self, context: Any) -> None:
@@ -34,10 +39,11 @@ class SearchConfig(Config):
 def search(config: SearchConfig) -> dict[str, Any]:
     """The best `k` documents: `index_version` and `results`, each with rank, id, score, recall_score and text.
 
-    Fewer come back where the index holds fewer than `k`.
+    Fewer come back where fewer than `k` documents match.
 
     Raises:
-        InputError: no such index or model, or an encoder that did not make the index.
+        InputError: no such index or model, a filter that does not fit the columns, or an encoder that did not make
+            the index.
     """
     index = Index.open(config.index)
     engine = load_engine(config.encoder or index.manifest.encoder, config.compute)
@@ -50,7 +56,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
         fusion_weight=config.fusion_weight,
         query_prefix=config.query_prefix,
     )
-    found = retriever.search([config.query], k=config.k, recall_k=config.rerank_k)
+    recall = index_recall(index, config.filter)
+    found = retriever.search([config.query], k=config.k, recall_k=config.rerank_k, recall=recall)
     results = [
         {
             "rank": hit.rank,

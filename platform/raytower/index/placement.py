@@ -358,7 +358,7 @@ def _first_distinct(rows: Vectors, count: int) -> Vectors:
     """The first `count` distinct rows, or all of them where there are fewer."""
     found: dict[bytes, int] = {}
     for number, row in enumerate(rows):
-        found.setdefault((row + 0).tobytes(), number)  # adding zero makes -0.0 equal to 0.0
+        found.setdefault(row.tobytes(), number)
         if len(found) == count:
             break
     return rows[list(found.values())]

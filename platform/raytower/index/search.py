@@ -281,6 +281,25 @@ def unified_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
         raise FormatError(f"the documents do not agree on their columns: {error}") from error
 
 
+def read_documents_schema(folder: Location, manifest: IndexManifest) -> pa.Schema:
+    """The documents' columns of the version in `folder`, from the head of each shard's file.
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    schemas = []
+    for entry in manifest.shards:
+        place = folder.parent / entry.version / entry.name / DOCUMENTS_NAME
+        try:
+            with place.open_read() as stream:
+                schemas.append(pa.ipc.open_file(stream).schema)
+        except (InputError, pa.ArrowInvalid, OSError) as error:
+            raise FormatError(
+                f"{place} cannot be read: {error}; roll back or build the index again"
+            ) from error
+    return unified_schema(schemas)
+
+
 def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
     """float32, contiguous, unit length under cosine.
 

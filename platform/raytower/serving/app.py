@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,9 +108,15 @@ class Engine(Protocol):
         """The version that is served now; None while nothing is loaded."""
 
     def search(
-        self, queries: list[str], k: int, recall_k: int, rerank: bool, deadline: Deadline
+        self,
+        queries: list[str],
+        k: int,
+        recall_k: int,
+        rerank: bool,
+        deadline: Deadline,
+        filter: Mapping[str, Any] | None = None,
     ) -> SearchAnswer:
-        """Recall and rerank."""
+        """Recall among the documents that `filter` lets through, and rerank."""
 
     def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
         """Vectors of `texts` with the prefix of `role` ("query", "document" or None for no prefix)."""
@@ -155,7 +161,7 @@ def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig, gate: Wo
         deadline = begin(body.timeout_ms)
         texts, recall_k = body.texts(), body.depth(limits)
         answer = await gate.run(
-            lambda: engine.search(texts, body.k, recall_k, body.rerank, deadline), deadline
+            lambda: engine.search(texts, body.k, recall_k, body.rerank, deadline, body.filter), deadline
         )
         return _json(_search_response(answer, deadline))
 

@@ -7,10 +7,10 @@ the old one end undisturbed. So no answer mixes index versions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from raytower.models.forward import ComputeDtype, ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer
 from raytower.serving.config import ServeConfig
-from raytower.serving.schemas import NotConfiguredError, NotReadyError
+from raytower.serving.schemas import NotConfiguredError, NotReadyError, UnprocessableError
 from raytower.serving.work import Deadline, MicroBatcher
 
 # Bounds how long one forward keeps others waiting; longer submissions are cut.
@@ -47,7 +47,12 @@ class ServedIndex(Protocol):
     @property
     def dim(self) -> int: ...
 
-    def recall(self, vectors: Vectors, k: int, deadline: Deadline) -> tuple[list[list[Candidate]], bool]:
+    def check_filter(self, filter: Mapping[str, Any]) -> None:
+        """Raises InputError where it does not fit the documents' columns."""
+
+    def recall(
+        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
+    ) -> tuple[list[list[Candidate]], bool]:
         """Candidates of each vector, best first, and whether a shard is missing from them."""
 
 
@@ -153,10 +158,20 @@ class SearchEngine:
             return index.version
 
     def search(
-        self, queries: list[str], k: int, recall_k: int, rerank: bool, deadline: Deadline
+        self,
+        queries: list[str],
+        k: int,
+        recall_k: int,
+        rerank: bool,
+        deadline: Deadline,
+        filter: Mapping[str, Any] | None = None,
     ) -> SearchAnswer:
-        """Recall `recall_k` candidates and rerank them, or recall `k`. Raises OutOfTimeError, NotReadyError."""
-        return self._search(self._current(), queries, k, recall_k, rerank, deadline)
+        """Recall `recall_k` candidates and rerank them, or recall `k`, among the documents that `filter` lets through.
+
+        Raises:
+            UnprocessableError: a filter that does not fit the documents' columns. OutOfTimeError, NotReadyError.
+        """
+        return self._search(self._current(), queries, k, recall_k, rerank, deadline, filter)
 
     def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
         """Vectors of `texts`, after the prefix of `role` if one is given. Raises OutOfTimeError, NotReadyError."""
@@ -180,14 +195,25 @@ class SearchEngine:
 
     @staticmethod
     def _search(
-        snapshot: Snapshot, queries: list[str], k: int, recall_k: int, rerank: bool, deadline: Deadline
+        snapshot: Snapshot,
+        queries: list[str],
+        k: int,
+        recall_k: int,
+        rerank: bool,
+        deadline: Deadline,
+        filter: Mapping[str, Any] | None = None,
     ) -> SearchAnswer:
         partial = False
+        if filter is not None:
+            try:
+                snapshot.index.check_filter(filter)
+            except InputError as error:
+                raise UnprocessableError(str(error)) from error
 
         def recall(vectors: Vectors, depth: int) -> list[list[Candidate]]:
             nonlocal partial
             deadline.check()
-            candidates, partial = snapshot.index.recall(vectors, depth, deadline)
+            candidates, partial = snapshot.index.recall(vectors, depth, deadline, filter)
             return candidates
 
         retriever = Retriever(

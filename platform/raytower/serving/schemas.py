@@ -60,7 +60,8 @@ class SearchRequest(Request):
     )
     rerank: StrictBool = True
     filter: dict[str, Any] | None = Field(
-        default=None, description="not supported by this index version: must be null"
+        default=None,
+        description='condition on the columns of documents, applied before ranking: {"year": {"$gte": 2020}}',
     )
     timeout_ms: StrictInt | None = Field(default=None, ge=1, description="default: the server's")
 
@@ -83,10 +84,6 @@ class SearchRequest(Request):
             check_count("queries", len(self.queries or ()), limits.max_queries)
             for number, text in enumerate(self.queries or ()):
                 check_text(f"queries.{number}", text, limits.max_query_characters)
-        if self.filter is not None:
-            raise UnprocessableError(
-                "filter: not supported by this index version; leave it out or null", "unsupported"
-            )
         _check_at_most("k", self.k, limits.max_k)
         if self.recall_k is not None:
             _check_at_most("recall_k", self.recall_k, limits.max_recall_k)

@@ -6,15 +6,18 @@ import asyncio
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from raytower.errors import FormatError, RaytowerError
-from raytower.evaluation.recall import Candidate, Recall, Vectors, index_recall
+from raytower.evaluation.recall import Candidate, Vectors, index_recall
+from raytower.index.filters import parse_filter
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index, default_cache_dir, open_manifest
-from raytower.index.search import Shard, merge_hits, prepare_queries
+from raytower.index.search import Shard, merge_hits, prepare_queries, read_documents_schema
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
 
@@ -26,13 +29,20 @@ _VERSIONS_KEPT = 2
 # Share of the remaining time that shards may use, so that an answer without a slow one can still be given.
 _RECALL_SHARE = 0.6
 _FETCH_S = 0.01
+# Vectors [Q, D], a depth and a filter to the candidates of one shard.
+ShardRecall = Callable[[Vectors, int, Mapping[str, Any] | None], list[list[Candidate]]]
 
 
 class _OneVersion:
-    """What the engine asks of any index version; read from its manifest."""
+    """What the engine asks of any index version; read from its manifest and its documents' columns."""
 
-    def __init__(self, manifest: IndexManifest) -> None:
+    def __init__(self, manifest: IndexManifest, documents_schema: pa.Schema) -> None:
         self.manifest = manifest
+        self._documents_schema = documents_schema
+
+    def check_filter(self, filter: Mapping[str, Any]) -> None:
+        """Raises InputError where it does not fit the documents' columns."""
+        parse_filter(filter, self._documents_schema)
 
     @property
     def version(self) -> str:
@@ -55,17 +65,19 @@ class LocalIndex(_OneVersion):
     """All shards in this process."""
 
     def __init__(self, index: Index) -> None:
-        super().__init__(index.manifest)
-        self._recall = index_recall(index)
+        super().__init__(index.manifest, index.documents_schema)
+        self._index = index
 
     @staticmethod
     def open(uri: str, version: str | None) -> LocalIndex:
         """Raises InputError, FormatError: what opening the index raises."""
         return LocalIndex(Index.open(uri, version))
 
-    def recall(self, vectors: Vectors, k: int, deadline: Deadline) -> tuple[list[list[Candidate]], bool]:
+    def recall(
+        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
+    ) -> tuple[list[list[Candidate]], bool]:
         """Candidates of each vector; a shard in this process is never missing."""
-        return self._recall(vectors, k), False
+        return index_recall(self._index, filter)(vectors, k), False
 
 
 class ShardResponse(Protocol):
@@ -82,8 +94,14 @@ class ShardedIndex(_OneVersion):
     Every call names the version, so shards that are still moving to another one never mix into an answer.
     """
 
-    def __init__(self, manifest: IndexManifest, shards: Sequence[Any], shard_timeout_ms: int) -> None:
-        super().__init__(manifest)
+    def __init__(
+        self,
+        manifest: IndexManifest,
+        documents_schema: pa.Schema,
+        shards: Sequence[Any],
+        shard_timeout_ms: int,
+    ) -> None:
+        super().__init__(manifest, documents_schema)
         self._shards = list(shards[: len(manifest.shards)])
         self._shard_timeout_s = shard_timeout_ms / 1000
 
@@ -95,13 +113,14 @@ class ShardedIndex(_OneVersion):
             FormatError: the version has more shards than there are processes.
             RaytowerError: a shard could not open it.
         """
-        manifest, _ = open_manifest(uri, version)
+        manifest, folder = open_manifest(uri, version)
         if len(manifest.shards) > len(shards):
             raise FormatError(
                 f"index version {manifest.version!r} has {len(manifest.shards)} shards, but {len(shards)} are served; "
                 "start the server again"
             )
-        index = ShardedIndex(manifest, shards, shard_timeout_ms)
+        schema = read_documents_schema(folder, manifest)
+        index = ShardedIndex(manifest, schema, shards, shard_timeout_ms)
         responses = [shard.prepare.remote(manifest.version) for shard in index._shards]
         for number, response in enumerate(responses):
             try:
@@ -112,14 +131,16 @@ class ShardedIndex(_OneVersion):
                 ) from error
         return index
 
-    def recall(self, vectors: Vectors, k: int, deadline: Deadline) -> tuple[list[list[Candidate]], bool]:
+    def recall(
+        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
+    ) -> tuple[list[list[Candidate]], bool]:
         """Ask all shards at once and merge what answers in time.
 
         Raises:
             OutOfTimeError: no shard answered before the deadline. NotReadyError: none answered, for another reason.
         """
         until = Deadline.after(self._wait_ms(deadline))
-        responses = [shard.recall.remote(self.version, vectors, k) for shard in self._shards]
+        responses = [shard.recall.remote(self.version, vectors, k, filter) for shard in self._shards]
         found = [self._collect(number, response, until) for number, response in enumerate(responses)]
         answered = [part for part in found if part is not None]
         if not answered:
@@ -158,7 +179,7 @@ class ShardServer:
     def __init__(self, uri: str, number: int) -> None:
         self._uri = uri
         self._number = number
-        self._open: OrderedDict[str, Recall] = OrderedDict()
+        self._open: OrderedDict[str, ShardRecall] = OrderedDict()
         self._lock = threading.Lock()
         self._opening = threading.Lock()
 
@@ -173,11 +194,13 @@ class ShardServer:
         """Open a version. Raises what opening raises."""
         await asyncio.to_thread(self._recall_of, version)
 
-    async def recall(self, version: str, vectors: Vectors, k: int) -> list[list[Candidate]]:
+    async def recall(
+        self, version: str, vectors: Vectors, k: int, filter: Mapping[str, Any] | None = None
+    ) -> list[list[Candidate]]:
         """At most `k` candidates of this shard for each vector, from exactly that version."""
-        return await asyncio.to_thread(lambda: self._recall_of(version)(vectors, k))
+        return await asyncio.to_thread(lambda: self._recall_of(version)(vectors, k, filter))
 
-    def _recall_of(self, version: str) -> Recall:
+    def _recall_of(self, version: str) -> ShardRecall:
         known = self._known(version)
         if known is not None:
             return known
@@ -192,7 +215,7 @@ class ShardServer:
                         self._open.popitem(last=False)
             return known
 
-    def _known(self, version: str) -> Recall | None:
+    def _known(self, version: str) -> ShardRecall | None:
         with self._lock:
             known = self._open.get(version)
             if known is not None:
@@ -200,14 +223,16 @@ class ShardServer:
             return known
 
 
-def open_shard(uri: str, version: str, number: int) -> Recall:
+def open_shard(uri: str, version: str, number: int) -> ShardRecall:
     """Recall from one shard of a version. Raises InputError, FormatError: what opening an index raises."""
     manifest, folder = open_manifest(uri, version)
     shard = Shard.open(folder, number, manifest, default_cache_dir())
+    schema = read_documents_schema(folder, manifest)
 
-    def recall(vectors: Vectors, k: int) -> list[list[Candidate]]:
+    def recall(vectors: Vectors, k: int, filter: Mapping[str, Any] | None) -> list[list[Candidate]]:
+        parsed = None if filter is None else parse_filter(filter, schema)
         # A merge of one part puts equal scores in the order that a merge of all shards would.
-        hits = merge_hits([shard.search(prepare_queries(vectors, manifest), k)], k)
+        hits = merge_hits([shard.search(prepare_queries(vectors, manifest), k, filter=parsed)], k)
         real = hits.shards >= 0  # [Q, K]; the rest is padding
         documents = iter(shard.documents(hits.rows[real]))
         return [
