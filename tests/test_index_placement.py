@@ -75,7 +75,7 @@ class TestTraining:
         pool = unit(pool) if metric == "cosine" else pool.astype(np.float32)
         sample = pool[random.integers(0, distinct, rows)]
         placement = train(sample, shards, seed, metric=metric, clusters_per_shard=8)
-        assert placement.num_shards <= min(shards, len(np.unique(sample, axis=0)))
+        assert placement.num_shards == min(shards, len(np.unique(sample, axis=0)))
         sizes = np.bincount(placement.assign(sample), minlength=placement.num_shards)
         assert sizes.min() >= 1
         heaviest = np.bincount(nearest_by_distance(sample, placement.centroids)).max()
@@ -92,6 +92,27 @@ class TestTraining:
         assert np.bincount(placement.assign(sample)).max() <= 1.25 * 8_000 / shards
         # Other rows of the same corpus follow the sample.
         assert np.bincount(placement.assign(clustered(8_000, 1, zipf=zipf))).max() <= 1.4 * 8_000 / shards
+
+    def test_heavy_clusters_are_split_until_the_bound_holds(self) -> None:
+        # With one cluster a shard k-means alone gives shards of any size.
+        sample = clustered(8_000, centres=5, zipf=1.5)
+        placement = train(sample, 8, clusters_per_shard=1)
+        assert placement.num_shards == 8
+        assert np.bincount(nearest_by_distance(sample, placement.centroids)).max() <= 250
+        assert np.bincount(placement.assign(sample)).max() <= 1250
+
+    def test_clusters_that_fit_nowhere_go_to_the_least_loaded(self) -> None:
+        # A shard has room for one cluster and a half more; 12 of them cannot be split.
+        placement = train(np.repeat(clustered(12), 50, axis=0), 8)
+        assert sorted(np.bincount(placement.shard_of).tolist()) == [1, 1, 1, 1, 2, 2, 2, 2]
+
+    def test_centroids_that_no_row_is_near_are_left_out(self) -> None:
+        sample = np.array([[0, 0], [5, 5], [0, 1], [5, 5]], np.float32)
+        centroids = np.array([[9, 9], [0, 0], [-9, 0], [5, 5]], np.float32)
+        kept, weights, labels = placement_module._occupied(sample, centroids)
+        assert kept.tolist() == [[0, 0], [5, 5]]
+        assert weights.tolist() == [2, 2]
+        assert labels.tolist() == [0, 1, 0, 1]
 
     def test_near_clusters_share_a_shard(self) -> None:
         random = np.random.default_rng(0)
@@ -122,6 +143,14 @@ class TestTraining:
         assert placement.num_shards == expected
         if distinct <= 8:
             assert sorted(placement.assign(rows).tolist()) == list(range(distinct))
+
+    def test_a_large_common_component_does_not_hide_the_differences(self) -> None:
+        sample = clustered(2_000) + np.float32(1_000)
+        placement = train(sample, 8, metric="inner_product")
+        shards = placement.assign(sample)
+        assert np.bincount(shards).max() <= 1.25 * 250
+        by_distance = placement.shard_of[nearest_by_distance(sample, placement.centroids)]
+        assert (shards == by_distance).mean() > 0.99
 
     def test_minus_zero_is_zero(self) -> None:
         sample = np.array([[0.0, 1.0], [-0.0, 1.0]], np.float32)
@@ -295,6 +324,17 @@ class TestPlacementFile:
         with pytest.raises(FormatError, match=r"placement\.npz is no whole placement file"):
             Placement.load(path)
 
+    def test_a_damaged_header_that_asks_for_too_much_memory(self, tmp_path: Path) -> None:
+        path = tmp_path / "placement.npz"
+        make_placement([[1, 0], [0, 1]], [0, 1]).save(path)
+        whole = path.read_bytes()
+        damaged = whole.replace(b"(2, 2), }" + 16 * b" ", b"(2, 20000000000000000), }")
+        assert len(damaged) == len(whole)
+        assert damaged != whole
+        path.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"checksum of centroids\.npy is wrong"):
+            Placement.load(path)
+
     def test_what_is_no_placement(self, tmp_path: Path) -> None:
         path = tmp_path / "placement.npz"
         with pytest.raises(InputError, match="no file"):
@@ -442,12 +482,11 @@ class TestPlacedCopy:
         vectors = clustered(200)
         manifest = write_embeddings(tmp_path / "embeddings", vectors)
         trained = train(vectors, 3)
-        # A centroid that is nobody's nearest, as the only one of shard 1.
+        # Shard 1 gets a centroid that is nobody's nearest as its only one.
+        after = int(np.searchsorted(trained.shard_of, 1))
         far = Placement(
-            np.concatenate([trained.centroids, np.full((1, DIM), 9, np.float32)])[
-                np.argsort([*(trained.shard_of + (trained.shard_of > 0)), 1], kind="stable")
-            ],
-            np.sort(np.array([*(trained.shard_of + (trained.shard_of > 0)), 1], np.int32)),
+            np.insert(trained.centroids, after, 9, axis=0),
+            np.insert(trained.shard_of + (trained.shard_of > 0), after, 1).astype(np.int32),
         )
         assert far.num_shards == 4
         parts = place_all(tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)]), far)
@@ -485,8 +524,10 @@ class TestPlacedCopy:
         parts = place_all(tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 2), (2, 4)]), placement)
         with pytest.raises(RaytowerError, match="100 rows"):
             placed_copy(manifest, parts[1:], placement)
-        with pytest.raises(RaytowerError, match="in 5 parts, 4 of them different"):
-            placed_copy(manifest, [*parts, parts[0]], placement)
+        # As many rows as there should be, but those of one part twice.
+        half = EmbeddingsFile(name="placed-00000-00000000.parquet", rows=50, bytes=1, sha256="")
+        with pytest.raises(RaytowerError, match="in 2 parts, 1 of them different"):
+            placed_copy(manifest, 2 * [PlacedPart(shard=0, first_file=0, file=half)], placement)
 
     def test_a_dtype_that_the_manifest_does_not_name(self, tmp_path: Path) -> None:
         manifest = write_embeddings(tmp_path / "embeddings", clustered(20))

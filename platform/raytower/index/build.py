@@ -75,7 +75,7 @@ class Build:
             "rows": self.source.identity(),
             "kind": plan.kind,
             "parameters": plan.parameters,
-            "exact_dtype": getattr(plan, "exact_dtype", None),
+            "exact_dtype": plan.exact_dtype,
             "ranges": [list(bounds) for bounds in plan.ranges],
             "placing": self.placing,
             "train_rows": plan.train_rows,
@@ -207,6 +207,8 @@ def _plan(config: IndexBuildConfig, source: EmbeddingsSource) -> IndexPlan:
         memory_bytes=int(config.target.memory),
         num_workers=config.workers.max,
         text_bytes=source.text_bytes,
+        rescore=config.rescore,
+        vector_dtype=source.dtype,
     )
 
 
@@ -239,7 +241,7 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
             start=start,
             end=end,
             kind=plan.kind,
-            exact_dtype=getattr(plan, "exact_dtype", None),
+            exact_dtype=plan.exact_dtype,
             documents_schema=schema,
             spec_sha256=digest,
             num_threads=workers.num_threads,
@@ -258,7 +260,7 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
         kind=plan.kind,
         kind_reason=plan.reason,
         parameters=plan.parameters,
-        exact_dtype=getattr(plan, "exact_dtype", None),
+        exact_dtype=plan.exact_dtype,
         placement=placement,
         rows=plan.rows,
         shards=build_shards(tasks, template, workers, plan.tasks_at_once),

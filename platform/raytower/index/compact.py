@@ -116,6 +116,8 @@ def _plan(
         memory_bytes=int(config.memory),
         num_workers=config.workers.max,
         text_bytes=source.text_bytes,
+        rescore="auto" if config.kind not in (None, parent.kind) else parent.exact_dtype is not None,
+        vector_dtype=source.dtype,
     )
     return source, plan
 

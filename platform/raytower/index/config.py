@@ -10,6 +10,7 @@ from raytower.config import ByteSize, Config
 
 BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 Placing = Literal["rows", "cluster"]
+ExactDtype = Literal["float16", "float32"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 
@@ -40,7 +41,8 @@ class IndexBuildConfig(Config):
     """`raytower index build`.
 
     `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
-    visit all shards.
+    visit all shards. `rescore` keeps whole vectors beside the codes of ivf_sq8 and ivf_pq and scores the best
+    candidates with them; auto does.
     """
 
     embeddings: str
@@ -48,6 +50,7 @@ class IndexBuildConfig(Config):
     kind: IndexKind = "auto"
     shards: Literal["auto"] | int = "auto"
     placement: Placing = "rows"
+    rescore: Literal["auto"] | bool = "auto"
     target: TargetConfig = TargetConfig()
     workers: IndexWorkersConfig = IndexWorkersConfig()
     seed: int = Field(default=0, ge=0)

@@ -5,15 +5,17 @@ quarter of the memory, which more than pays for searching several smaller graphs
 
 Where only some rows are allowed, by a filter or because others are deleted, the way is chosen by what it costs:
 
-    few are allowed     Score each of them exactly. This finds every hit there is.
-    many are            Rank all rows, as without a filter but deeper: where the filter has nothing to do with the
-                        vectors, the first R rows of the ranking hold k allowed ones, R being k over the share of rows
-                        allowed, with a margin for chance. FAISS is asked R/k times as wide as without a filter: what
-                        finds the first k of a ranking with some recall finds the first R with about that recall when
-                        it is so much wider.
-    many, but elsewhere A query whose first R rows hold fewer than k allowed ones lies where rows are seldom allowed:
-                        the filter goes by what the vectors tell too. It is asked again with a deeper ranking, and
-                        exactly once that is cheaper.
+    few rows allowed    Score each of them exactly. This finds every hit there is.
+    many                Search more widely than without a filter. Where a filter has nothing to do with the vectors, the
+                        first R rows of the ranking of all rows hold k allowed ones, R being k over the share of rows
+                        allowed, with a margin for chance; and a search R/k times as wide finds those R about as well
+                        as it finds the first k. Each answer is then checked, and what fails is asked again four times
+                        as widely, then exactly once that is cheaper:
+      a graph           is walked for all rows, and the first R of its ranking must hold k allowed ones. A query that
+                        fails lies where rows are seldom allowed: the filter goes by what the vectors tell too.
+      lists             are read for allowed rows only, and three of four lists must add no hits to the nearest fourth.
+                        That hits lie in the nearest lists is what a search of few lists relies on, and what does not
+                        hold once the k-th allowed row is farther off than the clusters are wide.
 
 So recall does not fall below that of a search without a filter, and k hits come back whenever k rows are allowed. A
 search of the graph or of a few lists with faiss.IDSelectorBitmap alone promises neither: it answers with rows that it
@@ -38,6 +40,7 @@ from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
 
 Vectors = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 Found = tuple[Vectors, NDArray[np.int64]]  # scores and rows, each (Q, K)
 # So many times k candidates of the 8-bit walk are scored exactly: enough that the codes cost no measurable recall.
 _HNSW_RESCORED = 2
@@ -45,10 +48,24 @@ _HNSW_RESCORED = 2
 _K_FACTORS: dict[BuiltKind, tuple[int, ...]] = {"ivf_flat": (1,), "ivf_sq8": (4,), "ivf_pq": (4, 16, 64)}
 # Vectors copied out at once to be scored: small enough to be scored from the processor's cache.
 _BLOCK_BYTES = 2 * 2**20
+# Entries of a ranking, or of a table of lists, in memory at once.
 _RANKED_AT_ONCE = 2**22
-_WALK_COST = 40.0
-_BIT_COST = 0.1
-_CODE_COST = 0.5
+# A ranking that deep, in multiples of k, is searched for allowed rows whatever the index: deleted rows cost no check.
+_NEAR = 2
+# The share of hits that the farther lists may add, one in so many.
+_STRAY_HITS = 50
+
+# What things cost beside one product of two vectors in the cache: CPU times of 100,000 vectors of 128 dimensions, where
+# that unit is 8 ns. benchmarks/bench_filters.py shows how well the ways are chosen by them.
+_COPY_COST = 5.0  # a vector copied out, shared by all queries of a call
+_CANDIDATE_COST = 12.0  # a vector copied out and scored for one query
+_IN_PLACE_COST = 3.0  # a row of a flat index, allowed or not
+_EDGE_COST = 4.0  # an edge of the graph
+_BIT_COST = 0.7  # a row of a list, allowed or not
+_CODE_COST = 3.5  # the codes of a row that is allowed
+# What a wide search costs in all, with the queries that are asked again, beside its first round.
+_GRAPH_ROUNDS = 1.5
+_LISTS_ROUNDS = 3.0
 _WIDENING = 4
 SEARCH_PARAMETER: dict[BuiltKind, str] = {
     "hnsw": "efSearch",
@@ -151,6 +168,7 @@ def search_index(
     if depth == 0 or len(queries) == 0:
         shape = (len(queries), depth)
         return np.empty(shape, np.float32), np.empty(shape, np.int64)
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
     way = _way(kind, index, parameters, exact)
     if allowed is None or count == total:
         return way.search(queries, depth)
@@ -162,9 +180,11 @@ def _search_allowed(way: _Way, queries: Vectors, depth: int, allowed: AllowedRow
     rows = np.empty((len(queries), depth), np.int64)
     pending = np.arange(len(queries))
     reach = _first_reach(depth, allowed)
-    while len(pending) and way.prefers_ranking(depth, allowed, reach):
-        (scores[pending], rows[pending]), reached = way.ranked(queries[pending], depth, allowed, reach)
-        pending = pending[~reached]
+    while len(pending) and reach < len(allowed.mask):
+        if way.width_cost(depth, allowed, reach) >= way.exact_cost(allowed, len(pending)):
+            break
+        (scores[pending], rows[pending]), sure = way.widely(queries[pending], depth, allowed, reach)
+        pending = pending[~sure]
         reach *= _WIDENING
     if len(pending):
         scores[pending], rows[pending] = way.exactly(queries[pending], depth, allowed)
@@ -193,16 +213,17 @@ class _Way(Protocol):
     def exactly(self, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
         """Among the allowed rows, leaving none out."""
 
-    def prefers_ranking(self, depth: int, allowed: AllowedRows, reach: int) -> bool:
-        """Whether `ranked` costs less than `exactly`."""
+    def exact_cost(self, allowed: AllowedRows, num_queries: int) -> float:
+        """Of `exactly`, a query."""
 
-    def ranked(
-        self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int
-    ) -> tuple[Found, NDArray[np.bool_]]:
-        """Among the allowed rows, by a ranking of all; and which queries have depth allowed rows in its first `reach`.
+    def widely(self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int) -> tuple[Found, Mask]:
+        """Among the allowed rows, as widely as it takes to rank `reach` rows; and which answers (Q,) are good.
 
-        The answer to another query is not to be used.
+        The others are not to be used.
         """
+
+    def width_cost(self, depth: int, allowed: AllowedRows, reach: int) -> float:
+        """Of `widely`, a query."""
 
 
 def _way(kind: BuiltKind, index: Any, parameters: Mapping[str, int], exact: NDArray[Any] | None) -> _Way:
@@ -221,15 +242,26 @@ class _Flat:
         return self.index.search(queries, depth)
 
     def exactly(self, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
-        return _score_rows(_flat_vectors(self.index), queries, allowed.rows, depth)
+        if len(allowed.mask) * _IN_PLACE_COST <= _scoring_cost(allowed, len(queries)):
+            return self.index.search(
+                queries, depth, params=_selecting(import_faiss().SearchParameters, allowed)
+            )
+        return _score_rows(self.vectors, queries, allowed.rows, depth)
 
-    def prefers_ranking(self, depth: int, allowed: AllowedRows, reach: int) -> bool:
-        return False
+    def exact_cost(self, allowed: AllowedRows, num_queries: int) -> float:
+        return min(len(allowed.mask) * _IN_PLACE_COST, _scoring_cost(allowed, num_queries))
 
-    def ranked(
-        self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int
-    ) -> tuple[Found, NDArray[np.bool_]]:
+    def widely(self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int) -> tuple[Found, Mask]:
         return self.exactly(queries, depth, allowed), np.ones(len(queries), np.bool_)
+
+    def width_cost(self, depth: int, allowed: AllowedRows, reach: int) -> float:
+        return math.inf
+
+    @property
+    def vectors(self) -> Vectors:
+        """(rows, D), where they lie. The index must outlive them."""
+        view = import_faiss().rev_swig_ptr(self.index.get_xb(), self.index.ntotal * self.index.d)
+        return view.reshape(self.index.ntotal, self.index.d)
 
 
 @dataclass(frozen=True)
@@ -250,37 +282,39 @@ class _Graph:
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):
             # Rows that no walk reaches are found by scoring every full vector.
-            scores[short], rows[short] = faiss.downcast_index(self.index.refine_index).search(
-                queries[short], depth
-            )
+            scores[short], rows[short] = self._flat.search(queries[short], depth)
         return scores, rows
 
     def exactly(self, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
-        return _score_rows(self._vectors(), queries, allowed.rows, depth)
+        return self._flat.exactly(queries, depth, allowed)
 
-    def prefers_ranking(self, depth: int, allowed: AllowedRows, reach: int) -> bool:
-        return _WALK_COST * self._width(depth, reach) < allowed.count
+    def exact_cost(self, allowed: AllowedRows, num_queries: int) -> float:
+        return self._flat.exact_cost(allowed, num_queries)
 
-    def ranked(
-        self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int
-    ) -> tuple[Found, NDArray[np.bool_]]:
-        faiss = import_faiss()
-        graph = faiss.downcast_index(self.index.base_index)
+    def widely(self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int) -> tuple[Found, Mask]:
         width = self._width(depth, reach)
-        walk = faiss.SearchParametersHNSW(efSearch=width)
+        walk = import_faiss().SearchParametersHNSW(efSearch=width)
         candidates = np.empty((len(queries), _HNSW_RESCORED * depth), np.int64)
-        reached = np.empty(len(queries), np.bool_)
+        sure = np.empty(len(queries), np.bool_)
         for block in _blocks(len(queries), _RANKED_AT_ONCE // width):
-            _, ranking = graph.search(queries[block], width, params=walk)
+            _, ranking = self._walked.search(queries[block], width, params=walk)
             candidates[block], places = _first_allowed(ranking, allowed, candidates.shape[1])
-            reached[block] = places[:, depth - 1] < reach
-        return _rescored(self._vectors(), queries, candidates, depth), reached
+            sure[block] = places[:, depth - 1] < reach
+        return _rescored(self._flat.vectors, queries, candidates, depth), sure
+
+    def width_cost(self, depth: int, allowed: AllowedRows, reach: int) -> float:
+        return _GRAPH_ROUNDS * self._width(depth, reach) * self._walked.hnsw.nb_neighbors(0) * _EDGE_COST
 
     def _width(self, depth: int, reach: int) -> int:
         return min(math.ceil(reach * max(self.ef_search, depth) / depth), int(self.index.ntotal))
 
-    def _vectors(self) -> Vectors:
-        return _flat_vectors(import_faiss().downcast_index(self.index.refine_index))
+    @property
+    def _walked(self) -> Any:
+        return import_faiss().downcast_index(self.index.base_index)
+
+    @property
+    def _flat(self) -> _Flat:
+        return _Flat(import_faiss().downcast_index(self.index.refine_index))
 
 
 @dataclass(frozen=True)
@@ -292,67 +326,120 @@ class _Lists:
 
     def search(self, queries: Vectors, depth: int) -> Found:
         probes = self.nprobe
-        scores, rows = self._probe(queries, depth, probes, None)
+        scores, rows = self._read(queries, depth, probes, None)
         short = np.flatnonzero((rows < 0).any(axis=1))
         # At nlist every list is read and every row is found.
         while len(short) and probes < self.index.nlist:
             probes = min(probes * _WIDENING, self.index.nlist)
-            scores[short], rows[short] = self._probe(queries[short], depth, probes, None)
+            scores[short], rows[short] = self._read(queries[short], depth, probes, None)
             short = short[(rows[short] < 0).any(axis=1)]
         return scores, rows
 
     def exactly(self, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
         if self.exact is not None:
             return _score_rows(self.exact, queries, allowed.rows, depth)
-        return self._probe(queries, depth, self.index.nlist, allowed)
+        return self._read(queries, depth, self.index.nlist, allowed)
 
-    def prefers_ranking(self, depth: int, allowed: AllowedRows, reach: int) -> bool:
-        total, nlist = len(allowed.mask), self.index.nlist
-        share = allowed.count / total
-        a_list = total / nlist * (_BIT_COST + share * _CODE_COST)
-        exact = nlist * a_list if self.exact is None else allowed.count
-        return nlist * _CODE_COST + self._probes(depth, reach) * a_list < exact
+    def exact_cost(self, allowed: AllowedRows, num_queries: int) -> float:
+        if self.exact is not None:
+            return _scoring_cost(allowed, num_queries)
+        return self.index.nlist * (1 + self._list_cost(allowed))
 
-    def ranked(
-        self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int
-    ) -> tuple[Found, NDArray[np.bool_]]:
+    def widely(self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int) -> tuple[Found, Mask]:
         probes = self._probes(depth, reach)
-        # Lists with twice as many rows as the ranking is deep.
-        near = min(probes, max(self.nprobe, math.ceil(2 * reach * self.index.nlist / len(allowed.mask))))
-        reached = np.empty(len(queries), np.bool_)
-        params = import_faiss().SearchParametersIVF(nprobe=near)
-        for block in _blocks(len(queries), _RANKED_AT_ONCE // reach):
-            _, ranking = self.index.search(queries[block], reach, params=params)
-            reached[block] = (allowed.mask[ranking] & (ranking >= 0)).sum(axis=1) >= depth
+        if probes == self.index.nlist:
+            return self._read(queries, depth, probes, allowed), np.ones(len(queries), np.bool_)
+        if reach <= _NEAR * depth:
+            scores, ranking = self._read(queries, reach, probes, None)
+            rows, places = _first_allowed(ranking, allowed, depth)
+            sure = places[:, -1] < reach
+            return (np.take_along_axis(scores, np.minimum(places, reach - 1), 1), rows), sure
         scores = np.empty((len(queries), depth), np.float32)
         rows = np.empty((len(queries), depth), np.int64)
-        scores[reached], rows[reached] = self._probe(queries[reached], depth, probes, allowed)
-        reached[reached] = (rows[reached] >= 0).all(axis=1)
-        return (scores, rows), reached
+        sure = np.empty(len(queries), np.bool_)
+        for block in _blocks(len(queries), _RANKED_AT_ONCE // probes):
+            (scores[block], rows[block]), strays = self._read_apart(queries[block], depth, probes, allowed)
+            sure[block] = (rows[block] >= 0).all(axis=1) & (strays <= depth // _STRAY_HITS)
+        return (scores, rows), sure
+
+    def width_cost(self, depth: int, allowed: AllowedRows, reach: int) -> float:
+        rescored = 0 if self.exact is None else 2 * self._candidates(depth, allowed) * _CANDIDATE_COST
+        lists = self.index.nlist + self._probes(depth, reach) * self._list_cost(allowed)
+        return _LISTS_ROUNDS * (lists + rescored)
 
     def _probes(self, depth: int, reach: int) -> int:
-        return min(math.ceil(self.nprobe * reach / depth), self.index.nlist)
+        # A fourth of fewer than four lists is none.
+        least = 1 if reach <= _NEAR * depth else _WIDENING
+        return min(max(math.ceil(self.nprobe * reach / depth), least), self.index.nlist)
 
-    def _probe(self, queries: Vectors, depth: int, probes: int, allowed: AllowedRows | None) -> Found:
-        """The best of the first `probes` lists; -1 where they hold too few rows that are allowed."""
+    def _list_cost(self, allowed: AllowedRows) -> float:
+        return (len(allowed.mask) * _BIT_COST + allowed.count * _CODE_COST) / self.index.nlist
+
+    def _read(self, queries: Vectors, depth: int, probes: int, allowed: AllowedRows | None) -> Found:
+        """The best of the nearest `probes` lists; -1 where they hold too few rows that are allowed."""
+        params = _selecting(import_faiss().SearchParametersIVF, allowed, nprobe=probes)
+        scores, rows = self.index.search(queries, self._candidates(depth, allowed), params=params)
+        return (scores, rows) if self.exact is None else _rescored(self.exact, queries, rows, depth)
+
+    def _read_apart(
+        self, queries: Vectors, depth: int, probes: int, allowed: AllowedRows
+    ) -> tuple[Found, NDArray[np.int64]]:
+        """As _read; and how many hits (Q,) are not from the nearest fourth of the lists."""
+        near = probes // _WIDENING
+        similarities, lists = self.index.quantizer.search(queries, probes)
+        halves = [
+            self._read_lists(queries, depth, similarities[:, part], lists[:, part], allowed)
+            for part in (slice(0, near), slice(near, probes))
+        ]
+        scores = np.concatenate([found[0] for found in halves], axis=1)
+        rows = np.concatenate([found[1] for found in halves], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        found = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        return found, (order >= depth).sum(axis=1)
+
+    def _read_lists(
+        self,
+        queries: Vectors,
+        depth: int,
+        similarities: Vectors,
+        lists: NDArray[np.int64],
+        allowed: AllowedRows,
+    ) -> Found:
+        """The best rows of given lists (Q, lists) with the similarity of each to its query; -1 where there are few."""
         faiss = import_faiss()
-        # The parameters keep the selector alive, and the selector the bits that it points to.
-        selector = None if allowed is None else faiss.IDSelectorBitmap(allowed.bits)
-        params = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
+        similarities, lists = np.ascontiguousarray(similarities), np.ascontiguousarray(lists)
+        params = _selecting(faiss.SearchParametersIVF, allowed, nprobe=lists.shape[1])
+        shape = (len(queries), self._candidates(depth, allowed))
+        scores, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
+        arrays = [faiss.swig_ptr(array) for array in (lists, similarities, scores, rows)]
+        # The wrapper without the suffix takes no parameters.
+        self.index.search_preassigned_c(
+            len(queries), faiss.swig_ptr(queries), shape[1], *arrays, False, params
+        )
+        return (scores, rows) if self.exact is None else _rescored(self.exact, queries, rows, depth)
+
+    def _candidates(self, depth: int, allowed: AllowedRows | None) -> int:
         if self.exact is None:
-            return self.index.search(queries, depth, params=params)
-        count = len(self.exact) if allowed is None else allowed.count
-        _, candidates = self.index.search(queries, min(depth * self.k_factor, count), params=params)
-        return _rescored(self.exact, queries, candidates, depth)
+            return depth
+        return min(depth * self.k_factor, len(self.exact) if allowed is None else allowed.count)
+
+
+def _selecting(parameters: Any, allowed: AllowedRows | None, **values: int) -> Any:
+    """Search parameters of a FAISS class that keep to the allowed rows.
+
+    They hold the selector, and the selector the bits that it points to.
+    """
+    if allowed is None:
+        return parameters(**values)
+    return parameters(sel=import_faiss().IDSelectorBitmap(allowed.bits), **values)
+
+
+def _scoring_cost(allowed: AllowedRows, num_queries: int) -> float:
+    """Of _score_rows, a query."""
+    return allowed.count * (1 + _COPY_COST / num_queries)
 
 
 # Exact scores
-
-
-def _flat_vectors(index: Any) -> Vectors:
-    """The vectors (rows, D) of a flat index, where they lie. The index must outlive them."""
-    view = import_faiss().rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
-    return view.reshape(index.ntotal, index.d)
 
 
 def _score_rows(vectors: NDArray[Any], queries: Vectors, rows: NDArray[np.int64], depth: int) -> Found:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from raytower.errors import FormatError
-from raytower.index.config import BuiltKind
+from raytower.index.config import BuiltKind, ExactDtype
 from raytower.storage import Location
 
 FORMAT = "raytower.index"
@@ -18,7 +18,6 @@ EXACT_NAME = "exact.npy"
 DELETED_NAME = "deleted"
 PLACEMENT_NAME = "placement.npz"
 
-ExactDtype = Literal["float16", "float32"]
 Operation = Literal["build", "add", "delete", "compact"]
 
 

@@ -33,7 +33,6 @@ from raytower.index.faiss_import import import_faiss
 from raytower.index.vectors import Metric
 from raytower.storage import Location
 
-PLACEMENT_NAME = "placement.npz"
 FORMAT_VERSION = 1
 CLUSTERS_PER_SHARD = 64
 
@@ -346,11 +345,17 @@ def _occupied(sample: Vectors, centroids: Vectors) -> tuple[Vectors, NDArray[np.
 
 
 def _nearest(vectors: Vectors, centroids: Vectors) -> NDArray[np.int64]:
-    """The L2-nearest centroid of each vector (N,): the highest c·x - |c|²/2."""
-    half_squares = (centroids**2).sum(axis=1) / 2
+    """The L2-nearest centroid of each vector (N,): the highest c·x - |c|²/2.
+
+    Both are taken relative to the centroids' mean: embeddings often share a large component, beside which float32
+    would lose the differences.
+    """
+    origin = centroids.mean(axis=0)
+    centred = centroids - origin
+    half_squares = (centred**2).sum(axis=1) / 2
     nearest = np.empty(len(vectors), np.int64)
     for part in _blocks(len(vectors), len(centroids)):
-        nearest[part] = (vectors[part] @ centroids.T - half_squares).argmax(axis=1)
+        nearest[part] = ((vectors[part] - origin) @ centred.T - half_squares).argmax(axis=1)
     return nearest
 
 

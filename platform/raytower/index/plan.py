@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Literal
 
 from raytower.errors import InputError
-from raytower.index.config import BuiltKind, IndexKind
+from raytower.index.config import BuiltKind, ExactDtype, IndexKind
 
 # A flat search of this many rows still takes well under a millisecond a query.
 _FLAT_ROWS = 20_000
@@ -22,12 +23,13 @@ _MAX_NLIST = 16_384
 _SCALAR_TRAIN_ROWS = 65_536
 _MAX_TRAIN_ROWS = _MAX_NLIST * _TRAIN_ROWS_PER_CENTROID
 _ID_BYTES = 8
-_BATCH_ROWS = 16_384
+_BATCH_ROWS = 4_096
 _TRAIN_MEMORY_SHARE = 4
 # FAISS's arrays grow by doubling while rows are added: at the last growth the old and the new one exist together.
 _GROWTH = 2
 # Product codes alone seldom get past this against exact search.
 _PQ_RECALL = 0.9
+_DTYPE_BYTES = {"float16": 2, "float32": 4}
 _KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
 
 
@@ -55,6 +57,7 @@ class IndexPlan:
     dim: int
     ranges: tuple[tuple[int, int], ...]
     parameters: dict[str, int] = field(default_factory=dict)
+    exact_dtype: ExactDtype | None
     train_rows: int
     tasks_at_once: int
     predicted_build_memory_bytes_per_task: int
@@ -76,10 +79,13 @@ def plan_index(
     memory_bytes: int = 8 * 2**30,
     num_workers: int = 2,
     text_bytes: int = 0,
+    rescore: bool | Literal["auto"] = "auto",
+    vector_dtype: ExactDtype = "float32",
 ) -> IndexPlan:
     """Choose kind, shards and parameters, and predict memory and disk.
 
-    `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once.
+    `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once. `rescore` keeps
+    whole vectors of `vector_dtype` beside codes; they are memory-mapped, so they count as disk.
 
     Raises:
         InputError: no rows, more shards than rows, or what does not fit the memory, naming what would.
@@ -103,6 +109,8 @@ def plan_index(
     if build_bytes > memory_bytes:
         raise InputError(_does_not_build(request, chosen, num_shards, build_bytes))
     search_bytes = _search_bytes(request, chosen, num_shards)
+    exact_dtype = _exact_dtype(chosen, rescore, vector_dtype)
+    exact_bytes = rows * dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
     return IndexPlan(
         kind=chosen,
         reason=reason,
@@ -110,12 +118,24 @@ def plan_index(
         dim=dim,
         ranges=split_rows(rows, num_shards),
         parameters=parameters,
+        exact_dtype=exact_dtype,
         train_rows=_train_rows(request, chosen, parameters),
         tasks_at_once=min(num_workers, num_shards, memory_bytes // build_bytes),
         predicted_build_memory_bytes_per_task=build_bytes,
-        predicted_disk_bytes=search_bytes + text_bytes,
+        predicted_disk_bytes=search_bytes + exact_bytes + text_bytes,
         predicted_search_memory_bytes=search_bytes,
     )
+
+
+def _exact_dtype(
+    kind: BuiltKind, rescore: bool | Literal["auto"], vector_dtype: ExactDtype
+) -> ExactDtype | None:
+    codes_only = kind in ("ivf_sq8", "ivf_pq")
+    if rescore is True and not codes_only:
+        raise InputError(
+            f"rescore is true, but kind {kind} scores with whole vectors already; set rescore to auto or false"
+        )
+    return vector_dtype if codes_only and rescore else None
 
 
 def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:

@@ -16,7 +16,9 @@ from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
 from raytower.errors import FormatError, InputError
 from raytower.storage import Location
 
-BATCH_ROWS = 16_384
+# Few enough that what FAISS and Arrow make of a batch is small beside a shard, many enough for a matrix product.
+BATCH_ROWS = 4_096
+_READ_BUFFER_BYTES = 2**20
 Metric = Literal["cosine", "inner_product"]
 
 
@@ -172,7 +174,8 @@ def _files_with_starts(manifest: EmbeddingsManifest) -> Iterator[tuple[Embedding
 
 def _open_parquet(stream: Any, place: Location, entry: EmbeddingsFile) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(stream)
+        # A buffer in place of whole row groups read ahead: a third less memory while a shard is filled.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
         raise FormatError(f"{place} is no whole Parquet file: {error}; encode the corpus again") from error
     if file.metadata.num_rows != entry.rows:
