@@ -51,7 +51,8 @@ class ListIndex:
         self._vectors = encoder.encode(self._texts)
         encoder.seen.clear()
 
-    def search(self, vectors: NDArray[np.float32], k: int) -> Any:
+    def search(self, vectors: NDArray[np.float32], k: int, *, filter: object = None) -> Any:
+        assert filter is None, "this stand-in has no metadata to filter on"
         scores = vectors @ self._vectors.T
         rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return SimpleNamespace(

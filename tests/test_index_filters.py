@@ -299,6 +299,11 @@ class TestByHand:
         assert parse_filter({"x": 0.1}, table.schema).mask(table).tolist() == [True, False]
         assert parse_filter({"x": {"$lte": 0.1}}, table.schema).mask(table).tolist() == [True, False]
 
+    @pytest.mark.parametrize("condition", [0, -0.0, {"$in": [0]}, {"$in": [-0.0]}, {"$in": [0.0, 7]}])
+    def test_both_zeros_are_zero(self, condition: Any) -> None:
+        table = pa.table({"x": [0.0, -0.0, 1.0, None]})
+        assert parse_filter({"x": condition}, table.schema).mask(table).tolist() == [True, True, False, False]
+
     def test_key_is_compact_and_readable(self) -> None:
         parsed = parse_filter({"year": {"$lt": 3, "$gte": 1}, "lang": "中"}, PAPERS.schema)
         assert parsed.key == '{"lang":"中","year":{"$gte":1,"$lt":3}}'

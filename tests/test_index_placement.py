@@ -90,8 +90,17 @@ class TestTraining:
         placement = train(sample, shards)
         assert placement.num_shards == shards
         assert np.bincount(placement.assign(sample)).max() <= 1.25 * 8_000 / shards
+        assert np.bincount(placement.assign(sample)).min() >= 0.5 * 8_000 / shards
         # Other rows of the same corpus follow the sample.
         assert np.bincount(placement.assign(clustered(8_000, 1, zipf=zipf))).max() <= 1.4 * 8_000 / shards
+
+    def test_outliers_get_no_shard_of_their_own(self) -> None:
+        sample = clustered(4_000)
+        # The opposite of everything else, and so the best cluster there is.
+        sample[:40] = unit(-sample[40:].mean(axis=0) + 0.01 * sample[:40])
+        sizes = np.bincount(train(sample, 6).assign(sample))
+        assert sizes.min() >= 0.5 * 4_000 / 6
+        assert sizes.max() <= 1.25 * 4_000 / 6
 
     def test_heavy_clusters_are_split_until_the_bound_holds(self) -> None:
         # With one cluster a shard k-means alone gives shards of any size.

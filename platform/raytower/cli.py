@@ -62,6 +62,12 @@ COMMANDS: dict[str, Command] = {
         "raytower.encoding.job:encode",
         "raytower.encoding.job:plan",
     ),
+    "export": Command(
+        "put an ONNX graph, float32 or int8, into a copy of an encoder directory",
+        "raytower.export:ExportConfig",
+        "raytower.export:export",
+        "raytower.export:plan_export",
+    ),
     "index build": Command(
         "build and publish a sharded index from embeddings",
         "raytower.index.config:IndexBuildConfig",

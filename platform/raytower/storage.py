@@ -1,10 +1,14 @@
 """Storage by URI through pyarrow filesystems: local paths, file://, s3://, gs://, hdfs://.
 
-Nothing half-written is ever visible: a file is written beside its name, flushed to disk and renamed.
+Nothing half-written is ever visible: a file is written beside its name, flushed to disk and renamed; an object appears
+when its upload is complete. What storage refuses or fails at is said in one message that names the place.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -16,13 +20,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raytower.errors import FormatError, InputError
+from raytower import s3
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.storage_errors import (
+    StorageError,
+    as_storage_error,
+    explaining,
+    explaining_full,
+    is_full,
+    one_line,
+)
 
 _COPY_BYTES = 4 * 1024 * 1024
+# A read from an object store is one request: fewer and larger ones hide its latency.
+_DOWNLOAD_BYTES = 16 * 1024 * 1024
+_UPLOAD_BYTES = 64 * 1024 * 1024
+# A reader that finds one of these in a folder takes the folder for whole.
+_WRITTEN_LAST = ("raytower.json", "shard.json", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,8 @@ class Location:
         """Parse a URI or a local path.
 
         Raises:
-            InputError: the URI's scheme is not one that pyarrow knows.
+            InputError: the URI's scheme or options are not known, or it holds credentials.
+            StorageError: a bucket's region had to be asked for, and there was no answer.
         """
         if isinstance(uri, Location):
             return uri
@@ -45,16 +65,25 @@ class Location:
         if "://" not in text:
             return Location(pafs.LocalFileSystem(), str(Path(text).expanduser().absolute()))
         try:
-            filesystem, path = pafs.FileSystem.from_uri(text)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            if text.startswith(s3.PREFIX):
+                return Location(*s3.open_s3(text))
+            # pyarrow takes only URIs of plain ASCII without spaces.
+            return Location(*pafs.FileSystem.from_uri(quote(text, safe="%/:?#[]@!$&'()*+,;=~")))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise InputError(f"storage URI {text!r} cannot be opened: {error}") from error
-        return Location(filesystem, path)
+        except OSError as error:
+            raise as_storage_error(error, text) from error
 
     def __truediv__(self, name: str) -> Location:
         return Location(self.filesystem, str(PurePosixPath(self.path) / name))
 
     def __str__(self) -> str:
-        return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
+        """The local path, or a URI from which `of` finds the same place in any process."""
+        if self.is_local:
+            return self.path
+        if isinstance(self.filesystem, pafs.S3FileSystem):
+            return s3.s3_uri(self.filesystem, self.path)
+        return f"{self.filesystem.type_name}://{self.path}"
 
     @property
     def name(self) -> str:
@@ -76,7 +105,8 @@ class Location:
         return Path(self.path)
 
     def info(self) -> pafs.FileInfo:
-        return self.filesystem.get_file_info(self.path)
+        with explaining(self):
+            return self.filesystem.get_file_info(self.path)
 
     def exists(self) -> bool:
         return self.info().type != pafs.FileType.NotFound
@@ -92,30 +122,39 @@ class Location:
 
     def children(self, recursive: bool = False) -> list[Location]:
         """Entries of this directory in name order; empty where it does not exist."""
+        return [Location(self.filesystem, info.path) for info in self._listing(recursive)]
+
+    def _listing(self, recursive: bool) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
-        infos = sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
-        return [Location(self.filesystem, info.path) for info in infos]
+        with explaining(self):
+            return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
 
     def make_dir(self) -> Location:
-        self.filesystem.create_dir(self.path, recursive=True)
+        with explaining(self):
+            self.filesystem.create_dir(self.path, recursive=True)
         return self
 
     def delete(self) -> None:
         """Remove this file or directory tree; nothing happens where there is none."""
         kind = self.info().type
-        if kind == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
-        elif kind == pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
+        with explaining(self):
+            if kind == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            elif kind == pafs.FileType.File:
+                self.filesystem.delete_file(self.path)
 
     def open_read(self) -> pa.NativeFile:
         """A seekable stream of the file's bytes. Raises InputError where there is no such file."""
-        if not self.is_file():
+        if self.is_local and not self.is_file():
             raise InputError(f"no file at {self}; check the path")
-        return self.filesystem.open_input_file(self.path)
+        with explaining(self):
+            try:
+                return self.filesystem.open_input_file(self.path)
+            except FileNotFoundError as error:
+                raise InputError(f"no file at {self}; check the path") from error
 
     def read_bytes(self) -> bytes:
-        with self.open_read() as stream:
+        with self.open_read() as stream, explaining(self):
             return bytes(stream.read())
 
     def read_json(self) -> Any:
@@ -127,27 +166,34 @@ class Location:
 
     @contextmanager
     def open_write(self) -> Iterator[pa.NativeFile | IO[bytes]]:
-        """Write a whole file: the name appears only when the block ends without an exception."""
-        if self.is_local:
-            self.make_parent()
-            beside = Path(self.path).with_name(f".{self.name}.{uuid.uuid4().hex}.tmp")
-            try:
-                with open(beside, "wb") as stream:
+        """Write a whole file: the name appears only when the block ends without an exception.
+
+        Raises:
+            StorageError: the place cannot be written, or has no space left.
+        """
+        if not self.is_local:
+            # An exception must not complete an upload, so the bytes are gathered on this machine first.
+            with _spool(self) as folder:
+                gathered = folder / "content"
+                with open(gathered, "wb") as stream:
                     yield stream
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                self.move_from_local(gathered)
+            return
+        beside = Path(self.path).with_name(f".{self.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with explaining(self):
+                self.make_parent()
+                stream = open(beside, "wb")  # noqa: SIM115
+            # Closing writes too, so what closing raises has to be looked at as well.
+            with explaining_full(self), stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            with explaining(self):
                 os.replace(beside, self.path)
                 fsync_dir(Path(self.path).parent)
-            finally:
-                beside.unlink(missing_ok=True)
-            return
-        # Object stores show an object only once its upload has completed: no rename is needed (or cheap).
-        # An exception must not complete the upload, so the bytes are spooled locally first.
-        with tempfile.TemporaryFile() as spool:
-            yield spool
-            spool.seek(0)
-            with self.filesystem.open_output_stream(self.path) as stream:
-                shutil.copyfileobj(spool, stream, _COPY_BYTES)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def write_bytes(self, content: bytes) -> None:
         with self.open_write() as stream:
@@ -161,41 +207,92 @@ class Location:
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        with self.open_read() as stream:
-            while chunk := stream.read(_COPY_BYTES):
+        with self.open_read() as stream, explaining(self):
+            while chunk := stream.read(_COPY_BYTES if self.is_local else _DOWNLOAD_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
     def move_from_local(self, source: Path) -> None:
         """Put a finished local file at this place: a rename where both are local, an upload otherwise."""
-        if self.is_local:
-            self.make_parent()
-            with open(source, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(source, self.path)
-            fsync_dir(Path(self.path).parent)
-            return
-        with open(source, "rb") as stream, self.filesystem.open_output_stream(self.path) as sink:
-            shutil.copyfileobj(stream, sink, _COPY_BYTES)
-        source.unlink()
+        with explaining(self):
+            if self.is_local:
+                self.make_parent()
+                with open(source, "rb") as stream:
+                    os.fsync(stream.fileno())
+                os.replace(source, self.path)
+                fsync_dir(Path(self.path).parent)
+                return
+            self._upload(source)
+            source.unlink()
 
-    def fetch(self, cache_dir: Path, sha256: str) -> Path:
-        """A local copy of this file: itself where it is local, else a download kept under its checksum."""
+    def _upload(self, source: Path) -> None:
+        stream = self.filesystem.open_output_stream(self.path)
+        try:
+            with open(source, "rb") as content:
+                while chunk := content.read(_UPLOAD_BYTES):
+                    stream.write(chunk)
+                    # Parts are sent in the background, at once; waiting for them bounds the memory that they take.
+                    stream.flush()
+        except BaseException:
+            _abandon(stream)
+            raise
+        stream.close()
+
+    def fetch(
+        self, cache_dir: Path, sha256: str, size_bytes: int | None = None, *, verify: bool = True
+    ) -> Path:
+        """A local copy of this file: itself, unchecked, where it is local, else a download kept under its checksum.
+
+        A download is kept only if it has this checksum. A copy that is there already is taken if it has the checksum
+        or, without `verify`, the size (asked of the storage where it is not given); else it is fetched again. Any
+        number of processes may fetch one file: one downloads, the others wait.
+
+        Raises:
+            InputError: there is no such file. FormatError: its content has another checksum.
+            StorageError: the storage failed, or the cache has no space left.
+        """
         if self.is_local:
             return Path(self.path)
         target = cache_dir / sha256[:2] / f"{sha256}-{self.name}"
-        if not target.exists():
-            with self.open_read() as stream, Location.of(target).open_write() as sink:
-                while chunk := stream.read(_COPY_BYTES):
-                    sink.write(chunk)
+        with _held(target.with_name(f"{target.name}.lock")):
+            if not self._is_cached(target, sha256, size_bytes, verify):
+                self._download(target, sha256)
         return target
+
+    def _is_cached(self, target: Path, sha256: str, size_bytes: int | None, verify: bool) -> bool:
+        if not target.is_file():
+            return False
+        if verify:
+            return Location.of(target).sha256() == sha256
+        return target.stat().st_size == (self.size_bytes() if size_bytes is None else size_bytes)
+
+    def _download(self, target: Path, sha256: str) -> None:
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            leftover.unlink()  # of a process that was killed: the lock is ours
+        digest = hashlib.sha256()
+        with self.open_read() as stream, Location.of(target).open_write() as sink:
+            while chunk := self._read_chunk(stream):
+                digest.update(chunk)
+                sink.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise FormatError(
+                    f"{self} has sha256 {digest.hexdigest()[:12]}…, {sha256[:12]}… was expected: it was changed, or "
+                    "damaged on its way; nothing was kept"
+                )
+
+    def _read_chunk(self, stream: pa.NativeFile) -> bytes:
+        with explaining(self):
+            return bytes(stream.read(_DOWNLOAD_BYTES))
 
 
 def absolute_if_local(name: str) -> str:
-    """`name` as an absolute path where it is something on this machine, else (a hub id, a URI) as it is.
+    """`name` so that every worker finds the same thing by it.
 
-    Workers run in directories of their own, so a relative path must not travel to them.
+    Workers run in directories of their own, so what lies on this machine gets its absolute path; they may have another
+    environment, so an s3:// URI gets its endpoint and region. Anything else (a hub id, say) stays as it is.
     """
+    if name.startswith(s3.PREFIX):
+        return str(Location.of(name))
     path = Path(name).expanduser()
     return str(path.absolute()) if "://" not in name and path.exists() else name
 
@@ -213,35 +310,96 @@ def fsync_dir(path: Path) -> None:
 def publish_directory(target: Location) -> Iterator[Path]:
     """Yield an empty local directory and put its content at `target` when the block ends well.
 
-    On local storage the directory appears by one rename. On remote storage files are uploaded in name order with
-    `raytower.json` or `manifest.json` last, so that a reader that asks for those never sees half a directory.
+    On local storage the directory appears by one rename. On remote storage `raytower.json`, `shard.json` and
+    `manifest.json` are uploaded last, and those of an older directory at that place are removed first, so that a
+    reader that asks for them never sees half a directory.
+
+    Raises:
+        StorageError: the place cannot be written, or has no space left.
     """
-    if target.is_local:
-        target.make_parent()
-        beside = Path(target.path).with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        old = Path(target.path).with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-        beside.mkdir()
-        try:
+    if not target.is_local:
+        with _spool(target) as folder:
+            yield folder
+            _upload_directory(folder, target)
+        return
+    beside = Path(target.path).with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    old = Path(target.path).with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    try:
+        with explaining(target):
+            target.make_parent()
+            beside.mkdir()
+        with explaining_full(target):
             yield beside
-            for file in beside.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as stream:
-                        os.fsync(stream.fileno())
+            for file in _files_in(beside):
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        with explaining(target):
             if Path(target.path).exists():
                 os.rename(target.path, old)
             os.rename(beside, target.path)
             fsync_dir(Path(target.path).parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        yield folder
-        last = {"raytower.json", "manifest.json"}
-        files = sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name in last, str(f)))
-        for file in files:
-            place = target
-            for part in file.relative_to(folder).parts:
-                place = place / part
-            place.move_from_local(file)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _upload_directory(folder: Path, target: Location) -> None:
+    """Replace what is at `target` by the files of `folder`; the files that make it whole go first and come last."""
+    places = {_below(target, file.relative_to(folder)).path: file for file in _files_in(folder)}
+
+    def last(path: str) -> tuple[bool, str]:
+        return PurePosixPath(path).name in _WRITTEN_LAST, path
+
+    there = [info.path for info in target._listing(recursive=True) if info.type == pafs.FileType.File]
+    for path in sorted(there, key=last, reverse=True):
+        if last(path)[0] or path not in places:
+            Location(target.filesystem, path).delete()
+    for path in sorted(places, key=last):
+        Location(target.filesystem, path).move_from_local(places[path])
+
+
+def _below(folder: Location, relative: Path) -> Location:
+    place = folder
+    for part in relative.parts:
+        place = place / part
+    return place
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+@contextmanager
+def _spool(target: Location) -> Iterator[Path]:
+    """A temporary local folder to gather in what goes to remote `target`."""
+    with tempfile.TemporaryDirectory(prefix="raytower-") as name:
+        try:
+            yield Path(name)
+        except Exception as error:
+            if isinstance(error, RaytowerError) or not is_full(error):
+                raise
+            raise StorageError(
+                f"no space is left in {name}, where {target} is gathered before its upload: {one_line(error)}; make "
+                "room there, or set TMPDIR to a larger disk"
+            ) from error
+
+
+def _abandon(stream: pa.NativeFile) -> None:
+    """Let an upload never complete. Closing completes it, half a file or not, and so does destroying the stream.
+
+    pyarrow gives no way to abort, so the stream is kept from ever being destroyed, and at most one buffer with it.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Only one process at a time is inside, for one `lock` file; a killed one leaves at once."""
+    with explaining(Location.of(lock)):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from raytower.config import Config, OnError, WorkersConfig
 from raytower.data.sources import InputConfig
+from raytower.models.compute import Engine, EngineDtype, check_compute
 
 
 class ComputeConfig(Config):
-    """How the forward pass runs. `tokens_per_batch` null chooses by device."""
+    """How the forward pass runs: torch in float32, bfloat16 or float16; onnx in float32 or int8, on CPUs.
 
-    engine: Literal["torch"] = "torch"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    `tokens_per_batch` null chooses by device; what does not fit into memory is halved.
+    """
+
+    engine: Engine = "torch"
+    dtype: EngineDtype = "float32"
     tokens_per_batch: int | None = Field(default=None, ge=1)
+
+    def model_post_init(self, context: Any) -> None:
+        check_compute(self.engine, self.dtype)
 
 
 class EncodeConfig(Config):
@@ -31,3 +38,10 @@ class EncodeConfig(Config):
     compute: ComputeConfig = ComputeConfig()
     workers: WorkersConfig = WorkersConfig()
     on_error: OnError = "fail"
+
+    def model_post_init(self, context: Any) -> None:
+        if self.compute.engine == "onnx" and self.workers.num_gpus > 0:
+            raise ValueError(
+                f"compute.engine is onnx, which computes on CPUs, and workers.num_gpus is {self.workers.num_gpus:g}; "
+                "set workers.num_gpus to 0, or compute.engine to torch"
+            )

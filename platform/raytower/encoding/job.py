@@ -1,160 +1,308 @@
-"""`raytower encode`: a corpus into a folder of Parquet files with vectors, and its manifest last."""
+"""`raytower encode`: a corpus into a folder of Parquet files with vectors, and its manifest last.
+
+A file appears when it is whole, so a second start of a killed job keeps what it finds and encodes what is missing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 import ray.data
+import torch
+from ray.exceptions import RayError
 
-from raytower.config import OnError
-from raytower.data.pieces import Piece, Survey
+from raytower.config import WorkersConfig
+from raytower.data.layouts import Source
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.encoding.config import EncodeConfig
-from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsFile, EmbeddingsManifest
-from raytower.encoding.plan import EncodePlan, choose_rows_per_file, plan_encode
-from raytower.encoding.worker import PADDED_KEY, TOKENS_KEY, PieceEncoder, WorkerSettings, part_name
-from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
+from raytower.encoding.parts import (
+    PartFigures,
+    inspect_part,
+    is_left_over,
+    part_name,
+)
+from raytower.encoding.plan import (
+    CorpusSize,
+    EncodePlan,
+    ModelSize,
+    WorkerShape,
+    choose_rows_per_file,
+    join_pieces,
+    plan_encode,
+)
+from raytower.encoding.progress import Progress
+from raytower.encoding.worker import EncodedPiece, PieceEncoder, PieceSeconds, WorkerSettings, read_answer
+from raytower.errors import InputError, RaytowerError
+from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
-from raytower.models.forward import check_max_length
+from raytower.models.forward import check_max_length, default_block_rows, default_tokens_per_batch
+from raytower.models.onnx_export import graph_for
 from raytower.runtime import ensure_ray, log
 from raytower.storage import Location, absolute_if_local
 
 JOB_NAME = "job.json"
-_SURVEY_ROWS = 65_536
-_PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_LOG_EVERY_SECONDS = 5.0
+# Small pieces are parsed faster than large ones, and are joined to files of any size.
+_SURVEY_ROWS = 1024
+# Ray Data keeps some state for each block; a folder of very many small files gives several to one.
+_MAX_BLOCKS = 4096
+_READING_THREADS = 8
+_SAMPLE_PIECES = 4
+_SAMPLE_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run: what it encodes, with what, and where to. `pieces` are all of the corpus, one for each output file."""
+
+    config: EncodeConfig
+    encoder: Encoder
+    prefix: str
+    survey: Survey
+    pieces: tuple[Piece, ...]
+    rows_per_file: int
+
+    @property
+    def output(self) -> Location:
+        return Location.of(self.config.output)
+
+
+@dataclass
+class _Totals:
+    """What this run encoded, added up as workers answer."""
+
+    files: dict[str, PartFigures] = field(default_factory=dict)
+    rows: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    first_start: float = float("inf")
+    """Epoch seconds."""
+    tokens_per_batch: int | None = None
+    """The smallest budget that a worker ended with."""
+    seconds: PieceSeconds = field(
+        default_factory=lambda: PieceSeconds(total=0, reading=0, tokenising=0, forward=0, writing=0)
+    )
+
+    def add(self, piece: EncodedPiece) -> None:
+        self.files[piece.part.file.name] = piece.part
+        self.rows += piece.part.file.rows
+        self.tokens += piece.part.tokens
+        self.padded_tokens += piece.part.padded_tokens
+        self.first_start = min(self.first_start, piece.started_at)
+        self.tokens_per_batch = min(self.tokens_per_batch or piece.tokens_per_batch, piece.tokens_per_batch)
+        before, more = asdict(self.seconds), asdict(piece.seconds)
+        self.seconds = PieceSeconds(**{name: before[name] + more[name] for name in before})
+
+    def shares(self) -> dict[str, float]:
+        """Share of the workers' time by what it was spent on; tokenising and writing run beside the forward."""
+        values = asdict(self.seconds)
+        total = values.pop("total")
+        return {f"{name}_share": round(value / total, 4) if total else 0.0 for name, value in values.items()}
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
     """Encode the corpus; files that an earlier, killed run of the same job finished are kept.
 
     Returns:
-        rows, tokens, seconds, startup_seconds (until the first text was begun), output, fingerprint,
-        tokens_per_second, padding_share, files_encoded, rejected_rows.
+        rows, tokens (of the whole folder), seconds, startup_seconds (until the first text was begun), output,
+        fingerprint, texts_per_second and tokens_per_second (of this run, start-up counted), padding_share,
+        reading_share, tokenising_share, forward_share, writing_share (of the workers' time), tokens_per_batch (what
+        memory allowed in the end), files_encoded, rejected_rows.
 
     Raises:
         InputError: bad rows under on_error=fail, duplicate ids, an output of another job, an unknown model.
-        RaytowerError: vectors that are not finite, or workers that failed.
+        MissingExtraError: compute.engine onnx without ONNX Runtime.
+        RaytowerError: vectors that are not finite, no memory or no room left, or workers that failed.
     """
     started_at, started = time.time(), time.perf_counter()
-    startup_seconds = 0.0
-    encoder = Encoder.load(config.encoder)
-    check_max_length(config.max_length, encoder.max_positions)
-    prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
-    survey, rows_per_file = _survey(config)
-    output = Location.of(config.output)
-    spec = _job_spec(config, encoder, prefix, survey, rows_per_file)
-    done = _finished_parts(output, spec, survey.pieces)
-    pieces = [piece for piece in survey.pieces if part_name(piece) not in done]
-    if not (output / MANIFEST_NAME).exists():
-        if done:
-            log(f"{len(done)} of {len(survey.pieces)} files are finished already")
-        if pieces:
-            ensure_ray()
-            settings = _worker_settings(config, encoder.fingerprint, prefix)
-            first_start = _run(settings, config, survey.pieces, pieces)
-            startup_seconds = max(first_start - started_at, 0.0)
-        _write_manifest(output, config, encoder, prefix, survey)
-    else:
+    job = _prepare(config)
+    done = _finished_parts(job)
+    missing = [piece for piece in job.pieces if part_name(piece) not in done]
+    totals = _Totals()
+    if (job.output / MANIFEST_NAME).exists():
         log(f"{config.output} is finished; nothing to do")
-    tokens, padded = _count_tokens(output, survey.pieces)
+        tokens = EmbeddingsManifest.read(job.output).tokens
+    else:
+        if done:
+            log(f"{len(done)} of {len(job.pieces)} files are finished already")
+        if missing:
+            _remove_left_overs(job.output)
+            _prepare_graph(job)
+            ensure_ray()
+            _run(job, missing, totals)
+        tokens = _finish(job, totals)
     seconds = time.perf_counter() - started
-    return {
-        "rows": survey.num_rows,
+    figures = {
+        "rows": job.survey.num_rows,
         "tokens": tokens,
         "seconds": round(seconds, 3),
-        "startup_seconds": round(startup_seconds, 3),
+        "startup_seconds": round(max(min(totals.first_start - started_at, seconds), 0.0), 3)
+        if missing
+        else 0.0,
         "output": config.output,
-        "fingerprint": encoder.fingerprint,
-        "tokens_per_second": round(tokens / seconds, 1),
-        "padding_share": round(1 - tokens / padded, 4) if padded else 0.0,
-        "files_encoded": len(pieces),
-        "rejected_rows": survey.num_rejected,
+        "fingerprint": job.encoder.fingerprint,
+        "texts_per_second": round(totals.rows / seconds, 1),
+        "tokens_per_second": round(totals.tokens / seconds, 1),
+        "padding_share": round(1 - totals.tokens / totals.padded_tokens, 4) if totals.padded_tokens else 0.0,
+        **totals.shares(),
+        "tokens_per_batch": totals.tokens_per_batch,
+        "files_encoded": len(totals.files),
+        "rejected_rows": job.survey.num_rejected,
     }
+    if totals.files:
+        log(_summary(figures))
+    return figures
 
 
 def plan(config: EncodeConfig) -> dict[str, Any]:
-    """The plan for --dry-run: rows, files, predicted memory and disk."""
-    encoder = Encoder.load(config.encoder)
-    check_max_length(config.max_length, encoder.max_positions)
-    survey, rows_per_file = _survey(config)
-    made: EncodePlan = plan_encode(
-        num_rows=survey.num_rows,
-        num_bytes=survey.bytes,
-        num_files=len(survey.pieces),
-        rows_per_file=rows_per_file,
-        num_workers=config.workers.max,
-        dim=encoder.dim,
-        vector_bytes=np.dtype(config.embedding_dtype).itemsize,
-        num_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
-        parameter_bytes=_PARAMETER_BYTES[config.compute.dtype],
-    )
-    return {**asdict(made), "fingerprint": encoder.fingerprint, "rejected_rows": survey.num_rejected}
-
-
-def _survey(config: EncodeConfig) -> tuple[Survey, int]:
-    quarantine = Location.of(config.output) / "quarantine" if config.on_error == "quarantine" else None
-    on_error: OnError = config.on_error
-    rows = config.rows_per_file
-    if rows is None:
-        first = survey_input(config.input, "corpus", _SURVEY_ROWS, on_error, quarantine)
-        rows = choose_rows_per_file(first.num_rows, config.workers.max)
-        if rows == _SURVEY_ROWS:
-            return first, rows
-    return survey_input(config.input, "corpus", rows, on_error, quarantine), rows
-
-
-def _job_spec(
-    config: EncodeConfig, encoder: Encoder, prefix: str, survey: Survey, rows_per_file: int
-) -> dict[str, Any]:
-    """What decides the content of the files; a second run must match it."""
+    """The plan for --dry-run: rows, files, batches, predicted memory and disk. Nothing is written."""
+    job = _prepare(config)
+    made: EncodePlan = plan_encode(_corpus_size(job), _model_size(job.encoder), _worker_shape(job))
     return {
-        "fingerprint": encoder.fingerprint,
-        "prefix": prefix,
-        "max_length": config.max_length,
-        "compute_dtype": config.compute.dtype,
-        "embedding_dtype": config.embedding_dtype,
-        "input": config.input.model_dump(mode="json"),
-        "input_rows": survey.num_rows,
-        "input_bytes": survey.bytes,
-        "rows_per_file": rows_per_file,
+        **asdict(made),
+        "fingerprint": job.encoder.fingerprint,
+        "rejected_rows": job.survey.num_rejected,
     }
 
 
-def _finished_parts(output: Location, spec: dict[str, Any], pieces: Sequence[Piece]) -> set[str]:
+def pieces_in_flight(workers: WorkersConfig) -> int:
+    """Pieces that one worker holds at once: a GPU must not wait while the next one is read and tokenised."""
+    return 2 if workers.num_gpus > 0 else 1
+
+
+# --- what is to be done --------------------------------------------------------------------------------------------
+
+
+def _prepare(config: EncodeConfig) -> _Job:
+    encoder = Encoder.load(config.encoder)
+    check_max_length(config.max_length, encoder.max_positions)
+    prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
+    survey, pieces, rows_per_file = _survey(config)
+    return _Job(config, encoder, prefix, survey, pieces, rows_per_file)
+
+
+def _survey(config: EncodeConfig) -> tuple[Survey, tuple[Piece, ...], int]:
+    quarantine = Location.of(config.output) / "quarantine" if config.on_error == "quarantine" else None
+    rows = config.rows_per_file
+    if rows is None:
+        found = survey_input(config.input, "corpus", _SURVEY_ROWS, config.on_error, quarantine)
+        rows = choose_rows_per_file(found.num_rows, config.workers.max)
+        if rows >= _SURVEY_ROWS:
+            return found, join_pieces(found.pieces, rows), rows
+    found = survey_input(config.input, "corpus", rows, config.on_error, quarantine)
+    return found, found.pieces, rows
+
+
+def _finished_parts(job: _Job) -> set[str]:
     """Names of finished files, after checking that the folder belongs to this job. A new folder is claimed."""
-    place = output / JOB_NAME
-    if place.exists():
+    place = job.output / JOB_NAME
+    spec = _job_spec(job)
+    names = {child.name for child in job.output.children()}
+    if JOB_NAME in names:
         found = place.read_json()
         different = [key for key in spec if found.get(key) != spec[key]]
         if different:
             key = different[0]
             raise InputError(
-                f"output {str(output)!r} belongs to another encoding job: {key} is {found.get(key)!r} there and "
-                f"{spec[key]!r} now; choose a new output, or remove the old one"
+                f"output {job.config.output!r} belongs to another encoding job: {key} is {found.get(key)!r} there "
+                f"and {spec[key]!r} now; choose a new output, or remove the old one"
             )
-    elif [
-        child for child in output.children() if child.name.endswith(".parquet") or child.name == MANIFEST_NAME
-    ]:
-        raise InputError(f"output {str(output)!r} holds files of something else; choose a new output")
+    elif any(name.endswith(".parquet") or name == MANIFEST_NAME for name in names):
+        raise InputError(f"output {job.config.output!r} holds files of something else; choose a new output")
     else:
         place.write_json(spec)
-    names = {part_name(piece) for piece in pieces}
-    return names & {child.name for child in output.children()}
+    return names & {part_name(piece) for piece in job.pieces}
 
 
-def _worker_settings(config: EncodeConfig, fingerprint: str, prefix: str) -> WorkerSettings:
+def _job_spec(job: _Job) -> dict[str, Any]:
+    """What decides the content of the files; a second run must match it."""
+    config = job.config
+    return {
+        "fingerprint": job.encoder.fingerprint,
+        "prefix": job.prefix,
+        "max_length": config.max_length,
+        "engine": config.compute.engine,
+        "compute_dtype": config.compute.dtype,
+        "embedding_dtype": config.embedding_dtype,
+        "input": config.input.model_dump(mode="json"),
+        "input_rows": job.survey.num_rows,
+        "input_bytes": job.survey.bytes,
+        "input_sha256": _content_hash(job.pieces),
+        "rows_per_file": job.rows_per_file,
+    }
+
+
+def _content_hash(pieces: Sequence[Piece]) -> str:
+    """Hash over the content of the corpus's files, so that an edited corpus is never mixed with an older one."""
+    files = {
+        str(piece.source.file): piece.source.file for piece in pieces if isinstance(piece.source, Source)
+    }
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_READING_THREADS) as threads:
+        for file, sha256 in zip(
+            files.values(), threads.map(lambda file: file.location.sha256(), files.values()), strict=True
+        ):
+            digest.update(f"{file.location.name} {sha256}\n".encode())
+    return digest.hexdigest()
+
+
+# --- doing it ------------------------------------------------------------------------------------------------------
+
+
+def _run(job: _Job, missing: Sequence[Piece], totals: _Totals) -> None:
+    """Encode the pieces in `missing`, adding to `totals` as files are finished."""
+    numbers = {piece.index: number for number, piece in enumerate(job.pieces)}
+    items = [{"piece": numbers[piece.index]} for piece in missing]
+    pieces = ray.put(list(job.pieces))
+    try:
+        with Progress(sum(piece.num_rows for piece in missing)) as progress:
+            dataset = ray.data.from_items(
+                items, override_num_blocks=min(len(items), _MAX_BLOCKS)
+            ).map_batches(
+                PieceEncoder,
+                batch_size=1,
+                compute=_pool(job.config.workers, len(items)),
+                num_cpus=job.config.workers.num_cpus,
+                num_gpus=job.config.workers.num_gpus or None,
+                fn_constructor_kwargs={
+                    "settings": _worker_settings(job),
+                    "pieces": pieces,
+                    "board": progress.board,
+                },
+            )
+            for row in dataset.iter_rows():
+                totals.add(read_answer(row["answer"]))
+    except RayError as error:
+        raise RaytowerError(f"encoding failed: {error}") from error
+
+
+def _pool(workers: WorkersConfig, num_pieces: int) -> ray.data.ActorPoolStrategy:
+    size = min(workers.max, num_pieces)
+    in_flight = pieces_in_flight(workers)
+    # Never a fixed pool: one that can hold every surviving CPU hangs after a node is lost.
+    return ray.data.ActorPoolStrategy(
+        min_size=min(workers.min, size),
+        max_size=size,
+        max_concurrent_calls_per_actor=in_flight,
+        enable_true_multi_threading=in_flight > 1,
+    )
+
+
+def _worker_settings(job: _Job) -> WorkerSettings:
+    config = job.config
     return WorkerSettings(
         encoder=absolute_if_local(config.encoder),
-        fingerprint=fingerprint,
+        fingerprint=job.encoder.fingerprint,
         output=absolute_if_local(config.output),
-        prefix=prefix,
+        prefix=job.prefix,
         max_length=config.max_length,
         embedding_dtype=config.embedding_dtype,
         compute=config.compute,
@@ -163,82 +311,132 @@ def _worker_settings(config: EncodeConfig, fingerprint: str, prefix: str) -> Wor
     )
 
 
-def _run(
-    settings: WorkerSettings, config: EncodeConfig, every: Sequence[Piece], pieces: Sequence[Piece]
-) -> float:
-    """Encode `pieces`; returns the time (epoch seconds) at which the first of them was begun."""
-    workers = config.workers
-    size = min(workers.max, len(pieces))
-    numbers = {piece.index: number for number, piece in enumerate(every)}
-    items = [{"piece": numbers[piece.index]} for piece in pieces]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        PieceEncoder,
-        batch_size=1,
-        # Never a fixed pool: one that can hold every surviving CPU hangs after a node is lost.
-        compute=ray.data.ActorPoolStrategy(min_size=min(workers.min, size), max_size=size),
-        num_cpus=workers.num_cpus,
-        num_gpus=workers.num_gpus or None,
-        fn_constructor_kwargs={"settings": settings, "pieces": ray.put(list(every))},
-    )
-    started = reported = time.perf_counter()
-    rows = tokens = files = 0
-    first_start = float("inf")
-    total = sum(piece.num_rows for piece in pieces)
-    try:
-        for row in dataset.iter_rows():
-            rows, tokens, files = rows + row["rows"], tokens + row["tokens"], files + 1
-            first_start = min(first_start, row["started_at"])
-            now = time.perf_counter()
-            if now - reported > _LOG_EVERY_SECONDS or files == len(pieces):
-                reported, elapsed = now, now - started
-                log(
-                    f"encoded {rows:,}/{total:,} texts  {rows / elapsed:.0f} texts/s  {tokens / elapsed:.0f} tokens/s  "
-                    f"{elapsed * (total - rows) / rows:.0f} s left"
-                )
-    except Exception as error:
-        cause = find_cause(error)
-        if isinstance(cause, RaytowerError):
-            raise cause from error
-        raise RaytowerError(f"encoding failed: {error}") from error
-    return first_start
+def _prepare_graph(job: _Job) -> None:
+    """Export the ONNX graph before workers start: they find it in the cache, and what goes wrong is said once."""
+    compute = job.config.compute
+    if compute.engine == "onnx":
+        graph_for(job.encoder, compute.dtype, resolve_model(job.config.encoder))
 
 
-def _write_manifest(
-    output: Location, config: EncodeConfig, encoder: Encoder, prefix: str, survey: Survey
-) -> None:
-    files = []
-    for piece in survey.pieces:
-        place = output / part_name(piece)
-        with place.open_read() as stream:
-            rows = pq.ParquetFile(stream).metadata.num_rows
-        if rows != piece.num_rows:
+def _finish(job: _Job, totals: _Totals) -> int:
+    """Check that every row is there once and write the manifest; returns the tokens of the folder."""
+    parts = _all_parts(job, totals)
+    for piece, part in zip(job.pieces, parts, strict=True):
+        if part.file.rows != piece.num_rows:
             raise RaytowerError(
-                f"{place} has {rows} rows, its piece has {piece.num_rows}; remove it and encode again"
+                f"{job.output / part.file.name} has {part.file.rows} rows, its piece has {piece.num_rows}; remove it "
+                "and encode again"
             )
-        files.append(
-            EmbeddingsFile(name=place.name, rows=rows, bytes=place.size_bytes(), sha256=place.sha256())
-        )
+    _remove_left_overs(job.output)
+    tokens = sum(part.tokens for part in parts)
+    config = job.config
     EmbeddingsManifest(
-        fingerprint=encoder.fingerprint,
+        fingerprint=job.encoder.fingerprint,
         encoder=absolute_if_local(config.encoder),
-        dim=encoder.dim,
+        dim=job.encoder.dim,
         dtype=config.embedding_dtype,
-        normalised=encoder.normalised,
-        similarity=encoder.settings.similarity,
-        prefix=prefix,
-        query_prefix=encoder.prefix_for("query"),
+        normalised=job.encoder.normalised,
+        similarity=job.encoder.settings.similarity,
+        prefix=job.prefix,
+        query_prefix=job.encoder.prefix_for("query"),
         max_length=config.max_length,
+        engine=config.compute.engine,
         compute_dtype=config.compute.dtype,
-        rows=survey.num_rows,
-        files=tuple(files),
-    ).write(output)
+        rows=job.survey.num_rows,
+        tokens=tokens,
+        files=tuple(part.file for part in parts),
+    ).write(job.output)
+    return tokens
 
 
-def _count_tokens(output: Location, pieces: Sequence[Piece]) -> tuple[int, int]:
-    tokens = padded = 0
-    for piece in pieces:
-        with (output / part_name(piece)).open_read() as stream:
-            metadata = pq.read_schema(stream).metadata or {}
-        tokens += int(metadata.get(TOKENS_KEY, b"0"))
-        padded += int(metadata.get(PADDED_KEY, b"0"))
-    return tokens, padded
+def _remove_left_overs(output: Location) -> None:
+    """What killed workers had begun to write. Nothing else writes there: an output belongs to one job at a time."""
+    for child in output.children():
+        if is_left_over(child.name):
+            child.delete()
+
+
+def _all_parts(job: _Job, totals: _Totals) -> list[PartFigures]:
+    """Figures of every file in order: from this run's workers, and read again where an earlier run wrote the file."""
+
+    def figures(name: str) -> PartFigures:
+        return totals.files.get(name) or inspect_part(job.output / name)
+
+    with ThreadPoolExecutor(_READING_THREADS) as threads:
+        return list(threads.map(figures, [part_name(piece) for piece in job.pieces]))
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    shares = ", ".join(
+        f"{name} {figures[f'{name}_share']:.1%}" for name in ("reading", "tokenising", "forward", "writing")
+    )
+    return (
+        f"encoded {figures['files_encoded']:,} files in {figures['seconds']:,.0f} s; "
+        f"padding {figures['padding_share']:.1%} of the tokens computed; "
+        f"of the workers' time: {shares} (tokenising and writing run beside the forward); "
+        f"tokens_per_batch {figures['tokens_per_batch']:,}"
+    )
+
+
+# --- planning ------------------------------------------------------------------------------------------------------
+
+
+def _corpus_size(job: _Job) -> CorpusSize:
+    extents = [piece.extent for piece in job.pieces]
+    # Of text an extent counts decompressed bytes; of Parquet rows, whose bytes are known only as stored.
+    is_parquet = any(extent.row_group is not None for extent in extents)
+    text_bytes = job.survey.bytes if is_parquet else sum(extent.end - extent.start for extent in extents)
+    return CorpusSize(
+        rows=job.survey.num_rows,
+        text_bytes=text_bytes,
+        files=len(job.pieces),
+        rows_per_file=job.rows_per_file,
+        tokens_per_text=_mean_tokens(job),
+    )
+
+
+def _mean_tokens(job: _Job) -> float:
+    """Tokens of a text, from the first texts of a few pieces spread over the corpus."""
+    lengths = [len(ids) for texts in _sample(job) for ids in _tokenise(job, texts)]
+    return float(np.mean(lengths))
+
+
+def _sample(job: _Job) -> Iterator[list[str]]:
+    step = max(len(job.pieces) // _SAMPLE_PIECES, 1)
+    for piece in job.pieces[::step][:_SAMPLE_PIECES]:
+        yield read_piece(piece)["text"].slice(0, _SAMPLE_TEXTS).to_pylist()
+
+
+def _tokenise(job: _Job, texts: list[str]) -> list[list[int]]:
+    prepared = [job.prefix + text for text in texts]
+    batch = job.encoder.tokenizer(prepared, truncation=True, max_length=job.config.max_length)
+    ids: list[list[int]] = batch["input_ids"]
+    return ids
+
+
+def _model_size(encoder: Encoder) -> ModelSize:
+    tables = [module for module in encoder.modules() if isinstance(module, torch.nn.Embedding)]
+    config = encoder.backbone.config
+    width = int(config.hidden_size)
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        embedding_parameters=sum(table.weight.numel() for table in tables),
+        dim=encoder.dim,
+        width=width,
+        intermediate=int(getattr(config, "intermediate_size", 4 * width)),
+    )
+
+
+def _worker_shape(job: _Job) -> WorkerShape:
+    config = job.config
+    device = torch.device("cuda" if config.workers.num_gpus > 0 else "cpu")
+    return WorkerShape(
+        workers=config.workers.max,
+        engine=config.compute.engine,
+        dtype=config.compute.dtype,
+        tokens_per_batch=config.compute.tokens_per_batch or default_tokens_per_batch(device),
+        block_rows=default_block_rows(device),
+        vector_bytes=np.dtype(config.embedding_dtype).itemsize,
+        on_gpu=device.type == "cuda",
+        pieces_in_flight=pieces_in_flight(config.workers),
+    )

@@ -39,8 +39,10 @@ class EmbeddingsManifest:
     prefix: str
     query_prefix: str = ""
     max_length: int
+    engine: str = "torch"
     compute_dtype: str = "float32"
     rows: int
+    tokens: int = 0
     files: tuple[EmbeddingsFile, ...] = field(default=())
 
     def write(self, folder: Location) -> None:

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from raytower.data.pieces import Piece
+from raytower.data.slices import MAX_SLICE_BYTES
+from raytower.models.compute import PARAMETER_BYTES
 
 _FILES_PER_WORKER = 8
 _MIN_ROWS_PER_FILE = 256
 _MAX_ROWS_PER_FILE = 65_536
-# Texts, token ids and Arrow buffers of one row in flight, generously; vectors are counted apart.
-_BYTES_PER_ROW_IN_FLIGHT = 8_192
+# Resident memory of a Ray worker that has imported torch and transformers and runs a model of no size.
+_PROCESS_BYTES = 560 * 2**20
+# A token on its way through the tokenizer: its place in a list, the integer, and its place in an array.
+_TOKEN_BYTES = 48
+# A text of a block: the Python string and its place in lists, beside its characters.
+_STRING_BYTES = 128
+# Blocks in memory at once: the one computed and the one tokenised ahead of it.
+_BLOCKS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSize:
+    """What is to be encoded. `text_bytes` counts the rows as read, decompressed."""
+
+    rows: int
+    text_bytes: int
+    files: int
+    rows_per_file: int
+    tokens_per_text: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """The encoder. `embedding_parameters` are those of lookup tables, which ONNX leaves in float32."""
+
+    parameters: int
+    embedding_parameters: int
+    dim: int
+    width: int
+    intermediate: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerShape:
+    """How a worker computes."""
+
+    workers: int
+    engine: str
+    dtype: str
+    tokens_per_batch: int
+    block_rows: int
+    vector_bytes: int
+    on_gpu: bool
+    pieces_in_flight: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +67,13 @@ class EncodePlan:
     files: int
     rows_per_file: int
     workers: int
+    block_rows: int
+    tokens_per_batch: int
+    estimated_tokens: int
+    estimated_batches: int
     predicted_disk_bytes: int
     predicted_memory_bytes_per_worker: int
+    predicted_device_bytes_per_worker: int
 
 
 def choose_rows_per_file(num_rows: int, num_workers: int) -> int:
@@ -33,26 +86,85 @@ def choose_rows_per_file(num_rows: int, num_workers: int) -> int:
     return min(max(rows, _MIN_ROWS_PER_FILE), _MAX_ROWS_PER_FILE)
 
 
-def plan_encode(
-    *,
-    num_rows: int,
-    num_bytes: int,
-    num_files: int,
-    rows_per_file: int,
-    num_workers: int,
-    dim: int,
-    vector_bytes: int,
-    num_parameters: int,
-    parameter_bytes: int,
-) -> EncodePlan:
-    """Predict disk and memory. Disk: vectors plus the texts; memory: weights plus one file's rows in flight."""
-    per_row = dim * vector_bytes
+def join_pieces(pieces: Sequence[Piece], rows_per_file: int) -> tuple[Piece, ...]:
+    """Pieces that lie end to end in one file (or Parquet row group) joined, up to `rows_per_file` good rows each.
+
+    So one survey with small pieces serves any size of output files.
+    """
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if last is not None and _fits(last, piece, rows_per_file):
+            joined[-1] = dataclasses.replace(
+                last,
+                extent=dataclasses.replace(last.extent, end=piece.extent.end),
+                num_rows=last.num_rows + piece.num_rows,
+                left_out=last.left_out + piece.left_out,
+            )
+        else:
+            joined.append(dataclasses.replace(piece, index=len(joined)))
+    return tuple(joined)
+
+
+def plan_encode(corpus: CorpusSize, model: ModelSize, shape: WorkerShape) -> EncodePlan:
+    """Predict batches, disk, and the memory of one worker, weights and blocks counted."""
+    tokens = round(corpus.rows * corpus.tokens_per_text)
+    vector_bytes = model.dim * shape.vector_bytes
+    weights = _weight_bytes(model, shape)
+    activations = _activation_bytes(model, shape)
+    on_device = weights + activations if shape.on_gpu else 0
+    # A GPU's weights pass through host memory on their way.
+    on_host = model.parameters * PARAMETER_BYTES["float32"] if shape.on_gpu else weights + activations
     return EncodePlan(
-        rows=num_rows,
-        files=num_files,
-        rows_per_file=rows_per_file,
-        workers=min(num_workers, num_files),
-        predicted_disk_bytes=num_rows * per_row + num_bytes,
-        predicted_memory_bytes_per_worker=num_parameters * (4 + parameter_bytes)
-        + rows_per_file * (_BYTES_PER_ROW_IN_FLIGHT + dim * 4 + per_row),
+        rows=corpus.rows,
+        files=corpus.files,
+        rows_per_file=corpus.rows_per_file,
+        workers=min(shape.workers, corpus.files),
+        block_rows=shape.block_rows,
+        tokens_per_batch=shape.tokens_per_batch,
+        estimated_tokens=tokens,
+        estimated_batches=-(-tokens // shape.tokens_per_batch),
+        predicted_disk_bytes=corpus.rows * vector_bytes + corpus.text_bytes,
+        predicted_memory_bytes_per_worker=_PROCESS_BYTES + on_host + _text_bytes(corpus, model, shape),
+        predicted_device_bytes_per_worker=on_device,
     )
+
+
+def _fits(last: Piece, piece: Piece, rows: int) -> bool:
+    first, second = last.extent, piece.extent
+    if last.source != piece.source or first.row_group != second.row_group or first.end != second.start:
+        return False
+    # Of text an extent counts bytes, and is held whole while it is parsed.
+    is_short = first.row_group is not None or second.end - first.start <= MAX_SLICE_BYTES
+    return is_short and last.num_rows + piece.num_rows <= rows
+
+
+def _weight_bytes(model: ModelSize, shape: WorkerShape) -> int:
+    """At the peak, which is while the model is loaded: float32 weights beside what they become."""
+    loaded = model.parameters * PARAMETER_BYTES["float32"]
+    if shape.engine == "torch":
+        return (
+            loaded if shape.dtype == "float32" else loaded + model.parameters * PARAMETER_BYTES[shape.dtype]
+        )
+    tables = model.embedding_parameters * PARAMETER_BYTES["float32"]
+    matrices = (model.parameters - model.embedding_parameters) * PARAMETER_BYTES[shape.dtype]
+    # ONNX Runtime holds the graph as read and its own copy, matrices packed.
+    return loaded + 2 * (tables + matrices)
+
+
+def _activation_bytes(model: ModelSize, shape: WorkerShape) -> int:
+    """Of one layer: states, queries, keys, values, context and residual, and both sides of the activation function."""
+    item_bytes = {"bfloat16": 2, "float16": 2}.get(shape.dtype, 4)
+    per_token = (6 * model.width + 2 * model.intermediate) * item_bytes + model.width * 4
+    return shape.tokens_per_batch * per_token
+
+
+def _text_bytes(corpus: CorpusSize, model: ModelSize, shape: WorkerShape) -> int:
+    """The rows of a file, as bytes while they are parsed and as a table; and what its blocks need besides."""
+    row_bytes = corpus.text_bytes / max(corpus.rows, 1)
+    rows = min(corpus.rows_per_file, corpus.rows)
+    block_rows = min(shape.block_rows, rows)
+    per_row = row_bytes + _STRING_BYTES + corpus.tokens_per_text * _TOKEN_BYTES
+    vectors = block_rows * model.dim * (4 + shape.vector_bytes)
+    piece = rows * row_bytes * 3 * shape.pieces_in_flight
+    return round(piece + _BLOCKS_IN_FLIGHT * (block_rows * per_row + vectors))

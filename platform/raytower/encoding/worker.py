@@ -5,27 +5,29 @@ A file appears only when it is whole, so whatever files a killed run left are fi
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 
 from raytower.data.pieces import Piece, read_piece
 from raytower.encoding.config import ComputeConfig
-from raytower.errors import FormatError, RaytowerError
-from raytower.models.directory import set_num_threads
+from raytower.encoding.manifest import EmbeddingsFile
+from raytower.encoding.parts import PartFigures, open_part, part_name
+from raytower.encoding.parts import write_part as write_part  # index.place looks for it here
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.models.directory import resolve_model, set_num_threads
 from raytower.models.encoder import Encoder
-from raytower.models.forward import ForwardEngine
+from raytower.models.forward import ForwardEngine, ForwardStats
 from raytower.storage import Location
-
-TOKENS_KEY = b"raytower.tokens"
-PADDED_KEY = b"raytower.padded_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,65 +45,153 @@ class WorkerSettings:
     use_gpu: bool
 
 
-def part_name(piece: Piece) -> str:
-    """The output file of a piece; its number is the piece's place in the corpus."""
-    return f"part-{piece.index:08d}.parquet"
+@dataclass(frozen=True, kw_only=True)
+class PieceSeconds:
+    """Where the time of a piece went, without waiting for another piece's forward.
+
+    Tokenising and writing run beside the forward, so that the parts may exceed the whole.
+    """
+
+    total: float
+    reading: float
+    tokenising: float
+    forward: float
+    writing: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPiece:
+    """What a worker answers for one piece. `started_at` is in epoch seconds."""
+
+    part: PartFigures
+    seconds: PieceSeconds
+    started_at: float
+    tokens_per_batch: int
 
 
 class PieceEncoder:
-    """Callable class for `map_batches`; each batch is one row holding a piece's number."""
+    """Callable class for `map_batches`; each batch is one row holding a piece's number.
 
-    def __init__(self, settings: WorkerSettings, pieces: ray.ObjectRef[Sequence[Piece]]) -> None:
+    Several pieces may be in flight in threads of one worker: one computes while others are read, tokenised or written.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, pieces: ray.ObjectRef[Sequence[Piece]], board: Any = None
+    ) -> None:
         set_num_threads(settings.num_threads)
+        # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
+        os.environ["RAYON_NUM_THREADS"] = str(settings.num_threads)
         self.settings = settings
-        self.output = Location.of(settings.output)
         self.pieces = ray.get(pieces)
-        encoder = Encoder.load(settings.encoder)
-        if encoder.fingerprint != settings.fingerprint:
-            raise FormatError(
-                f"encoder {settings.encoder!r} has fingerprint {encoder.fingerprint[:12]} on this worker and "
-                f"{settings.fingerprint[:12]} where the job started; every node must see the same model"
-            )
-        self.engine = ForwardEngine(
-            encoder,
-            dtype=settings.compute.dtype,
-            device="cuda" if settings.use_gpu else "cpu",
-            tokens_per_batch=settings.compute.tokens_per_batch,
-            max_length=settings.max_length,
-        )
+        self._board = board
+        self._device = threading.Lock()
+        self._failure: RaytowerError | None = None
+        try:
+            self.output = Location.of(settings.output)
+            self.engine = load_engine(settings)
+        except RaytowerError as error:
+            self._failure = error
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        figures = [self._encode_piece(self.pieces[int(number)]) for number in batch["piece"]]
-        return {name: [row[name] for row in figures] for name in figures[0]}
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[str]]:
+        """One row an answer (see `read_answer`)."""
+        return {"answer": [self._answer(self.pieces[int(number)]) for number in batch["piece"]]}
 
-    def _encode_piece(self, piece: Piece) -> dict[str, Any]:
+    def _answer(self, piece: Piece) -> str:
+        # Raised in a worker an error would lose its class and gain a traceback on its way through Ray Data.
+        try:
+            if self._failure is not None:
+                raise self._failure
+            return json.dumps(asdict(self.encode_piece(piece)))
+        except RaytowerError as error:
+            return json.dumps({"error": str(error), "is_input_error": isinstance(error, InputError)})
+
+    def encode_piece(self, piece: Piece) -> EncodedPiece:
+        """Write the file of `piece`.
+
+        Raises:
+            InputError: the corpus has changed since it was surveyed.
+            RaytowerError: vectors that are not finite, or a text that does not fit into memory.
+            StorageError: the output cannot be written.
+        """
         started_at, started = time.time(), time.perf_counter()
+        self._report(piece, ForwardStats())
         table = read_piece(piece)
-        stats = self.engine.stats
-        tokens_before, padded_before = stats.tokens, stats.padded_tokens
-        vectors = self.engine.encode(table["text"].to_pylist(), self.settings.prefix)
-        _refuse_broken_vectors(vectors, table)
-        tokens, padded = stats.tokens - tokens_before, stats.padded_tokens - padded_before
-        write_part(
-            self.output / part_name(piece),
-            table,
-            vectors.astype(self.settings.embedding_dtype, copy=False),
-            {TOKENS_KEY: str(tokens).encode(), PADDED_KEY: str(padded).encode()},
+        reading = time.perf_counter() - started
+        stats = ForwardStats()
+        blocks = _split(table, self.engine.block_rows)
+        texts = (block["text"].to_pylist() for block in _split(table, self.engine.block_rows))
+        with (
+            self.engine.tokenise_ahead(texts, self.settings.prefix) as tokenised,
+            open_part(self.output / part_name(piece), self.settings.embedding_dtype) as part,
+        ):
+            ready = time.perf_counter()
+            with self._device:
+                waiting = time.perf_counter() - ready
+                for rows, tokens in zip(blocks, tokenised, strict=True):
+                    vectors = self.engine.forward_block(tokens, stats)
+                    _refuse_broken_vectors(vectors, rows)
+                    part.write(rows, vectors)
+                    self._report(piece, stats)
+            figures = part.finish(stats.tokens, stats.padded_tokens)
+            finished = time.perf_counter()
+        ended = time.perf_counter()  # flushed to disk and named
+        seconds = PieceSeconds(
+            total=ended - started - waiting,
+            reading=reading,
+            tokenising=tokenised.seconds,
+            forward=stats.forward_seconds,
+            writing=part.seconds + ended - finished,
         )
-        seconds = time.perf_counter() - started
-        return {"rows": table.num_rows, "tokens": tokens, "seconds": seconds, "started_at": started_at}
+        return EncodedPiece(
+            part=figures,
+            seconds=seconds,
+            started_at=started_at,
+            tokens_per_batch=self.engine.tokens_per_batch,
+        )
+
+    def _report(self, piece: Piece, stats: ForwardStats) -> None:
+        if self._board is not None:
+            self._board.report.remote(piece.index, stats.rows, stats.tokens)
 
 
-def write_part(place: Location, table: pa.Table, vectors: NDArray[Any], metadata: dict[bytes, bytes]) -> None:
-    """Write id, text, embedding (rows, dim) and the other columns of `table` as one Parquet file, atomically."""
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    embedding = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    position = table.schema.get_field_index("text") + 1
-    whole = table.add_column(position, "embedding", embedding).replace_schema_metadata(metadata)
-    with place.open_write() as sink:
-        # Vectors do not compress; dictionary and statistics on them only cost time.
-        columns = [name for name in whole.column_names if name != "embedding"]
-        pq.write_table(whole, sink, compression="zstd", use_dictionary=False, write_statistics=columns)
+def read_answer(answer: str) -> EncodedPiece:
+    """What a worker answered. Raises the InputError or RaytowerError that it met instead."""
+    values: dict[str, Any] = json.loads(answer)
+    if "error" in values:
+        raise (InputError if values["is_input_error"] else RaytowerError)(values["error"])
+    part = values["part"]
+    return EncodedPiece(
+        part=PartFigures(
+            file=EmbeddingsFile(**part["file"]), tokens=part["tokens"], padded_tokens=part["padded_tokens"]
+        ),
+        seconds=PieceSeconds(**values["seconds"]),
+        started_at=values["started_at"],
+        tokens_per_batch=values["tokens_per_batch"],
+    )
+
+
+def load_engine(settings: WorkerSettings) -> ForwardEngine:
+    """The encoder on this worker's device. Raises FormatError where it is another than the job started with."""
+    encoder = Encoder.load(settings.encoder)
+    if encoder.fingerprint != settings.fingerprint:
+        raise FormatError(
+            f"encoder {settings.encoder!r} has fingerprint {encoder.fingerprint[:12]} on this worker and "
+            f"{settings.fingerprint[:12]} where the job started; every node must see the same model"
+        )
+    return ForwardEngine(
+        encoder,
+        engine=settings.compute.engine,
+        dtype=settings.compute.dtype,
+        device="cuda" if settings.use_gpu else "cpu",
+        tokens_per_batch=settings.compute.tokens_per_batch,
+        max_length=settings.max_length,
+        directory=resolve_model(settings.encoder),
+    )
+
+
+def _split(table: pa.Table, rows: int) -> Iterator[pa.Table]:
+    for start in range(0, len(table), rows):
+        yield table.slice(start, rows)
 
 
 def _refuse_broken_vectors(vectors: NDArray[np.float32], table: pa.Table) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 
 from raytower.config import Config
 from raytower.errors import FormatError, InputError
+from raytower.index.curve import write_curve
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index
+from raytower.index.reader import Index, open_manifest
 from raytower.index.search import Shard
 from raytower.index.vectors import BATCH_ROWS, hash_ids
 from raytower.index.versions import (
@@ -25,9 +26,21 @@ from raytower.storage import Location
 
 
 class IndexListConfig(Config):
-    """`raytower index list`."""
+    """`raytower index list`.
+
+    `curve` names a PNG file for the recall measured on `version`; null for the published one.
+    """
 
     index: str
+    curve: str | None = None
+    version: str | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        if self.version is not None and self.curve is None:
+            raise ValueError(
+                f"version is {self.version!r}, which names the version whose curve is plotted; give curve a file "
+                "name too, or leave version out"
+            )
 
 
 class IndexVerifyConfig(Config):
@@ -51,8 +64,11 @@ class IndexRollbackConfig(Config):
 def index_list(config: IndexListConfig) -> dict[str, Any]:
     """Every finished version with its kind, rows, shards and recall, and which one is published.
 
+    Where `config.curve` is given, a measured curve is plotted there, and `curve` tells which version's it is.
+
     Raises:
-        InputError: there is no index.
+        InputError: there is no index, no such version, or that version has no curve.
+        MissingExtraError: a curve is asked and matplotlib is not installed.
     """
     index = Location.of(config.index)
     finished = finished_versions(index)
@@ -74,7 +90,15 @@ def index_list(config: IndexListConfig) -> dict[str, Any]:
                 "parent": manifest.parent,
             }
         )
-    return {"index": config.index, "current": current, "versions": versions}
+    curve = {"curve": _plot(config)} if config.curve is not None else {}
+    return {"index": config.index, "current": current, "versions": versions, **curve}
+
+
+def _plot(config: IndexListConfig) -> dict[str, Any]:
+    assert config.curve is not None
+    manifest, _ = open_manifest(config.index, config.version)
+    write_curve(manifest, config.curve)
+    return {"file": config.curve, "version": manifest.version}
 
 
 def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
@@ -83,7 +107,7 @@ def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
     Raises:
         InputError, FormatError: what is wrong, naming the file, the counts or both fingerprints.
     """
-    index = Index.open(config.index, config.version, verify="checksum")
+    index = Index.open(config.index, config.version, verify="storage")
     hashes = [
         hash_ids(batch.column("id").to_pylist())
         for table in index.document_tables()

@@ -36,8 +36,9 @@ from raytower.storage import Location
 FORMAT_VERSION = 1
 CLUSTERS_PER_SHARD = 64
 
-# The largest shard may hold so many times the mean.
+# So many times the mean are the largest and the smallest shard, where no cluster is heavier than _BALANCE - 1 of it.
 _BALANCE = 1.25
+_LEAST = 0.5
 # FAISS asks for 39 training points a centroid and is content with more.
 _MIN_ROWS_PER_CLUSTER = 39
 _SAMPLE_ROWS_PER_CLUSTER = 64
@@ -205,10 +206,10 @@ def train_placement(
 ) -> Placement:
     """Cluster a sample (N, D) and pack the clusters on shards; the same call gives the same placement.
 
-    On the sample no shard is larger than 1.25 times the mean or the mean plus the heaviest cluster, whichever is
-    more. Clusters above a quarter of a mean shard are split, so 1.25 holds as long as rows can be told apart. Where
-    more than a quarter of a mean shard's rows are equal they stay one cluster, and the shard that owns it is as large
-    as they need: equal vectors on several shards would have to be looked for on all of them.
+    On the sample every shard holds between 0.5 and 1.25 times the mean as long as no cluster is heavier than a
+    quarter of the mean, and heavier ones are split as long as their rows can be told apart. Where more equal rows than
+    that occur they stay one cluster, and a shard may be as large as the mean plus that cluster: equal vectors on
+    several shards would have to be looked for on all of them.
 
     There are fewer shards than asked where the sample has fewer distinct vectors, down to one shard where all are
     equal. Under cosine the sample must have unit length.
@@ -297,7 +298,7 @@ class _Trainer:
 
 
 def _fill(distances: Vectors, weights: NDArray[np.int64], capacity: float) -> NDArray[np.int32]:
-    """Each cluster on the nearest shard with room for it, by distances (C, S); no shard stays without a cluster.
+    """Each cluster on the nearest shard with room for it, by distances (C, S), and no shard left poor.
 
     Clusters with most to lose choose first. Where none has room the least loaded takes it: that one is below the mean,
     so it ends at most one cluster above.
@@ -312,15 +313,31 @@ def _fill(distances: Vectors, weights: NDArray[np.int64], capacity: float) -> ND
         shard = nearest if has_room.any() else loads.argmin()
         shard_of[cluster] = shard
         loads[shard] += weights[cluster]
-    for empty in np.flatnonzero(loads == 0):
-        owned = np.bincount(shard_of, minlength=num_shards)
-        giver = np.where(owned > 1, loads, -1).argmax()
-        members = np.flatnonzero(shard_of == giver)
-        given = members[distances[members, empty].argmin()]
-        shard_of[given] = empty
-        loads[giver] -= weights[given]
-        loads[empty] += weights[given]
+    _level(shard_of, loads, distances, weights)
     return shard_of
+
+
+def _level(
+    shard_of: NDArray[np.int32], loads: NDArray[np.int64], distances: Vectors, weights: NDArray[np.int64]
+) -> None:
+    """Give clusters to the poorest shard until it has half the mean, those that lie nearest to it in comparison.
+
+    A few outliers would otherwise have a shard of their own. A giver stays at least as large as the shard that it
+    gives to, so the sum of the squared loads falls with every step and the steps end. A shard of two clusters can
+    always give one to an empty shard, so none stays empty.
+    """
+    num_shards = len(loads)
+    while loads.min() < _LEAST * loads.mean():
+        poorest = loads.argmin()
+        owned = np.bincount(shard_of, minlength=num_shards)
+        may_go = (owned[shard_of] > 1) & (loads[shard_of] - 2 * weights >= loads[poorest])
+        if not may_go.any():
+            return
+        own_distances = np.take_along_axis(distances, shard_of[:, None].astype(np.int64), axis=1)[:, 0]
+        given = np.where(may_go, distances[:, poorest] - own_distances, np.inf).argmin()
+        loads[shard_of[given]] -= weights[given]
+        loads[poorest] += weights[given]
+        shard_of[given] = poorest
 
 
 def _weighted_means(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from raytower.index.search import (
     Document,
     Hits,
     Shard,
+    Verify,
     checked_file,
     empty_hits,
     merge_hits,
@@ -65,11 +66,12 @@ class Index:
         version: str | None = None,
         *,
         encoder_fingerprint: str | None = None,
-        verify: Literal["checksum", "none"] = "checksum",
+        verify: Verify = "checksum",
     ) -> Index:
         """Open the published version, or a named one.
 
-        `verify="checksum"` reads every file once; "none" checks sizes and row counts only.
+        `verify="checksum"` reads every file once; "none" checks sizes and row counts only; "storage" reads remote
+        files again, of which copies are at hand.
 
         Raises:
             InputError: no index there, or no such version.
@@ -81,14 +83,12 @@ class Index:
         return cls.of_manifest(manifest, folder, verify=verify)
 
     @classmethod
-    def of_manifest(
-        cls, manifest: IndexManifest, folder: Location, *, verify: Literal["checksum", "none"] = "checksum"
-    ) -> Index:
+    def of_manifest(cls, manifest: IndexManifest, folder: Location, *, verify: Verify = "checksum") -> Index:
         """Open the version in `folder` by a manifest that need not be written yet. Raises FormatError as `open`."""
-        cache, checked = default_cache_dir(), verify == "checksum"
+        cache = default_cache_dir()
         numbers = range(len(manifest.shards))
-        shards = [Shard.open(folder, n, manifest, cache, verify=checked) for n in numbers]
-        return cls(manifest, shards, _open_placement(folder, manifest, cache, checked))
+        shards = [Shard.open(folder, n, manifest, cache, verify=verify) for n in numbers]
+        return cls(manifest, shards, _open_placement(folder, manifest, cache, verify))
 
     @property
     def version(self) -> str:
@@ -224,7 +224,9 @@ class Index:
         return best
 
 
-def _open_placement(folder: Location, manifest: IndexManifest, cache: Path, verify: bool) -> Placement | None:
+def _open_placement(
+    folder: Location, manifest: IndexManifest, cache: Path, verify: Verify
+) -> Placement | None:
     entry = manifest.placement
     if entry is None:
         return None

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,9 @@ from raytower.index.manifest import (
 from raytower.index.stored import WHOLE_VECTOR_KINDS, stored_vectors
 from raytower.storage import Location
 
+# How the files of an index are proved when it is opened: "checksum" reads the files that will be mapped, which for
+# remote storage are the local copies; "storage" reads what lies in the storage as well; "none" looks at sizes only.
+Verify = Literal["storage", "checksum", "none"]
 # The search parameter of an index placed by cluster: how many of the placed shards a query visits.
 SHARDS_PROBE = "shards_probe"
 # Masks of the filters asked last, a byte and a bit for each row of the shard.
@@ -92,9 +95,15 @@ class Shard:
 
     @classmethod
     def open(
-        cls, folder: Location, number: int, manifest: IndexManifest, cache: Path, *, verify: bool = True
+        cls,
+        folder: Location,
+        number: int,
+        manifest: IndexManifest,
+        cache: Path,
+        *,
+        verify: Verify = "checksum",
     ) -> Shard:
-        """Open shard `number` of the version in `folder`. `verify` reads its files for their checksums.
+        """Open shard `number` of the version in `folder`.
 
         Raises:
             FormatError: a file is missing, its size or checksum differs, or row counts do not agree.
@@ -337,8 +346,8 @@ def _order_by_score(scores: Vectors) -> NDArray[np.int64]:
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def checked_file(place: Location, file: FileEntry, cache: Path, verify: bool) -> Path:
-    """A local path with this very file, fetched into `cache` where it is remote. `verify` reads it for its checksum.
+def checked_file(place: Location, file: FileEntry, cache: Path, verify: Verify) -> Path:
+    """A local path with this very file, fetched into `cache` where it is remote.
 
     Raises:
         FormatError: it is missing, or its size or checksum differs.
@@ -350,15 +359,15 @@ def checked_file(place: Location, file: FileEntry, cache: Path, verify: bool) ->
             f"{place} has {place.size_bytes()} bytes, its manifest says {file.bytes}: it was truncated or changed; "
             "roll back or build it again"
         )
-    path = place.fetch(cache, file.sha256)
-    if verify:
-        found = Location.of(path).sha256()
+    # A remote file's copy is proved by `fetch`.
+    if verify == "storage" or (verify == "checksum" and place.is_local):
+        found = place.sha256()
         if found != file.sha256:
             raise FormatError(
                 f"{place} has sha256 {found[:12]}…, its manifest says {file.sha256[:12]}…: it was changed; roll back "
                 "or build it again"
             )
-    return path
+    return place.fetch(cache, file.sha256, file.bytes, verify=verify != "none")
 
 
 def deleted_place(versions: Location, entry: ShardEntry) -> Location:
@@ -367,7 +376,7 @@ def deleted_place(versions: Location, entry: ShardEntry) -> Location:
     return versions / entry.deleted.version / DELETED_NAME / f"{entry.version}-{entry.name}.npy"
 
 
-def _read_deleted(folder: Location, entry: ShardEntry, cache: Path, verify: bool) -> NDArray[np.int64]:
+def _read_deleted(folder: Location, entry: ShardEntry, cache: Path, verify: Verify) -> NDArray[np.int64]:
     if entry.deleted is None:
         return np.empty(0, np.int64)
     place = deleted_place(folder.parent, entry)

@@ -336,7 +336,7 @@ def _deleted_rows(index: Location, manifest: IndexManifest, number: int) -> NDAr
 
 
 def _open(folder: Location, manifest: IndexManifest, number: int) -> Shard:
-    return Shard.open(folder, number, manifest, default_cache_dir(), verify=False)
+    return Shard.open(folder, number, manifest, default_cache_dir(), verify="none")
 
 
 def _ids_of(source: EmbeddingsSource) -> pa.Array:
