@@ -15,6 +15,7 @@ from typing import Any, Literal
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.manifest import MANIFEST_NAME, IndexManifest
 from raytower.storage import Location
+from raytower.storage_errors import explaining
 
 CURRENT_NAME = "CURRENT"
 BUILD_NAME = "build.json"
@@ -35,7 +36,8 @@ def version_folder(index: Location, version: str) -> Location:
 def published_version(index: Location) -> str | None:
     """The published version's name, or None where nothing is published."""
     place = index / CURRENT_NAME
-    return place.read_bytes().decode("utf-8").strip() if place.is_file() else None
+    # What is no UTF-8 is no version name either, and version_folder says so.
+    return place.read_bytes().decode("utf-8", errors="replace").strip() if place.is_file() else None
 
 
 def current_version(index: Location) -> str:
@@ -73,9 +75,7 @@ def _publishing(index: Location) -> Iterator[None]:
     if not index.is_local:
         yield
         return
-    descriptor = os.open(
-        (index / _PUBLISH_LOCK_NAME).local_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-    )
+    descriptor = _open_lock(index / _PUBLISH_LOCK_NAME)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -190,10 +190,11 @@ def _create_local(index: Location, spec: Mapping[str, Any]) -> tuple[str, int]:
     (index / _VERSIONS_NAME).make_dir()
     for name in _next_names(index):
         folder = version_folder(index, name)
-        try:
-            folder.local_path.mkdir()
-        except FileExistsError:
-            continue
+        with explaining(folder):
+            try:
+                folder.local_path.mkdir()
+            except FileExistsError:
+                continue
         # Without build.json nobody else takes this folder up, so the lock is ours.
         lock = _lock(folder)
         assert lock is not None
@@ -203,13 +204,18 @@ def _create_local(index: Location, spec: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _lock(folder: Location) -> int | None:
-    descriptor = os.open((folder / _LOCK_NAME).local_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open_lock(folder / _LOCK_NAME)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _open_lock(place: Location) -> int:
+    with explaining(place):
+        return os.open(place.local_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def _remove_leftovers(folder: Location) -> None:
