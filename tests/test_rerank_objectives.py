@@ -20,6 +20,7 @@ from raytower.objectives.listwise_softmax import ListwiseSoftmax
 from raytower.objectives.pairwise_margin import PairwiseMargin
 from raytower.objectives.pointwise_cross_entropy import PointwiseCrossEntropy
 from raytower.objectives.pointwise_regression import PointwiseRegression
+from tests.objective_cases import end_worker
 
 NAN = math.nan
 
@@ -271,7 +272,7 @@ def worker(rank: int, port: int, out: str) -> None:
         gradient /= 2
     if rank == 0:
         torch.save(gradients, out)
-    dist.destroy_process_group()
+    end_worker()
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from raytower.training.config import TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.retriever import RetrieverTask, make_retriever_task, survey_retriever
 from raytower.training.step import NotANumberError, TrainingStep
+from tests.objective_cases import end_worker
 from tests.tiny_training import batches_of, write_pairs
 
 Backward = Callable[[TrainingStep, Rows], Tensor]
@@ -137,7 +138,7 @@ def _worker(rank: int, jobs: dict[str, Job], folder: Path) -> None:
     results["a loss of one worker"] = _run_into_nan(jobs["plain"], rank, _loss_becomes_nan)
     results["a gradient of one worker"] = _run_into_nan(jobs["plain"], rank, _gradient_becomes_nan)
     torch.save(results, folder / f"results{rank}.pt")
-    dist.destroy_process_group()
+    end_worker()
 
 
 def _data_parallel(job: Job) -> TrainingStep:
