@@ -49,9 +49,14 @@ def source_environment() -> dict[str, str]:
 
 class TestPlannerLimits:
     def test_a_build_that_does_not_fit_names_the_shards_that_would(self) -> None:
-        values: dict[str, Any] = {"rows": 2_000_000, "dim": 384, "kind": "hnsw", "memory_bytes": 5 * 2**30}
+        values: dict[str, Any] = {
+            "rows": 2_000_000,
+            "dim": 384,
+            "kind": "ivf_flat",
+            "memory_bytes": 4 * 2**30,
+        }
         with pytest.raises(
-            InputError, match=r"in 1 shards takes .* a task, more than target\.memory 5\.0 GiB"
+            InputError, match=r"in 1 shards takes .* a task, more than target\.memory 4\.0 GiB"
         ) as refused:
             plan_index(**values, shards=1)
         named = re.search(r"shards: (\d+) would fit", str(refused.value))

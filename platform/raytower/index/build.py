@@ -130,7 +130,8 @@ def make_version(build: Build) -> IndexManifest:
     plan, output = build.plan, build.output
     log(
         f"index plan: {plan.kind}, {plan.shards} shards, {human_bytes(plan.predicted_search_memory_bytes)} to search, "
-        f"{human_bytes(plan.predicted_build_memory_bytes_per_task)} a build task; {plan.reason}"
+        f"{human_bytes(plan.predicted_build_memory_bytes_per_task)} a build task, about "
+        f"{plan.predicted_build_seconds:.0f} s; {plan.reason}"
     )
     spec = build.spec
     manifest = _reusable(build, spec)
@@ -205,7 +206,9 @@ def _plan(config: IndexBuildConfig, source: EmbeddingsSource) -> IndexPlan:
         shards=config.shards,
         recall=config.target.recall,
         memory_bytes=int(config.target.memory),
+        latency_ms=config.target.latency_ms,
         num_workers=config.workers.max,
+        threads_per_task=config.workers.num_threads,
         text_bytes=source.text_bytes,
         rescore=config.rescore,
         vector_dtype=source.dtype,

@@ -15,14 +15,16 @@ IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 
 class TargetConfig(Config):
-    """Recall@k against exact search to reach, and memory to keep.
+    """Recall@k against exact search to reach, memory to keep, and the time that a query may take.
 
-    `memory` bounds both one process that searches all shards and the build tasks that run at once.
+    `memory` bounds both one process that searches all shards and the build tasks that run at once. `latency_ms` is one
+    query's time on one core, as the planner predicts it; it decides between the kinds that fit the memory.
     """
 
     recall: float = Field(default=0.95, gt=0, le=1)
     k: int = Field(default=10, ge=1)
     memory: ByteSize = ByteSize(8 * 2**30)
+    latency_ms: float | None = Field(default=None, gt=0)
 
 
 class IndexWorkersConfig(Config):

@@ -9,11 +9,12 @@ import numpy as np
 
 from raytower.config import Config
 from raytower.errors import FormatError, InputError
+from raytower.index.costs import BATCH_ROWS
 from raytower.index.curve import write_curve
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index, open_manifest
 from raytower.index.search import Shard
-from raytower.index.vectors import BATCH_ROWS, hash_ids
+from raytower.index.vectors import hash_ids
 from raytower.index.versions import (
     current_version,
     finished_versions,

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
 from raytower.errors import FormatError, RaytowerError
+from raytower.index.costs import BATCH_ROWS
 from raytower.index.placement import Placement
-from raytower.index.vectors import BATCH_ROWS, stream_rows
+from raytower.index.vectors import stream_rows
 from raytower.storage import Location
 
 # Rows wait in memory until they make row groups worth reading.

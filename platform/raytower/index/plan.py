@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from raytower.errors import InputError
+from raytower.index import costs
 from raytower.index.config import BuiltKind, ExactDtype, IndexKind
 
 # A flat search of this many rows still takes well under a millisecond a query.
@@ -22,15 +24,13 @@ _TRAIN_ROWS_PER_CENTROID = 64
 _MAX_NLIST = 16_384
 _SCALAR_TRAIN_ROWS = 65_536
 _MAX_TRAIN_ROWS = _MAX_NLIST * _TRAIN_ROWS_PER_CENTROID
-_ID_BYTES = 8
-_BATCH_ROWS = 4_096
 _TRAIN_MEMORY_SHARE = 4
-# FAISS's arrays grow by doubling while rows are added: at the last growth the old and the new one exist together.
-_GROWTH = 2
 # Product codes alone seldom get past this against exact search.
 _PQ_RECALL = 0.9
 _DTYPE_BYTES = {"float16": 2, "float32": 4}
 _KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
+# What `auto` may take, best first.
+_AUTO_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_sq8", "ivf_pq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class _Request:
     shards: int | str
     recall: float
     memory_bytes: int
+    latency_ms: float | None
     num_workers: int
 
 
@@ -49,6 +50,11 @@ class IndexPlan:
     """What a build will do. `ranges` are half-open row ranges over the embeddings' rows in file order.
 
     `parameters`: hnsw has M and efConstruction; ivf kinds have nlist; ivf_pq also pq_m (sub-vectors) and nbits.
+
+    Predicted are the memory that a build task adds to its worker process, which takes some 200 MiB itself; the bytes on
+    disk, texts and stored vectors included; the memory of a process that searches all shards once it has touched every
+    page of their index files; the seconds of the build; and the milliseconds that one query takes on one core that
+    searches all shards. The times are those of the machine that `costs` names.
     """
 
     kind: BuiltKind
@@ -63,6 +69,8 @@ class IndexPlan:
     predicted_build_memory_bytes_per_task: int
     predicted_disk_bytes: int
     predicted_search_memory_bytes: int
+    predicted_build_seconds: float
+    predicted_query_ms: float
 
     @property
     def shards(self) -> int:
@@ -77,15 +85,19 @@ def plan_index(
     shards: int | str = "auto",
     recall: float = 0.95,
     memory_bytes: int = 8 * 2**30,
+    latency_ms: float | None = None,
     num_workers: int = 2,
+    threads_per_task: int = 1,
     text_bytes: int = 0,
     rescore: bool | Literal["auto"] = "auto",
     vector_dtype: ExactDtype = "float32",
 ) -> IndexPlan:
-    """Choose kind, shards and parameters, and predict memory and disk.
+    """Choose kind, shards and parameters, and predict memory, disk and time.
 
-    `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once. `rescore` keeps
-    whole vectors of `vector_dtype` beside codes; they are memory-mapped, so they count as disk.
+    `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once. `latency_ms`
+    bounds the predicted time of a query on one core; where no kind that fits the memory keeps it, the fastest is taken
+    and the reason says so. `rescore` keeps whole vectors of `vector_dtype` beside codes; they are memory-mapped, so
+    they count as disk.
 
     Raises:
         InputError: no rows, more shards than rows, or what does not fit the memory, naming what would.
@@ -97,6 +109,7 @@ def plan_index(
         shards=shards,
         recall=recall,
         memory_bytes=memory_bytes,
+        latency_ms=latency_ms,
         num_workers=num_workers,
     )
     if rows < 1:
@@ -111,6 +124,8 @@ def plan_index(
     search_bytes = _search_bytes(request, chosen, num_shards)
     exact_dtype = _exact_dtype(chosen, rescore, vector_dtype)
     exact_bytes = rows * dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
+    train_rows = _train_rows(request, chosen, parameters)
+    at_once = min(num_workers, num_shards, memory_bytes // build_bytes)
     return IndexPlan(
         kind=chosen,
         reason=reason,
@@ -119,11 +134,15 @@ def plan_index(
         ranges=split_rows(rows, num_shards),
         parameters=parameters,
         exact_dtype=exact_dtype,
-        train_rows=_train_rows(request, chosen, parameters),
-        tasks_at_once=min(num_workers, num_shards, memory_bytes // build_bytes),
+        train_rows=train_rows,
+        tasks_at_once=at_once,
         predicted_build_memory_bytes_per_task=build_bytes,
         predicted_disk_bytes=search_bytes + exact_bytes + text_bytes,
         predicted_search_memory_bytes=search_bytes,
+        predicted_build_seconds=_build_seconds(
+            request, chosen, num_shards, train_rows, at_once, threads_per_task
+        ),
+        predicted_query_ms=_query_ms(request, chosen, num_shards),
     )
 
 
@@ -142,20 +161,6 @@ def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:
     """Contiguous ranges, none empty, sizes differing by at most one."""
     bounds = [rows * number // shards for number in range(shards + 1)]
     return tuple(itertools.pairwise(bounds))
-
-
-def bytes_per_row(kind: BuiltKind, dim: int, parameters: dict[str, int]) -> int:
-    """Bytes of one row in an index file of this kind."""
-    vector = dim * 4
-    if kind == "flat":
-        return vector
-    if kind == "hnsw":
-        # The graph runs over one byte a dimension; full vectors lie beside it for exact scores. Level 0 has 2·M
-        # links of 4 bytes, upper levels M links for about one row in M; then an offset and a level number.
-        return vector + dim + (2 * parameters["M"] + 1) * 4 + 8 + 4
-    if kind == "ivf_pq":
-        return -(-parameters["pq_m"] * parameters["nbits"] // 8) + _ID_BYTES
-    return (dim if kind == "ivf_sq8" else vector) + _ID_BYTES
 
 
 def human_bytes(count: int) -> str:
@@ -207,22 +212,44 @@ def _choose_kind(request: _Request, asked: int | None) -> tuple[BuiltKind, str]:
                 f"target.memory {have}; {remedy}, or raise target.memory to at least {sizes[request.kind]} bytes"
             )
         return request.kind, f"kind {request.kind} was asked for"
-    if request.rows <= _FLAT_ROWS and sizes["flat"] <= memory:
-        return "flat", f"{over} are few enough to search exactly"
-    if sizes["hnsw"] <= memory:
-        return "hnsw", f"{over} take {human_bytes(sizes['hnsw'])} as hnsw, the fastest kind, within {have}"
-    too_big = f"hnsw would take {human_bytes(sizes['hnsw'])} of {have}"
-    if sizes["ivf_sq8"] <= memory:
-        return "ivf_sq8", f"{too_big}; ivf_sq8 takes {human_bytes(sizes['ivf_sq8'])}"
-    if sizes["ivf_pq"] <= memory:
-        reason = f"{too_big} and ivf_sq8 {human_bytes(sizes['ivf_sq8'])}; ivf_pq takes {human_bytes(sizes['ivf_pq'])}"
-        if request.recall > _PQ_RECALL:
-            reason += f", but its codes may not reach recall {request.recall}: see the measured recall"
-        return "ivf_pq", reason
-    raise InputError(
-        f"{over} take {human_bytes(sizes['ivf_pq'])} even as ivf_pq, more than target.memory {have}; raise "
-        f"target.memory to at least {sizes['ivf_pq']} bytes or use an encoder of a smaller dimension"
-    )
+    fitting = [kind for kind in _AUTO_KINDS if sizes[kind] <= memory]
+    if not fitting:
+        raise InputError(
+            f"{over} take {human_bytes(sizes['ivf_pq'])} even as ivf_pq, more than target.memory {have}; raise "
+            f"target.memory to at least {sizes['ivf_pq']} bytes or use an encoder of a smaller dimension"
+        )
+    if request.rows > _FLAT_ROWS and "flat" in fitting:
+        fitting.remove("flat")
+    times = {kind: _query_ms(request, kind, asked or _auto_shards(request, kind)) for kind in fitting}
+    kept = [kind for kind in fitting if request.latency_ms is None or times[kind] <= request.latency_ms]
+    kind = kept[0] if kept else min(fitting, key=times.__getitem__)
+    return kind, _reason(request, kind, sizes, times)
+
+
+def _reason(
+    request: _Request, kind: BuiltKind, sizes: Mapping[BuiltKind, int], times: Mapping[BuiltKind, float]
+) -> str:
+    """Why `auto` took this kind: what it takes, what the kinds before it would have taken, what may be missed."""
+    have = human_bytes(request.memory_bytes)
+    over = f"{request.rows:,} rows of {request.dim} dimensions"
+    if kind == "flat":
+        reason = f"{over} are few enough to search exactly"
+    elif kind == "hnsw":
+        reason = f"{over} take {human_bytes(sizes['hnsw'])} as hnsw, the fastest kind, within {have}"
+    else:
+        before = [
+            f"{name} would take {human_bytes(sizes[name])} of {have}"
+            if name not in times
+            else f"{name} about {times[name]:.2g} ms a query"
+            for name in _AUTO_KINDS[1 : _AUTO_KINDS.index(kind)]
+        ]
+        reason = "; ".join([*before, f"{kind} takes {human_bytes(sizes[kind])}"])
+    if kind == "ivf_pq" and request.recall > _PQ_RECALL:
+        reason += f", but its codes may not reach recall {request.recall}: see the measured recall"
+    if request.latency_ms is not None:
+        word = "within" if times[kind] <= request.latency_ms else "the fastest that fits, but over"
+        reason += f"; about {times[kind]:.2g} ms a query on one core, {word} target.latency_ms {request.latency_ms:g}"
+    return reason
 
 
 def _does_not_build(request: _Request, kind: BuiltKind, shards: int, build_bytes: int) -> str:
@@ -238,18 +265,32 @@ def _does_not_build(request: _Request, kind: BuiltKind, shards: int, build_bytes
 
 def _search_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
     parameters = _parameters(request, kind, shards)
-    centroids = shards * parameters.get("nlist", 0) * request.dim * 4
-    return request.rows * bytes_per_row(kind, request.dim, parameters) + centroids
+    tables = costs.shard_bytes(kind, 0, request.dim, parameters)
+    return costs.shard_bytes(kind, request.rows, request.dim, parameters) + (shards - 1) * tables
+
+
+def _build_seconds(
+    request: _Request, kind: BuiltKind, shards: int, train_rows: int, at_once: int, threads: int
+) -> float:
+    """Checking the embeddings, training by one task, filling shards in waves; measuring recall reads the rows again."""
+    parameters = _parameters(request, kind, shards)
+    reading = 2 * costs.check_seconds(request.rows, request.dim) / min(request.num_workers, shards)
+    training = costs.train_seconds(kind, train_rows, request.dim, parameters) / threads
+    waves = -(-shards // at_once)
+    filling = waves * costs.fill_seconds(kind, -(-request.rows // shards), request.dim, parameters) / threads
+    return reading + training + filling
+
+
+def _query_ms(request: _Request, kind: BuiltKind, shards: int) -> float:
+    parameters = _parameters(request, kind, shards)
+    return shards * costs.query_ms(kind, -(-request.rows // shards), request.dim, parameters)
 
 
 def _build_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
     """Of the larger of the two tasks: filling the largest shard, or training on the sample."""
     parameters = _parameters(request, kind, shards)
-    largest = -(-request.rows // shards)
-    # A batch exists as decoded Parquet, as float32, normalised, and in what FAISS makes of it: four times over.
-    batch = min(_BATCH_ROWS, largest) * request.dim * 4 * 4
-    fill = _GROWTH * largest * bytes_per_row(kind, request.dim, parameters) + batch
-    train = _train_rows(request, kind, parameters) * request.dim * 4 + batch
+    fill = costs.fill_bytes(kind, -(-request.rows // shards), request.dim, parameters)
+    train = costs.train_bytes(kind, _train_rows(request, kind, parameters), request.dim, parameters)
     return max(fill, train)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from raytower.errors import FormatError
 from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
-from raytower.index.kinds import new_index
+from raytower.index.kinds import new_index, reserve
 from raytower.index.manifest import (
     DOCUMENTS_NAME,
     EXACT_NAME,
@@ -75,6 +76,7 @@ def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
     faiss = import_faiss()
     faiss.omp_set_num_threads(task.num_threads)
     index = faiss.deserialize_index(template)
+    reserve(task.kind, index, task.end - task.start)
     target = task.version / shard_name(task.number)
     with publish_directory(target) as folder:
         _fill(index, task, folder)
@@ -107,19 +109,24 @@ def finished_shard(version: Location, number: int, spec_sha256: str) -> ShardEnt
 
 
 def _fill(index: Any, task: ShardTask, folder: Path) -> None:
-    exact = None
-    if task.exact_dtype is not None:
-        shape = (task.end - task.start, index.d)
-        exact = np.lib.format.open_memmap(folder / EXACT_NAME, "w+", np.dtype(task.exact_dtype), shape)
-    with pa.ipc.new_file(str(folder / DOCUMENTS_NAME), task.documents_schema) as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(pa.ipc.new_file(str(folder / DOCUMENTS_NAME), task.documents_schema))
+        exact = None
+        if task.exact_dtype is not None:
+            exact = stack.enter_context(open(folder / EXACT_NAME, "wb"))
+            shape = (task.end - task.start, index.d)
+            _write_array_header(exact, np.dtype(task.exact_dtype), shape)
         for batch in task.source.stream(task.start, task.end):
             index.add(batch.vectors)
             if exact is not None:
-                first = batch.first_row - task.start
-                exact[first : first + len(batch.vectors)] = batch.vectors
+                # Written, not mapped: the pages of a mapped file would count as this process's memory.
+                exact.write(batch.vectors.astype(task.exact_dtype).data)
             writer.write_table(_conform(batch.documents, task.documents_schema))
-    if exact is not None:
-        exact.flush()
+
+
+def _write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def _conform(documents: pa.Table, schema: pa.Schema) -> pa.Table:

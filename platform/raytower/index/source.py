@@ -14,10 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsManifest
+from raytower.index.costs import BATCH_ROWS
 from raytower.index.kinds import Vectors
 from raytower.index.manifest import ExactDtype, Origin
 from raytower.index.reader import Index, open_manifest
-from raytower.index.vectors import BATCH_ROWS, VectorBatch, metric_of, sample_rows, stream_rows
+from raytower.index.vectors import VectorBatch, metric_of, sample_rows, stream_rows
 from raytower.storage import Location
 
 

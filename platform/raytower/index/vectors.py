@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
 from raytower.errors import FormatError, InputError
+from raytower.index.costs import BATCH_ROWS
 from raytower.storage import Location
 
-# Few enough that what FAISS and Arrow make of a batch is small beside a shard, many enough for a matrix product.
-BATCH_ROWS = 4_096
 _READ_BUFFER_BYTES = 2**20
 Metric = Literal["cosine", "inner_product"]
 
@@ -149,7 +148,8 @@ def sample_rows(
     """
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(manifest.rows, size=min(count, manifest.rows), replace=False))
-    parts = []
+    vectors = np.empty((len(chosen), manifest.dim), np.float32)
+    filled = 0
     for entry, file_start in _files_with_starts(manifest):
         low, high = np.searchsorted(chosen, (file_start, file_start + entry.rows))
         if low == high:
@@ -161,8 +161,10 @@ def sample_rows(
             for first, table in _stream_groups(file, rows):
                 inside = rows[(rows >= first) & (rows < first + table.num_rows)] - first
                 picked = table.take(pa.array(inside))
-                parts.append(_vectors_of(picked, manifest, place, first))
-    return chosen, np.concatenate(parts)
+                found = _vectors_of(picked, manifest, place, first)
+                vectors[filled : filled + len(found)] = found
+                filled += len(found)
+    return chosen, vectors
 
 
 def _files_with_starts(manifest: EmbeddingsManifest) -> Iterator[tuple[EmbeddingsFile, int]]:

@@ -1,0 +1,171 @@
+"""What an index costs: bytes on disk and in memory, seconds to build, milliseconds a query. Pure arithmetic.
+
+Bytes follow from how FAISS lays an index out, plus what streaming a batch takes. Times follow from rates measured on
+one core of a server CPU with AVX-512 (benchmarks/bench_plan.py prints both beside what is measured); another machine
+is faster or slower by a factor, about the same for all kinds.
+
+Shape legend: D dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from raytower.index.config import BuiltKind
+
+_ID_BYTES = 8
+_FLOAT_BYTES = 4
+_MIB = 2**20
+
+# Rows that are streamed at once: few enough that what FAISS and Arrow make of them is small beside a shard, many enough
+# for a matrix product.
+BATCH_ROWS = 4_096
+# A batch exists in Parquet's pages, decoded, as float32, normalised, in what FAISS makes of it, and in what the
+# allocator has not given back of earlier ones.
+_BATCH_COPIES = 9
+# Arrow's readers, writers and buffers, whatever the dimension.
+_STREAM_BYTES = 48 * _MIB
+# FAISS assigns rows to lists by blocks of 4,096 x 1,024 products.
+_ASSIGN_BYTES = 20 * _MIB
+# Each list is an array that doubles as it grows; on average a third of it is room to grow.
+_LIST_SLACK = 1.5
+# Locks and marks of visited rows while a graph is built.
+_GRAPH_WORK_BYTES = 5
+# FAISS trains the codes on so many rows, of which it makes a copy and the copy's residuals.
+_SCALAR_TRAIN_ROWS = 100_000
+_TRAIN_ROWS_PER_CODE = 256
+
+_K_MEANS_ROUNDS = 25
+_SCAN_BYTES_PER_MS = 24e6
+_EF_SEARCH = 64
+_NPROBE = 32
+
+
+def bytes_per_row(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> int:
+    """Bytes of one row in an index file of this kind."""
+    vector = dim * _FLOAT_BYTES
+    if kind == "flat":
+        return vector
+    if kind == "hnsw":
+        # The graph runs over one byte a dimension; full vectors lie beside it for exact scores. Level 0 has 2·M
+        # links of 4 bytes, upper levels M links for about one row in M; then an offset and a level number.
+        return vector + dim + (2 * parameters["M"] + 1) * 4 + 8 + 4
+    if kind == "ivf_pq":
+        return -(-parameters["pq_m"] * parameters["nbits"] // 8) + _ID_BYTES
+    return (dim if kind == "ivf_sq8" else vector) + _ID_BYTES
+
+
+def shard_bytes(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> int:
+    """Bytes of the index file of a shard: what a search maps into memory."""
+    lists = parameters.get("nlist", 0)
+    tables = lists * (dim * _FLOAT_BYTES + _ID_BYTES)
+    if kind in ("ivf_sq8", "hnsw"):
+        tables += 2 * dim * _FLOAT_BYTES
+    if kind == "ivf_pq":
+        tables += dim * _FLOAT_BYTES << parameters["nbits"]
+    return rows * bytes_per_row(kind, dim, parameters) + tables
+
+
+def fill_bytes(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> int:
+    """Memory that filling a shard adds to a worker process: the index, and the batches that stream into it."""
+    index = shard_bytes(kind, rows, dim, parameters)
+    if kind.startswith("ivf"):
+        payload = rows * bytes_per_row(kind, dim, parameters)
+        index += int((_LIST_SLACK - 1) * payload) + _assign_bytes(rows, parameters["nlist"])
+    elif kind == "hnsw":
+        index += rows * _GRAPH_WORK_BYTES
+    return index + _stream_bytes(rows, dim)
+
+
+def train_bytes(kind: BuiltKind, train_rows: int, dim: int, parameters: Mapping[str, int]) -> int:
+    """Memory that training adds to a worker process: the sample, and what FAISS copies of it."""
+    if not train_rows:
+        return 0
+    row = dim * _FLOAT_BYTES
+    copied = 0
+    if kind in ("ivf_sq8", "ivf_pq"):
+        wanted = _SCALAR_TRAIN_ROWS if kind == "ivf_sq8" else _TRAIN_ROWS_PER_CODE << parameters["nbits"]
+        copied = 2 * min(train_rows, wanted) * row
+    centroids = 3 * parameters.get("nlist", 0) * row
+    assign = _assign_bytes(train_rows, parameters.get("nlist", 0))
+    return train_rows * row + copied + centroids + assign + _stream_bytes(train_rows, dim)
+
+
+def _stream_bytes(rows: int, dim: int) -> int:
+    row = dim * _FLOAT_BYTES
+    return _BATCH_COPIES * min(rows, BATCH_ROWS) * row + min(_STREAM_BYTES, 8 * rows * row)
+
+
+def _assign_bytes(rows: int, nlist: int) -> int:
+    return min(_ASSIGN_BYTES, rows * nlist * _FLOAT_BYTES)
+
+
+def fill_seconds(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> float:
+    """Seconds that one core takes to read a shard's rows, add them and write the files."""
+    return rows * (_stream_us(dim) + _add_us(kind, rows, dim, parameters)) / 1e6
+
+
+def check_seconds(rows: int, dim: int) -> float:
+    """Seconds that one core takes to read the embeddings once and prove checksums, ids and vectors."""
+    return rows * _stream_us(dim) / 1e6
+
+
+def train_seconds(kind: BuiltKind, train_rows: int, dim: int, parameters: Mapping[str, int]) -> float:
+    """Seconds that one core takes to train centroids and codebooks."""
+    seconds = train_rows * _stream_us(dim) / 1e6
+    if kind.startswith("ivf"):
+        seconds += _K_MEANS_ROUNDS * train_rows * _product_us(parameters["nlist"], dim) / 1e6
+    if kind == "ivf_pq":
+        rows = min(train_rows, _TRAIN_ROWS_PER_CODE << parameters["nbits"])
+        seconds += _K_MEANS_ROUNDS * rows * _codes_us(parameters) / 1e6
+    return seconds
+
+
+def query_ms(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> float:
+    """Milliseconds that one core takes for one query on a shard at about 0.95 of the exact hits.
+
+    The search parameter is a guess until recall is measured: efSearch 64, or 32 lists.
+    """
+    if kind == "flat":
+        return rows * dim * _FLOAT_BYTES / _SCAN_BYTES_PER_MS
+    if kind == "hnsw":
+        return _EF_SEARCH * (0.8 + 0.0066 * dim) * _depth(rows) / 1e3
+    nlist = parameters["nlist"]
+    scanned = rows * min(_NPROBE / nlist, 1.0)
+    to_lists = nlist * dim * _FLOAT_BYTES / _SCAN_BYTES_PER_MS
+    return to_lists + scanned * _score_us(kind, dim, parameters) / 1e3
+
+
+def _stream_us(dim: int) -> float:
+    return 3.0 + 0.012 * dim
+
+
+def _add_us(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> float:
+    if kind == "flat":
+        return 0.0
+    if kind == "hnsw":
+        return (75 + 0.45 * dim) * _depth(rows) * parameters["efConstruction"] / 100
+    codes = _codes_us(parameters) if kind == "ivf_pq" else 0.002 * dim
+    return _product_us(parameters["nlist"], dim) + codes
+
+
+def _product_us(nlist: int, dim: int) -> float:
+    # Inner products of one row with all centroids, as a matrix product over a batch.
+    return nlist * dim * 2 / 84e3
+
+
+def _codes_us(parameters: Mapping[str, int]) -> float:
+    # Every sub-vector against all of its centroids.
+    return parameters["pq_m"] * (1 << parameters["nbits"]) * 0.3e-3
+
+
+def _score_us(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> float:
+    if kind == "ivf_flat":
+        return dim * _FLOAT_BYTES / 18e3
+    return dim / 8.5e3 if kind == "ivf_sq8" else parameters["pq_m"] / 2e3
+
+
+def _depth(rows: int) -> float:
+    # A walk grows with the logarithm of the rows; the rates are those of 2^15 rows.
+    return math.log2(max(rows, 2)) / 15

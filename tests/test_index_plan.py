@@ -1,0 +1,149 @@
+"""Predictions of the index planner, against FAISS itself where it lays bytes out; no Ray."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytower.index import costs
+from raytower.index.config import BuiltKind
+from raytower.index.kinds import new_index, reserve
+from raytower.index.plan import IndexPlan, plan_index
+
+KINDS = get_args(BuiltKind)
+GIB = 2**30
+
+
+def plan(**values: Any) -> IndexPlan:
+    return plan_index(**{"rows": 1_000_000, "dim": 256, "memory_bytes": 64 * GIB, **values})
+
+
+def trained(kind: Any, rows: int, dim: int) -> tuple[Any, np.ndarray, dict[str, int]]:
+    vectors = np.random.default_rng(0).normal(size=(rows, dim)).astype(np.float32)
+    parameters = plan_index(rows=rows, dim=dim, kind=kind, shards=1).parameters
+    index = new_index(kind, dim, parameters)
+    if kind != "flat":
+        index.train(vectors)
+    return index, vectors, parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "dim"), [(3000, 16), (2000, 100)])
+def test_disk_is_what_faiss_writes(kind: BuiltKind, rows: int, dim: int) -> None:
+    index, vectors, parameters = trained(kind, rows, dim)
+    index.add(vectors)
+    written = len(faiss.serialize_index(index))
+    assert costs.shard_bytes(kind, rows, dim, parameters) == pytest.approx(written, rel=0.01, abs=2000)
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_reserved_index_is_the_same_and_never_moves(kind: BuiltKind) -> None:
+    """The arrays stand where they stood before the first row came, so none was copied into a larger one."""
+    grown, vectors, _ = trained(kind, 3000, 16)
+    reserved = faiss.deserialize_index(faiss.serialize_index(grown))
+    reserve(kind, reserved, len(vectors))
+
+    def addresses() -> list[int]:
+        if kind == "flat":
+            return [int(reserved.codes.data())]
+        graph = faiss.downcast_index(reserved.base_index)
+        return [
+            int(faiss.downcast_index(reserved.refine_index).codes.data()),
+            int(faiss.downcast_index(graph.storage).codes.data()),
+            int(graph.hnsw.neighbors.data()),
+        ]
+
+    before = addresses()
+    faiss.omp_set_num_threads(1)  # the graph depends on who comes first
+    for start in range(0, len(vectors), 500):
+        grown.add(vectors[start : start + 500])
+        reserved.add(vectors[start : start + 500])
+    assert addresses() == before
+    assert np.array_equal(faiss.serialize_index(reserved), faiss.serialize_index(grown))
+
+
+def test_the_hnsw_reserve_holds_for_any_draw_of_levels() -> None:
+    """Levels are drawn at random: the room must do for many draws, small and large."""
+    for rows in (1, 2, 33, 1000, 20_000):
+        for seed in range(20):
+            index = faiss.index_factory(4, "HNSW8_SQ8,RFlat", faiss.METRIC_INNER_PRODUCT)
+            graph = faiss.downcast_index(index.base_index).hnsw
+            graph.rng = faiss.RandomGenerator(seed)
+            reserve("hnsw", index, rows)
+            before = int(graph.neighbors.data())
+            graph.prepare_level_tab(rows, False)
+            assert int(graph.neighbors.data()) == before
+
+
+class TestLatency:
+    def test_a_slow_kind_is_passed_over(self) -> None:
+        """20,000 rows of 1,024 dimensions are scanned in some 3 ms; a graph walk takes a fraction of that."""
+        assert plan(rows=20_000, dim=1024).kind == "flat"
+        fast = plan(rows=20_000, dim=1024, latency_ms=1.0)
+        assert fast.kind == "hnsw"
+        assert fast.predicted_query_ms <= 1.0
+
+    def test_what_no_kind_keeps_is_said(self) -> None:
+        found = plan(rows=100_000_000, memory_bytes=32 * GIB, latency_ms=0.01)
+        assert "over target.latency_ms 0.01" in found.reason
+        others = [plan(rows=100_000_000, memory_bytes=32 * GIB, kind=kind) for kind in ("ivf_sq8", "ivf_pq")]
+        assert found.predicted_query_ms == min(other.predicted_query_ms for other in others)
+
+    @given(
+        rows=st.integers(1, 10**9),
+        dim=st.sampled_from([8, 256, 768]),
+        memory=st.integers(2**34, 2**43),
+        latency=st.floats(0.001, 1000),
+    )
+    def test_it_is_kept_wherever_some_kind_keeps_it(
+        self, rows: int, dim: int, memory: int, latency: float
+    ) -> None:
+        values = {"rows": rows, "dim": dim, "memory_bytes": memory}
+        if rows * dim * 6 > memory // 4:
+            return
+        found = plan(**values, latency_ms=latency)
+        graph = plan(**values, kind="hnsw")
+        if graph.predicted_query_ms <= latency:
+            assert found.predicted_query_ms <= latency
+        assert ("within target.latency_ms" in found.reason) == (found.predicted_query_ms <= latency)
+
+
+class TestGrowth:
+    @given(kind=st.sampled_from(KINDS), rows=st.integers(10_000, 10**8), dim=st.sampled_from([16, 256, 1024]))
+    def test_more_rows_never_cost_less(self, kind: BuiltKind, rows: int, dim: int) -> None:
+        less, more = (
+            plan(rows=count, dim=dim, kind=kind, shards=4, memory_bytes=2**50) for count in (rows, 2 * rows)
+        )
+        for name in (
+            "predicted_disk_bytes",
+            "predicted_search_memory_bytes",
+            "predicted_build_memory_bytes_per_task",
+            "predicted_build_seconds",
+            "predicted_query_ms",
+        ):
+            assert getattr(less, name) <= getattr(more, name)
+        assert more.predicted_disk_bytes > more.rows * (dim // 4)
+
+    def test_filling_a_shard_takes_more_than_the_shard(self) -> None:
+        for kind in KINDS:
+            found = plan(kind=kind, shards=2)
+            share = (found.predicted_search_memory_bytes) // 2
+            assert share < found.predicted_build_memory_bytes_per_task < 3 * share + 600 * 2**20
+
+    def test_workers_and_threads_shorten_the_build(self) -> None:
+        one = plan(kind="hnsw", shards=4, num_workers=1).predicted_build_seconds
+        two = plan(kind="hnsw", shards=4, num_workers=2).predicted_build_seconds
+        threads = plan(kind="hnsw", shards=4, num_workers=1, threads_per_task=2).predicted_build_seconds
+        assert two == pytest.approx(one / 2, rel=0.02)
+        assert threads == pytest.approx(one / 2, rel=0.1)
+
+    def test_memory_that_holds_one_task_makes_them_wait(self) -> None:
+        alone = plan(kind="ivf_flat", shards=4, num_workers=4, memory_bytes=int(1.2 * GIB))
+        room = plan(kind="ivf_flat", shards=4, num_workers=4, memory_bytes=20 * GIB)
+        assert alone.tasks_at_once < room.tasks_at_once == 4
+        assert alone.predicted_build_seconds > room.predicted_build_seconds
