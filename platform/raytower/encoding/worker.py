@@ -22,7 +22,6 @@ from raytower.data.pieces import Piece, read_piece
 from raytower.encoding.config import ComputeConfig
 from raytower.encoding.manifest import EmbeddingsFile
 from raytower.encoding.parts import PartFigures, open_part, part_name
-from raytower.encoding.parts import write_part as write_part  # index.place looks for it here
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.directory import resolve_model, set_num_threads
 from raytower.models.encoder import Encoder

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 
 from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
-from raytower.encoding.worker import write_part
+from raytower.encoding.parts import write_part
 from raytower.index.config import IndexWorkersConfig
 from raytower.index.manifest import PLACEMENT_NAME, FileEntry
 from raytower.index.partition import PlaceTask, place_files, placed_copy
