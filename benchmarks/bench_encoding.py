@@ -3,13 +3,14 @@
     python benchmarks/bench_encoding.py engines [--texts 2000] [--repeats 3]
     python benchmarks/bench_encoding.py recall  [--questions 1000] [--answers 5000]
     python benchmarks/bench_encoding.py ray     [--texts 100000] [--workers 2] [--repeats 3]
-    python benchmarks/bench_encoding.py memory  [--texts 50000 400000]
+    python benchmarks/bench_encoding.py memory  [--texts 10000 50000 100000 400000]
 
 engines: SentenceTransformer.encode beside our engines at each precision; same model, same texts, same cores. `tokens/s`
     counts real tokens after cutting at 256, never padding.
 recall: what bf16 and int8 cost in Recall@10 on InsuranceQA by exact search, with paired bootstrap intervals.
 ray: the job after its workers' start-up beside a bare loop over the same pieces with the same writes, short texts.
-memory: peak resident memory of the driver and of a worker for corpora of several sizes, beside what the plan predicts.
+memory: peak resident memory of the driver and of a worker for corpora of several sizes, beside what the plan predicts,
+    and how seconds grow with them, start-up counted.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def parse() -> argparse.Namespace:
     ray_parser.add_argument("--repeats", type=int, default=3)
     ray_parser.set_defaults(command=ray_overhead)
     memory_parser = commands.add_parser("memory")
-    memory_parser.add_argument("--texts", type=int, nargs="+", default=[50_000, 400_000])
+    memory_parser.add_argument("--texts", type=int, nargs="+", default=[10_000, 50_000, 100_000, 400_000])
     memory_parser.set_defaults(command=memory)
     measure_parser = commands.add_parser("measure-memory")
     measure_parser.add_argument("--texts", type=int, required=True)
@@ -253,7 +254,7 @@ def corpus_of(texts: list[str]) -> Iterator[tuple[Path, Path]]:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Each size in a process of its own with a Ray of its own; the ratio is of the largest to the smallest."""
+    """Each size in a process of its own with a Ray of its own; the ratio is of the largest to that of 50,000."""
     found = []
     for texts in sorted(arguments.texts):
         command = [sys.executable, __file__, "measure-memory", "--texts", str(texts)]
@@ -264,8 +265,11 @@ def memory(arguments: argparse.Namespace) -> None:
     for row in found:
         sizes = " | ".join(f"{row[name] / MIB:,.0f}" for name in ("driver", "worker", "planned"))
         print(f"| {row['texts']:,} | {row['files']} | {sizes} | {row['seconds']:.0f} |")
-    ratios = [found[-1][name] / found[0][name] for name in ("driver", "worker")]
-    print(f"| ratio | | {ratios[0]:.2f} | {ratios[1]:.2f} | | |")
+    compared = [row for row in found if row["texts"] >= 50_000]
+    ratios = [compared[-1][name] / compared[0][name] for name in ("driver", "worker")]
+    print(f"| ratio from 50,000 on | | {ratios[0]:.2f} | {ratios[1]:.2f} | | |")
+    logs = (np.log([row[name] for row in found]) for name in ("texts", "seconds"))
+    print(f"seconds grow as texts to the power of {float(np.polyfit(*logs, 1)[0]):.2f}")
 
 
 def measure_memory(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/zh_questions.py --data DIR --model DIR --work DIR [--corpus-rows 50000] [--train-rows 8000]
 
-DIR of --data holds train.tsv (pairs), dev.tsv (pairs) and corpus.tsv (one text a line). Prints one table.
+DIR of --data holds train.tsv (pairs), dev.tsv (pairs) and corpus.tsv (one text a line). Prints one table. Of the whole
+corpus: --corpus-rows 0; without training: --train-rows 0.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     sample(arguments)
     rows = {"zero-shot": measure("zero-shot", arguments.model, arguments)}
+    if arguments.train_rows:
+        train(arguments)
+        rows["trained"] = measure("trained", str(arguments.work / "encoder"), arguments)
+    print("| encoder | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
+    for name, values in rows.items():
+        cells = []
+        for metric in METRICS:
+            low, high = values["intervals"][metric]
+            cells.append(f"{values[metric]:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """One pass over the sampled pairs."""
     started = time.perf_counter()
     figures = train_retriever(
         make_config(
@@ -54,14 +69,6 @@ def main() -> None:
         )
     )
     print(f"training: {figures['steps']} steps, {time.perf_counter() - started:.0f} s")
-    rows["trained"] = measure("trained", str(arguments.work / "encoder"), arguments)
-    print("| encoder | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
-    for name, values in rows.items():
-        cells = []
-        for metric in METRICS:
-            low, high = values["intervals"][metric]
-            cells.append(f"{values[metric]:.3f} [{low:.3f}, {high:.3f}]")
-        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -71,7 +78,8 @@ def sample(arguments: argparse.Namespace) -> None:
     needed = {line.split("\t")[1] for line in dev}
     corpus = read_lines(arguments.data / "corpus.tsv")
     others = [text for text in corpus if text not in needed]
-    kept = set(draw.sample(range(len(others)), max(arguments.corpus_rows - len(needed), 0)))
+    room = arguments.corpus_rows - len(needed) if arguments.corpus_rows else len(others)
+    kept = set(draw.sample(range(len(others)), max(room, 0)))
     chosen = [text for text in corpus if text in needed] + [others[row] for row in sorted(kept)]
     write_lines(arguments.work / "corpus.txt", chosen)
     write_lines(arguments.work / "dev.tsv", dev)
