@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raytower.index import costs
 from raytower.index.config import BuiltKind
-from raytower.index.kinds import new_index, reserve
+from raytower.index.kinds import new_index, reserve, train_on_gpus
 from raytower.index.plan import IndexPlan, plan_index
 
 KINDS = get_args(BuiltKind)
@@ -78,6 +78,29 @@ def test_the_hnsw_reserve_holds_for_any_draw_of_levels() -> None:
             before = int(graph.neighbors.data())
             graph.prepare_level_tab(rows, False)
             assert int(graph.neighbors.data()) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_assigns_on_the_gpus_that_faiss_sees(
+    kind: BuiltKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the GPU build gives CPU indexes in place of copies on a GPU, and counts what they were asked."""
+    moved: list[Any] = []
+
+    def index_cpu_to_all_gpus(index: Any) -> Any:
+        moved.append(index)
+        return index
+
+    plain, vectors, parameters = trained(kind, 3000, 16)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", index_cpu_to_all_gpus, raising=False)
+    index = new_index(kind, 16, parameters)
+    with train_on_gpus(kind, index):
+        index.train(vectors)
+    # k-means leaves its centroids in the index that it assigned with.
+    sizes = {"flat": [], "hnsw": [], "ivf_pq": [parameters.get("nlist"), 1 << parameters.get("nbits", 0)]}
+    assert [item.ntotal for item in moved] == sizes.get(kind, [parameters.get("nlist")])
+    assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(plain))
 
 
 class TestLatency:

@@ -253,7 +253,8 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
     ]
 
     def template() -> Any:
-        return run_tasks(train_template, [(source, plan, build.seed, workers.num_threads)], workers)[0]
+        call = (source, plan, build.seed, workers.num_threads)
+        return run_tasks(train_template, [call], workers, num_gpus=workers.num_gpus)[0]
 
     draft = IndexManifest(
         **asdict(build.source.origin),

@@ -28,7 +28,10 @@ class TargetConfig(Config):
 
 
 class IndexWorkersConfig(Config):
-    """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it."""
+    """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it.
+
+    `num_gpus` is held by the one task that trains centroids and codebooks, which runs there with the gpu extra.
+    """
 
     max: int = Field(default=2, ge=1)
     num_cpus: float = Field(default=1, gt=0)

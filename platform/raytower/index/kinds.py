@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +91,28 @@ def new_index(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> Any:
     else:
         code = {"ivf_flat": "Flat", "ivf_sq8": "SQ8"}[kind]
     return faiss.index_factory(dim, f"IVF{parameters['nlist']},{code}", faiss.METRIC_INNER_PRODUCT)
+
+
+@contextmanager
+def train_on_gpus(kind: BuiltKind, index: Any) -> Iterator[None]:
+    """Let k-means of an IVF kind assign on the GPUs that FAISS sees; nothing changes where it sees none."""
+    faiss = import_faiss()
+    get_num_gpus = getattr(faiss, "get_num_gpus", None)  # a build for CPUs only may lack it
+    if not kind.startswith("ivf") or get_num_gpus is None or not get_num_gpus():
+        yield
+        return
+    # FAISS holds bare pointers to these, so they live here until training is through.
+    centroids = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))
+    index.clustering_index = centroids
+    codes = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(index.pq.dsub)) if kind == "ivf_pq" else None
+    if codes is not None:
+        index.pq.assign_index = codes
+    try:
+        yield
+    finally:
+        index.clustering_index = None
+        if codes is not None:
+            index.pq.assign_index = None
 
 
 def reserve(kind: BuiltKind, index: Any, rows: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from raytower.errors import FormatError
 from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
-from raytower.index.kinds import new_index, reserve
+from raytower.index.kinds import new_index, reserve, train_on_gpus
 from raytower.index.manifest import (
     DOCUMENTS_NAME,
     EXACT_NAME,
@@ -51,13 +51,17 @@ def shard_name(number: int) -> str:
 
 
 def train_template(source: VectorSource, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
-    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it."""
+    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it.
+
+    Where FAISS sees a GPU, k-means assigns rows to centroids there, which is nearly all of the work.
+    """
     faiss = import_faiss()
     faiss.omp_set_num_threads(num_threads)
     index = new_index(plan.kind, plan.dim, plan.parameters)
     if plan.train_rows:
         _, vectors = source.sample(plan.train_rows, seed)
-        index.train(vectors)
+        with train_on_gpus(plan.kind, index):
+            index.train(vectors)
     return serialise(index)
 
 

@@ -20,16 +20,19 @@ def run_tasks(
     workers: IndexWorkersConfig,
     *,
     at_once: int | None = None,
+    num_gpus: float = 0,
     progress: str | None = None,
 ) -> list[ResultT]:
     """Results of `function` over `calls`, in order, with at most `at_once` (default: workers.max) running.
+
+    Each call holds `workers.num_cpus` and `num_gpus`.
 
     `progress` is logged with the numbers of finished and of all calls.
 
     Raises:
         RaytowerError: the first failure, as the task raised it where that was meant for the user.
     """
-    task = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)(function)
+    task = ray.remote(num_cpus=workers.num_cpus, num_gpus=num_gpus)(function)
     waiting = list(enumerate(calls))
     running: dict[ray.ObjectRef[Any], int] = {}
     results: dict[int, ResultT] = {}
