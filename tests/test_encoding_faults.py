@@ -163,7 +163,7 @@ def test_a_killed_job_continues_with_the_files_that_are_missing(
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
     # Ray's own processes notice that their parent is gone; its workers may finish a file until then.
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=10)
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=30)

@@ -133,7 +133,7 @@ def test_a_killed_job_continues_and_a_half_written_checkpoint_does_not_count(
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
     # Ray's own processes notice that their parent is gone; a new run must not meet them.
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=10)
     for process in alive:
         process.kill()
     assert not output.exists()
