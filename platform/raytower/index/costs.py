@@ -32,11 +32,15 @@ _ASSIGN_BYTES = 20 * _MIB
 _LIST_SLACK = 1.5
 # Locks and marks of visited rows while a graph is built.
 _GRAPH_WORK_BYTES = 5
-# FAISS trains the codes on so many rows, of which it makes a copy and the copy's residuals.
+# FAISS trains the codes on the residuals of so many rows; where the sample has more it copies these first.
 _SCALAR_TRAIN_ROWS = 100_000
 _TRAIN_ROWS_PER_CODE = 256
 
-_K_MEANS_ROUNDS = 25
+# Rounds of k-means that FAISS makes for lists and for codes.
+_LIST_ROUNDS = 10
+_CODE_ROUNDS = 25
+# k-means over sub-vectors of a few dimensions is that much slower than encoding with them.
+_CODE_TRAINING = 14
 _SCAN_BYTES_PER_MS = 24e6
 _EF_SEARCH = 64
 _NPROBE = 32
@@ -86,10 +90,11 @@ def train_bytes(kind: BuiltKind, train_rows: int, dim: int, parameters: Mapping[
     copied = 0
     if kind in ("ivf_sq8", "ivf_pq"):
         wanted = _SCALAR_TRAIN_ROWS if kind == "ivf_sq8" else _TRAIN_ROWS_PER_CODE << parameters["nbits"]
-        copied = 2 * min(train_rows, wanted) * row
+        copied = (2 if train_rows > wanted else 1) * min(train_rows, wanted) * row
     centroids = 3 * parameters.get("nlist", 0) * row
-    assign = _assign_bytes(train_rows, parameters.get("nlist", 0))
-    return train_rows * row + copied + centroids + assign + _stream_bytes(train_rows, dim)
+    # The value ranges of 8-bit codes are taken from a transposed piece of the sample.
+    work = _assign_bytes(train_rows, parameters["nlist"]) if "nlist" in parameters else train_rows * row // 4
+    return train_rows * row + copied + centroids + work + _stream_bytes(train_rows, dim)
 
 
 def _stream_bytes(rows: int, dim: int) -> int:
@@ -101,9 +106,9 @@ def _assign_bytes(rows: int, nlist: int) -> int:
     return min(_ASSIGN_BYTES, rows * nlist * _FLOAT_BYTES)
 
 
-def fill_seconds(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> float:
-    """Seconds that one core takes to read a shard's rows, add them and write the files."""
-    return rows * (_stream_us(dim) + _add_us(kind, rows, dim, parameters)) / 1e6
+def fill_seconds(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int], threads: int) -> float:
+    """Seconds of a task that reads a shard's rows, adds them and writes the files; only adding uses all threads."""
+    return rows * (_stream_us(dim) + _add_us(kind, rows, dim, parameters) / threads) / 1e6
 
 
 def check_seconds(rows: int, dim: int) -> float:
@@ -115,10 +120,10 @@ def train_seconds(kind: BuiltKind, train_rows: int, dim: int, parameters: Mappin
     """Seconds that one core takes to train centroids and codebooks."""
     seconds = train_rows * _stream_us(dim) / 1e6
     if kind.startswith("ivf"):
-        seconds += _K_MEANS_ROUNDS * train_rows * _product_us(parameters["nlist"], dim) / 1e6
+        seconds += _LIST_ROUNDS * train_rows * _product_us(parameters["nlist"], dim) / 1e6
     if kind == "ivf_pq":
         rows = min(train_rows, _TRAIN_ROWS_PER_CODE << parameters["nbits"])
-        seconds += _K_MEANS_ROUNDS * rows * _codes_us(parameters) / 1e6
+        seconds += _CODE_ROUNDS * rows * _CODE_TRAINING * _codes_us(parameters) / 1e6
     return seconds
 
 

@@ -277,7 +277,7 @@ def _build_seconds(
     reading = 2 * costs.check_seconds(request.rows, request.dim) / min(request.num_workers, shards)
     training = costs.train_seconds(kind, train_rows, request.dim, parameters) / threads
     waves = -(-shards // at_once)
-    filling = waves * costs.fill_seconds(kind, -(-request.rows // shards), request.dim, parameters) / threads
+    filling = waves * costs.fill_seconds(kind, -(-request.rows // shards), request.dim, parameters, threads)
     return reading + training + filling
 
 
