@@ -271,6 +271,7 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
         spec_sha256=digest,
         recall_k=build.target.k,
         recall_target=build.target.recall,
+        recall_version=version,
     )
     measured = _measure(build, source, plan, draft)
     remove_placed(folder)
@@ -281,7 +282,6 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
         recall_target_reached=measured.reached,
         recall_curve=measured.curve,
         placement_curve=measured.placement_curve,
-        recall_version=version,
         search_parameters=measured.search_parameters,
     )
 

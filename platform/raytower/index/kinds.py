@@ -143,17 +143,25 @@ def _reserve(array: Any, size: int) -> None:
 
 
 def parameter_grid(
-    kind: BuiltKind, parameters: Mapping[str, int], rows: int, k: int, *, rescored: bool = False
+    kind: BuiltKind,
+    parameters: Mapping[str, int],
+    rows: int,
+    k: int,
+    *,
+    rescored: bool = False,
+    shards: int = 1,
 ) -> list[dict[str, int]]:
     """Search parameters from the cheapest up; one empty setting for a kind that has none.
 
     Where candidates are rescored with stored vectors, the whole range of nprobe comes with the smallest k_factor, then
     again with each larger one. FAISS never walks with an efSearch below the number of hits asked, so smaller values
-    would measure the same.
+    would measure the same; one of several shards may be asked for fewer than k (see `search.hits_per_shard`).
     """
     if kind == "flat":
         return [{}]
-    low, high = (k + 1, max(min(rows, 1024), 8 * k)) if kind == "hnsw" else (1, parameters["nlist"])
+    low, high = (
+        (-(-(k + 1) // shards), max(min(rows, 1024), 8 * k)) if kind == "hnsw" else (1, parameters["nlist"])
+    )
     values, value = [], low
     while value < high:
         values.append(value)

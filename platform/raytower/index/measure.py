@@ -95,7 +95,14 @@ def measure_recall(
     manifest = index.manifest
     k = min(manifest.recall_k, manifest.rows - 1)
     rescored = manifest.exact_dtype is not None
-    grid = parameter_grid(manifest.kind, manifest.parameters, manifest.rows, max(k, 1), rescored=rescored)
+    grid = parameter_grid(
+        manifest.kind,
+        manifest.parameters,
+        manifest.rows,
+        max(k, 1),
+        rescored=rescored,
+        shards=1 if manifest.placement else len(manifest.shards),
+    )
     if k < 1:
         return MeasuredRecall(1.0, True, grid[0], (), 0)
     relevant = _relevant_rows(exact, k)

@@ -26,6 +26,7 @@ from raytower.index.search import (
     Verify,
     checked_file,
     empty_hits,
+    hits_per_shard,
     merge_hits,
     prepare_queries,
     spread_hits,
@@ -172,13 +173,24 @@ class Index:
                 self._threads.map(lambda shard: shard.search(prepared, k, parameters, filter), self.shards)
             )
             return merge_hits(parts, k)
+        depths = [k] * len(self.shards) if filter is not None else self._depths(k, parameters)
         # A running merge: memory holds two answers, however many shards there are.
         best: Hits | None = None
-        for shard in self.shards:
-            found = shard.search(prepared, k, parameters, filter)
+        for shard, depth in zip(self.shards, depths, strict=True):
+            found = shard.search(prepared, depth, parameters, filter)
             best = merge_hits([found] if best is None else [best, found], k)
         assert best is not None
         return best
+
+    def _depths(self, k: int, parameters: Mapping[str, int]) -> list[int]:
+        """How many hits each shard is asked for; together they hold k wherever the index does."""
+        depth = k if self._placement is not None else hits_per_shard(self.manifest, k, parameters)
+        # Documents that were added later may be about one thing, and recall was not measured on them.
+        measured = [shard.entry.version == self.manifest.recall_version for shard in self.shards]
+        depths = [depth if known else k for known in measured]
+        counts = [shard.count() for shard in self.shards]
+        enough = sum(map(min, depths, counts)) >= min(k, sum(counts))
+        return depths if enough else [k] * len(self.shards)
 
     def _visits(self, prepared: Vectors, asked: int | None) -> NDArray[np.bool_] | None:
         """Which shards each query visits (Q, S), or None for all."""

@@ -246,6 +246,21 @@ def resolve_parameters(
     return chosen
 
 
+def hits_per_shard(manifest: IndexManifest, k: int, given: Mapping[str, int] | None = None) -> int:
+    """How many hits each shard gives for the best k of all, in a search without a filter over all shards.
+
+    It is k, but for a graph with an efSearch below k: FAISS walks at least as wide as the hits it is asked for, so k
+    of each of S shards would be S times the work for hits of which most are dropped. Such a shard gives efSearch hits,
+    or its share of k where that is more. Of k hits that lie on shards by chance, few shards hold many more than their
+    share (Vespa bounds its searches of several nodes so, by top-k-probability); how they really lie is what recall is
+    measured on. Raises InputError as `resolve_parameters`.
+    """
+    if manifest.kind != "hnsw":
+        return k
+    ef_search = resolve_parameters(manifest, k, given)["efSearch"]
+    return min(k, max(ef_search, -(-k // len(manifest.shards))))
+
+
 def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
     """The best k of several answers to the same queries; equal scores go by shard, then row."""
     if not parts:
