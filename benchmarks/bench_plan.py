@@ -188,9 +188,10 @@ def print_plans(arguments: argparse.Namespace) -> None:
         "| rows | dim | memory | kind | shards | parameters | build task | search | disk | build | ms a query |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
+    refusals: list[str] = []
     for rows in arguments.rows:
         for dim in arguments.dims:
-            for budget in (16, 64, 256, 1024, 8192):
+            for budget in (16, 64, 256, 1024, 4096):
                 try:
                     plan = plan_index(
                         rows=rows,
@@ -201,9 +202,11 @@ def print_plans(arguments: argparse.Namespace) -> None:
                         vector_dtype="float16",
                     )
                 except InputError as error:
-                    print(f"| {rows:,} | {dim} | {budget} GiB | refused: {error} |" + " |" * 7)
+                    print(f"| {rows:,} | {dim} | {budget} GiB | refused |" + " |" * 7)
+                    refusals.append(str(error))
                     continue
                 print(plan_row(plan, budget))
+    print("\nRefused:", *refusals, sep="\n- ")
 
 
 def plan_row(plan: IndexPlan, budget: int) -> str:
@@ -216,7 +219,7 @@ def plan_row(plan: IndexPlan, budget: int) -> str:
     return (
         f"| {plan.rows:,} | {plan.dim} | {budget} GiB | {plan.kind} | {plan.shards} | {parameters} | "
         + " | ".join(human_bytes(size) for size in sizes)
-        + f" | {plan.predicted_build_seconds / 3600:.1f} h | {plan.predicted_query_ms:.3g} |"
+        + f" | {plan.predicted_build_seconds / 60:.0f} min | {plan.predicted_query_ms:.3g} |"
     )
 
 
