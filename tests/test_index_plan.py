@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytower.index import costs
-from raytower.index.config import BuiltKind
+from raytower.index.config import BuiltKind, IndexWorkersConfig
 from raytower.index.kinds import new_index, reserve, train_on_gpus
 from raytower.index.plan import IndexPlan, plan_index
+from raytower.index.tasks import threads_of_lone_task
 
 KINDS = get_args(BuiltKind)
 GIB = 2**30
@@ -101,6 +102,20 @@ def test_training_assigns_on_the_gpus_that_faiss_sees(
     sizes = {"flat": [], "hnsw": [], "ivf_pq": [parameters.get("nlist"), 1 << parameters.get("nbits", 0)]}
     assert [item.ntotal for item in moved] == sizes.get(kind, [parameters.get("nlist")])
     assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(plain))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [([2.0], 2), ([16.0, 4.0], 8), ([1.0], 2), ([0.0], 2), ([], 2)],
+)
+def test_a_lone_task_takes_what_the_workers_would_on_one_node(
+    nodes: list[float], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four workers of two CPUs: eight where a node has them, and never less than one worker asks for."""
+    alive = [{"Alive": True, "Resources": {"CPU": cpus} if cpus else {}} for cpus in nodes]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
+    assert threads_of_lone_task(IndexWorkersConfig(max=4, num_cpus=2)) == expected
 
 
 class TestLatency:

@@ -33,7 +33,7 @@ from raytower.index.reader import Index
 from raytower.index.search import unified_schema
 from raytower.index.shard_build import ShardTask, build_shard, finished_shard, shard_name, train_template
 from raytower.index.source import EmbeddingsSource, VectorSource
-from raytower.index.tasks import run_tasks
+from raytower.index.tasks import run_tasks, threads_of_lone_task
 from raytower.index.vectors import check_file, refuse_duplicate_ids
 from raytower.index.versions import (
     claim_version,
@@ -253,7 +253,7 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
     ]
 
     def template() -> Any:
-        call = (source, plan, build.seed, workers.num_threads)
+        call = (source, plan, build.seed, threads_of_lone_task(workers))
         return run_tasks(train_template, [call], workers, num_gpus=workers.num_gpus)[0]
 
     draft = IndexManifest(
@@ -292,6 +292,7 @@ def _measure(build: Build, source: VectorSource, plan: IndexPlan, manifest: Inde
     queries = run_tasks(hold_out, [(source, build.seed)], workers)[0]
     calls = [(source, *bounds, queries, target.k) for bounds in plan.ranges]
     parts = run_tasks(exact_hits, calls, workers)
+    num_threads = threads_of_lone_task(workers)
 
     def measure() -> MeasuredRecall:
         return measure_recall(
@@ -299,7 +300,7 @@ def _measure(build: Build, source: VectorSource, plan: IndexPlan, manifest: Inde
             queries,
             merge_exact(parts, target.k),
             target=target.recall,
-            num_threads=workers.num_threads,
+            num_threads=num_threads,
         )
 
     return run_tasks(measure, [()], workers)[0]

@@ -30,6 +30,7 @@ class TargetConfig(Config):
 class IndexWorkersConfig(Config):
     """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it.
 
+    What runs alone, training and measuring recall, uses the threads of all workers, as far as one node has cores.
     `num_gpus` is held by the one task that trains centroids and codebooks, which runs there with the gpu extra.
     """
 

@@ -14,6 +14,16 @@ from raytower.runtime import log
 ResultT = TypeVar("ResultT")
 
 
+def threads_of_lone_task(workers: IndexWorkersConfig) -> int:
+    """Threads for a task that runs while the others wait: those of all workers, as far as one node has cores.
+
+    It holds the CPUs of one worker all the same: a task that asks for a whole node would wait for whatever else lives
+    there.
+    """
+    cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return max(min(int(workers.max * workers.num_cpus), int(max(cores, default=0))), workers.num_threads)
+
+
 def run_tasks(
     function: Callable[..., ResultT],
     calls: Sequence[tuple[Any, ...]],
