@@ -34,6 +34,7 @@ from raytower.errors import RaytowerError
 from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
+from tests.killed_jobs import kill_once
 from tests.tiny_models import tiny_config, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,24 +150,7 @@ def test_a_killed_job_continues_with_the_files_that_are_missing(
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(run_values(slow_encoder, corpus, output)))
     command = [sys.executable, "-m", "raytower.cli", "encode", "--config", str(config)]
-    with open(tmp_path / "first.log", "wb") as log:
-        job = subprocess.Popen(
-            command, env=clean_environment(), stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        wait_for(lambda: len(parts_in(output)) >= 3 or job.poll() is not None, "a third file")
-        assert job.poll() is None, (tmp_path / "first.log").read_text()
-        family = psutil.Process(job.pid).children(recursive=True)
-        job.send_signal(signal.SIGKILL)
-        job.wait(timeout=30)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    # Ray's own processes notice that their parent is gone; its workers may finish a file until then.
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=30)
+    kill_once(lambda: len(parts_in(output)) >= 3, command, clean_environment(), tmp_path / "first.log")
     kept = parts_in(output)
     assert 3 <= len(kept) < NUM_FILES
     assert not (output / "manifest.json").exists()

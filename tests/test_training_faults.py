@@ -19,6 +19,7 @@ import pytest
 from raytower.config import make_config
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import train_retriever
+from tests.killed_jobs import kill_once
 from tests.tiny_training import write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,23 +120,7 @@ def test_a_killed_job_continues_and_a_half_written_checkpoint_does_not_count(
     # A Ray of its own: the one of the suite must not be joined by a process that will be killed.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT / "platform"), "RAY_AUTH_MODE": "disabled"}
-    with open(tmp_path / "first.log", "wb") as log:
-        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(
-            lambda: len(registered_steps(tmp_path)) >= 2 or job.poll() is not None, "a second checkpoint"
-        )
-        assert job.poll() is None, (tmp_path / "first.log").read_text()
-        family = psutil.Process(job.pid).children(recursive=True)
-        job.send_signal(signal.SIGKILL)
-        job.wait(timeout=30)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    # Ray's own processes notice that their parent is gone; a new run must not meet them.
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for process in alive:
-        process.kill()
+    kill_once(lambda: len(registered_steps(tmp_path)) >= 2, command, environment, tmp_path / "first.log")
     assert not output.exists()
     reached = max(registered_steps(tmp_path))
     (folder,) = tmp_path.glob(".out.*.train")
