@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow.fs import FileInfo, FileSelector, LocalFileSystem
 
 from raytower.config import (
     ByteSize,
@@ -89,7 +90,29 @@ class TestConfig:
         assert to_json({"a": float("nan"), "b": [1, "中"]}) == '{"a": null, "b": [1, "中"]}'
 
 
+class AppearingFolder:
+    """A filesystem on which another process makes the folder while it is being listed, as pyarrow then reports it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.listed = 0
+
+    def get_file_info(self, selector: FileSelector) -> list[FileInfo]:
+        self.listed += 1
+        if self.listed == 1:
+            self.folder.mkdir()
+            (self.folder / "x").touch()
+            raise FileNotFoundError(2, f"Cannot list directory '{self.folder}'")
+        return list(LocalFileSystem().get_file_info(selector))
+
+
 class TestStorage:
+    def test_a_folder_that_appears_while_it_is_listed(self, tmp_path: Path) -> None:
+        filesystem = AppearingFolder(tmp_path / "new")
+        place = Location(filesystem, str(tmp_path / "new"))  # type: ignore[arg-type]
+        assert [child.name for child in place.children()] == ["x"]
+        assert filesystem.listed == 2
+
     def test_an_interrupted_write_leaves_nothing(self, tmp_path: Path) -> None:
         place = Location.of(tmp_path) / "deep" / "file.bin"
         place.write_bytes(b"old")

@@ -40,6 +40,7 @@ _COPY_BYTES = 4 * 1024 * 1024
 # A read from an object store is one request: fewer and larger ones hide its latency.
 _DOWNLOAD_BYTES = 16 * 1024 * 1024
 _UPLOAD_BYTES = 64 * 1024 * 1024
+_LISTING_ATTEMPTS = 5
 # A reader that finds one of these in a folder takes the folder for whole.
 _WRITTEN_LAST = ("raytower.json", "shard.json", "manifest.json")
 
@@ -127,7 +128,17 @@ class Location:
     def _listing(self, recursive: bool) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         with explaining(self):
-            return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
+            return sorted(self._entries(selector), key=lambda info: info.path)
+
+    def _entries(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        # pyarrow opens a directory and, where that fails, looks whether there is one: of a directory that another
+        # process makes in between it says that it is there and cannot be listed.
+        for _ in range(_LISTING_ATTEMPTS - 1):
+            try:
+                return list(self.filesystem.get_file_info(selector))
+            except FileNotFoundError:
+                continue
+        return list(self.filesystem.get_file_info(selector))
 
     def make_dir(self) -> Location:
         with explaining(self):
