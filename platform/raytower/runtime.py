@@ -32,8 +32,10 @@ def ensure_ray(min_cpus: float = 0) -> None:
         # The submitted job brings its own runtime environment; it must not be set twice.
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
         return
+    # "local": left open, Ray joins whatever `ray start` left on this machine, and refuses num_cpus there.
     cpus = max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999))
     ray.init(
+        address="local",
         num_cpus=cpus,
         include_dashboard=False,
         logging_level=logging.WARNING,
