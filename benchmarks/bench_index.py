@@ -44,7 +44,7 @@ CORES = os.cpu_count() or 1
 M, EF_CONSTRUCTION = 32, 100
 # Queries and an efSearch to row numbers (queries, 10).
 Search = Callable[[Vectors, int], Any]
-GRID = tuple(range(4, 64, 2)) + tuple(range(64, 512, 16))
+GRID = tuple(range(3, 24)) + tuple(range(24, 64, 2)) + tuple(range(64, 512, 16))
 TARGETS = (0.95, 0.98, 0.99)
 
 

@@ -32,7 +32,7 @@ def kill_once(
             os.killpg(job.pid, signal.SIGKILL)
     # Ray's own processes notice that their parent is gone, and its workers may finish a file until then; a new run must
     # not meet them.
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=3)
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=30)

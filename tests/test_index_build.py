@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -20,9 +21,12 @@ from hypothesis import strategies as st
 
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.errors import FormatError, InputError
+from raytower.index.kinds import new_index
 from raytower.index.plan import plan_index
 from raytower.index.reader import Index
 from raytower.index.search import Hits, merge_hits, resolve_parameters
+from raytower.index.shard_build import ShardTask, build_shard, serialise
+from raytower.index.source import EmbeddingsSource
 from raytower.index.versions import claim_version
 from raytower.runtime import worker_environment
 from raytower.storage import Location
@@ -95,6 +99,51 @@ class TestMergeOrder:
             merged.scores[0].tolist(), merged.shards[0].tolist(), merged.rows[0].tolist(), strict=True
         )
         assert [(-score, shard, row) for score, shard, row in found] == expected
+
+
+class TestFilling:
+    """A shard filled in line and beside the reading, here in this process."""
+
+    @staticmethod
+    def task(folder: Path, embeddings: Path, num_threads: int) -> ShardTask:
+        source = EmbeddingsSource(Location.of(embeddings))
+        return ShardTask(
+            source=source,
+            version=Location.of(folder),
+            number=0,
+            start=0,
+            end=source.rows,
+            kind="flat",
+            exact_dtype="float16",
+            documents_schema=pa.schema([("id", pa.string()), ("text", pa.string())]),
+            spec_sha256="",
+            num_threads=num_threads,
+        )
+
+    def test_rows_stay_with_their_documents_in_their_order(self, tmp_path: Path) -> None:
+        vectors = clustered_vectors(9000)  # several batches to a file
+        embeddings = write_embeddings(tmp_path / "embeddings", vectors, files=2)
+        template = serialise(new_index("flat", DIM, {}))
+        for threads in (1, 2):
+            entry = build_shard(self.task(tmp_path / str(threads), embeddings, threads), template)
+            assert entry.rows == len(vectors)
+            shard = tmp_path / str(threads) / "shard-00000"
+            stored = faiss.read_index(str(shard / "vectors.faiss")).reconstruct_n(0, len(vectors))
+            np.testing.assert_allclose(stored, vectors, atol=1e-6)  # of unit length again
+            np.testing.assert_allclose(np.load(shard / "exact.npy"), vectors, atol=1e-3)
+            ids = pa.ipc.open_file(str(shard / "documents.arrow")).read_all()["id"].to_pylist()
+            assert ids == [f"id {row}" for row in range(len(vectors))]
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("rows", [40, 9000])  # the last batch fails, or one before it
+    def test_what_faiss_refuses_is_raised_and_leaves_no_shard(
+        self, threads: int, rows: int, tmp_path: Path
+    ) -> None:
+        embeddings = write_embeddings(tmp_path / "embeddings", clustered_vectors(rows), files=1)
+        other_dimension = serialise(new_index("flat", DIM + 1, {}))
+        with pytest.raises(AssertionError):
+            build_shard(self.task(tmp_path / "version", embeddings, threads), other_dimension)
+        assert not (tmp_path / "version" / "shard-00000").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from raytower.errors import FormatError
 from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
-from raytower.index.kinds import new_index, reserve, train_on_gpus
+from raytower.index.kinds import Vectors, new_index, reserve, train_on_gpus
 from raytower.index.manifest import (
     DOCUMENTS_NAME,
     EXACT_NAME,
@@ -120,12 +122,41 @@ def _fill(index: Any, task: ShardTask, folder: Path) -> None:
             exact = stack.enter_context(open(folder / EXACT_NAME, "wb"))
             shape = (task.end - task.start, index.d)
             _write_array_header(exact, np.dtype(task.exact_dtype), shape)
+        add = stack.enter_context(_adding(index, task.num_threads))
         for batch in task.source.stream(task.start, task.end):
-            index.add(batch.vectors)
+            add(batch.vectors)
             if exact is not None:
                 # Written, not mapped: the pages of a mapped file would count as this process's memory.
                 exact.write(batch.vectors.astype(task.exact_dtype).data)
             writer.write_table(_conform(batch.documents, task.documents_schema))
+
+
+class _Add(Protocol):
+    def __call__(self, vectors: Vectors) -> None: ...
+
+
+@contextmanager
+def _adding(index: Any, num_threads: int) -> Iterator[_Add]:
+    """`index.add` beside the caller's reading and writing, one call at a time; all is added once the context ends.
+
+    A task of one core adds in line, so that it keeps to its core.
+    """
+    if num_threads == 1:
+        yield index.add
+        return
+    # The number of threads that OpenMP takes is set thread by thread.
+    with ThreadPoolExecutor(1, "index-add", import_faiss().omp_set_num_threads, (num_threads,)) as thread:
+        running: Future[None] | None = None
+
+        def add(vectors: Vectors) -> None:
+            nonlocal running
+            if running is not None:
+                running.result()
+            running = thread.submit(index.add, vectors)
+
+        yield add
+        if running is not None:
+            running.result()
 
 
 def _write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
