@@ -186,7 +186,8 @@ def train_method(method: Method, arguments: argparse.Namespace, path: Path, outp
         "max_length": MAX_LENGTH,
         "dtype": arguments.dtype,
         "seed": 0,
-        "workers": {"num": 2, "num_cpus": (os.cpu_count() or 2) / 2},
+        # One worker: summing the gradients of a large vocabulary costs more than a second process on one machine gains.
+        "workers": {"num": 1, "num_cpus": os.cpu_count() or 1},
     }
     if method.one_tower:
         return train_reranker(make_config(TrainRerankerConfig, values))
