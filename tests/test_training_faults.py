@@ -133,3 +133,7 @@ def test_a_killed_job_continues_and_a_half_written_checkpoint_does_not_count(
     assert f"continuing from step {reached} of 50" in second.stderr
     assert json.loads(second.stdout.splitlines()[-1])["steps"] == 50
     assert curve_of(output) == pytest.approx(undisturbed, abs=1e-4)
+    third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert third.returncode == 0
+    assert "is finished; nothing to do" in third.stderr
+    assert json.loads(third.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])
