@@ -213,6 +213,18 @@ class Location:
     def write_json(self, value: Any) -> None:
         self.write_bytes(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 
+    def put_if_absent(self, content: bytes) -> bool:
+        if self.exists():
+            return False
+        self.write_bytes(content)
+        return True
+
+    def lance_uri(self) -> tuple[str, dict[str, str] | None]:
+        return self.path, None
+
+    def files(self) -> list[tuple[str, int]]:
+        return [(info.path, info.size) for info in self._listing(True) if info.type == pafs.FileType.File]
+
     def make_parent(self) -> None:
         self.parent.make_dir()
 
@@ -294,6 +306,17 @@ class Location:
     def _read_chunk(self, stream: pa.NativeFile) -> bytes:
         with explaining(self):
             return bytes(stream.read(_DOWNLOAD_BYTES))
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
+
+
+@contextmanager
+def writer_lease(place: Location, *, owner: str, seconds: float, wait_seconds: float = 0.0) -> Iterator[None]:
+    place.make_parent()
+    with _held(Path(place.path + ".lock")):
+        yield
 
 
 def absolute_if_local(name: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from raytower.config import Config, FractionField
 from raytower.data.queries import QueryFormat, read_queries
-from raytower.evaluation.judgements import Judgements, absent_text, document_tables, find_documents, judge
+from raytower.evaluation.judgements import Judgements, absent_text, find_documents, judge
 from raytower.evaluation.progress import Progress
 from raytower.evaluation.recall import Hit, Retriever, recall_order
 from raytower.evaluation.runs import RUN_NAME, open_run, write_reports
@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
     engine = load_engine(config.encoder, config.compute)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
-    judgements = judge(queries, document_tables(index))
+    judgements = judge(queries, index)
     if judgements.num_missing:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
     retriever = load_retriever(
@@ -246,7 +246,7 @@ def _describe_worst(measured: _Measured, judgements: Judgements, index: Index) -
     wanted = {
         doc_id for item in items for doc_id in judgements.relevant[item.place] if absent_text(doc_id) is None
     }
-    texts = find_documents(document_tables(index), "id", wanted, "text")
+    texts = find_documents(index, "id", wanted, "text")
     described = []
     for item in items:
         relevant = judgements.relevant[item.place]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raytower.data.queries import QuerySet
 from raytower.index.reader import Index
@@ -31,25 +30,20 @@ class Judgements:
     """Queries of the input that nothing is relevant to; they are no part of the lists above."""
 
 
-def document_tables(index: Index) -> list[pa.Table]:
-    """The documents of each shard: `id`, `text` and the metadata columns; mapped from disk, not held."""
-    return [shard.documents_table for shard in index.shards]
-
-
-def judge(queries: QuerySet, documents: Sequence[pa.Table]) -> Judgements:
-    """Turn a query set into judgements over the documents of an index (`document_tables`); scans them once.
+def judge(queries: QuerySet, index: Index) -> Judgements:
+    """Turn a query set into judgements over the documents of an index.
 
     Relevance by id is taken as it is. Relevance by text (pairs) means every document whose text is equal.
     """
     if queries.relevant is not None:
         known = {doc_id for judged in queries.relevant for doc_id in judged}
-        present = set(find_documents(documents, "id", known, "id"))
+        present = set(find_documents(index, "id", known, "id"))
         relevant = queries.relevant
         num_missing = sum(doc_id not in present for judged in relevant for doc_id in judged)
     else:
         assert queries.relevant_texts is not None
         wanted = {text for texts in queries.relevant_texts for text in texts}
-        ids = find_documents(documents, "text", wanted, "id")
+        ids = find_documents(index, "text", wanted, "id")
         relevant = [
             {doc_id: 1.0 for text in texts for doc_id in ids.get(text, (_ABSENT + text,))}
             for texts in queries.relevant_texts
@@ -58,24 +52,20 @@ def judge(queries: QuerySet, documents: Sequence[pa.Table]) -> Judgements:
     return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant)
 
 
-def find_documents(
-    tables: Iterable[pa.Table], column: str, values: Collection[str], wanted: str
-) -> dict[str, list[str]]:
+def find_documents(index: Index, column: str, values: Collection[str], wanted: str) -> dict[str, list[str]]:
     """For each of `values` that occurs in `column`: the `wanted` column of the documents that have it.
 
-    Memory holds `values`, the matches and one bit for each document of a table.
+    Memory holds `values`, the matches and a batch of documents.
     """
     found: dict[str, list[str]] = {}
     if not values:
         return found
-    for table in tables:
-        searched = table[column]
-        if searched.type not in (pa.string(), pa.large_string()):
-            searched = searched.cast(pa.string())  # metadata, such as labels that are numbers
-        value_set = pa.array(sorted(values), type=searched.type)
-        mask = pc.is_in(searched, value_set=value_set)
-        matches = zip(searched.filter(mask).to_pylist(), table[wanted].filter(mask).to_pylist(), strict=True)
-        for value, other in matches:
+    for batch in index.table.find(
+        column, pa.array(sorted(values), pa.string()), list(dict.fromkeys([column, wanted]))
+    ):
+        # Metadata, such as labels that are numbers, is compared as text.
+        keys = batch.column(column).cast(pa.string()).to_pylist()
+        for value, other in zip(keys, batch.column(wanted).to_pylist(), strict=True):
             found.setdefault(value, []).append(other)
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from raytower.errors import InputError
-from raytower.evaluation.judgements import document_tables, find_documents
+from raytower.evaluation.judgements import find_documents
 from raytower.evaluation.recall import Candidate, index_recall
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
@@ -78,10 +78,8 @@ class IndexLabeller:
     def count_missing(self, label_counts: Mapping[str, int]) -> int:
         # Either side may write a path with ## or as it is shown.
         wanted = {form for label in label_counts for form in (label, shown(label), label.replace(",", "##"))}
-        present: set[str] = set()
-        for table in document_tables(self._index):
-            column = self._label_field if self._label_field in table.column_names else "text"
-            present.update(shown(label) for label in find_documents([table], column, wanted, "id"))
+        column = self._label_field if self._label_field in self._index.table.schema.names else "text"
+        present = {shown(label) for label in find_documents(self._index, column, wanted, "id")}
         return _count_absent(label_counts, present)
 
     def _rank(self, candidates: Sequence[Candidate]) -> list[Prediction]:

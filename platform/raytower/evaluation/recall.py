@@ -35,12 +35,13 @@ class PairScorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recalled document with its recall score (inner product or cosine, higher is nearer)."""
+    """A recalled document with its recall score (inner product or cosine, higher is nearer) and its row in the index."""
 
     id: str
     text: str
     metadata: dict[str, Any]
     score: float
+    row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,15 @@ def index_recall(index: Index, filter: Mapping[str, Any] | None = None) -> Recal
 
     def recall(vectors: Vectors, k: int) -> list[list[Candidate]]:
         found = index.search(vectors, k, filter=filter)
-        real = found.shards >= 0  # [Q, K]; short answers end in padding
+        real = found.rows >= 0  # [Q, K]; short answers end in padding
         # All documents in one call: fetching them query by query costs more than the search.
-        documents = index.documents(found.shards[real], found.rows[real])
+        rows = found.rows[real]
+        documents = index.documents(rows)
         flat = [
-            Candidate(document.id, document.text, document.metadata, score)
-            for document, score in zip(documents, found.scores[real].tolist(), strict=True)
+            Candidate(document.id, document.text, document.metadata, score, row)
+            for document, score, row in zip(
+                documents, found.scores[real].tolist(), rows.tolist(), strict=True
+            )
         ]
         ends = np.cumsum(real.sum(axis=1)).tolist()
         return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -9,7 +9,8 @@ from pydantic import Field
 from raytower.config import Config, FractionField
 from raytower.evaluation.recall import index_recall
 from raytower.evaluation.settings import QueryCompute, load_engine, load_retriever, plan_rows
-from raytower.index.reader import Index, check_fingerprint, open_manifest
+from raytower.index.reader import Index, check_fingerprint
+from raytower.index.versions import open_manifest
 
 _SHOWN_CHARACTERS = 200
 
@@ -75,7 +76,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
 
 def plan_search(config: SearchConfig) -> dict[str, Any]:
     """What the search will hold in memory, and the index version it will ask."""
-    manifest, _ = open_manifest(config.index)
+    manifest = open_manifest(config.index)
     depth = max(config.k, config.rerank_k) if config.reranker else config.k
     plan = plan_rows(1, config.compute, config.encoder or manifest.encoder, depth, config.reranker)
     check_fingerprint(manifest, plan["fingerprint"])

@@ -16,7 +16,8 @@ from raytower.data.pieces import Survey, read_pieces
 from raytower.errors import InputError
 from raytower.evaluation.recall import Retriever
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index, check_fingerprint, open_manifest
+from raytower.index.reader import Index, check_fingerprint
+from raytower.index.versions import open_manifest
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine, check_max_length
@@ -123,7 +124,7 @@ def load_retriever(
 
 def open_index_manifest(uri: str, fingerprint: str) -> IndexManifest:
     """The published version's manifest, for plans. Raises FormatError where another encoder made the index."""
-    manifest, _ = open_manifest(uri)
+    manifest = open_manifest(uri)
     check_fingerprint(manifest, fingerprint)
     return manifest
 

@@ -1,117 +1,174 @@
-"""`raytower index build`: embeddings into a new version, published only when it is whole.
+"""`raytower index build`: embeddings into a new version, published only when it is whole and can be opened.
 
-The steps: check the embeddings, claim a version, place rows by cluster where asked, train on a sample, build shards,
-measure recall, write the manifest, publish. Each step runs as Ray tasks that stream; the driver holds 8 bytes a row,
-to find duplicate ids. Compaction takes the same way, with the rows of a version in place of embeddings.
+The steps: put the embeddings into the table, refuse ids that stand twice, place rows by cluster where asked, train on a
+sample, build shards, measure recall, publish. Each runs as tasks that stream. What a killed build finished, fragments of
+the table and shards, is found again by what it was made of.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import ray
 
-from raytower.encoding.manifest import EmbeddingsManifest
-from raytower.errors import FormatError
-from raytower.index.config import IndexBuildConfig, IndexWorkersConfig, Placing, TargetConfig
+from raytower.errors import InputError
+from raytower.index.config import IndexBuildConfig, Placing, TargetConfig
+from raytower.index.embeddings import Embeddings
 from raytower.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
-    Operation,
+    Measured,
+    Origin,
     PlacementEntry,
     ShardEntry,
 )
-from raytower.index.measure import MeasuredRecall, exact_hits, hold_out, measure_recall, merge_exact
-from raytower.index.place import place_source, remove_placed
+from raytower.index.measure import exact_hits, hold_out, measure_recall, merge_exact
+from raytower.index.place import place_rows
 from raytower.index.plan import IndexPlan, human_bytes, plan_index
 from raytower.index.reader import Index
-from raytower.index.search import unified_schema
-from raytower.index.shard_build import ShardTask, build_shard, finished_shard, shard_name, train_template
-from raytower.index.source import EmbeddingsSource, VectorSource
-from raytower.index.tasks import run_tasks, threads_of_lone_task
-from raytower.index.vectors import check_file, refuse_duplicate_ids
-from raytower.index.versions import (
-    claim_version,
-    finished_build,
-    publish,
-    published_version,
-    spec_sha256,
-    version_folder,
+from raytower.index.shard_build import (
+    ShardTask,
+    TableRows,
+    build_shard,
+    digest_of,
+    finished_shard,
+    train_template,
 )
-from raytower.runtime import ensure_ray, log
+from raytower.index.table import (
+    DocumentTable,
+    commit_fragments,
+    table_batch,
+    table_schema,
+    write_fragments,
+)
+from raytower.index.tasks import OnRay, Run
+from raytower.index.versions import next_version, open_manifest, publish, published_version, writing
+from raytower.runtime import log
 from raytower.storage import Location
+
+WORK_NAME = "work"
+# Rows whose ids one task compares: 8 bytes each.
+_IDS_PER_TASK = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
-    """What a new version is built from, and how."""
+class ShardPlan:
+    """Which shards to build over a version of the table."""
 
-    source: VectorSource
-    output: Location
+    index: Location
+    table: DocumentTable
+    origin: Origin
     plan: IndexPlan
-    target: TargetConfig
-    workers: IndexWorkersConfig
     placing: Placing
     seed: int
-    operation: Operation
-    parent: str | None
-    check: Callable[[], pa.Schema]
-    """Checks the rows before anything is built; returns the schema of the documents."""
+    made_of: Any
+    """JSON that names the rows, so that a killed job finds its shards again."""
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """What shards are built from; two builds with the same spec may share finished shards."""
-        plan = self.plan
-        return {
-            "format_version": FORMAT_VERSION,
-            "operation": self.operation,
-            "parent": self.parent,
-            **asdict(self.source.origin),
-            "rows": self.source.identity(),
-            "kind": plan.kind,
-            "parameters": plan.parameters,
-            "exact_dtype": plan.exact_dtype,
-            "ranges": [list(bounds) for bounds in plan.ranges],
-            "placing": self.placing,
-            "train_rows": plan.train_rows,
-            "seed": self.seed,
-        }
+    def unit(self) -> bool:
+        return self.origin.metric == "cosine"
+
+    def rows(self, first: int, last: int) -> TableRows:
+        """The rows at places first to last (exclusive) of all that the table holds."""
+        return TableRows(
+            index=self.index, table_version=self.table.version, unit=self.unit, first=first, last=last
+        )
+
+    @property
+    def all_rows(self) -> TableRows:
+        return self.rows(0, self.plan.rows)
 
 
 def build_index(config: IndexBuildConfig) -> dict[str, Any]:
     """Build, measure and publish a version.
 
-    Shards that a killed run of the same build finished are kept; a build that is finished already is only published.
+    A build that is finished already, whatever was changed since, is not done again unless `replace` is true.
 
     Returns:
         version, kind, shards, rows, recall, recall_target_reached, search_parameters, seconds, output.
 
     Raises:
         FormatError: damaged or unfinished embeddings. InputError: NaN or zero vectors, duplicate ids, more shards
-        than rows, a kind that does not fit the memory. RaytowerError: a task failed.
+        than rows, a kind that does not fit the memory, an index that was changed since it was built.
+        RaytowerError: a task failed, or someone else published meanwhile.
     """
     started = time.perf_counter()
-    source = EmbeddingsSource(Location.of(config.embeddings))
-    build = Build(
-        source=source,
-        output=Location.of(config.output),
-        plan=_plan(config, source),
-        target=config.target,
-        workers=config.workers,
+    source, index = Embeddings(Location.of(config.embeddings)), Location.of(config.output)
+    plan = _plan(config, source)
+    log(
+        f"index plan: {plan.kind}, {plan.shards} shards, {human_bytes(plan.predicted_search_memory_bytes)} to search, "
+        f"{human_bytes(plan.predicted_build_memory_bytes_per_task)} a build task, about "
+        f"{plan.predicted_build_seconds:.0f} s; {plan.reason}"
+    )
+    identity = _identity(config, source, plan)
+    before = open_manifest(index) if published_version(index) else None
+    if before is not None and not config.replace:
+        if identity in before.built:
+            log(
+                f"{index} holds this build already, and version {before.version} came of it; nothing to build"
+            )
+            return figures(before, started, config.output)
+        if before.applied:
+            raise InputError(
+                f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of all "
+                "that: set replace: true, or build into another folder"
+            )
+    run = OnRay(config.workers)
+    table, first_row = _ingest(index, source, before.next_row if before else 0, run)
+    refuse_duplicate_ids(index, table, run)
+    table = table.indexed(config.indexed)
+    shards = ShardPlan(
+        index=index,
+        table=table,
+        origin=source.origin,
+        plan=plan,
         placing=config.placement,
         seed=config.seed,
-        operation="build",
-        parent=None,
-        check=lambda: check_embeddings(source, config.workers),
+        made_of={"format": FORMAT_VERSION, "rows": source.identity(), "first_row": first_row},
     )
-    manifest = make_version(build)
-    if published_version(build.output) != manifest.version:
-        publish(build.output, manifest.version)
+    entries, placement = build_shards(shards, run)
+    draft = IndexManifest(
+        **source.origin.model_dump(),
+        version=next_version(before.version if before else None),
+        parent=before.version if before else None,
+        operation="build",
+        identity=identity,
+        built=(*(before.built if before else ()), identity),
+        applied=(),
+        table_version=table.version,
+        next_row=first_row + source.rows,
+        rows=source.rows,
+        kind=plan.kind,
+        kind_reason=plan.reason,
+        parameters=plan.parameters,
+        exact_dtype=plan.exact_dtype,
+        vector_dtype=source.dtype,
+        shards=entries,
+        placement=placement,
+        indexed=tuple(config.indexed),
+        search_parameters={"1": {}},
+        recall_k=config.target.k,
+        recall_target=config.target.recall,
+        measured=None,
+        changed_rows=0,
+    )
+    manifest = measured(index, draft, run, config.seed)
+    _refuse_missed_target(manifest, config.target)
+    with writing(index, "index build"):
+        found = published_version(index)
+        if found != draft.parent:
+            raise InputError(
+                f"{index} has version {found} published by now, which this build does not hold; nothing was published: "
+                "run the command again, with replace: true if the build is to take its place"
+            )
+        publish(index, manifest)
+    remove_work(index, digest_of(source.identity()))
     return figures(manifest, started, config.output)
 
 
@@ -121,66 +178,117 @@ def plan_build(config: IndexBuildConfig) -> dict[str, Any]:
     Raises:
         FormatError, InputError: unfinished embeddings, or what does not fit.
     """
-    plan = _plan(config, EmbeddingsSource(Location.of(config.embeddings)))
+    plan = _plan(config, Embeddings(Location.of(config.embeddings)))
     return {"shards": plan.shards, **asdict(plan)}
 
 
-def make_version(build: Build) -> IndexManifest:
-    """A finished version of this build: one that is there already, or a new one, not yet published."""
-    plan, output = build.plan, build.output
-    log(
-        f"index plan: {plan.kind}, {plan.shards} shards, {human_bytes(plan.predicted_search_memory_bytes)} to search, "
-        f"{human_bytes(plan.predicted_build_memory_bytes_per_task)} a build task, about "
-        f"{plan.predicted_build_seconds:.0f} s; {plan.reason}"
-    )
-    spec = build.spec
-    manifest = _reusable(build, spec)
-    if manifest is None:
-        ensure_ray(build.workers.num_cpus)
-        schema = build.check()
-        with claim_version(output, spec) as version:
-            manifest = _build_version(build, version, schema, spec_sha256(spec))
-            manifest.write(version_folder(output, version))
-    if not manifest.recall_target_reached:
-        log(
-            f"recall@{manifest.recall_k} is {manifest.recall:.4f} at {manifest.search_parameters}, below target.recall "
-            f"{manifest.recall_target}; another kind may reach it"
+def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], PlacementEntry | None]:
+    """The shards of a plan; those that are there already are kept. And where documents were placed, if they were."""
+    plan = shards.plan
+    placement = None
+    sources = [(shards.rows(first, last), last - first) for first, last in plan.ranges]
+    if shards.placing == "cluster" and plan.shards > 1:
+        placement, listed = place_rows(shards, run)
+        sources = [(dataclasses.replace(shards.rows(0, 0), listed=rows), len(rows)) for rows in listed]
+    made_of = {
+        "of": shards.made_of,
+        "parameters": plan.parameters,
+        "train": [plan.train_rows, shards.seed, plan.rows],
+        "metric": shards.origin.metric,
+        "placement": placement.file.sha256 if placement else None,
+    }
+    tasks = [
+        ShardTask(
+            source=source,
+            num_rows=rows,
+            kind=plan.kind,
+            exact_dtype=plan.exact_dtype,
+            made_of={**made_of, "part": [number, *plan.ranges[number], rows]},
+            placed=placement is not None,
+            num_threads=run.threads,
         )
-    return manifest
+        for number, (source, rows) in enumerate(sources)
+    ]
+
+    def template() -> Any:
+        call = (
+            shards.all_rows,
+            plan.kind,
+            plan.dim,
+            plan.parameters,
+            plan.train_rows,
+            shards.seed,
+            run.threads_alone,
+        )
+        return run(train_template, [call])[0]
+
+    return run_shard_tasks(tasks, template, run, plan.tasks_at_once), placement
 
 
-def check_embeddings(source: EmbeddingsSource, workers: IndexWorkersConfig) -> pa.Schema:
-    """Check every file and the ids of all, by Ray tasks; returns the schema of the documents.
-
-    Raises:
-        FormatError, InputError: what `check_file` and `refuse_duplicate_ids` raise.
-    """
-    embeddings: EmbeddingsManifest = source.manifest
-    calls = [(source.folder, embeddings, number) for number in range(len(embeddings.files))]
-    checked = run_tasks(check_file, calls, workers)
-    refuse_duplicate_ids(source.folder, embeddings, [item.id_hashes for item in checked])
-    return unified_schema([item.documents_schema for item in checked])
-
-
-def build_shards(
-    tasks: list[ShardTask], template: Callable[[], Any], workers: IndexWorkersConfig, at_once: int
+def run_shard_tasks(
+    tasks: Sequence[ShardTask], template: Callable[[], Any], run: Run, at_once: int
 ) -> tuple[ShardEntry, ...]:
-    """Shards by Ray tasks; those that an earlier run of the same build finished are kept.
-
-    `template` gives the trained empty index, and is asked only where a shard is missing.
-    """
-    kept = [finished_shard(task.version, task.number, task.spec_sha256) for task in tasks]
+    """The shards of some tasks; `template` gives the trained empty index, and is asked only where a shard is missing."""
+    kept = [finished_shard(task.source.index, task.digest) for task in tasks]
     missing = [task for task, entry in zip(tasks, kept, strict=True) if entry is None]
     if len(missing) < len(tasks):
         log(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished already")
     built: list[ShardEntry] = []
     if missing:
-        # Put into the object store once, not once a task.
-        reference = ray.put(template())
-        calls = [(task, reference) for task in missing]
-        built = run_tasks(build_shard, calls, workers, at_once=at_once, progress="built {} of {} shards")
-    entries = {entry.name: entry for entry in [*kept, *built] if entry is not None}
-    return tuple(entries[shard_name(task.number)] for task in tasks)
+        trained = template()
+        calls = [(task, trained) for task in missing]
+        built = run(build_shard, calls, at_once=at_once, progress="built {} of {} shards")
+    entries = {entry.digest: entry for entry in [*kept, *built] if entry is not None}
+    return tuple(entries[task.digest] for task in tasks)
+
+
+def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> IndexManifest:
+    """A version with the search parameters that reach its recall target, and the recall that they reach."""
+    everything = TableRows(
+        index=index,
+        table_version=draft.table_version,
+        unit=draft.metric == "cosine",
+        first=0,
+        last=draft.rows,
+    )
+    queries = run(hold_out, [(everything, seed)])[0]
+    size = max(-(-draft.rows // max(run.at_once, 1)), 1)
+    parts = run(
+        exact_hits,
+        [
+            (
+                dataclasses.replace(everything, first=first, last=min(first + size, draft.rows)),
+                queries,
+                draft.recall_k,
+            )
+            for first in range(0, draft.rows, size)
+        ],
+    )
+    exact = merge_exact(parts, draft.recall_k)
+    threads = run.threads_alone
+    return run(_measure, [(index, draft, queries, exact, threads)])[0]
+
+
+def _measure(
+    index: Location, draft: IndexManifest, queries: Any, exact: Any, num_threads: int
+) -> IndexManifest:
+    found = measure_recall(
+        Index.of_manifest(index, draft), queries, exact, target=draft.recall_target, num_threads=num_threads
+    )
+    record = Measured(
+        version=draft.version,
+        k=draft.recall_k,
+        target=draft.recall_target,
+        recall=found.recall,
+        reached=found.reached,
+        queries=found.num_queries,
+        rows=draft.rows,
+        shards=tuple(entry.digest for entry in draft.shards),
+        curve=found.curve,
+        placement_curve=found.placement_curve,
+    )
+    parameters = {str(draft.recall_k): found.search_parameters}
+    return draft.model_copy(update={"measured": record, "search_parameters": parameters, "changed_rows": 0})
 
 
 def figures(manifest: IndexManifest, started: float, output: str) -> dict[str, Any]:
@@ -190,15 +298,127 @@ def figures(manifest: IndexManifest, started: float, output: str) -> dict[str, A
         "kind": manifest.kind,
         "shards": len(manifest.shards),
         "rows": manifest.rows,
-        "recall": round(manifest.recall, 5),
-        "recall_target_reached": manifest.recall_target_reached,
+        "recall": None if manifest.recall is None else round(manifest.recall, 5),
+        "recall_target_reached": manifest.target_reached,
         "search_parameters": manifest.search_parameters,
         "seconds": round(time.perf_counter() - started, 3),
         "output": output,
     }
 
 
-def _plan(config: IndexBuildConfig, source: EmbeddingsSource) -> IndexPlan:
+def refuse_duplicate_ids(index: Location, table: DocumentTable, run: Run) -> None:
+    """Raises InputError naming an id that stands twice in the table."""
+    parts = -(-table.num_rows // _IDS_PER_TASK)
+    calls = [(index, table.version, number, parts) for number in range(parts)]
+    repeated = [name for found in run(_repeated_ids, calls) for name in found]
+    if repeated:
+        raise InputError(
+            f"id {repeated[0]!r} stands twice in the embeddings ({len(repeated)} such ids or more); ids must be unique, "
+            "so give the corpus unique ids and encode it again"
+        )
+
+
+def _repeated_ids(index: Location, table_version: int, part: int, parts: int) -> list[str]:
+    """Some ids that stand twice, among those whose hash falls into one part of several."""
+    import pandas as pd
+
+    table = DocumentTable.open(index, table_version)
+    hashes = np.empty(table.num_rows, np.uint64)
+    filled = 0
+    for batch in table.scan(["id"]):
+        found = pd.util.hash_array(batch.column("id").to_numpy(zero_copy_only=False), categorize=False)
+        found = found[found % parts == part]
+        hashes[filled : filled + len(found)] = found
+        filled += len(found)
+    hashes = hashes[:filled]
+    hashes.sort()
+    suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    if not len(suspects):
+        return []
+    seen: set[str] = set()
+    repeated: list[str] = []
+    for batch in table.scan(["id"]):
+        names = batch.column("id").to_numpy(zero_copy_only=False)
+        for name in names[np.isin(pd.util.hash_array(names, categorize=False), suspects)]:
+            if name in seen:
+                repeated.append(name)
+            seen.add(name)
+    return repeated
+
+
+def _ingest(index: Location, source: Embeddings, first_row: int, run: Run) -> tuple[DocumentTable, int]:
+    """The embeddings as a version of the table, not yet published, and the number of their first row.
+
+    A version that a killed build of the same embeddings made is taken again.
+    """
+    note = index / WORK_NAME / digest_of(source.identity()) / "table.json"
+    if note.is_file():
+        made = note.read_json()
+        if made["first_row"] >= first_row:
+            log(f"version {made['version']} of the table holds these embeddings already")
+            return DocumentTable.open(index, made["version"]), made["first_row"]
+    schema = table_schema(source.documents_schema(), source.manifest.dim, source.dtype)
+    calls = [(index, source, group, first_row, schema) for group in source.groups()]
+    written = run(_write_group, calls, progress="wrote {} of {} groups of files")
+    fragments = [fragment for part in written for fragment in part]
+    with writing(index, "index build"):
+        table = commit_fragments(index, fragments, schema)
+        # Writers that change the table meanwhile put it back to what is published; this version stays in its history.
+        note.write_json({"version": table.version, "first_row": first_row})
+    return table, first_row
+
+
+def _write_group(
+    index: Location, source: Embeddings, group: tuple[int, int], first_row: int, schema: pa.Schema
+) -> list[str]:
+    """Fragments of the table with the rows of some files; those of a killed build are taken again."""
+    note = (
+        index
+        / WORK_NAME
+        / digest_of(source.identity())
+        / f"rows-{first_row}-files-{group[0]}-{group[1]}.json"
+    )
+    if note.is_file():
+        kept: list[str] = note.read_json()
+        return kept
+
+    def batches() -> Any:
+        row = first_row + source.first_row(group[0])
+        for file in range(*group):
+            for documents, vectors in source.stream(file):
+                yield table_batch(documents, vectors, row, schema)
+                row += len(vectors)
+
+    fragments = write_fragments(index, batches(), schema)
+    note.write_json(fragments)
+    return fragments
+
+
+def remove_work(index: Location, digest: str) -> None:
+    """Take away the notes of a build that is through."""
+    (index / WORK_NAME / digest).delete()
+
+
+def _identity(config: IndexBuildConfig, source: Embeddings, plan: IndexPlan) -> str:
+    """What names this build: rows, what shards are made of them, and the recall that they must reach."""
+    settings = config.model_dump(mode="json", exclude={"embeddings", "output", "workers", "replace"})
+    content = {"rows": source.identity(), "origin": source.origin.model_dump(), "settings": settings}
+    return digest_of(json.loads(json.dumps({**content, "kind": plan.kind, "parameters": plan.parameters})))
+
+
+def _refuse_missed_target(manifest: IndexManifest, target: TargetConfig) -> None:
+    if manifest.target_reached is not False:
+        return
+    what = (
+        f"recall@{manifest.recall_k} is {manifest.recall:.4f} at {manifest.search_parameters}, below target.recall "
+        f"{manifest.recall_target}; another kind may reach it"
+    )
+    if target.on_target_missed == "keep":
+        raise InputError(f"{what}; nothing was published, since on_target_missed is keep")
+    log(what)
+
+
+def _plan(config: IndexBuildConfig, source: Embeddings) -> IndexPlan:
     return plan_index(
         rows=source.rows,
         dim=source.origin.dim,
@@ -213,94 +433,3 @@ def _plan(config: IndexBuildConfig, source: EmbeddingsSource) -> IndexPlan:
         rescore=config.rescore,
         vector_dtype=source.dtype,
     )
-
-
-def _reusable(build: Build, spec: dict[str, Any]) -> IndexManifest | None:
-    manifest = finished_build(build.output, spec, build.target.recall, build.target.k)
-    if manifest is None:
-        return None
-    try:
-        Index.of_manifest(manifest, version_folder(build.output, manifest.version))
-    except FormatError as error:
-        log(f"version {manifest.version} is damaged and is built again: {error}")
-        return None
-    log(f"version {manifest.version} of {build.output} is this build, finished; nothing to build")
-    return manifest
-
-
-def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -> IndexManifest:
-    folder = version_folder(build.output, version)
-    source, plan, placement = build.source, build.plan, None
-    if build.placing == "cluster" and plan.shards > 1:
-        source, ranges, file = place_source(source, schema, plan.shards, folder, build.workers, build.seed)
-        plan = dataclasses.replace(plan, ranges=ranges)
-        placement = PlacementEntry(version=version, shards=len(ranges), file=file)
-    workers = build.workers
-    tasks = [
-        ShardTask(
-            source=source,
-            version=folder,
-            number=number,
-            start=start,
-            end=end,
-            kind=plan.kind,
-            exact_dtype=plan.exact_dtype,
-            documents_schema=schema,
-            spec_sha256=digest,
-            num_threads=workers.num_threads,
-        )
-        for number, (start, end) in enumerate(plan.ranges)
-    ]
-
-    def template() -> Any:
-        call = (source, plan, build.seed, threads_of_lone_task(workers))
-        return run_tasks(train_template, [call], workers, num_gpus=workers.num_gpus)[0]
-
-    draft = IndexManifest(
-        **asdict(build.source.origin),
-        version=version,
-        parent=build.parent,
-        operation=build.operation,
-        kind=plan.kind,
-        kind_reason=plan.reason,
-        parameters=plan.parameters,
-        exact_dtype=plan.exact_dtype,
-        placement=placement,
-        rows=plan.rows,
-        shards=build_shards(tasks, template, workers, plan.tasks_at_once),
-        spec_sha256=digest,
-        recall_k=build.target.k,
-        recall_target=build.target.recall,
-        recall_version=version,
-    )
-    measured = _measure(build, source, plan, draft)
-    remove_placed(folder)
-    return dataclasses.replace(
-        draft,
-        recall=measured.recall,
-        recall_queries=measured.num_queries,
-        recall_target_reached=measured.reached,
-        recall_curve=measured.curve,
-        placement_curve=measured.placement_curve,
-        search_parameters=measured.search_parameters,
-    )
-
-
-def _measure(build: Build, source: VectorSource, plan: IndexPlan, manifest: IndexManifest) -> MeasuredRecall:
-    workers, target = build.workers, build.target
-    folder = version_folder(build.output, manifest.version)
-    queries = run_tasks(hold_out, [(source, build.seed)], workers)[0]
-    calls = [(source, *bounds, queries, target.k) for bounds in plan.ranges]
-    parts = run_tasks(exact_hits, calls, workers)
-    num_threads = threads_of_lone_task(workers)
-
-    def measure() -> MeasuredRecall:
-        return measure_recall(
-            Index.of_manifest(manifest, folder, verify="none"),
-            queries,
-            merge_exact(parts, target.k),
-            target=target.recall,
-            num_threads=num_threads,
-        )
-
-    return run_tasks(measure, [()], workers)[0]

@@ -1,31 +1,29 @@
-"""`raytower index gc`: old versions, and shards that no version needs any more, are removed."""
+"""`raytower index gc`: removing old versions, and what no kept version needs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 from typing import Any
 
 from pydantic import Field
 
 from raytower.config import Config
-from raytower.index.manifest import DELETED_NAME, MANIFEST_NAME, PLACEMENT_NAME, IndexManifest
-from raytower.index.search import deleted_place
-from raytower.index.versions import (
-    BUILD_NAME,
-    collected_versions,
-    current_version,
-    finished_versions,
-    unfinished_versions,
-    version_folder,
-)
-from raytower.runtime import log
+from raytower.index.build import WORK_NAME
+from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, IndexManifest
+from raytower.index.shard_build import SHARD_NAME
+from raytower.index.table import DocumentTable
+from raytower.index.versions import open_manifest, pin_name, version_names, version_place, writing
 from raytower.storage import Location
+
+# What a build that runs now has written is in no version yet.
+_FRESH_SECONDS = 24 * 3600
 
 
 class IndexGcConfig(Config):
-    """`raytower index gc`. The newest `keep` finished versions stay, and the published one with all that it shares.
+    """`raytower index gc`: the newest `keep` versions stay.
 
-    `unfinished` removes as well what builds left that were killed; started again, they would go on from there.
+    What no version needs is taken away once it is a day old, since a build may be at work on it; `unfinished` takes it at
+    once, and with it what a killed build could go on from.
     """
 
     index: str
@@ -33,103 +31,78 @@ class IndexGcConfig(Config):
     unfinished: bool = False
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """What may go: manifests first, so that no version is seen with a part missing."""
-
-    versions: list[str]
-    manifests: list[Location]
-    places: list[Location]
-    bytes: int
-
-
 def collect_garbage(config: IndexGcConfig) -> dict[str, Any]:
-    """Remove what the kept versions do not need.
-
-    Readers in other processes that have an old version open keep answering where the system lets open files live on
-    (local disks, and any index that was fetched to a cache); a version that is not kept cannot be opened again.
+    """Remove versions beyond `keep`, and shards, placements and table data that no kept version needs.
 
     Returns:
-        versions_removed, versions_kept, places_removed, bytes_freed.
+        kept and removed version names, removed shards, freed_bytes.
 
     Raises:
-        InputError: there is no index. FormatError: a kept version's manifest is damaged; nothing is removed then.
+        InputError: there is no index. FormatError: a kept version is damaged. RaytowerError: a writer holds the index.
     """
-    garbage, kept = find_garbage(config)
-    for place in [*garbage.manifests, *garbage.places]:
-        place.delete()
-    log(
-        f"removed {len(garbage.versions)} versions and {len(garbage.places)} folders and files of {config.index}"
-    )
-    return {**_figures(garbage, kept), "index": config.index}
+    index = Location.of(config.index)
+    open_manifest(index)
+    with writing(index, "index gc"):
+        going, kept = _versions(index, config.keep)
+        garbage = _garbage(index, kept, config.unfinished)
+        freed = sum(_bytes(place) for place in garbage)
+        for version in going:
+            version_place(index, version).delete()
+        table = DocumentTable.open(index)
+        table.keep_pins({pin_name(manifest) for manifest in kept})
+        for place in garbage:
+            place.delete()
+        freed += table.clean()
+    return {**_shown(config, going, kept, garbage), "freed_bytes": freed}
 
 
 def plan_gc(config: IndexGcConfig) -> dict[str, Any]:
-    """What would be removed, by name."""
-    garbage, kept = find_garbage(config)
-    return {**_figures(garbage, kept), "places": [str(place) for place in garbage.places]}
-
-
-def find_garbage(config: IndexGcConfig) -> tuple[Garbage, list[str]]:
-    """What may go, and the versions that stay."""
+    """What would go. Raises as `collect_garbage`."""
     index = Location.of(config.index)
-    current = current_version(index)
-    finished = finished_versions(index)
-    kept = sorted({*finished[-config.keep :], current})
-    manifests = [IndexManifest.read(version_folder(index, name)) for name in kept]
-    needed = {place.path for manifest in manifests for place in _places_of(index, manifest)}
-    dropped = [name for name in finished if name not in kept]
-    if config.unfinished:
-        dropped += unfinished_versions(index)
-    gone = [*dropped, *collected_versions(index)]
-    parts = {name: _parts(version_folder(index, name)) for name in [*gone, *kept]}
-    unneeded = [place for places in parts.values() for place in places if place.path not in needed]
-    emptied = [name for name in gone if not any(place.path in needed for place in parts[name])]
-    # Claims in object stores are never removed: a builder that comes late must see that the version was taken.
-    folders = [version_folder(index, name) for name in emptied] if index.is_local else []
-    garbage = Garbage(
-        versions=dropped,
-        # Without build.json nobody takes the folder up again.
-        manifests=[
-            version_folder(index, name) / file for name in dropped for file in (MANIFEST_NAME, BUILD_NAME)
-        ],
-        places=[*unneeded, *folders],
-        bytes=sum(_size(place) for place in unneeded),
-    )
-    return garbage, kept
+    open_manifest(index)
+    going, kept = _versions(index, config.keep)
+    garbage = _garbage(index, kept, config.unfinished)
+    return {**_shown(config, going, kept, garbage), "freed_bytes": sum(_bytes(place) for place in garbage)}
 
 
-def _places_of(index: Location, manifest: IndexManifest) -> list[Location]:
-    """Folders and files that a version reads."""
-    versions = version_folder(index, manifest.version).parent
-    places = [versions / entry.version / entry.name for entry in manifest.shards]
-    places += [deleted_place(versions, entry) for entry in manifest.shards if entry.deleted]
-    if manifest.placement is not None:
-        places.append(versions / manifest.placement.version / PLACEMENT_NAME)
-    return places
-
-
-def _parts(folder: Location) -> list[Location]:
-    """Shard folders, tombstones and the placement file of a version."""
-    parts = []
-    for child in folder.children():
-        if child.name == DELETED_NAME:
-            parts += child.children()
-        elif child.name.startswith("shard-") or child.name == PLACEMENT_NAME:
-            parts.append(child)
-    return parts
-
-
-def _size(place: Location) -> int:
-    if place.is_file():
-        return place.size_bytes()
-    return sum(child.size_bytes() for child in place.children(recursive=True) if child.is_file())
-
-
-def _figures(garbage: Garbage, kept: list[str]) -> dict[str, Any]:
+def _shown(
+    config: IndexGcConfig, going: list[str], kept: list[IndexManifest], garbage: list[Location]
+) -> dict[str, Any]:
+    shards = [place.name for place in garbage if place.parent.name == SHARDS_NAME]
     return {
-        "versions_removed": garbage.versions,
-        "versions_kept": kept,
-        "places_removed": len(garbage.places),
-        "bytes_freed": garbage.bytes,
+        "index": config.index,
+        "kept": [manifest.version for manifest in kept],
+        "removed": going,
+        "removed_shards": shards,
     }
+
+
+def _versions(index: Location, keep: int) -> tuple[list[str], list[IndexManifest]]:
+    names = version_names(index)
+    return names[:-keep], [open_manifest(index, name) for name in names[-keep:]]
+
+
+def _garbage(index: Location, kept: list[IndexManifest], unfinished: bool) -> list[Location]:
+    needed = {entry.digest for manifest in kept for entry in manifest.shards}
+    needed |= {manifest.placement.digest for manifest in kept if manifest.placement}
+    places = [
+        *(index / SHARDS_NAME).children(),
+        *(index / PLACEMENTS_NAME).children(),
+        *(index / WORK_NAME).children(),
+    ]
+    return [
+        place
+        for place in places
+        if place.name.removesuffix(".npz") not in needed and (unfinished or _age(place) > _FRESH_SECONDS)
+    ]
+
+
+def _age(place: Location) -> float:
+    """Seconds since what lies there was finished."""
+    marked = place / SHARD_NAME if (place / SHARD_NAME).is_file() else place
+    written = marked.info().mtime
+    return time.time() - written.timestamp() if written is not None else 0.0
+
+
+def _bytes(place: Location) -> int:
+    return sum(size for _, size in place.files()) if place.is_dir() else place.size_bytes()

@@ -1,4 +1,4 @@
-"""`raytower index compact`: added and deleted rows folded into a new build, from what the shards themselves hold."""
+"""`raytower index compact`: every document into new shards, on an index that may change meanwhile."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Any, Literal
 from pydantic import Field
 
 from raytower.config import ByteSize, Config
-from raytower.errors import InputError
-from raytower.index.build import Build, figures, make_version
-from raytower.index.config import IndexKind, IndexWorkersConfig, Placing, TargetConfig
-from raytower.index.manifest import IndexManifest
+from raytower.index.build import ShardPlan, build_shards, figures, measured
+from raytower.index.config import IndexKind, IndexWorkersConfig, Placing
+from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, plan_index
-from raytower.index.reader import open_manifest
-from raytower.index.source import VersionSource
-from raytower.index.stored import WHOLE_VECTOR_KINDS
-from raytower.index.versions import publish
+from raytower.index.shard_build import digest_of
+from raytower.index.table import DocumentTable
+from raytower.index.tasks import OnRay
+from raytower.index.versions import changing, next_version, open_manifest, publish
 from raytower.runtime import log
 from raytower.storage import Location
 
 
 class IndexCompactConfig(Config):
-    """`raytower index compact`. `kind`, `placement`, `recall` and `recall_k` null are the published version's own."""
+    """`raytower index compact`. `kind`, `placement`, `recall` and `recall_k` null are the newest version's own."""
 
     index: str
     kind: IndexKind | None = None
@@ -36,52 +35,73 @@ class IndexCompactConfig(Config):
 
 
 def compact_index(config: IndexCompactConfig) -> dict[str, Any]:
-    """Build the live rows of the published version anew and publish that; it equals a fresh build over those rows.
+    """Build shards over all documents anew and publish them; what is published meanwhile is carried over.
 
-    Does nothing where nothing was added or deleted and no other kind is asked for.
+    Does nothing where nothing changed since the shards were built and nothing else is asked for.
 
     Returns:
-        what `index build` returns, and compacted, shards_before, deleted_before.
+        what `index build` returns, and compacted, shards_before.
 
     Raises:
-        InputError: a shard keeps codes only, so that its vectors cannot be had; what does not fit. FormatError: damaged
-        files. RaytowerError: another version was published meanwhile.
+        InputError: what does not fit. FormatError: damaged files. RaytowerError: a task failed.
     """
     started = time.perf_counter()
     index = Location.of(config.index)
-    parent, _ = open_manifest(index)
-    before = {"shards_before": len(parent.shards), "deleted_before": parent.deleted_rows}
-    if not _needs_compaction(config, parent):
-        log(f"version {parent.version} of {index} holds no added or deleted rows; nothing to compact")
-        return {**figures(parent, started, config.index), **before, "compacted": False}
-    source, plan = _plan(config, index, parent)
-    manifest = make_version(
-        Build(
-            source=source,
-            output=index,
-            plan=plan,
-            target=_target(config, parent),
-            workers=config.workers,
-            placing=_placing(config, parent),
-            seed=config.seed,
-            operation="compact",
-            parent=parent.version,
-            check=lambda: source.opened.documents_schema,
+    before = open_manifest(index)
+    shown = {"shards_before": len(before.shards)}
+    if not _needs_compaction(config, before):
+        log(
+            f"version {before.version} of {index} has no changes since its shards were built; nothing to compact"
         )
+        return {**figures(before, started, config.index), **shown, "compacted": False}
+    run = OnRay(config.workers)
+    plan = _plan(config, before)
+    shards = ShardPlan(
+        index=index,
+        table=DocumentTable.open(index, before.table_version),
+        origin=before.origin,
+        plan=plan,
+        placing=_placing(config, before),
+        seed=config.seed,
+        # A number of the table's versions is given once, so it names what the rows hold.
+        made_of={"format": FORMAT_VERSION, "table_version": before.table_version},
     )
-    publish(index, manifest.version, instead_of=parent.version)
-    return {**figures(manifest, started, config.index), **before, "compacted": True}
+    entries, placement = build_shards(shards, run)
+    with changing(index, "index compact") as writer:
+        newest, table = writer.manifest, writer.table.tidied()
+        # Shards are derived: those of changes published since stand beside the new ones, over the newest table.
+        later = tuple(entry for entry in newest.shards if entry not in before.shards)
+        draft = newest.model_copy(
+            update={
+                "version": next_version(newest.version),
+                "parent": newest.version,
+                "operation": "compact",
+                "identity": digest_of({"compact": [entry.digest for entry in entries]}),
+                "table_version": table.version,
+                "kind": plan.kind,
+                "kind_reason": plan.reason,
+                "parameters": plan.parameters,
+                "exact_dtype": plan.exact_dtype,
+                "shards": (*entries, *later),
+                "placement": placement,
+                "search_parameters": {"1": {}},
+                "recall_k": config.recall_k or newest.recall_k,
+                "recall_target": config.recall or newest.recall_target,
+            }
+        )
+        manifest = measured(index, draft, run, config.seed)
+        publish(index, manifest)
+    return {**figures(manifest, started, config.index), **shown, "compacted": True}
 
 
 def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     """The plan for --dry-run. Raises as `compact_index`."""
-    index = Location.of(config.index)
-    parent, _ = open_manifest(index)
-    if not _needs_compaction(config, parent):
-        return {"parent": parent.version, "compacted": False}
-    _, plan = _plan(config, index, parent)
+    before = open_manifest(config.index)
+    if not _needs_compaction(config, before):
+        return {"parent": before.version, "compacted": False}
+    plan = _plan(config, before)
     return {
-        "parent": parent.version,
+        "parent": before.version,
         "compacted": True,
         "rows": plan.rows,
         "kind": plan.kind,
@@ -91,48 +111,34 @@ def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     }
 
 
-def _needs_compaction(config: IndexCompactConfig, parent: IndexManifest) -> bool:
-    changed = parent.deleted_rows > 0 or parent.operation in ("add", "delete")
-    other_kind = config.kind not in (None, parent.kind)
-    return changed or other_kind or _placing(config, parent) != _placed(parent) or config.shards != "auto"
+def _needs_compaction(config: IndexCompactConfig, before: IndexManifest) -> bool:
+    held = sum(entry.rows for entry in before.shards)
+    changed = (
+        held != before.rows
+        or any(entry.kind != before.kind for entry in before.shards)
+        or before.changed_rows > 0
+    )
+    other_kind = config.kind not in (None, before.kind)
+    return changed or other_kind or _placing(config, before) != _placed(before) or config.shards != "auto"
 
 
-def _plan(
-    config: IndexCompactConfig, index: Location, parent: IndexManifest
-) -> tuple[VersionSource, IndexPlan]:
-    for entry in parent.shards:
-        if entry.kind not in WHOLE_VECTOR_KINDS and "exact.npy" not in entry.files:
-            raise InputError(
-                f"index version {parent.version} is of kind {entry.kind} without exact vectors, so it cannot be built "
-                "anew from itself; build it from its embeddings, with rescore: true"
-            )
-    source = VersionSource(index, parent.version)
-    plan = plan_index(
-        rows=parent.rows,
-        dim=parent.dim,
-        kind=config.kind or parent.kind,
+def _plan(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
+    return plan_index(
+        rows=before.rows,
+        dim=before.dim,
+        kind=config.kind or before.kind,
         shards=config.shards,
-        recall=_target(config, parent).recall,
+        recall=config.recall or before.recall_target,
         memory_bytes=int(config.memory),
         num_workers=config.workers.max,
-        text_bytes=source.text_bytes,
-        rescore="auto" if config.kind not in (None, parent.kind) else parent.exact_dtype is not None,
-        vector_dtype=source.dtype,
-    )
-    return source, plan
-
-
-def _target(config: IndexCompactConfig, parent: IndexManifest) -> TargetConfig:
-    return TargetConfig(
-        recall=config.recall or parent.recall_target,
-        k=config.recall_k or parent.recall_k,
-        memory=config.memory,
+        rescore="auto" if config.kind not in (None, before.kind) else before.exact_dtype is not None,
+        vector_dtype=before.vector_dtype,
     )
 
 
-def _placed(parent: IndexManifest) -> Placing:
-    return "rows" if parent.placement is None else "cluster"
+def _placed(before: IndexManifest) -> Placing:
+    return "rows" if before.placement is None else "cluster"
 
 
-def _placing(config: IndexCompactConfig, parent: IndexManifest) -> Placing:
-    return config.placement or _placed(parent)
+def _placing(config: IndexCompactConfig, before: IndexManifest) -> Placing:
+    return config.placement or _placed(before)

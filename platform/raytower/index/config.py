@@ -10,6 +10,7 @@ from raytower.config import ByteSize, Config
 
 BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 Placing = Literal["rows", "cluster"]
+Metric = Literal["cosine", "inner_product"]
 ExactDtype = Literal["float16", "float32"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
@@ -19,12 +20,14 @@ class TargetConfig(Config):
 
     `memory` bounds both one process that searches all shards and the build tasks that run at once. `latency_ms` is one
     query's time on one core, as the planner predicts it; it decides between the kinds that fit the memory.
+    `on_target_missed` publishes an index that misses the recall, with a warning, or keeps it back.
     """
 
     recall: float = Field(default=0.95, gt=0, le=1)
     k: int = Field(default=10, ge=1)
     memory: ByteSize = ByteSize(8 * 2**30)
     latency_ms: float | None = Field(default=None, gt=0)
+    on_target_missed: Literal["publish", "keep"] = "publish"
 
 
 class IndexWorkersConfig(Config):
@@ -47,7 +50,8 @@ class IndexBuildConfig(Config):
     """`raytower index build`.
 
     `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
-    visit all shards. `rescore` keeps whole vectors beside the codes of ivf_sq8 and ivf_pq and scores the best
+    visit all shards. `indexed` names columns that filters ask often; each gets a scalar index. `replace` lets the build take
+    the place of an index that was changed since it was built. `rescore` keeps whole vectors beside the codes of ivf_sq8 and ivf_pq and scores the best
     candidates with them; auto does.
     """
 
@@ -57,6 +61,8 @@ class IndexBuildConfig(Config):
     shards: Literal["auto"] | int = "auto"
     placement: Placing = "rows"
     rescore: Literal["auto"] | bool = "auto"
+    indexed: list[str] = Field(default_factory=list)
+    replace: bool = False
     target: TargetConfig = TargetConfig()
     workers: IndexWorkersConfig = IndexWorkersConfig()
     seed: int = Field(default=0, ge=0)

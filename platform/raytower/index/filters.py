@@ -1,20 +1,20 @@
-"""Filters: a JSON condition on the metadata columns of documents, evaluated into a mask of the rows that match.
+"""Filters: a JSON condition on the columns of documents, turned into the SQL that the table evaluates.
 
     {"lang": "zh"}                                   equals
     {"year": {"$gte": 2000, "$lt": 2010}}            several conditions in one object mean and
     {"$or": [{"lang": {"$in": ["zh", "en"]}}, {"$not": {"year": {"$lt": 1990}}}]}
+    {"metadata.lang": "zh"}                          a member of a column that holds objects
 
 Operators of a column: $eq $ne $gt $gte $lt $lte $in $nin. Operators of filters: $and and $or take a list of one or more
 filters, $not takes one. The grammar is that of MongoDB, Pinecone and Chroma.
 
-A comparison is false where the value is null. $ne, $nin and $not are the plain negation of $eq, $in and a filter, so
-they hold where the value is null. A null literal asks for null itself: {"x": null} is null, {"x": {"$ne": null}} is not
-null, and null in a list of $in or $nin adds null to it.
+Null and NaN follow SQL. No comparison holds where the value is null, $ne, $nin and $not of a comparison included. A null
+literal asks for null itself: {"x": null} is null, {"x": {"$ne": null}} is not null, and null in a list of $in adds null
+to it, null in a list of $nin takes null out, as it is out anyway. NaN equals itself and is greater than any number.
 
 How literals meet columns:
     integers      integers, also floats without a fraction. A literal beyond the column's range compares as a number.
-    floats        numbers; a float is rounded to the column's width, an integer must be exact in it. A stored NaN equals
-                  nothing and is no null.
+    floats        numbers; a float is rounded to the column's width, an integer must be exact in it.
     decimals      numbers, by the digits written, which must fit the column's scale.
     strings       strings; order is that of code points.
     booleans      true and false; $eq, $ne, $in and $nin only.
@@ -23,7 +23,7 @@ How literals meet columns:
                   offset the time is UTC where the column has a time zone; an offset is refused where it has none.
     lists         $eq means that the list contains the value, $in that it contains one of them, as in MongoDB; $ne and
                   $nin are their negation. There is no order on lists.
-Dictionary-encoded columns compare as their values. Other types can only be asked whether they are null.
+Other types can only be asked whether they are null.
 """
 
 from __future__ import annotations
@@ -35,25 +35,20 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from raytower.errors import FormatError, InputError
+from raytower.errors import InputError
 
-Mask = NDArray[np.bool_]
-_Columns = Mapping[str, pa.Array]
-MAX_DEPTH = 32
-EMBEDDING_COLUMN = "embedding"
-# Rows evaluated at once: the masks and offsets in flight stay small however large the record batches are.
-_ROWS_AT_ONCE = 1 << 17
+MAX_DEPTH = 16
+MAX_CONDITIONS = 256
+MAX_MEMBERS = 10_000
 # Beyond every float; Python writes no decimal digits of far larger integers.
 _MAX_BITS = 1024
-_ORDERS = {"$gt": "greater", "$gte": "greater_equal", "$lt": "less", "$lte": "less_equal"}
+_ORDERS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 _COLUMN_OPERATORS = ("$eq", "$ne", *_ORDERS, "$in", "$nin")
 _FILTER_OPERATORS = ("$and", "$or", "$not")
 _INSTANT = re.compile(
@@ -64,268 +59,127 @@ _INSTANT = re.compile(
 _NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 
 
-@dataclass(frozen=True)
-class Filter:
-    """A parsed filter. Two filters with equal keys over equal columns match the same rows."""
-
-    key: str  # canonical JSON
-    columns: tuple[pa.Field, ...]  # what it reads
-    _condition: _Condition = field(compare=False, repr=False)
-
-    def mask(self, table: pa.Table) -> Mask:
-        """Which rows of `table` match, (rows,). Reads record batch by record batch and copies no column whole.
-
-        A column that the table lacks is null in every row. One of a narrower type than the schema's, as a shard that
-        was added later may have, is widened batch by batch.
-
-        Raises:
-            FormatError: a column does not fit the type that the filter was made for.
-        """
-        present = [column for column in self.columns if column.name in table.schema.names]
-        mask = np.zeros(table.num_rows, np.bool_)
-        if not present:
-            mask[:] = self._condition.mask({column.name: pa.nulls(1, column.type) for column in self.columns})
-            return mask
-        start = 0
-        for batch in table.select([column.name for column in present]).to_batches(_ROWS_AT_ONCE):
-            mask[start : start + batch.num_rows] = self._condition.mask(_conformed(batch, self.columns))
-            start += batch.num_rows
-        return mask
-
-
-def parse_filter(value: object, schema: pa.Schema) -> Filter:
-    """A filter over the columns of `schema`, all but the embedding, from decoded JSON.
+def to_sql(value: object, schema: pa.Schema) -> str:
+    """A filter over the columns of `schema`, from decoded JSON, as an SQL condition.
 
     Raises:
         InputError: an unknown column or operator, a wrong shape, a literal that does not fit its column, NaN or
-            infinity, or filters nested more than 32 deep; the message names the place.
+            infinity, or more nesting, conditions or members than are taken; the message names the place.
     """
-    parser = _Parser(schema)
-    condition = parser.filter(value, "filter", 0)
-    key = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return Filter(key, tuple(schema.field(name) for name in sorted(parser.used)), condition)
+    return _Parser(schema).filter(value, "filter", 0)
 
 
-def _conformed(batch: pa.RecordBatch, columns: tuple[pa.Field, ...]) -> dict[str, pa.Array]:
-    """The columns with the types that the filter was made for."""
-    arrays = {}
-    for column in columns:
-        if column.name not in batch.schema.names:
-            arrays[column.name] = pa.nulls(batch.num_rows, column.type)
-            continue
-        array = batch.column(column.name)
-        try:
-            arrays[column.name] = array if _fits(array.type, column.type) else array.cast(column.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise FormatError(
-                f"column {column.name!r} of the documents is {array.type}, which does not become {column.type} as the "
-                f"filter needs: {error}; build the index again"
-            ) from error
-    return arrays
-
-
-def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
-    if pa.types.is_dictionary(found) and pa.types.is_dictionary(wanted):
-        return found.value_type == wanted.value_type  # a test never looks at the type of the indices
-    return found == wanted
-
-
-# Conditions on rows
-
-
-class _Condition(Protocol):
-    def mask(self, columns: _Columns) -> Mask: ...
-
-
-@dataclass(frozen=True)
-class _OnColumn:
-    name: str
-    test: _Test
-
-    def mask(self, columns: _Columns) -> Mask:
-        return self.test.mask(columns[self.name])
-
-
-@dataclass(frozen=True)
-class _All:
-    parts: tuple[_Condition, ...]
-
-    def mask(self, columns: _Columns) -> Mask:
-        return np.logical_and.reduce([part.mask(columns) for part in self.parts])
-
-
-@dataclass(frozen=True)
-class _Any:
-    parts: tuple[_Condition, ...]
-
-    def mask(self, columns: _Columns) -> Mask:
-        return np.logical_or.reduce([part.mask(columns) for part in self.parts])
-
-
-@dataclass(frozen=True)
-class _Negated:
-    part: _Condition
-
-    def mask(self, columns: _Columns) -> Mask:
-        return ~self.part.mask(columns)
-
-
-# Tests of a column's values; each is false where the value is null, _IsNull aside
-
-
-class _Test(Protocol):
-    def mask(self, array: pa.Array) -> Mask: ...
-
-
-@dataclass(frozen=True)
-class _IsNull:
-    def mask(self, array: pa.Array) -> Mask:
-        return _to_mask(pc.is_null(array))
-
-
-@dataclass(frozen=True)
-class _Always:
-    """The same answer for every value, as for a literal that no value of the column's type can equal."""
-
-    answer: bool
-
-    def mask(self, array: pa.Array) -> Mask:
-        return _to_mask(pc.is_valid(array)) & self.answer
-
-
-@dataclass(frozen=True)
-class _Compared:
-    function: str  # of pyarrow.compute
-    literal: pa.Scalar
-
-    def mask(self, array: pa.Array) -> Mask:
-        return _to_mask(pc.call_function(self.function, [_comparable(array), self.literal]))
-
-
-@dataclass(frozen=True)
-class _OneOf:
-    literals: pa.Array
-
-    def mask(self, array: pa.Array) -> Mask:
-        return _to_mask(pc.is_in(_comparable(array), value_set=self.literals, skip_nulls=True))
-
-
-@dataclass(frozen=True)
-class _OrNull:
-    test: _Test
-
-    def mask(self, array: pa.Array) -> Mask:
-        return self.test.mask(array) | _to_mask(pc.is_null(array))
-
-
-@dataclass(frozen=True)
-class _OfDictionary:
-    """Tests each value of a dictionary once, then looks rows up by their index."""
-
-    test: _Test
-
-    def mask(self, array: pa.Array) -> Mask:
-        if len(array.dictionary) > len(array):
-            return self.test.mask(array.dictionary_decode())
-        matches = np.append(self.test.mask(array.dictionary), False)  # the last entry is for null
-        return matches[array.indices.cast(pa.int64()).fill_null(len(array.dictionary)).to_numpy()]
-
-
-@dataclass(frozen=True)
-class _Contains:
-    test: _Test
-
-    def mask(self, array: pa.Array) -> Mask:
-        mask = np.zeros(len(array), np.bool_)
-        parents = pc.list_parent_indices(array).to_numpy(zero_copy_only=False)
-        mask[parents[self.test.mask(pc.list_flatten(array))]] = True
-        return mask
-
-
-def _to_mask(answers: pa.BooleanArray) -> Mask:
-    return answers.fill_null(False).to_numpy(zero_copy_only=False)
-
-
-def _comparable(array: pa.Array) -> pa.Array:
-    comparable = _comparable_type(array.type)
-    if comparable == array.type:
-        return array
-    return array.view(comparable) if pa.types.is_temporal(array.type) else array.cast(comparable)
-
-
-def _comparable_type(kind: pa.DataType) -> pa.DataType:
-    """What values of a type are compared as: moments as their counts, types without all kernels as wider ones."""
-    if pa.types.is_date32(kind):
-        return pa.int32()
-    if pa.types.is_date64(kind) or pa.types.is_timestamp(kind):
-        return pa.int64()
-    if pa.types.is_float16(kind):
-        return pa.float32()
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_decimal(kind) and kind.bit_width < 128:
-        return pa.decimal128(kind.precision, kind.scale)
-    return kind
-
-
-# Parsing
+def sql_literal(field: pa.Field, value: object, where: str) -> str:
+    """A JSON value as an SQL literal of a column's type. Raises InputError where it does not fit."""
+    if value is None:
+        return "NULL"
+    literal = _literal(field, value, where)
+    if literal.side:
+        raise InputError(
+            f"{where} is {_shown(value)}, which is beyond the range of column {field.name!r} ({field.type})"
+        )
+    return _sql(literal, _element_type(field.type))
 
 
 class _Parser:
-    """Turns JSON into conditions; `used` gathers the columns that they read."""
+    """Turns JSON into conditions, counting them."""
 
     def __init__(self, schema: pa.Schema) -> None:
-        self.used: set[str] = set()
         self._schema = schema
-        self._columns = [name for name in dict.fromkeys(schema.names) if name != EMBEDDING_COLUMN]
+        self._conditions = 0
+        self._members = 0
 
-    def filter(self, value: object, where: str, depth: int) -> _Condition:
+    def filter(self, value: object, where: str, depth: int) -> str:
         if depth > MAX_DEPTH:
             raise InputError(
                 f"{_shorten(where)} is nested more than {MAX_DEPTH} filters deep; flatten the filter"
             )
-        parts: list[_Condition] = []
+        parts: list[str] = []
         for key, inner in _members(value, where).items():
             place = f"{where}.{key}"
             if key == "$not":
-                parts.append(_Negated(self.filter(inner, place, depth + 1)))
+                parts.append(f"NOT ({self.filter(inner, place, depth + 1)})")
             elif key in _FILTER_OPERATORS:
                 if not isinstance(inner, list) or not inner:
                     raise InputError(f"{place} is {_shown(inner)}; it takes a list of one or more filters")
-                members = tuple(
+                members = [
                     self.filter(item, f"{place}[{number}]", depth + 1) for number, item in enumerate(inner)
-                )
-                parts.append(_All(members) if key == "$and" else _Any(members))
-            elif key.startswith("$") and key not in self._columns:
+                ]
+                parts.append((" AND " if key == "$and" else " OR ").join(f"({member})" for member in members))
+            elif key.startswith("$") and key not in self._schema.names:
                 raise InputError(_unknown_operator(key, where, _FILTER_OPERATORS))
             else:
                 parts.append(self._column(key, inner, place))
-        return parts[0] if len(parts) == 1 else _All(tuple(parts))
+        return _all(parts)
 
-    def _column(self, name: str, value: object, where: str) -> _Condition:
-        column = self._field(name, where)
+    def _column(self, name: str, value: object, where: str) -> str:
+        column, path = self._find(name, where)
         if not isinstance(value, dict):
-            return _condition(column, "$eq", value, where)
-        parts: list[_Condition] = []
+            return self._condition(column, path, "$eq", value, where)
+        if pa.types.is_struct(column.type) and not any(str(key).startswith("$") for key in value):
+            return _all(
+                [self._column(f"{name}.{key}", inner, f"{where}.{key}") for key, inner in value.items()]
+            )
+        parts = []
         for operator, literal in _members(value, where).items():
             if operator not in _COLUMN_OPERATORS:
                 raise InputError(_unknown_operator(operator, where, _COLUMN_OPERATORS))
-            parts.append(_condition(column, operator, literal, f"{where}.{operator}"))
-        return parts[0] if len(parts) == 1 else _All(tuple(parts))
+            parts.append(self._condition(column, path, operator, literal, f"{where}.{operator}"))
+        return _all(parts)
 
-    def _field(self, name: str, where: str) -> pa.Field:
-        if name not in self._columns:
-            known = ", ".join(repr(column) for column in self._columns)
-            nearest = difflib.get_close_matches(name, self._columns, n=1, cutoff=0.0)
-            hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
-            raise InputError(f"{where}: there is no column {name!r}; {hint}columns are {known}")
-        indices = self._schema.get_all_field_indices(name)
-        if len(indices) > 1:
+    def _find(self, name: str, where: str) -> tuple[pa.Field, str]:
+        """A column, or a member of one that holds objects; and how SQL names it."""
+        if name in self._schema.names:
+            return self._schema.field(name), f"`{name}`"
+        # The longest column that begins the name, for names that hold dots themselves.
+        for head in sorted(self._schema.names, key=len, reverse=True):
+            field = self._schema.field(head)
+            path = f"`{head}`"
+            rest = name.removeprefix(f"{head}.")
+            while rest != name and pa.types.is_struct(field.type):
+                step = next(
+                    (
+                        child
+                        for child in _children(field.type)
+                        if rest in (child.name,) or rest.startswith(f"{child.name}.")
+                    ),
+                    None,
+                )
+                if step is None:
+                    break
+                field, path = pa.field(name, step.type), f"{path}.`{step.name}`"
+                if rest == step.name:
+                    return field, path
+                rest = rest.removeprefix(f"{step.name}.")
+        known = ", ".join(repr(column) for column in self._schema.names)
+        nearest = difflib.get_close_matches(name, self._schema.names, n=1, cutoff=0.0)
+        hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
+        raise InputError(f"{where}: there is no column {name!r}; {hint}columns are {known}")
+
+    def _condition(self, column: pa.Field, path: str, operator: str, literal: object, where: str) -> str:
+        self._conditions += 1
+        if self._conditions > MAX_CONDITIONS:
             raise InputError(
-                f"{where}: {len(indices)} columns are named {name!r}; rename them and build again"
+                f"{_shorten(where)}: the filter has more than {MAX_CONDITIONS} conditions; use $in, or fewer"
             )
-        self.used.add(name)
-        return self._schema.field(indices[0])
+        if operator in ("$in", "$nin"):
+            self._members += len(literal) if isinstance(literal, list) else 0
+            if self._members > MAX_MEMBERS:
+                raise InputError(
+                    f"{_shorten(where)}: the lists of the filter have more than {MAX_MEMBERS} members in all"
+                )
+            return _membership(column, path, operator == "$nin", literal, where)
+        if operator in _ORDERS:
+            return _ordering(column, path, operator, literal, where)
+        return _equality(column, path, operator == "$ne", literal, where)
+
+
+def _all(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else " AND ".join(f"({part})" for part in parts)
+
+
+def _children(kind: pa.StructType) -> list[pa.Field]:
+    return [kind.field(number) for number in range(kind.num_fields)]
 
 
 def _members(value: object, where: str) -> Mapping[str, object]:
@@ -340,26 +194,21 @@ def _members(value: object, where: str) -> Mapping[str, object]:
     return value
 
 
-def _condition(column: pa.Field, operator: str, literal: object, where: str) -> _Condition:
-    if operator in ("$in", "$nin"):
-        test = _membership(column, literal, where)
-    elif operator in _ORDERS:
-        test = _ordering(column, operator, literal, where)
-    else:
-        test = _equality(column, literal, where)
-    condition = _OnColumn(column.name, test)
-    return _Negated(condition) if operator in ("$ne", "$nin") else condition
-
-
-def _equality(column: pa.Field, value: object, where: str) -> _Test:
+def _equality(column: pa.Field, path: str, negated: bool, value: object, where: str) -> str:
     if value is None:
-        return _IsNull()
+        return f"{path} IS NOT NULL" if negated else f"{path} IS NULL"
     if isinstance(value, list):
         raise InputError(f"{where} is {_shown(value)}; to match any of several values write {{'$in': [...]}}")
-    return _wrapped(column.type, _compared(column, "equal", _literal(column, value, where)))
+    literal = _literal(column, value, where)
+    if literal.side:
+        return _never(path, negated)
+    shown = _sql(literal, _element_type(column.type))
+    if _is_list(column.type):
+        return f"{'NOT ' if negated else ''}array_has({path}, {shown})"
+    return f"{path} {'!=' if negated else '='} {shown}"
 
 
-def _ordering(column: pa.Field, operator: str, value: object, where: str) -> _Test:
+def _ordering(column: pa.Field, path: str, operator: str, value: object, where: str) -> str:
     element = _element_type(column.type)
     if _is_list(column.type) or pa.types.is_boolean(element):
         raise InputError(
@@ -369,56 +218,43 @@ def _ordering(column: pa.Field, operator: str, value: object, where: str) -> _Te
         raise InputError(
             f"{where} is null, which has no order; to ask for null write {{{column.name!r}: null}}"
         )
-    return _wrapped(column.type, _compared(column, _ORDERS[operator], _literal(column, value, where)))
+    literal = _literal(column, value, where)
+    if literal.side:
+        return _never(path, negated=operator.startswith("$lt") == (literal.side > 0))
+    return f"{path} {_ORDERS[operator]} {_sql(literal, element)}"
 
 
-def _membership(column: pa.Field, values: object, where: str) -> _Test:
+def _membership(column: pa.Field, path: str, negated: bool, values: object, where: str) -> str:
     if not isinstance(values, list):
         raise InputError(f"{where} is {_shown(values)}; it takes a list of values")
+    element = _element_type(column.type)
     literals = [
         _literal(column, value, f"{where}[{number}]")
         for number, value in enumerate(values)
         if value is not None
     ]
-    # A column compares with no literal at all only when none is given, as in {"$in": [null]}.
-    if not literals:
-        test: _Test = _Always(False)
+    inside = [_sql(literal, element) for literal in literals if not literal.side]
+    if not inside:
+        condition = _never(path, negated)
+    elif _is_list(column.type):
+        condition = f"{'NOT ' if negated else ''}array_has_any({path}, [{', '.join(inside)}])"
     else:
-        inside = [literal.value for literal in literals if not literal.side]
-        if pa.types.is_floating(_element_type(column.type)):
-            # Sets of floats go by their bits, which differ for the two zeros.
-            inside += [-value for value in inside if value == 0]
-        comparable = _comparable_type(_element_type(column.type))
-        test = _wrapped(column.type, _OneOf(pa.array(inside, comparable)))
-    return _OrNull(test) if None in values else test
+        condition = f"{path} {'NOT IN' if negated else 'IN'} ({', '.join(inside)})"
+    return f"({condition}) OR {path} IS NULL" if None in values and not negated else condition
 
 
-def _compared(column: pa.Field, function: str, literal: _Literal) -> _Test:
-    if literal.side:
-        return _Always(function.startswith("less" if literal.side > 0 else "greater"))
-    return _Compared(function, pa.scalar(literal.value, _comparable_type(_element_type(column.type))))
+def _never(path: str, negated: bool) -> str:
+    """A comparison that holds for no value, or for every value; never for null."""
+    return f"{path} IS NOT NULL" if negated else f"({path} IS NULL AND {path} IS NOT NULL)"
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return any(
-        is_kind(kind)
-        for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-    )
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _element_type(kind: pa.DataType) -> pa.DataType:
-    """What a literal is compared with: the values of a dictionary, the members of a list."""
-    if _is_list(kind):
-        return kind.value_type.value_type if pa.types.is_dictionary(kind.value_type) else kind.value_type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _wrapped(kind: pa.DataType, test: _Test) -> _Test:
-    """A test of elements as a test of the column that holds them."""
-    if _is_list(kind):
-        return _Contains(_wrapped(kind.value_type, test))
-    return _OfDictionary(test) if pa.types.is_dictionary(kind) else test
+    """What a literal is compared with: of a list, its members."""
+    return kind.value_type if _is_list(kind) else kind
 
 
 # Literals
@@ -426,7 +262,7 @@ def _wrapped(kind: pa.DataType, test: _Test) -> _Test:
 
 @dataclass(frozen=True)
 class _Literal:
-    """A literal in the comparable type of its column, or the side on which it lies beyond that type's range."""
+    """A literal of a column's type (days or ticks for moments), or the side on which it lies beyond that type's range."""
 
     value: Any
     side: int = 0  # -1 below every value of the type, 1 above
@@ -434,6 +270,28 @@ class _Literal:
 
 class _Misfit(Exception):
     """A literal does not fit its column; the message says what does."""
+
+
+def _sql(literal: _Literal, kind: pa.DataType) -> str:
+    value = literal.value
+    if pa.types.is_boolean(kind):
+        return "true" if value else "false"
+    if pa.types.is_date(kind):
+        days = value if pa.types.is_date32(kind) else value // 86_400_000
+        return f"DATE '{datetime.date(1970, 1, 1) + datetime.timedelta(days=days)}'"
+    if pa.types.is_timestamp(kind):
+        seconds, ticks = divmod(value * _NANOSECONDS[kind.unit], 10**9)
+        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+        zone = "Z" if kind.tz else ""
+        unit = {"s": 0, "ms": 3, "us": 6, "ns": 9}[kind.unit]
+        return f"CAST('{moment.isoformat()}.{ticks:09d}{zone}' AS TIMESTAMP({unit}))"
+    if pa.types.is_floating(kind):
+        return repr(float(value))
+    if pa.types.is_decimal(kind):
+        return f"CAST('{value}' AS DECIMAL({kind.precision}, {kind.scale}))"
+    if pa.types.is_integer(kind):
+        return str(int(value))
+    return "'" + value.replace("'", "''") + "'"
 
 
 def _literal(column: pa.Field, value: object, where: str) -> _Literal:
@@ -522,7 +380,7 @@ def _date(value: object, kind: pa.DataType) -> _Literal:
     if match is None or match["hour"]:
         raise _Misfit('it takes an ISO 8601 date such as "2024-01-31"')
     days = _days(match["date"])
-    return _in_range(days if pa.types.is_date32(kind) else days * 86_400_000, _comparable_type(kind))
+    return _Literal(days if pa.types.is_date32(kind) else days * 86_400_000)
 
 
 def _timestamp(value: object, kind: pa.DataType) -> _Literal:

@@ -8,44 +8,26 @@ from typing import Any
 import numpy as np
 
 from raytower.config import Config
-from raytower.errors import FormatError, InputError
-from raytower.index.costs import BATCH_ROWS
-from raytower.index.curve import write_curve
-from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index, open_manifest
-from raytower.index.search import Shard
-from raytower.index.vectors import hash_ids
-from raytower.index.versions import (
-    current_version,
-    finished_versions,
-    publish,
-    published_version,
-    version_folder,
-)
+from raytower.errors import FormatError
+from raytower.index.build import refuse_duplicate_ids
+from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, FileEntry, IndexManifest
+from raytower.index.reader import Index
+from raytower.index.shard_build import digest_of
+from raytower.index.tasks import InProcess
+from raytower.index.versions import changing, next_version, open_manifest, publish, version_names
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
 
 
 class IndexListConfig(Config):
-    """`raytower index list`.
-
-    `curve` names a PNG file for the recall measured on `version`; null for the published one.
-    """
+    """`raytower index list`; `curve` adds every measured point of each version."""
 
     index: str
-    curve: str | None = None
-    version: str | None = None
-
-    def model_post_init(self, context: Any) -> None:
-        if self.version is not None and self.curve is None:
-            raise ValueError(
-                f"version is {self.version!r}, which names the version whose curve is plotted; give curve a file "
-                "name too, or leave version out"
-            )
+    curve: bool = False
 
 
 class IndexVerifyConfig(Config):
-    """`raytower index verify`; `version` null verifies the published one.
+    """`raytower index verify`; `version` null verifies the newest.
 
     `encoder` null is the one that the index names, whose fingerprint is compared where it is on this machine.
     """
@@ -56,101 +38,111 @@ class IndexVerifyConfig(Config):
 
 
 class IndexRollbackConfig(Config):
-    """`raytower index rollback`."""
+    """`raytower index rollback`: a new version that equals version `to`."""
 
     index: str
     to: str
 
 
 def index_list(config: IndexListConfig) -> dict[str, Any]:
-    """Every finished version with its kind, rows, shards and recall, and which one is published.
-
-    Where `config.curve` is given, a measured curve is plotted there, and `curve` tells which version's it is.
+    """Every version with its kind, rows, shards and recall; the last is the one that readers open.
 
     Raises:
-        InputError: there is no index, no such version, or that version has no curve.
-        MissingExtraError: a curve is asked and matplotlib is not installed.
+        InputError: there is no index. FormatError: a version is damaged.
     """
     index = Location.of(config.index)
-    finished = finished_versions(index)
-    current = published_version(index) if finished else current_version(index)
-    versions = []
-    for name in finished:
-        manifest = IndexManifest.read(version_folder(index, name))
-        versions.append(
-            {
-                "version": name,
-                "current": name == current,
-                "kind": manifest.kind,
-                "rows": manifest.rows,
-                "shards": len(manifest.shards),
-                "recall": manifest.recall,
-                "fingerprint": manifest.fingerprint,
-                "operation": manifest.operation,
-                "deleted": manifest.deleted_rows,
-                "parent": manifest.parent,
-            }
-        )
-    curve = {"curve": _plot(config)} if config.curve is not None else {}
-    return {"index": config.index, "current": current, "versions": versions, **curve}
+    current = open_manifest(index).version
+    manifests = [open_manifest(index, name) for name in version_names(index)]
+    return {
+        "index": config.index,
+        "current": current,
+        "versions": [_described(manifest, config.curve) for manifest in manifests],
+    }
 
 
-def _plot(config: IndexListConfig) -> dict[str, Any]:
-    assert config.curve is not None
-    manifest, _ = open_manifest(config.index, config.version)
-    write_curve(manifest, config.curve)
-    return {"file": config.curve, "version": manifest.version}
+def _described(manifest: IndexManifest, curve: bool) -> dict[str, Any]:
+    measured = manifest.measured
+    last = {"recall": measured.recall, "version": measured.version} if measured else None
+    points = (
+        {"curve": measured.curve, "placement_curve": measured.placement_curve} if curve and measured else {}
+    )
+    return {
+        "version": manifest.version,
+        "operation": manifest.operation,
+        "parent": manifest.parent,
+        "kind": manifest.kind,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "recall": manifest.recall,
+        "recall_target": manifest.recall_target,
+        "target_reached": manifest.target_reached,
+        "last_measured": last,
+        "search_parameters": manifest.search_parameters,
+        "fingerprint": manifest.fingerprint,
+        **points,
+    }
 
 
 def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
-    """Read everything again: checksums, counts, ids that are unique across shards, vectors, and the fingerprint.
+    """Read everything again: checksums, counts, ids that are unique, vectors, and the fingerprint.
 
     Raises:
         InputError, FormatError: what is wrong, naming the file, the counts or both fingerprints.
     """
-    index = Index.open(config.index, config.version, verify="storage")
-    hashes = [
-        hash_ids(batch.column("id").to_pylist())
-        for table in index.document_tables()
-        for batch in table.select(["id"]).to_batches()
-    ]
-    unique = len(np.unique(np.concatenate(hashes)))
-    if unique != index.num_rows:
-        raise FormatError(
-            f"index version {index.version} has {index.num_rows} rows but {unique} different ids; build it again"
-        )
-    for shard in index.shards:
-        _check_vectors(index, shard)
-    fingerprint_checked = _check_encoder(config, index)
-    manifest = index.manifest
+    place = Location.of(config.index)
+    manifest = open_manifest(place, config.version)
+    for shard in manifest.shards:
+        for name, file in shard.files.items():
+            _check_file(place / SHARDS_NAME / shard.digest / name, file)
+    if manifest.placement:
+        _check_file(place / PLACEMENTS_NAME / f"{manifest.placement.digest}.npz", manifest.placement.file)
+    index = Index.of_manifest(place, manifest)
+    refuse_duplicate_ids(place, index.table, InProcess())
+    _check_vectors(index)
     return {
         "index": config.index,
         "version": index.version,
         "verified": True,
         "rows": index.num_rows,
-        "deleted": manifest.deleted_rows,
         "shards": len(manifest.shards),
         "bytes": sum(entry.bytes for entry in manifest.shards),
         "fingerprint": index.fingerprint,
-        "fingerprint_checked": fingerprint_checked,
+        "fingerprint_checked": _check_encoder(config, index),
     }
 
 
-def _check_vectors(index: Index, shard: Shard) -> None:
-    """Whole vectors are finite and, under cosine, not zero; codes are vouched for by their checksum."""
-    if not shard.has_vectors:
-        return
-    live = shard.live_rows
-    for start in range(0, len(live), BATCH_ROWS):
-        rows = live[start : start + BATCH_ROWS]
-        broken = ~np.isfinite(shard.vectors(rows)).all(axis=1)
-        if broken.any():
-            row = int(rows[np.flatnonzero(broken)[0]])
-            (document,) = shard.documents([row])
+def _check_file(place: Location, file: FileEntry) -> None:
+    if not place.is_file():
+        raise FormatError(f"{place} is missing; roll back, or build the index again")
+    found = place.sha256()
+    if found != file.sha256:
+        raise FormatError(
+            f"{place} has sha256 {found[:12]}…, its version says {file.sha256[:12]}…: it was changed; roll back, or compact "
+            "the index"
+        )
+
+
+def _check_vectors(index: Index) -> None:
+    """Whole vectors are finite and, under cosine, not zero; every document has an id and a text."""
+    read = 0
+    for batch in index.table.scan(["id", "text", "vector"]):
+        if batch.column("id").null_count or batch.column("text").null_count:
             raise FormatError(
-                f"index version {index.version} shard {shard.entry.name} row {row}: id {document.id!r} has a vector "
-                "that is zero or not finite; build it again"
+                f"the table of index version {index.version} has documents without an id or a text"
             )
+        vectors = batch.column("vector").flatten().to_numpy(zero_copy_only=False).reshape(-1, index.dim)
+        norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
+        broken = ~np.isfinite(norms) | ((norms == 0) & (index.manifest.metric == "cosine"))
+        if broken.any():
+            name = batch.column("id")[int(np.flatnonzero(broken)[0])].as_py()
+            raise FormatError(
+                f"index version {index.version}: id {name!r} has a vector that is zero or not finite; build it again"
+            )
+        read += batch.num_rows
+    if read != index.num_rows:
+        raise FormatError(
+            f"index version {index.version} has {index.num_rows} rows and its table gave {read}"
+        )
 
 
 def _check_encoder(config: IndexVerifyConfig, index: Index) -> bool:
@@ -163,19 +155,47 @@ def _check_encoder(config: IndexVerifyConfig, index: Index) -> bool:
 
 
 def index_rollback(config: IndexRollbackConfig) -> dict[str, Any]:
-    """Publish another finished version, usually an earlier one.
+    """Publish a new version that equals an earlier one; where the newest equals it already, nothing is done.
 
     Raises:
-        InputError: that version is not there or not finished; the message lists those that are.
+        InputError: that version is not there; the message lists those that are. FormatError: it is damaged.
     """
     index = Location.of(config.index)
-    before = published_version(index)
-    known = finished_versions(index)
-    if config.to not in known:
-        raise InputError(
-            f"index {config.index!r} has no finished version {config.to!r}; it has: {', '.join(known) or 'none'}"
+    wanted = open_manifest(index, config.to)
+    identity = digest_of({"rollback": wanted.version})
+    with changing(index, "index rollback") as writer:
+        newest = writer.manifest
+        same = {"table_version", "shards", "search_parameters", "kind"}
+        if all(getattr(newest, name) == getattr(wanted, name) for name in same):
+            return {
+                "index": config.index,
+                "version": newest.version,
+                "equals": wanted.version,
+                "before": newest.version,
+            }
+        manifest = wanted.model_copy(
+            update={
+                "version": next_version(newest.version),
+                "parent": newest.version,
+                "operation": "rollback",
+                "identity": identity,
+                # A number that was given once is never given again.
+                "next_row": max(newest.next_row, wanted.next_row),
+                "measured": _moved(wanted, next_version(newest.version)),
+            }
         )
-    # A version that cannot be opened must not become the published one.
-    Index.open(index, config.to)
-    publish(index, config.to)
-    return {"index": config.index, "version": config.to, "before": before}
+        Index.of_manifest(index, manifest)
+        publish(index, manifest)
+    return {
+        "index": config.index,
+        "version": manifest.version,
+        "equals": wanted.version,
+        "before": newest.version,
+    }
+
+
+def _moved(wanted: IndexManifest, version: str) -> Any:
+    """What was measured on a version holds for its equal."""
+    if wanted.measured is None or wanted.measured.version != wanted.version:
+        return wanted.measured
+    return wanted.measured.model_copy(update={"version": version})

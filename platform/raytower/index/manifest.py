@@ -1,32 +1,52 @@
-"""The manifest of an index version (design 3.4), and the names inside an index."""
+"""The document of an index version (design 3.4), and the names inside an index.
+
+index/table.lance/                     the documents: the truth
+index/shards/<digest>/vectors.faiss    one FAISS index over some rows of the table; position i is row rows.npy[i]
+                      rows.npy         rising row numbers
+                      exact.npy        whole vectors by position, for kinds that search over codes
+index/placement/<digest>.npz           centroids of a placement by cluster
+index/versions/000004.json             this document, immutable
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from raytower.errors import FormatError
-from raytower.index.config import BuiltKind, ExactDtype
+from raytower.index.config import BuiltKind, ExactDtype, Metric
 from raytower.storage import Location
 
 FORMAT = "raytower.index"
-FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
-VECTORS_NAME = "vectors.faiss"
-DOCUMENTS_NAME = "documents.arrow"
-EXACT_NAME = "exact.npy"
-DELETED_NAME = "deleted"
-PLACEMENT_NAME = "placement.npz"
+FORMAT_VERSION = 3
+TABLE_NAME = "table.lance"
+SHARDS_NAME = "shards"
+PLACEMENTS_NAME = "placement"
+VERSIONS_NAME = "versions"
+VECTORS_NAME: Literal["vectors.faiss"] = "vectors.faiss"
+ROWS_NAME: Literal["rows.npy"] = "rows.npy"
+EXACT_NAME: Literal["exact.npy"] = "exact.npy"
 
-Operation = Literal["build", "add", "delete", "compact"]
+Operation = Literal["build", "add", "delete", "set", "sync", "fold", "compact", "rollback", "convert"]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+VersionName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,}$")]
+ShardFile = Literal["vectors.faiss", "rows.npy", "exact.npy"]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
+class _Part(BaseModel):
+    # What a document says becomes paths, sizes and parameters: a missing, unknown or wrong field never opens.
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class FileEntry(_Part):
     """What a file must be."""
 
-    sha256: str
-    bytes: int
+    sha256: Digest
+    bytes: Count
 
     @classmethod
     def of(cls, place: Location) -> FileEntry:
@@ -34,130 +54,124 @@ class FileEntry:
         return cls(sha256=place.sha256(), bytes=place.size_bytes())
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeletedRows:
-    """Tombstones of one shard: a file with the sorted numbers of its deleted rows, in the folder of `version`."""
+class ShardEntry(_Part):
+    """One shard: its folder is named by the digest of what it was built from.
 
-    version: str
-    rows: int
-    file: FileEntry
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One shard: the version whose folder holds it, its directory there, its rows with deleted ones, its files by name.
-
-    A later version lists shards that it shares with an earlier one under that one's name. A shard that was added may
-    be of another kind than the version's own.
+    `rows` counts what its files hold; rows that the table no longer holds are among them. A shard that was folded from
+    additions may be of another kind than the version's own. `placed` shards were filled by cluster.
     """
 
-    version: str
-    name: str
-    rows: int
+    digest: Digest
+    rows: Annotated[int, Field(ge=1)]
     kind: BuiltKind
-    files: dict[str, FileEntry]
-    deleted: DeletedRows | None = None
-
-    @property
-    def live_rows(self) -> int:
-        """Rows that can be hits."""
-        return self.rows - (self.deleted.rows if self.deleted else 0)
+    exact_dtype: ExactDtype | None
+    placed: bool = False
+    files: dict[ShardFile, FileEntry]
 
     @property
     def bytes(self) -> int:
-        """Of all files of the shard, tombstones included."""
-        return sum(file.bytes for file in self.files.values()) + (
-            self.deleted.file.bytes if self.deleted else 0
-        )
-
-    @staticmethod
-    def of_json(values: dict[str, Any]) -> ShardEntry:
-        """Raises KeyError and TypeError where keys are missing or unknown."""
-        files = {name: FileEntry(**file) for name, file in values.pop("files").items()}
-        deleted = values.pop("deleted")
-        if deleted is not None:
-            deleted = DeletedRows(**{**deleted, "file": FileEntry(**deleted["file"])})
-        return ShardEntry(**values, files=files, deleted=deleted)
+        """Of all files of the shard."""
+        return sum(file.bytes for file in self.files.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
+class PlacementEntry(_Part):
+    """How documents were placed on the first `shards` shards: by centroids in a file named by what it holds."""
+
+    digest: Digest
+    shards: Annotated[int, Field(ge=1)]
+    file: FileEntry
+
+
+class Origin(_Part):
     """What made the vectors of an index. Vectors of another origin cannot be compared with them."""
 
     fingerprint: str
     encoder: str
-    metric: Literal["cosine", "inner_product"]
-    dim: int
+    metric: Metric
+    dim: Annotated[int, Field(ge=1)]
     prefix: str
     query_prefix: str
-    max_length: int
+    max_length: Annotated[int, Field(ge=1)]
+    engine: str
+    compute_dtype: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlacementEntry:
-    """How documents were placed on the first `shards` shards: by the centroids in a file of `version`'s folder."""
+class Measured(_Part):
+    """Recall against exact search, as it was measured: `recall` is recall@`k` of `queries` queries.
 
-    version: str
-    shards: int
-    file: FileEntry
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexManifest(Origin):
-    """What a version holds. `search_parameters` are the smallest measured ones that reach the recall target.
-
-    `rows` counts what can be found: deleted rows are not in it. `recall` is recall@`recall_k` of `recall_queries`
-    sampled rows against exact search, at those parameters; `recall_curve` holds every point measured, its parameters
-    and `recall`. `recall_version` is the version they were measured on: adding and deleting passes them on.
-    `spec_sha256` identifies what the shards were built from. `parent` is the version that this one was derived from,
-    null for a build.
+    `rows` counts the documents there were then, `shards` are those that were searched, `curve` holds every point.
     """
 
-    version: str
-    parent: str | None
+    version: VersionName
+    k: Annotated[int, Field(ge=1)]
+    target: Share
+    recall: Share
+    reached: bool
+    queries: Count
+    rows: Count
+    shards: tuple[Digest, ...]
+    curve: tuple[dict[str, Any], ...] = ()
+    placement_curve: tuple[dict[str, Any], ...] = ()
+
+
+class IndexManifest(Origin):
+    """What a version is: a version of the table, and shards derived from it.
+
+    `rows` counts the documents. `next_row` is the number that the next document gets; none is given twice. `identity`
+    names the change that made this version, `built` all builds up to here, `applied` the changes since the last of them.
+    `measured` is the last measurement, of this version or of one before it; `changed_rows` came or went since.
+    `search_parameters` are those measured for as many hits as their key says.
+    """
+
+    version: VersionName
+    parent: VersionName | None
     operation: Operation
+    identity: Digest
+    built: tuple[Digest, ...]
+    applied: tuple[Digest, ...]
+    table_version: Annotated[int, Field(ge=1)]
+    next_row: Count
+    rows: Count
     kind: BuiltKind
     kind_reason: str
-    parameters: dict[str, int]
-    exact_dtype: ExactDtype | None = None
-    placement: PlacementEntry | None = None
-    rows: int
+    parameters: dict[str, Annotated[int, Field(ge=0)]]
+    exact_dtype: ExactDtype | None
+    vector_dtype: ExactDtype
     shards: tuple[ShardEntry, ...]
-    spec_sha256: str
-    recall_k: int
-    recall_target: float
-    recall: float = 0.0
-    recall_queries: int = 0
-    recall_target_reached: bool = False
-    recall_curve: tuple[dict[str, Any], ...] = ()
-    placement_curve: tuple[dict[str, Any], ...] = ()
-    recall_version: str = ""
-    search_parameters: dict[str, int] = field(default_factory=dict)
+    placement: PlacementEntry | None
+    indexed: tuple[str, ...]
+    search_parameters: dict[
+        Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*$")], dict[str, Annotated[int, Field(ge=1)]]
+    ]
+    recall_k: Annotated[int, Field(ge=1)]
+    recall_target: Share
+    measured: Measured | None
+    changed_rows: Count
 
     @property
     def origin(self) -> Origin:
-        return Origin(**{name: getattr(self, name) for name in Origin.__dataclass_fields__})
+        return Origin(**{name: getattr(self, name) for name in Origin.model_fields})
 
     @property
-    def deleted_rows(self) -> int:
-        return sum(entry.deleted.rows for entry in self.shards if entry.deleted)
+    def recall(self) -> float | None:
+        """Recall@k where it was measured on this very version, else None."""
+        return self.measured.recall if self.measured and self.measured.version == self.version else None
 
-    def write(self, folder: Location) -> None:
-        (folder / MANIFEST_NAME).write_json(
-            {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        )
+    @property
+    def target_reached(self) -> bool | None:
+        """Whether the recall of this very version reaches its target; None where it was not measured."""
+        return None if self.recall is None else self.recall >= self.recall_target
+
+    def to_json(self) -> bytes:
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
+        return json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"
 
     @staticmethod
-    def read(folder: Location) -> IndexManifest:
-        """Raises FormatError: no manifest (unfinished version), another format, or counts that do not add up."""
-        place = folder / MANIFEST_NAME
-        if not place.is_file():
-            raise FormatError(
-                f"{folder} has no {MANIFEST_NAME}: that version was never finished; build it again"
-            )
+    def read(place: Location) -> IndexManifest:
+        """Raises FormatError: another format, a field that is missing, unknown or wrong, or another version's name."""
         values = place.read_json()
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise FormatError(f"{place} is not an index manifest; build the index again")
+            raise FormatError(f"{place} is not the document of an index version; build the index again")
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise FormatError(
@@ -165,20 +179,15 @@ class IndexManifest(Origin):
                 "raytower that wrote it, or build the index again"
             )
         try:
-            manifest = _parse(values)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise FormatError(f"{place} is not an index manifest: {error}; build the index again") from error
-        total = sum(entry.live_rows for entry in manifest.shards)
-        if total != manifest.rows:
-            raise FormatError(f"{place} says {manifest.rows} rows but its shards add up to {total}")
+            manifest = IndexManifest.model_validate_json(json.dumps(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise FormatError(
+                f"{place} is damaged: {where}: {first['msg']}; roll back, or build the index again"
+            ) from error
+        if f"{manifest.version}.json" != place.name:
+            raise FormatError(
+                f"{place} is the document of version {manifest.version!r}; the file was renamed"
+            )
         return manifest
-
-
-def _parse(values: dict[str, Any]) -> IndexManifest:
-    values["shards"] = tuple(ShardEntry.of_json(entry) for entry in values["shards"])
-    for name in ("recall_curve", "placement_curve"):
-        values[name] = tuple(values[name])
-    placement = values.pop("placement")
-    if placement is not None:
-        placement = PlacementEntry(**{**placement, "file": FileEntry(**placement["file"])})
-    return IndexManifest(**values, placement=placement)

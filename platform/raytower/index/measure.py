@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from raytower.index.faiss_import import import_faiss
 from raytower.index.kinds import Vectors, parameter_grid
-from raytower.index.reader import Index
-from raytower.index.search import SHARDS_PROBE
-from raytower.index.source import VectorSource
+from raytower.index.reader import SHARDS_PROBE, Index
+from raytower.index.shard_build import TableRows
 
 NUM_QUERIES = 256
 # Rows that tie with the k-th neighbour are as right as it is; so many beyond k are looked at for ties.
@@ -56,17 +55,16 @@ class MeasuredRecall:
     placement_curve: tuple[dict[str, Any], ...] = ()
 
 
-def hold_out(source: VectorSource, seed: int) -> HeldOut:
+def hold_out(source: TableRows, seed: int) -> HeldOut:
     """Up to 256 random rows; another draw than the one that trained the index."""
     return HeldOut(*source.sample(NUM_QUERIES, seed + 1))
 
 
-def exact_hits(source: VectorSource, start: int, end: int, queries: HeldOut, k: int) -> ExactHits:
-    """The best rows in start to end (exclusive) by exact inner products, streamed."""
+def exact_hits(source: TableRows, queries: HeldOut, k: int) -> ExactHits:
+    """The best rows of a source by exact inner products, streamed."""
     best = ExactHits(np.empty((len(queries.rows), 0), np.float32), np.empty((len(queries.rows), 0), np.int64))
-    for batch in source.stream(start, end):
-        scores = queries.vectors @ batch.vectors.T
-        rows = np.arange(batch.first_row, batch.first_row + len(batch.vectors))
+    for rows, vectors in source.stream():
+        scores = queries.vectors @ vectors.T
         scores[queries.rows[:, None] == rows[None, :]] = -np.inf
         best = merge_exact([best, ExactHits(scores, np.broadcast_to(rows, scores.shape))], k)
     return best
@@ -106,11 +104,10 @@ def measure_recall(
     if k < 1:
         return MeasuredRecall(1.0, True, grid[0], (), 0)
     relevant = _relevant_rows(exact, k)
-    starts = np.cumsum([0, *(entry.rows for entry in manifest.shards)])
 
     def recall_at(parameters: dict[str, int]) -> float:
         hits = index.search(queries.vectors, k + 1, search_parameters=parameters)
-        return _recall(starts[hits.shards] + hits.rows, queries.rows, relevant, k)
+        return _recall(hits.rows, queries.rows, relevant, k)
 
     curve: list[tuple[dict[str, int], float]] = []
     for _, settings in itertools.groupby(grid, key=lambda parameters: parameters.get("k_factor")):

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
+from raytower.index.config import Metric
 from raytower.index.faiss_import import import_faiss
-from raytower.index.vectors import Metric
 from raytower.storage import Location
 
 FORMAT_VERSION = 1

@@ -1,11 +1,13 @@
-"""Opening and searching an index version in one process."""
+"""Opening and searching an index version in one process.
+
+Shape legend: Q queries, D dimension, K hits a query, S shards.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,52 +15,46 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
-from raytower.index.faiss_import import import_faiss
-from raytower.index.filters import Filter, parse_filter
-from raytower.index.kinds import Vectors
-from raytower.index.manifest import PLACEMENT_NAME, IndexManifest
+from raytower.index.allowed import AllowedRows
+from raytower.index.filters import to_sql
+from raytower.index.hits import Hits, empty_hits, merge_hits, spread_hits
+from raytower.index.kinds import Vectors, check_parameters
+from raytower.index.manifest import PLACEMENTS_NAME, ROWS_NAME, SHARDS_NAME, IndexManifest, ShardEntry
 from raytower.index.placement import Placement
-from raytower.index.search import (
-    SHARDS_PROBE,
-    Document,
-    Hits,
-    Shard,
-    Verify,
-    checked_file,
-    empty_hits,
-    hits_per_shard,
-    merge_hits,
-    prepare_queries,
-    spread_hits,
-    unified_schema,
-)
-from raytower.index.versions import current_version, finished_versions, version_folder
+from raytower.index.rowmap import Rows
+from raytower.index.shard import Shard, local_file
+from raytower.index.table import Document, DocumentTable
+from raytower.index.versions import open_manifest
 from raytower.storage import Location
 
-# One query alone keeps one core busy in FAISS; over large flat shards a thread a shard is worth its hand-over.
-_CONCURRENT_ROWS = 100_000
-
-
-def default_cache_dir() -> Path:
-    """Where shards of remote indexes are kept on this machine."""
-    return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
+# The search parameter of an index placed by cluster: how many of the placed shards a query visits.
+SHARDS_PROBE = "shards_probe"
+# Parameters that a search for more hits than were measured widens in proportion.
+_WIDENED = ("efSearch", "nprobe", SHARDS_PROBE)
+# Masks of the filters asked last.
+_FILTERS_KEPT_BYTES = 256 * 2**20
+# Hits of a query, from shard after shard, that are merged together.
+_MERGED_AT_ONCE = 1 << 16
+Filter = Mapping[str, Any] | str
 
 
 class Index:
     """One version, opened for search; it keeps answering while newer ones are published. Safe for threads."""
 
     def __init__(
-        self, manifest: IndexManifest, shards: list[Shard], placement: Placement | None = None
+        self,
+        manifest: IndexManifest,
+        table: DocumentTable,
+        shards: Sequence[Shard],
+        placement: Placement | None = None,
     ) -> None:
         self.manifest = manifest
-        self.shards = shards
-        self.documents_schema = unified_schema([shard.documents_table.schema for shard in shards])
+        self.table = table
+        self.shards = list(shards)
         self._placement = placement
-        self._threads: ThreadPoolExecutor | None = None
-        if manifest.kind == "flat" and len(shards) > 1 and manifest.rows >= _CONCURRENT_ROWS:
-            one_thread = import_faiss().omp_set_num_threads
-            workers = min(len(shards), os.cpu_count() or 1)
-            self._threads = ThreadPoolExecutor(workers, "index-shard", one_thread, (1,))
+        self._measured = set(manifest.measured.shards) if manifest.measured else set()
+        self._filters: OrderedDict[str, list[AllowedRows]] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -67,29 +63,40 @@ class Index:
         version: str | None = None,
         *,
         encoder_fingerprint: str | None = None,
-        verify: Verify = "checksum",
+        part: tuple[int, int] = (0, 1),
     ) -> Index:
-        """Open the published version, or a named one.
+        """Open the newest version, or a named one; with `part` (i, n), every n-th shard from i on.
 
-        `verify="checksum"` reads every file once; "none" checks sizes and row counts only; "storage" reads remote
-        files again, of which copies are at hand.
+        Files are checked by size, and by checksum when they are fetched; `index verify` reads all of them.
 
         Raises:
             InputError: no index there, or no such version.
-            FormatError: another encoder's fingerprint, a wrong checksum, size or row count, another format.
+            FormatError: another encoder's fingerprint, a file that is missing or wrong, another format.
         """
-        manifest, folder = open_manifest(uri, version)
+        manifest = open_manifest(uri, version)
         if encoder_fingerprint is not None:
             check_fingerprint(manifest, encoder_fingerprint)
-        return cls.of_manifest(manifest, folder, verify=verify)
+        return cls.of_manifest(Location.of(uri), manifest, part=part)
 
     @classmethod
-    def of_manifest(cls, manifest: IndexManifest, folder: Location, *, verify: Verify = "checksum") -> Index:
-        """Open the version in `folder` by a manifest that need not be written yet. Raises FormatError as `open`."""
-        cache = default_cache_dir()
-        numbers = range(len(manifest.shards))
-        shards = [Shard.open(folder, n, manifest, cache, verify=verify) for n in numbers]
-        return cls(manifest, shards, _open_placement(folder, manifest, cache, verify))
+    def of_manifest(
+        cls, index: Location, manifest: IndexManifest, *, part: tuple[int, int] = (0, 1)
+    ) -> Index:
+        """Open a version by a document that need not be published yet. Raises FormatError as `open`."""
+        number, parts = part
+        table = DocumentTable.open(index, manifest.table_version)
+        if table.num_rows != manifest.rows:
+            raise FormatError(
+                f"version {manifest.version} of {index} says {manifest.rows} rows, version {manifest.table_version} of its "
+                f"table has {table.num_rows}; roll back, or build the index again"
+            )
+        shards = [
+            Shard.open(index, entry, manifest.dim, table.row_map) for entry in manifest.shards[number::parts]
+        ]
+        if number == 0:
+            tail = _tail(index, manifest, table, shards if parts == 1 else None)
+            shards += [tail] if tail is not None else []
+        return cls(manifest, table, shards, _open_placement(index, manifest) if parts == 1 else None)
 
     @property
     def version(self) -> str:
@@ -101,7 +108,7 @@ class Index:
 
     @property
     def num_rows(self) -> int:
-        """Rows that can be found; deleted ones are not counted."""
+        """Documents that can be found."""
         return self.manifest.rows
 
     @property
@@ -122,19 +129,23 @@ class Index:
         """Raises FormatError where an encoder with this fingerprint did not make the vectors."""
         check_fingerprint(self.manifest, fingerprint)
 
+    def check_filter(self, filter: Filter) -> None:
+        """Raises InputError where a filter does not fit the documents' columns."""
+        self._condition(filter)
+
     def search(
         self,
         vectors: NDArray[Any],
         k: int,
         *,
         search_parameters: Mapping[str, int] | None = None,
-        filter: Mapping[str, Any] | None = None,
+        filter: Filter | None = None,
     ) -> Hits:
-        """The best min(k, rows that match) hits of each query vector (Q, dim) over all shards.
+        """The best min(k, documents that match) hits of each query vector (Q, D) over all shards.
 
-        `filter` names the documents that may be hits by their columns, as `index.filters` describes; it is applied
-        before ranking, so k hits come back whenever k documents match. On an index placed by cluster,
-        `search_parameters` may hold `shards_probe`, the number of placed shards that a query visits.
+        `filter` names the documents that may be hits by their columns, as `index.filters` describes, or is an SQL
+        condition; it is applied before ranking, so k hits come back whenever k documents match. On an index placed by
+        cluster, `search_parameters` may hold `shards_probe`, the number of placed shards that a query visits.
 
         Raises:
             InputError: k below 1, an unknown search parameter, a filter that does not fit the columns, or vectors of
@@ -143,123 +154,158 @@ class Index:
         if k < 1:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         prepared = prepare_queries(vectors, self.manifest)
-        parsed = None if filter is None else parse_filter(filter, self.documents_schema)
-        parameters = dict(search_parameters or {})
-        visits = self._visits(prepared, parameters.pop(SHARDS_PROBE, None))
-        if visits is not None:
-            return self._search_visited(prepared, k, parameters, parsed, visits)
-        return self._search_all(prepared, k, parameters, parsed)
+        parameters = resolve_parameters(self.manifest, k, search_parameters)
+        probe = parameters.pop(SHARDS_PROBE, None)
+        if filter is not None:
+            return self._search_all(prepared, k, parameters, self._allowed(filter))
+        if self._placement is None or probe is None or probe >= self._num_placed:
+            return self._search_all(prepared, k, parameters)
+        return self._search_visited(prepared, k, parameters, self._placement.visit(prepared, probe))
 
-    def documents(self, shards: NDArray[np.int32], rows: NDArray[np.int64]) -> list[Document]:
-        """The documents of one query's hits, in order; a shard of -1, padding of a merge, is left out."""
-        found: list[Document] = []
-        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
-            if shard >= 0:
-                found += self.shards[shard].documents([row])
-        return found
+    def documents(self, rows: Rows) -> list[Document]:
+        """The documents of hits, in order; a row of -1, padding of a merge, is left out."""
+        return self.table.documents(rows[rows >= 0])
 
-    def document_tables(self) -> Iterator[pa.Table]:
-        """Every document that is not deleted, a table of each shard at a time, memory-mapped where all of it lives."""
-        for shard in self.shards:
-            table = shard.documents_table
-            live = shard.live_rows
-            yield table if len(live) == table.num_rows else table.take(pa.array(live))
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of every document, a batch at a time."""
+        return self.table.scan(columns)
 
     def _search_all(
-        self, prepared: Vectors, k: int, parameters: Mapping[str, int], filter: Filter | None
-    ) -> Hits:
-        if self._threads is not None and len(prepared) == 1:
-            parts = list(
-                self._threads.map(lambda shard: shard.search(prepared, k, parameters, filter), self.shards)
-            )
-            return merge_hits(parts, k)
-        depths = [k] * len(self.shards) if filter is not None else self._depths(k, parameters)
-        # A running merge: memory holds two answers, however many shards there are.
-        best: Hits | None = None
-        for shard, depth in zip(self.shards, depths, strict=True):
-            found = shard.search(prepared, depth, parameters, filter)
-            best = merge_hits([found] if best is None else [best, found], k)
-        assert best is not None
-        return best
-
-    def _depths(self, k: int, parameters: Mapping[str, int]) -> list[int]:
-        """How many hits each shard is asked for; together they hold k wherever the index does."""
-        depth = k if self._placement is not None else hits_per_shard(self.manifest, k, parameters)
-        # Documents that were added later may be about one thing, and recall was not measured on them.
-        measured = [shard.entry.version == self.manifest.recall_version for shard in self.shards]
-        depths = [depth if known else k for known in measured]
-        counts = [shard.count() for shard in self.shards]
-        enough = sum(map(min, depths, counts)) >= min(k, sum(counts))
-        return depths if enough else [k] * len(self.shards)
-
-    def _visits(self, prepared: Vectors, asked: int | None) -> NDArray[np.bool_] | None:
-        """Which shards each query visits (Q, S), or None for all."""
-        if self._placement is None or self.manifest.placement is None:
-            if asked is not None:
-                raise InputError(
-                    f"search parameter {SHARDS_PROBE} is {asked}, but this index is not placed by cluster; leave it out"
-                )
-            return None
-        placed = self.manifest.placement.shards
-        probe = self.manifest.search_parameters.get(SHARDS_PROBE, placed) if asked is None else asked
-        if probe < 1:
-            raise InputError(f"search parameter {SHARDS_PROBE} is {probe}; it must be 1 or more")
-        if probe >= placed:
-            return None
-        visits = np.ones(
-            (len(prepared), len(self.shards)), dtype=np.bool_
-        )  # added shards are placed by nothing
-        visits[:, :placed] = self._placement.visit(prepared, probe)
-        return visits
-
-    def _search_visited(
         self,
         prepared: Vectors,
         k: int,
         parameters: Mapping[str, int],
-        filter: Filter | None,
-        visits: NDArray[np.bool_],
+        allowed: Sequence[AllowedRows | None] | None = None,
     ) -> Hits:
-        depth = min(k, sum(shard.count(filter) for shard in self.shards))
+        if allowed is None:
+            depths: Sequence[int] = self._depths(k, parameters)
+            allowed = [None] * len(self.shards)
+        else:
+            depths = [k] * len(self.shards)
+        # Memory holds a few answers, however many shards there are.
+        found: list[Hits] = []
+        for shard, depth, rows in zip(self.shards, depths, allowed, strict=True):
+            if rows is not None and not rows.count:
+                continue
+            found.append(shard.search(prepared, depth, self._parameters_of(shard, parameters), rows))
+            if len(found) * k > _MERGED_AT_ONCE:
+                found = [merge_hits(found, k)]
+        return merge_hits(found, k) if found else empty_hits(len(prepared), 0)
+
+    def _search_visited(
+        self, prepared: Vectors, k: int, parameters: Mapping[str, int], visits: NDArray[np.bool_]
+    ) -> Hits:
+        """Only the placed shards that each query visits (Q, S), and all that were not placed."""
+        depth = min(k, sum(shard.num_live for shard in self.shards))
         best = empty_hits(len(prepared), depth)
         for number, shard in enumerate(self.shards):
-            queries = np.flatnonzero(visits[:, number])
+            placed = number < visits.shape[1]
+            queries = np.flatnonzero(visits[:, number]) if placed else np.arange(len(prepared))
             if len(queries):
-                found = shard.search(prepared[queries], k, parameters, filter)
+                found = shard.search(prepared[queries], k, self._parameters_of(shard, parameters))
                 best = merge_hits([best, spread_hits(found, queries, len(prepared))], depth)
-        short = np.flatnonzero((best.shards < 0).any(axis=1))
+        short = np.flatnonzero((best.rows < 0).any(axis=1))
         if len(short):
-            # The shards visited hold too few rows that match: ask all of them.
-            found = self._search_all(prepared[short], k, parameters, filter)
-            for name in ("scores", "shards", "rows"):
-                getattr(best, name)[short] = getattr(found, name)
+            # The shards visited hold too few rows: ask all of them.
+            found = self._search_all(prepared[short], k, parameters)
+            best.scores[short], best.rows[short] = found.scores, found.rows
         return best
 
+    def _parameters_of(self, shard: Shard, parameters: Mapping[str, int]) -> Mapping[str, int]:
+        # A small shard that was added is searched exactly.
+        return parameters if shard.kind == self.manifest.kind else {}
 
-def _open_placement(
-    folder: Location, manifest: IndexManifest, cache: Path, verify: Verify
-) -> Placement | None:
-    entry = manifest.placement
-    if entry is None:
-        return None
-    place = folder.parent / entry.version / PLACEMENT_NAME
-    return Placement.load(checked_file(place, entry.file, cache, verify))
+    def _depths(self, k: int, parameters: Mapping[str, int]) -> list[int]:
+        """How many hits each shard is asked for; together they hold k wherever the index does.
+
+        It is k, but for a graph with an efSearch below k: FAISS walks at least as wide as the hits it is asked for, so
+        k of each of S shards would be S times the work for hits of which most are dropped. Such a shard gives efSearch
+        hits, or its share of k where that is more. Of k hits that lie on shards by chance, few shards hold many more
+        than their share (Vespa bounds its searches of several nodes so, by top-k-probability); how they really lie is
+        what recall is measured on, so shards that were added later give k.
+        """
+        if self.manifest.kind != "hnsw" or self._placement is not None:
+            return [k] * len(self.shards)
+        depth = min(k, max(parameters["efSearch"], -(-k // max(len(self._measured), 1))))
+        depths = [depth if shard.digest in self._measured else k for shard in self.shards]
+        counts = [shard.num_live for shard in self.shards]
+        enough = sum(map(min, depths, counts)) >= min(k, sum(counts))
+        return depths if enough else [k] * len(self.shards)
+
+    @property
+    def _num_placed(self) -> int:
+        return self.manifest.placement.shards if self.manifest.placement else 0
+
+    def _condition(self, filter: Filter) -> str:
+        return filter if isinstance(filter, str) else to_sql(filter, self.table.schema)
+
+    def _allowed(self, filter: Filter) -> list[AllowedRows]:
+        """The positions of each shard that a filter lets through; those of the filters asked last are kept."""
+        condition = self._condition(filter)
+        with self._lock:
+            known = self._filters.get(condition)
+            if known is not None:
+                self._filters.move_to_end(condition)
+                return known
+        matching = self.table.matching(condition)
+        allowed = [shard.allowed(matching) for shard in self.shards]
+        with self._lock:
+            self._filters[condition] = allowed
+            kept = sum(len(rows.mask) + len(rows.bits) for parts in self._filters.values() for rows in parts)
+            while kept > _FILTERS_KEPT_BYTES and len(self._filters) > 1:
+                _, dropped = self._filters.popitem(last=False)
+                kept -= sum(len(rows.mask) + len(rows.bits) for rows in dropped)
+        return allowed
 
 
-def open_manifest(uri: str | Location, version: str | None = None) -> tuple[IndexManifest, Location]:
-    """The manifest of a version and its folder. Raises InputError and FormatError as Index.open."""
-    index = Location.of(uri)
-    name = current_version(index) if version is None else version
-    folder = version_folder(index, name)
-    if not folder.exists():
-        known = ", ".join(finished_versions(index)) or "none"
-        raise InputError(f"{index} has no version {name!r}; it has: {known}")
-    manifest = IndexManifest.read(folder)
-    if manifest.version != name:
-        raise FormatError(
-            f"{folder} holds the manifest of version {manifest.version!r}; the folder was renamed"
+def resolve_parameters(
+    manifest: IndexManifest, k: int, given: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """What a search for k hits uses: what was given, else what was measured for at least k hits.
+
+    A search for more hits than were measured goes as many times wider, which keeps its recall about where it was.
+
+    Raises:
+        InputError: a parameter that the kind does not have, or a value below 1.
+    """
+    given = dict(given or {})
+    probe = given.pop(SHARDS_PROBE, None)
+    if probe is not None and (manifest.placement is None or probe < 1):
+        raise InputError(
+            f"search parameter {SHARDS_PROBE} is {probe}; it must be 1 or more, and the index placed by cluster"
         )
-    return manifest, folder
+    check_parameters(manifest.kind, given, rescored=manifest.exact_dtype is not None)
+    measured = sorted(map(int, manifest.search_parameters))
+    at = next((depth for depth in measured if depth >= k), measured[-1])
+    chosen = {
+        name: -(-value * k // at) if k > at and name in _WIDENED else value
+        for name, value in manifest.search_parameters[str(at)].items()
+    }
+    return {**chosen, **given, **({SHARDS_PROBE: probe} if probe is not None else {})}
+
+
+def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
+    """float32, contiguous, unit length under cosine.
+
+    Raises:
+        InputError: the wrong shape or dimension, values that are not finite, or a zero vector under cosine.
+    """
+    prepared = np.ascontiguousarray(vectors, dtype=np.float32)
+    if prepared.ndim != 2 or prepared.shape[1] != manifest.dim:
+        raise InputError(
+            f"query vectors have shape {prepared.shape}; index version {manifest.version} takes (queries, "
+            f"{manifest.dim}): encode queries with the index's encoder, {manifest.encoder}"
+        )
+    if not np.isfinite(prepared).all():
+        raise InputError("query vectors hold NaN or infinity; check the encoder that made them")
+    if manifest.metric == "cosine":
+        norms = np.linalg.norm(prepared, axis=1, keepdims=True)
+        if (norms == 0).any():
+            raise InputError(
+                "a query vector is zero, which has no cosine with anything; check the encoder that made it"
+            )
+        prepared = prepared / norms
+    return prepared
 
 
 def check_fingerprint(manifest: IndexManifest, fingerprint: str) -> None:
@@ -269,3 +315,31 @@ def check_fingerprint(manifest: IndexManifest, fingerprint: str) -> None:
             f"index version {manifest.version} was made by the encoder with fingerprint {manifest.fingerprint} "
             f"({manifest.encoder}), the encoder given has {fingerprint}; use that encoder, or encode and build again"
         )
+
+
+def _tail(
+    index: Location, manifest: IndexManifest, table: DocumentTable, shards: Sequence[Shard] | None
+) -> Shard | None:
+    """The rows that no shard holds, searched exactly; None where there are none."""
+    if shards is None:
+        held = [shard_rows(index, entry) for entry in manifest.shards]
+    else:
+        held = [shard.rows for shard in shards]
+    rows = table.row_map.outside(held)
+    if not len(rows):
+        return None
+    return Shard.in_memory(table.vectors(rows, unit=manifest.metric == "cosine"), rows, table.row_map)
+
+
+def shard_rows(index: Location, entry: ShardEntry) -> Rows:
+    """The rising rows that a shard holds, mapped."""
+    path = local_file(index / SHARDS_NAME / entry.digest / ROWS_NAME, entry.files[ROWS_NAME])
+    rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    return rows
+
+
+def _open_placement(index: Location, manifest: IndexManifest) -> Placement | None:
+    entry = manifest.placement
+    if entry is None:
+        return None
+    return Placement.load(local_file(index / PLACEMENTS_NAME / f"{entry.digest}.npz", entry.file))

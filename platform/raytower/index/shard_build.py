@@ -1,68 +1,117 @@
-"""Building one shard: rows of a source into a FAISS file and an Arrow file. Runs inside a Ray task."""
+"""Building one shard from rows of the table. Runs inside a Ray task, or in the process for few rows.
+
+Shape legend: N rows, D dimension.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from raytower.errors import FormatError
-from raytower.index.config import BuiltKind
+from raytower.index.config import BuiltKind, ExactDtype
 from raytower.index.faiss_import import import_faiss
 from raytower.index.kinds import Vectors, new_index, reserve, train_on_gpus
-from raytower.index.manifest import (
-    DOCUMENTS_NAME,
-    EXACT_NAME,
-    VECTORS_NAME,
-    ExactDtype,
-    FileEntry,
-    ShardEntry,
-)
-from raytower.index.plan import IndexPlan
-from raytower.index.source import VectorSource
+from raytower.index.manifest import EXACT_NAME, ROWS_NAME, SHARDS_NAME, VECTORS_NAME, FileEntry, ShardEntry
+from raytower.index.rowmap import Rows
+from raytower.index.table import DocumentTable
 from raytower.storage import Location, publish_directory
 
 SHARD_NAME = "shard.json"
+_BATCH_ROWS = 8_192
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRows:
+    """Some rows of a version of the table: those at places `first` to `last` of all, or the rows `listed`.
+
+    Small enough to send; a worker reads what it names.
+    """
+
+    index: Location
+    table_version: int
+    unit: bool
+    first: int = 0
+    last: int = 0
+    listed: Rows | None = None
+
+    def rows(self) -> Rows:
+        """Their numbers, rising."""
+        return self.listed if self.listed is not None else self.table().row_map.rows(self.first, self.last)
+
+    def table(self) -> DocumentTable:
+        return DocumentTable.open(self.index, self.table_version)
+
+    def stream(self) -> Iterator[tuple[Rows, Vectors]]:
+        """Row numbers and vectors (N, D), float32, a batch at a time."""
+        table = self.table()
+        rows = self.listed if self.listed is not None else table.row_map.rows(self.first, self.last)
+        for start in range(0, len(rows), _BATCH_ROWS):
+            batch = rows[start : start + _BATCH_ROWS]
+            yield batch, table.vectors(batch, unit=self.unit)
+
+    def sample(self, count: int, seed: int) -> tuple[Rows, Vectors]:
+        """`count` distinct random rows (all where there are fewer), rising, and their vectors (N, D)."""
+        table = self.table()
+        rows = self.listed if self.listed is not None else table.row_map.rows(self.first, self.last)
+        chosen = np.sort(
+            np.random.default_rng(seed).choice(len(rows), size=min(count, len(rows)), replace=False)
+        )
+        return rows[chosen], table.vectors(rows[chosen], unit=self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """Everything a worker needs to build one shard of rows start to end (exclusive); small enough to send."""
+    """Everything a worker needs to build one shard. `made_of` is JSON that names its content."""
 
-    source: VectorSource
-    version: Location
-    number: int
-    start: int
-    end: int
+    source: TableRows
+    num_rows: int
     kind: BuiltKind
     exact_dtype: ExactDtype | None
-    documents_schema: pa.Schema
-    spec_sha256: str
+    made_of: dict[str, Any]
+    placed: bool
     num_threads: int
 
+    @property
+    def digest(self) -> str:
+        content = {**self.made_of, "kind": self.kind, "exact": self.exact_dtype, "placed": self.placed}
+        return digest_of(content)
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}"
+
+def digest_of(content: Any) -> str:
+    """sha256 of JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def train_template(source: VectorSource, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
+def train_template(
+    source: TableRows,
+    kind: BuiltKind,
+    dim: int,
+    parameters: dict[str, int],
+    train_rows: int,
+    seed: int,
+    num_threads: int,
+) -> NDArray[np.uint8]:
     """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it.
 
     Where FAISS sees a GPU, k-means assigns rows to centroids there, which is nearly all of the work.
     """
     faiss = import_faiss()
     faiss.omp_set_num_threads(num_threads)
-    index = new_index(plan.kind, plan.dim, plan.parameters)
-    if plan.train_rows:
-        _, vectors = source.sample(plan.train_rows, seed)
-        with train_on_gpus(plan.kind, index):
+    index = new_index(kind, dim, parameters)
+    if train_rows:
+        _, vectors = source.sample(train_rows, seed)
+        with train_on_gpus(kind, index):
             index.train(vectors)
     return serialise(index)
 
@@ -74,61 +123,63 @@ def serialise(index: Any) -> NDArray[np.uint8]:
 
 
 def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
-    """Build a shard under the version folder; it appears there whole or not at all.
+    """Build a shard; it appears under its digest whole or not at all.
 
     Raises:
-        InputError, FormatError: what reading the source raises.
+        FormatError: what reading the table raises.
     """
     faiss = import_faiss()
     faiss.omp_set_num_threads(task.num_threads)
     index = faiss.deserialize_index(template)
-    reserve(task.kind, index, task.end - task.start)
-    target = task.version / shard_name(task.number)
-    with publish_directory(target) as folder:
+    reserve(task.kind, index, task.num_rows)
+    with publish_directory(task.source.index / SHARDS_NAME / task.digest) as folder:
         _fill(index, task, folder)
         faiss.write_index(index, str(folder / VECTORS_NAME))
         entry = ShardEntry(
-            version=task.version.name,
-            name=shard_name(task.number),
+            digest=task.digest,
             rows=int(index.ntotal),
             kind=task.kind,
-            files={path.name: FileEntry.of(Location.of(path)) for path in sorted(folder.iterdir())},
+            exact_dtype=task.exact_dtype,
+            placed=task.placed,
+            files={path.name: FileEntry.of(Location.of(path)) for path in sorted(folder.iterdir())},  # type: ignore[misc]
         )
-        Location.of(folder / SHARD_NAME).write_json({"spec_sha256": task.spec_sha256, "shard": asdict(entry)})
+        Location.of(folder / SHARD_NAME).write_json(entry.model_dump(mode="json"))
     return entry
 
 
-def finished_shard(version: Location, number: int, spec_sha256: str) -> ShardEntry | None:
-    """The entry of a shard that an earlier run of the same build finished, or None. Its files are checked."""
-    folder = version / shard_name(number)
+def finished_shard(index: Location, digest: str) -> ShardEntry | None:
+    """The entry of a shard that is there already, whole, or None. Its files are checked."""
+    folder = index / SHARDS_NAME / digest
     if not (folder / SHARD_NAME).is_file():
         return None
     try:
-        values = (folder / SHARD_NAME).read_json()
-        entry = ShardEntry.of_json(values["shard"])
-    except (AttributeError, FormatError, KeyError, TypeError):
-        return None
-    if values.get("spec_sha256") != spec_sha256:
+        entry = ShardEntry.model_validate_json((folder / SHARD_NAME).read_bytes())
+    except (ValidationError, FormatError):
         return None
     places = [(folder / name, file) for name, file in entry.files.items()]
-    return entry if all(place.is_file() and place.sha256() == file.sha256 for place, file in places) else None
+    whole = all(place.is_file() and place.sha256() == file.sha256 for place, file in places)
+    return entry if whole and entry.digest == digest else None
 
 
 def _fill(index: Any, task: ShardTask, folder: Path) -> None:
     with ExitStack() as stack:
-        writer = stack.enter_context(pa.ipc.new_file(str(folder / DOCUMENTS_NAME), task.documents_schema))
+        numbers = stack.enter_context(open(folder / ROWS_NAME, "wb"))
+        _write_array_header(numbers, np.dtype(np.int64), (task.num_rows,))
         exact = None
         if task.exact_dtype is not None:
             exact = stack.enter_context(open(folder / EXACT_NAME, "wb"))
-            shape = (task.end - task.start, index.d)
-            _write_array_header(exact, np.dtype(task.exact_dtype), shape)
+            _write_array_header(exact, np.dtype(task.exact_dtype), (task.num_rows, index.d))
         add = stack.enter_context(_adding(index, task.num_threads))
-        for batch in task.source.stream(task.start, task.end):
-            add(batch.vectors)
+        for rows, vectors in task.source.stream():
+            add(vectors)
+            numbers.write(np.ascontiguousarray(rows).data)
             if exact is not None:
                 # Written, not mapped: the pages of a mapped file would count as this process's memory.
-                exact.write(batch.vectors.astype(task.exact_dtype).data)
-            writer.write_table(_conform(batch.documents, task.documents_schema))
+                exact.write(vectors.astype(task.exact_dtype).data)
+    if index.ntotal != task.num_rows:
+        raise FormatError(
+            f"a shard was planned for {task.num_rows} rows and the table gave {index.ntotal}; run it again"
+        )
 
 
 class _Add(Protocol):
@@ -162,14 +213,3 @@ def _adding(index: Any, num_threads: int) -> Iterator[_Add]:
 def _write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
-
-
-def _conform(documents: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`documents` with the columns and types that all files agree on; a column that a file lacks is null."""
-    columns = [
-        documents[field.name].cast(field.type)
-        if field.name in documents.column_names
-        else pa.nulls(documents.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)

@@ -1,240 +1,109 @@
-"""Versions of an index: their names, which one is published, and how a builder gets one of its own."""
+"""Versions of an index: which there are, how one is published, and how a writer has the index for itself."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import re
-import uuid
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
 
-from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.index.manifest import MANIFEST_NAME, IndexManifest
-from raytower.storage import Location
-from raytower.storage_errors import explaining
+from raytower.errors import InputError, RaytowerError
+from raytower.index.manifest import VERSIONS_NAME, IndexManifest
+from raytower.index.table import DocumentTable
+from raytower.storage import Location, writer_lease
 
-CURRENT_NAME = "CURRENT"
-BUILD_NAME = "build.json"
-_VERSIONS_NAME = "versions"
-_LOCK_NAME = ".lock"
-_PUBLISH_LOCK_NAME = ".publish.lock"
-_CLAIMS_NAME = "claims"
-_VERSION_PATTERN = re.compile(r"v(\d{6,})")
+_FILE = re.compile(r"([0-9]{6,})\.json")
+_LEASE_NAME = "writer"
+_LEASE_SECONDS = 30.0
 
 
-def version_folder(index: Location, version: str) -> Location:
-    """Raises InputError for a name that no version can have (a path, for one)."""
-    if not _VERSION_PATTERN.fullmatch(version):
-        raise InputError(f"{version!r} is no version name; versions are named like v000001")
-    return index / _VERSIONS_NAME / version
+def version_names(index: Location) -> list[str]:
+    """Names of the versions of an index, oldest first."""
+    found = [_FILE.fullmatch(place.name) for place in (index / VERSIONS_NAME).children()]
+    return sorted((match.group(1) for match in found if match), key=int)
 
 
 def published_version(index: Location) -> str | None:
-    """The published version's name, or None where nothing is published."""
-    place = index / CURRENT_NAME
-    # What is no UTF-8 is no version name either, and version_folder says so.
-    return place.read_bytes().decode("utf-8", errors="replace").strip() if place.is_file() else None
+    """The newest version, which readers open; None where there is none."""
+    names = version_names(index)
+    return names[-1] if names else None
 
 
-def current_version(index: Location) -> str:
-    """The published version's name. Raises InputError where nothing is published there."""
-    version = published_version(index)
-    if version is None:
-        raise InputError(
-            f"{index} holds no published index (no {CURRENT_NAME}); build one: `raytower index build`"
-        )
-    return version
-
-
-def publish(index: Location, version: str, *, instead_of: str | None = None) -> None:
-    """Make `version` the one that new readers open; the swap is atomic.
-
-    `instead_of` names the version that `version` was derived from, which must still be the published one: changes that
-    someone else published meanwhile are not in `version` and would be lost. Locally no two publishers look at once;
-    object stores have no lock, and there a publication within the same moment can go unseen.
+def open_manifest(uri: str | Location, version: str | None = None) -> IndexManifest:
+    """The document of a version, or of the newest.
 
     Raises:
-        RaytowerError: another version is published by now.
+        InputError: there is no index, or no such version. FormatError: another format, or damage.
     """
-    with _publishing(index):
-        found = published_version(index)
-        if instead_of is not None and found != instead_of:
-            raise RaytowerError(
-                f"version {version} was made from {instead_of}, but {index} has {found} published by now; nothing was "
-                "changed: run the command again, which starts from what is published"
+    index = Location.of(uri)
+    names = version_names(index)
+    if not names:
+        if (index / "CURRENT").is_file():
+            raise InputError(
+                f"{index} is an index of format 2; turn it into format 3: `raytower index convert --index {index}`"
             )
-        (index / CURRENT_NAME).write_bytes(f"{version}\n".encode())
+        raise InputError(f"{index} holds no index; build one: `raytower index build`")
+    if version is not None and version not in names:
+        raise InputError(f"{index} has no version {version!r}; it has: {', '.join(names)}")
+    return IndexManifest.read(version_place(index, version or names[-1]))
+
+
+def version_place(index: Location, version: str) -> Location:
+    return index / VERSIONS_NAME / f"{version}.json"
+
+
+def pin_name(manifest: IndexManifest) -> str:
+    """What keeps a version's table version; two writers of one version never move each other's."""
+    return f"{manifest.version}-{manifest.table_version}"
+
+
+def next_version(name: str | None) -> str:
+    return f"{int(name or 0) + 1:06d}"
+
+
+def publish(index: Location, manifest: IndexManifest) -> None:
+    """Make a version, which new readers open from then on. What it names must be there: open it first.
+
+    Its version of the table is pinned before, so that no cleaning takes it away.
+
+    Raises:
+        RaytowerError: someone else made a version of this name; nothing was changed.
+    """
+    DocumentTable.open(index, manifest.table_version).pin(pin_name(manifest))
+    if not version_place(index, manifest.version).put_if_absent(manifest.to_json()):
+        raise RaytowerError(
+            f"version {manifest.version} of {index} was made by another writer meanwhile; nothing was changed: run the "
+            "command again, which starts from what is published"
+        )
+
+
+@dataclass
+class Writer:
+    """The index, held by one writer: what is published, and the table as that version has it."""
+
+    index: Location
+    manifest: IndexManifest
+    table: DocumentTable
 
 
 @contextmanager
-def _publishing(index: Location) -> Iterator[None]:
-    if not index.is_local:
+def writing(index: Location, what: str, wait_seconds: float = 600.0) -> Iterator[None]:
+    """Have the index for oneself. Raises RaytowerError, naming the other writer, where that takes too long."""
+    owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
+    with writer_lease(index / _LEASE_NAME, owner=owner, seconds=_LEASE_SECONDS, wait_seconds=wait_seconds):
         yield
-        return
-    descriptor = _open_lock(index / _PUBLISH_LOCK_NAME)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def finished_versions(index: Location) -> list[str]:
-    """Names of versions with a manifest, oldest first."""
-    return [name for name in _version_names(index) if (version_folder(index, name) / MANIFEST_NAME).is_file()]
-
-
-def unfinished_versions(index: Location) -> list[str]:
-    """Names of versions without a manifest that no living builder holds, oldest first.
-
-    On object stores a living builder cannot be told from a dead one, so there are none.
-    """
-    names = _version_names(index) if index.is_local else []
-    return [name for name in names if _state(version_folder(index, name)) == "unfinished"]
-
-
-def collected_versions(index: Location) -> list[str]:
-    """Names of versions that were taken away while others still needed some of their shards, oldest first."""
-    return [name for name in _version_names(index) if _state(version_folder(index, name)) == "collected"]
-
-
-def _state(folder: Location) -> Literal["finished", "unfinished", "collected", "held"]:
-    if (folder / MANIFEST_NAME).is_file():
-        return "finished"
-    if folder.is_local:
-        lock = _lock(folder)
-        if lock is None:
-            return "held"
-        os.close(lock)
-    return "unfinished" if (folder / BUILD_NAME).is_file() else "collected"
-
-
-def spec_sha256(spec: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-
-
-def finished_build(index: Location, spec: Mapping[str, Any], recall: float, k: int) -> IndexManifest | None:
-    """The newest finished version of this very build and recall target, or None."""
-    wanted = (spec_sha256(spec), recall, k)
-    for name in reversed(finished_versions(index)):
-        try:
-            manifest = IndexManifest.read(version_folder(index, name))
-        except FormatError:
-            continue
-        if (manifest.spec_sha256, manifest.recall_target, manifest.recall_k) == wanted:
-            return manifest
-    return None
 
 
 @contextmanager
-def claim_version(index: Location, spec: Mapping[str, Any]) -> Iterator[str]:
-    """A version that no other builder has: the unfinished one of a dead builder of the same build, or a new one.
+def changing(index: Location, what: str, wait_seconds: float = 600.0) -> Iterator[Writer]:
+    """Hold the index for a change of what is published; the table is put back to that first.
 
-    Locally a version is made by an exclusive mkdir and held by a file lock, which the system drops when its builder
-    dies. Object stores have neither; there each builder takes a new version, and finished work of a dead one is not
-    taken up.
+    Raises:
+        InputError, FormatError: there is no index, or it is damaged. RaytowerError: another writer holds it.
     """
-    if not index.is_local:
-        name = _claim_remote(index)
-        (version_folder(index, name) / BUILD_NAME).write_json(dict(spec))
-        yield name
-        return
-    name, lock = _resume_local(index, spec) or _create_local(index, spec)
-    folder = version_folder(index, name)
-    try:
-        yield name
-    finally:
-        if (folder / MANIFEST_NAME).is_file():
-            (folder / _LOCK_NAME).delete()
-        os.close(lock)
-
-
-def _version_names(index: Location) -> list[str]:
-    children = (index / _VERSIONS_NAME).children()
-    return sorted((child.name for child in children if _VERSION_PATTERN.fullmatch(child.name)), key=_number)
-
-
-def _number(name: str) -> int:
-    return int(name[1:])
-
-
-def _next_names(index: Location) -> Iterator[str]:
-    number = max((_number(name) for name in _version_names(index)), default=0)
-    while True:
-        number += 1
-        yield f"v{number:06d}"
-
-
-def _resume_local(index: Location, spec: Mapping[str, Any]) -> tuple[str, int] | None:
-    for name in _version_names(index):
-        folder = version_folder(index, name)
-        build = folder / BUILD_NAME
-        if (folder / MANIFEST_NAME).is_file() or not build.is_file() or build.read_json() != spec:
-            continue
-        lock = _lock(folder)
-        if lock is None:
-            continue
-        # Its builder may have finished between the look above and the lock.
-        if not (folder / MANIFEST_NAME).is_file():
-            _remove_leftovers(folder)
-            return name, lock
-        os.close(lock)
-    return None
-
-
-def _create_local(index: Location, spec: Mapping[str, Any]) -> tuple[str, int]:
-    (index / _VERSIONS_NAME).make_dir()
-    for name in _next_names(index):
-        folder = version_folder(index, name)
-        with explaining(folder):
-            try:
-                folder.local_path.mkdir()
-            except FileExistsError:
-                continue
-        # Without build.json nobody else takes this folder up, so the lock is ours.
-        lock = _lock(folder)
-        assert lock is not None
-        (folder / BUILD_NAME).write_json(dict(spec))
-        return name, lock
-    raise AssertionError("version numbers do not end")
-
-
-def _lock(folder: Location) -> int | None:
-    descriptor = _open_lock(folder / _LOCK_NAME)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _open_lock(place: Location) -> int:
-    with explaining(place):
-        return os.open(place.local_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-
-def _remove_leftovers(folder: Location) -> None:
-    # What a killed task was writing beside its target.
-    for child in folder.children():
-        if child.name.startswith(".") and child.name.endswith((".tmp", ".old")):
-            child.delete()
-
-
-def _claim_remote(index: Location) -> str:
-    """Write a claim, then look: whoever sees another claim beside its own lets go, so two never both stay.
-
-    Claims are never removed: a builder that comes late must still see that the version was taken.
-    """
-    for name in _next_names(index):
-        claims = version_folder(index, name) / _CLAIMS_NAME
-        own = claims / uuid.uuid4().hex
-        claims.make_dir()
-        own.write_bytes(b"")
-        if [claim.name for claim in claims.children()] == [own.name]:
-            return name
-    raise AssertionError("version numbers do not end")
+    open_manifest(index)  # said before waiting
+    with writing(index, what, wait_seconds):
+        manifest = open_manifest(index)
+        yield Writer(index, manifest, DocumentTable.open(index, manifest.table_version).restored())

@@ -22,7 +22,7 @@ from ray.serve.context import _get_global_client
 
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import open_manifest
+from raytower.index.versions import open_manifest
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.runtime import ensure_ray, log
@@ -164,7 +164,7 @@ def check_parts(config: ServeConfig, version: str | None) -> IndexManifest:
     Raises:
         InputError, FormatError: as the engine would, but in the caller's process and at once.
     """
-    manifest, _ = open_manifest(config.index, version)
+    manifest = open_manifest(config.index, version)
     name = encoder_for(config, manifest.encoder)
     # Models that others made carry no record; loading one here is dearer, but tells before anything runs.
     fingerprint = read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint

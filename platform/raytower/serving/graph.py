@@ -100,7 +100,7 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
             max_ongoing_requests=_SHARD_ONGOING_REQUESTS,
         )(ShardServer)
         .options(**common)
-        .bind(settings["index"], number)
+        .bind(settings["index"], number, num_shards)
         for number in range(num_shards)
     ]
     ingress = serve.deployment(

@@ -6,20 +6,21 @@ import asyncio
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 
-from raytower.errors import FormatError, RaytowerError
+from raytower.errors import RaytowerError
 from raytower.evaluation.recall import Candidate, Vectors, index_recall
-from raytower.index.filters import parse_filter
+from raytower.index.filters import to_sql
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index, default_cache_dir, open_manifest
-from raytower.index.search import Shard, merge_hits, prepare_queries, read_documents_schema
+from raytower.index.reader import Index
+from raytower.index.table import DocumentTable
+from raytower.index.versions import open_manifest
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
+from raytower.storage import Location
 
 _LOGGER = logging.getLogger("raytower.serving")
 # Opening a shard reads and checks all of it; that may take long, and only a start or a new version waits for it.
@@ -29,12 +30,10 @@ _VERSIONS_KEPT = 2
 # Share of the remaining time that shards may use, so that an answer without a slow one can still be given.
 _RECALL_SHARE = 0.6
 _FETCH_S = 0.01
-# Vectors [Q, D], a depth and a filter to the candidates of one shard.
-ShardRecall = Callable[[Vectors, int, Mapping[str, Any] | None], list[list[Candidate]]]
 
 
 class _OneVersion:
-    """What the engine asks of any index version; read from its manifest and its documents' columns."""
+    """What the engine asks of any index version; read from its document and its table's columns."""
 
     def __init__(self, manifest: IndexManifest, documents_schema: pa.Schema) -> None:
         self.manifest = manifest
@@ -42,7 +41,7 @@ class _OneVersion:
 
     def check_filter(self, filter: Mapping[str, Any]) -> None:
         """Raises InputError where it does not fit the documents' columns."""
-        parse_filter(filter, self._documents_schema)
+        to_sql(filter, self._documents_schema)
 
     @property
     def version(self) -> str:
@@ -65,7 +64,7 @@ class LocalIndex(_OneVersion):
     """All shards in this process."""
 
     def __init__(self, index: Index) -> None:
-        super().__init__(index.manifest, index.documents_schema)
+        super().__init__(index.manifest, index.table.schema)
         self._index = index
 
     @staticmethod
@@ -89,7 +88,7 @@ class ShardResponse(Protocol):
 
 
 class ShardedIndex(_OneVersion):
-    """Each shard in a process of its own, reached through Serve handles; `shards[i]` answers for shard i.
+    """The shards in other processes, reached through Serve handles; process i of n holds every n-th shard from i on.
 
     Every call names the version, so shards that are still moving to another one never mix into an answer.
     """
@@ -102,24 +101,18 @@ class ShardedIndex(_OneVersion):
         shard_timeout_ms: int,
     ) -> None:
         super().__init__(manifest, documents_schema)
-        self._shards = list(shards[: len(manifest.shards)])
+        self._shards = list(shards)
         self._shard_timeout_s = shard_timeout_ms / 1000
 
     @staticmethod
     def open(uri: str, version: str | None, shards: Sequence[Any], shard_timeout_ms: int) -> ShardedIndex:
-        """Have every shard open the version, and wait for all of them.
+        """Have every process open the version, and wait for all of them.
 
         Raises:
-            FormatError: the version has more shards than there are processes.
-            RaytowerError: a shard could not open it.
+            RaytowerError: a process could not open it.
         """
-        manifest, folder = open_manifest(uri, version)
-        if len(manifest.shards) > len(shards):
-            raise FormatError(
-                f"index version {manifest.version!r} has {len(manifest.shards)} shards, but {len(shards)} are served; "
-                "start the server again"
-            )
-        schema = read_documents_schema(folder, manifest)
+        manifest = open_manifest(uri, version)
+        schema = DocumentTable.open(Location.of(uri), manifest.table_version).schema
         index = ShardedIndex(manifest, schema, shards, shard_timeout_ms)
         responses = [shard.prepare.remote(manifest.version) for shard in index._shards]
         for number, response in enumerate(responses):
@@ -164,22 +157,23 @@ class ShardedIndex(_OneVersion):
 
 
 def merge_candidates(parts: Sequence[Sequence[Sequence[Candidate]]], k: int) -> list[list[Candidate]]:
-    """The best `k` of each query over `parts` [shard][query]; of equal scores the lower shard's come first."""
+    """The best `k` of each query over `parts` [process][query]; equal scores go by row, as in one process."""
     merged = []
     for lists in zip(*parts, strict=True):
         together = [item for items in lists for item in items]
-        together.sort(key=lambda item: -item.score)  # stable, so shard order decides ties
+        together.sort(key=lambda item: (-item.score, item.row))
         merged.append(together[:k])
     return merged
 
 
 class ShardServer:
-    """One index shard in its own process, holding the versions that are or just were served."""
+    """Some shards of an index in their own process, holding the versions that are or just were served."""
 
-    def __init__(self, uri: str, number: int) -> None:
+    def __init__(self, uri: str, number: int, num_processes: int) -> None:
         self._uri = uri
         self._number = number
-        self._open: OrderedDict[str, ShardRecall] = OrderedDict()
+        self._num_processes = num_processes
+        self._open: OrderedDict[str, Index] = OrderedDict()
         self._lock = threading.Lock()
         self._opening = threading.Lock()
 
@@ -192,15 +186,15 @@ class ShardServer:
 
     async def prepare(self, version: str) -> None:
         """Open a version. Raises what opening raises."""
-        await asyncio.to_thread(self._recall_of, version)
+        await asyncio.to_thread(self._opened, version)
 
     async def recall(
         self, version: str, vectors: Vectors, k: int, filter: Mapping[str, Any] | None = None
     ) -> list[list[Candidate]]:
-        """At most `k` candidates of this shard for each vector, from exactly that version."""
-        return await asyncio.to_thread(lambda: self._recall_of(version)(vectors, k, filter))
+        """At most `k` candidates of these shards for each vector, from exactly that version."""
+        return await asyncio.to_thread(lambda: index_recall(self._opened(version), filter)(vectors, k))
 
-    def _recall_of(self, version: str) -> ShardRecall:
+    def _opened(self, version: str) -> Index:
         known = self._known(version)
         if known is not None:
             return known
@@ -208,42 +202,19 @@ class ShardServer:
         with self._opening:
             known = self._known(version)
             if known is None:
-                known = open_shard(self._uri, version, self._number)
+                known = Index.open(self._uri, version, part=(self._number, self._num_processes))
                 with self._lock:
                     self._open[version] = known
                     while len(self._open) > _VERSIONS_KEPT:
                         self._open.popitem(last=False)
             return known
 
-    def _known(self, version: str) -> ShardRecall | None:
+    def _known(self, version: str) -> Index | None:
         with self._lock:
             known = self._open.get(version)
             if known is not None:
                 self._open.move_to_end(version)
             return known
-
-
-def open_shard(uri: str, version: str, number: int) -> ShardRecall:
-    """Recall from one shard of a version. Raises InputError, FormatError: what opening an index raises."""
-    manifest, folder = open_manifest(uri, version)
-    shard = Shard.open(folder, number, manifest, default_cache_dir())
-    schema = read_documents_schema(folder, manifest)
-
-    def recall(vectors: Vectors, k: int, filter: Mapping[str, Any] | None) -> list[list[Candidate]]:
-        parsed = None if filter is None else parse_filter(filter, schema)
-        # A merge of one part puts equal scores in the order that a merge of all shards would.
-        hits = merge_hits([shard.search(prepare_queries(vectors, manifest), k, filter=parsed)], k)
-        real = hits.shards >= 0  # [Q, K]; the rest is padding
-        documents = iter(shard.documents(hits.rows[real]))
-        return [
-            [
-                Candidate(document.id, document.text, document.metadata, score)
-                for document, score in zip(islice(documents, len(scores)), scores, strict=True)
-            ]
-            for scores in (row[kept].tolist() for row, kept in zip(hits.scores, real, strict=True))
-        ]
-
-    return recall
 
 
 def shard_deployment_name(number: int) -> str:

@@ -1,0 +1,468 @@
+"""`raytower index add | delete | set`: a change of the table, and the version that holds it.
+
+Up to some hundred thousand rows a change runs in this process, without Ray. A change that was made already is known by
+what it was, and is not made twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from raytower.config import Config
+from raytower.errors import InputError
+from raytower.index.build import figures, measured
+from raytower.index.config import IndexWorkersConfig
+from raytower.index.embeddings import Embeddings
+from raytower.index.filters import sql_literal, to_sql
+from raytower.index.fold import folded
+from raytower.index.manifest import IndexManifest, Operation, Origin
+from raytower.index.reader import Index
+from raytower.index.shard_build import digest_of
+from raytower.index.table import DocumentTable, table_batch, table_schema, unified
+from raytower.index.tasks import InProcess, OnRay, Run
+from raytower.index.versions import Writer, changing, next_version, open_manifest, publish
+from raytower.runtime import log
+from raytower.storage import Location
+
+# A change of more rows runs on Ray's workers.
+_ROWS_IN_PROCESS = 100_000
+# Recall is measured again once more than this share of the rows came or went.
+_MEASURED_SHARE = 0.1
+_SAME_ORIGIN = ("fingerprint", "metric", "dim", "prefix", "max_length", "engine", "compute_dtype")
+_NAMES_SHOWN = 3
+
+
+class IndexAddConfig(Config):
+    """`raytower index add`: documents of an embeddings folder into `index`.
+
+    `upsert` lets a document replace the one with its id; without it an id that is there already is refused. An addition
+    that was made before is not made again, unless `again` is true.
+    """
+
+    index: str
+    embeddings: str
+    upsert: bool = False
+    again: bool = False
+    workers: IndexWorkersConfig = IndexWorkersConfig()
+
+
+class IndexDeleteConfig(Config):
+    """`raytower index delete`: by `ids`, by a file at `path`, or by a `filter` on the documents' columns.
+
+    The file is text with an id a line; or JSONL or Parquet with a key or column `id`, for ids of any characters.
+    `on_unknown` ignore lets ids pass that the index does not hold; they are counted. `filter` is JSON, or SQL text.
+    """
+
+    index: str
+    ids: list[str] = Field(default_factory=list)
+    path: str | None = None
+    filter: dict[str, Any] | str | None = None
+    on_unknown: Literal["fail", "ignore"] = "fail"
+    workers: IndexWorkersConfig = IndexWorkersConfig()
+
+    def model_post_init(self, context: Any) -> None:
+        if not self.ids and self.path is None and self.filter is None:
+            raise ValueError("there is nothing to delete: give ids, path (a file of ids), or filter")
+        if self.filter is not None and (self.ids or self.path is not None):
+            raise ValueError("filter stands beside ids or path; give one of them")
+
+
+class IndexSetConfig(Config):
+    """`raytower index set`: other values in columns of documents, without encoding anything.
+
+    Either `values` is written wherever `filter` holds; or `path`, JSONL or Parquet, has an `id` and the columns to be
+    changed in each row. The text and the id cannot be set: they belong to the vector.
+    """
+
+    index: str
+    values: dict[str, Any] = Field(default_factory=dict)
+    filter: dict[str, Any] | str | None = None
+    path: str | None = None
+    on_unknown: Literal["fail", "ignore"] = "fail"
+
+    def model_post_init(self, context: Any) -> None:
+        if (self.path is None) == (self.filter is None) or bool(self.values) != (self.filter is not None):
+            raise ValueError(
+                "give values and the filter that they are for, or path, a file of ids and values"
+            )
+
+
+def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
+    """Publish a version that holds the documents of an embeddings folder besides what is published.
+
+    Returns:
+        what `index build` returns, and added, replaced.
+
+    Raises:
+        InputError: another encoder, prefix, length or dimension; columns whose types do not fit; ids that occur twice,
+            or are there already without `upsert`. FormatError: damaged files.
+        RaytowerError: another writer holds the index.
+    """
+    started = time.perf_counter()
+    index, source = Location.of(config.index), Embeddings(Location.of(config.embeddings))
+    _refuse_unfit_addition(source, open_manifest(index), config.embeddings)
+    identity = digest_of({"add": source.identity(), "upsert": config.upsert})
+    with changing(index, "index add") as writer:
+        if identity in writer.manifest.applied and not config.again:
+            log(
+                f"{config.embeddings} was added to {config.index} before; nothing is done (again: true adds it anew)"
+            )
+            return {**figures(writer.manifest, started, config.index), "added": 0, "replaced": 0}
+        replaced, table = _append(writer, source, config)
+        manifest = publish_change(
+            writer,
+            table,
+            "add",
+            identity,
+            came=source.rows,
+            went=replaced,
+            run=_run(source.rows, config.workers),
+        )
+    return {**figures(manifest, started, config.index), "added": source.rows, "replaced": replaced}
+
+
+def delete_from_index(config: IndexDeleteConfig) -> dict[str, Any]:
+    """Publish a version without some documents.
+
+    Returns:
+        what `index build` returns, and deleted, unknown (ids that were not there), repeated (ids given twice).
+
+    Raises:
+        InputError: an id that the index does not hold under on_unknown fail, unless this very deletion was made
+            before; no ids; a filter that does not fit. RaytowerError: another writer holds the index.
+    """
+    started = time.perf_counter()
+    index = Location.of(config.index)
+    given = [*config.ids, *(read_ids(config.path) if config.path is not None else ())]
+    if config.filter is None and not given:
+        raise InputError(f"{config.path!r} holds no ids; there is nothing to delete")
+    wanted = list(dict.fromkeys(given))
+    identity = digest_of({"delete": wanted, "filter": config.filter})
+    with changing(index, "index delete") as writer:
+        manifest, table = writer.manifest, writer.table
+        if config.filter is not None:
+            condition = _condition(config.filter, table)
+            going, unknown = len(table.matching(condition)), 0
+        else:
+            going = sum(batch.num_rows for batch in table.find("id", pa.array(wanted, pa.string()), ["id"]))
+            unknown = len(wanted) - going
+        if unknown and config.on_unknown == "fail" and identity not in manifest.applied:
+            raise InputError(_unknown_ids(wanted, table, manifest))
+        if going == manifest.rows:
+            raise InputError(
+                f"this deletes all {manifest.rows} documents of index version {manifest.version}; an index holds at least "
+                "one: remove the index itself instead"
+            )
+        if going:
+            table = (
+                table.without(pa.array(wanted, pa.string()))
+                if config.filter is None
+                else table.without_matching(condition)
+            )
+            manifest = publish_change(
+                writer, table, "delete", identity, came=0, went=going, run=_run(going, config.workers)
+            )
+    return {
+        **figures(manifest, started, config.index),
+        "deleted": going,
+        "unknown": unknown,
+        "repeated": len(given) - len(wanted),
+    }
+
+
+def set_in_index(config: IndexSetConfig) -> dict[str, Any]:
+    """Publish a version with other values in some columns.
+
+    Returns:
+        what `index build` returns, and changed, unknown.
+
+    Raises:
+        InputError: a column that there is not, the text or the id, a value of another type, an unknown id under
+            on_unknown fail. RaytowerError: another writer holds the index.
+    """
+    started = time.perf_counter()
+    index = Location.of(config.index)
+    with changing(index, "index set") as writer:
+        table, unknown = writer.table, 0
+        if config.path is None:
+            _refuse_fixed(config.values, table)
+            assert config.filter is not None
+            condition = _condition(config.filter, table)
+            changed = len(table.matching(condition))
+            literals = {
+                name: sql_literal(table.schema.field(name), value, f"values.{name}")
+                for name, value in config.values.items()
+            }
+            table = table.with_value_where(literals, condition) if changed else table
+            identity = digest_of({"set": config.values, "filter": config.filter})
+        else:
+            values = read_values(config.path, table)
+            identity = digest_of({"set": values.to_pylist()})
+            known = [batch.column("id") for batch in table.find("id", values["id"].combine_chunks(), ["id"])]
+            changed = sum(len(ids) for ids in known)
+            unknown = values.num_rows - changed
+            if unknown and config.on_unknown == "fail":
+                raise InputError(_unknown_ids(values["id"].to_pylist(), table, writer.manifest))
+            table = table.with_values(values) if changed else table
+        manifest = writer.manifest
+        if changed:
+            manifest = publish_change(writer, table, "set", identity, came=0, went=0, run=InProcess())
+    return {**figures(manifest, started, config.index), "changed": changed, "unknown": unknown}
+
+
+def plan_add(config: IndexAddConfig) -> dict[str, Any]:
+    """What an addition would do. Raises InputError and FormatError as `add_to_index`, the ids aside."""
+    manifest = open_manifest(config.index)
+    source = Embeddings(Location.of(config.embeddings))
+    _refuse_unfit_addition(source, manifest, config.embeddings)
+    return {
+        "parent": manifest.version,
+        "rows_before": manifest.rows,
+        "rows_added": source.rows,
+        "on_ray": source.rows > _ROWS_IN_PROCESS,
+    }
+
+
+def plan_delete(config: IndexDeleteConfig) -> dict[str, Any]:
+    """What a deletion would do; ids are not looked up."""
+    manifest = open_manifest(config.index)
+    plan: dict[str, Any] = {"parent": manifest.version, "rows_before": manifest.rows}
+    if config.filter is not None:
+        table = DocumentTable.open(Location.of(config.index), manifest.table_version)
+        return {**plan, "matching": len(table.matching(_condition(config.filter, table)))}
+    given = [*config.ids, *(read_ids(config.path) if config.path is not None else ())]
+    return {**plan, "ids": len(set(given))}
+
+
+def plan_set(config: IndexSetConfig) -> dict[str, Any]:
+    """What a change of values would do."""
+    manifest = open_manifest(config.index)
+    table = DocumentTable.open(Location.of(config.index), manifest.table_version)
+    if config.filter is None:
+        assert config.path is not None
+        return {"parent": manifest.version, "rows": read_values(config.path, table).num_rows}
+    _refuse_fixed(config.values, table)
+    return {"parent": manifest.version, "matching": len(table.matching(_condition(config.filter, table)))}
+
+
+def publish_change(
+    writer: Writer,
+    table: DocumentTable,
+    operation: Operation,
+    identity: str,
+    *,
+    came: int,
+    went: int,
+    run: Run,
+) -> IndexManifest:
+    """Fold what is to be folded, measure what is to be measured, and publish the table as the next version."""
+    before = writer.manifest
+    draft = before.model_copy(
+        update={
+            "version": next_version(before.version),
+            "parent": before.version,
+            "operation": operation,
+            "identity": identity,
+            "applied": (*(name for name in before.applied if name != identity), identity),
+            "table_version": table.version,
+            "next_row": before.next_row + came,
+            "rows": table.num_rows,
+            "changed_rows": before.changed_rows + came + went,
+        }
+    )
+    draft = draft.model_copy(update={"shards": folded(writer.index, draft, table, run)})
+    if draft.changed_rows > _MEASURED_SHARE * draft.rows:
+        draft = measured(writer.index, draft, run)
+    else:
+        # What cannot be opened must not be published.
+        Index.of_manifest(writer.index, draft)
+    publish(writer.index, draft)
+    return draft
+
+
+def refuse_other_origin(found: Origin, manifest: IndexManifest, embeddings: str) -> None:
+    """Raises InputError, naming both sides, where vectors were made in another way than those of the index."""
+    for name in _SAME_ORIGIN:
+        ours, theirs = getattr(manifest, name), getattr(found, name)
+        if ours != theirs:
+            raise InputError(
+                f"{embeddings!r} has {name} {theirs!r}, index version {manifest.version} has {ours!r}; vectors made in "
+                f"different ways cannot be compared: encode with {manifest.encoder!r}, prefix {manifest.prefix!r}, "
+                f"max_length {manifest.max_length}, engine {manifest.engine} and dtype {manifest.compute_dtype}"
+            )
+
+
+def read_ids(path: str) -> Iterator[str]:
+    """Ids of a file: a line each, or the `id` of JSONL or Parquet rows.
+
+    Raises InputError for an empty line, a row without an id, or no UTF-8.
+    """
+    place = Location.of(path)
+    if place.name.endswith((".parquet", ".jsonl")):
+        yield from _read_rows(place)["id"].to_pylist()
+        return
+    try:
+        lines = place.read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} is not UTF-8 text: {error}; give a text file with an id a line") from error
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        name = line.removesuffix("\r")
+        if not name.strip():
+            raise InputError(f"{place} line {number} is empty; every line is an id")
+        yield name
+
+
+def read_values(path: str, table: DocumentTable) -> pa.Table:
+    """Ids and the values to be set, of the table's types. Raises InputError as `set_in_index`."""
+    place = Location.of(path)
+    rows = _read_rows(place)
+    names = [name for name in rows.column_names if name != "id"]
+    _refuse_fixed(dict.fromkeys(names), table)
+    if len(set(rows["id"].to_pylist())) != rows.num_rows:
+        raise InputError(f"{place} holds an id twice; give each document one row")
+    if not names:
+        raise InputError(f"{place} holds ids and nothing to set; give it the columns that are to change")
+    columns = {"id": rows["id"]}
+    for name in names:
+        kind = table.schema.field(name).type
+        try:
+            columns[name] = rows[name].cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(
+                f"{place}: column {name!r} is {rows[name].type} there and {kind} in the index: {error}"
+            ) from error
+    return pa.table(columns)
+
+
+def _read_rows(place: Location) -> pa.Table:
+    if place.name.endswith(".parquet"):
+        with place.open_read() as stream:
+            rows = pq.read_table(stream)
+    else:
+        parsed = []
+        for number, line in enumerate(place.read_bytes().split(b"\n"), start=1):
+            if line.strip():
+                try:
+                    parsed.append(json.loads(line))
+                except ValueError as error:
+                    raise InputError(f"{place} line {number} is no JSON: {error}") from error
+        try:
+            rows = pa.Table.from_pylist(parsed)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError) as error:
+            raise InputError(
+                f"{place}: its rows are no table: {error}; every line is an object of plain values"
+            ) from error
+    if "id" not in rows.column_names or rows["id"].null_count:
+        raise InputError(f"{place} has rows without an id; every row needs one")
+    return rows.set_column(rows.column_names.index("id"), "id", rows["id"].cast(pa.string()))
+
+
+def _append(writer: Writer, source: Embeddings, config: IndexAddConfig) -> tuple[int, DocumentTable]:
+    """The table with the addition's documents, and how many they replace."""
+    manifest = writer.manifest
+    if source.rows == 0:
+        raise InputError(f"{config.embeddings!r} holds no rows; there is nothing to add")
+    schema = unified(writer.table.schema, source.documents_schema(), config.embeddings)
+    _refuse_ids(writer, source, config)
+    table = writer.table.widened(schema)
+    target = table_schema(table.schema, manifest.dim, manifest.vector_dtype)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        row = manifest.next_row
+        for file in range(len(source.manifest.files)):
+            for documents, vectors in source.stream(file):
+                yield table_batch(documents, vectors, row, target)
+                row += len(vectors)
+
+    reader = pa.RecordBatchReader.from_batches(target, batches())
+    if not config.upsert:
+        return 0, table.appended(reader)
+    changed, replaced = table.upserted(reader)
+    return replaced, changed
+
+
+def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> None:
+    """Refuse ids that stand twice in an addition and, without `upsert`, those that are there already."""
+    seen: set[str] = set()
+    for file in range(len(source.manifest.files)):
+        place = source.folder / source.manifest.files[file].name
+        with place.open_read() as stream:
+            names = pq.read_table(stream, columns=["id"])["id"].to_pylist()
+        twice = (
+            next((name for number, name in enumerate(names) if name in seen or name in names[:number]), None)
+            if len(set(names) | seen) < len(names) + len(seen)
+            else None
+        )
+        if twice is not None:
+            raise InputError(
+                f"id {twice!r} stands twice in {config.embeddings!r}; ids must be unique: encode it again"
+            )
+        seen.update(names)
+    if config.upsert:
+        return
+    found = [
+        name
+        for batch in writer.table.find("id", pa.array(sorted(seen), pa.string()), ["id"])
+        for name in batch.column(0).to_pylist()
+    ]
+    if found:
+        raise InputError(
+            f"{len(found)} ids of {config.embeddings!r} are in index version {writer.manifest.version} already, such as "
+            f"{_shown(found)}; set upsert: true to replace those documents, or leave them out"
+        )
+
+
+def _refuse_unfit_addition(source: Embeddings, manifest: IndexManifest, embeddings: str) -> None:
+    refuse_other_origin(source.origin, manifest, embeddings)
+
+
+def _refuse_fixed(values: Mapping[str, Any], table: DocumentTable) -> None:
+    known = [name for name in table.schema.names if name not in ("id", "text")]
+    for name in values:
+        if name in ("id", "text"):
+            raise InputError(
+                f"{name} cannot be set: the vector was made from it; encode the document and add it with upsert"
+            )
+        if name not in known:
+            raise InputError(
+                f"there is no column {name!r} to set; columns are {', '.join(map(repr, known)) or 'none'}"
+            )
+
+
+def _condition(filter: Mapping[str, Any] | str, table: DocumentTable) -> str:
+    return filter if isinstance(filter, str) else to_sql(filter, table.schema)
+
+
+def _unknown_ids(wanted: list[str], table: DocumentTable, manifest: IndexManifest) -> str:
+    found = {
+        name
+        for batch in table.find("id", pa.array(wanted, pa.string()), ["id"])
+        for name in batch.column(0).to_pylist()
+    }
+    unknown = sorted(set(wanted) - found)
+    return (
+        f"{len(unknown)} of {len(wanted)} ids are not in index version {manifest.version}: {_shown(unknown)}; they never "
+        "were, or are deleted already: correct them, or set on_unknown: ignore"
+    )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + (" and others" if len(names) > _NAMES_SHOWN else "")
+
+
+def _run(rows: int, workers: IndexWorkersConfig) -> Run:
+    return (
+        OnRay(workers)
+        if rows > _ROWS_IN_PROCESS
+        else InProcess(threads=max(int(np.ceil(workers.num_cpus)), 1))
+    )

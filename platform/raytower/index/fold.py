@@ -1,0 +1,144 @@
+"""Folding: rows that no shard holds, small shards and shards with many dead rows become fewer, larger shards.
+
+Shards are derived from the table, so folding changes no answer: it can be done at any time, over what is published then,
+and whatever is published meanwhile stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raytower.index.build import run_shard_tasks
+from raytower.index.config import BuiltKind
+from raytower.index.faiss_import import import_faiss
+from raytower.index.kinds import new_index
+from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
+from raytower.index.reader import shard_rows
+from raytower.index.rowmap import Rows
+from raytower.index.shard import Shard
+from raytower.index.shard_build import ShardTask, TableRows, digest_of, serialise
+from raytower.index.table import DocumentTable
+from raytower.index.tasks import Run
+from raytower.storage import Location
+
+# Rows outside shards are scored exactly at every search; so many cost less than the graph beside them.
+TAIL_ROWS = 4_096
+# Up to so many rows are searched exactly in well under a millisecond, whatever the kind of the index.
+FLAT_ROWS = 20_000
+# A change folds no more rows than that; `index compact` folds all.
+MAX_FOLDED_ROWS = 200_000
+_ROWS_PER_SHARD = 5_000_000
+# A shard is taken up into what is folded where it is not much larger: so each row is folded a few times in all.
+_TIER = 2
+# A shard with more than this share of dead rows is folded by itself.
+_DEAD_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a shard holds: its live rows, and all of them."""
+
+    live: int
+    rows: int
+
+
+def plan_fold(shards: Sequence[Held], tail: int) -> list[int]:
+    """Which shards are to be folded together with the rows outside shards; empty where nothing is to be done.
+
+    As in a log-structured merge: what is new takes up the shards that are not much larger than itself, smallest first,
+    so there are never more than some log2(rows / TAIL_ROWS) small ones. Shards beyond MAX_FOLDED_ROWS are left to
+    compaction.
+    """
+    wasted = [
+        number
+        for number, shard in enumerate(shards)
+        if shard.live < (1 - _DEAD_SHARE) * shard.rows and shard.live <= MAX_FOLDED_ROWS
+    ]
+    if tail <= TAIL_ROWS and not wasted:
+        return []
+    folded, total = list(wasted), tail + sum(shards[number].live for number in wasted)
+    for number in sorted(range(len(shards)), key=lambda number: shards[number].live):
+        small = shards[number].live <= _TIER * total and total + shards[number].live <= MAX_FOLDED_ROWS
+        if number not in wasted and small:
+            folded.append(number)
+            total += shards[number].live
+    return sorted(folded)
+
+
+def folded(
+    index: Location, manifest: IndexManifest, table: DocumentTable, run: Run
+) -> tuple[ShardEntry, ...]:
+    """The shards of a version with what is to be folded folded; placed shards stay as they are."""
+    held = [shard_rows(index, entry) for entry in manifest.shards]
+    live = [_live(table, rows) for rows in held]
+    tail = table.row_map.outside(held)
+    candidates = [number for number, entry in enumerate(manifest.shards) if not entry.placed]
+    chosen = [
+        candidates[place]
+        for place in plan_fold(
+            [Held(len(live[number]), len(held[number])) for number in candidates], len(tail)
+        )
+    ]
+    if len(tail) <= TAIL_ROWS and not chosen:
+        return manifest.shards
+    kept = [entry for number, entry in enumerate(manifest.shards) if number not in chosen]
+    rows = np.sort(np.concatenate([tail, *(live[number] for number in chosen)]))
+    if not len(rows):
+        return tuple(kept)
+    return (*kept, *_build(index, manifest, table, rows, run))
+
+
+def _live(table: DocumentTable, rows: Rows) -> Rows:
+    mask = table.row_map.live_mask(rows)
+    return np.asarray(rows) if mask is None else np.asarray(rows)[mask]
+
+
+def _build(
+    index: Location, manifest: IndexManifest, table: DocumentTable, rows: Rows, run: Run
+) -> tuple[ShardEntry, ...]:
+    alike = [entry for entry in manifest.shards if entry.kind == manifest.kind]
+    kind: BuiltKind = "flat" if len(rows) <= FLAT_ROWS or not alike else manifest.kind
+    exact = manifest.exact_dtype if kind == manifest.kind else None
+    source = TableRows(index=index, table_version=table.version, unit=manifest.metric == "cosine")
+    tasks = [
+        ShardTask(
+            source=TableRows(
+                index=index,
+                table_version=table.version,
+                unit=source.unit,
+                listed=rows[start : start + _ROWS_PER_SHARD],
+            ),
+            num_rows=len(rows[start : start + _ROWS_PER_SHARD]),
+            kind=kind,
+            exact_dtype=exact,
+            made_of={
+                "format": FORMAT_VERSION,
+                # A number of the table's versions is given once, so it names what the rows hold.
+                "table_version": table.version,
+                "rows": digest_of([len(rows), int(rows[0]), int(rows[-1]), int(rows.sum())]),
+                "part": start,
+                "parameters": manifest.parameters if kind != "flat" else {},
+            },
+            placed=False,
+            num_threads=run.threads,
+        )
+        for start in range(0, len(rows), _ROWS_PER_SHARD)
+    ]
+
+    def template() -> Any:
+        if kind == "flat":
+            return serialise(new_index("flat", manifest.dim, {}))
+        # Shards of a version's own kind have the training that all of them share.
+        return run(_template_of, [(index, alike[0], manifest, table.version)])[0]
+
+    return run_shard_tasks(tasks, template, run, run.at_once)
+
+
+def _template_of(index: Location, entry: ShardEntry, manifest: IndexManifest, table_version: int) -> Any:
+    import_faiss()
+    table = DocumentTable.open(index, table_version)
+    return serialise(Shard.open(index, entry, manifest.dim, table.row_map).new_like())

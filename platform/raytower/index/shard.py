@@ -1,0 +1,155 @@
+"""One opened shard: a FAISS index over some rows of the table.
+
+Shape legend: N rows of the shard, Q queries, D dimension, K hits a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytower.errors import FormatError
+from raytower.index.allowed import AllowedRows
+from raytower.index.config import BuiltKind
+from raytower.index.faiss_import import import_faiss
+from raytower.index.hits import Hits
+from raytower.index.kinds import Vectors, search_index
+from raytower.index.manifest import EXACT_NAME, ROWS_NAME, SHARDS_NAME, VECTORS_NAME, FileEntry, ShardEntry
+from raytower.index.rowmap import RowMap, Rows
+from raytower.storage import Location, cache_dir
+
+
+class Shard:
+    """One shard, memory-mapped. Safe for concurrent searches.
+
+    FAISS knows positions 0 to N - 1; position i is row `rows[i]` of the table. Rows that the table no longer holds are
+    never hits.
+    """
+
+    def __init__(
+        self,
+        kind: BuiltKind,
+        index: Any,
+        rows: Rows,
+        row_map: RowMap,
+        exact: NDArray[Any] | None = None,
+        digest: str = "",
+    ) -> None:
+        self.kind = kind
+        self.rows = rows
+        self.digest = digest
+        self._index = index
+        self._exact = exact
+        live = row_map.live_mask(rows)
+        self._live = None if live is None else AllowedRows.of(live)
+
+    @classmethod
+    def open(cls, index: Location, entry: ShardEntry, dim: int, row_map: RowMap) -> Shard:
+        """Open a shard, fetching what lies remotely.
+
+        Raises:
+            FormatError: a file is missing or of another size, or what it holds does not fit the entry.
+        """
+        place = index / SHARDS_NAME / entry.digest
+        paths = {name: local_file(place / name, file) for name, file in entry.files.items()}
+        faiss = import_faiss()
+        try:
+            vectors = faiss.read_index(str(paths[VECTORS_NAME]), faiss.IO_FLAG_MMAP_IFC)
+            rows = np.load(paths[ROWS_NAME], mmap_mode="r", allow_pickle=False)
+            exact = (
+                np.load(paths[EXACT_NAME], mmap_mode="r", allow_pickle=False) if entry.exact_dtype else None
+            )
+        except (KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
+            raise FormatError(f"shard {place} cannot be read: {error}; build the index again") from error
+        _check_content(place, entry, vectors, rows, exact, dim)
+        return cls(entry.kind, vectors, rows, row_map, exact, entry.digest)
+
+    @classmethod
+    def in_memory(cls, vectors: Vectors, rows: Rows, row_map: RowMap) -> Shard:
+        """Vectors (N, D) of some rows, searched exactly."""
+        index = import_faiss().IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        return cls("flat", index, rows, row_map)
+
+    @property
+    def num_live(self) -> int:
+        """Rows that can be hits."""
+        return len(self.rows) if self._live is None else self._live.count
+
+    def live_rows(self) -> Rows:
+        """The rows that can be hits, rising."""
+        return np.asarray(self.rows) if self._live is None else np.asarray(self.rows)[self._live.rows]
+
+    def allowed(self, matching: Rows) -> AllowedRows:
+        """Which positions hold one of some rising rows of the table."""
+        mask = np.zeros(len(self.rows), np.bool_)
+        if len(self.rows):
+            wanted = matching[slice(*np.searchsorted(matching, (self.rows[0], self.rows[-1] + 1)))]
+            if self._is_range:
+                mask[wanted - self.rows[0]] = True
+            else:
+                places = np.searchsorted(self.rows, wanted)
+                mask[places[self.rows[places] == wanted]] = True
+        return AllowedRows.of(mask)
+
+    def search(
+        self, vectors: Vectors, k: int, parameters: Mapping[str, int], allowed: AllowedRows | None = None
+    ) -> Hits:
+        """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made."""
+        scores, positions = search_index(
+            self.kind, self._index, vectors, k, parameters, allowed=allowed or self._live, exact=self._exact
+        )
+        return Hits(scores, np.where(positions >= 0, np.asarray(self.rows)[positions], -1))
+
+    def new_like(self) -> Any:
+        """An empty FAISS index with this one's training, in memory."""
+        faiss = import_faiss()
+        index = faiss.deserialize_index(faiss.serialize_index(self._index))
+        index.reset()
+        return index
+
+    @cached_property
+    def _is_range(self) -> bool:
+        return int(self.rows[-1]) - int(self.rows[0]) + 1 == len(self.rows)
+
+
+def local_file(place: Location, file: FileEntry) -> Path:
+    """A local path with this file, fetched and checked where it is remote; local files are checked by size.
+
+    Raises FormatError where it is missing, or of another size or checksum.
+    """
+    if not place.is_local:
+        return place.fetch(cache_dir(), file.sha256, file.bytes, verify=False)
+    path = place.local_path
+    if not path.is_file():
+        raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")
+    if path.stat().st_size != file.bytes:
+        raise FormatError(
+            f"{place} has {path.stat().st_size} bytes, the version says {file.bytes}: it was truncated or changed; roll "
+            "back or build it again"
+        )
+    return path
+
+
+def _check_content(
+    place: Location, entry: ShardEntry, index: Any, rows: NDArray[Any], exact: NDArray[Any] | None, dim: int
+) -> None:
+    if index.ntotal != entry.rows or rows.shape != (entry.rows,) or rows.dtype != np.int64:
+        raise FormatError(
+            f"shard {place} has {index.ntotal} vectors and row numbers {rows.dtype} {rows.shape}; its version says "
+            f"{entry.rows} rows"
+        )
+    if index.d != dim:
+        raise FormatError(f"shard {place} has dimension {index.d}; its version says {dim}")
+    if exact is not None and (exact.shape != (entry.rows, dim) or exact.dtype != entry.exact_dtype):
+        raise FormatError(
+            f"shard {place} has exact vectors {exact.dtype} {exact.shape}, its version says {entry.exact_dtype} "
+            f"{(entry.rows, dim)}"
+        )
+    if (rows[:1] < 0).any() or (rows[1:] <= rows[:-1]).any():
+        raise FormatError(f"shard {place} has row numbers that do not rise; build the index again")

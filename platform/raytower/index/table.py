@@ -1,0 +1,440 @@
+"""The documents of an index: one version of a Lance table, and the changes that make the next one.
+
+Lance (https://lance.org, package pylance) keeps versions, deletions, updates, scalar indices and garbage; this module is
+all that knows it. A row has a number, the column `row`, that no other document ever gets; where it lies in the table is
+asked of `row_map`, since updates and compaction move rows.
+
+Shape legend: N rows, D dimension.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property, partial
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.index.config import ExactDtype
+from raytower.index.manifest import TABLE_NAME
+from raytower.index.rowmap import RowMap, Rows
+from raytower.storage import Location
+
+ROW, ID, TEXT, VECTOR = "row", "id", "text", "vector"
+# Columns of the table that are not the user's; `tokens` is kept for lexical search.
+OWN_COLUMNS = (ROW, VECTOR, "tokens")
+_ADDRESS = "_rowaddr"
+_SCAN_ROWS = 65_536
+# One take asks for so many rows: larger ones are slower by the row.
+_TAKE_ROWS = 4_096
+# So many ids are looked up one by one in the id's index; more are joined in one scan.
+_IDS_LOOKED_UP = 20_000
+_IDS_PER_QUERY = 4_000
+_ROWS_PER_FRAGMENT = 1 << 20
+# Integers beyond it are not all whole numbers as float64.
+_EXACT_FLOAT = 1 << 53
+
+
+@dataclass(frozen=True)
+class Document:
+    """A stored document; `metadata` holds the columns besides id and text."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+
+
+class DocumentTable:
+    """One version of the table. Reading is safe for threads; a change returns the version that it made."""
+
+    def __init__(self, dataset: lance.LanceDataset) -> None:
+        self._dataset = dataset
+
+    @classmethod
+    def open(cls, index: Location, version: int | None = None) -> DocumentTable:
+        """A version of the table of an index, or the latest. Raises FormatError where it is not there."""
+        place = index / TABLE_NAME
+        uri, options = place.lance_uri()
+        try:
+            return cls(lance.dataset(uri, version=version, storage_options=options))
+        except (ValueError, OSError) as error:
+            what = "a table" if version is None else f"version {version} of its table"
+            raise FormatError(
+                f"{place} cannot be opened at {what}: {_first_line(error)}; roll back, or build the index again"
+            ) from error
+
+    @classmethod
+    def latest(cls, index: Location) -> DocumentTable | None:
+        """The latest version, or None where there is no table yet."""
+        return cls.open(index) if (index / TABLE_NAME / "_versions").is_dir() else None
+
+    @property
+    def version(self) -> int:
+        return int(self._dataset.version)
+
+    @property
+    def latest_version(self) -> int:
+        return int(self._dataset.latest_version)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._dataset.count_rows())
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of the documents: id, text and the user's, without row and vector."""
+        return pa.schema([field for field in self._dataset.schema if field.name not in OWN_COLUMNS])
+
+    @property
+    def dim(self) -> int:
+        return int(self._dataset.schema.field(VECTOR).type.list_size)
+
+    @property
+    def vector_dtype(self) -> ExactDtype:
+        return (
+            "float16"
+            if pa.types.is_float16(self._dataset.schema.field(VECTOR).type.value_type)
+            else "float32"
+        )
+
+    @cached_property
+    def row_map(self) -> RowMap:
+        """Where every row lies, by one scan of the row numbers. Raises FormatError where a row stands twice."""
+        batches = self._dataset.scanner(
+            columns=[ROW], with_row_address=True, batch_size=_SCAN_ROWS
+        ).to_batches()
+        try:
+            return RowMap.of_batches(
+                (batch.column(ROW).to_numpy(), batch.column(_ADDRESS).to_numpy().astype(np.int64))
+                for batch in batches
+            )
+        except ValueError as error:
+            raise FormatError(
+                f"{self._dataset.uri} version {self.version}: {error}; build the index again"
+            ) from error
+
+    # Reading
+
+    def take(self, rows: Rows, columns: Sequence[str]) -> pa.Table:
+        """Some columns of some rows, in their order. Raises FormatError for a row that is not there."""
+        addresses = self.row_map.addresses_of(rows)
+        if (addresses < 0).any():
+            gone = int(rows[np.flatnonzero(addresses < 0)[0]])
+            raise FormatError(
+                f"version {self.version} of the table holds no row {gone}; open the index again"
+            )
+        parts = [
+            self._dataset._take_rows(addresses[start : start + _TAKE_ROWS].tolist(), columns=list(columns))
+            for start in range(0, len(addresses), _TAKE_ROWS)
+        ]
+        if not parts:
+            return self._dataset.schema.empty_table().select(list(columns))
+        return pa.concat_tables(parts)
+
+    def documents(self, rows: Rows) -> list[Document]:
+        """The documents of some rows, in their order."""
+        values = self.take(rows, self.schema.names).to_pylist()
+        return [Document(value.pop(ID), value.pop(TEXT), value) for value in values]
+
+    def vectors(self, rows: Rows, *, unit: bool) -> NDArray[np.float32]:
+        """The vectors (N, D) of some rows, of unit length where asked."""
+        column = self.take(rows, [VECTOR])[VECTOR]
+        flat = np.concatenate(
+            [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks] or [np.empty(0)]
+        )
+        vectors = np.ascontiguousarray(flat.reshape(-1, self.dim), dtype=np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if unit else vectors
+
+    def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Some columns of all rows, or of those that an SQL condition holds for; a batch at a time.
+
+        Raises InputError where the condition does not fit the columns.
+        """
+        try:
+            yield from self._dataset.scanner(
+                columns=list(columns), filter=where, batch_size=_SCAN_ROWS
+            ).to_batches()
+        except (ValueError, OSError) as error:
+            if where is None:
+                raise
+            raise InputError(f"the filter cannot be evaluated: {_first_line(error)}") from error
+
+    def matching(self, where: str) -> Rows:
+        """The rows that an SQL condition holds for, rising. Raises InputError where it does not fit the columns."""
+        parts = [batch.column(ROW).to_numpy() for batch in self.scan([ROW], where)]
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        return rows if (rows[1:] > rows[:-1]).all() else np.sort(rows)
+
+    def find(self, column: str, values: pa.Array, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of the rows whose `column`, as a string, is one of `values`, in any order."""
+        if column == ID and len(values) <= _IDS_LOOKED_UP:
+            names = values.to_pylist()
+            for start in range(0, len(names), _IDS_PER_QUERY):
+                listed = ", ".join(quoted(name) for name in names[start : start + _IDS_PER_QUERY])
+                yield from self.scan(wanted, f"{ID} IN ({listed})")
+            return
+        for batch in self.scan(list(dict.fromkeys([column, *wanted]))):
+            found = batch.filter(pc.is_in(batch.column(column).cast(values.type), value_set=values))
+            if found.num_rows:
+                yield found.select(list(wanted))
+
+    # Changing
+
+    def restored(self) -> DocumentTable:
+        """The latest version, made equal to this one where something was committed since."""
+        if self.latest_version == self.version:
+            return self
+        dataset = self._own()
+        dataset.restore()
+        return DocumentTable(dataset)
+
+    def widened(self, schema: pa.Schema) -> DocumentTable:
+        """With the columns of `schema` (documents), each of its type: new ones null, narrower ones widened.
+
+        Raises:
+            InputError: integers that the wider type, a float, cannot hold.
+        """
+        table = self
+        for field in schema:
+            known = table.schema.field(field.name) if field.name in table.schema.names else None
+            if known is None or known.type != field.type:
+                table = table._with_column(field, known)
+        return table
+
+    def _with_column(self, field: pa.Field, known: pa.Field | None) -> DocumentTable:
+        if known is None:
+            return self._changed(lambda dataset: dataset.add_columns(field.with_nullable(True)))[0]
+        if pa.types.is_null(known.type):
+            table, _ = self._changed(lambda dataset: dataset.drop_columns([field.name]))
+            return table._with_column(field, None)
+        if pa.types.is_integer(known.type) and pa.types.is_floating(field.type):
+            name = f"`{field.name}`"
+            lost = int(self._dataset.count_rows(f"{name} > {_EXACT_FLOAT} OR {name} < -{_EXACT_FLOAT}"))
+            if lost:
+                raise InputError(
+                    f"column {field.name!r} is {known.type} in the index and {field.type} in the addition, and {lost} "
+                    "integers of the index are too large for that; give it one type, or another name"
+                )
+        # Lance does not alter an integer column to a float one: a copy takes its place.
+        copy = f"_{field.name}_widened"
+        expression = f"CAST(`{field.name}` AS {_sql_type(field.type)})"
+        table, _ = self._changed(lambda dataset: dataset.add_columns({copy: expression}))
+        table, _ = table._changed(lambda dataset: dataset.drop_columns([field.name]))
+        renamed: Any = {"path": copy, "name": field.name}
+        return table._changed(lambda dataset: dataset.alter_columns(renamed))[0]
+
+    def appended(self, batches: pa.RecordBatchReader) -> DocumentTable:
+        """With more documents."""
+        return self._changed(lambda dataset: dataset.insert(batches, max_rows_per_file=_ROWS_PER_FRAGMENT))[0]
+
+    def upserted(self, batches: pa.RecordBatchReader) -> tuple[DocumentTable, int]:
+        """With more documents, which replace those with their ids; and how many were replaced."""
+        table, counts = self._changed(
+            lambda dataset: (
+                dataset.merge_insert(ID)
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+                .execute(batches)
+            )
+        )
+        return table, int(counts["num_updated_rows"])
+
+    def without(self, ids: pa.Array) -> DocumentTable:
+        """Without the documents with some ids."""
+        gone = pa.table({ID: ids})
+        return self._changed(lambda dataset: dataset.merge_insert(ID).when_matched_delete().execute(gone))[0]
+
+    def without_matching(self, where: str) -> DocumentTable:
+        """Without the documents that an SQL condition holds for."""
+        return self._changed(lambda dataset: dataset.delete(where))[0]
+
+    def with_values(self, values: pa.Table) -> DocumentTable:
+        """With other values in some columns: `values` holds the ids and those columns."""
+        return self._changed(
+            lambda dataset: dataset.merge_insert(ID).when_matched_update_all().execute(values)
+        )[0]
+
+    def with_value_where(self, values: Mapping[str, str], where: str) -> DocumentTable:
+        """With one value, an SQL literal, in each of some columns wherever an SQL condition holds."""
+        changes = dict(values)
+        return self._changed(lambda dataset: dataset.update(changes, where=where))[0]
+
+    def indexed(self, columns: Sequence[str]) -> DocumentTable:
+        """With a scalar index on the id and on some columns, its type chosen by theirs; those that are there stay."""
+        table = self
+        known = {name for index in self._dataset.describe_indices() for name in index.field_names}
+        for name in dict.fromkeys([ID, *columns]):
+            if name not in known:
+                kind = _index_type(self._dataset.schema.field(name).type)
+                table, _ = table._changed(partial(_create_index, column=name, kind=kind))
+        return table
+
+    def tidied(self) -> DocumentTable:
+        """Few fragments, no deletion files, indices that hold every row."""
+        dataset = self._own()
+        dataset.optimize.optimize_indices()
+        dataset.optimize.compact_files(target_rows_per_fragment=_ROWS_PER_FRAGMENT)
+        dataset.optimize.optimize_indices()
+        return DocumentTable(dataset)
+
+    def _own(self) -> lance.LanceDataset:
+        """A handle that a change may move to the version that it makes."""
+        return self._dataset.checkout_version(self.version)
+
+    def _changed(self, change: Callable[[lance.LanceDataset], Any]) -> tuple[DocumentTable, Any]:
+        """What one commit made of this version.
+
+        Raises:
+            RaytowerError: the commit does not follow this version, so that someone else's is below it.
+        """
+        dataset = self._own()
+        answer = change(dataset)
+        if dataset.version not in (self.version, self.version + 1):
+            raise RaytowerError(
+                f"the table was changed by another writer (version {dataset.version} follows {self.version}); nothing was "
+                "published: run the command again"
+            )
+        return DocumentTable(dataset), answer
+
+    # Versions
+
+    def pin(self, name: str) -> None:
+        """Keep this version from being cleaned, under a name."""
+        if name in self._dataset.tags.list():
+            self._dataset.tags.update(name, self.version)
+        else:
+            self._dataset.tags.create(name, self.version)
+
+    def keep_pins(self, names: set[str]) -> None:
+        """Let go of all versions but those that were pinned under some names."""
+        for name in set(self._dataset.tags.list()) - names:
+            self._dataset.tags.delete(name)
+
+    def clean(self) -> int:
+        """Remove what neither the latest version nor a pinned one needs; the bytes that were freed."""
+        removed = self._dataset.cleanup_old_versions(
+            older_than=timedelta(0), error_if_tagged_old_versions=False
+        )
+        return int(removed.bytes_removed)
+
+
+def table_schema(documents: pa.Schema, dim: int, dtype: ExactDtype) -> pa.Schema:
+    """The table's columns for documents of this schema."""
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    own = [pa.field(ROW, pa.int64()), pa.field(VECTOR, pa.list_(value, dim))]
+    return pa.schema([own[0], *(field.with_nullable(True) for field in documents), own[1]]).remove_metadata()
+
+
+def table_batch(
+    documents: pa.Table, vectors: NDArray[Any], first_row: int, schema: pa.Schema
+) -> pa.RecordBatch:
+    """Documents and their vectors (N, D) as a batch of the table, numbered from `first_row`.
+
+    Raises:
+        InputError: a value that the column's type cannot hold without loss.
+    """
+    columns: list[Any] = []
+    for field in schema:
+        if field.name == ROW:
+            columns.append(pa.array(np.arange(first_row, first_row + len(vectors))))
+        elif field.name == VECTOR:
+            flat = np.ascontiguousarray(vectors, dtype=field.type.value_type.to_pandas_dtype()).reshape(-1)
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), field.type.list_size))
+        else:
+            columns.append(_conformed(documents, field))
+    return pa.record_batch(columns, schema=schema)
+
+
+def write_fragments(index: Location, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> list[str]:
+    """Put rows beside the table, to be committed together by `commit_fragments`; any number of workers may."""
+    uri, options = (index / TABLE_NAME).lance_uri()
+    reader = pa.RecordBatchReader.from_batches(schema, iter(batches))
+    fragments = lance.fragment.write_fragments(
+        reader, uri, schema=schema, storage_options=options, max_rows_per_file=_ROWS_PER_FRAGMENT
+    )
+    return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+
+def commit_fragments(index: Location, fragments: Sequence[str], schema: pa.Schema) -> DocumentTable:
+    """The version that holds those rows and nothing else."""
+    uri, options = (index / TABLE_NAME).lance_uri()
+    parsed = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
+    latest = DocumentTable.latest(index)
+    dataset = lance.LanceDataset.commit(
+        uri,
+        lance.LanceOperation.Overwrite(schema, parsed),
+        read_version=latest.version if latest else 0,
+        storage_options=options,
+    )
+    return DocumentTable(dataset)
+
+
+def quoted(text: str) -> str:
+    """An SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def unified(ours: pa.Schema, theirs: pa.Schema, what: str) -> pa.Schema:
+    """The documents' columns of an index and of an addition, each with a type that holds both without loss.
+
+    Raises:
+        InputError: a column of two types that have no such type, naming both.
+    """
+    fields = {field.name: field for field in ours}
+    for field in theirs:
+        known = fields.setdefault(field.name, field)
+        try:
+            merged = pa.unify_schemas([pa.schema([known]), pa.schema([field])], promote_options="permissive")
+        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+            raise InputError(
+                f"column {field.name!r} is {known.type} in the index and {field.type} in {what}; give it one type, or "
+                "another name"
+            ) from error
+        fields[field.name] = merged.field(0)
+    return pa.schema(list(fields.values())).remove_metadata()
+
+
+def _conformed(documents: pa.Table, field: pa.Field) -> Any:
+    if field.name not in documents.column_names:
+        return pa.nulls(documents.num_rows, field.type)
+    column = documents[field.name]
+    try:
+        column = column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(
+            f"column {field.name!r} is {column.type} and cannot become {field.type} as in the index: {error}"
+        ) from error
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _create_index(dataset: lance.LanceDataset, column: str, kind: Any) -> None:
+    dataset.create_scalar_index(column, kind)
+
+
+def _index_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return "LABEL_LIST"
+    return "BITMAP" if pa.types.is_boolean(kind) else "BTREE"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    names = {
+        pa.int8(): "TINYINT", pa.int16(): "SMALLINT", pa.int32(): "INT", pa.int64(): "BIGINT", pa.uint64(): "BIGINT UNSIGNED",
+        pa.float32(): "FLOAT", pa.float64(): "DOUBLE", pa.string(): "STRING", pa.large_string(): "STRING",
+    }  # fmt: skip
+    if kind not in names:
+        raise RaytowerError(f"a column cannot be widened to {kind} in place; build the index again with it")
+    return names[kind]
+
+
+def _first_line(error: BaseException) -> str:
+    # Lance appends the place in its own source after the last comma.
+    return str(error).split(", /")[0].splitlines()[0] if str(error) else type(error).__name__
