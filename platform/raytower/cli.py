@@ -74,6 +74,12 @@ COMMANDS: dict[str, Command] = {
         "raytower.index.build:build_index",
         "raytower.index.build:plan_build",
     ),
+    "index sync": Command(
+        "make an index equal to a folder of texts, encoding only what is new or changed",
+        "raytower.index.sync:IndexSyncConfig",
+        "raytower.index.sync:sync_index",
+        "raytower.index.sync:plan_sync",
+    ),
     "index add": Command(
         "add documents; --upsert true replaces those with the same id",
         "raytower.index.change:IndexAddConfig",

@@ -85,7 +85,7 @@ class ShardPlan:
         return self.rows(0, self.plan.rows)
 
 
-def build_index(config: IndexBuildConfig) -> dict[str, Any]:
+def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, Any]:
     """Build, measure and publish a version.
 
     A build that is finished already, whatever was changed since, is not done again unless `replace` is true.
@@ -119,7 +119,7 @@ def build_index(config: IndexBuildConfig) -> dict[str, Any]:
                 f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of all "
                 "that: set replace: true, or build into another folder"
             )
-    run = OnRay(config.workers)
+    run = run or OnRay(config.workers)
     table, first_row = _ingest(index, source, before.next_row if before else 0, run)
     refuse_duplicate_ids(index, table, run)
     table = table.indexed(config.indexed)

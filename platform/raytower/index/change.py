@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field
 
 from raytower.config import Config
@@ -108,7 +110,7 @@ def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     index, source = Location.of(config.index), Embeddings(Location.of(config.embeddings))
-    _refuse_unfit_addition(source, open_manifest(index), config.embeddings)
+    refuse_other_origin(source.origin, open_manifest(index), config.embeddings)
     identity = digest_of({"add": source.identity(), "upsert": config.upsert})
     with changing(index, "index add") as writer:
         if identity in writer.manifest.applied and not config.again:
@@ -116,7 +118,14 @@ def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
                 f"{config.embeddings} was added to {config.index} before; nothing is done (again: true adds it anew)"
             )
             return {**figures(writer.manifest, started, config.index), "added": 0, "replaced": 0}
-        replaced, table = _append(writer, source, config)
+        if source.rows == 0:
+            raise InputError(f"{config.embeddings!r} holds no rows; there is nothing to add")
+        _refuse_ids(writer, source, config)
+        files = range(len(source.manifest.files))
+        stream = (batch for file in files for batch in source.stream(file))
+        table, replaced = with_documents(
+            writer, source.documents_schema(), stream, config.embeddings, upsert=config.upsert
+        )
         manifest = publish_change(
             writer,
             table,
@@ -222,7 +231,7 @@ def plan_add(config: IndexAddConfig) -> dict[str, Any]:
     """What an addition would do. Raises InputError and FormatError as `add_to_index`, the ids aside."""
     manifest = open_manifest(config.index)
     source = Embeddings(Location.of(config.embeddings))
-    _refuse_unfit_addition(source, manifest, config.embeddings)
+    refuse_other_origin(source.origin, manifest, config.embeddings)
     return {
         "parent": manifest.version,
         "rows_before": manifest.rows,
@@ -367,63 +376,49 @@ def _read_rows(place: Location) -> pa.Table:
     return rows.set_column(rows.column_names.index("id"), "id", rows["id"].cast(pa.string()))
 
 
-def _append(writer: Writer, source: Embeddings, config: IndexAddConfig) -> tuple[int, DocumentTable]:
-    """The table with the addition's documents, and how many they replace."""
+def with_documents(
+    writer: Writer,
+    schema: pa.Schema,
+    stream: Iterable[tuple[pa.Table, NDArray[Any]]],
+    what: str,
+    *,
+    upsert: bool,
+) -> tuple[DocumentTable, int]:
+    """The table with more documents (their columns and vectors), and how many they replace.
+
+    Raises InputError for a column whose type fits none of the index's, before anything is written.
+    """
     manifest = writer.manifest
-    if source.rows == 0:
-        raise InputError(f"{config.embeddings!r} holds no rows; there is nothing to add")
-    schema = unified(writer.table.schema, source.documents_schema(), config.embeddings)
-    _refuse_ids(writer, source, config)
-    table = writer.table.widened(schema)
+    table = writer.table.widened(unified(writer.table.schema, schema, what))
     target = table_schema(table.schema, manifest.dim, manifest.vector_dtype)
 
     def batches() -> Iterator[pa.RecordBatch]:
         row = manifest.next_row
-        for file in range(len(source.manifest.files)):
-            for documents, vectors in source.stream(file):
-                yield table_batch(documents, vectors, row, target)
-                row += len(vectors)
+        for documents, vectors in stream:
+            yield table_batch(documents, vectors, row, target)
+            row += len(vectors)
 
     reader = pa.RecordBatchReader.from_batches(target, batches())
-    if not config.upsert:
-        return 0, table.appended(reader)
-    changed, replaced = table.upserted(reader)
-    return replaced, changed
+    return table.upserted(reader) if upsert else (table.appended(reader), 0)
 
 
 def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> None:
     """Refuse ids that stand twice in an addition and, without `upsert`, those that are there already."""
-    seen: set[str] = set()
-    for file in range(len(source.manifest.files)):
-        place = source.folder / source.manifest.files[file].name
-        with place.open_read() as stream:
-            names = pq.read_table(stream, columns=["id"])["id"].to_pylist()
-        twice = (
-            next((name for number, name in enumerate(names) if name in seen or name in names[:number]), None)
-            if len(set(names) | seen) < len(names) + len(seen)
-            else None
+    ids = source.ids()
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counted = pc.value_counts(ids)
+        twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")[0].as_py()
+        raise InputError(
+            f"id {twice!r} stands twice in {config.embeddings!r}; ids must be unique: encode it again"
         )
-        if twice is not None:
-            raise InputError(
-                f"id {twice!r} stands twice in {config.embeddings!r}; ids must be unique: encode it again"
-            )
-        seen.update(names)
     if config.upsert:
         return
-    found = [
-        name
-        for batch in writer.table.find("id", pa.array(sorted(seen), pa.string()), ["id"])
-        for name in batch.column(0).to_pylist()
-    ]
+    found = [name for batch in writer.table.find("id", ids, ["id"]) for name in batch.column(0).to_pylist()]
     if found:
         raise InputError(
             f"{len(found)} ids of {config.embeddings!r} are in index version {writer.manifest.version} already, such as "
             f"{_shown(found)}; set upsert: true to replace those documents, or leave them out"
         )
-
-
-def _refuse_unfit_addition(source: Embeddings, manifest: IndexManifest, embeddings: str) -> None:
-    refuse_other_origin(source.origin, manifest, embeddings)
 
 
 def _refuse_fixed(values: Mapping[str, Any], table: DocumentTable) -> None:

@@ -14,7 +14,7 @@ from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, plan_index
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
-from raytower.index.tasks import OnRay
+from raytower.index.tasks import OnRay, Run
 from raytower.index.versions import changing, next_version, open_manifest, publish
 from raytower.runtime import log
 from raytower.storage import Location
@@ -34,7 +34,7 @@ class IndexCompactConfig(Config):
     seed: int = Field(default=0, ge=0)
 
 
-def compact_index(config: IndexCompactConfig) -> dict[str, Any]:
+def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[str, Any]:
     """Build shards over all documents anew and publish them; what is published meanwhile is carried over.
 
     Does nothing where nothing changed since the shards were built and nothing else is asked for.
@@ -54,7 +54,7 @@ def compact_index(config: IndexCompactConfig) -> dict[str, Any]:
             f"version {before.version} of {index} has no changes since its shards were built; nothing to compact"
         )
         return {**figures(before, started, config.index), **shown, "compacted": False}
-    run = OnRay(config.workers)
+    run = run or OnRay(config.workers)
     plan = _plan(config, before)
     shards = ShardPlan(
         index=index,

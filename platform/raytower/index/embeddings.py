@@ -106,6 +106,16 @@ class Embeddings:
                 )
         return schema
 
+    def ids(self) -> pa.Array:
+        """The ids of all rows: of an addition, which is small beside its index."""
+        parts = []
+        for entry in self.manifest.files:
+            place = self.folder / entry.name
+            with place.open_read() as stream:
+                column = _open_parquet(stream, place, entry).read(columns=["id"])["id"]
+            parts += [chunk.cast(pa.large_string()) for chunk in column.chunks]
+        return pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
+
     def stream(self, file: int) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
         """Documents and vectors (N, D) of a file, of unit length under cosine, once its checksum is proved.
 

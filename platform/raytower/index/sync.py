@@ -1,0 +1,328 @@
+"""`raytower index sync`: an index made equal to a folder of texts, encoding only what is new or changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field
+
+from raytower.config import Config, OnError, WorkersConfig
+from raytower.data.pieces import Survey, read_pieces, survey
+from raytower.data.sources import InputConfig
+from raytower.encoding.config import ComputeConfig, EncodeConfig
+from raytower.encoding.job import encode
+from raytower.errors import InputError
+from raytower.index.build import figures
+from raytower.index.change import publish_change, refuse_other_origin, with_documents
+from raytower.index.config import IndexWorkersConfig
+from raytower.index.embeddings import Embeddings
+from raytower.index.manifest import IndexManifest
+from raytower.index.reader import check_fingerprint
+from raytower.index.shard_build import digest_of
+from raytower.index.table import DocumentTable, unified
+from raytower.index.tasks import InProcess, OnRay
+from raytower.index.versions import changing, open_manifest
+from raytower.models.encoder import Encoder
+from raytower.models.forward import ForwardEngine
+from raytower.runtime import log
+from raytower.storage import Location
+
+# So few texts are encoded in this process in less time than workers take to start.
+_TEXTS_IN_PROCESS = 10_000
+_BLOCK_ROWS = 1_024
+_HASH_KEYS = ("raytower-sync-01", "raytower-sync-02")
+# Ids, and what is compared, as two hashes each: 128 bits never meet by chance.
+_Hashes = NDArray[np.uint64]
+
+
+class IndexSyncConfig(Config):
+    """`raytower index sync`: what is new in `input` is added, what changed is replaced, what is gone is deleted.
+
+    A text that changed is encoded again; where only other columns changed, they are set. `gone: keep` leaves documents
+    that the input no longer has. More than the share `max_gone` of the index is deleted only if that is raised: a folder
+    that was half delivered looks like one from which half was deleted. `encoder` null is the one that the index names.
+    """
+
+    index: str
+    input: InputConfig
+    encoder: str | None = None
+    gone: Literal["delete", "keep"] = "delete"
+    max_gone: float = Field(default=0.5, ge=0, le=1)
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    workers: WorkersConfig = WorkersConfig()
+    on_error: OnError = "fail"
+
+
+@dataclass
+class Difference:
+    """What makes an index and an input equal. Rows of the input by piece; ids of the documents that go."""
+
+    encoded: list[pa.Table] = field(default_factory=list)
+    """Documents whose text is new or changed."""
+    values: list[pa.Table] = field(default_factory=list)
+    """Documents with other values beside the same text."""
+    gone: pa.Array = dataclasses.field(default_factory=lambda: pa.array([], pa.string()))
+    added: int = 0
+    changed: int = 0
+
+    @property
+    def num_values(self) -> int:
+        return sum(table.num_rows for table in self.values)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.encoded and not self.values and not len(self.gone)
+
+
+def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
+    """Publish a version that equals the input; where it equals already, nothing is done.
+
+    Returns:
+        what `index build` returns, and added, changed (texts), set (other columns), deleted, encoded, rejected_rows.
+
+    Raises:
+        InputError: bad rows under on_error fail, columns whose types do not fit, more than max_gone gone.
+        FormatError: another encoder than the index's. RaytowerError: another writer holds the index.
+    """
+    started = time.perf_counter()
+    index = Location.of(config.index)
+    encoder = _encoder(config, open_manifest(index))
+    found = survey(config.input, "corpus", on_error=config.on_error, quarantine=index / "quarantine")
+    with changing(index, "index sync") as writer:
+        manifest = writer.manifest
+        difference = compare(found, writer.table, config.gone)
+        _refuse_much_gone(config, difference, manifest)
+        shown = {
+            "added": difference.added,
+            "changed": difference.changed,
+            "set": difference.num_values,
+            "deleted": len(difference.gone),
+            "encoded": difference.added + difference.changed,
+            "rejected_rows": found.num_rejected,
+        }
+        log(", ".join(f"{name} {count}" for name, count in shown.items()))
+        if not difference.is_empty:
+            table, replaced = writer.table, 0
+            with tempfile.TemporaryDirectory(prefix="raytower-sync-") as folder:
+                if difference.encoded:
+                    schema, stream = _encoded(config, manifest, encoder, difference.encoded, Path(folder))
+                    table, replaced = with_documents(writer, schema, stream, config.input.path, upsert=True)
+            if difference.values:
+                table = table.widened(unified(table.schema, found.schema, config.input.path))
+                for values in difference.values:
+                    table = table.with_values(_typed(values.drop_columns(["text"]), table.schema))
+            if len(difference.gone):
+                table = table.without(difference.gone)
+            came = difference.added + difference.changed
+            workers = IndexWorkersConfig(max=config.workers.max, num_cpus=config.workers.num_cpus)
+            run = OnRay(workers) if came > 10 * _TEXTS_IN_PROCESS else InProcess()
+            identity = digest_of({"sync": [manifest.version, table.version]})
+            went = replaced + len(difference.gone)
+            manifest = publish_change(writer, table, "sync", identity, came=came, went=went, run=run)
+    return {**figures(manifest, started, config.index), **shown}
+
+
+def plan_sync(config: IndexSyncConfig) -> dict[str, Any]:
+    """What a sync would do."""
+    index = Location.of(config.index)
+    manifest = open_manifest(index)
+    _encoder(config, manifest)
+    found = survey(config.input, "corpus", on_error="fail")
+    difference = compare(found, DocumentTable.open(index, manifest.table_version), config.gone)
+    return {
+        "parent": manifest.version,
+        "rows_before": manifest.rows,
+        "input_rows": found.num_rows,
+        "added": difference.added,
+        "changed": difference.changed,
+        "set": difference.num_values,
+        "deleted": len(difference.gone),
+    }
+
+
+def compare(found: Survey, table: DocumentTable, gone: Literal["delete", "keep"] = "delete") -> Difference:
+    """How an input differs from a table: a join on hashes of the ids, 56 bytes a document while it lasts."""
+    others = [name for name in found.schema.names if name not in ("id", "text")]
+    known = _Known.of(table, [name for name in others if name in table.schema.names])
+    difference = Difference()
+    for documents in read_pieces(found.pieces):
+        shared = _typed(documents.select(["id", "text", *known.columns]), table.schema)
+        places = known.find(_hashes(documents["id"]))
+        same_text = known.texts[places] == _hash(documents["text"], _HASH_KEYS[0])
+        same_values = known.values[places] == _row_hashes(shared, known.columns)
+        is_new = places < 0
+        encoded = is_new | ~same_text
+        # A column that the index lacks counts where it holds something.
+        brings = _brings(documents, [name for name in others if name not in known.columns])
+        values = ~encoded & (~same_values | brings)
+        difference.added += int(is_new.sum())
+        difference.changed += int((encoded & ~is_new).sum())
+        if encoded.any():
+            difference.encoded.append(documents.filter(pa.array(encoded)))
+        if values.any():
+            difference.values.append(documents.filter(pa.array(values)))
+        known.seen[places[~is_new]] = True
+    if gone == "delete" and not known.seen.all():
+        difference.gone = _ids_of(table, known)
+    return difference
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The documents of a table, by the hashes of their ids: sorted by the first, a place for each."""
+
+    ids: _Hashes
+    """(documents, 2)"""
+    texts: _Hashes
+    values: _Hashes
+    seen: NDArray[np.bool_]
+    columns: list[str]
+
+    @classmethod
+    def of(cls, table: DocumentTable, columns: list[str]) -> _Known:
+        ids, texts, values = [], [], []
+        for batch in table.scan(["id", "text", *columns]):
+            documents = pa.table(batch)
+            ids.append(_hashes(documents["id"]))
+            texts.append(_hash(documents["text"], _HASH_KEYS[0]))
+            values.append(_row_hashes(documents, columns))
+        joined = np.concatenate([np.empty((0, 2), np.uint64), *ids])
+        order = np.argsort(joined[:, 0], kind="stable")
+        empty = np.empty(0, np.uint64)
+        return cls(
+            joined[order],
+            np.concatenate([empty, *texts])[order],
+            np.concatenate([empty, *values])[order],
+            np.zeros(len(joined), np.bool_),
+            columns,
+        )
+
+    def find(self, ids: _Hashes) -> NDArray[np.int64]:
+        """The place of each id (N, 2), -1 where the table lacks it."""
+        if not len(self.ids):
+            return np.full(len(ids), -1)
+        places = np.minimum(np.searchsorted(self.ids[:, 0], ids[:, 0]), len(self.ids) - 1)
+        return np.where((self.ids[places] == ids).all(axis=1), places, -1)
+
+
+def _hashes(ids: pa.ChunkedArray) -> _Hashes:
+    return np.stack([_hash(ids, key) for key in _HASH_KEYS], axis=1)
+
+
+def _hash(texts: pa.ChunkedArray, key: str) -> _Hashes:
+    values = texts.to_numpy()
+    hashed: _Hashes = pd.util.hash_array(values, hash_key=key, categorize=False)
+    return hashed
+
+
+def _row_hashes(documents: pa.Table, columns: list[str]) -> _Hashes:
+    """One for the values of each row in some columns."""
+    if not columns:
+        return np.zeros(documents.num_rows, np.uint64)
+    rows = [json.dumps(row, sort_keys=True, default=str) for row in documents.select(columns).to_pylist()]
+    hashed: _Hashes = pd.util.hash_array(np.array(rows, dtype=object), categorize=False)
+    return hashed
+
+
+def _brings(documents: pa.Table, columns: list[str]) -> NDArray[np.bool_]:
+    brings = np.zeros(documents.num_rows, np.bool_)
+    for name in columns:
+        brings |= documents[name].is_valid().to_numpy()
+    return brings
+
+
+def _typed(documents: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a table in the types that the index has for them."""
+    wanted = pa.schema([schema.field(name) for name in documents.column_names])
+    try:
+        return documents.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return documents  # of a wider type: it differs, and is widened when it is written
+
+
+def _ids_of(table: DocumentTable, known: _Known) -> pa.Array:
+    """The ids of the documents that were not seen."""
+    parts = []
+    for batch in table.scan(["id"]):
+        places = known.find(_hashes(pa.chunked_array([batch.column("id")])))
+        parts.append(batch.column("id").filter(pa.array(~known.seen[places])))
+    return pa.concat_arrays(parts)
+
+
+def _encoder(config: IndexSyncConfig, manifest: IndexManifest) -> Encoder:
+    encoder = Encoder.load(config.encoder or manifest.encoder)
+    check_fingerprint(manifest, encoder.fingerprint)
+    return encoder
+
+
+def _refuse_much_gone(config: IndexSyncConfig, difference: Difference, manifest: IndexManifest) -> None:
+    if len(difference.gone) > config.max_gone * manifest.rows:
+        raise InputError(
+            f"{len(difference.gone)} of {manifest.rows} documents are not in {config.input.path!r}, more than max_gone "
+            f"{config.max_gone:g}; nothing was changed: check that the input is whole, raise max_gone, or set gone: keep"
+        )
+
+
+def _encoded(
+    config: IndexSyncConfig, manifest: IndexManifest, encoder: Encoder, tables: list[pa.Table], folder: Path
+) -> tuple[pa.Schema, Iterator[tuple[pa.Table, NDArray[np.float32]]]]:
+    """Documents with their vectors, made as those of the index were: here for few, by the encoding job for many."""
+    compute = ComputeConfig.model_validate(
+        {
+            "engine": manifest.engine,
+            "dtype": manifest.compute_dtype,
+            "tokens_per_batch": config.tokens_per_batch,
+        }
+    )
+    if sum(table.num_rows for table in tables) <= _TEXTS_IN_PROCESS:
+        engine = ForwardEngine(
+            encoder,
+            engine=compute.engine,
+            dtype=compute.dtype,
+            tokens_per_batch=compute.tokens_per_batch,
+            max_length=manifest.max_length,
+        )
+        return tables[0].schema, _encoded_here(engine, manifest, tables)
+    corpus = folder / "corpus.parquet"
+    with pq.ParquetWriter(corpus, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    made = EncodeConfig(
+        encoder=config.encoder or manifest.encoder,
+        input=InputConfig(path=str(corpus), format="parquet", text_fields=["text"], id_field="id"),
+        output=str(folder / "embeddings"),
+        prefix=manifest.prefix,
+        max_length=manifest.max_length,
+        embedding_dtype=manifest.vector_dtype,
+        compute=compute,
+        workers=config.workers,
+    )
+    encode(made)
+    source = Embeddings(Location.of(made.output))
+    refuse_other_origin(source.origin, manifest, config.input.path)
+    files = range(len(source.manifest.files))
+    return source.documents_schema(), (batch for file in files for batch in source.stream(file))
+
+
+def _encoded_here(
+    engine: ForwardEngine, manifest: IndexManifest, tables: list[pa.Table]
+) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
+    for table in tables:
+        for start in range(0, table.num_rows, _BLOCK_ROWS):
+            block = table.slice(start, _BLOCK_ROWS)
+            vectors = engine.encode(block["text"].to_pylist(), manifest.prefix)
+            if manifest.metric == "cosine":
+                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            yield block, vectors
