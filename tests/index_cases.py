@@ -38,7 +38,9 @@ def write_embeddings(
     table = pa.table(
         {
             "id": pa.array(list(ids), pa.string()),
-            "text": pa.array(list(texts if texts is not None else [f"text of {name}" for name in ids]), pa.string()),
+            "text": pa.array(
+                list(texts if texts is not None else [f"text of {name}" for name in ids]), pa.string()
+            ),
             **(columns or {}),
         }
     )

@@ -148,7 +148,9 @@ class IndexWalk(RuleBasedStateMachine):
         for doc in list(self.documents.values()):
             if holds(doc):
                 doc = {**doc, "tenant": tenant}
-                self.documents[next(name for name, known in self.documents.items() if known["text"] == doc["text"])] = doc
+                self.documents[
+                    next(name for name, known in self.documents.items() if known["text"] == doc["text"])
+                ] = doc
         self._published()
 
     @rule()
@@ -177,7 +179,9 @@ class IndexWalk(RuleBasedStateMachine):
                     names = [f"d'{number}" for number in numbers]
                     if not set(names) & set(self.documents) or set(self.documents) <= set(names):
                         raise KeyboardInterrupt
-                    delete_from_index(IndexDeleteConfig(index=str(self.index), ids=names, on_unknown="ignore"))
+                    delete_from_index(
+                        IndexDeleteConfig(index=str(self.index), ids=names, on_unknown="ignore")
+                    )
                 else:
                     embeddings, _ = self._make(numbers)
                     add_to_index(IndexAddConfig(index=str(self.index), embeddings=embeddings, upsert=True))

@@ -120,9 +120,8 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
                 "that: set replace: true, or build into another folder"
             )
     run = run or OnRay(config.workers)
-    table, first_row = _ingest(index, source, before.next_row if before else 0, run)
+    table, first_row = _ingest(index, source, before.next_row if before else 0, config.indexed, run)
     refuse_duplicate_ids(index, table, run)
-    table = table.indexed(config.indexed)
     shards = ShardPlan(
         index=index,
         table=table,
@@ -346,7 +345,9 @@ def _repeated_ids(index: Location, table_version: int, part: int, parts: int) ->
     return repeated
 
 
-def _ingest(index: Location, source: Embeddings, first_row: int, run: Run) -> tuple[DocumentTable, int]:
+def _ingest(
+    index: Location, source: Embeddings, first_row: int, indexed: Sequence[str], run: Run
+) -> tuple[DocumentTable, int]:
     """The embeddings as a version of the table, not yet published, and the number of their first row.
 
     A version that a killed build of the same embeddings made is taken again.
@@ -354,7 +355,7 @@ def _ingest(index: Location, source: Embeddings, first_row: int, run: Run) -> tu
     note = index / WORK_NAME / digest_of(source.identity()) / "table.json"
     if note.is_file():
         made = note.read_json()
-        if made["first_row"] >= first_row:
+        if made["first_row"] >= first_row and made["indexed"] == list(indexed):
             log(f"version {made['version']} of the table holds these embeddings already")
             return DocumentTable.open(index, made["version"]), made["first_row"]
     schema = table_schema(source.documents_schema(), source.manifest.dim, source.dtype)
@@ -362,9 +363,9 @@ def _ingest(index: Location, source: Embeddings, first_row: int, run: Run) -> tu
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
     fragments = [fragment for part in written for fragment in part]
     with writing(index, "index build"):
-        table = commit_fragments(index, fragments, schema)
+        table = commit_fragments(index, fragments, schema).indexed(indexed)
         # Writers that change the table meanwhile put it back to what is published; this version stays in its history.
-        note.write_json({"version": table.version, "first_row": first_row})
+        note.write_json({"version": table.version, "first_row": first_row, "indexed": list(indexed)})
     return table, first_row
 
 

@@ -274,6 +274,8 @@ def publish_change(
 ) -> IndexManifest:
     """Fold what is to be folded, measure what is to be measured, and publish the table as the next version."""
     before = writer.manifest
+    # A column that was widened lost its index.
+    table = table.indexed(before.indexed)
     draft = before.model_copy(
         update={
             "version": next_version(before.version),
@@ -398,8 +400,7 @@ def with_documents(
             yield table_batch(documents, vectors, row, target)
             row += len(vectors)
 
-    reader = pa.RecordBatchReader.from_batches(target, batches())
-    return table.upserted(reader) if upsert else (table.appended(reader), 0)
+    return table.upserted(batches(), target) if upsert else (table.appended(batches(), target), 0)
 
 
 def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> None:

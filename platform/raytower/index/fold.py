@@ -6,6 +6,7 @@ and whatever is published meanwhile stays.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,11 @@ import numpy as np
 
 from raytower.index.build import run_shard_tasks
 from raytower.index.config import BuiltKind
-from raytower.index.faiss_import import import_faiss
-from raytower.index.kinds import new_index
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
+from raytower.index.plan import plan_index
 from raytower.index.reader import shard_rows
 from raytower.index.rowmap import Rows
-from raytower.index.shard import Shard
-from raytower.index.shard_build import ShardTask, TableRows, digest_of, serialise
+from raytower.index.shard_build import ShardTask, TableRows, train_template
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import Run
 from raytower.storage import Location
@@ -32,6 +31,10 @@ FLAT_ROWS = 20_000
 # A change folds no more rows than that; `index compact` folds all.
 MAX_FOLDED_ROWS = 200_000
 _ROWS_PER_SHARD = 5_000_000
+# What a few rows take is not what an index is planned for.
+_MEMORY_BYTES = 2**50
+# Parameters that shards of an index share, whatever their size.
+_CHOSEN_ONCE = ("M", "efConstruction")
 # A shard is taken up into what is folded where it is not much larger: so each row is folded a few times in all.
 _TIER = 2
 # A shard with more than this share of dead rows is folded by itself.
@@ -100,45 +103,46 @@ def _live(table: DocumentTable, rows: Rows) -> Rows:
 def _build(
     index: Location, manifest: IndexManifest, table: DocumentTable, rows: Rows, run: Run
 ) -> tuple[ShardEntry, ...]:
-    alike = [entry for entry in manifest.shards if entry.kind == manifest.kind]
-    kind: BuiltKind = "flat" if len(rows) <= FLAT_ROWS or not alike else manifest.kind
-    exact = manifest.exact_dtype if kind == manifest.kind else None
-    source = TableRows(index=index, table_version=table.version, unit=manifest.metric == "cosine")
+    """Shards over some rows. Each set is trained on its own rows: those of the index may have been few, or others."""
+    kind: BuiltKind = "flat" if len(rows) <= FLAT_ROWS else manifest.kind
+    plan = plan_index(
+        rows=len(rows),
+        dim=manifest.dim,
+        kind=kind,
+        shards=-(-len(rows) // _ROWS_PER_SHARD),
+        memory_bytes=_MEMORY_BYTES,
+        rescore=manifest.exact_dtype is not None,
+        vector_dtype=manifest.vector_dtype,
+    )
+    kept = {name: value for name, value in manifest.parameters.items() if name in _CHOSEN_ONCE}
+    parameters = {**plan.parameters, **kept} if kind == manifest.kind else plan.parameters
+
+    def source(first: int, last: int) -> TableRows:
+        unit = manifest.metric == "cosine"
+        return TableRows(index=index, table_version=table.version, unit=unit, listed=rows[first:last])
+
     tasks = [
         ShardTask(
-            source=TableRows(
-                index=index,
-                table_version=table.version,
-                unit=source.unit,
-                listed=rows[start : start + _ROWS_PER_SHARD],
-            ),
-            num_rows=len(rows[start : start + _ROWS_PER_SHARD]),
+            source=source(first, last),
+            num_rows=last - first,
             kind=kind,
-            exact_dtype=exact,
+            exact_dtype=plan.exact_dtype,
             made_of={
                 "format": FORMAT_VERSION,
                 # A number of the table's versions is given once, so it names what the rows hold.
                 "table_version": table.version,
-                "rows": digest_of([len(rows), int(rows[0]), int(rows[-1]), int(rows.sum())]),
-                "part": start,
-                "parameters": manifest.parameters if kind != "flat" else {},
+                "rows": hashlib.sha256(rows[first:last].tobytes()).hexdigest(),
+                "parameters": parameters,
+                "train_rows": plan.train_rows,
             },
             placed=False,
             num_threads=run.threads,
         )
-        for start in range(0, len(rows), _ROWS_PER_SHARD)
+        for first, last in plan.ranges
     ]
 
     def template() -> Any:
-        if kind == "flat":
-            return serialise(new_index("flat", manifest.dim, {}))
-        # Shards of a version's own kind have the training that all of them share.
-        return run(_template_of, [(index, alike[0], manifest, table.version)])[0]
+        call = (source(0, len(rows)), kind, manifest.dim, parameters, plan.train_rows, 0, run.threads_alone)
+        return run(train_template, [call])[0]
 
     return run_shard_tasks(tasks, template, run, run.at_once)
-
-
-def _template_of(index: Location, entry: ShardEntry, manifest: IndexManifest, table_version: int) -> Any:
-    import_faiss()
-    table = DocumentTable.open(index, table_version)
-    return serialise(Shard.open(index, entry, manifest.dim, table.row_map).new_like())

@@ -61,6 +61,12 @@ class RowMap:
         inside = (offset >= 0) & (rows < self.ends[run])
         return np.where(inside, self.addresses[run] + offset, -1)
 
+    def rows_at(self, addresses: Rows) -> Rows:
+        """The rows that lie at some addresses, all of which the table holds."""
+        order, firsts = self._by_address
+        run = order[np.searchsorted(firsts, addresses, side="right") - 1]
+        return self.starts[run] + (addresses - self.addresses[run])
+
     def live_mask(self, rows: Rows) -> Mask | None:
         """Which of some rising rows the table holds; None where it holds all of them."""
         if len(rows) and self._holds_all(int(rows[0]), int(rows[-1])):
@@ -102,6 +108,11 @@ class RowMap:
         free = np.flatnonzero((depth[:-1] == 1) & (places[1:] > places[:-1]))
         parts = [np.arange(places[at], places[at + 1]) for at in free]
         return np.concatenate([np.empty(0, np.int64), *parts])
+
+    @cached_property
+    def _by_address(self) -> tuple[Rows, Rows]:
+        order = np.argsort(self.addresses)
+        return order, self.addresses[order]
 
     def _holds_all(self, first: int, last: int) -> bool:
         run = int(np.searchsorted(self.starts, first, side="right")) - 1

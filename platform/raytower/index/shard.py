@@ -104,14 +104,12 @@ class Shard:
         scores, positions = search_index(
             self.kind, self._index, vectors, k, parameters, allowed=allowed or self._live, exact=self._exact
         )
+        if positions.size and positions.max() >= len(self.rows):
+            raise FormatError(
+                f"shard {self.digest} gave position {positions.max()} of {len(self.rows)} rows: its file is damaged; "
+                "compact the index, or build it again"
+            )
         return Hits(scores, np.where(positions >= 0, np.asarray(self.rows)[positions], -1))
-
-    def new_like(self) -> Any:
-        """An empty FAISS index with this one's training, in memory."""
-        faiss = import_faiss()
-        index = faiss.deserialize_index(faiss.serialize_index(self._index))
-        index.reset()
-        return index
 
     @cached_property
     def _is_range(self) -> bool:
