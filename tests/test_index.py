@@ -206,6 +206,34 @@ class TestSearch:
         with pytest.raises(InputError, match=message):
             Index.open(small[0]).search(queries, 3)
 
+    @pytest.mark.parametrize(
+        ("kind", "placement"), [("hnsw", "rows"), ("ivf_flat", "rows"), ("flat", "cluster")]
+    )
+    def test_the_recall_of_a_version_is_that_of_what_is_served(
+        self, kind: str, placement: str, tmp_path: Path
+    ) -> None:
+        vectors = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        build(
+            tmp_path / "index",
+            embeddings_of(tmp_path / "e", vectors),
+            kind=kind,
+            shards=4,
+            placement=placement,
+        )
+        index = Index.open(tmp_path / "index")
+        asked = np.random.default_rng(5).choice(3000, 500, replace=False)
+        hits = index.search(vectors[asked], 11).rows
+        exact = np.argsort(-(vectors[asked] @ vectors.T), axis=1)[:, :11]
+        right = sum(
+            len((set(found) & set(best)) - {own})
+            for found, best, own in zip(hits.tolist(), exact.tolist(), asked.tolist(), strict=True)
+        )
+        claimed = index.manifest.recall
+        assert claimed is not None
+        # Two standard deviations of a mean over 500 queries, were their hits found independently in tens.
+        assert right / 5000 >= claimed - 2 * np.sqrt(claimed * (1 - claimed) / 500) - 0.002
+
     def test_more_hits_than_were_measured_are_searched_wider(self, tmp_path: Path) -> None:
         vectors = clustered_vectors(400)
         build(tmp_path / "index", embeddings_of(tmp_path / "e", vectors), kind="ivf_flat")

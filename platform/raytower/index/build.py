@@ -272,7 +272,11 @@ def _measure(
     index: Location, draft: IndexManifest, queries: Any, exact: Any, num_threads: int
 ) -> IndexManifest:
     found = measure_recall(
-        Index.of_manifest(index, draft), queries, exact, target=draft.recall_target, num_threads=num_threads
+        Index.of_manifest(index, draft.model_copy(update={"measured": None})),
+        queries,
+        exact,
+        target=draft.recall_target,
+        num_threads=num_threads,
     )
     record = Measured(
         version=draft.version,

@@ -201,7 +201,7 @@ def _equality(column: pa.Field, path: str, negated: bool, value: object, where: 
         raise InputError(f"{where} is {_shown(value)}; to match any of several values write {{'$in': [...]}}")
     literal = _literal(column, value, where)
     if literal.side:
-        return _never(path, negated)
+        return _never(column, path, negated)
     shown = _sql(literal, _element_type(column.type))
     if _is_list(column.type):
         return f"{'NOT ' if negated else ''}array_has({path}, {shown})"
@@ -220,7 +220,7 @@ def _ordering(column: pa.Field, path: str, operator: str, value: object, where: 
         )
     literal = _literal(column, value, where)
     if literal.side:
-        return _never(path, negated=operator.startswith("$lt") == (literal.side > 0))
+        return _never(column, path, negated=operator.startswith("$lt") == (literal.side > 0))
     return f"{path} {_ORDERS[operator]} {_sql(literal, element)}"
 
 
@@ -235,7 +235,7 @@ def _membership(column: pa.Field, path: str, negated: bool, values: object, wher
     ]
     inside = [_sql(literal, element) for literal in literals if not literal.side]
     if not inside:
-        condition = _never(path, negated)
+        condition = _never(column, path, negated)
     elif _is_list(column.type):
         condition = f"{'NOT ' if negated else ''}array_has_any({path}, [{', '.join(inside)}])"
     else:
@@ -243,9 +243,11 @@ def _membership(column: pa.Field, path: str, negated: bool, values: object, wher
     return f"({condition}) OR {path} IS NULL" if None in values and not negated else condition
 
 
-def _never(path: str, negated: bool) -> str:
-    """A comparison that holds for no value, or for every value; never for null."""
-    return f"{path} IS NOT NULL" if negated else f"({path} IS NULL AND {path} IS NOT NULL)"
+def _never(column: pa.Field, path: str, negated: bool) -> str:
+    """A comparison that holds for no value, or for every value; null for null, as every comparison is."""
+    if _is_list(column.type):
+        return f"array_length({path}) {'>=' if negated else '<'} 0"
+    return f"{path} {'=' if negated else '!='} {path}"
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -290,7 +292,8 @@ def _sql(literal: _Literal, kind: pa.DataType) -> str:
     if pa.types.is_decimal(kind):
         return f"CAST('{value}' AS DECIMAL({kind.precision}, {kind.scale}))"
     if pa.types.is_integer(kind):
-        return str(int(value))
+        # A minus and the digits of the least integer would be read apart, as a float.
+        return str(int(value)) if value != -(2**63) else f"({-(2**63) + 1} - 1)"
     return "'" + value.replace("'", "''") + "'"
 
 

@@ -111,7 +111,7 @@ def _build(
         kind=kind,
         shards=-(-len(rows) // _ROWS_PER_SHARD),
         memory_bytes=_MEMORY_BYTES,
-        rescore=manifest.exact_dtype is not None,
+        rescore="auto" if manifest.exact_dtype else False,
         vector_dtype=manifest.vector_dtype,
     )
     kept = {name: value for name, value in manifest.parameters.items() if name in _CHOSEN_ONCE}

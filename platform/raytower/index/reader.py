@@ -52,7 +52,10 @@ class Index:
         self.table = table
         self.shards = list(shards)
         self._placement = placement
-        self._measured = set(manifest.measured.shards) if manifest.measured else set()
+        # A version that is being measured is searched as it will be searched once it is published.
+        self._measured = set(
+            manifest.measured.shards if manifest.measured else (entry.digest for entry in manifest.shards)
+        )
         self._filters: OrderedDict[str, list[AllowedRows]] = OrderedDict()
         self._lock = threading.Lock()
 
