@@ -55,11 +55,9 @@ class ListIndex:
         assert filter is None, "this stand-in has no metadata to filter on"
         scores = vectors @ self._vectors.T
         rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return SimpleNamespace(
-            scores=np.take_along_axis(scores, rows, axis=1), shards=np.zeros_like(rows), rows=rows
-        )
+        return SimpleNamespace(scores=np.take_along_axis(scores, rows, axis=1), rows=rows)
 
-    def documents(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> list[Any]:
+    def documents(self, rows: NDArray[np.int64]) -> list[Any]:
         return [
             SimpleNamespace(id=self._ids[row], text=self._texts[row], metadata={"row": int(row)})
             for row in rows

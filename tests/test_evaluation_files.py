@@ -19,8 +19,11 @@ from raytower.errors import FormatError, InputError
 from raytower.evaluation.judgements import absent_text, find_documents, judge
 from raytower.evaluation.rows_out import open_rows
 from raytower.evaluation.runs import open_run, read_run, render_page, write_reports
+from raytower.index.change import IndexDeleteConfig, delete_from_index
+from raytower.index.reader import Index
 from raytower.metrics import ranking_metrics
 from raytower.storage import Location
+from tests.index_cases import build, unit_vectors, write_embeddings
 
 _IDS = st.text(min_size=1, max_size=8).filter(lambda text: "\x00" not in text and text.isprintable())
 
@@ -170,24 +173,40 @@ def test_a_tsv_refuses_what_it_cannot_carry_and_leaves_nothing(tmp_path: Path, t
     assert list(tmp_path.iterdir()) == []
 
 
-_SHARDS = [
-    pa.table({"id": ["1", "2", "3"], "text": ["x", "y", "x"], "label": [7, 8, 7]}),
-    pa.table({"id": ["4", "5"], "text": ["z", "x"], "label": [8, 9]}),
-]
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """Five documents; the text of three is equal."""
+    folder = tmp_path_factory.mktemp("documents")
+    embeddings = write_embeddings(
+        folder / "embeddings",
+        ["1", "2", "3", "4", "5"],
+        unit_vectors(5),
+        ["x", "y", "x", "z", "x"],
+        {"label": pa.array([7, 8, 7, 8, 9])},
+    )
+    build(folder / "index", embeddings, shards=2)
+    return Index.open(folder / "index")
 
 
-def test_documents_are_found_over_shards() -> None:
-    assert find_documents(_SHARDS, "text", ["x", "z", "w"], "id") == {"x": ["1", "3", "5"], "z": ["4"]}
-    assert find_documents(_SHARDS, "id", {"5", "9"}, "text") == {"5": ["x"]}
-    assert find_documents(_SHARDS, "label", ["8"], "id") == {"8": ["2", "4"]}
-    assert find_documents(iter(_SHARDS), "id", [], "text") == {}
+def test_documents_are_found_by_any_column(documents: Index) -> None:
+    assert find_documents(documents, "text", ["x", "z", "w"], "id") == {"x": ["1", "3", "5"], "z": ["4"]}
+    assert find_documents(documents, "id", {"5", "9"}, "text") == {"5": ["x"]}
+    assert find_documents(documents, "label", ["8"], "id") == {"8": ["2", "4"]}
+    assert find_documents(documents, "id", [], "text") == {}
 
 
-def test_relevance_by_text_takes_every_equal_document_and_counts_what_is_missing() -> None:
+def test_deleted_documents_are_not_found(tmp_path: Path) -> None:
+    embeddings = write_embeddings(tmp_path / "embeddings", ["1", "2"], unit_vectors(2), ["x", "x"])
+    build(tmp_path / "index", embeddings)
+    delete_from_index(IndexDeleteConfig(index=str(tmp_path / "index"), ids=["1"]))
+    assert find_documents(Index.open(tmp_path / "index"), "text", ["x"], "id") == {"x": ["2"]}
+
+
+def test_relevance_by_text_takes_every_equal_document_and_counts_what_is_missing(documents: Index) -> None:
     queries = QuerySet(
         ids=["a", "b"], texts=["qa", "qb"], relevant=None, relevant_texts=[["x", "gone"], ["z"]]
     )
-    judged = judge(queries, _SHARDS)
+    judged = judge(queries, documents)
     assert judged.num_missing == 1
     assert set(judged.relevant[1]) == {"4"}
     found = {doc_id for doc_id in judged.relevant[0] if absent_text(doc_id) is None}
@@ -197,9 +216,9 @@ def test_relevance_by_text_takes_every_equal_document_and_counts_what_is_missing
     assert ranking_metrics([["1", "3", "5"], ["4"]], judged.relevant, [5])["recall@5"].tolist() == [0.75, 1]
 
 
-def test_relevance_by_id_keeps_grades_and_counts_what_is_missing() -> None:
+def test_relevance_by_id_keeps_grades_and_counts_what_is_missing(documents: Index) -> None:
     relevant = [{"1": 2.0, "99": 1.0}, {"4": 1.0}]
     queries = QuerySet(["a", "b"], ["qa", "qb"], relevant, None, num_without_relevant=3)
-    judged = judge(queries, _SHARDS)
+    judged = judge(queries, documents)
     assert judged.relevant == relevant
     assert (judged.num_missing, judged.num_without_relevant) == (1, 3)

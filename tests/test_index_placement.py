@@ -1,33 +1,25 @@
-"""Placement by cluster: which shard a row lies on, which shards a query visits, and the placed copy on disk."""
+"""Placement by cluster: which shard a row lies on, which shards a query visits, and an index that is placed."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
-from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.index import partition
+from raytower.errors import FormatError, InputError
 from raytower.index import placement as placement_module
-from raytower.index.partition import PlacedPart, PlaceTask, place_files, placed_copy
+from raytower.index.change import IndexAddConfig, add_to_index
+from raytower.index.compact import IndexCompactConfig, compact_index
 from raytower.index.placement import Placement, sample_rows_for, train_placement
-from raytower.index.vectors import stream_rows
+from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
 from raytower.storage import Location
-from tests.conftest import REPOSITORY
+from tests.index_cases import HERE, build, write_embeddings
 
 DIM = 16
 
@@ -364,309 +356,42 @@ class TestPlacementFile:
             Placement.load(path.with_suffix(".npy"))
 
 
-def write_embeddings(
-    folder: Path, vectors: NDArray[Any], files: int = 4, tables: dict[int, dict[str, Any]] | None = None
-) -> EmbeddingsManifest:
-    """An embeddings folder as the contract describes it; `tables` adds columns to some files."""
-    folder.mkdir(parents=True)
-    entries = []
-    for number, rows in enumerate(np.array_split(np.arange(len(vectors)), files)):
-        flat = pa.array(vectors[rows].reshape(-1))
-        columns = {
-            "id": [f"id {row}" for row in rows],
-            "text": [f"text of {row}" for row in rows],
-            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            **{name: make(rows) for name, make in (tables or {}).get(number, {}).items()},
-        }
-        place = Location.of(folder / f"part-{number:08d}.parquet")
-        pq.write_table(pa.table(columns), place.path, row_group_size=70)
-        entries.append(
-            EmbeddingsFile(name=place.name, rows=len(rows), bytes=place.size_bytes(), sha256=place.sha256())
-        )
-    manifest = EmbeddingsManifest(
-        fingerprint="f" * 64,
-        encoder="some-encoder",
-        dim=vectors.shape[1],
-        dtype=vectors.dtype.name,
-        normalised=False,
-        prefix="",
-        max_length=64,
-        rows=len(vectors),
-        files=tuple(entries),
-    )
-    manifest.write(Location.of(folder))
-    return manifest
+class TestPlacedIndex:
+    def test_a_query_visits_few_shards_and_each_row_lies_on_one(self, tmp_path: Path) -> None:
+        vectors = clustered(4000)
+        embeddings = write_embeddings(tmp_path / "e", [f"id {row}" for row in range(4000)], vectors)
+        build(tmp_path / "index", embeddings, shards=8, placement="cluster", target={"recall": 0.95})
+        index = Index.open(tmp_path / "index")
+        placement = index.manifest.placement
+        assert placement is not None
+        assert placement.shards == len(index.shards) == 8
+        rows = np.sort(np.concatenate([np.asarray(shard.rows) for shard in index.shards]))
+        assert rows.tolist() == list(range(4000))
+        assert index.manifest.search_parameters["10"]["shards_probe"] < 8
+        queries = clustered(100, seed=3)
+        exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+        for probe in (None, {"shards_probe": 8}):
+            found = index.search(queries, 10, search_parameters=probe).rows
+            right = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
+            assert right / 1000 >= (0.9 if probe is None else 1.0)
+        with pytest.raises(InputError, match="shards_probe is 0"):
+            index.search(queries, 10, search_parameters={"shards_probe": 0})
 
+    def test_added_rows_are_always_visited_and_compaction_places_them(self, tmp_path: Path) -> None:
+        embeddings = write_embeddings(tmp_path / "e", [f"id {row}" for row in range(1000)], clustered(1000))
+        build(tmp_path / "index", embeddings, shards=4, placement="cluster")
+        more = write_embeddings(tmp_path / "more", ["new"], clustered(1, seed=9))
+        add_to_index(IndexAddConfig(index=str(tmp_path / "index"), embeddings=more))
+        index = Index.open(tmp_path / "index")
+        hits = index.search(clustered(1, seed=9), 1, search_parameters={"shards_probe": 1})
+        assert index.documents(hits.rows[0])[0].id == "new"
+        compact_index(IndexCompactConfig(index=str(tmp_path / "index"), shards=4), run=HERE)
+        shards = open_manifest(tmp_path / "index").shards
+        assert all(shard.placed for shard in shards)
+        assert sum(shard.rows for shard in shards) == 1001
 
-TEXT_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
-
-
-def tasks_of(folder: Path, target: Path, runs: list[tuple[int, int]], **changes: Any) -> list[PlaceTask]:
-    places = {"embeddings": Location.of(folder), "target": Location.of(target)}
-    return [PlaceTask(**{**places, "files": run, "documents_schema": TEXT_SCHEMA, **changes}) for run in runs]
-
-
-def place_all(tasks: list[PlaceTask], placement: Placement) -> list[PlacedPart]:
-    # Tasks finish in any order.
-    return [part for task in reversed(tasks) for part in place_files(task, placement)]
-
-
-def stored_rows(folder: Path, manifest: EmbeddingsManifest) -> dict[str, tuple[Any, ...]]:
-    """Every column of every row, vectors as their bytes, by id."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for entry in manifest.files:
-        table = pq.read_table(folder / entry.name)
-        flat = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-        assert flat.dtype == manifest.dtype
-        for row, vector in zip(table.drop_columns(["embedding"]).to_pylist(), flat, strict=True):
-            assert row["id"] not in found
-            found[row.pop("id")] = (row, vector.tobytes())
-    return found
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class TestPlacedCopy:
-    @pytest.mark.parametrize("dtype", ["float32", "float16"])
-    @pytest.mark.parametrize(
-        "runs",
-        [[(0, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 3), (3, 4)]],
-        ids=["whole", "each", "uneven"],
-    )
-    def test_each_row_once_bit_for_bit_and_grouped_by_shard(
-        self, tmp_path: Path, dtype: str, runs: list[tuple[int, int]]
-    ) -> None:
-        lengths = np.random.default_rng(3).uniform(0.5, 2, (1_000, 1))
-        vectors = (clustered(1_000) * lengths).astype(dtype)
-        manifest = write_embeddings(tmp_path / "embeddings", vectors)
-        placement = train(clustered(1_000), 5)
-        tasks = tasks_of(tmp_path / "embeddings", tmp_path / "placed", runs)
-        copy = placed_copy(manifest, place_all(tasks, placement), placement)
-        copy.manifest.write(Location.of(tmp_path / "placed"))
-        assert EmbeddingsManifest.read(Location.of(tmp_path / "placed")) == copy.manifest
-        assert replace(copy.manifest, files=manifest.files) == manifest
-        original = stored_rows(tmp_path / "embeddings", manifest)
-        assert stored_rows(tmp_path / "placed", copy.manifest) == original
-        assert len(original) == 1_000
-
-        expected = placement.assign(unit(vectors.astype(np.float32)))
-        assert copy.ranges[0][0] == 0
-        assert copy.ranges[-1][1] == 1_000
-        for shard, bounds in enumerate(copy.ranges):
-            ids = [
-                name
-                for batch in stream_rows(Location.of(tmp_path / "placed"), copy.manifest, *bounds)
-                for name in batch.documents["id"].to_pylist()
-            ]
-            # In the order of the corpus, which makes the copy the same however its rows were batched.
-            assert ids == [f"id {row}" for row in np.flatnonzero(expected == shard)]
-
-    def test_other_columns_pass_through_whatever_file_has_them(self, tmp_path: Path) -> None:
-        columns: dict[int, dict[str, Any]] = {
-            0: {"year": lambda rows: [int(row) for row in rows]},
-            1: {"year": lambda rows: pa.nulls(len(rows))},
-            3: {"year": lambda rows: [row + 0.5 for row in rows], "tags": lambda rows: [["a"] for _ in rows]},
-        }
-        manifest = write_embeddings(tmp_path / "embeddings", clustered(40), tables=columns)
-        schema = TEXT_SCHEMA.append(pa.field("year", pa.float64())).append(
-            pa.field("tags", pa.list_(pa.string()))
-        )
-        placement = train(clustered(40), 2)
-        tasks = tasks_of(
-            tmp_path / "embeddings", tmp_path / "placed", [(0, 2), (2, 4)], documents_schema=schema
-        )
-        copy = placed_copy(manifest, place_all(tasks, placement), placement)
-        for entry in copy.manifest.files:
-            names = pq.read_schema(tmp_path / "placed" / entry.name).names
-            assert names == ["id", "text", "embedding", "year", "tags"]
-        rows = stored_rows(tmp_path / "placed", copy.manifest)
-        assert rows["id 3"][0] == {"text": "text of 3", "year": 3.0, "tags": None}
-        assert rows["id 12"][0] == {"text": "text of 12", "year": None, "tags": None}
-        assert rows["id 22"][0] == {"text": "text of 22", "year": None, "tags": None}
-        assert rows["id 35"][0] == {"text": "text of 35", "year": 35.5, "tags": ["a"]}
-
-    def test_a_shard_without_rows_is_left_out(self, tmp_path: Path) -> None:
-        vectors = clustered(200)
-        manifest = write_embeddings(tmp_path / "embeddings", vectors)
-        trained = train(vectors, 3)
-        # Shard 1 gets a centroid that is nobody's nearest as its only one.
-        after = int(np.searchsorted(trained.shard_of, 1))
-        far = Placement(
-            np.insert(trained.centroids, after, 9, axis=0),
-            np.insert(trained.shard_of + (trained.shard_of > 0), after, 1).astype(np.int32),
-        )
-        assert far.num_shards == 4
-        parts = place_all(tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)]), far)
-        copy = placed_copy(manifest, parts, far)
-        assert copy.placement.sha256 == trained.sha256
-        assert [end - start for start, end in copy.ranges] == np.bincount(trained.assign(vectors)).tolist()
-
-    def test_rows_wait_within_the_buffer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        waiting: list[int] = []
-        add = partition._ShardWriters.add
-
-        def watched(self: Any, table: pa.Table, shards: NDArray[np.int32]) -> None:
-            add(self, table, shards)
-            waiting.append(sum(item.nbytes for tables in self._waiting.values() for item in tables))
-
-        monkeypatch.setattr(partition._ShardWriters, "add", watched)
-        monkeypatch.setattr(partition, "BATCH_ROWS", 64)
-        manifest = write_embeddings(tmp_path / "embeddings", clustered(2_000))
-        placement = train(clustered(2_000), 6)
-        tasks = tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)], buffer_bytes=20_000)
-        copy = placed_copy(manifest, place_all(tasks, placement), placement)
-        assert max(waiting) <= 20_000
-        groups = [
-            pq.ParquetFile(tmp_path / "placed" / entry.name).num_row_groups for entry in copy.manifest.files
-        ]
-        # A row takes about 100 bytes, so 200 rows wait in all; groups are still far larger than a batch's share.
-        assert 2_000 / sum(groups) > 40
-        assert stored_rows(tmp_path / "placed", copy.manifest) == stored_rows(
-            tmp_path / "embeddings", manifest
-        )
-
-    def test_parts_that_do_not_add_up(self, tmp_path: Path) -> None:
-        manifest = write_embeddings(tmp_path / "embeddings", clustered(100))
-        placement = train(clustered(100), 2)
-        parts = place_all(tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 2), (2, 4)]), placement)
-        with pytest.raises(RaytowerError, match="100 rows"):
-            placed_copy(manifest, parts[1:], placement)
-        # As many rows as there should be, but those of one part twice.
-        half = EmbeddingsFile(name="placed-00000-00000000.parquet", rows=50, bytes=1, sha256="")
-        with pytest.raises(RaytowerError, match="in 2 parts, 1 of them different"):
-            placed_copy(manifest, 2 * [PlacedPart(shard=0, first_file=0, file=half)], placement)
-
-    def test_a_dtype_that_the_manifest_does_not_name(self, tmp_path: Path) -> None:
-        manifest = write_embeddings(tmp_path / "embeddings", clustered(20))
-        replace(manifest, dtype="float16").write(Location.of(tmp_path / "embeddings"))
-        with pytest.raises(
-            FormatError, match=r"part-00000000\.parquet has embeddings of type .*float.*halffloat"
-        ):
-            place_all(
-                tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)]), train(clustered(20), 2)
-            )
-
-
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-import pyarrow.parquet as pq
-from raytower.index import partition
-from raytower.index.placement import Placement
-from raytower.storage import Location
-from tests.test_index_placement import tasks_of
-
-folder, moment = Path(sys.argv[1]), sys.argv[2]
-if moment == "writing":
-    written, write = [], pq.ParquetWriter.write_table
-    def killed(self, *arguments, **options):
-        write(self, *arguments, **options)
-        written.append(1)
-        if len(written) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-    pq.ParquetWriter.write_table = killed
-if moment == "renaming":
-    renamed, replace = [], os.replace
-    def killed(source, target):
-        replace(source, target)
-        renamed.append(1)
-        if len(renamed) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = killed
-if moment == "noting":
-    Location.write_json = lambda self, value: os.kill(os.getpid(), signal.SIGKILL)
-task, = tasks_of(folder / "embeddings", folder / "placed", [(0, 4)], buffer_bytes=10_000)
-partition.place_files(task, Placement.load(folder / "placement.npz"))
-"""
-
-
-class TestRestart:
-    def prepared(self, folder: Path) -> tuple[EmbeddingsManifest, Placement, list[PlaceTask]]:
-        manifest = write_embeddings(folder / "embeddings", clustered(800))
-        placement = train(clustered(800), 4)
-        placement.save(folder / "placement.npz")
-        return (
-            manifest,
-            placement,
-            tasks_of(folder / "embeddings", folder / "placed", [(0, 4)], buffer_bytes=10_000),
-        )
-
-    def test_finished_parts_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        _, placement, tasks = self.prepared(tmp_path)
-        first = place_all(tasks, placement)
-
-        def never(*_: Any) -> None:
-            raise AssertionError("a finished file is read again")
-
-        monkeypatch.setattr(partition, "_place_file", never)
-        assert place_all(tasks, placement) == first
-
-    @pytest.mark.parametrize("moment", ["writing", "renaming", "noting"])
-    def test_killed_and_started_again(self, tmp_path: Path, moment: str) -> None:
-        _, placement, tasks = self.prepared(tmp_path)
-        command = [sys.executable, "-c", KILLED, str(tmp_path), moment]
-        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'platform'}{os.pathsep}{REPOSITORY}"}
-        killed = subprocess.run(command, env=environment, capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        left = [name.endswith(".parquet") for name in files_of(tmp_path / "placed")]
-        # Nothing whole, something whole beside what is not, everything but the note.
-        assert (any(left), all(left)) == {
-            "writing": (False, False),
-            "renaming": (True, False),
-            "noting": (True, True),
-        }[moment]
-        # An old part of a shard that gets no rows now must go too.
-        (tmp_path / "placed" / "placed-00009-00000000.parquet").write_bytes(b"old")
-        (tmp_path / "placed" / "placed-00000-00000004.parquet").write_bytes(b"another task's")
-        parts = place_all(tasks, placement)
-
-        undisturbed = tasks_of(tmp_path / "embeddings", tmp_path / "other", [(0, 4)], buffer_bytes=10_000)
-        assert place_all(undisturbed, placement) == parts
-        files = files_of(tmp_path / "placed")
-        assert files.pop("placed-00000-00000004.parquet") == b"another task's"
-        assert files == files_of(tmp_path / "other")
-
-    @pytest.mark.parametrize(
-        "change", ["flipped byte", "missing part", "broken note", "other placement", "other file"]
-    )
-    def test_parts_of_something_else_are_written_again(self, tmp_path: Path, change: str) -> None:
-        manifest, placement, tasks = self.prepared(tmp_path)
-        parts = place_all(tasks, placement)
-        part = tmp_path / "placed" / parts[0].file.name
-        if change == "flipped byte":
-            content = bytearray(part.read_bytes())
-            content[len(content) // 2] ^= 1
-            part.write_bytes(content)
-        elif change == "missing part":
-            part.unlink()
-        elif change == "broken note":
-            (tmp_path / "placed" / "placed-00000000.json").write_text(json.dumps({"spec": 1}))
-        elif change == "other placement":
-            placement = train(clustered(800), 2)
-        else:
-            entry = manifest.files[0]
-            table = pq.read_table(tmp_path / "embeddings" / entry.name)
-            pq.write_table(table.slice(1), tmp_path / "embeddings" / entry.name)
-            place = Location.of(tmp_path / "embeddings" / entry.name)
-            entry = replace(entry, rows=entry.rows - 1, bytes=place.size_bytes(), sha256=place.sha256())
-            manifest = replace(manifest, rows=799, files=(entry, *manifest.files[1:]))
-            manifest.write(Location.of(tmp_path / "embeddings"))
-        copy = placed_copy(manifest, place_all(tasks, placement), placement)
-        names = {entry.name for entry in copy.manifest.files}
-        assert set(files_of(tmp_path / "placed")) == {*names, "placed-00000000.json"}
-        assert stored_rows(tmp_path / "placed", copy.manifest) == stored_rows(
-            tmp_path / "embeddings", manifest
-        )
-        for entry in copy.manifest.files:
-            assert Location.of(tmp_path / "placed" / entry.name).sha256() == entry.sha256
-
-    def test_a_failure_leaves_nothing(self, tmp_path: Path) -> None:
-        vectors = clustered(800)
-        vectors[700, 2] = np.nan
-        write_embeddings(tmp_path / "embeddings", vectors)
-        tasks = tasks_of(tmp_path / "embeddings", tmp_path / "placed", [(0, 4)], buffer_bytes=10_000)
-        with pytest.raises(InputError, match="id 700"):
-            place_all(tasks, train(clustered(800), 4))
-        assert files_of(tmp_path / "placed") == {}
+    def test_shards_probe_needs_a_placed_index(self, tmp_path: Path) -> None:
+        embeddings = write_embeddings(tmp_path / "e", [f"id {row}" for row in range(100)], clustered(100))
+        build(tmp_path / "index", embeddings)
+        with pytest.raises(InputError, match="placed by cluster"):
+            Index.open(tmp_path / "index").search(clustered(1), 3, search_parameters={"shards_probe": 1})

@@ -18,7 +18,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from raytower.errors import FormatError, InputError
 from raytower.evaluation.recall import Candidate, Vectors
-from raytower.index.filters import parse_filter
+from raytower.index.filters import to_sql
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
@@ -49,7 +49,7 @@ class MemoryIndex:
         return int(self.vectors.shape[1])
 
     def check_filter(self, filter: Mapping[str, Any]) -> None:
-        parse_filter(filter, pa.schema([("place", pa.int64())]))
+        to_sql(filter, pa.schema([("place", pa.int64())]))
 
     def recall(
         self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None

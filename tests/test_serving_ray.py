@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -26,101 +26,54 @@ from ray import serve
 
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.evaluation.recall import Candidate, index_recall
-from raytower.index.manifest import FileEntry, IndexManifest, ShardEntry
 from raytower.index.reader import Index
-from raytower.index.versions import publish
+from raytower.index.versions import open_manifest
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.serving import deploy
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotReadyError, OutOfTimeError
-from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, merge_candidates, open_shard
+from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, merge_candidates
 from raytower.serving.work import Deadline
-from raytower.storage import Location
+from tests.index_cases import build, write_embeddings
 from tests.tiny_models import build_tiny_encoder
 
 Start = Callable[[ServeConfig], tuple[ServeConfig, str]]
 TEXTS = [f"{word} {number}" for number in range(10) for word in ("sun", "moon", "star", "月亮", "大地")]
 SOON = 20_000
+OLD, NEW = "000001", "000002"
 
 
 def write_version(
-    folder: Path,
-    version: str,
-    encoder_dir: Path,
-    num_shards: int = 2,
-    texts: list[str] = TEXTS,
-    published: bool = True,
+    folder: Path, version: str, encoder_dir: Path, num_shards: int = 2, texts: list[str] = TEXTS
 ) -> None:
-    """A flat index version, written here by hand. Ids carry the version, so that a mix would show."""
+    """A flat index version, the next one of its folder. Ids carry the version, so that a mix would show."""
     encoder = Encoder.load(str(encoder_dir))
-    vectors = ForwardEngine(encoder).encode(texts)
-    entries = []
-    for number, rows in enumerate(np.array_split(np.arange(len(texts)), num_shards)):
-        place = folder / "versions" / version / f"shard-{number:05d}"
-        place.mkdir(parents=True)
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors[rows])
-        faiss.write_index(index, str(place / "vectors.faiss"))
-        table = pa.table(
-            {
-                "id": [f"{version}/{row}" for row in rows],
-                "text": [texts[row] for row in rows],
-                "row": rows.tolist(),
-            }
-        )
-        with (
-            pa.OSFile(str(place / "documents.arrow"), "wb") as sink,
-            pa.ipc.new_file(sink, table.schema) as writer,
-        ):
-            writer.write_table(table)
-        entries.append(
-            ShardEntry(
-                version=version,
-                name=place.name,
-                rows=len(rows),
-                kind="flat",
-                files={
-                    name: FileEntry.of(Location.of(place / name))
-                    for name in ("vectors.faiss", "documents.arrow")
-                },
-            )
-        )
-    manifest = IndexManifest(
-        version=version,
-        parent=None,
-        operation="build",
+    embeddings = write_embeddings(
+        folder.with_name(f"{folder.name}-{version}"),
+        [f"{version}/{row}" for row in range(len(texts))],
+        ForwardEngine(encoder).encode(texts),
+        texts,
+        {"number": pa.array(range(len(texts)))},
         fingerprint=encoder.fingerprint,
         encoder=str(encoder_dir),
-        metric="cosine",
-        dim=int(vectors.shape[1]),
-        kind="flat",
-        kind_reason="written by hand",
-        parameters={},
-        rows=len(texts),
-        shards=tuple(entries),
-        prefix="",
-        query_prefix="",
-        max_length=64,
-        spec_sha256="0" * 64,
-        recall=1.0,
-        recall_k=10,
-        recall_target=0.95,
-        recall_target_reached=True,
-        recall_curve=(),
-        search_parameters={},
     )
-    manifest.write(Location.of(folder / "versions" / version))
-    if published:
-        publish(Location.of(folder), version)
+    assert build(folder, embeddings, shards=num_shards, replace=True)["version"] == version
 
 
 @pytest.fixture(scope="module")
 def index_dir(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) -> Path:
+    """Two versions; the newest is served unless another is named."""
     folder = tmp_path_factory.mktemp("served") / "index"
-    write_version(folder, "v000001", dummy_encoder_dir)
-    write_version(folder, "v000002", dummy_encoder_dir, published=False)
+    write_version(folder, OLD, dummy_encoder_dir)
+    write_version(folder, NEW, dummy_encoder_dir)
     return folder
+
+
+def damage(folder: Path, version: str) -> None:
+    digest = open_manifest(folder, version).shards[1].digest
+    place = folder / "shards" / digest / "vectors.faiss"
+    place.write_bytes(place.read_bytes()[:-1])
 
 
 def make_config(index_dir: Path, **values: Any) -> ServeConfig:
@@ -189,11 +142,11 @@ def check_swap(config: ServeConfig, url: str) -> None:
     before = replica_names()
     with Load(url) as load:
         time.sleep(0.3)
-        assert deploy.reload(config, "v000002") == "v000002"
+        assert deploy.reload(config, OLD) == OLD
         time.sleep(0.3)
     assert {status for status, _ in load.answers} == {200}
     assert all(len(versions_in(answer)) == 1 for _, answer in load.answers)
-    assert {answer["index_version"] for _, answer in load.answers} == {"v000001", "v000002"}
+    assert {answer["index_version"] for _, answer in load.answers} == {NEW, OLD}
     assert not any(answer["partial"] for _, answer in load.answers)
     assert replica_names() == before
 
@@ -213,13 +166,13 @@ def test_together_serves_swaps_and_stops(
     assert len(replica_names()) == 1, "one process holds everything"
     status, answer = ask(url, query="moon 3", k=3)
     assert status == 200
-    assert (answer["index_version"], answer["partial"], answer["reranked"]) == ("v000001", False, True)
+    assert (answer["index_version"], answer["partial"], answer["reranked"]) == (NEW, False, True)
     status, answer = ask(url, query="moon 3", k=3, rerank=False)
     vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode([*TEXTS, "moon 3"])
     best = np.argsort(-(vectors[:-1] @ vectors[-1]), kind="stable")[:3]
-    assert [hit["id"] for hit in answer["results"][0]] == [f"v000001/{row}" for row in best]
+    assert [hit["id"] for hit in answer["results"][0]] == [f"{NEW}/{row}" for row in best]
     assert answer["results"][0][0]["text"] == "moon 3"
-    assert answer["results"][0][0]["metadata"] == {"row": TEXTS.index("moon 3")}
+    assert answer["results"][0][0]["metadata"] == {"number": TEXTS.index("moon 3")}
     assert len(ask(url, query="moon", k=1000, rerank=False)[1]["results"][0]) == len(TEXTS)
     assert ask(url, "/v1/rerank", query="a", documents=["b", "c"])[0] == 200
     status, answer = ask(url, "/v1/embeddings", input=TEXTS[:1])
@@ -248,7 +201,7 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
     status, whole = ask(url, queries=queries, k=50, rerank=False)
     assert status == 200
     assert not whole["partial"]
-    index = Index.open(str(index_dir), "v000001")
+    index = Index.open(str(index_dir), NEW)
     vectors = ForwardEngine(Encoder.load(index.manifest.encoder)).encode(queries)
     for hits, expected in zip(whole["results"], index_recall(index)(vectors, 50), strict=True):
         assert [hit["id"] for hit in hits] == [item.id for item in expected]
@@ -256,17 +209,17 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
             [item.score for item in expected], abs=1e-6
         )
     check_swap(config, url)
-    assert deploy.reload(config) == "v000001", "without a name the published version is taken"
+    assert deploy.reload(config) == NEW, "without a name the published version is taken"
 
     (victim,) = [name for name in replica_names() if "shard-00001" in name]
     ray.kill(ray.get_actor(victim, namespace="serve"))
     status, answer = ask(url, queries=queries, k=50, timeout_ms=2000)
     assert status == 200
     assert answer["partial"] is True
-    rows = {hit["metadata"]["row"] for hit in answer["results"][0]}
+    rows = {hit["metadata"]["number"] for hit in answer["results"][0]}
     assert rows == set(range(25)), "the other shard's rows, all of them"
     wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, seconds=60)
-    assert versions_in(ask(url, query="moon 3", k=50)[1]) == {"v000001"}
+    assert versions_in(ask(url, query="moon 3", k=50)[1]) == {NEW}
 
 
 def test_a_version_that_cannot_be_opened_leaves_the_one_before(
@@ -277,33 +230,31 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "index"
-    write_version(folder, "v000001", dummy_encoder_dir)
+    write_version(folder, "000001", dummy_encoder_dir)
     monkeypatch.setenv("SEARCH_KEY_FOR_TEST", "open sesame")
     monkeypatch.setattr(deploy, "_READY_TIMEOUT_S", 3.0)
     config, url = served(make_config(folder, api_key_env="SEARCH_KEY_FOR_TEST"))
     key = {"Authorization": "Bearer open sesame"}
     assert ask(url, query="moon")[0] == 401
     assert ask(url, query="moon", headers=key)[0] == 200
-    write_version(folder, "v000002", dummy_encoder_dir)
-    damaged = folder / "versions/v000002/shard-00000/vectors.faiss"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    with pytest.raises(RaytowerError, match="'v000001', not 'v000002'"):
+    write_version(folder, "000002", dummy_encoder_dir)
+    damage(folder, "000002")
+    with pytest.raises(RaytowerError, match="'000001', not '000002'"):
         deploy.reload(config)
-    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v000001"
+    assert ask(url, query="moon", headers=key)[1]["index_version"] == "000001"
     other = build_tiny_encoder(tmp_path / "other", seed=5)
-    write_version(folder, "v000003", other)
+    write_version(folder, "000003", other)
     with pytest.raises(FormatError, match="fingerprint"):
         deploy.reload(config.model_copy(update={"encoder": str(dummy_encoder_dir)}))
-    assert ask(url, query="moon", headers=key)[1]["index_version"] == "v000001"
+    assert ask(url, query="moon", headers=key)[1]["index_version"] == "000001"
 
 
 def test_what_a_replica_refuses_is_told_in_its_own_words(
     ray_cluster: None, dummy_encoder_dir: Path, tmp_path: Path
 ) -> None:
-    write_version(tmp_path / "index", "v000001", dummy_encoder_dir)
-    damaged = tmp_path / "index/versions/v000001/shard-00001/documents.arrow"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    with pytest.raises(FormatError, match=r"documents\.arrow"):
+    write_version(tmp_path / "index", "000001", dummy_encoder_dir)
+    damage(tmp_path / "index", "000001")
+    with pytest.raises(FormatError, match=r"vectors\.faiss"):
         deploy.start(make_config(tmp_path / "index"))
     deploy.stop()
     assert replica_names() == set()
@@ -324,12 +275,10 @@ def test_a_taken_port_is_an_input_error(ray_cluster: None, index_dir: Path) -> N
 
 def test_the_plan_says_what_would_run(index_dir: Path) -> None:
     together = deploy.plan_serve(make_config(index_dir, port=8123, replicas=2, num_cpus=2))
-    size = sum(
-        file.stat().st_size
-        for file in (index_dir / "versions/v000001").rglob("*")
-        if file.parent.name != "v000001"
-    )
-    assert together["index_version"] == "v000001"
+    digests = {shard.digest for shard in open_manifest(index_dir).shards}
+    files = [file for digest in digests for file in (index_dir / "shards" / digest).iterdir()]
+    size = sum(file.stat().st_size for file in files if file.name != "shard.json")
+    assert together["index_version"] == NEW
     assert together["rows"] == 50
     assert together["index_bytes_per_process"] == together["index_bytes"] == size
     assert (together["processes"], together["cpus"]) == (2, 4)
@@ -341,7 +290,7 @@ def test_the_plan_says_what_would_run(index_dir: Path) -> None:
 def test_what_cannot_be_served_is_refused_before_anything_starts(
     index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="no published index"):
+    with pytest.raises(InputError, match="holds no index"):
         deploy.plan_serve(make_config(tmp_path))
     with pytest.raises(InputError, match="does not exist"):
         deploy.plan_serve(make_config(index_dir, reranker="./missing"))
@@ -382,16 +331,16 @@ class Remote:
 
 
 def sharded(index_dir: Path, shards: list[Remote]) -> ShardedIndex:
-    opened = Index.open(str(index_dir), "v000001")
-    return ShardedIndex(opened.manifest, opened.documents_schema, shards, 100)
+    opened = Index.open(str(index_dir), NEW)
+    return ShardedIndex(opened.manifest, opened.table.schema, shards, 100)
 
 
 def late() -> Any:
     raise TimeoutError("late")
 
 
-def candidate(name: str, score: float) -> Candidate:
-    return Candidate(name, "", {}, score)
+def candidate(name: str, score: float, row: int = 0) -> Candidate:
+    return Candidate(name, "", {}, score, row)
 
 
 def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: Path) -> None:
@@ -403,7 +352,7 @@ def test_shards_are_asked_for_the_version_and_a_late_one_is_left_out(index_dir: 
     assert [item.id for item in found[0]] == ["a"]
     assert partial
     assert shards[1].cancelled
-    assert [shard.asked[0][0] for shard in shards] == ["v000001", "v000001"]
+    assert [shard.asked[0][0] for shard in shards] == [NEW, NEW]
     shards[1].answer = lambda: [[candidate("c", 0.5)]]
     found, partial = index.recall(vectors, 2, Deadline.after(SOON))
     assert [item.id for item in found[0]] == ["a", "c"]
@@ -419,61 +368,79 @@ def test_no_shard_at_all_is_an_error_and_not_an_empty_answer(index_dir: Path) ->
         index.recall(vectors, 1, Deadline(time.monotonic() - 1, 10))
 
 
-def test_a_version_with_more_shards_than_processes_is_refused(index_dir: Path) -> None:
-    with pytest.raises(FormatError, match="2 shards, but 1"):
-        ShardedIndex.open(str(index_dir), "v000001", [Remote(lambda: None)], 100)
+def test_a_process_that_cannot_open_the_version_is_named(index_dir: Path) -> None:
     with pytest.raises(RaytowerError, match="shard 1 could not open"):
-        ShardedIndex.open(str(index_dir), "v000001", [Remote(lambda: None), Remote(late)], 100)
+        ShardedIndex.open(str(index_dir), NEW, [Remote(lambda: None), Remote(late)], 100)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_any_number_of_processes_holds_all_shards(index_dir: Path, processes: int) -> None:
+    """A version may have got more shards, or fewer, than there were when the server was started."""
+    vectors = ForwardEngine(Encoder.load(Index.open(str(index_dir)).encoder)).encode(TEXTS[:2])
+    servers = [ShardServer(str(index_dir), number, processes) for number in range(processes)]
+    parts = [asyncio.run(server.recall(NEW, vectors, 7)) for server in servers]
+    alone, _ = LocalIndex.open(str(index_dir), NEW).recall(vectors, 7, Deadline.after(SOON))
+    assert [[item.id for item in found] for found in merge_candidates(parts, 7)] == [
+        [item.id for item in found] for found in alone
+    ]
 
 
 def test_a_filter_goes_to_every_shard_and_is_checked_before(index_dir: Path) -> None:
     answers: list[Any] = [None, None]
     shards = [Remote(lambda number=number: answers[number]) for number in range(2)]
-    index = ShardedIndex.open(str(index_dir), "v000001", shards, 100)
-    with pytest.raises(InputError, match="no column 'rwo'"):
-        index.check_filter({"rwo": 1})
-    filter = {"row": {"$gte": 1}}
+    index = ShardedIndex.open(str(index_dir), NEW, shards, 100)
+    with pytest.raises(InputError, match="no column 'nubmer'"):
+        index.check_filter({"nubmer": 1})
+    filter = {"number": {"$gte": 1}}
     index.check_filter(filter)
     vectors = ForwardEngine(Encoder.load(Index.open(str(index_dir)).encoder)).encode(TEXTS[:1])
     answers[:] = [
-        open_shard(str(index_dir), "v000001", number)(vectors, len(TEXTS), filter) for number in range(2)
+        asyncio.run(ShardServer(str(index_dir), number, 2).recall(NEW, vectors, len(TEXTS), filter))
+        for number in range(2)
     ]
     (together,), _ = index.recall(vectors, len(TEXTS), Deadline.after(SOON), filter)
     assert [shard.asked[-1][3] for shard in shards] == [filter, filter]
-    assert {item.metadata["row"] for item in together} == set(range(1, len(TEXTS)))
-    (alone,), _ = LocalIndex.open(str(index_dir), "v000001").recall(
+    assert {item.metadata["number"] for item in together} == set(range(1, len(TEXTS)))
+    (alone,), _ = LocalIndex.open(str(index_dir), NEW).recall(
         vectors, len(TEXTS), Deadline.after(SOON), filter
     )
     assert [item.id for item in alone] == [item.id for item in together]
 
 
-def test_merging_keeps_shard_order_for_equal_scores() -> None:
-    parts = [[[candidate("a", 0.5), candidate("b", 0.2)]], [[candidate("c", 0.9), candidate("d", 0.5)]], [[]]]
-    assert [item.id for item in merge_candidates(parts, 3)[0]] == ["c", "a", "d"]
+def test_merging_goes_by_row_for_equal_scores() -> None:
+    parts = [
+        [[candidate("a", 0.5, 7), candidate("b", 0.2, 1)]],
+        [[candidate("c", 0.9, 4), candidate("d", 0.5, 2)]],
+        [[]],
+    ]
+    assert [item.id for item in merge_candidates(parts, 3)[0]] == ["c", "d", "a"]
 
 
 def test_a_shard_server_keeps_two_versions_and_opens_others_when_asked(
     tmp_path: Path, dummy_encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for version in ("v000001", "v000002", "v000003"):
-        write_version(tmp_path, version, dummy_encoder_dir, texts=TEXTS[:4])
+    for version in ("000001", "000002", "000003"):
+        write_version(tmp_path / "index", version, dummy_encoder_dir, texts=TEXTS[:4])
     opened: list[str] = []
+    open_index = Index.open
 
-    def counting(uri: str, version: str, number: int) -> Any:
+    def counting(uri: str, version: str, **settings: Any) -> Index:
         opened.append(version)
-        return open_shard(uri, version, number)
+        return open_index(uri, version, **settings)
 
-    monkeypatch.setattr("raytower.serving.shards.open_shard", counting)
-    server = ShardServer(str(tmp_path), 1)
+    monkeypatch.setattr("raytower.serving.shards.Index.open", counting)
+    server = ShardServer(str(tmp_path / "index"), 1, 2)
     vectors = ForwardEngine(Encoder.load(str(dummy_encoder_dir))).encode(TEXTS[3:4])
-    for version in ("v000001", "v000002", "v000001", "v000003", "v000001", "v000002"):
-        (found,) = server._recall_of(version)(vectors, 9, None)
+    for version in ("000001", "000002", "000001", "000003", "000001", "000002"):
+        (found,) = asyncio.run(server.recall(version, vectors, 9))
         assert [item.id for item in found] == sorted((f"{version}/2", f"{version}/3"), reverse=True)
-    assert opened == ["v000001", "v000002", "v000003", "v000002"]
+    assert opened == ["000001", "000002", "000003", "000002"]
 
 
-def test_the_job_serves_until_it_is_told_to_stop(index_dir: Path, tmp_path: Path) -> None:
+def test_the_job_serves_until_it_is_told_to_stop(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     """In a process and a Ray of its own, as a user runs it: HUP reloads, TERM ends with the JSON line and code 0."""
+    index_dir = tmp_path / "index"
+    write_version(index_dir, "000001", dummy_encoder_dir)
     port = free_port()
     config = json.dumps({"index": str(index_dir), "port": port, "num_cpus": 0.5, "timeout_ms": SOON})
     script = (
@@ -492,20 +459,19 @@ def test_the_job_serves_until_it_is_told_to_stop(index_dir: Path, tmp_path: Path
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: deploy.served_version(url) == "v000001" or process.poll() is not None, seconds=90)
+        wait_for(lambda: deploy.served_version(url) == "000001" or process.poll() is not None, seconds=90)
         assert ask(url, query="moon", k=1)[0] == 200, (tmp_path / "stderr").read_text()
-        publish(Location.of(index_dir), "v000002")
+        write_version(index_dir, "000002", dummy_encoder_dir)
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: deploy.served_version(url) == "v000002", seconds=30)
-        wait_for(lambda: "serving index version v000002" in (tmp_path / "stderr").read_text(), seconds=30)
+        wait_for(lambda: deploy.served_version(url) == "000002", seconds=30)
+        wait_for(lambda: "serving index version 000002" in (tmp_path / "stderr").read_text(), seconds=30)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, (tmp_path / "stderr").read_text()
         result = json.loads(output.splitlines()[-1])
-        assert result["index_version"] == "v000002"
+        assert result["index_version"] == "000002"
         assert result["url"] == url
     finally:
-        publish(Location.of(index_dir), "v000001")
         if process.poll() is None:
             process.kill()
             process.wait()
