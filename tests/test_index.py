@@ -1,4 +1,6 @@
-"""Indexes: search against brute force, what a build refuses, what may be found in a damaged one, changes and versions."""
+"""Indexes: search against brute force, what a build refuses, what may be found in a damaged one, changes and
+versions.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,7 @@ class TestSearch:
     def test_a_part_of_the_shards_and_the_others_give_all(
         self, small: tuple[Path, np.ndarray], tmp_path: Path
     ) -> None:
-        folder, vectors = small
+        folder, _vectors = small
         more = clustered_vectors(20, seed=3)
         add_to_index(
             IndexAddConfig(index=str(folder), embeddings=embeddings_of(tmp_path / "more", more, 300))
@@ -272,10 +274,10 @@ class TestBuild:
         part = tmp_path / "e" / "part-00000001.parquet"
         whole = part.read_bytes()
         part.write_bytes(whole[:-1] + b"x")
-        with pytest.raises((FormatError, RaytowerError), match="part-00000001.parquet"):
+        with pytest.raises((FormatError, RaytowerError), match=r"part-00000001\.parquet"):
             build(tmp_path / "index", embeddings)
         part.unlink()
-        with pytest.raises(FormatError, match="part-00000001.parquet is missing"):
+        with pytest.raises(FormatError, match=r"part-00000001\.parquet is missing"):
             build(tmp_path / "index", embeddings)
         part.write_bytes(whole)
         assert build(tmp_path / "index", embeddings)["rows"] == 150
@@ -497,7 +499,7 @@ class TestDamage:
 
     def test_counts_and_versions_that_do_not_fit(self, small: tuple[Path, np.ndarray]) -> None:
         edit_version(small[0], lambda values: values.update(rows=299))
-        with pytest.raises(FormatError, match="says 299 rows.*has 300"):
+        with pytest.raises(FormatError, match=r"says 299 rows.*has 300"):
             Index.open(small[0])
         edit_version(small[0], lambda values: values.update(rows=300, table_version=99))
         with pytest.raises(FormatError, match="version 99 of its table"):
@@ -655,7 +657,7 @@ class TestAdd:
 class TestDelete:
     def test_by_ids_by_file_and_by_filter(self, small: tuple[Path, np.ndarray], tmp_path: Path) -> None:
         folder, vectors = small
-        assert delete_from_index(IndexDeleteConfig(index=str(folder), ids=["id 0", "id 1", "id 0"])) | {"seconds": 0} == {
+        assert delete_from_index(IndexDeleteConfig(index=str(folder), ids=["id 0", "id 1", "id 0"])) | {"seconds": 0} == {  # noqa: E501
             **delete_from_index(IndexDeleteConfig(index=str(folder), ids=["id 0", "id 1", "id 0"])),
             "seconds": 0, "deleted": 2, "unknown": 0, "repeated": 1,
         }  # fmt: skip
@@ -852,7 +854,7 @@ class TestVersions:
     ) -> None:
         victim = sorted((small[0] / "shards").rglob("vectors.faiss"))[0]
         victim.write_bytes(b"broken" * 10)
-        with pytest.raises(FormatError, match="vectors.faiss"):
+        with pytest.raises(FormatError, match=r"vectors\.faiss"):
             delete_from_index(IndexDeleteConfig(index=str(small[0]), ids=["id 0"]))
         assert version_names(Location.of(small[0])) == ["000001"]
 
@@ -862,7 +864,7 @@ class TestVersions:
             publish(Location.of(small[0]), manifest)
 
     def test_garbage(self, small: tuple[Path, np.ndarray], tmp_path: Path) -> None:
-        folder, vectors = small
+        folder, _vectors = small
         delete_from_index(IndexDeleteConfig(index=str(folder), ids=["id 0"]))
         compact_index(IndexCompactConfig(index=str(folder), shards=2), run=HERE)
         old = {shard.digest for shard in open_manifest(folder, "000001").shards}

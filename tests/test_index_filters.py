@@ -30,13 +30,13 @@ COLUMNS: dict[str, pa.Array] = {
     "weight": pa.array([0.1, 0.25, None, 3.5, -0.0, 1e30], pa.float32()),
     "flag": pa.array([True, False, None, True, False, True]),
     "lang": pa.array(["zh", "it's", "", None, "a\\b", "中文\n二"]),
-    "day": pa.array([DAY, None, datetime.date(1969, 12, 31), datetime.date(2024, 2, 1), DAY, datetime.date(2100, 1, 1)]),
+    "day": pa.array([DAY, None, datetime.date(1969, 12, 31), datetime.date(2024, 2, 1), DAY, datetime.date(2100, 1, 1)]),  # noqa: E501
     "at": pa.array([NOON, None, datetime.datetime(1969, 12, 31, 23, 59, 59), NOON, NOON, NOON], pa.timestamp("us")),
-    "seen": pa.array([NOON.replace(tzinfo=UTC), None, None, NOON.replace(tzinfo=UTC), None, None], pa.timestamp("ms", "UTC")),
-    "cost": pa.array([decimal.Decimal("1.50"), None, decimal.Decimal("-2.25"), decimal.Decimal("0.00"), None, None], pa.decimal128(8, 2)),
+    "seen": pa.array([NOON.replace(tzinfo=UTC), None, None, NOON.replace(tzinfo=UTC), None, None], pa.timestamp("ms", "UTC")),  # noqa: E501
+    "cost": pa.array([decimal.Decimal("1.50"), None, decimal.Decimal("-2.25"), decimal.Decimal("0.00"), None, None], pa.decimal128(8, 2)),  # noqa: E501
     "tags": pa.array([["a", "b"], [], None, ["c'"], ["a"], [None, "b"]], pa.list_(pa.string())),
     "codes": pa.array([[1, 2], [], None, [3], [1], [None, 2]], pa.list_(pa.int64())),
-    "metadata": pa.array([{"lang": "zh", "n": 1}, {"lang": "en", "n": 2}, None, {"lang": None, "n": 3}, {"lang": "zh", "n": None}, {"lang": "x", "n": 5}]),
+    "metadata": pa.array([{"lang": "zh", "n": 1}, {"lang": "en", "n": 2}, None, {"lang": None, "n": 3}, {"lang": "zh", "n": None}, {"lang": "x", "n": 5}]),  # noqa: E501
     "with space": pa.array([1, 2, 3, None, 5, 6]),
     "Upper": pa.array([1, 2, 3, None, 5, 6]),
     "back`tick": pa.array([1, 2, 3, None, 5, 6]),

@@ -1,7 +1,8 @@
 """Any sequence of operations on an index equals the same sequence on a dictionary.
 
-After each step every search, filter and look-up is compared with brute force over the dictionary: nothing is lost, nothing
-comes back from the dead, whatever was left half done. RAYTOWER_WALK_STEPS and RAYTOWER_WALK_RUNS lengthen the walk.
+After each step every search, filter and look-up is compared with brute force over the dictionary: nothing is
+lost, nothing comes back from the dead, whatever was left half done. RAYTOWER_WALK_STEPS and RAYTOWER_WALK_RUNS
+lengthen the walk.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class IndexWalk(RuleBasedStateMachine):
         """The table was changed and its writer killed: no version tells of it."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(change, "publish", _killed)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
                 if delete:
                     names = [f"d'{number}" for number in numbers]
                     if not set(names) & set(self.documents) or set(self.documents) <= set(names):

@@ -35,7 +35,9 @@ class PairScorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recalled document with its recall score (inner product or cosine, higher is nearer) and its row in the index."""
+    """A recalled document with its recall score (inner product or cosine, higher is nearer) and its row in the
+    index.
+    """
 
     id: str
     text: str

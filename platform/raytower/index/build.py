@@ -1,8 +1,8 @@
 """`raytower index build`: embeddings into a new version, published only when it is whole and can be opened.
 
 The steps: put the embeddings into the table, refuse ids that stand twice, place rows by cluster where asked, train on a
-sample, build shards, measure recall, publish. Each runs as tasks that stream. What a killed build finished, fragments of
-the table and shards, is found again by what it was made of.
+sample, build shards, measure recall, publish. Each runs as tasks that stream. What a killed build finished,
+fragments of the table and shards, is found again by what it was made of.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
             return figures(before, started, config.output)
         if before.applied:
             raise InputError(
-                f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of all "
+                f"{index} was changed {len(before.applied)} times since it was built; a new build "
+                "takes the place of all "
                 "that: set replace: true, or build into another folder"
             )
     run = run or OnRay(config.workers)
@@ -227,7 +228,9 @@ def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], P
 def run_shard_tasks(
     tasks: Sequence[ShardTask], template: Callable[[], Any], run: Run, at_once: int
 ) -> tuple[ShardEntry, ...]:
-    """The shards of some tasks; `template` gives the trained empty index, and is asked only where a shard is missing."""
+    """The shards of some tasks; `template` gives the trained empty index, and is asked only where a shard is
+    missing.
+    """
     kept = [finished_shard(task.source.index, task.digest) for task in tasks]
     missing = [task for task, entry in zip(tasks, kept, strict=True) if entry is None]
     if len(missing) < len(tasks):
@@ -316,7 +319,8 @@ def refuse_duplicate_ids(index: Location, table: DocumentTable, run: Run) -> Non
     repeated = [name for found in run(_repeated_ids, calls) for name in found]
     if repeated:
         raise InputError(
-            f"id {repeated[0]!r} stands twice in the embeddings ({len(repeated)} such ids or more); ids must be unique, "
+            f"id {repeated[0]!r} stands twice in the embeddings ({len(repeated)} such ids or more); "
+            "ids must be unique, "
             "so give the corpus unique ids and encode it again"
         )
 

@@ -167,7 +167,8 @@ def delete_from_index(config: IndexDeleteConfig) -> dict[str, Any]:
             raise InputError(_unknown_ids(wanted, table, manifest))
         if going == manifest.rows:
             raise InputError(
-                f"this deletes all {manifest.rows} documents of index version {manifest.version}; an index holds at least "
+                f"this deletes all {manifest.rows} documents of index version {manifest.version}; an "
+                "index holds at least "
                 "one: remove the index itself instead"
             )
         if going:
@@ -417,7 +418,8 @@ def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> N
     found = [name for batch in writer.table.find("id", ids, ["id"]) for name in batch.column(0).to_pylist()]
     if found:
         raise InputError(
-            f"{len(found)} ids of {config.embeddings!r} are in index version {writer.manifest.version} already, such as "
+            f"{len(found)} ids of {config.embeddings!r} are in index version "
+            f"{writer.manifest.version} already, such as "
             f"{_shown(found)}; set upsert: true to replace those documents, or leave them out"
         )
 
@@ -447,7 +449,8 @@ def _unknown_ids(wanted: list[str], table: DocumentTable, manifest: IndexManifes
     }
     unknown = sorted(set(wanted) - found)
     return (
-        f"{len(unknown)} of {len(wanted)} ids are not in index version {manifest.version}: {_shown(unknown)}; they never "
+        f"{len(unknown)} of {len(wanted)} ids are not in index version {manifest.version}: "
+        f"{_shown(unknown)}; they never "
         "were, or are deleted already: correct them, or set on_unknown: ignore"
     )
 

@@ -22,8 +22,8 @@ _FRESH_SECONDS = 24 * 3600
 class IndexGcConfig(Config):
     """`raytower index gc`: the newest `keep` versions stay.
 
-    What no version needs is taken away once it is a day old, since a build may be at work on it; `unfinished` takes it at
-    once, and with it what a killed build could go on from.
+    What no version needs is taken away once it is a day old, since a build may be at work on it; `unfinished`
+    takes it at once, and with it what a killed build could go on from.
     """
 
     index: str

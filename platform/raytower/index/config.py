@@ -50,9 +50,9 @@ class IndexBuildConfig(Config):
     """`raytower index build`.
 
     `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
-    visit all shards. `indexed` names columns that filters ask often; each gets a scalar index. `replace` lets the build take
-    the place of an index that was changed since it was built. `rescore` keeps whole vectors beside the codes of ivf_sq8 and ivf_pq and scores the best
-    candidates with them; auto does.
+    visit all shards. `indexed` names columns that filters ask often; each gets a scalar index. `replace` lets the
+    build take the place of an index that was changed since it was built. `rescore` keeps whole vectors beside the
+    codes of ivf_sq8 and ivf_pq and scores the best candidates with them; auto does.
     """
 
     embeddings: str

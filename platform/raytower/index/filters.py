@@ -8,9 +8,10 @@
 Operators of a column: $eq $ne $gt $gte $lt $lte $in $nin. Operators of filters: $and and $or take a list of one or more
 filters, $not takes one. The grammar is that of MongoDB, Pinecone and Chroma.
 
-Null and NaN follow SQL. No comparison holds where the value is null, $ne, $nin and $not of a comparison included. A null
-literal asks for null itself: {"x": null} is null, {"x": {"$ne": null}} is not null, and null in a list of $in adds null
-to it, null in a list of $nin takes null out, as it is out anyway. NaN equals itself and is greater than any number.
+Null and NaN follow SQL. No comparison holds where the value is null, $ne, $nin and $not of a comparison included.
+A null literal asks for null itself: {"x": null} is null, {"x": {"$ne": null}} is not null, and null in a list of
+$in adds null to it, null in a list of $nin takes null out, as it is out anyway. NaN equals itself and is greater
+than any number.
 
 How literals meet columns:
     integers      integers, also floats without a fraction. A literal beyond the column's range compares as a number.
@@ -264,7 +265,9 @@ def _element_type(kind: pa.DataType) -> pa.DataType:
 
 @dataclass(frozen=True)
 class _Literal:
-    """A literal of a column's type (days or ticks for moments), or the side on which it lies beyond that type's range."""
+    """A literal of a column's type (days or ticks for moments), or the side on which it lies beyond that type's
+    range.
+    """
 
     value: Any
     side: int = 0  # -1 below every value of the type, 1 above

@@ -1,7 +1,7 @@
 """Folding: rows that no shard holds, small shards and shards with many dead rows become fewer, larger shards.
 
-Shards are derived from the table, so folding changes no answer: it can be done at any time, over what is published then,
-and whatever is published meanwhile stays.
+Shards are derived from the table, so folding changes no answer: it can be done at any time, over what is
+published then, and whatever is published meanwhile stays.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def _check_file(place: Location, file: FileEntry) -> None:
     found = place.sha256()
     if found != file.sha256:
         raise FormatError(
-            f"{place} has sha256 {found[:12]}…, its version says {file.sha256[:12]}…: it was changed; roll back, or compact "
+            f"{place} has sha256 {found[:12]}…, its version says {file.sha256[:12]}…: it was changed; "
+            "roll back, or compact "
             "the index"
         )
 

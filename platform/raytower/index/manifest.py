@@ -118,8 +118,8 @@ class IndexManifest(Origin):
     """What a version is: a version of the table, and shards derived from it.
 
     `rows` counts the documents. `next_row` is the number that the next document gets; none is given twice. `identity`
-    names the change that made this version, `built` all builds up to here, `applied` the changes since the last of them.
-    `measured` is the last measurement, of this version or of one before it; `changed_rows` came or went since.
+    names the change that made this version, `built` all builds up to here, `applied` the changes since the last
+    of them. `measured` is the last measurement, of this version or of one before it; `changed_rows` came or went since.
     `search_parameters` are those measured for as many hits as their key says.
     """
 

@@ -90,7 +90,8 @@ class Index:
         table = DocumentTable.open(index, manifest.table_version)
         if table.num_rows != manifest.rows:
             raise FormatError(
-                f"version {manifest.version} of {index} says {manifest.rows} rows, version {manifest.table_version} of its "
+                f"version {manifest.version} of {index} says {manifest.rows} rows, version "
+                f"{manifest.table_version} of its "
                 f"table has {table.num_rows}; roll back, or build the index again"
             )
         shards = [

@@ -128,7 +128,8 @@ def local_file(place: Location, file: FileEntry) -> Path:
         raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")
     if path.stat().st_size != file.bytes:
         raise FormatError(
-            f"{place} has {path.stat().st_size} bytes, the version says {file.bytes}: it was truncated or changed; roll "
+            f"{place} has {path.stat().st_size} bytes, the version says {file.bytes}: it was "
+            "truncated or changed; roll "
             "back or build it again"
         )
     return path

@@ -51,8 +51,9 @@ class IndexSyncConfig(Config):
     """`raytower index sync`: what is new in `input` is added, what changed is replaced, what is gone is deleted.
 
     A text that changed is encoded again; where only other columns changed, they are set. `gone: keep` leaves documents
-    that the input no longer has. More than the share `max_gone` of the index is deleted only if that is raised: a folder
-    that was half delivered looks like one from which half was deleted. `encoder` null is the one that the index names.
+    that the input no longer has. More than the share `max_gone` of the index is deleted only if that is raised: a
+    folder that was half delivered looks like one from which half was deleted. `encoder` null is the one that the
+    index names.
     """
 
     index: str
@@ -271,7 +272,8 @@ def _refuse_much_gone(config: IndexSyncConfig, difference: Difference, manifest:
     if len(difference.gone) > config.max_gone * manifest.rows:
         raise InputError(
             f"{len(difference.gone)} of {manifest.rows} documents are not in {config.input.path!r}, more than max_gone "
-            f"{config.max_gone:g}; nothing was changed: check that the input is whole, raise max_gone, or set gone: keep"
+            f"{config.max_gone:g}; nothing was changed: check that the input is whole, raise "
+            "max_gone, or set gone: keep"
         )
 
 

@@ -1,8 +1,8 @@
 """The documents of an index: one version of a Lance table, and the changes that make the next one.
 
-Lance (https://lance.org, package pylance) keeps versions, deletions, updates, scalar indices and garbage; this module is
-all that knows it. A row has a number, the column `row`, that no other document ever gets; where it lies in the table is
-asked of `row_map`, since updates and compaction move rows.
+Lance (https://lance.org, package pylance) keeps versions, deletions, updates, scalar indices and garbage; this
+module is all that knows it. A row has a number, the column `row`, that no other document ever gets; where it lies
+in the table is asked of `row_map`, since updates and compaction move rows.
 
 Shape legend: N rows, D dimension.
 """
@@ -320,7 +320,8 @@ class DocumentTable:
             answer = change(dataset)
         if dataset.version not in (self.version, self.version + 1):
             raise RaytowerError(
-                f"the table was changed by another writer (version {dataset.version} follows {self.version}); nothing was "
+                f"the table was changed by another writer (version {dataset.version} follows "
+                f"{self.version}); nothing was "
                 "published: run the command again"
             )
         return DocumentTable(dataset), answer
@@ -483,7 +484,7 @@ def _index_type(kind: pa.DataType) -> str:
 
 def _sql_type(kind: pa.DataType) -> str:
     names = {
-        pa.int8(): "TINYINT", pa.int16(): "SMALLINT", pa.int32(): "INT", pa.int64(): "BIGINT", pa.uint64(): "BIGINT UNSIGNED",
+        pa.int8(): "TINYINT", pa.int16(): "SMALLINT", pa.int32(): "INT", pa.int64(): "BIGINT", pa.uint64(): "BIGINT UNSIGNED",  # noqa: E501
         pa.float32(): "FLOAT", pa.float64(): "DOUBLE", pa.string(): "STRING", pa.large_string(): "STRING",
     }  # fmt: skip
     if kind not in names:
