@@ -261,22 +261,26 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+# Both nodes have this machine's address, so their homes tell them apart.
 WHERE_THINGS_RUN = """
-import ray
+import pathlib, ray
 ray.init()
-here = ray.get_runtime_context().get_node_id()
-there = ray.get(ray.remote(lambda: ray.get_runtime_context().get_node_id()).remote())
-heads = [node["NodeID"] for node in ray.nodes() if "CPU" not in node["Resources"]]
-print("driver on head:", here in heads, "task on head:", there in heads, "nodes:", len(ray.nodes()))
+task = ray.remote(lambda: pathlib.Path.home().name).remote()
+print("driver:", pathlib.Path.home().name, "task:", ray.get(task), "nodes:", len(ray.nodes()))
 """
 
 
 class TestComesUp:
-    def test_a_job_with_the_token_runs(self, cluster: Cluster, tmp_path: Path) -> None:
-        command = ["ray", "job", "submit", "--address", cluster.dashboard, "--", "python", "-c"]
+    @pytest.mark.parametrize(
+        ("options", "driver"), [((), "head"), (("--entrypoint-num-cpus=8",), "cpu_worker")]
+    )
+    def test_a_job_with_the_token_runs(
+        self, cluster: Cluster, tmp_path: Path, options: tuple[str, ...], driver: str
+    ) -> None:
+        command = ["ray", "job", "submit", "--address", cluster.dashboard, *options, "--", "python", "-c"]
         done = cluster.run([*command, WHERE_THINGS_RUN], cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "driver on head: True task on head: False nodes: 2" in done.stdout
+        assert f"driver: {driver} task: cpu_worker nodes: 2" in done.stdout
 
     @pytest.mark.parametrize(
         ("environment", "message"),
