@@ -116,29 +116,6 @@ class TestPlanner:
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
 
-    @given(
-        rows=st.integers(1, 10**9),
-        dim=st.sampled_from([8, 256, 384, 768, 1024]),
-        memory=st.integers(2**27, 2**42),
-    )
-    def test_auto_keeps_the_memory_or_refuses(self, rows: int, dim: int, memory: int) -> None:
-        values: dict[str, Any] = {
-            "rows": rows,
-            "dim": dim,
-            "kind": "auto",
-            "shards": "auto",
-            "num_workers": 4,
-        }
-        values |= {"memory_bytes": memory, "recall": 0.95}
-        if memory < rows * 9:  # not even one byte of code beside an id of eight
-            with pytest.raises(InputError, match=r"target\.memory"):
-                plan_index(**values)
-        elif rows * dim * 6 < memory // 4:  # ample even for a graph with full vectors
-            plan = plan_index(**values)
-            assert plan.ranges[-1][1] == rows
-            assert plan.predicted_search_memory_bytes <= memory
-            assert plan.reason
-
     def test_auto_goes_from_exact_to_graph_to_codes(self) -> None:
         def kind(rows: int, memory: int) -> str:
             values = {"dim": 384, "shards": "auto", "memory_bytes": memory, "num_workers": 2, "recall": 0.95}
