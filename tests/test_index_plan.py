@@ -7,9 +7,10 @@ from typing import Any, get_args
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
+from raytower.errors import InputError
 from raytower.index import costs
 from raytower.index.config import BuiltKind, IndexWorkersConfig
 from raytower.index.kinds import new_index, reserve, train_on_gpus
@@ -22,6 +23,16 @@ GIB = 2**30
 
 def plan(**values: Any) -> IndexPlan:
     return plan_index(**{"rows": 1_000_000, "dim": 256, "memory_bytes": 64 * GIB, **values})
+
+
+def plan_or_none(**values: Any) -> IndexPlan | None:
+    """None stands for a refusal, which names the memory."""
+    try:
+        return plan(**values)
+    except InputError as error:
+        if "target.memory" not in str(error):
+            raise
+        return None
 
 
 def trained(kind: Any, rows: int, dim: int) -> tuple[Any, np.ndarray, dict[str, int]]:
@@ -132,23 +143,46 @@ class TestLatency:
         others = [plan(rows=100_000_000, memory_bytes=32 * GIB, kind=kind) for kind in ("ivf_sq8", "ivf_pq")]
         assert found.predicted_query_ms == min(other.predicted_query_ms for other in others)
 
+
+class TestAuto:
+    """`auto` against each of its kinds, asked for by name."""
+
     @given(
-        rows=st.integers(1, 10**9),
+        rows=st.floats(2, 9).map(lambda digits: int(10**digits)),
         dim=st.sampled_from([8, 256, 768]),
-        memory=st.integers(2**34, 2**43),
-        latency=st.floats(0.001, 1000),
+        # From less than the smallest codes take to more than a graph with whole vectors.
+        bytes_per_dim=st.floats(-1.5, 2).map(lambda digits: 10**digits),
+        room=st.sampled_from([0, 2**20, 2**30]),
+        latency=st.floats(-3, 3).map(lambda digits: 10**digits),
     )
-    def test_it_is_kept_wherever_some_kind_keeps_it(
-        self, rows: int, dim: int, memory: int, latency: float
+    # ivf_sq8 fits as one shard, and not as the many in which it can be built.
+    @example(rows=3_162_277, dim=8, bytes_per_dim=10**0.3125, room=0, latency=1.0)
+    def test_it_plans_what_some_kind_can_and_keeps_the_latency_that_some_kind_keeps(
+        self, rows: int, dim: int, bytes_per_dim: float, room: int, latency: float
     ) -> None:
-        values = {"rows": rows, "dim": dim, "memory_bytes": memory}
-        if rows * dim * 6 > memory // 4:
+        values = {"rows": rows, "dim": dim, "memory_bytes": int(rows * dim * bytes_per_dim) + room}
+        names = ["flat"] * (rows <= 20_000) + ["hnsw", "ivf_sq8", "ivf_pq"]
+        others = [other for name in names if (other := plan_or_none(**values, kind=name))]
+        found = plan_or_none(**values, latency_ms=latency)
+        event(f"{found.kind if found else 'refused'}, {len(others)} of {len(names)} kinds fit")
+
+        assert (found is not None) == bool(others)
+        if found is None:
             return
-        found = plan(**values, latency_ms=latency)
-        graph = plan(**values, kind="hnsw")
-        if graph.predicted_query_ms <= latency:
-            assert found.predicted_query_ms <= latency
-        assert ("within target.latency_ms" in found.reason) == (found.predicted_query_ms <= latency)
+        assert found.predicted_search_memory_bytes <= values["memory_bytes"]
+        assert found.predicted_build_memory_bytes_per_task <= values["memory_bytes"]
+        assert values["memory_bytes"] >= rows * 9  # an id of eight bytes and one of codes
+        fastest = min(other.predicted_query_ms for other in others)
+        assert (found.predicted_query_ms <= latency) == (fastest <= latency)
+        assert ("within target.latency_ms" in found.reason) == (fastest <= latency)
+        if fastest > latency:
+            assert found.predicted_query_ms == fastest
+
+    def test_a_kind_that_can_be_searched_and_not_built_is_passed_over(self) -> None:
+        values = {"rows": 134_151, "dim": 256, "memory_bytes": 160_925_824}
+        with pytest.raises(InputError, match="building kind ivf_sq8"):
+            plan(**values, kind="ivf_sq8")
+        assert plan(**values).kind == "ivf_pq"
 
 
 class TestGrowth:

@@ -1,4 +1,4 @@
-"""The shape of the project itself: layers, the source root, the cluster description, what the README promises."""
+"""The shape of the project itself: layers, the source root, what the README promises."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from raytower.cli import COMMANDS, find_reference
 
@@ -105,18 +107,19 @@ def test_every_job_has_a_config_that_its_command_accepts(path: Path) -> None:
     assert load_config(find_reference(COMMANDS[match.group(1)].config), path.with_suffix(".yaml"))
 
 
-def test_the_cluster_description_passes_rays_own_check() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
-    validate_config(prepare_config(config))
-    types = config["available_node_types"]
-    assert types[config["head_node_type"]]["max_workers"] == 0
-    assert any("GPU" in kind["resources"] and kind["min_workers"] == 0 for kind in types.values())
-    assert any("GPU" not in kind["resources"] and kind["max_workers"] > 1 for kind in types.values())
-
-
 def test_versions_are_pinned_once() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", line) for line in constraints)
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in constraints}
+    assert len(pinned) == len(constraints)
     assert {"torch==2.13.0", "ray==2.60.0", "faiss-cpu==1.15.1"} <= set(constraints)
+
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = described["project"]
+    lists = [
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+        described["build-system"]["requires"],
+    ]
+    named = {canonicalize_name(Requirement(line).name) for requirements in lists for line in requirements}
+    assert named | {"pip"} <= pinned

@@ -119,9 +119,9 @@ def plan_index(
     num_shards = asked if asked is not None else _auto_shards(request, chosen)
     parameters = _parameters(request, chosen, num_shards)
     build_bytes = _build_bytes(request, chosen, num_shards)
-    if build_bytes > memory_bytes:
-        raise InputError(_does_not_build(request, chosen, num_shards, build_bytes))
     search_bytes = _search_bytes(request, chosen, num_shards)
+    if max(build_bytes, search_bytes) > memory_bytes:
+        raise InputError(_does_not_fit(request, chosen, num_shards, build_bytes, search_bytes))
     exact_dtype = _exact_dtype(chosen, rescore, vector_dtype)
     exact_bytes = rows * dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
     train_rows = _train_rows(request, chosen, parameters)
@@ -212,15 +212,20 @@ def _choose_kind(request: _Request, asked: int | None) -> tuple[BuiltKind, str]:
                 f"target.memory {have}; {remedy}, or raise target.memory to at least {sizes[request.kind]} bytes"
             )
         return request.kind, f"kind {request.kind} was asked for"
-    fitting = [kind for kind in _AUTO_KINDS if sizes[kind] <= memory]
+    few = request.rows <= _FLAT_ROWS
+    fitting = [kind for kind in _AUTO_KINDS if sizes[kind] <= memory and (few or kind != "flat")]
     if not fitting:
         raise InputError(
             f"{over} take {human_bytes(sizes['ivf_pq'])} even as ivf_pq, more than target.memory {have}; raise "
             f"target.memory to at least {sizes['ivf_pq']} bytes or use an encoder of a smaller dimension"
         )
-    if request.rows > _FLAT_ROWS and "flat" in fitting:
-        fitting.remove("flat")
-    times = {kind: _query_ms(request, kind, asked or _auto_shards(request, kind)) for kind in fitting}
+    shards = {kind: asked or _auto_shards(request, kind) for kind in fitting}
+    # A kind that fits in one shard may not fit in as many as it is built in, and may need more to be built. Where that
+    # holds for all, the caller says so of one.
+    needed = {kind: _needed_bytes(request, kind, shards[kind]) for kind in fitting}
+    sizes |= {kind: size for kind, size in needed.items() if size > memory}
+    fitting = [kind for kind in fitting if sizes[kind] <= memory] or fitting
+    times = {kind: _query_ms(request, kind, shards[kind]) for kind in fitting}
     kept = [kind for kind in fitting if request.latency_ms is None or times[kind] <= request.latency_ms]
     kind = kept[0] if kept else min(fitting, key=times.__getitem__)
     return kind, _reason(request, kind, sizes, times)
@@ -252,15 +257,26 @@ def _reason(
     return reason
 
 
-def _does_not_build(request: _Request, kind: BuiltKind, shards: int, build_bytes: int) -> str:
+def _does_not_fit(
+    request: _Request, kind: BuiltKind, shards: int, build_bytes: int, search_bytes: int
+) -> str:
+    if build_bytes > request.memory_bytes:
+        needed, doing, each = build_bytes, "building", " a task"
+    else:
+        needed, doing, each = search_bytes, "searching", ""
     start = (
-        f"building kind {kind} in {shards} shards takes {human_bytes(build_bytes)} a task, more than target.memory "
+        f"{doing} kind {kind} in {shards} shards takes {human_bytes(needed)}{each}, more than target.memory "
         f"{human_bytes(request.memory_bytes)}; "
     )
     wanted = _auto_shards(request, kind)
-    if _build_bytes(request, kind, wanted) <= request.memory_bytes:
-        return f"{start}shards: {wanted} would fit, or raise target.memory to at least {build_bytes} bytes"
-    return f"{start}raise target.memory to at least {build_bytes} bytes"
+    if _needed_bytes(request, kind, wanted) <= request.memory_bytes:
+        return f"{start}shards: {wanted} would fit, or raise target.memory to at least {needed} bytes"
+    return f"{start}raise target.memory to at least {needed} bytes"
+
+
+def _needed_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
+    """Of one build task or of the search of all shards, whichever is more."""
+    return max(_build_bytes(request, kind, shards), _search_bytes(request, kind, shards))
 
 
 def _search_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
