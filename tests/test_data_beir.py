@@ -19,9 +19,9 @@ _HEADER = "query-id\tcorpus-id\tscore\n"
 def test_corpus(tmp_path: Path) -> None:
     folder = beir_folder(tmp_path)
     expected = [
-        {"id": "d1", "text": "Tea green\u2028leaves"},
-        {"id": "d2", "text": "only a title"},
-        {"id": "d3", "text": "三号文档"},
+        {"id": "d1", "text": "Tea green\u2028leaves", "title": "Tea", "source_text": "green\u2028leaves"},
+        {"id": "d2", "text": "only a title", "title": "only a title", "source_text": ""},
+        {"id": "d3", "text": "三号文档", "title": "", "source_text": None},
     ]
     assert read(folder, "corpus") == read(folder, "corpus", format="beir") == expected
 

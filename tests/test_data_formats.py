@@ -48,8 +48,8 @@ def test_corpus_tsv_with_a_header_passes_columns_through(tmp_path: Path) -> None
         tmp_path / "corpus.tsv", "year\tdoi\ttitle\ttext\tid\n1999\tA\tT\tbody\t5\n2000\tB\t\tx\t6\n"
     )
     assert read(path, "corpus", id_field="doi") == [
-        {"id": "A", "text": "T body", "year": "1999", "source_id": "5"},
-        {"id": "B", "text": "x", "year": "2000", "source_id": "6"},
+        {"id": "A", "text": "T body", "year": "1999", "title": "T", "source_text": "body", "source_id": "5"},
+        {"id": "B", "text": "x", "year": "2000", "title": "", "source_text": None, "source_id": "6"},
     ]
     assert read(path, "lines") == [{"id": "5", "text": "T body"}, {"id": "6", "text": "x"}]
 
@@ -63,11 +63,20 @@ def test_corpus_jsonl_joins_fields_and_types_its_other_keys(tmp_path: Path) -> N
             "n": 1,
             "f": 1,
             "b": True,
-            "m": "s",
-            "l": [1, "一"],
-            "big": 2**70,
+            "m": {"lang": "zh", "tags": []},
+            "l": ["一", None],
+            "big": 2**63,
         },
-        {"_id": "b", "title": None, "text": "y\tz", "n": -2, "f": 0.5, "b": None, "m": 3, "new": "late"},
+        {
+            "_id": "b",
+            "title": None,
+            "text": "y\tz",
+            "n": -2,
+            "f": 0.5,
+            "b": None,
+            "m": {"page": 3},
+            "new": "late",
+        },
         {"title": " ", "text": "w"},
     ]
     path = write_jsonl(tmp_path / "docs.jsonl", rows)
@@ -79,26 +88,31 @@ def test_corpus_jsonl_joins_fields_and_types_its_other_keys(tmp_path: Path) -> N
             ("n", pa.int64()),
             ("f", pa.float64()),
             ("b", pa.bool_()),
-            ("m", pa.string()),
-            ("l", pa.string()),
-            ("big", pa.string()),
+            ("m", pa.struct([("lang", pa.string()), ("tags", pa.list_(pa.null())), ("page", pa.int64())])),
+            ("l", pa.list_(pa.string())),
+            ("big", pa.uint64()),
+            ("title", pa.string()),
+            ("source_text", pa.string()),
             ("new", pa.string()),
         ]
     )
-    none = dict.fromkeys(["n", "f", "b", "m", "l", "big", "new"])
-    first = {"n": 1, "f": 1.0, "b": True, "m": "s", "l": '[1, "一"]', "big": str(2**70)}
+    none = dict.fromkeys(["n", "f", "b", "m", "l", "big", "title", "source_text", "new"])
+    first = {"n": 1, "f": 1.0, "b": True, "l": ["一", None], "big": 2**63, "title": "T", "source_text": "x"}
     assert read(path, "corpus") == [
-        {**none, "id": "1", "text": "T x", **first},
-        {**none, "id": "b", "text": "y\tz", "n": -2, "f": 0.5, "m": "3", "new": "late"},
-        {**none, "id": "docs:3", "text": "w"},
-    ]
+        {**none, "id": "1", "text": "T x", **first, "m": {"lang": "zh", "tags": [], "page": None}},
+        {
+            **none, "id": "b", "text": "y\tz", "n": -2, "f": 0.5, "new": "late",
+            "m": {"lang": None, "tags": None, "page": 3},
+        },
+        {**none, "id": "docs:3", "text": "w", "title": " "},
+    ]  # fmt: skip
     assert read(path, "lines")[0] == {"id": "1", "text": "T x"}
 
 
 def test_corpus_text_fields_and_id_field_choose_keys(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "docs.jsonl", [{"key": "k", "q": "问", "a": "答", "id": 9, "text": "t"}])
     (row,) = read(path, "corpus", text_fields=["q", "a"], id_field="key")
-    assert row == {"id": "k", "text": "问 答", "source_id": 9, "source_text": "t"}
+    assert row == {"id": "k", "text": "问 答", "q": "问", "a": "答", "source_id": 9, "source_text": "t"}
 
 
 def test_three_text_fields_join_what_is_there(tmp_path: Path) -> None:

@@ -1,102 +1,292 @@
-"""Columns that a corpus passes through: one type for each over all files, and tables made to that schema."""
+"""Columns that a corpus passes through: one name and one type for each over all files, and tables made to that schema.
+
+A type follows from the values, never from what a file declares: a column without a value takes any type, and whole
+numbers become floats, or floats whole numbers, only where every value stays what it is.
+"""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import re
+from collections.abc import Iterator, Set
+from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from raytower.data.columns import cast_exactly, mask_of, parents
 from raytower.data.records import RecordKind, canonical_schema
-from raytower.data.row_batch import Parsed
+from raytower.data.row_batch import Column, Parsed
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 
+MAX_COLUMNS = 1000
+"""Columns with the members of their objects: more are keys that are data, and each would be a column in storage."""
+# Columns of the embeddings, and of the index's table.
+_OWN_NAMES = ("id", "text", "embedding", "row", "vector", "tokens")
+_UNSTORABLE = re.compile("[.`\0]")  # a dot leads to a member of an object, a backtick quotes a name
+
 _EXACT_IN_FLOAT = 2**53
-_INT64_LIMIT = 2**63
+_INT64_MAX = 2**63 - 1
+_NS_RANGE_IN_US = (-(2**63) // 1000 + 1, _INT64_MAX // 1000)
+
+Trait: TypeAlias = str | pa.DataType
+"""What values show of the type that they need; of decimals it is the Arrow type."""
+_WORDS = {
+    "long": "integers beyond 2^53",
+    "unsigned": "integers beyond 2^63",
+    "negative": "numbers below zero",
+    "fraction": "numbers with a fraction",
+    "instant": "timestamp with a time zone",
+    "nanoseconds": "times to the nanosecond",
+    "far": "times before 1678 or after 2261",
+}
+_INTEGERS = {"int64", "long", "negative", "unsigned"}
+_FLOATS = {"float32", "float64", "fraction"}
+_PRECISIONS = {"nanoseconds", "far"}
+_LONE: dict[Trait, pa.DataType] = {
+    "bool": pa.bool_(),
+    "string": pa.string(),
+    "date": pa.date32(),
+    "struct": pa.struct([]),
+    "list": pa.list_(pa.null()),
+}
+_OF_PYTHON = {bool: "bool", int: "int64", float: "float64", str: "string", dict: "struct", list: "list"}
+
+
+def stored_name(name: str) -> str:
+    """The name under which a column passes through: its own, unless the index has it or cannot store it."""
+    storable = _UNSTORABLE.sub("_", name) or "unnamed"
+    return f"source_{storable}" if storable in _OWN_NAMES or storable.startswith("_row") else storable
+
+
+def refuse_too_many(columns: int, file: SourceFile) -> None:
+    """Raise InputError where a corpus has more columns, members of objects counted, than can be stored."""
+    if columns > MAX_COLUMNS:
+        raise InputError(
+            f"{file}: the corpus has more than {MAX_COLUMNS} columns, members of objects counted; where keys are data, "
+            "write the object as a string of JSON"
+        )
 
 
 class ExtraTypes:
-    """Learns what type each passed-through column has, from all rows of all files.
-
-    JSON keys whose values are all booleans, integers, numbers or strings get that type. A key with nested or mixed
-    values is carried as text: strings as they are, everything else as JSON.
-    """
+    """Learns what type each passed-through column has, from the values in all rows of all files."""
 
     def __init__(self) -> None:
-        self._json: dict[str, set[str]] = {}
-        self._arrow: dict[str, tuple[pa.DataType, SourceFile]] = {}
+        self._columns: dict[str, _Seen] = {}
+        self._originals: dict[str, str] = {}
 
     def observe(self, parsed: Parsed, file: SourceFile) -> None:
-        """Take in the good rows of one slice. Raises InputError where two files disagree on a column's type."""
-        if isinstance(parsed.extra, dict):
-            for name, column in parsed.extra.items():
-                self._observe_arrow(name, column.type, file)
-            return
-        for row in parsed.extra:
-            for name, value in row.items():
-                seen = self._json.setdefault(name, set())
-                if value is not None:
-                    seen.add(_json_type(value))
+        """Take in the good rows of one chunk.
+
+        Raises:
+            InputError: values that have no type in common with those of earlier rows, two columns that would get one
+                name, or too many columns.
+        """
+        for original, column in parsed.extra.items():
+            name = stored_name(original)
+            other = self._originals.setdefault(name, original)
+            if other != original:
+                raise InputError(
+                    f"{file}: columns {other!r} and {original!r} would both pass through as {name!r}; rename one of "
+                    f"them ({', '.join(_OWN_NAMES)} are names of the index's own)"
+                )
+            seen = self._columns.setdefault(name, _Seen(original))
+            for values, lines in _chunks(column, parsed.lines):
+                seen.observe(values, lines, file)
+        refuse_too_many(sum(seen.count for seen in self._columns.values()), file)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The columns that pass through under another name than their own, with that name."""
+        return {original: name for name, original in self._originals.items() if name != original}
 
     def schema(self, kind: RecordKind) -> pa.Schema:
         """The full schema of tables of `kind`: canonical columns, then the passed-through ones as first seen."""
-        extra = [pa.field(name, _arrow_type(seen)) for name, seen in self._json.items()]
-        extra += [pa.field(name, data_type) for name, (data_type, _) in self._arrow.items()]
+        extra = [pa.field(name, seen.type) for name, seen in self._columns.items()]
         return pa.schema([*canonical_schema(kind), *extra])
-
-    def _observe_arrow(self, name: str, data_type: pa.DataType, file: SourceFile) -> None:
-        known, known_file = self._arrow.setdefault(name, (data_type, file))
-        if known == data_type:
-            return
-        schemas = [pa.schema([(name, known)]), pa.schema([(name, data_type)])]
-        try:
-            wider = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
-        except pa.ArrowException as error:
-            raise InputError(
-                f"{file}: column {name!r} is {data_type}, but {known} in {known_file}; give it one type in all files"
-            ) from error
-        self._arrow[name] = (wider, file)
 
 
 def build_table(parsed: Parsed, schema: pa.Schema) -> pa.Table:
     """The rows of `parsed` as a table of exactly `schema`; columns that they lack are null."""
-    arrays = []
-    for column in schema:
-        if column.name in parsed.columns:
-            arrays.append(parsed.columns[column.name])
-        elif isinstance(parsed.extra, dict):
-            found = parsed.extra.get(column.name)
-            arrays.append(
-                pa.nulls(parsed.num_rows, column.type) if found is None else found.cast(column.type)
-            )
-        else:
-            values = [_to_type(row.get(column.name), column.type) for row in parsed.extra]
-            arrays.append(pa.array(values, column.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
+    extra = {stored_name(name): column for name, column in parsed.extra.items()}
+    columns = [
+        parsed.columns[field.name]
+        if field.name in parsed.columns
+        else _of_type(extra.get(field.name, pa.nulls(parsed.num_rows)), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _json_type(value: Any) -> str:
-    if type(value) is int:
-        if abs(value) <= _EXACT_IN_FLOAT:
-            return "integer"
-        return "long" if -_INT64_LIMIT <= value < _INT64_LIMIT else "other"
-    return {bool: "boolean", float: "float", str: "string"}.get(type(value), "other")
+def _chunks(column: Column, lines: np.ndarray) -> Iterator[tuple[pa.Array | list[Any], np.ndarray]]:
+    start = 0
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        yield chunk, lines[start : start + len(chunk)]
+        start += len(chunk)
 
 
-def _arrow_type(seen: set[str]) -> pa.DataType:
-    if seen == {"boolean"}:
-        return pa.bool_()
-    if seen and seen <= {"integer", "long"}:
+def _of_type(column: Column, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
+    if isinstance(column, pa.ChunkedArray):
+        return pa.chunked_array([cast_exactly(chunk, kind) for chunk in column.chunks], kind)
+    if isinstance(column, pa.Array):
+        return cast_exactly(column, kind)
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column))
+    return pa.array(column, kind, from_pandas=True)  # NaN, which Python's JSON reads, becomes null
+
+
+class _Seen:
+    """What a column, a member of its objects or the elements of its lists held so far, and where first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._traits: dict[Trait, str] = {}
+        self._declared: set[Trait] = set()
+        """Traits of the types of columns that held no value."""
+        self._members: dict[str | None, _Seen] = {}
+        """Of objects by key; of the elements of lists under None."""
+
+    @property
+    def count(self) -> int:
+        return 1 + sum(member.count for member in self._members.values())
+
+    @property
+    def type(self) -> pa.DataType:
+        kind = _unified(self._traits.keys() or self._declared)
+        if kind is None:
+            return pa.null()
+        if pa.types.is_list(kind):
+            return pa.list_(self._members[None].type if None in self._members else pa.null())
+        if pa.types.is_struct(kind):
+            members = [(name, member.type) for name, member in self._members.items() if name is not None]
+            return pa.struct(members) if members else pa.null()  # Parquet has no object without members
+        return kind
+
+    def observe(self, values: pa.Array | list[Any], lines: np.ndarray, file: SourceFile) -> None:
+        """Take in values with the line of each. Raises InputError where no type holds these and earlier ones."""
+        if isinstance(values, list):
+            for value, line in zip(values, lines.tolist(), strict=True):
+                self._observe_json(value, file, line)
+            return
+        base = _base_trait(values.type)
+        if base is not None and values.null_count == len(values):
+            self._declared.add(base)
+        for trait, shows in _array_traits(values, base):
+            if trait not in self._traits and (mask := mask_of(shows)).any():
+                self._add(trait, file, int(lines[np.argmax(mask)]))
+        if base == "struct":
+            for member, child in zip(values.type, values.flatten(), strict=True):
+                self._member(member.name).observe(child, lines, file)
+        elif base == "list":
+            self._member(None).observe(values.flatten(), parents(values, lines), file)
+
+    def _observe_json(self, value: Any, file: SourceFile, line: int) -> None:
+        if value is None or value != value:  # NaN
+            return
+        for trait in _json_traits(value):
+            if trait not in self._traits:
+                self._add(trait, file, line)
+        if type(value) is dict:
+            for key, inner in value.items():
+                self._member(key)._observe_json(inner, file, line)
+        elif type(value) is list:
+            for inner in value:
+                self._member(None)._observe_json(inner, file, line)
+
+    def _member(self, key: str | None) -> _Seen:
+        if key not in self._members:
+            self._members[key] = _Seen(f"{self._name}[]" if key is None else f"{self._name}.{key}")
+        return self._members[key]
+
+    def _add(self, trait: Trait, file: SourceFile, line: int) -> None:
+        for other, place in self._traits.items():
+            if _unified({trait, other}) is None:
+                raise InputError(
+                    f"{file}:{line}: column {self._name!r} holds {_WORDS.get(str(trait), trait)}, but "
+                    f"{_WORDS.get(str(other), other)} at {place}; give it one type in all rows of all files"
+                )
+        self._traits[trait] = f"{file}:{line}"
+
+
+def _unified(traits: Set[Trait]) -> pa.DataType | None:
+    """The type that holds, unchanged, all values with these traits; None where there is none, or no trait.
+
+    Of traits that have no such type, two have none already.
+    """
+    if len(traits) == 1 and (lone := _LONE.get(next(iter(traits)))) is not None:
+        return lone
+    decimals = [trait for trait in traits if isinstance(trait, pa.DataType)]
+    if not traits:
+        return None
+    if traits <= _INTEGERS:
+        if "unsigned" in traits:
+            return None if "negative" in traits else pa.uint64()
         return pa.int64()
-    if seen and seen <= {"integer", "float"}:
-        return pa.float64()
-    return pa.string()
+    if traits <= _INTEGERS | _FLOATS:
+        if traits & {"long", "unsigned"}:
+            return None if "fraction" in traits else _unified(traits & _INTEGERS)
+        return pa.float64() if traits & {"int64", "float64"} else pa.float32()
+    if decimals and traits <= _INTEGERS | set(decimals):
+        digits = [kind.precision - kind.scale for kind in decimals]
+        digits += [size for trait, size in (("int64", 16), ("long", 19), ("unsigned", 20)) if trait in traits]
+        scale = max(0, *(kind.scale for kind in decimals))
+        return pa.decimal128(max(digits) + scale, scale) if max(digits) + scale <= 38 else None
+    if traits <= _PRECISIONS | {"timestamp"} or traits <= _PRECISIONS | {"instant"}:
+        unit = "ns" if "nanoseconds" in traits else "us"
+        return None if traits >= _PRECISIONS else pa.timestamp(unit, "UTC" if "instant" in traits else None)
+    return None
 
 
-def _to_type(value: Any, data_type: pa.DataType) -> Any:
-    if value is None or type(value) is str:
-        return value
-    if pa.types.is_string(data_type):
-        return json.dumps(value, ensure_ascii=False)
-    return float(value) if pa.types.is_floating(data_type) else value
+def _base_trait(kind: pa.DataType) -> Trait | None:
+    types = pa.types
+    if types.is_decimal(kind):
+        return kind
+    if types.is_timestamp(kind):
+        return "timestamp" if kind.tz is None else "instant"
+    named = {
+        "bool": types.is_boolean, "string": types.is_string, "date": types.is_date, "struct": types.is_struct,
+        "list": types.is_list, "int64": types.is_integer, "float32": types.is_float32, "float64": types.is_float64,
+    }  # fmt: skip
+    return next((name for name, is_kind in named.items() if is_kind(kind)), None)
+
+
+def _array_traits(values: pa.Array, base: Trait | None) -> Iterator[tuple[Trait, pa.Array]]:
+    """The traits that values of such a type may have, each with the rows that show it."""
+    if base is None:
+        return
+    yield base, values.is_valid()
+    if base == "int64":
+        yield "long", pc.greater(values, pa.scalar(_EXACT_IN_FLOAT, values.type))
+        if pa.types.is_uint64(values.type):
+            yield "unsigned", pc.greater(values, pa.scalar(_INT64_MAX, values.type))
+        else:
+            yield "long", pc.less(values, -_EXACT_IN_FLOAT)
+            yield "negative", pc.less(values, 0)
+    elif base in ("float32", "float64"):
+        is_whole = pc.and_(
+            pc.equal(values, pc.floor(values)), pc.less_equal(pc.abs(values), float(_EXACT_IN_FLOAT))
+        )
+        yield "fraction", pc.invert(is_whole)
+        yield "negative", pc.less(values, 0)
+    elif base in ("timestamp", "instant") and values.type.unit == "ns":
+        ticks = values.cast(pa.int64())
+        yield "nanoseconds", pc.not_equal(pc.multiply(pc.divide(ticks, 1000), 1000), ticks)
+    elif base in ("timestamp", "instant"):
+        ticks = values.cast(pa.timestamp("us", values.type.tz)).cast(pa.int64())
+        first, last = _NS_RANGE_IN_US
+        yield "far", pc.or_(pc.less(ticks, first), pc.greater(ticks, last))
+
+
+def _json_traits(value: Any) -> Iterator[Trait]:
+    kind = type(value)
+    yield _OF_PYTHON[kind]
+    if kind is int or kind is float:
+        if value < 0:
+            yield "negative"
+        if kind is float and not (value.is_integer() and abs(value) <= _EXACT_IN_FLOAT):
+            yield "fraction"
+        elif kind is int and abs(value) > _EXACT_IN_FLOAT:
+            yield "long"
+            if value > _INT64_MAX:
+                yield "unsigned"

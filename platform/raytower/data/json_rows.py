@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from raytower.data.candidates import NUM_POSITIVES
-from raytower.data.layouts import Source, free_name, name_among, refuse_other_kind
+from raytower.data.extras import refuse_too_many
+from raytower.data.layouts import Source, name_among, refuse_other_kind
 from raytower.data.records import RecordField
 from raytower.data.row_batch import BadRowError, Rejection, RowBatch
 
@@ -42,19 +43,25 @@ def load_json(text: str, numbers: np.ndarray, source: Source) -> RowBatch:
         kept.append(number)
         if layout.passes_columns_through:
             taken = text_names | {name_among(layout.fields[0], tuple(row))}
-            extra.append({free_name(key): value for key, value in row.items() if key not in taken})
+            extra.append({key: value for key, value in row.items() if key not in taken})
     arrays = {f.name: pa.array(columns[f.name], f.read_type) for f in layout.fields}
     if layout.kind == "candidates":
         arrays[NUM_POSITIVES] = pa.array(num_positives, pa.int64())
-    batch = RowBatch(np.array(kept, dtype=np.int64), arrays, extra, rejections)
-    if not layout.passes_columns_through:
-        batch.extra = {}
-    return batch
+    return RowBatch(np.array(kept, dtype=np.int64), arrays, _columns(extra, source), rejections)
+
+
+def _columns(rows: list[dict[str, Any]], source: Source) -> dict[str, list[Any]]:
+    """The values of each key, None in the rows that lack it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    refuse_too_many(len(names), source.file)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _json_object(line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_object)
+    except BadRowError:
+        raise
     except json.JSONDecodeError as error:
         if not line.strip():
             raise BadRowError("empty text: the line is blank") from error
@@ -71,6 +78,15 @@ def _json_object(line: str) -> dict[str, Any]:
             raise BadRowError(
                 "half of a surrogate pair (\\ud800 to \\udfff) stands alone; it is no character"
             ) from error
+    return row
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(members)
+    if len(row) < len(members):
+        names = [name for name, _ in members]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise BadRowError(f"the key {repeated!r} stands twice in one object")
     return row
 
 

@@ -66,11 +66,6 @@ def name_among(field: RecordField, columns: Sequence[str]) -> str | None:
     return next((name for name in field.names if name in columns), None)
 
 
-def free_name(name: str) -> str:
-    """The name under which a column passes through: its own, unless a record's own column has it."""
-    return f"source_{name}" if name in ("id", "text") else name
-
-
 def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> Layout:
     """Decide from the config, the extension and the first line how `file` is read as records of `kind`.
 
@@ -114,6 +109,13 @@ def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> La
             f"(columns: {', '.join(columns)}); remove id_field or name a column of the file"
         )
     return layout
+
+
+def refuse_repeated(file: SourceFile, columns: Sequence[str]) -> None:
+    """Raise InputError where a file has two columns of one name: only one of them could be read."""
+    for name in columns:
+        if columns.count(name) > 1:
+            raise InputError(f"{file}: two columns are named {name!r}; give each a name of its own")
 
 
 def refuse_other_kind(place: str, kind: RecordKind, columns: Sequence[str]) -> None:
@@ -214,6 +216,7 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
     Raises:
         InputError: a required column is missing or of a type that cannot be read as what the field holds.
     """
+    refuse_repeated(file, schema.names)
     refuse_other_kind(str(file), layout.kind, schema.names)
     chosen: dict[str, str | None] = {}
     for field in layout.fields:

@@ -8,13 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytower.data.layouts import Source, free_name, parquet_columns
+from raytower.data.layouts import Source, parquet_columns
 from raytower.data.records import RecordField
 from raytower.data.row_batch import Parsed, RowBatch
 from raytower.data.rows import to_records
+from raytower.data.slices import MAX_SLICE_BYTES
 from raytower.errors import InputError
 
 _BATCH_ROWS = 8192
+_BATCH_BYTES = MAX_SLICE_BYTES
 
 
 class RowGroupReader:
@@ -24,7 +26,8 @@ class RowGroupReader:
         """Raises InputError where the file is no Parquet, or lacks a column that the records need."""
         self.source = source
         try:
-            self._file = pq.ParquetFile(source.file.open())
+            # Of Spark's INT96 timestamps nanoseconds hold the years 1678 to 2261 only, and wrap around beyond.
+            self._file = pq.ParquetFile(source.file.open(), coerce_int96_timestamp_unit="us")
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{source.file} is no readable Parquet file: {error}") from error
         self._names = parquet_columns(source.file, source.layout, self._file.schema_arrow)
@@ -61,12 +64,21 @@ class RowGroupReader:
                 if skip + len(taken) < len(batch):
                     self._rest = batch.slice(skip + len(taken))
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{self.source.file} cannot be read in row group {group}: {error}") from error
+            raise InputError(
+                f"{self.source.file} cannot be read in row group {group}{self._damaged_column(group)}: {error}"
+            ) from error
         schema = pa.schema([self._file.schema_arrow.field(name) for name in self._wanted])
         return pa.Table.from_batches(parts) if parts else schema.empty_table()
 
     def parse(self, rows: pa.Table, first_row: int) -> Parsed:
         """`rows`, the first of which is row `first_row` of the file (counted from 1), as records."""
+        parts = []
+        for record in rows.to_batches() or [pa.RecordBatch.from_pylist([], rows.schema)]:
+            parts.append(self._parse_batch(record, first_row))
+            first_row += len(record)
+        return Parsed.joined(parts)
+
+    def _parse_batch(self, rows: pa.RecordBatch, first_row: int) -> Parsed:
         batch = RowBatch(np.arange(first_row, first_row + len(rows), dtype=np.int64), {})
         for wanted in self.source.layout.fields:
             column = self._names[wanted.name]
@@ -74,47 +86,32 @@ class RowGroupReader:
             batch.columns[wanted.name] = _as_read(values, wanted)
         if self.source.layout.passes_columns_through:
             taken = set(self._names.values())
-            batch.extra = {
-                free_name(n): rows.column(n).combine_chunks() for n in rows.column_names if n not in taken
-            }
-        for wanted in self.source.layout.fields:
-            _reject_bad_utf8(batch, wanted)
-        return to_records(batch, self.source.layout, self.source.file.stem)
+            batch.extra = {name: rows.column(name) for name in rows.schema.names if name not in taken}
+        return to_records(batch, self.source)
 
     def _begin(self, group: int) -> None:
         self._group, self._position, self._rest = group, 0, None
         try:
-            columns = list(dict.fromkeys(self._wanted))
-            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+            size = self._file.metadata.row_group(group)
+            rows = _BATCH_BYTES * size.num_rows // max(size.total_byte_size, 1)
+            rows = min(max(rows, 1), _BATCH_ROWS)
+            # Given by name, a column whose name has a dot would be taken for a member of another.
+            columns = None if self.source.layout.passes_columns_through else list(dict.fromkeys(self._wanted))
+            self._batches = self._file.iter_batches(rows, row_groups=[group], columns=columns)
         except (pa.ArrowInvalid, OSError, IndexError) as error:
             raise InputError(f"{self.source.file} cannot be read in row group {group}: {error}") from error
 
+    def _damaged_column(self, group: int) -> str:
+        """Which column it is that cannot be read, for a message."""
+        for name in self._wanted:
+            try:
+                self._file.read_row_group(group, columns=[name])
+            except (pa.ArrowInvalid, OSError):
+                return f", column {name!r}"
+        return ""
 
-def _as_read(column: pa.ChunkedArray | pa.Array, wanted: RecordField) -> pa.Array:
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+def _as_read(array: pa.Array, wanted: RecordField) -> pa.Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     return array.cast(wanted.read_type, safe=not wanted.is_list)  # unsafe: integer scores may be rounded
-
-
-def _reject_bad_utf8(batch: RowBatch, wanted: RecordField) -> None:
-    column = batch.columns[wanted.name]
-    try:
-        column.validate(full=True)
-        return
-    except pa.ArrowInvalid:
-        pass
-    raw = column.cast(pa.list_(pa.binary()) if wanted.is_list else pa.binary()).to_pylist()
-    batch.reject(
-        np.array([not _is_utf8(value) for value in raw]), lambda i: f"{wanted.names[0]} is not UTF-8"
-    )
-
-
-def _is_utf8(value: bytes | list[bytes | None] | None) -> bool:
-    if isinstance(value, list):
-        return all(_is_utf8(element) for element in value)
-    try:
-        (value or b"").decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

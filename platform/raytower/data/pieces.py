@@ -63,6 +63,8 @@ class Survey:
     bytes: int
     """Size of the files as stored."""
     schema: pa.Schema
+    renamed_columns: tuple[tuple[str, str], ...] = ()
+    """Columns that pass through under another name than the input gives them, each with that name."""
     quarantine_file: str | None = None
     ignored_files: tuple[str, ...] = ()
     """Files in an input folder that were passed over because their extension is no data file's."""
@@ -199,7 +201,8 @@ def _survey_sources(
     quarantine_file = rejects.finish()
     pieces = _number(drafts, types.schema(kind))
     _refuse_files_without_rows(sources, pieces, quarantine_file)
-    return _summarise(pieces, types.schema(kind), sources, rejects.count, quarantine_file)
+    surveyed = _summarise(pieces, types.schema(kind), sources, rejects.count, quarantine_file)
+    return dataclasses.replace(surveyed, renamed_columns=tuple(types.renamed.items()))
 
 
 def _without_duplicates(drafts: list[Piece], hashes: IdHashes, rejects: Rejects) -> list[Piece]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-Extra = dict[str, pa.Array] | list[dict[str, Any]]
-"""Columns passed through: Arrow columns by name (TSV, Parquet), or one mapping a row (JSONL)."""
+Column: TypeAlias = pa.Array | pa.ChunkedArray | list[Any]
+"""Values of a column that passes through; of JSON as Python has them, for one row may differ in type from the next."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Rejection:
 class Parsed:
     """The good rows of a slice, in file order, and the rows that break a rule."""
 
-    columns: dict[str, pa.Array]
-    extra: Extra
+    columns: dict[str, pa.Array | pa.ChunkedArray]
+    extra: dict[str, Column]
+    """Columns passed through, by the names that the file gives them."""
     lines: np.ndarray
     """The line of each row; a line of candidates with several positives gives as many rows."""
     rejections: list[Rejection]
@@ -34,6 +36,27 @@ class Parsed:
     @property
     def num_rows(self) -> int:
         return len(self.lines)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Parsed]) -> Parsed:
+        """Arrow parts that follow one another, as chunks: put into one array, their texts might be too long for it."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {
+            name: pa.chunked_array([part.columns[name] for part in parts]) for name in parts[0].columns
+        }
+        extra: dict[str, Column] = {}
+        for name in dict.fromkeys(name for part in parts for name in part.extra):
+            found = [part.extra.get(name) for part in parts]
+            kind = next(column.type for column in found if isinstance(column, pa.Array))
+            extra[name] = pa.chunked_array(
+                [
+                    pa.nulls(part.num_rows, kind) if column is None else column
+                    for part, column in zip(parts, found, strict=True)
+                ]
+            )
+        lines = np.concatenate([part.lines for part in parts])
+        return cls(columns, extra, lines, [rejection for part in parts for rejection in part.rejections])
 
 
 class BadRowError(ValueError):
@@ -46,7 +69,7 @@ class RowBatch:
 
     lines: np.ndarray
     columns: dict[str, pa.Array]
-    extra: Extra = field(default_factory=dict)
+    extra: dict[str, Column] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
 
     def reject(self, bad: np.ndarray, reason: Callable[[int], str]) -> None:
@@ -58,7 +81,7 @@ class RowBatch:
         mask = pa.array(keep)
         self.lines = self.lines[keep]
         self.columns = {name: column.filter(mask) for name, column in self.columns.items()}
-        if isinstance(self.extra, dict):
-            self.extra = {name: column.filter(mask) for name, column in self.extra.items()}
-        else:
-            self.extra = [row for row, kept in zip(self.extra, keep, strict=True) if kept]
+        self.extra = {
+            name: list(itertools.compress(column, keep)) if isinstance(column, list) else column.filter(mask)
+            for name, column in self.extra.items()
+        }

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytower.data.candidates import make_candidates
+from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
-from raytower.data.layouts import Layout, Source, free_name, name_among
+from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
 from raytower.data.row_batch import Parsed, Rejection, RowBatch
 from raytower.data.slices import Slice
@@ -35,17 +36,24 @@ def parse_slice(piece: Slice, source: Source) -> Parsed:
     elif source.layout.format == "jsonl":
         batch = load_json(text, numbers, source)
     else:
+        refuse_repeated(source.file, source.layout.columns)
         batch = _split_columns(text, numbers, source.layout)
     batch.rejections = rejections + batch.rejections
-    return to_records(batch, source.layout, source.file.stem)
+    return to_records(batch, source)
 
 
-def to_records(batch: RowBatch, layout: Layout, stem: str) -> Parsed:
-    """Check every rule about values and make the canonical columns of the layout's kind."""
+def to_records(batch: RowBatch, source: Source) -> Parsed:
+    """Check every rule about values and make the canonical columns of the layout's kind.
+
+    Raises:
+        InputError: a column that would pass through is of a type that cannot.
+    """
+    layout = source.layout
+    admit(batch, source.file)
     for record_field in layout.fields:
         _check_field(batch, record_field)
     if is_corpus_like(layout.kind):
-        _make_corpus(batch, layout, stem)
+        _make_corpus(batch, layout, source.file.stem)
     if layout.kind == "candidates":
         make_candidates(batch)
     columns = {name: batch.columns[name] for name in canonical_schema(layout.kind).names}
@@ -112,12 +120,14 @@ def place_columns(batch: RowBatch, by_column: dict[str, pa.Array], layout: Layou
     batch.columns = {name: nulls if column is None else by_column[column] for name, column in used.items()}
     if layout.passes_columns_through:
         taken = set(used.values())
-        batch.extra = {free_name(name): column for name, column in by_column.items() if name not in taken}
+        batch.extra = {name: column for name, column in by_column.items() if name not in taken}
     return batch
 
 
 def _check_field(batch: RowBatch, wanted: RecordField) -> None:
     label = wanted.names[0]
+    if wanted.type != "numbers":
+        reject_faults(batch, label, faults(batch.columns[wanted.name]))
     if wanted.required:
         nulls = pc.is_null(batch.columns[wanted.name]).to_numpy(zero_copy_only=False)
         batch.reject(nulls, lambda i: f"{label!r} is null, must be a {wanted.expected}")
@@ -162,6 +172,18 @@ def _join(first: pa.Array, second: pa.Array) -> pa.Array:
     return pc.if_else(no_first, second, pc.if_else(no_second, first, both))
 
 
+def _keep_text_fields(batch: RowBatch, layout: Layout) -> None:
+    """Let the text fields pass through as well, the last one only where it is not all of the text."""
+    *titles, last = (field for field in layout.fields if field.name != "id")
+    for field in titles:
+        if batch.columns[field.name].null_count < len(batch.lines):
+            batch.extra[field.names[0]] = batch.columns[field.name]
+    body, text = batch.columns[last.name], batch.columns["text"]
+    differs = pc.fill_null(pc.not_equal(body, text), False)
+    if differs.true_count:
+        batch.extra[last.names[0]] = pc.if_else(differs, body, pa.scalar(None, pa.string()))
+
+
 def _make_corpus(batch: RowBatch, layout: Layout, stem: str) -> None:
     """Join the text fields by one space, leaving out missing and blank ones, and fill in ids from line numbers."""
     texts = [batch.columns[field.name] for field in layout.fields if field.name != "id"]
@@ -169,6 +191,8 @@ def _make_corpus(batch: RowBatch, layout: Layout, stem: str) -> None:
     for column in reversed(texts[:-1]):
         joined = _join(column, joined)
     batch.columns["text"] = joined
+    if layout.passes_columns_through:
+        _keep_text_fields(batch, layout)
     if layout.fields[-1].may_be_blank:  # else that field alone makes sure that there is a text
         _reject_unseen(batch, "text", "text")
     ids = batch.columns["id"]

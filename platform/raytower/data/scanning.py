@@ -81,12 +81,18 @@ class ExtentReader:
 
 
 def _plain_value(cell: pa.Scalar) -> Any:
-    """The value of `cell`; strings that are no UTF-8 with their odd bytes escaped."""
+    """The value of `cell`; strings that are no UTF-8 with their odd bytes escaped, dates beyond Python's as numbers."""
     try:
         return cell.as_py()
-    except UnicodeDecodeError:
-        if isinstance(cell, pa.ListScalar):
+    except (ValueError, OverflowError):
+        if isinstance(cell, pa.StructScalar):
+            return {name: _plain_value(member) for name, member in cell.items()}
+        if isinstance(cell, pa.DictionaryScalar):
+            return _plain_value(cell.value)
+        if isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
             return [_plain_value(element) for element in cell.values]
+        if isinstance(cell, pa.TimestampScalar | pa.Date32Scalar | pa.Date64Scalar):
+            return cell.value
         return cell.as_buffer().to_pybytes().decode("utf-8", errors="backslashreplace")
 
 

@@ -186,6 +186,10 @@ def _prepare(config: EncodeConfig) -> _Job:
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
     survey, pieces, rows_per_file = _survey(config)
+    for column, name in survey.renamed_columns:
+        log(
+            f"column {column!r} passes through as {name!r}: the index keeps the name for itself or cannot store it"
+        )
     return _Job(config, encoder, prefix, survey, pieces, rows_per_file)
 
 

@@ -1,0 +1,253 @@
+"""The gate for columns that a corpus passes through: decoded, and of values that can be stored and answered.
+
+What passes is null, bool, string, int64, uint64, float32, float64, decimal128, date32 and timestamp, and lists and
+structs of these. Dictionaries, extension types, views and narrow numbers become the plain type of their values, and NaN
+becomes null. Rows with text that is no UTF-8, an infinite number or a date that no calendar has are rejected; bytes,
+times of day, durations, maps and unions are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raytower.data.row_batch import RowBatch
+from raytower.data.slices import MAX_LINE_BYTES
+from raytower.data.sources import SourceFile
+from raytower.errors import InputError
+
+MAX_DEPTH = 16
+"""How deep lists and objects may lie in one another."""
+_MAX_DIGITS = 38
+_UINT64_MAX = 2**64 - 1
+_INT64_MIN = -(2**63)
+# The years 1 to 9999, those of ISO 8601 and of Python, in days and seconds since 1970.
+_DAYS = (-719_162, 2_932_896)
+_SECONDS = (-62_135_596_800, 253_402_300_799)
+_TICKS = {"s": 1, "ms": 10**3, "us": 10**6}
+_NO_UTF8 = "is not UTF-8"
+
+
+def admit(batch: RowBatch, file: SourceFile) -> None:
+    """Decode the passed-through columns of `batch`, and reject the rows with a value that cannot pass.
+
+    Raises:
+        InputError: a column whose type cannot pass.
+    """
+    for name, column in batch.extra.items():
+        if isinstance(column, pa.Array):
+            try:
+                batch.extra[name] = cast_exactly(column, plain_type(column.type))
+            except TypeError as error:
+                raise InputError(
+                    f"{file}: column {name!r} is {column.type}: {error}; write it as another type, or the file "
+                    "without it"
+                ) from error
+    for name in list(batch.extra):
+        column = batch.extra[name]
+        if isinstance(column, list):
+            reject_faults(batch, f"column {name!r}", _json_faults(column))
+            batch.extra[name] = [_settled(value) for value in batch.extra[name]]
+        else:
+            reject_faults(batch, f"column {name!r}", faults(column))
+
+
+def reject_faults(batch: RowBatch, label: str, found: dict[int, str]) -> None:
+    """Reject the rows in `found`, each with the words for what is wrong with `label` there."""
+    bad = np.zeros(len(batch.lines), dtype=bool)
+    bad[list(found)] = True
+    batch.reject(bad, lambda row: f"{label} {found[row]}")
+
+
+def plain_type(kind: pa.DataType, depth: int = 0) -> pa.DataType:
+    """The type in which values of an Arrow type pass. Raises TypeError, which says why, where they cannot."""
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_type(kind.storage_type, depth)
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return plain_type(kind.value_type, depth)
+    if depth > MAX_DEPTH:
+        raise TypeError(f"lists and structs may lie {MAX_DEPTH} deep")
+    if types.is_struct(kind):
+        for name in (member.name for member in kind):
+            if not is_member_name(name):
+                raise TypeError(f"it has a member named {name!r}")
+        return pa.struct([(member.name, plain_type(member.type, depth + 1)) for member in kind])
+    if _is_list(kind):
+        return pa.list_(plain_type(kind.value_type, depth + 1))
+    if types.is_null(kind) or types.is_boolean(kind) or types.is_float32(kind) or types.is_float64(kind):
+        return kind
+    if types.is_integer(kind):
+        return kind if types.is_uint64(kind) else pa.int64()
+    if types.is_float16(kind):
+        return pa.float32()
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return pa.string()
+    if types.is_date(kind):
+        return kind
+    if types.is_timestamp(kind):
+        return pa.timestamp(kind.unit, kind.tz and "UTC")
+    if types.is_decimal(kind) and kind.precision <= _MAX_DIGITS:
+        return pa.decimal128(kind.precision, kind.scale)
+    raise TypeError("no filter or JSON answer holds such values")
+
+
+def is_member_name(name: str) -> bool:
+    """Whether the table can store a member of an object under this name."""
+    return name != "" and "\0" not in name
+
+
+def cast_exactly(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """`array` as `kind`, which can hold its values: members that its structs lack are null, and so is NaN."""
+    array = _decoded(array)
+    if pa.types.is_null(kind) or array.null_count == len(array):
+        return pa.nulls(len(array), kind)
+    if pa.types.is_struct(kind):
+        found = {member.name: child for member, child in zip(array.type, array.flatten(), strict=True)}
+        children = [
+            cast_exactly(found.get(member.name, pa.nulls(len(array))), member.type) for member in kind
+        ]
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
+    if pa.types.is_list(kind):
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        values = cast_exactly(array.flatten(), kind.value_type)
+        return pa.ListArray.from_arrays(offsets, values, type=kind, mask=array.is_null())
+    if pa.types.is_decimal(kind) and pa.types.is_integer(array.type):
+        array = array.cast(pa.decimal128(_MAX_DIGITS, 0))  # else Arrow asks for room for the largest integer
+    if array.type != kind:
+        array = array.cast(kind, safe=not pa.types.is_date64(array.type))  # of which only the day counts
+    if pa.types.is_floating(kind) and (no_number := pc.is_nan(array)).true_count:
+        array = pc.if_else(no_number, pa.scalar(None, kind), array)
+    return array
+
+
+def faults(array: pa.Array) -> dict[int, str]:
+    """The rows of an Arrow column in which a value cannot pass, each with what is wrong with its first."""
+    found: dict[int, str] = {}
+    for values, rows in _leaves(array, np.arange(len(array))):
+        for bad, words in _leaf_faults(values):
+            for row in rows[bad].tolist():
+                found.setdefault(row, words)
+    return found
+
+
+def parents(array: pa.Array, rows: np.ndarray) -> np.ndarray:
+    """For each element of a column of lists, the one of `rows` in whose list it is."""
+    return rows[pc.list_parent_indices(array).to_numpy()]
+
+
+def _decoded(array: pa.Array) -> pa.Array:
+    while True:
+        if isinstance(array, pa.ExtensionArray):
+            array = array.storage
+        elif isinstance(array, pa.DictionaryArray):
+            array = array.dictionary_decode()
+        elif isinstance(array, pa.RunEndEncodedArray):
+            array = pc.run_end_decode(array)
+        else:
+            return array
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    kinds = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+def _leaves(array: pa.Array, rows: np.ndarray) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """The columns of plain values in `array`, with the row of each value."""
+    if pa.types.is_struct(array.type):
+        for child in array.flatten():
+            yield from _leaves(child, rows)
+    elif pa.types.is_list(array.type):
+        yield from _leaves(array.flatten(), parents(array, rows))
+    else:
+        yield array, rows
+
+
+def _leaf_faults(values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
+    """What may be wrong with plain values, as a mask and the words for it."""
+    kind = values.type
+    if pa.types.is_string(kind):
+        yield _is_no_utf8(values), _NO_UTF8
+        yield (
+            mask_of(pc.greater(pc.binary_length(values), MAX_LINE_BYTES)),
+            f"is longer than {MAX_LINE_BYTES} bytes",
+        )
+    elif pa.types.is_floating(kind):
+        yield mask_of(pc.is_inf(values)), "is infinite, which JSON cannot say"
+    elif pa.types.is_date(kind) or (pa.types.is_timestamp(kind) and kind.unit in _TICKS):
+        if pa.types.is_date32(kind):
+            first, last = _DAYS
+            ticks = values.cast(pa.int32())
+        else:
+            scale = _TICKS[kind.unit if pa.types.is_timestamp(kind) else "ms"]
+            first, last = _SECONDS[0] * scale, (_SECONDS[1] + 1) * scale - 1
+            ticks = values.cast(pa.int64())
+        beyond = pc.or_(pc.less(ticks, first), pc.greater(ticks, last))
+        yield mask_of(beyond), "is a date outside of the years 1 to 9999"
+
+
+def mask_of(condition: pa.Array) -> np.ndarray:
+    """A condition as bool [rows], null as False."""
+    return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
+
+
+def _is_no_utf8(texts: pa.Array) -> np.ndarray:
+    try:
+        texts.validate(full=True)
+        return np.zeros(len(texts), dtype=bool)
+    except pa.ArrowInvalid:
+        return np.array([not _is_utf8(value) for value in texts.cast(pa.binary()).to_pylist()])
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _json_faults(values: list[Any]) -> dict[int, str]:
+    checked = ((row, _json_fault(value, 0)) for row, value in enumerate(values) if type(value) is not str)
+    return {row: fault for row, fault in checked if fault is not None}
+
+
+def _settled(value: Any) -> Any:
+    """The JSON value without objects that have no members: they say as much as null, and no column holds them."""
+    if type(value) is dict:
+        return {key: _settled(inner) for key, inner in value.items()} or None
+    return [_settled(inner) for inner in value] if type(value) is list else value
+
+
+def _json_fault(value: Any, depth: int) -> str | None:
+    """What is wrong with a value as JSON gives it, or None."""
+    kind = type(value)
+    if kind is int:
+        if not _INT64_MIN <= value <= _UINT64_MAX:
+            return "is an integer of more than 64 bits; write it as a string"
+    elif kind is float:
+        if math.isinf(value):
+            return "is infinite, which JSON cannot say"
+    elif kind is list or kind is dict:
+        if depth == MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} deep"
+        if kind is dict and not all(map(is_member_name, value)):
+            return "has an object with a key that is empty or holds a NUL character"
+        for inner in value.values() if kind is dict else value:
+            if (fault := _json_fault(inner, depth + 1)) is not None:
+                return fault
+    return None
