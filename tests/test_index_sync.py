@@ -125,7 +125,7 @@ def test_a_deleted_document_that_the_folder_still_has_comes_back(
 def test_a_half_delivered_folder_deletes_nothing(index: Path, documents: Rows, tmp_path: Path) -> None:
     half = dict(list(documents.items())[:15])
     source = write(tmp_path / "corpus", half)
-    with pytest.raises(InputError, match="25 of 40 documents .* max_gone 0.5"):
+    with pytest.raises(InputError, match=r"25 of 40 documents .* max_gone 0\.5"):
         sync(index, source)
     assert version_names(Location.of(index)) == ["000001"]
     assert counts(sync(index, source, gone="keep")) == (0, 0, 0, 0, 0)

@@ -103,6 +103,7 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
     found = survey(config.input, "corpus", on_error=config.on_error, quarantine=index / "quarantine")
     with changing(index, "index sync") as writer:
         manifest = writer.manifest
+        schema = unified(writer.table.schema, found.schema, config.input.path)
         difference = compare(found, writer.table, config.gone)
         _refuse_much_gone(config, difference, manifest)
         shown = {
@@ -118,10 +119,14 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
             table, replaced = writer.table, 0
             with tempfile.TemporaryDirectory(prefix="raytower-sync-") as folder:
                 if difference.encoded:
-                    schema, stream = _encoded(config, manifest, encoder, difference.encoded, Path(folder))
-                    table, replaced = with_documents(writer, schema, stream, config.input.path, upsert=True)
+                    found_schema, stream = _encoded(
+                        config, manifest, encoder, difference.encoded, Path(folder)
+                    )
+                    table, replaced = with_documents(
+                        writer, found_schema, stream, config.input.path, upsert=True
+                    )
             if difference.values:
-                table = table.widened(unified(table.schema, found.schema, config.input.path))
+                table = table.widened(schema)
                 for values in difference.values:
                     table = table.with_values(_typed(values.drop_columns(["text"]), table.schema))
             if len(difference.gone):
@@ -141,7 +146,9 @@ def plan_sync(config: IndexSyncConfig) -> dict[str, Any]:
     manifest = open_manifest(index)
     _encoder(config, manifest)
     found = survey(config.input, "corpus", on_error="fail")
-    difference = compare(found, DocumentTable.open(index, manifest.table_version), config.gone)
+    table = DocumentTable.open(index, manifest.table_version)
+    unified(table.schema, found.schema, config.input.path)
+    difference = compare(found, table, config.gone)
     return {
         "parent": manifest.version,
         "rows_before": manifest.rows,
