@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.errors import FormatError, InputError
-from raytower.index.kinds import new_index
+from raytower.index.faiss_index import new_index
 from raytower.index.plan import plan_index
 from raytower.index.reader import Index
 from raytower.index.search import Hits, merge_hits, resolve_parameters

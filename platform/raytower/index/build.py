@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
+from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.errors import FormatError
 from raytower.index.config import IndexBuildConfig, IndexWorkersConfig, Placing, TargetConfig
+from raytower.index.faiss_import import import_faiss
+from raytower.index.faiss_index import GPU_LISTS
+from raytower.index.kinds import Vectors, parameter_grid
 from raytower.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
@@ -178,7 +183,14 @@ def build_shards(
         # Put into the object store once, not once a task.
         reference = ray.put(template())
         calls = [(task, reference) for task in missing]
-        built = run_tasks(build_shard, calls, workers, at_once=at_once, progress="built {} of {} shards")
+        built = run_tasks(
+            build_shard,
+            calls,
+            workers,
+            at_once=at_once,
+            num_gpus=max(task.num_gpus for task in missing),
+            progress="built {} of {} shards",
+        )
     entries = {entry.name: entry for entry in [*kept, *built] if entry is not None}
     return tuple(entries[shard_name(task.number)] for task in tasks)
 
@@ -212,6 +224,8 @@ def _plan(config: IndexBuildConfig, source: EmbeddingsSource) -> IndexPlan:
         text_bytes=source.text_bytes,
         rescore=config.rescore,
         vector_dtype=source.dtype,
+        hnsw=config.hnsw,
+        ivf=config.ivf,
     )
 
 
@@ -248,6 +262,7 @@ def _build_version(build: Build, version: str, schema: pa.Schema, digest: str) -
             documents_schema=schema,
             spec_sha256=digest,
             num_threads=workers.num_threads,
+            num_gpus=workers.num_gpus if plan.kind in GPU_LISTS else 0,
         )
         for number, (start, end) in enumerate(plan.ranges)
     ]
@@ -295,12 +310,43 @@ def _measure(build: Build, source: VectorSource, plan: IndexPlan, manifest: Inde
     num_threads = threads_of_lone_task(workers)
 
     def measure() -> MeasuredRecall:
+        import_faiss().omp_set_num_threads(num_threads)
+        index = Index.of_manifest(manifest, folder, verify="none")
+        starts = np.cumsum([0, *(entry.rows for entry in manifest.shards)])
+        k = max(min(target.k, manifest.rows - 1), 1)
+
+        def search(vectors: Vectors, k: int, parameters: Mapping[str, int]) -> NDArray[np.int64]:
+            hits = index.search(vectors, k, search_parameters=parameters)
+            return np.where(hits.shards < 0, -1, starts[hits.shards] + hits.rows)
+
+        def vectors(rows: NDArray[np.int64]) -> Vectors:
+            shards = np.searchsorted(starts, rows, side="right") - 1
+            return np.concatenate(
+                [
+                    index.shards[n].vectors(rows[place : place + 1] - starts[n])
+                    for place, n in enumerate(shards)
+                ]
+            )
+
+        def grid(k: int) -> list[dict[str, int]]:
+            return parameter_grid(
+                manifest.kind,
+                manifest.parameters,
+                manifest.rows,
+                k,
+                rescored=manifest.exact_dtype is not None,
+                shards=1 if manifest.placement else len(manifest.shards),
+            )
+
         return measure_recall(
-            Index.of_manifest(manifest, folder, verify="none"),
+            search,
             queries,
             merge_exact(parts, target.k),
+            [k],
             target=target.recall,
-            num_threads=num_threads,
-        )
+            grid=grid,
+            placed_shards=manifest.placement.shards if manifest.placement else None,
+            vectors=vectors if index.shards[0].has_vectors else None,
+        )[k]
 
     return run_tasks(measure, [()], workers)[0]

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from raytower.config import ByteSize, Config
 
-BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
+BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 Placing = Literal["rows", "cluster"]
 ExactDtype = Literal["float16", "float32"]
-IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 
 
 class TargetConfig(Config):
@@ -27,11 +27,29 @@ class TargetConfig(Config):
     latency_ms: float | None = Field(default=None, gt=0)
 
 
+class HnswConfig(Config):
+    """Links of a node (twice as many on the lowest level), and how widely neighbours are searched for while building.
+
+    Null is planned: 32 and 100.
+    """
+
+    m: int | None = Field(default=None, ge=2, le=512)
+    ef_construction: int | None = Field(default=None, ge=1)
+
+
+class IvfConfig(Config):
+    """Lists of a shard, and sub-vectors of a code of ivf_pq, which must divide the dimension. Null is planned."""
+
+    nlist: int | None = Field(default=None, ge=1)
+    pq_m: int | None = Field(default=None, ge=1)
+
+
 class IndexWorkersConfig(Config):
     """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it.
 
     What runs alone, training and measuring recall, uses the threads of all workers, as far as one node has cores.
-    `num_gpus` is held by the one task that trains centroids and codebooks, which runs there with the gpu extra.
+    `num_gpus` is held by the task that trains centroids and codebooks, and by those that fill lists; with the gpu extra
+    they run there.
     """
 
     max: int = Field(default=2, ge=1)
@@ -47,8 +65,8 @@ class IndexBuildConfig(Config):
     """`raytower index build`.
 
     `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
-    visit all shards. `rescore` keeps whole vectors beside the codes of ivf_sq8 and ivf_pq and scores the best
-    candidates with them; auto does.
+    visit all shards. `rescore` keeps whole vectors beside the codes of ivf_rabitq, ivf_sq8 and ivf_pq and scores the
+    best candidates with them; auto does, and ivf_rabitq needs it.
     """
 
     embeddings: str
@@ -57,6 +75,8 @@ class IndexBuildConfig(Config):
     shards: Literal["auto"] | int = "auto"
     placement: Placing = "rows"
     rescore: Literal["auto"] | bool = "auto"
+    hnsw: HnswConfig = HnswConfig()
+    ivf: IvfConfig = IvfConfig()
     target: TargetConfig = TargetConfig()
     workers: IndexWorkersConfig = IndexWorkersConfig()
     seed: int = Field(default=0, ge=0)

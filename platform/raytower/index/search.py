@@ -22,6 +22,7 @@ from raytower.index.allowed import AllowedRows
 from raytower.index.faiss_import import import_faiss
 from raytower.index.filters import Filter
 from raytower.index.kinds import SEARCH_PARAMETER, Vectors, check_parameters, search_index
+from raytower.index.kinds import SHARDS_PROBE as SHARDS_PROBE
 from raytower.index.manifest import (
     DELETED_NAME,
     DOCUMENTS_NAME,
@@ -37,8 +38,6 @@ from raytower.storage import Location
 # How the files of an index are proved when it is opened: "checksum" reads the files that will be mapped, which for
 # remote storage are the local copies; "storage" reads what lies in the storage as well; "none" looks at sizes only.
 Verify = Literal["storage", "checksum", "none"]
-# The search parameter of an index placed by cluster: how many of the placed shards a query visits.
-SHARDS_PROBE = "shards_probe"
 # Masks of the filters asked last, a byte and a bit for each row of the shard.
 _FILTERS_KEPT = 16
 

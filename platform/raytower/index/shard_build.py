@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from raytower.errors import FormatError
 from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
-from raytower.index.kinds import Vectors, new_index, reserve, train_on_gpus
+from raytower.index.faiss_index import Vectors, fill, new_index, train
 from raytower.index.manifest import (
     DOCUMENTS_NAME,
     EXACT_NAME,
@@ -46,6 +45,7 @@ class ShardTask:
     documents_schema: pa.Schema
     spec_sha256: str
     num_threads: int
+    num_gpus: float = 0
 
 
 def shard_name(number: int) -> str:
@@ -53,17 +53,13 @@ def shard_name(number: int) -> str:
 
 
 def train_template(source: VectorSource, plan: IndexPlan, seed: int, num_threads: int) -> NDArray[np.uint8]:
-    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it.
-
-    Where FAISS sees a GPU, k-means assigns rows to centroids there, which is nearly all of the work.
-    """
+    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(num_threads)
     index = new_index(plan.kind, plan.dim, plan.parameters)
     if plan.train_rows:
         _, vectors = source.sample(plan.train_rows, seed)
-        with train_on_gpus(plan.kind, index):
-            index.train(vectors)
+        train(plan.kind, index, vectors)
     return serialise(index)
 
 
@@ -81,11 +77,10 @@ def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
     """
     faiss = import_faiss()
     faiss.omp_set_num_threads(task.num_threads)
-    index = faiss.deserialize_index(template)
-    reserve(task.kind, index, task.end - task.start)
+    empty = faiss.deserialize_index(template)
     target = task.version / shard_name(task.number)
     with publish_directory(target) as folder:
-        _fill(index, task, folder)
+        index = _fill(empty, task, folder)
         faiss.write_index(index, str(folder / VECTORS_NAME))
         entry = ShardEntry(
             version=task.version.name,
@@ -114,7 +109,7 @@ def finished_shard(version: Location, number: int, spec_sha256: str) -> ShardEnt
     return entry if all(place.is_file() and place.sha256() == file.sha256 for place, file in places) else None
 
 
-def _fill(index: Any, task: ShardTask, folder: Path) -> None:
+def _fill(index: Any, task: ShardTask, folder: Path) -> Any:
     with ExitStack() as stack:
         writer = stack.enter_context(pa.ipc.new_file(str(folder / DOCUMENTS_NAME), task.documents_schema))
         exact = None
@@ -122,41 +117,17 @@ def _fill(index: Any, task: ShardTask, folder: Path) -> None:
             exact = stack.enter_context(open(folder / EXACT_NAME, "wb"))
             shape = (task.end - task.start, index.d)
             _write_array_header(exact, np.dtype(task.exact_dtype), shape)
-        add = stack.enter_context(_adding(index, task.num_threads))
-        for batch in task.source.stream(task.start, task.end):
-            add(batch.vectors)
-            if exact is not None:
-                # Written, not mapped: the pages of a mapped file would count as this process's memory.
-                exact.write(batch.vectors.astype(task.exact_dtype).data)
-            writer.write_table(_conform(batch.documents, task.documents_schema))
 
+        def batches() -> Iterator[Vectors]:
+            for batch in task.source.stream(task.start, task.end):
+                yield batch.vectors
+                if exact is not None:
+                    # Written, not mapped: the pages of a mapped file would count as this process's memory.
+                    exact.write(batch.vectors.astype(task.exact_dtype).data)
+                writer.write_table(_conform(batch.documents, task.documents_schema))
 
-class _Add(Protocol):
-    def __call__(self, vectors: Vectors) -> None: ...
-
-
-@contextmanager
-def _adding(index: Any, num_threads: int) -> Iterator[_Add]:
-    """`index.add` beside the caller's reading and writing, one call at a time; all is added once the context ends.
-
-    A task of one core adds in line, so that it keeps to its core.
-    """
-    if num_threads == 1:
-        yield index.add
-        return
-    # The number of threads that OpenMP takes is set thread by thread.
-    with ThreadPoolExecutor(1, "index-add", import_faiss().omp_set_num_threads, (num_threads,)) as thread:
-        running: Future[None] | None = None
-
-        def add(vectors: Vectors) -> None:
-            nonlocal running
-            if running is not None:
-                running.result()
-            running = thread.submit(index.add, vectors)
-
-        yield add
-        if running is not None:
-            running.result()
+        rows = task.end - task.start
+        return fill(task.kind, index, batches(), rows, num_threads=task.num_threads, num_gpus=task.num_gpus)
 
 
 def _write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -23,7 +23,7 @@ from raytower.config import Config
 from raytower.errors import InputError
 from raytower.index.build import build_shards, check_embeddings, figures
 from raytower.index.config import BuiltKind, IndexWorkersConfig
-from raytower.index.kinds import new_index
+from raytower.index.faiss_index import new_index
 from raytower.index.manifest import (
     DeletedRows,
     FileEntry,
