@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
@@ -21,12 +21,20 @@ from raytower.errors import InputError
 from raytower.index import kinds
 from raytower.index.allowed import AllowedRows
 from raytower.index.config import BuiltKind
-from raytower.index.kinds import check_parameters, new_index, parameter_grid, search_index
+from raytower.index.faiss_index import Copies, GpuIndex, copies_of, fill, new_index, train
+from raytower.index.kinds import check_parameters, parameter_grid, parameters_for, search_index
 
 ROWS, DIM, K = 6000, 32, 10
 PARAMETERS = {"M": 16, "efConstruction": 60, "nlist": 64, "pq_m": 16, "nbits": 6}
 KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
-SUBJECTS = (*KINDS, "ivf_flat+float32", "ivf_sq8+float32", "ivf_sq8+float16", "ivf_pq+float32")
+SUBJECTS = (
+    *KINDS,
+    "ivf_rabitq+float32",
+    "ivf_flat+float32",
+    "ivf_sq8+float32",
+    "ivf_sq8+float16",
+    "ivf_pq+float32",
+)
 # Those whose scores are products of the stored vectors.
 EXACT_SUBJECTS = tuple(name for name in SUBJECTS if name not in ("ivf_sq8", "ivf_pq"))
 SHARES = (0.999, 0.5, 0.1, 0.01, 0.0008)
@@ -68,8 +76,8 @@ class Subject:
 @functools.cache
 def mapped_index(kind: BuiltKind) -> Any:
     index = new_index(kind, DIM, PARAMETERS)
-    index.train(VECTORS)
-    index.add(VECTORS)
+    train(kind, index, VECTORS)
+    index = fill(kind, index, [VECTORS], ROWS)
     with tempfile.TemporaryDirectory() as folder:
         faiss.write_index(index, f"{folder}/vectors.faiss")
         return faiss.read_index(f"{folder}/vectors.faiss", faiss.IO_FLAG_MMAP_IFC)
@@ -93,7 +101,7 @@ def stored(dtype: str) -> np.ndarray:
 @functools.cache
 def subject(name: str) -> Subject:
     kind, _, dtype = name.partition("+")
-    assert kind in KINDS
+    assert kind in KINDS or kind == "ivf_rabitq"
     bare = Subject(kind, mapped_index(kind), stored(dtype) if dtype else None)
     best = Subject(kind, bare.index, bare.exact)
     for parameters in parameter_grid(kind, PARAMETERS, ROWS, K, rescored=bool(dtype)):
@@ -158,6 +166,12 @@ def check_hits(
     assert (rows >= 0).all()
     assert all(len(set(line)) == len(line) for line in rows.tolist())
     assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def whole_vectors(index: Any) -> np.ndarray:
+    """What a graph's index keeps beside the codes, by row."""
+    vectors: np.ndarray = faiss.downcast_index(index.refine_index).reconstruct_n(0, index.ntotal)
+    return vectors
 
 
 class TestFiltered:
@@ -348,7 +362,9 @@ def recorded(names: list[str], step: str, method: Callable[..., Any]) -> Callabl
 
 
 class TestRescoring:
-    @pytest.mark.parametrize("name", ["ivf_sq8+float32", "ivf_pq+float32", "ivf_sq8+float16"])
+    @pytest.mark.parametrize(
+        "name", ["ivf_rabitq+float32", "ivf_sq8+float32", "ivf_pq+float32", "ivf_sq8+float16"]
+    )
     def test_scores_are_those_of_the_stored_vectors(self, name: str) -> None:
         scores, rows = subject(name).search(QUERIES, K)
         vectors = subject(name).exact
@@ -434,7 +450,12 @@ class TestParameters:
 
     def test_rescored_grids_repeat_the_lists_for_each_factor(self) -> None:
         lists = [setting["nprobe"] for setting in parameter_grid("ivf_pq", {"nlist": 50}, 10**6, 10)]
-        wanted: dict[BuiltKind, list[int]] = {"ivf_flat": [1], "ivf_sq8": [4], "ivf_pq": [4, 16, 64]}
+        wanted: dict[BuiltKind, list[int]] = {
+            "ivf_flat": [1],
+            "ivf_rabitq": [4, 16, 64],
+            "ivf_sq8": [4],
+            "ivf_pq": [4, 16, 64],
+        }
         for kind, factors in wanted.items():
             grid = parameter_grid(kind, {"nlist": 50}, 10**6, 10, rescored=True)
             assert grid == [{"nprobe": value, "k_factor": factor} for factor in factors for value in lists]
@@ -481,13 +502,341 @@ class TestParameters:
             check_parameters(kind, given, rescored=rescored)
 
 
+class TestCoarseCodes:
+    def test_one_bit_a_dimension_needs_the_vectors(self) -> None:
+        with pytest.raises(ValueError, match="too coarsely without the stored vectors"):
+            search_index("ivf_rabitq", mapped_index("ivf_rabitq"), QUERIES, K, {"nprobe": 64})
+
+    def test_more_candidates_make_up_for_it(self) -> None:
+        wanted = brute_force(QUERIES, None)
+        recalls = [
+            recall(subject("ivf_rabitq+float32").search(QUERIES, K, nprobe=64, k_factor=factor)[1], wanted)
+            for factor in (1, 4, 16)
+        ]
+        assert recalls[0] < 0.8 < recalls[1] <= recalls[2]
+        assert recalls[2] >= 0.98
+
+
+class TestParametersForK:
+    MEASURED: ClassVar[dict[int, dict[str, int]]] = {
+        10: {"nprobe": 4, "k_factor": 16},
+        100: {"nprobe": 30, "k_factor": 4},
+    }
+
+    @pytest.mark.parametrize(
+        ("k", "expected"),
+        [
+            (1, {"nprobe": 4, "k_factor": 16}),
+            (10, {"nprobe": 4, "k_factor": 16}),
+            (11, {"nprobe": 30, "k_factor": 4}),
+            (100, {"nprobe": 30, "k_factor": 4}),
+            (1000, {"nprobe": 300, "k_factor": 4}),
+            (101, {"nprobe": 31, "k_factor": 4}),
+        ],
+    )
+    def test_the_next_larger_k_then_wider(self, k: int, expected: dict[str, int]) -> None:
+        assert parameters_for(k, self.MEASURED) == expected
+
+    def test_of_a_kind_without_any(self) -> None:
+        assert parameters_for(50, {10: {}}) == {}
+
+    @pytest.mark.parametrize("name", ["hnsw", "ivf_flat", "ivf_rabitq+float32"])
+    def test_recall_holds_beyond_the_measured_k(self, name: str) -> None:
+        """Chosen at 100; a search for 400 with those very parameters falls below in lists."""
+        one = subject(name)
+        wanted = np.argsort(-(QUERIES @ VECTORS.T), axis=1)
+        grid = parameter_grid(one.kind, PARAMETERS, ROWS, 100, rescored=one.exact is not None)
+        chosen = next(
+            point for point in grid if recall(one.search(QUERIES, 100, **point)[1], wanted[:, :100]) >= 0.95
+        )
+        scaled = parameters_for(400, {100: chosen})
+        assert recall(one.search(QUERIES, 400, **scaled)[1], wanted[:, :400]) >= 0.95
+        if name != "hnsw":
+            assert recall(one.search(QUERIES, 400, **chosen)[1], wanted[:, :400]) < 0.93
+
+
+COPIED = np.random.default_rng(11).normal(size=(1, DIM)).astype(np.float32)  # far from the others
+COPIED /= np.linalg.norm(COPIED)
+
+
+def filled_graph(vectors: np.ndarray, folder: Path, threads: int = 1, **parameters: int) -> Any:
+    index = new_index("hnsw", vectors.shape[1], {"M": 32, "efConstruction": 100, **parameters})
+    train("hnsw", index, vectors)
+    batches = [vectors[start : start + 500] for start in range(0, len(vectors), 500)]
+    index = fill("hnsw", index, batches, len(vectors), num_threads=threads)
+    faiss.write_index(index, str(folder / "vectors.faiss"))
+    return faiss.read_index(str(folder / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC)
+
+
+def with_copies(noise: float) -> np.ndarray:
+    """4,000 distinct vectors and 2,000 of one text, mixed; `noise` is how far batches of an encoder differ."""
+    random = np.random.default_rng(10)
+    copies = np.repeat(COPIED, 2000, axis=0) + noise * random.normal(size=(2000, DIM))
+    mixed = np.concatenate([clustered(4000, 12), copies.astype(np.float32)])
+    return np.ascontiguousarray(mixed[random.permutation(len(mixed))])
+
+
+def right_scores(scores: np.ndarray, vectors: np.ndarray, queries: np.ndarray, k: int, slack: float) -> float:
+    """The share of hits that score as well as the k-th best; which of many equal rows they are does not matter."""
+    bounds = -np.sort(-(queries @ vectors.T), axis=1)[:, k - 1 : k]
+    return float((scores >= bounds - slack).mean())
+
+
+class TestCopies:
+    @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-5])
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_distinct_vectors_are_reached(self, noise: float, threads: int, tmp_path: Path) -> None:
+        vectors = with_copies(noise)
+        index = filled_graph(vectors, tmp_path, threads)
+        assert index.ntotal == len(vectors)
+        queries = clustered(4000, 12)[:500]  # of the distinct ones themselves
+        scores, rows = search_index("hnsw", index, queries, K, {"efSearch": 64})
+        np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", queries, vectors[rows]), atol=1e-6)
+        assert right_scores(scores, vectors, queries, K, 1e-5) >= 0.995
+        assert all(len(set(line)) == K for line in rows.tolist())
+
+    def test_a_graph_over_all_of_them_loses_some_at_any_width(self) -> None:
+        """The data shows the fault."""
+        vectors = with_copies(0.0)
+        index = new_index("hnsw", DIM, {"M": 32, "efConstruction": 100})
+        train("hnsw", index, vectors)
+        faiss.omp_set_num_threads(1)
+        index.add(vectors)
+        queries = clustered(4000, 12)[:500]
+        params = faiss.IndexRefineSearchParameters(
+            k_factor=2, base_index_params=faiss.SearchParametersHNSW(efSearch=len(vectors))
+        )
+        assert right_scores(index.search(queries, K, params=params)[0], vectors, queries, K, 1e-5) < 0.9
+
+    def test_copies_are_hits_too(self, tmp_path: Path) -> None:
+        """Asked with their own vector, and beyond their number: first all 2,000, then the others."""
+        vectors = with_copies(0.0)
+        index = filled_graph(vectors, tmp_path)
+        query = COPIED
+        same = np.flatnonzero((vectors == query).all(axis=1))
+        for k in (10, 2000, 2100):
+            scores, rows = search_index("hnsw", index, query, k, {"efSearch": 64})
+            assert len(set(rows[0].tolist())) == k
+            assert set(rows[0, :2000].tolist()) <= set(same.tolist())
+            assert right_scores(scores, vectors, query, k, 1e-5) >= 0.99
+        assert set(rows[0].tolist()) >= set(same.tolist())
+
+    @pytest.mark.parametrize("share", [0.9, 0.5, 0.01])
+    def test_filters(self, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kinds, "_GRAPH_ROUNDS", 0.0)  # through the graph, whatever it costs
+        vectors = with_copies(0.0)
+        index = filled_graph(vectors, tmp_path)
+        mask = np.random.default_rng(13).random(len(vectors)) < share
+        allowed = AllowedRows.of(mask)
+        queries = np.concatenate([clustered(4000, 12)[:100], COPIED])
+        scores, rows = search_index("hnsw", index, queries, K, {"efSearch": 64}, allowed=allowed)
+        check_hits((scores, rows), allowed, queries, K)
+        assert right_scores(scores, vectors[mask], queries, K, 1e-5) >= 0.99
+
+    def test_rows_keep_their_places_and_vectors(self, tmp_path: Path) -> None:
+        vectors = with_copies(0.0)
+        index = filled_graph(vectors, tmp_path)
+        rows = np.arange(len(vectors))[::7]
+        assert np.array_equal(whole_vectors(index)[rows], vectors[rows])
+
+    def test_against_a_walk_over_equal_rows(self, tmp_path: Path) -> None:
+        vectors = with_copies(0.0)
+        index = filled_graph(vectors, tmp_path)
+        copies = copies_of(index)
+        assert copies is not None
+        first: dict[bytes, int] = {}
+        wanted = [
+            (first[vector.tobytes()], row)
+            for row, vector in enumerate(vectors)
+            if first.setdefault(vector.tobytes(), row) != row
+        ]
+        assert sorted(zip(copies.originals.tolist(), copies.rows.tolist(), strict=True)) == sorted(wanted)
+
+    def test_where_none_are_equal_there_is_none(self, tmp_path: Path) -> None:
+        index = filled_graph(clustered(3000, 14), tmp_path)
+        assert copies_of(index) is None
+
+    @pytest.mark.parametrize("count", [1, 2, 33, 700])
+    def test_nothing_but_copies(self, count: int, tmp_path: Path) -> None:
+        vectors = np.repeat(clustered(1, 15), count, axis=0)
+        index = filled_graph(vectors, tmp_path)
+        _, rows = search_index("hnsw", index, QUERIES[:3], count + 1, {"efSearch": 16})
+        assert np.sort(rows, axis=1).tolist() == [list(range(count))] * 3
+
+    def test_an_emptied_index_is_filled_anew(self, tmp_path: Path) -> None:
+        """As shards that are added take the training of one with copies."""
+        index = faiss.deserialize_index(faiss.serialize_index(filled_graph(with_copies(0.0), tmp_path)))
+        index.reset()
+        index = faiss.deserialize_index(faiss.serialize_index(index))
+        fresh = clustered(1000, 16)
+        index = fill("hnsw", index, [fresh], len(fresh))
+        assert copies_of(index) is None
+        rows = search_index("hnsw", index, fresh[:50], 1, {"efSearch": 64})[1]
+        assert rows[:, 0].tolist() == list(range(50))
+
+    @given(
+        st.lists(st.lists(st.integers(-1, 9), min_size=5, max_size=5, unique=True), min_size=1, max_size=4),
+        st.lists(st.integers(0, 9), max_size=12),
+        st.integers(1, 20),
+    )
+    def test_expanding_against_a_walk_down_each_line(
+        self, ranking: list[list[int]], originals: list[int], num: int
+    ) -> None:
+        originals = sorted(originals)
+        copies = Copies(np.array(originals, np.int32), np.arange(100, 100 + len(originals)))
+        expected = []
+        for line in ranking:
+            rows: list[int] = []
+            for row in line:
+                if row >= 0:
+                    rows += [row, *(100 + place for place, owner in enumerate(originals) if owner == row)]
+            expected.append((rows + [-1] * num)[:num])
+        assert copies.expanded(np.array(ranking), num).tolist() == expected
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("noise", [None, 0.0])
+    def test_a_graph_keeps_them_in_two_bytes(self, noise: float | None, tmp_path: Path) -> None:
+        vectors = (
+            (clustered(3000, 17) if noise is None else with_copies(noise))
+            .astype(np.float16)
+            .astype(np.float32)
+        )
+        half = filled_graph(vectors, tmp_path, float_bits=16)
+        half_bytes = (tmp_path / "vectors.faiss").stat().st_size
+        (tmp_path / "whole").mkdir()
+        filled_graph(vectors, tmp_path / "whole")
+        saved = (tmp_path / "whole" / "vectors.faiss").stat().st_size - half_bytes
+        assert saved == pytest.approx(2 * DIM * len(vectors), rel=0.01)
+        assert np.array_equal(whole_vectors(half), vectors)
+        scores, rows = search_index("hnsw", half, QUERIES, K, {"efSearch": 64})
+        np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", QUERIES, vectors[rows]), atol=1e-5)
+        assert right_scores(scores, vectors, QUERIES, K, 1e-5) >= 0.98
+        allowed = AllowedRows.of(np.arange(len(vectors)) % 50 == 0)
+        scores, rows = search_index("hnsw", half, QUERIES, K, {"efSearch": 64}, allowed=allowed)
+        check_hits((scores, rows), allowed, QUERIES, K)
+        assert right_scores(scores, vectors[allowed.mask], QUERIES, K, 1e-5) == 1
+
+
+class FakeGpus:
+    """In place of a GPU build of FAISS: copies that answer as a GPU does, and what they were asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: bool = False) -> None:
+        self.calls: list[str] = []
+        self.refuse = refuse
+        for name in ("StandardGpuResources", "index_cpu_to_gpu", "index_gpu_to_cpu"):
+            monkeypatch.setattr(faiss, name, getattr(self, name), raising=False)
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+        monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: index, raising=False)
+
+    def StandardGpuResources(self) -> str:  # noqa: N802
+        return "resources"
+
+    def index_cpu_to_gpu(self, resources: str, device: int, index: Any) -> Any:
+        assert (resources, device) == ("resources", 0)
+        if self.refuse:
+            raise RuntimeError("StandardGpuResources: alloc fail")
+        self.calls.append("to GPU")
+        return _OnGpu(faiss.clone_index(index), self.calls)
+
+    def index_gpu_to_cpu(self, copy: _OnGpu) -> Any:
+        self.calls.append("to CPU")
+        return faiss.clone_index(copy.index)
+
+
+class _OnGpu:
+    def __init__(self, index: Any, calls: list[str]) -> None:
+        self.index = index
+        self.calls = calls
+
+    def add(self, vectors: np.ndarray) -> None:
+        self.calls.append("add")
+        self.index.add(vectors)
+
+    def search(self, queries: np.ndarray, k: int, params: Any = None) -> Any:
+        assert k <= 2048
+        assert params is None or params.sel is None
+        self.calls.append("search")
+        return self.index.search(queries, k, params=params)
+
+
+class TestGpu:
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_sq8", "ivf_pq"])
+    def test_lists_are_filled_there(
+        self, kind: BuiltKind, threads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches = [VECTORS[start : start + 2000] for start in range(0, ROWS, 2000)]
+        gpus = FakeGpus(monkeypatch)
+        index = new_index(kind, DIM, PARAMETERS)
+        train(kind, index, VECTORS)
+        index = fill(kind, index, batches, ROWS, num_threads=threads, num_gpus=1)
+        assert gpus.calls == ["to GPU", "add", "add", "add", "to CPU"]
+        assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(mapped_index(kind)))
+
+    @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_rabitq"])
+    def test_what_no_gpu_holds_is_filled_here(self, kind: BuiltKind, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpus = FakeGpus(monkeypatch)
+        index = new_index(kind, DIM, PARAMETERS)
+        train(kind, index, VECTORS)
+        assert fill(kind, index, [VECTORS], ROWS, num_gpus=1).ntotal == ROWS
+        assert gpus.calls == []
+
+    @pytest.mark.parametrize(("num_gpus", "refuse"), [(0, False), (1, True)])
+    def test_a_task_without_one_or_one_that_is_full(
+        self, num_gpus: float, refuse: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpus = FakeGpus(monkeypatch, refuse)
+        index = new_index("ivf_flat", DIM, PARAMETERS)
+        train("ivf_flat", index, VECTORS)
+        index = fill("ivf_flat", index, [VECTORS], ROWS, num_gpus=num_gpus)
+        assert gpus.calls == []
+        assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(mapped_index("ivf_flat")))
+
+    @pytest.mark.parametrize("name", ["flat", "ivf_flat", "ivf_sq8+float32", "ivf_pq"])
+    def test_searches_without_a_filter_go_there(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpus = FakeGpus(monkeypatch)
+        one = subject(name)
+        copy = GpuIndex.of(one.kind, one.index)
+        assert copy is not None
+
+        def search(k: int, allowed: AllowedRows | None = None) -> list[list[list[float]]]:
+            return [
+                [
+                    part.tolist()
+                    for part in search_index(
+                        one.kind,
+                        one.index,
+                        QUERIES,
+                        k,
+                        one.parameters,
+                        allowed=allowed,
+                        exact=one.exact,
+                        gpu=gpu,
+                    )
+                ]
+                for gpu in (None, copy)
+            ]
+
+        here, there = search(K)
+        assert here == there
+        assert "search" in gpus.calls
+        gpus.calls.clear()
+        for here, there in (search(K, chance(0.5)), search(2049)):
+            assert here == there
+        assert "search" not in gpus.calls
+
+    def test_none_where_there_is_none(self) -> None:
+        assert GpuIndex.of("flat", mapped_index("flat")) is None
+
+
 class TestUnreached:
     def test_rows_that_no_walk_reaches_are_found(self, tmp_path: Path) -> None:
         """Many copies of one vector cut a graph into islands."""
         vectors = np.concatenate([np.repeat(clustered(1, 8), 400, axis=0), clustered(400, 9)])
         index = new_index("hnsw", DIM, {"M": 4, "efConstruction": 8})
-        index.train(vectors)
-        index.add(vectors)
+        train("hnsw", index, vectors)
+        index.add(vectors)  # as graphs were filled that earlier versions left behind
         mask = np.arange(800) % 10 > 0
         rows = search_index("hnsw", index, QUERIES, 600, {"efSearch": 11}, allowed=AllowedRows.of(mask))[1]
         assert rows.shape == (len(QUERIES), 600)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from raytower.errors import InputError
 from raytower.index import costs
-from raytower.index.config import BuiltKind, IndexWorkersConfig
-from raytower.index.kinds import new_index, reserve, train_on_gpus
+from raytower.index.config import BuiltKind, HnswConfig, IndexWorkersConfig, IvfConfig
+from raytower.index.faiss_index import fill, new_index, reserve, train
 from raytower.index.plan import IndexPlan, plan_index
-from raytower.index.tasks import threads_of_lone_task
+from raytower.index.tasks import OnRay
 
 KINDS = get_args(BuiltKind)
 GIB = 2**30
@@ -107,8 +107,7 @@ def test_training_assigns_on_the_gpus_that_faiss_sees(
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", index_cpu_to_all_gpus, raising=False)
     index = new_index(kind, 16, parameters)
-    with train_on_gpus(kind, index):
-        index.train(vectors)
+    train(kind, index, vectors)
     # k-means leaves its centroids in the index that it assigned with.
     sizes = {"flat": [], "hnsw": [], "ivf_pq": [parameters.get("nlist"), 1 << parameters.get("nbits", 0)]}
     assert [item.ntotal for item in moved] == sizes.get(kind, [parameters.get("nlist")])
@@ -126,7 +125,8 @@ def test_a_lone_task_takes_what_the_workers_would_on_one_node(
     alive = [{"Alive": True, "Resources": {"CPU": cpus} if cpus else {}} for cpus in nodes]
     gone = {"Alive": False, "Resources": {"CPU": 64.0}}
     monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
-    assert threads_of_lone_task(IndexWorkersConfig(max=4, num_cpus=2)) == expected
+    monkeypatch.setattr("raytower.index.tasks._start", lambda workers: None)
+    assert OnRay(IndexWorkersConfig(max=4, num_cpus=2)).threads_alone == expected
 
 
 class TestLatency:
@@ -140,7 +140,8 @@ class TestLatency:
     def test_what_no_kind_keeps_is_said(self) -> None:
         found = plan(rows=100_000_000, memory_bytes=32 * GIB, latency_ms=0.01)
         assert "over target.latency_ms 0.01" in found.reason
-        others = [plan(rows=100_000_000, memory_bytes=32 * GIB, kind=kind) for kind in ("ivf_sq8", "ivf_pq")]
+        coded = ("ivf_rabitq", "ivf_sq8", "ivf_pq")
+        others = [plan(rows=100_000_000, memory_bytes=32 * GIB, kind=kind) for kind in coded]
         assert found.predicted_query_ms == min(other.predicted_query_ms for other in others)
 
 
@@ -161,7 +162,7 @@ class TestAuto:
         self, rows: int, dim: int, bytes_per_dim: float, room: int, latency: float
     ) -> None:
         values = {"rows": rows, "dim": dim, "memory_bytes": int(rows * dim * bytes_per_dim) + room}
-        names = ["flat"] * (rows <= 20_000) + ["hnsw", "ivf_sq8", "ivf_pq"]
+        names = ["flat"] * (rows <= 20_000) + ["hnsw", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
         others = [other for name in names if (other := plan_or_none(**values, kind=name))]
         found = plan_or_none(**values, latency_ms=latency)
         event(f"{found.kind if found else 'refused'}, {len(others)} of {len(names)} kinds fit")
@@ -182,7 +183,7 @@ class TestAuto:
         values = {"rows": 134_151, "dim": 256, "memory_bytes": 160_925_824}
         with pytest.raises(InputError, match="building kind ivf_sq8"):
             plan(**values, kind="ivf_sq8")
-        assert plan(**values).kind == "ivf_pq"
+        assert plan(**values, rescore=False).kind == "ivf_pq"
 
 
 class TestGrowth:
@@ -199,7 +200,7 @@ class TestGrowth:
             "predicted_query_ms",
         ):
             assert getattr(less, name) <= getattr(more, name)
-        assert more.predicted_disk_bytes > more.rows * (dim // 4)
+        assert more.predicted_disk_bytes > more.rows * (dim // 8)
 
     def test_filling_a_shard_takes_more_than_the_shard(self) -> None:
         for kind in KINDS:
@@ -219,3 +220,87 @@ class TestGrowth:
         room = plan(kind="ivf_flat", shards=4, num_workers=4, memory_bytes=20 * GIB)
         assert alone.tasks_at_once < room.tasks_at_once == 4
         assert alone.predicted_build_seconds > room.predicted_build_seconds
+
+
+class TestOneBit:
+    def test_bytes_of_a_row(self) -> None:
+        """256 bits, two factors of 4 bytes and an id of 8."""
+        assert costs.bytes_per_row("ivf_rabitq", 256, {"nlist": 100}) == 32 + 8 + 8
+        assert costs.bytes_per_row("ivf_rabitq", 100, {"nlist": 100}) == 13 + 8 + 8
+
+    def test_auto_takes_it_before_the_other_codes(self) -> None:
+        found = plan(rows=50_000_000, memory_bytes=8 * GIB)
+        assert (found.kind, found.exact_dtype) == ("ivf_rabitq", "float32")
+        assert "hnsw would take" in found.reason
+
+    def test_without_stored_vectors_auto_passes_it_over(self) -> None:
+        found = plan(rows=50_000_000, memory_bytes=8 * GIB, rescore=False)
+        assert (found.kind, found.exact_dtype) == ("ivf_pq", None)
+        assert "rabitq" not in found.reason
+
+    def test_without_stored_vectors_it_is_refused(self) -> None:
+        with pytest.raises(InputError, match="rescore is false, but one bit a dimension ranks too coarsely"):
+            plan(kind="ivf_rabitq", rescore=False)
+
+    @pytest.mark.parametrize("rescore", [True, False])
+    def test_what_does_not_fit_names_the_smallest_kind(self, rescore: bool) -> None:
+        least = "ivf_rabitq" if rescore else "ivf_pq"
+        with pytest.raises(InputError, match=f"even as {least}"):
+            plan(rows=10**9, memory_bytes=8 * GIB, rescore="auto" if rescore else False)
+
+
+class TestSettings:
+    def test_they_take_the_place_of_what_is_planned(self) -> None:
+        graph = plan(kind="hnsw", hnsw=HnswConfig(m=16, ef_construction=200))
+        assert graph.parameters == {"M": 16, "efConstruction": 200}
+        assert plan(kind="ivf_flat", ivf=IvfConfig(nlist=77)).parameters == {"nlist": 77}
+        codes = plan(kind="ivf_pq", ivf=IvfConfig(nlist=77, pq_m=32)).parameters
+        assert (codes["nlist"], codes["pq_m"]) == (77, 32)
+        # `auto` takes those of the kind that it chooses.
+        assert plan(hnsw=HnswConfig(m=8), ivf=IvfConfig(pq_m=8)).parameters["M"] == 8
+
+    def test_null_is_planned(self) -> None:
+        assert plan(kind="hnsw", hnsw=HnswConfig()).parameters == {"M": 32, "efConstruction": 100}
+
+    def test_they_change_what_is_predicted(self) -> None:
+        thin, thick = (plan(kind="hnsw", hnsw=HnswConfig(m=m)) for m in (8, 64))
+        # 56 more links of 4 bytes, twice on the lowest level.
+        assert thick.predicted_search_memory_bytes - thin.predicted_search_memory_bytes == 10**6 * 2 * 56 * 4
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (
+                {"kind": "ivf_flat", "hnsw": HnswConfig(m=8)},
+                "hnsw.m is set, but an index of kind ivf_flat has no such",
+            ),
+            ({"kind": "hnsw", "ivf": IvfConfig(nlist=8)}, "ivf.nlist is set, but an index of kind hnsw"),
+            ({"kind": "flat", "ivf": IvfConfig(nlist=8)}, "ivf.nlist is set, but an index of kind flat"),
+            ({"kind": "ivf_sq8", "ivf": IvfConfig(pq_m=8)}, "ivf.pq_m is set, but an index of kind ivf_sq8"),
+            (
+                {"ivf": IvfConfig(pq_m=60)},
+                "ivf.pq_m is 60, which does not divide the dimension 256; take 32 or 64",
+            ),
+            (
+                {"kind": "ivf_flat", "rows": 1000, "ivf": IvfConfig(nlist=1001)},
+                "ivf.nlist is 1001, but centroids are trained on 1000 rows.*set ivf.nlist to 1000 or fewer",
+            ),
+            (
+                {"kind": "ivf_flat", "memory_bytes": 2 * GIB, "ivf": IvfConfig(nlist=600_000)},
+                "takes .* a task, more than target.memory 2.0 GiB",
+            ),
+        ],
+    )
+    def test_refused(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            plan(**values)
+
+    def test_float16_embeddings_make_a_graph_smaller_and_are_stored_so(self) -> None:
+        whole, half = (plan(kind="hnsw", vector_dtype=dtype) for dtype in ("float32", "float16"))
+        assert whole.predicted_search_memory_bytes - half.predicted_search_memory_bytes == 10**6 * 256 * 2
+        vectors = np.random.default_rng(0).normal(size=(2000, 100)).astype(np.float32)
+        parameters = plan(rows=2000, dim=100, kind="hnsw", vector_dtype="float16").parameters
+        index = new_index("hnsw", 100, parameters)
+        train("hnsw", index, vectors)
+        written = len(faiss.serialize_index(fill("hnsw", index, [vectors], 2000)))
+        assert costs.shard_bytes("hnsw", 2000, 100, parameters) == pytest.approx(written, rel=0.01, abs=2000)

@@ -20,6 +20,9 @@ import pyarrow as pa
 from raytower.errors import InputError
 from raytower.index.config import IndexBuildConfig, Placing, TargetConfig
 from raytower.index.embeddings import Embeddings
+from raytower.index.faiss_import import import_faiss
+from raytower.index.faiss_index import GPU_LISTS
+from raytower.index.kinds import parameter_grid
 from raytower.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
@@ -28,7 +31,15 @@ from raytower.index.manifest import (
     PlacementEntry,
     ShardEntry,
 )
-from raytower.index.measure import exact_hits, hold_out, measure_recall, merge_exact
+from raytower.index.measure import (
+    ExactHits,
+    HeldOut,
+    exact_hits,
+    hold_out,
+    measure_recall,
+    measured_ks,
+    merge_exact,
+)
 from raytower.index.place import place_rows
 from raytower.index.plan import IndexPlan, human_bytes, plan_index
 from raytower.index.reader import Index
@@ -206,6 +217,7 @@ def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], P
             made_of={**made_of, "part": [number, *plan.ranges[number], rows]},
             placed=placement is not None,
             num_threads=run.threads,
+            num_gpus=run.num_gpus if plan.kind in GPU_LISTS else 0,
         )
         for number, (source, rows) in enumerate(sources)
     ]
@@ -220,7 +232,7 @@ def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], P
             shards.seed,
             run.threads_alone,
         )
-        return run(train_template, [call])[0]
+        return run(train_template, [call], num_gpus=run.num_gpus)[0]
 
     return run_shard_tasks(tasks, template, run, plan.tasks_at_once), placement
 
@@ -239,13 +251,17 @@ def run_shard_tasks(
     if missing:
         trained = template()
         calls = [(task, trained) for task in missing]
-        built = run(build_shard, calls, at_once=at_once, progress="built {} of {} shards")
+        num_gpus = max(task.num_gpus for task in missing)
+        built = run(build_shard, calls, at_once=at_once, num_gpus=num_gpus, progress="built {} of {} shards")
     entries = {entry.digest: entry for entry in [*kept, *built] if entry is not None}
     return tuple(entries[task.digest] for task in tasks)
 
 
 def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> IndexManifest:
-    """A version with the search parameters that reach its recall target, and the recall that they reach."""
+    """A version with the search parameters that reach its recall target, and the recall that they reach.
+
+    They are measured for `recall_k` hits and for 100, which rerankers and evaluations ask for.
+    """
     everything = TableRows(
         index=index,
         table_version=draft.table_version,
@@ -253,6 +269,7 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
         first=0,
         last=draft.rows,
     )
+    ks = measured_ks(draft.recall_k, draft.rows)
     queries = run(hold_out, [(everything, seed)])[0]
     size = max(-(-draft.rows // max(run.at_once, 1)), 1)
     parts = run(
@@ -261,39 +278,61 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
             (
                 dataclasses.replace(everything, first=first, last=min(first + size, draft.rows)),
                 queries,
-                draft.recall_k,
+                ks[-1],
             )
             for first in range(0, draft.rows, size)
         ],
     )
-    exact = merge_exact(parts, draft.recall_k)
+    exact = merge_exact(parts, ks[-1])
     threads = run.threads_alone
-    return run(_measure, [(index, draft, queries, exact, threads)])[0]
+    return run(_measure, [(index, draft, queries, exact, ks, threads)])[0]
 
 
 def _measure(
-    index: Location, draft: IndexManifest, queries: Any, exact: Any, num_threads: int
+    index: Location,
+    draft: IndexManifest,
+    queries: HeldOut,
+    exact: ExactHits,
+    ks: tuple[int, ...],
+    num_threads: int,
 ) -> IndexManifest:
+    import_faiss().omp_set_num_threads(num_threads)
+    opened = Index.of_manifest(index, draft.model_copy(update={"measured": None}))
+
+    def grid(k: int) -> list[dict[str, int]]:
+        return parameter_grid(
+            draft.kind,
+            draft.parameters,
+            draft.rows,
+            k,
+            rescored=draft.exact_dtype is not None,
+            shards=1 if draft.placement else len(draft.shards),
+        )
+
     found = measure_recall(
-        Index.of_manifest(index, draft.model_copy(update={"measured": None})),
+        lambda vectors, k, parameters: opened.search(vectors, k, search_parameters=parameters).rows,
         queries,
         exact,
+        ks,
         target=draft.recall_target,
-        num_threads=num_threads,
+        grid=grid,
+        placed_shards=draft.placement.shards if draft.placement else None,
+        vectors=lambda rows: opened.table.vectors(rows, unit=draft.metric == "cosine"),
     )
+    asked = found[min(draft.recall_k, ks[-1]) if draft.recall_k in found else ks[0]]
     record = Measured(
         version=draft.version,
         k=draft.recall_k,
         target=draft.recall_target,
-        recall=found.recall,
-        reached=found.reached,
-        queries=found.num_queries,
+        recall=asked.recall,
+        reached=asked.reached,
+        queries=asked.num_queries,
         rows=draft.rows,
         shards=tuple(entry.digest for entry in draft.shards),
-        curve=found.curve,
-        placement_curve=found.placement_curve,
+        curve=asked.curve,
+        placement_curve=asked.placement_curve,
     )
-    parameters = {str(draft.recall_k): found.search_parameters}
+    parameters = {str(k): of_k.search_parameters for k, of_k in found.items()}
     return draft.model_copy(update={"measured": record, "search_parameters": parameters, "changed_rows": 0})
 
 
@@ -441,4 +480,6 @@ def _plan(config: IndexBuildConfig, source: Embeddings) -> IndexPlan:
         text_bytes=source.text_bytes,
         rescore=config.rescore,
         vector_dtype=source.dtype,
+        hnsw=config.hnsw,
+        ivf=config.ivf,
     )

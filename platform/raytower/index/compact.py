@@ -9,7 +9,7 @@ from pydantic import Field
 
 from raytower.config import ByteSize, Config
 from raytower.index.build import ShardPlan, build_shards, figures, measured
-from raytower.index.config import IndexKind, IndexWorkersConfig, Placing
+from raytower.index.config import HnswConfig, IndexKind, IndexWorkersConfig, Placing
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, plan_index
 from raytower.index.shard_build import digest_of
@@ -131,8 +131,11 @@ def _plan(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
         recall=config.recall or before.recall_target,
         memory_bytes=int(config.memory),
         num_workers=config.workers.max,
-        rescore="auto" if config.kind not in (None, before.kind) else before.exact_dtype is not None,
+        rescore="auto" if config.kind not in (None, before.kind) or before.exact_dtype else False,
         vector_dtype=before.vector_dtype,
+        hnsw=HnswConfig(
+            m=before.parameters.get("M"), ef_construction=before.parameters.get("efConstruction")
+        ),
     )
 
 

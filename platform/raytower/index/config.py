@@ -8,11 +8,11 @@ from pydantic import Field
 
 from raytower.config import ByteSize, Config
 
-BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
+BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 Placing = Literal["rows", "cluster"]
 Metric = Literal["cosine", "inner_product"]
 ExactDtype = Literal["float16", "float32"]
-IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 
 
 class TargetConfig(Config):
@@ -30,11 +30,29 @@ class TargetConfig(Config):
     on_target_missed: Literal["publish", "keep"] = "publish"
 
 
+class HnswConfig(Config):
+    """Links of a node (twice as many on the lowest level), and how widely neighbours are searched for while building.
+
+    Null is planned: 32 and 100.
+    """
+
+    m: int | None = Field(default=None, ge=2, le=512)
+    ef_construction: int | None = Field(default=None, ge=1)
+
+
+class IvfConfig(Config):
+    """Lists of a shard, and sub-vectors of a code of ivf_pq, which must divide the dimension. Null is planned."""
+
+    nlist: int | None = Field(default=None, ge=1)
+    pq_m: int | None = Field(default=None, ge=1)
+
+
 class IndexWorkersConfig(Config):
     """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it.
 
     What runs alone, training and measuring recall, uses the threads of all workers, as far as one node has cores.
-    `num_gpus` is held by the one task that trains centroids and codebooks, which runs there with the gpu extra.
+    `num_gpus` is held by the task that trains centroids and codebooks, and by those that fill lists; with the gpu extra
+    they run there.
     """
 
     max: int = Field(default=2, ge=1)
@@ -52,7 +70,8 @@ class IndexBuildConfig(Config):
     `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
     visit all shards. `indexed` names columns that filters ask often; each gets a scalar index. `replace` lets the
     build take the place of an index that was changed since it was built. `rescore` keeps whole vectors beside the
-    codes of ivf_sq8 and ivf_pq and scores the best candidates with them; auto does.
+    codes of ivf_rabitq, ivf_sq8 and ivf_pq and scores the best candidates with them; auto does, and ivf_rabitq
+    needs it.
     """
 
     embeddings: str
@@ -61,6 +80,8 @@ class IndexBuildConfig(Config):
     shards: Literal["auto"] | int = "auto"
     placement: Placing = "rows"
     rescore: Literal["auto"] | bool = "auto"
+    hnsw: HnswConfig = HnswConfig()
+    ivf: IvfConfig = IvfConfig()
     indexed: list[str] = Field(default_factory=list)
     replace: bool = False
     target: TargetConfig = TargetConfig()

@@ -30,8 +30,8 @@ _STREAM_BYTES = 48 * _MIB
 _ASSIGN_BYTES = 20 * _MIB
 # Each list is an array that doubles as it grows; on average a third of it is room to grow.
 _LIST_SLACK = 1.5
-# Locks and marks of visited rows while a graph is built.
-_GRAPH_WORK_BYTES = 5
+# Locks and marks of visited rows while a graph is built, and a digest of each code to find equal ones.
+_GRAPH_WORK_BYTES = 5 + 130
 # FAISS trains the codes on the residuals of so many rows; where the sample has more it copies these first.
 _SCALAR_TRAIN_ROWS = 100_000
 _TRAIN_ROWS_PER_CODE = 256
@@ -41,6 +41,8 @@ _LIST_ROUNDS = 10
 _CODE_ROUNDS = 25
 # k-means over sub-vectors of a few dimensions is that much slower than encoding with them.
 _CODE_TRAINING = 14
+# Of one dimension, beside the search for the list.
+_CODE_US: dict[BuiltKind, float] = {"ivf_flat": 0.002, "ivf_rabitq": 0.006, "ivf_sq8": 0.002}
 _SCAN_BYTES_PER_MS = 24e6
 _EF_SEARCH = 64
 _NPROBE = 32
@@ -52,11 +54,14 @@ def bytes_per_row(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> i
     if kind == "flat":
         return vector
     if kind == "hnsw":
+        vector = dim * parameters.get("float_bits", 32) // 8
         # The graph runs over one byte a dimension; full vectors lie beside it for exact scores. Level 0 has 2·M
         # links of 4 bytes, upper levels M links for about one row in M; then an offset and a level number.
         return vector + dim + (2 * parameters["M"] + 1) * 4 + 8 + 4
     if kind == "ivf_pq":
         return -(-parameters["pq_m"] * parameters["nbits"] // 8) + _ID_BYTES
+    if kind == "ivf_rabitq":
+        return -(-dim // 8) + 2 * _FLOAT_BYTES + _ID_BYTES  # a bit a dimension, two correcting factors
     return (dim if kind == "ivf_sq8" else vector) + _ID_BYTES
 
 
@@ -151,7 +156,7 @@ def _add_us(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int])
         return 0.0
     if kind == "hnsw":
         return (75 + 0.45 * dim) * _depth(rows) * parameters["efConstruction"] / 100
-    codes = _codes_us(parameters) if kind == "ivf_pq" else 0.002 * dim
+    codes = _codes_us(parameters) if kind == "ivf_pq" else _CODE_US[kind] * dim
     return _product_us(parameters["nlist"], dim) + codes
 
 
@@ -168,6 +173,8 @@ def _codes_us(parameters: Mapping[str, int]) -> float:
 def _score_us(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> float:
     if kind == "ivf_flat":
         return dim * _FLOAT_BYTES / 18e3
+    if kind == "ivf_rabitq":
+        return 0.01 + dim / 60e3
     return dim / 8.5e3 if kind == "ivf_sq8" else parameters["pq_m"] / 2e3
 
 

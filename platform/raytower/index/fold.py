@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from raytower.index.build import run_shard_tasks
-from raytower.index.config import BuiltKind
+from raytower.index.config import BuiltKind, HnswConfig
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
 from raytower.index.plan import plan_index
 from raytower.index.reader import shard_rows
@@ -33,8 +33,6 @@ MAX_FOLDED_ROWS = 200_000
 _ROWS_PER_SHARD = 5_000_000
 # What a few rows take is not what an index is planned for.
 _MEMORY_BYTES = 2**50
-# Parameters that shards of an index share, whatever their size.
-_CHOSEN_ONCE = ("M", "efConstruction")
 # A shard is taken up into what is folded where it is not much larger: so each row is folded a few times in all.
 _TIER = 2
 # A shard with more than this share of dead rows is folded by itself.
@@ -113,9 +111,10 @@ def _build(
         memory_bytes=_MEMORY_BYTES,
         rescore="auto" if manifest.exact_dtype else False,
         vector_dtype=manifest.vector_dtype,
+        hnsw=HnswConfig(
+            m=manifest.parameters.get("M"), ef_construction=manifest.parameters.get("efConstruction")
+        ),
     )
-    kept = {name: value for name, value in manifest.parameters.items() if name in _CHOSEN_ONCE}
-    parameters = {**plan.parameters, **kept} if kind == manifest.kind else plan.parameters
 
     def source(first: int, last: int) -> TableRows:
         unit = manifest.metric == "cosine"
@@ -132,7 +131,7 @@ def _build(
                 # A number of the table's versions is given once, so it names what the rows hold.
                 "table_version": table.version,
                 "rows": hashlib.sha256(rows[first:last].tobytes()).hexdigest(),
-                "parameters": parameters,
+                "parameters": plan.parameters,
                 "train_rows": plan.train_rows,
             },
             placed=False,
@@ -142,7 +141,15 @@ def _build(
     ]
 
     def template() -> Any:
-        call = (source(0, len(rows)), kind, manifest.dim, parameters, plan.train_rows, 0, run.threads_alone)
+        call = (
+            source(0, len(rows)),
+            kind,
+            manifest.dim,
+            plan.parameters,
+            plan.train_rows,
+            0,
+            run.threads_alone,
+        )
         return run(train_template, [call])[0]
 
     return run_shard_tasks(tasks, template, run, run.at_once)

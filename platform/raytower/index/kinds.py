@@ -1,7 +1,4 @@
-"""What each index kind is in FAISS: how it is made, trained and asked. Every kind scores by inner product.
-
-`hnsw` walks its graph over 8-bit codes and scores what it finds with the full vectors beside them: the walk reads a
-quarter of the memory, which more than pays for searching several smaller graphs, and scores stay exact.
+"""How each index kind is searched, with which parameters. Every kind scores by inner product.
 
 Where only some rows are allowed, by a filter or because others are deleted, the way is chosen by what it costs:
 
@@ -29,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,14 +36,23 @@ from raytower.errors import InputError
 from raytower.index.allowed import AllowedRows
 from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
+from raytower.index.faiss_index import Copies, GpuIndex, copies_of, graph_of
+from raytower.index.faiss_index import Vectors as Vectors
 
-Vectors = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Found = tuple[Vectors, NDArray[np.int64]]  # scores and rows, each (Q, K)
 # So many times k candidates of the 8-bit walk are scored exactly: enough that the codes cost no measurable recall.
 _HNSW_RESCORED = 2
 # The same for the codes of the lists, where the vectors are stored; product quantisation may need more of them.
-_K_FACTORS: dict[BuiltKind, tuple[int, ...]] = {"ivf_flat": (1,), "ivf_sq8": (4,), "ivf_pq": (4, 16, 64)}
+_K_FACTORS: dict[BuiltKind, tuple[int, ...]] = {
+    "ivf_flat": (1,),
+    "ivf_rabitq": (4, 16, 64),
+    "ivf_sq8": (4,),
+    "ivf_pq": (4, 16, 64),
+}
+# Codes of one bit are that much coarser among rows that a filter lets through, which may all be far from the query: so
+# many times the candidates that were measured without a filter are then scored.
+_FILTERED_FACTOR: dict[BuiltKind, int] = {"ivf_rabitq": 8}
 # Vectors copied out at once to be scored: small enough to be scored from the processor's cache.
 _BLOCK_BYTES = 2 * 2**20
 # Entries of a ranking, or of a table of lists, in memory at once.
@@ -69,77 +74,15 @@ _CODE_COST = 3.5  # the codes of a row that is allowed
 _GRAPH_ROUNDS = 1.5
 _LISTS_ROUNDS = 3.0
 _WIDENING = 4
+# The search parameter of an index placed by cluster: how many of the placed shards a query visits.
+SHARDS_PROBE = "shards_probe"
 SEARCH_PARAMETER: dict[BuiltKind, str] = {
     "hnsw": "efSearch",
     "ivf_flat": "nprobe",
+    "ivf_rabitq": "nprobe",
     "ivf_sq8": "nprobe",
     "ivf_pq": "nprobe",
 }
-
-
-def new_index(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> Any:
-    """An empty FAISS index, untrained where its kind trains."""
-    faiss = import_faiss()
-    if kind == "flat":
-        return faiss.IndexFlatIP(dim)
-    if kind == "hnsw":
-        index = faiss.index_factory(dim, f"HNSW{parameters['M']}_SQ8,RFlat", faiss.METRIC_INNER_PRODUCT)
-        faiss.downcast_index(index.base_index).hnsw.efConstruction = parameters["efConstruction"]
-        return index
-    if kind == "ivf_pq":
-        code = f"PQ{parameters['pq_m']}x{parameters['nbits']}"
-    else:
-        code = {"ivf_flat": "Flat", "ivf_sq8": "SQ8"}[kind]
-    return faiss.index_factory(dim, f"IVF{parameters['nlist']},{code}", faiss.METRIC_INNER_PRODUCT)
-
-
-@contextmanager
-def train_on_gpus(kind: BuiltKind, index: Any) -> Iterator[None]:
-    """Let k-means of an IVF kind assign on the GPUs that FAISS sees; nothing changes where it sees none."""
-    faiss = import_faiss()
-    get_num_gpus = getattr(faiss, "get_num_gpus", None)  # a build for CPUs only may lack it
-    if not kind.startswith("ivf") or get_num_gpus is None or not get_num_gpus():
-        yield
-        return
-    # FAISS holds bare pointers to these, so they live here until training is through.
-    centroids = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))
-    index.clustering_index = centroids
-    codes = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(index.pq.dsub)) if kind == "ivf_pq" else None
-    if codes is not None:
-        index.pq.assign_index = codes
-    try:
-        yield
-    finally:
-        index.clustering_index = None
-        if codes is not None:
-            index.pq.assign_index = None
-
-
-def reserve(kind: BuiltKind, index: Any, rows: int) -> None:
-    """Make room in an empty index for so many rows, where its arrays would otherwise grow by doubling.
-
-    A growing array exists twice while it is copied, which can be three times what the shard needs in the end. The lists
-    of IVF kinds are many and small; what they need is known only once rows are assigned.
-    """
-    faiss = import_faiss()
-    if kind == "flat":
-        _reserve(index.codes, rows * index.code_size)
-    elif kind == "hnsw":
-        graph = faiss.downcast_index(index.base_index)
-        refined = faiss.downcast_index(index.refine_index)
-        codes = faiss.downcast_index(graph.storage)
-        _reserve(codes.codes, rows * codes.code_size)
-        _reserve(refined.codes, rows * refined.code_size)
-        links = graph.hnsw.nb_neighbors(1)
-        # One row in M is on the next level too, by chance: six standard deviations are room enough.
-        above = rows / (links - 1) + 6 * rows**0.5 + 64
-        _reserve(graph.hnsw.neighbors, rows * graph.hnsw.nb_neighbors(0) + int(above) * links)
-
-
-def _reserve(array: Any, size: int) -> None:
-    # The bindings have no reserve; an array keeps its room when it is made shorter.
-    array.resize(size)
-    array.resize(0)
 
 
 def parameter_grid(
@@ -178,6 +121,20 @@ def parameter_grid(
     return [{**setting, "k_factor": factor} for factor in factors for setting in settings]
 
 
+def parameters_for(k: int, measured: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
+    """The search parameters that a search for `k` hits takes, of those that were chosen at some k.
+
+    They are those of the next larger k. Beyond the largest the search widens as k grows, which keeps its recall about
+    where it was measured; `k_factor` is in multiples of k already.
+    """
+    nearest = min((at for at in measured if at >= k), default=max(measured))
+    widened = max(k, nearest)
+    return {
+        name: value if name == "k_factor" else -(-value * widened // nearest)
+        for name, value in measured[nearest].items()
+    }
+
+
 def check_parameters(kind: BuiltKind, given: Mapping[str, int], *, rescored: bool = False) -> None:
     """Raises InputError for a search parameter that this kind does not have, or one below 1.
 
@@ -205,6 +162,7 @@ def search_index(
     *,
     allowed: AllowedRows | None = None,
     exact: NDArray[Any] | None = None,
+    gpu: GpuIndex | None = None,
 ) -> Found:
     """Scores and rows, each (Q, min(k, rows that are allowed)), best first and without FAISS's -1 padding.
 
@@ -213,7 +171,9 @@ def search_index(
     Args:
         allowed: the rows that may be hits; all without it.
         exact: the stored vectors (rows, D), float32 or float16, of an index of lists. The best `k_factor` times k rows
-            by their codes are then scored with these vectors, and so are few allowed rows. Other kinds hold theirs.
+            by their codes are then scored with these vectors, and so are few allowed rows. Other kinds hold theirs;
+            ivf_rabitq cannot do without.
+        gpu: a copy of a flat index or one of lists, which searches without a filter then go to.
 
     Safe for concurrent calls on one index.
     """
@@ -222,13 +182,17 @@ def search_index(
         raise ValueError(f"the mask of allowed rows has {len(allowed.mask)} rows, the index has {total}")
     if exact is not None and exact.shape != (total, index.d):
         raise ValueError(f"the stored vectors have shape {exact.shape}, the index has {(total, index.d)}")
+    if kind == "ivf_rabitq" and exact is None:
+        raise ValueError(
+            "one bit a dimension ranks too coarsely without the stored vectors; give them as `exact`"
+        )
     count = total if allowed is None else allowed.count
     depth = min(k, count)
     if depth == 0 or len(queries) == 0:
         shape = (len(queries), depth)
         return np.empty(shape, np.float32), np.empty(shape, np.int64)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    way = _way(kind, index, parameters, exact)
+    way = _way(kind, index, parameters, exact, gpu)
     if allowed is None or count == total:
         return way.search(queries, depth)
     return _search_allowed(way, queries, depth, allowed)
@@ -285,20 +249,30 @@ class _Way(Protocol):
         """Of `widely`, a query."""
 
 
-def _way(kind: BuiltKind, index: Any, parameters: Mapping[str, int], exact: NDArray[Any] | None) -> _Way:
+def _way(
+    kind: BuiltKind,
+    index: Any,
+    parameters: Mapping[str, int],
+    exact: NDArray[Any] | None,
+    gpu: GpuIndex | None = None,
+) -> _Way:
     if kind == "flat":
-        return _Flat(index)
+        return _Flat(index, gpu)
     if kind == "hnsw":
         return _Graph(index, parameters["efSearch"])
-    return _Lists(index, parameters["nprobe"], parameters.get("k_factor", _K_FACTORS[kind][0]), exact)
+    k_factor = parameters.get("k_factor", _K_FACTORS[kind][0])
+    filtered = k_factor * _FILTERED_FACTOR.get(kind, 1)
+    return _Lists(index, parameters["nprobe"], k_factor, filtered, exact, gpu)
 
 
 @dataclass(frozen=True)
 class _Flat:
     index: Any
+    gpu: GpuIndex | None = None
 
     def search(self, queries: Vectors, depth: int) -> Found:
-        return self.index.search(queries, depth)
+        gpu = self.gpu if self.gpu is not None and self.gpu.reaches(depth) else None
+        return (gpu or self.index).search(queries, depth)
 
     def exactly(self, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
         if len(allowed.mask) * _IN_PLACE_COST <= _scoring_cost(allowed, len(queries)):
@@ -317,10 +291,13 @@ class _Flat:
         return math.inf
 
     @property
-    def vectors(self) -> Vectors:
-        """(rows, D), where they lie. The index must outlive them."""
-        view = import_faiss().rev_swig_ptr(self.index.get_xb(), self.index.ntotal * self.index.d)
-        return view.reshape(self.index.ntotal, self.index.d)
+    def vectors(self) -> NDArray[Any]:
+        """(rows, D), float32 or float16, where they lie. The index must outlive them."""
+        size = int(self.index.code_size)
+        codes = import_faiss().rev_swig_ptr(self.index.codes.data(), self.index.ntotal * size)
+        dtype = np.float16 if size == 2 * self.index.d else np.float32
+        vectors: NDArray[Any] = codes.view(dtype).reshape(self.index.ntotal, self.index.d)
+        return vectors
 
 
 @dataclass(frozen=True)
@@ -338,6 +315,9 @@ class _Graph:
             base_index_params=faiss.SearchParametersHNSW(efSearch=width),
         )
         scores, rows = self.index.search(queries, depth, params=rescore)
+        copies = self._copies
+        if copies is not None:
+            self._add_copies(queries, copies, scores, rows)
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):
             # Rows that no walk reaches are found by scoring every full vector.
@@ -355,17 +335,35 @@ class _Graph:
         walk = import_faiss().SearchParametersHNSW(efSearch=width)
         candidates = np.empty((len(queries), _HNSW_RESCORED * depth), np.int64)
         sure = np.empty(len(queries), np.bool_)
+        copies = self._copies
         for block in _blocks(len(queries), _RANKED_AT_ONCE // width):
             _, ranking = self._walked.search(queries[block], width, params=walk)
+            if copies is not None:
+                ranking = copies.expanded(ranking, width)
             candidates[block], places = _first_allowed(ranking, allowed, candidates.shape[1])
             sure[block] = places[:, depth - 1] < reach
         return _rescored(self._flat.vectors, queries, candidates, depth), sure
 
     def width_cost(self, depth: int, allowed: AllowedRows, reach: int) -> float:
-        return _GRAPH_ROUNDS * self._width(depth, reach) * self._walked.hnsw.nb_neighbors(0) * _EDGE_COST
+        edges = graph_of(self.index).hnsw.nb_neighbors(0)
+        return _GRAPH_ROUNDS * self._width(depth, reach) * edges * _EDGE_COST
+
+    def _add_copies(self, queries: Vectors, copies: Copies, scores: Vectors, rows: NDArray[np.int64]) -> None:
+        """Let the copies of hits be hits too, in place."""
+        places = np.searchsorted(copies.originals, rows)
+        copied = copies.originals[np.minimum(places, len(copies.originals) - 1)] == rows
+        lines = np.flatnonzero(copied.any(axis=1))
+        if len(lines):
+            depth = rows.shape[1]
+            candidates = copies.expanded(rows[lines], _HNSW_RESCORED * depth)
+            scores[lines], rows[lines] = _rescored(self._flat.vectors, queries[lines], candidates, depth)
 
     def _width(self, depth: int, reach: int) -> int:
         return min(math.ceil(reach * max(self.ef_search, depth) / depth), int(self.index.ntotal))
+
+    @property
+    def _copies(self) -> Copies | None:
+        return copies_of(self.index)
 
     @property
     def _walked(self) -> Any:
@@ -381,7 +379,9 @@ class _Lists:
     index: Any
     nprobe: int
     k_factor: int
+    filtered_k_factor: int
     exact: NDArray[Any] | None
+    gpu: GpuIndex | None = None
 
     def search(self, queries: Vectors, depth: int) -> Found:
         probes = self.nprobe
@@ -437,7 +437,11 @@ class _Lists:
     def _read(self, queries: Vectors, depth: int, probes: int, allowed: AllowedRows | None) -> Found:
         """The best of the nearest `probes` lists; -1 where they hold too few rows that are allowed."""
         params = _selecting(import_faiss().SearchParametersIVF, allowed, nprobe=probes)
-        scores, rows = self.index.search(queries, self._candidates(depth, allowed), params=params)
+        candidates = self._candidates(depth, allowed)
+        gpu = None if allowed is not None or self.gpu is None else self.gpu
+        if gpu is not None and not gpu.reaches(candidates, probes):
+            gpu = None
+        scores, rows = (gpu or self.index).search(queries, candidates, params=params)
         return (scores, rows) if self.exact is None else _rescored(self.exact, queries, rows, depth)
 
     def _read_apart(
@@ -480,7 +484,9 @@ class _Lists:
     def _candidates(self, depth: int, allowed: AllowedRows | None) -> int:
         if self.exact is None:
             return depth
-        return min(depth * self.k_factor, len(self.exact) if allowed is None else allowed.count)
+        if allowed is None:
+            return min(depth * self.k_factor, len(self.exact))
+        return min(depth * self.filtered_k_factor, allowed.count)
 
 
 def _selecting(parameters: Any, allowed: AllowedRows | None, **values: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from raytower.errors import InputError
 from raytower.index import costs
-from raytower.index.config import BuiltKind, ExactDtype, IndexKind
+from raytower.index.config import BuiltKind, ExactDtype, HnswConfig, IndexKind, IvfConfig
 
 # A flat search of this many rows still takes well under a millisecond a query.
 _FLAT_ROWS = 20_000
@@ -28,9 +28,11 @@ _TRAIN_MEMORY_SHARE = 4
 # Product codes alone seldom get past this against exact search.
 _PQ_RECALL = 0.9
 _DTYPE_BYTES = {"float16": 2, "float32": 4}
-_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
+_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq")
+_PLANNED_HNSW, _PLANNED_IVF = HnswConfig(), IvfConfig()
 # What `auto` may take, best first.
-_AUTO_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_sq8", "ivf_pq")
+_AUTO_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_rabitq", "ivf_sq8", "ivf_pq")
+_CODE_KINDS: frozenset[BuiltKind] = frozenset({"ivf_rabitq", "ivf_sq8", "ivf_pq"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,18 @@ class _Request:
     memory_bytes: int
     latency_ms: float | None
     num_workers: int
+    rescore: bool | Literal["auto"]
+    vector_dtype: ExactDtype
+    hnsw: HnswConfig
+    ivf: IvfConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexPlan:
     """What a build will do. `ranges` are half-open row ranges over the embeddings' rows in file order.
 
-    `parameters`: hnsw has M and efConstruction; ivf kinds have nlist; ivf_pq also pq_m (sub-vectors) and nbits.
+    `parameters`: hnsw has M and efConstruction, and float_bits where whole vectors are shorter than 32; ivf kinds have
+    nlist; ivf_pq also pq_m (sub-vectors) and nbits.
 
     Predicted are the memory that a build task adds to its worker process, which takes some 200 MiB itself; the bytes on
     disk, texts and stored vectors included; the memory of a process that searches all shards once it has touched every
@@ -91,16 +98,19 @@ def plan_index(
     text_bytes: int = 0,
     rescore: bool | Literal["auto"] = "auto",
     vector_dtype: ExactDtype = "float32",
+    hnsw: HnswConfig = _PLANNED_HNSW,
+    ivf: IvfConfig = _PLANNED_IVF,
 ) -> IndexPlan:
     """Choose kind, shards and parameters, and predict memory, disk and time.
 
     `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once. `latency_ms`
     bounds the predicted time of a query on one core; where no kind that fits the memory keeps it, the fastest is taken
     and the reason says so. `rescore` keeps whole vectors of `vector_dtype` beside codes; they are memory-mapped, so
-    they count as disk.
+    they count as disk. What `hnsw` and `ivf` set is taken in place of what would be planned.
 
     Raises:
-        InputError: no rows, more shards than rows, or what does not fit the memory, naming what would.
+        InputError: no rows, more shards than rows, a setting that the kind does not have or the rows do not allow, or
+            what does not fit the memory, naming what would.
     """
     request = _Request(
         rows=rows,
@@ -111,9 +121,14 @@ def plan_index(
         memory_bytes=memory_bytes,
         latency_ms=latency_ms,
         num_workers=num_workers,
+        rescore=rescore,
+        vector_dtype=vector_dtype,
+        hnsw=hnsw,
+        ivf=ivf,
     )
     if rows < 1:
         raise InputError("the embeddings hold no rows; there is nothing to index")
+    _check_settings(request)
     asked = _asked_shards(request)
     chosen, reason = _choose_kind(request, asked)
     num_shards = asked if asked is not None else _auto_shards(request, chosen)
@@ -122,9 +137,14 @@ def plan_index(
     search_bytes = _search_bytes(request, chosen, num_shards)
     if max(build_bytes, search_bytes) > memory_bytes:
         raise InputError(_does_not_fit(request, chosen, num_shards, build_bytes, search_bytes))
-    exact_dtype = _exact_dtype(chosen, rescore, vector_dtype)
+    exact_dtype = _exact_dtype(request, chosen)
     exact_bytes = rows * dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
     train_rows = _train_rows(request, chosen, parameters)
+    if train_rows < parameters.get("nlist", 0):
+        raise InputError(
+            f"ivf.nlist is {ivf.nlist}, but centroids are trained on {train_rows} rows, and each needs at least one: "
+            f"set ivf.nlist to {train_rows} or fewer, or null"
+        )
     at_once = min(num_workers, num_shards, memory_bytes // build_bytes)
     return IndexPlan(
         kind=chosen,
@@ -146,15 +166,44 @@ def plan_index(
     )
 
 
-def _exact_dtype(
-    kind: BuiltKind, rescore: bool | Literal["auto"], vector_dtype: ExactDtype
-) -> ExactDtype | None:
-    codes_only = kind in ("ivf_sq8", "ivf_pq")
-    if rescore is True and not codes_only:
+def _exact_dtype(request: _Request, kind: BuiltKind) -> ExactDtype | None:
+    if request.rescore is True and kind not in _CODE_KINDS:
         raise InputError(
             f"rescore is true, but kind {kind} scores with whole vectors already; set rescore to auto or false"
         )
-    return vector_dtype if codes_only and rescore else None
+    if kind == "ivf_rabitq" and not request.rescore:
+        raise InputError(
+            "rescore is false, but one bit a dimension ranks too coarsely without whole vectors beside it; set rescore "
+            "to auto, or take kind ivf_sq8 or ivf_pq"
+        )
+    return request.vector_dtype if kind in _CODE_KINDS and request.rescore else None
+
+
+def _check_settings(request: _Request) -> None:
+    """Raises InputError for a setting that the kind asked for does not have, or the dimension does not allow."""
+    kind, pq_m = request.kind, request.ivf.pq_m
+    families = {"hnsw": request.hnsw, "ivf": request.ivf}
+    given = [
+        f"{family}.{name}"
+        for family, values in families.items()
+        for name, value in values
+        if value is not None
+    ]
+    known = {"flat": (), "hnsw": ("hnsw.",), "ivf_pq": ("ivf.",), "auto": ("hnsw.", "ivf.")}.get(
+        kind, ("ivf.nlist",)
+    )
+    for name in given:
+        if not name.startswith(known):
+            raise InputError(
+                f"{name} is set, but an index of kind {kind} has no such setting; set it to null"
+            )
+    if pq_m is not None and request.dim % pq_m:
+        divisors = [size for size in range(1, request.dim + 1) if request.dim % size == 0]
+        near = sorted(divisors, key=lambda size: abs(size - pq_m))[:2]
+        raise InputError(
+            f"ivf.pq_m is {pq_m}, which does not divide the dimension {request.dim}; take "
+            f"{' or '.join(map(str, sorted(near)))}"
+        )
 
 
 def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:
@@ -213,11 +262,13 @@ def _choose_kind(request: _Request, asked: int | None) -> tuple[BuiltKind, str]:
             )
         return request.kind, f"kind {request.kind} was asked for"
     few = request.rows <= _FLAT_ROWS
-    fitting = [kind for kind in _AUTO_KINDS if sizes[kind] <= memory and (few or kind != "flat")]
+    known = [kind for kind in _AUTO_KINDS if request.rescore or kind != "ivf_rabitq"]
+    fitting = [kind for kind in known if sizes[kind] <= memory and (few or kind != "flat")]
     if not fitting:
+        least = min(known, key=sizes.__getitem__)
         raise InputError(
-            f"{over} take {human_bytes(sizes['ivf_pq'])} even as ivf_pq, more than target.memory {have}; raise "
-            f"target.memory to at least {sizes['ivf_pq']} bytes or use an encoder of a smaller dimension"
+            f"{over} take {human_bytes(sizes[least])} even as {least}, more than target.memory {have}; raise "
+            f"target.memory to at least {sizes[least]} bytes or use an encoder of a smaller dimension"
         )
     shards = {kind: asked or _auto_shards(request, kind) for kind in fitting}
     # A kind that fits in one shard may not fit in as many as it is built in, and may need more to be built. Where that
@@ -247,6 +298,7 @@ def _reason(
             if name not in times
             else f"{name} about {times[name]:.2g} ms a query"
             for name in _AUTO_KINDS[1 : _AUTO_KINDS.index(kind)]
+            if request.rescore or name != "ivf_rabitq"
         ]
         reason = "; ".join([*before, f"{kind} takes {human_bytes(sizes[kind])}"])
     if kind == "ivf_pq" and request.recall > _PQ_RECALL:
@@ -314,14 +366,17 @@ def _parameters(request: _Request, kind: BuiltKind, shards: int) -> dict[str, in
     if kind == "flat":
         return {}
     if kind == "hnsw":
-        return {"M": _HNSW_M, "efConstruction": _HNSW_EF_CONSTRUCTION}
+        asked = request.hnsw
+        graph = {"M": asked.m or _HNSW_M, "efConstruction": asked.ef_construction or _HNSW_EF_CONSTRUCTION}
+        return {**graph, "float_bits": 16} if request.vector_dtype == "float16" else graph
     per_shard = max(request.rows // shards, 1)
-    nlist = max(min(int(4 * per_shard**0.5), per_shard // _MIN_ROWS_PER_CENTROID, _MAX_NLIST), 1)
+    planned = max(min(int(4 * per_shard**0.5), per_shard // _MIN_ROWS_PER_CENTROID, _MAX_NLIST), 1)
+    nlist = request.ivf.nlist or planned
     if kind != "ivf_pq":
         return {"nlist": nlist}
     dim = request.dim
     # About four dimensions a code, and a divisor of the dimension, as product quantisation needs.
-    pq_m = next(size for size in range(max(dim // 4, 1), 0, -1) if dim % size == 0)
+    pq_m = request.ivf.pq_m or next(size for size in range(max(dim // 4, 1), 0, -1) if dim % size == 0)
     nbits = min(max((request.rows // _MIN_ROWS_PER_CENTROID).bit_length() - 1, 1), 8)
     return {"nlist": nlist, "pq_m": pq_m, "nbits": nbits}
 
@@ -332,4 +387,5 @@ def _train_rows(request: _Request, kind: BuiltKind, parameters: dict[str, int]) 
     centroids = max(parameters.get("nlist", 0), 1 << parameters.get("nbits", 0))
     scalar = _SCALAR_TRAIN_ROWS if kind in ("hnsw", "ivf_sq8") else 0
     affordable = max(request.memory_bytes // _TRAIN_MEMORY_SHARE // (request.dim * 4), _MIN_ROWS_PER_CENTROID)
-    return min(request.rows, max(centroids * _TRAIN_ROWS_PER_CENTROID, scalar), _MAX_TRAIN_ROWS, affordable)
+    most = max(_MAX_TRAIN_ROWS, centroids * _MIN_ROWS_PER_CENTROID)
+    return min(request.rows, max(centroids * _TRAIN_ROWS_PER_CENTROID, scalar), most, affordable)

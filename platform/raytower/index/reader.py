@@ -18,7 +18,7 @@ from raytower.errors import FormatError, InputError
 from raytower.index.allowed import AllowedRows
 from raytower.index.filters import to_sql
 from raytower.index.hits import Hits, empty_hits, merge_hits, spread_hits
-from raytower.index.kinds import Vectors, check_parameters
+from raytower.index.kinds import SHARDS_PROBE, Vectors, check_parameters, parameters_for
 from raytower.index.manifest import PLACEMENTS_NAME, ROWS_NAME, SHARDS_NAME, IndexManifest, ShardEntry
 from raytower.index.placement import Placement
 from raytower.index.rowmap import Rows
@@ -27,10 +27,6 @@ from raytower.index.table import Document, DocumentTable
 from raytower.index.versions import open_manifest
 from raytower.storage import Location
 
-# The search parameter of an index placed by cluster: how many of the placed shards a query visits.
-SHARDS_PROBE = "shards_probe"
-# Parameters that a search for more hits than were measured widens in proportion.
-_WIDENED = ("efSearch", "nprobe", SHARDS_PROBE)
 # Masks of the filters asked last.
 _FILTERS_KEPT_BYTES = 256 * 2**20
 # Hits of a query, from shard after shard, that are merged together.
@@ -101,6 +97,10 @@ class Index:
             tail = _tail(index, manifest, table, shards if parts == 1 else None)
             shards += [tail] if tail is not None else []
         return cls(manifest, table, shards, _open_placement(index, manifest) if parts == 1 else None)
+
+    def use_gpu(self) -> int:
+        """Search flat shards and shards of lists on the GPU that FAISS sees; returns how many it holds."""
+        return sum([shard.use_gpu() for shard in self.shards])
 
     @property
     def version(self) -> str:
@@ -279,12 +279,8 @@ def resolve_parameters(
             f"search parameter {SHARDS_PROBE} is {probe}; it must be 1 or more, and the index placed by cluster"
         )
     check_parameters(manifest.kind, given, rescored=manifest.exact_dtype is not None)
-    measured = sorted(map(int, manifest.search_parameters))
-    at = next((depth for depth in measured if depth >= k), measured[-1])
-    chosen = {
-        name: -(-value * k // at) if k > at and name in _WIDENED else value
-        for name, value in manifest.search_parameters[str(at)].items()
-    }
+    measured = {int(at): values for at, values in manifest.search_parameters.items()}
+    chosen = parameters_for(k, measured)
     return {**chosen, **given, **({SHARDS_PROBE: probe} if probe is not None else {})}
 
 

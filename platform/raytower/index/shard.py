@@ -17,6 +17,7 @@ from raytower.errors import FormatError
 from raytower.index.allowed import AllowedRows
 from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
+from raytower.index.faiss_index import GpuIndex
 from raytower.index.hits import Hits
 from raytower.index.kinds import Vectors, search_index
 from raytower.index.manifest import EXACT_NAME, ROWS_NAME, SHARDS_NAME, VECTORS_NAME, FileEntry, ShardEntry
@@ -45,6 +46,7 @@ class Shard:
         self.digest = digest
         self._index = index
         self._exact = exact
+        self._gpu: GpuIndex | None = None
         live = row_map.live_mask(rows)
         self._live = None if live is None else AllowedRows.of(live)
 
@@ -102,7 +104,14 @@ class Shard:
     ) -> Hits:
         """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made."""
         scores, positions = search_index(
-            self.kind, self._index, vectors, k, parameters, allowed=allowed or self._live, exact=self._exact
+            self.kind,
+            self._index,
+            vectors,
+            k,
+            parameters,
+            allowed=allowed or self._live,
+            exact=self._exact,
+            gpu=self._gpu,
         )
         if positions.size and positions.max() >= len(self.rows):
             raise FormatError(
@@ -110,6 +119,11 @@ class Shard:
                 "compact the index, or build it again"
             )
         return Hits(scores, np.where(positions >= 0, np.asarray(self.rows)[positions], -1))
+
+    def use_gpu(self) -> bool:
+        """Put a copy on the GPU that FAISS sees, where it can hold one; says whether it does."""
+        self._gpu = GpuIndex.of(self.kind, self._index)
+        return self._gpu is not None
 
     @cached_property
     def _is_range(self) -> bool:

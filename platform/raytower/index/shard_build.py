@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 from raytower.errors import FormatError
 from raytower.index.config import BuiltKind, ExactDtype
 from raytower.index.faiss_import import import_faiss
-from raytower.index.kinds import Vectors, new_index, reserve, train_on_gpus
+from raytower.index.faiss_index import Vectors, fill, new_index, train
 from raytower.index.manifest import EXACT_NAME, ROWS_NAME, SHARDS_NAME, VECTORS_NAME, FileEntry, ShardEntry
 from raytower.index.rowmap import Rows
 from raytower.index.table import DocumentTable
@@ -81,6 +80,7 @@ class ShardTask:
     made_of: dict[str, Any]
     placed: bool
     num_threads: int
+    num_gpus: float = 0
 
     @property
     def digest(self) -> str:
@@ -102,17 +102,13 @@ def train_template(
     seed: int,
     num_threads: int,
 ) -> NDArray[np.uint8]:
-    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it.
-
-    Where FAISS sees a GPU, k-means assigns rows to centroids there, which is nearly all of the work.
-    """
+    """A trained empty index (centroids, codebooks, value ranges), serialised: every shard starts from it."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(num_threads)
     index = new_index(kind, dim, parameters)
     if train_rows:
         _, vectors = source.sample(train_rows, seed)
-        with train_on_gpus(kind, index):
-            index.train(vectors)
+        train(kind, index, vectors)
     return serialise(index)
 
 
@@ -130,10 +126,9 @@ def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
     """
     faiss = import_faiss()
     faiss.omp_set_num_threads(task.num_threads)
-    index = faiss.deserialize_index(template)
-    reserve(task.kind, index, task.num_rows)
+    empty = faiss.deserialize_index(template)
     with publish_directory(task.source.index / SHARDS_NAME / task.digest) as folder:
-        _fill(index, task, folder)
+        index = _fill(empty, task, folder)
         faiss.write_index(index, str(folder / VECTORS_NAME))
         entry = ShardEntry(
             digest=task.digest,
@@ -161,7 +156,8 @@ def finished_shard(index: Location, digest: str) -> ShardEntry | None:
     return entry if whole and entry.digest == digest else None
 
 
-def _fill(index: Any, task: ShardTask, folder: Path) -> None:
+def _fill(index: Any, task: ShardTask, folder: Path) -> Any:
+    """The index with the task's rows; their numbers and, where asked, whole vectors beside it."""
     with ExitStack() as stack:
         numbers = stack.enter_context(open(folder / ROWS_NAME, "wb"))
         _write_array_header(numbers, np.dtype(np.int64), (task.num_rows,))
@@ -169,45 +165,28 @@ def _fill(index: Any, task: ShardTask, folder: Path) -> None:
         if task.exact_dtype is not None:
             exact = stack.enter_context(open(folder / EXACT_NAME, "wb"))
             _write_array_header(exact, np.dtype(task.exact_dtype), (task.num_rows, index.d))
-        add = stack.enter_context(_adding(index, task.num_threads))
-        for rows, vectors in task.source.stream():
-            add(vectors)
-            numbers.write(np.ascontiguousarray(rows).data)
-            if exact is not None:
-                # Written, not mapped: the pages of a mapped file would count as this process's memory.
-                exact.write(vectors.astype(task.exact_dtype).data)
-    if index.ntotal != task.num_rows:
-        raise FormatError(
-            f"a shard was planned for {task.num_rows} rows and the table gave {index.ntotal}; run it again"
+
+        def batches() -> Iterator[Vectors]:
+            for rows, vectors in task.source.stream():
+                yield vectors
+                numbers.write(np.ascontiguousarray(rows).data)
+                if exact is not None:
+                    # Written, not mapped: the pages of a mapped file would count as this process's memory.
+                    exact.write(vectors.astype(task.exact_dtype).data)
+
+        filled = fill(
+            task.kind,
+            index,
+            batches(),
+            task.num_rows,
+            num_threads=task.num_threads,
+            num_gpus=task.num_gpus,
         )
-
-
-class _Add(Protocol):
-    def __call__(self, vectors: Vectors) -> None: ...
-
-
-@contextmanager
-def _adding(index: Any, num_threads: int) -> Iterator[_Add]:
-    """`index.add` beside the caller's reading and writing, one call at a time; all is added once the context ends.
-
-    A task of one core adds in line, so that it keeps to its core.
-    """
-    if num_threads == 1:
-        yield index.add
-        return
-    # The number of threads that OpenMP takes is set thread by thread.
-    with ThreadPoolExecutor(1, "index-add", import_faiss().omp_set_num_threads, (num_threads,)) as thread:
-        running: Future[None] | None = None
-
-        def add(vectors: Vectors) -> None:
-            nonlocal running
-            if running is not None:
-                running.result()
-            running = thread.submit(index.add, vectors)
-
-        yield add
-        if running is not None:
-            running.result()
+    if filled.ntotal != task.num_rows:
+        raise FormatError(
+            f"a shard was planned for {task.num_rows} rows and the table gave {filled.ntotal}; run it again"
+        )
+    return filled
 
 
 def _write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -28,6 +28,10 @@ class Run(Protocol):
     def at_once(self) -> int:
         """Steps that run at the same time."""
 
+    @property
+    def num_gpus(self) -> float:
+        """GPUs for a step that can use them."""
+
     def __call__(
         self,
         function: Callable[..., ResultT],
@@ -50,6 +54,7 @@ class InProcess:
 
     threads: int = 1
     at_once: int = 1
+    num_gpus: float = 0
 
     @property
     def threads_alone(self) -> int:
@@ -80,6 +85,10 @@ class OnRay:
     @property
     def at_once(self) -> int:
         return self.workers.max
+
+    @property
+    def num_gpus(self) -> float:
+        return self.workers.num_gpus
 
     @property
     def threads_alone(self) -> int:
