@@ -1,0 +1,100 @@
+"""What storage fails at, as errors that name the place, the reason and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raytower.errors import InputError, RaytowerError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+_AWS_ERROR = re.compile(r"AWS Error (\w+)|HTTP status (\d+)|<Code>(\w+)")
+_UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT")
+_NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket")
+_DENIED = (
+    "403",
+    "ACCESS_DENIED",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "EXPIRED_TOKEN",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "INVALID_SIGNATURE",
+    "MISSING_AUTHENTICATION_TOKEN",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "UNRECOGNIZED_CLIENT",
+)
+
+
+class StorageError(RaytowerError, OSError):
+    """Storage that failed or could not be reached; the message names the place."""
+
+
+class StorageRefusedError(StorageError, InputError):
+    """Storage that will not take what was asked: no permission, no such bucket, a file where a folder should be."""
+
+
+@contextmanager
+def explaining(place: object) -> Iterator[None]:
+    """Turn what a filesystem, or the system, raises into a StorageError about `place` (a Location, a path)."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RaytowerError):
+            raise
+        raise as_storage_error(error, str(place)) from error
+
+
+@contextmanager
+def explaining_full(place: object) -> Iterator[None]:
+    """Say which place is full. Other errors pass: code of others, which may write elsewhere, runs inside."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RaytowerError) or not is_full(error):
+            raise
+        raise as_storage_error(error, str(place)) from error
+
+
+def as_storage_error(error: Exception, place: str) -> StorageError:
+    """The error to raise for `error`: a StorageRefusedError where the user can do something about the request."""
+    detail = one_line(error)
+    if is_full(error):
+        return StorageError(f"no space is left for {place}: {detail}; make room there and run the job again")
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return StorageRefusedError(
+            f"{place} cannot be used: {detail}; choose another place, or change its permissions"
+        )
+    found = _AWS_ERROR.search(detail)
+    code = (found[found.lastindex or 0]) if found else ""
+    if code in _UNREACHABLE:
+        return StorageError(f"{place} cannot be reached: {detail}; check the endpoint and the network")
+    if code in _DENIED:
+        return StorageRefusedError(
+            f"{place} refuses access: {detail}; check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "a profile) and what they permit"
+        )
+    if code in _NO_BUCKET or detail.startswith("Bucket '"):
+        return StorageRefusedError(
+            f"{place} is in a bucket that does not exist: {detail}; create it, or add allow_bucket_creation=true to "
+            "the URI"
+        )
+    return StorageError(f"{place} failed: {detail}")
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # FAISS reports what the system said as text only.
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without its line breaks."""
+    return " ".join(str(error).split())
