@@ -19,10 +19,9 @@ from typing import Any
 
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from raytower import s3 as s3_module
-from raytower import storage as storage_module
 from raytower.cli import main
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
@@ -35,11 +34,14 @@ from raytower.index.tasks import run_tasks
 from raytower.index.versions import claim_version
 from raytower.models.encoder import Encoder
 from raytower.runtime import worker_environment
-from raytower.storage import Location, absolute_if_local, publish_directory
-from raytower.storage_errors import StorageError, StorageRefusedError
+from raytower.storage import Lease, Location, absolute_if_local, publish_directory, writer_lease
+from raytower.storage import location as storage_module
+from raytower.storage import s3 as s3_module
+from raytower.storage.errors import StorageError, StorageRefusedError
 from tests.s3_server import CACHE, REGION, S3Server, s3_server
 from tests.test_encoding import read_folder, write_corpus
 from tests.test_index import brute_force, build, clustered_vectors, found_ids, write_embeddings
+from tests.test_storage import HOLD, line_of, race, start
 
 MIB = 2**20
 ODD_KEYS = [
@@ -200,7 +202,7 @@ class TestWholeOrNothing:
         """The uploader reads from a pipe that the test feeds, so it is ended when two parts have been sent."""
         s3.put("bucket", f"{prefix}/x", b"old")
         script = (
-            "import sys\nfrom pathlib import Path\nfrom raytower import storage\n"
+            "import sys\nfrom pathlib import Path\nfrom raytower.storage import location as storage\n"
             f"storage._UPLOAD_BYTES = {11 * MIB}\n"
             "storage.Location.of(sys.argv[1]).move_from_local(Path(sys.argv[2]))\n"
         )
@@ -224,6 +226,73 @@ class TestWholeOrNothing:
         for size in (1, 12 * MIB):
             with pytest.raises(StorageRefusedError, match="bucket that does not exist"):
                 Location.of(s3.uri("no-such-bucket/x")).write_bytes(b"x" * size)
+
+
+class TestConditionalWrites:
+    def test_one_of_many_processes_creates_an_object(
+        self, s3: S3Server, prefix: str, place: Location
+    ) -> None:
+        answers = race(str(place / "中 %20" / "x"))
+        assert sorted(answers) == ["False"] * 7 + ["True"]
+        assert s3.read("bucket", f"{prefix}/中 %20/x") == str(answers.index("True")).encode() * 100_000
+
+    def test_replace_if_takes_only_what_was_read(self, s3: S3Server, prefix: str, place: Location) -> None:
+        assert (place / "x").read_with_etag() is None
+        assert not (place / "x").replace_if(b"2", '"anything"')
+        s3.put("bucket", f"{prefix}/x", b"1")
+        content, etag = (place / "x").read_with_etag() or (b"", "")
+        assert content == b"1"
+        assert [(place / "x").replace_if(b"2", etag), (place / "x").replace_if(b"3", etag)] == [True, False]
+        assert s3.read("bucket", f"{prefix}/x") == b"2"
+
+    def test_creating_in_a_bucket_that_does_not_exist(self, s3: S3Server) -> None:
+        with pytest.raises(StorageRefusedError, match="bucket that does not exist"):
+            Location.of(s3.uri("no-such-bucket/x")).put_if_absent(b"1")
+
+    def test_a_listing_is_one_request_and_removal_another(
+        self, s3: S3Server, prefix: str, place: Location
+    ) -> None:
+        for name in ("a", "b", "c"):
+            s3.put("bucket", f"{prefix}/{name}", name.encode() * 5)
+        before = len(s3.requests())
+        assert place.listing() == [("a", 5), ("b", 5), ("c", 5)]
+        assert len(s3.requests()) - before == 1
+        place.delete_files(["a", "c", "none"])
+        assert len(s3.requests()) - before == 2
+        assert s3.keys("bucket", prefix) == [f"{prefix}/b"]
+
+    def test_a_dead_holder_s_lease_is_taken_over_when_it_expires(self, place: Location) -> None:
+        process = start(HOLD, str(place / "lease"), "3")
+        try:
+            assert line_of(process) == "held"
+            time.sleep(5)  # longer than a lease that nobody renews would last
+            refused = pytest.raises(RaytowerError, match="held by first since 20")
+            with refused, writer_lease(place / "lease", owner="second", seconds=3):
+                pass
+            process.kill()
+            with writer_lease(place / "lease", owner="second", seconds=3, wait_seconds=60) as lease:
+                lease.check()
+            with writer_lease(place / "lease", owner="third", seconds=3) as lease:
+                (place / "lease").write_bytes(b"{}")
+                wait_for_loss(lease)
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_lance_opens_the_same_place(self, s3: S3Server, prefix: str, place: Location) -> None:
+        lance = pytest.importorskip("lance")
+        uri, options = (place / "中 %20?" / "table").lance_uri()
+        lance.write_dataset(pa.table({"a": [1, 2]}), uri, storage_options=options)
+        assert lance.dataset(uri, storage_options=options).count_rows() == 2
+        assert any(key.startswith(f"{prefix}/中 %20?/table/data/") for key in s3.keys("bucket", prefix))
+
+
+def wait_for_loss(lease: Lease) -> None:
+    deadline = time.monotonic() + 30
+    with pytest.raises(RaytowerError, match="was lost"):  # noqa: PT012
+        while time.monotonic() < deadline:
+            lease.check()
+            time.sleep(0.05)
 
 
 class TestDirectories:

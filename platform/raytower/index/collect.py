@@ -105,4 +105,4 @@ def _age(place: Location) -> float:
 
 
 def _bytes(place: Location) -> int:
-    return sum(size for _, size in place.files()) if place.is_dir() else place.size_bytes()
+    return sum(size for _, size in place.listing(recursive=True)) if place.is_dir() else place.size_bytes()

@@ -27,8 +27,7 @@ from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.config import ExactDtype
 from raytower.index.manifest import TABLE_NAME
 from raytower.index.rowmap import RowMap, Rows
-from raytower.storage import Location
-from raytower.storage_errors import StorageError
+from raytower.storage import Location, StorageError
 
 ROW, ID, TEXT, VECTOR = "row", "id", "text", "vector"
 # Columns of the table that are not the user's; `tokens` is kept for lexical search.

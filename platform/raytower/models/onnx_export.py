@@ -27,7 +27,7 @@ from raytower.errors import FormatError, MissingExtraError, RaytowerError
 from raytower.models.directory import read_info
 from raytower.models.encoder import Encoder
 from raytower.models.onnx_engine import OnnxBackbone, import_onnxruntime
-from raytower.storage import fsync_dir
+from raytower.storage import cache_dir, fsync_dir
 
 GRAPH_NAMES = {"float32": "model.onnx", "int8": "model_int8.onnx"}
 GRAPH_FOLDER = "onnx"
@@ -83,11 +83,6 @@ def graph_for(encoder: Encoder, dtype: str, directory: Path | None = None) -> Pa
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return folder / GRAPH_NAMES[dtype]
-
-
-def cache_dir() -> Path:
-    """Where graphs are kept on this machine: $RAYTOWER_CACHE, else ~/.cache/raytower."""
-    return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
 
 
 def export_graph(encoder: Encoder, dtype: str, folder: Path) -> dict[str, float]:

@@ -7,27 +7,27 @@ when its upload is complete. What storage refuses or fails at is said in one mes
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raytower import s3
 from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.storage_errors import (
+from raytower.storage import local, objects, s3
+from raytower.storage.errors import (
     StorageError,
     as_storage_error,
     explaining,
@@ -41,6 +41,14 @@ _COPY_BYTES = 4 * 1024 * 1024
 _DOWNLOAD_BYTES = 16 * 1024 * 1024
 _UPLOAD_BYTES = 64 * 1024 * 1024
 _LISTING_ATTEMPTS = 5
+_CACHE_BYTES = 50 * 2**30
+_JUST_FETCHED_SECONDS = 600.0
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "AZURE_STORAGE_ACCOUNT_KEY, or a managed identity",
+    "abfss": "AZURE_STORAGE_ACCOUNT_KEY, or a managed identity",
+}
 # A reader that finds one of these in a folder takes the folder for whole.
 _WRITTEN_LAST = ("raytower.json", "shard.json", "manifest.json")
 
@@ -65,6 +73,7 @@ class Location:
         text = os.fspath(uri)
         if "://" not in text:
             return Location(pafs.LocalFileSystem(), str(Path(text).expanduser().absolute()))
+        _refuse_credentials(text)
         try:
             if text.startswith(s3.PREFIX):
                 return Location(*s3.open_s3(text))
@@ -84,7 +93,7 @@ class Location:
             return self.path
         if isinstance(self.filesystem, pafs.S3FileSystem):
             return s3.s3_uri(self.filesystem, self.path)
-        return f"{self.filesystem.type_name}://{self.path}"
+        return _remote_uri(self.filesystem, self.path)
 
     @property
     def name(self) -> str:
@@ -142,7 +151,10 @@ class Location:
 
     def make_dir(self) -> Location:
         with explaining(self):
-            self.filesystem.create_dir(self.path, recursive=True)
+            if self.is_local:
+                local.make_dirs(Path(self.path))
+            else:
+                self.filesystem.create_dir(self.path, recursive=True)
         return self
 
     def delete(self) -> None:
@@ -190,7 +202,7 @@ class Location:
                     yield stream
                 self.move_from_local(gathered)
             return
-        beside = Path(self.path).with_name(f".{self.name}.{uuid.uuid4().hex}.tmp")
+        beside = local.beside(Path(self.path))
         try:
             with explaining(self):
                 self.make_parent()
@@ -202,7 +214,7 @@ class Location:
                 os.fsync(stream.fileno())
             with explaining(self):
                 os.replace(beside, self.path)
-                fsync_dir(Path(self.path).parent)
+                local.fsync_dir(Path(self.path).parent)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -214,16 +226,54 @@ class Location:
         self.write_bytes(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 
     def put_if_absent(self, content: bytes) -> bool:
-        if self.exists():
-            return False
-        self.write_bytes(content)
-        return True
+        """Make this file where there is none; of any number of callers at once, True for one and False for the others.
 
-    def lance_uri(self) -> tuple[str, dict[str, str] | None]:
-        return self.path, None
+        A StorageError leaves it open whether the file was made.
+        """
+        if self.is_local:
+            with explaining(self):
+                return local.create_file(Path(self.path), content)
+        return objects.create(self.filesystem, self.path, content)
 
-    def files(self) -> list[tuple[str, int]]:
-        return [(info.path, info.size) for info in self._listing(True) if info.type == pafs.FileType.File]
+    def read_with_etag(self) -> tuple[bytes, str] | None:
+        """The content and what `replace_if` knows it by; None where there is no such file."""
+        if not self.is_local:
+            return objects.read(self.filesystem, self.path)
+        with explaining(self):
+            try:
+                content = Path(self.path).read_bytes()
+            except FileNotFoundError:
+                return None
+        return content, hashlib.sha256(content).hexdigest()
+
+    def replace_if(self, content: bytes, etag: str) -> bool:
+        """Replace the content that has this etag; False, and nothing done, where it is another one or gone."""
+        if not self.is_local:
+            return objects.replace(self.filesystem, self.path, content, etag)
+        with local.locked(Path(self.path).with_name(f".{self.name}.lock")):
+            found = self.read_with_etag()
+            if found is None or found[1] != etag:
+                return False
+            self.write_bytes(content)
+            return True
+
+    def listing(self, recursive: bool = False) -> list[tuple[str, int]]:
+        """Names and sizes of the files in this directory, asked for at once; names are relative to it."""
+        files = (info for info in self._listing(recursive) if info.type == pafs.FileType.File)
+        return [(info.path[len(self.path) :].lstrip("/"), int(info.size)) for info in files]
+
+    def delete_files(self, names: Iterable[str]) -> None:
+        """Delete files of this directory; what is not there is passed over."""
+        if not self.is_local:
+            objects.delete(self.filesystem, self.path, names)
+            return
+        with explaining(self):
+            for name in names:
+                (Path(self.path) / name).unlink(missing_ok=True)
+
+    def lance_uri(self) -> tuple[str, dict[str, str]]:
+        """What Lance opens a dataset at this place by: its uri and its storage_options."""
+        return (self.path, {}) if self.is_local else objects.object_uri(self.filesystem, self.path)
 
     def make_parent(self) -> None:
         self.parent.make_dir()
@@ -243,7 +293,7 @@ class Location:
                 with open(source, "rb") as stream:
                     os.fsync(stream.fileno())
                 os.replace(source, self.path)
-                fsync_dir(Path(self.path).parent)
+                local.fsync_dir(Path(self.path).parent)
                 return
             self._upload(source)
             source.unlink()
@@ -277,9 +327,11 @@ class Location:
         if self.is_local:
             return Path(self.path)
         target = cache_dir / sha256[:2] / f"{sha256}-{self.name}"
-        with _held(target.with_name(f"{target.name}.lock")):
+        with local.locked(target.with_name(f"{target.name}.lock")):
             if not self._is_cached(target, sha256, size_bytes, verify):
                 self._download(target, sha256)
+                _evict(cache_dir)
+            os.utime(target)  # used now: not among the next to go
         return target
 
     def _is_cached(self, target: Path, sha256: str, size_bytes: int | None, verify: bool) -> bool:
@@ -308,17 +360,6 @@ class Location:
             return bytes(stream.read(_DOWNLOAD_BYTES))
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
-
-
-@contextmanager
-def writer_lease(place: Location, *, owner: str, seconds: float, wait_seconds: float = 0.0) -> Iterator[None]:
-    place.make_parent()
-    with _held(Path(place.path + ".lock")):
-        yield
-
-
 def absolute_if_local(name: str) -> str:
     """`name` so that every worker finds the same thing by it.
 
@@ -331,13 +372,64 @@ def absolute_if_local(name: str) -> str:
     return str(path.absolute()) if "://" not in name and path.exists() else name
 
 
-def fsync_dir(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def cache_dir() -> Path:
+    """Where fetched files and made graphs are kept on this machine: $RAYTOWER_CACHE, else ~/.cache/raytower."""
+    return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
+
+
+def _evict(cache: Path) -> None:
+    """Remove the files that were not used for longest, until the cache keeps to $RAYTOWER_CACHE_BYTES.
+
+    A file fetched moments ago stays, because its process may not have opened it yet; one that is open or mapped may
+    go, because its bytes stay until it is closed.
+    """
+    given = os.environ.get("RAYTOWER_CACHE_BYTES", str(_CACHE_BYTES))
+    if not given.isdecimal():
+        raise InputError(f"RAYTOWER_CACHE_BYTES is {given!r}; it is a whole number of bytes")
+    used = []
+    for path in cache.glob("[0-9a-f][0-9a-f]/[!.]*"):
+        with suppress(FileNotFoundError):  # another process evicts too
+            status = path.stat()
+            used.append((status.st_mtime, status.st_size, path))
+    excess = sum(size for _, size, _ in used) - int(given)
+    for when, size, path in sorted(used):
+        if excess <= 0 or when > time.time() - _JUST_FETCHED_SECONDS:
+            return
+        if path.suffix != ".lock":
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def _refuse_credentials(uri: str) -> None:
+    parts = urlsplit(uri, allow_fragments=False)
+    secret = re.search(r"(?:^|&)(account_key|client_secret|sas_token|sig)=", parts.query)
+    account_key = parts.scheme in ("abfs", "abfss") and parts.password is not None
+    if not (
+        secret or account_key or (parts.password is not None) or (parts.scheme == "s3" and parts.username)
+    ):
+        return
+    where = (
+        f"{parts.scheme}://…@{parts.hostname}{parts.path}"
+        if parts.username
+        else f"{parts.scheme}://{parts.netloc}{parts.path}?…"
+    )
+    raise InputError(
+        f"{where} holds credentials, which would end up in manifests and logs; leave them out of the URI and set "
+        f"{_CREDENTIALS.get(parts.scheme, 'them where the client of that storage looks for them')}"
+    )
+
+
+def _remote_uri(filesystem: pafs.FileSystem, path: str) -> str:
+    """A URI without credentials from which pyarrow makes an equal filesystem."""
+    state = filesystem.__reduce__()[1][0]
+    escaped = quote(path, safe="/")
+    if isinstance(filesystem, pafs.GcsFileSystem):
+        options = [f"{name}={state[name]}" for name in ("endpoint_override", "scheme") if state[name]]
+        who = "anonymous@" if state["anonymous"] else ""
+        return f"gs://{who}{escaped}" + (f"?{'&'.join(options)}" if options else "")
+    if isinstance(filesystem, pafs.AzureFileSystem):
+        return f"abfs://{state['account_name']}@{escaped}"
+    return f"{filesystem.type_name}://{path}"
 
 
 @contextmanager
@@ -356,25 +448,35 @@ def publish_directory(target: Location) -> Iterator[Path]:
             yield folder
             _upload_directory(folder, target)
         return
-    beside = Path(target.path).with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    old = Path(target.path).with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    # Through a link to the folder that it names: an output may lie on another disk.
+    path = Path(os.path.realpath(target.path))
+    beside, old = local.beside(path), local.beside(path, "old")
     try:
         with explaining(target):
-            target.make_parent()
+            local.make_dirs(path.parent)
             beside.mkdir()
         with explaining_full(target):
             yield beside
-            for file in _files_in(beside):
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
+            _sync_tree(beside)
         with explaining(target):
-            if Path(target.path).exists():
-                os.rename(target.path, old)
-            os.rename(beside, target.path)
-            fsync_dir(Path(target.path).parent)
+            if path.exists() and not local.exchange(beside, path):
+                os.rename(path, old)
+            if not path.exists():
+                os.rename(beside, path)
+            local.fsync_dir(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():  # else it is the one copy that is left
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            local.fsync_dir(path)
+        elif path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def _upload_directory(folder: Path, target: Location) -> None:
@@ -424,16 +526,3 @@ def _abandon(stream: pa.NativeFile) -> None:
     pyarrow gives no way to abort, so the stream is kept from ever being destroyed, and at most one buffer with it.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
-
-
-@contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Only one process at a time is inside, for one `lock` file; a killed one leaves at once."""
-    with explaining(Location.of(lock)):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

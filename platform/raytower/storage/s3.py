@@ -35,15 +35,10 @@ def open_s3(uri: str) -> tuple[pafs.S3FileSystem, str]:
     of AWS otherwise.
 
     Raises:
-        InputError: no bucket, credentials in the URI, or an unknown or wrong option.
+        InputError: no bucket, or an unknown or wrong option.
         OSError: AWS was asked for the bucket's region and did not give one.
     """
     parts = urlsplit(uri, allow_fragments=False)
-    if parts.username or parts.password:
-        raise InputError(
-            f"{PREFIX}…@{parts.hostname}{parts.path} holds credentials, which would end up in manifests and logs; set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, and leave them out of the URI"
-        )
     if not parts.netloc:
         raise InputError(f"storage URI {uri!r} names no bucket; write s3://BUCKET/PATH")
     options = _parse_options(uri, parts.query)

@@ -12,12 +12,15 @@ from raytower.errors import InputError, RaytowerError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
-_AWS_ERROR = re.compile(r"AWS Error (\w+)|HTTP status (\d+)")
+_AWS_ERROR = re.compile(r"AWS Error (\w+)|HTTP status (\d+)|<Code>(\w+)")
 _UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT")
-_NO_BUCKET = ("NO_SUCH_BUCKET",)
+_NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket")
 _DENIED = (
     "403",
     "ACCESS_DENIED",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
     "EXPIRED_TOKEN",
     "INVALID_ACCESS_KEY_ID",
     "INVALID_CLIENT_TOKEN_ID",
@@ -68,7 +71,7 @@ def as_storage_error(error: Exception, place: str) -> StorageError:
             f"{place} cannot be used: {detail}; choose another place, or change its permissions"
         )
     found = _AWS_ERROR.search(detail)
-    code = (found[1] or found[2]) if found else ""
+    code = (found[found.lastindex or 0]) if found else ""
     if code in _UNREACHABLE:
         return StorageError(f"{place} cannot be reached: {detail}; check the endpoint and the network")
     if code in _DENIED:

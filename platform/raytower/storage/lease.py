@@ -1,0 +1,175 @@
+"""One writer at a time: a lock on a local disk, an object that expires on an object store."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+from raytower.errors import RaytowerError
+from raytower.storage.errors import StorageError
+from raytower.storage.local import locked
+from raytower.storage.location import Location
+
+_POLL_SECONDS = 0.2
+
+
+class Lease:
+    """The right to write. `check()` before each step that others must not repeat meanwhile."""
+
+    def __init__(self, place: Location, is_held: Callable[[], bool]) -> None:
+        self._place = place
+        self._is_held = is_held
+
+    def check(self) -> None:
+        """Raises RaytowerError where the lease was lost: another writer may be at work."""
+        if not self._is_held():
+            raise RaytowerError(
+                f"the lease {self._place} was lost: it could not be renewed in time, or somebody removed it; nothing "
+                "more is written. Run the command again"
+            )
+
+
+@contextmanager
+def writer_lease(
+    place: Location, *, owner: str, seconds: float = 60.0, wait_seconds: float = 0.0
+) -> Iterator[Lease]:
+    """Be the one writer while the block runs.
+
+    On a local disk the lease ends with the process that holds it. On an object store a holder that dies keeps it for
+    `seconds`, and half of that again, which allows for clocks that differ; a living one renews it in the background.
+
+    Raises:
+        RaytowerError: somebody else holds it and did not let go within `wait_seconds`.
+        InputError: the storage has neither locks nor conditional writes.
+    """
+    mine = {
+        "owner": owner,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "token": uuid.uuid4().hex,
+    }
+    if place.is_local:
+        with _local_lease(place, mine, wait_seconds) as lease:
+            yield lease
+        return
+    held = _ObjectLease(place, mine, seconds)
+    held.acquire(wait_seconds)
+    try:
+        yield Lease(place, held.is_held)
+    finally:
+        held.release()
+
+
+@contextmanager
+def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> Iterator[Lease]:
+    path = place.local_path
+    with locked(path, wait_seconds) as descriptor:
+        if descriptor is None:
+            raise _taken(place, path.read_bytes())
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+
+        def is_held() -> bool:
+            # A lock file that was removed locks nobody out any more.
+            try:
+                return os.path.samestat(os.fstat(descriptor), os.stat(path))
+            except FileNotFoundError:
+                return False
+
+        lease = Lease(place, is_held)
+        lease.check()
+        yield lease
+
+
+class _ObjectLease:
+    """An object with owner and expiry, written only where it is absent, expired or ours."""
+
+    def __init__(self, place: Location, mine: dict[str, str], seconds: float) -> None:
+        self._place, self._mine, self._seconds = place, mine, seconds
+        self._etag = ""
+        self._valid_until = 0.0  # by this process's monotonic clock
+        self._ended = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="raytower-lease", daemon=True)
+
+    def acquire(self, wait_seconds: float) -> None:
+        deadline = time.monotonic() + wait_seconds
+        while (held_by := self._try()) is not None:
+            if time.monotonic() >= deadline:
+                raise _taken(self._place, held_by)
+            time.sleep(_POLL_SECONDS)
+        self._renewal.start()
+
+    def is_held(self) -> bool:
+        return time.monotonic() < self._valid_until
+
+    def release(self) -> None:
+        """Mark it as expired, if it is still ours: an unconditional delete could take away another's."""
+        self._ended.set()
+        self._renewal.join()
+        if self.is_held():
+            with suppress(StorageError):  # else it expires by itself
+                self._place.replace_if(self._content(expires=0.0), self._etag)
+
+    def _try(self) -> bytes | None:
+        """None where the lease is ours now, else what its holder wrote."""
+        found = self._place.read_with_etag()
+        if found is None:
+            self._place.put_if_absent(self._content())
+        elif time.time() > _expiry(found[0]) + self._seconds / 2:
+            self._place.replace_if(self._content(), found[1])
+        else:
+            return found[0]
+        return None if self._adopt() else (self._place.read_with_etag() or (b"", ""))[0]
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._seconds / 3):
+            try:
+                self._place.replace_if(self._content(), self._etag)
+                # Read back in any case: the answer to an earlier renewal may have been lost on its way.
+                if not self._adopt():
+                    self._valid_until = 0.0
+                    return
+            except StorageError:
+                continue  # tried again until the lease ends
+
+    def _adopt(self) -> bool:
+        """Whether the object is ours; if so it counts until the expiry that stands in it."""
+        found = self._place.read_with_etag()
+        if found is None or _read(found[0]).get("token") != self._mine["token"]:
+            return False
+        self._etag = found[1]
+        self._valid_until = time.monotonic() + _expiry(found[0]) - time.time()
+        return True
+
+    def _content(self, expires: float | None = None) -> bytes:
+        until = time.time() + self._seconds if expires is None else expires
+        return json.dumps({**self._mine, "expires": until}).encode()
+
+
+def _read(content: bytes) -> dict[str, str]:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _expiry(content: bytes) -> float:
+    # What cannot be read was not written by a holder.
+    try:
+        return float(_read(content).get("expires", 0.0))
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _taken(place: Location, content: bytes) -> RaytowerError:
+    holder = _read(content)
+    return RaytowerError(
+        f"{place} is held by {holder.get('owner', 'another process')} since {holder.get('since', 'a moment ago')}; "
+        "wait until it ends, or end it"
+    )

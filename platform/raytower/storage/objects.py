@@ -1,0 +1,145 @@
+"""Conditional writes on object stores, by the library obstore: pyarrow's filesystems have none.
+
+The options are those of the Rust crate object_store, which Lance is built on too, so one table serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, TypeAlias
+from urllib.parse import quote
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import AzureStore, GCSStore, S3Store
+from pyarrow import fs as pafs
+
+from raytower.errors import InputError
+from raytower.storage.errors import as_storage_error
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
+
+Store: TypeAlias = S3Store | GCSStore | AzureStore
+Options: TypeAlias = tuple[tuple[str, str], ...]
+
+_CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "30s"}
+_RETRIES = {"max_retries": 2}
+
+
+def scheme_and_options(filesystem: pafs.FileSystem, path: str) -> tuple[str, dict[str, str]]:
+    """How object_store names the store behind a pyarrow filesystem: a scheme, and options without credentials.
+
+    Raises:
+        InputError: the storage has no conditional writes (hdfs).
+    """
+    # The state that a pickle carries is the one public way to a filesystem's options.
+    if isinstance(filesystem, pafs.S3FileSystem):
+        return "s3", _s3_options(filesystem.__reduce__()[1][0])
+    if isinstance(filesystem, pafs.GcsFileSystem):
+        return "gs", _gcs_options(filesystem.__reduce__()[1][0])
+    if isinstance(filesystem, pafs.AzureFileSystem):
+        return "az", {"azure_storage_account_name": filesystem.__reduce__()[1][0]["account_name"]}
+    raise InputError(
+        f"{filesystem.type_name}://{path}: this storage cannot write under a condition, which an index needs; use a "
+        "local disk, s3://, gs:// or abfs://"
+    )
+
+
+def object_uri(filesystem: pafs.FileSystem, path: str) -> tuple[str, dict[str, str]]:
+    scheme, options = scheme_and_options(filesystem, path)
+    return f"{scheme}://{quote(path)}", options
+
+
+def _s3_options(state: dict[str, object]) -> dict[str, str]:
+    options = {"aws_region": str(state["region"])} if state["region"] else {}
+    if state["endpoint_override"]:
+        options["aws_endpoint"] = f"{state['scheme']}://{state['endpoint_override']}"
+    if state["scheme"] == "http":
+        options["allow_http"] = "true"
+    if state["anonymous"]:
+        options["aws_skip_signature"] = "true"
+    if state["force_virtual_addressing"]:
+        options["aws_virtual_hosted_style_request"] = "true"
+    return options
+
+
+def _gcs_options(state: dict[str, object]) -> dict[str, str]:
+    options = {}
+    if state["endpoint_override"]:
+        options["google_base_url"] = f"{state['scheme']}://{state['endpoint_override']}"
+    if state["scheme"] == "http":
+        options["allow_http"] = "true"
+    if state["anonymous"]:
+        options["google_skip_signature"] = "true"
+    return options
+
+
+def create(filesystem: pafs.FileSystem, path: str, content: bytes) -> bool:
+    """Make an object where there is none; False where there is one."""
+    with _store(filesystem, path) as (store, key):
+        try:
+            obstore.put(store, key, content, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            return False
+        return True
+
+
+def replace(filesystem: pafs.FileSystem, path: str, content: bytes, etag: str) -> bool:
+    """Replace the object that has this etag; False where it is another one or gone."""
+    with _store(filesystem, path) as (store, key):
+        try:
+            obstore.put(store, key, content, mode=_condition(filesystem, etag), use_multipart=False)
+        except PreconditionError:
+            return False
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+            return False
+        return True
+
+
+def read(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, str] | None:
+    """An object's content and etag, which belong together; None where there is none."""
+    with _store(filesystem, path) as (store, key):
+        try:
+            found = obstore.get(store, key)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+            return None
+        return bytes(found.bytes()), str(found.meta[_version_key(filesystem)])
+
+
+def _version_key(filesystem: pafs.FileSystem) -> Literal["e_tag", "version"]:
+    # Google's condition is on an object's generation, the others' on its etag.
+    return "version" if isinstance(filesystem, pafs.GcsFileSystem) else "e_tag"
+
+
+def _condition(filesystem: pafs.FileSystem, etag: str) -> UpdateVersion:
+    return {"version": etag} if _version_key(filesystem) == "version" else {"e_tag": etag}
+
+
+def delete(filesystem: pafs.FileSystem, folder: str, names: Iterable[str]) -> None:
+    """Delete objects of a folder, up to 1,000 a request; what is not there is passed over."""
+    with _store(filesystem, folder) as (store, key):
+        obstore.delete(store, [f"{key}/{name}".lstrip("/") for name in names])
+
+
+@contextmanager
+def _store(filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[Store, str]]:
+    """The store and the key of a path; what the store fails at inside is raised as a StorageError."""
+    scheme, options = scheme_and_options(filesystem, path)
+    bucket, _, key = path.partition("/")
+    try:
+        yield _open(scheme, bucket, tuple(sorted(options.items()))), key
+    except (BaseError, OSError) as error:
+        raise as_storage_error(error, f"{scheme}://{path}") from error
+
+
+@lru_cache(maxsize=64)
+def _open(scheme: str, bucket: str, options: Options) -> Store:
+    kinds: dict[str, type[Store]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+    return kinds[scheme](bucket, config=dict(options), client_options=_CLIENT_OPTIONS, retry_config=_RETRIES)  # type: ignore[arg-type]
