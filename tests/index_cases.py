@@ -66,7 +66,7 @@ def write_embeddings(
     return str(folder)
 
 
-def build(folder: Path, embeddings: str, **settings: Any) -> dict[str, Any]:
+def build(folder: Path | str, embeddings: str, **settings: Any) -> dict[str, Any]:
     """An index over an embeddings folder, built in this process."""
     config = {"kind": "flat", **settings, "embeddings": embeddings, "output": str(folder)}
     return build_index(IndexBuildConfig.model_validate(config), run=HERE)

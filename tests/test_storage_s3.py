@@ -28,19 +28,31 @@ from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.index.change import (
+    IndexAddConfig,
+    IndexDeleteConfig,
+    IndexSetConfig,
+    add_to_index,
+    delete_from_index,
+    set_in_index,
+)
+from raytower.index.collect import IndexGcConfig, collect_garbage
+from raytower.index.compact import IndexCompactConfig, compact_index
 from raytower.index.config import IndexWorkersConfig
+from raytower.index.manage import IndexRollbackConfig, IndexVerifyConfig, index_rollback, index_verify
 from raytower.index.reader import Index
-from raytower.index.tasks import run_tasks
-from raytower.index.versions import claim_version
+from raytower.index.tasks import OnRay
+from raytower.index.versions import open_manifest, version_names
 from raytower.models.encoder import Encoder
 from raytower.runtime import worker_environment
 from raytower.storage import Lease, Location, absolute_if_local, publish_directory, writer_lease
 from raytower.storage import location as storage_module
 from raytower.storage import s3 as s3_module
 from raytower.storage.errors import StorageError, StorageRefusedError
-from tests.s3_server import CACHE, REGION, S3Server, s3_server
+from tests.index_cases import HERE, build
+from tests.s3_server import REGION, S3Server, s3_server
 from tests.test_encoding import read_folder, write_corpus
-from tests.test_index import brute_force, build, clustered_vectors, found_ids, write_embeddings
+from tests.test_index import brute_force, clustered_vectors, embeddings_of, found_ids
 from tests.test_storage import HOLD, line_of, race, start
 
 MIB = 2**20
@@ -468,7 +480,7 @@ class TestFailures:
             place.make_dir()
         assert isinstance(StorageRefusedError("x"), InputError)
         assert main(self._ask(str(place))) == 2
-        assert "no published index" in self._complaint(capfd)
+        assert "holds no index" in self._complaint(capfd)
 
     def test_credentials_that_are_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -524,38 +536,21 @@ class TestFailures:
 
         workers = IndexWorkersConfig(num_cpus=0.5)
         with pytest.raises(InputError, match=r"^s3://no-such-bucket\S* is in a bucket that does not exist"):
-            run_tasks(write, [(s3.uri("no-such-bucket/x"),)], workers)
+            OnRay(workers)(write, [(s3.uri("no-such-bucket/x"),)])
         with pytest.raises(RaytowerError, match=r"^s3://bucket/x\S* cannot be reached") as failed:
-            run_tasks(write, [("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http",)], workers)
+            OnRay(workers)(write, [("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http",)])
         assert not isinstance(failed.value, InputError)
 
 
-class TestVersions:
-    def test_builders_at_once_get_different_versions(self, place: Location) -> None:
-        names: list[str] = []
-
-        def claim(number: int) -> None:
-            with claim_version(Location.of(str(place)), {"number": number}) as name:
-                names.append(name)
-
-        with ThreadPoolExecutor(4) as threads:
-            list(threads.map(claim, range(12)))
-        assert len(set(names)) == 12
-        for name in names:
-            assert (place / "versions" / name / "build.json").is_file()
-
-
 @pytest.fixture(scope="class")
-def built(
-    s3: S3Server, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, np.ndarray]:
-    """An index in the bucket with two flat shards over 300 vectors, built by workers."""
+def built(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray]:
+    """An index in the bucket with two flat shards over 300 vectors."""
     vectors = clustered_vectors(300)
-    embeddings = write_embeddings(tmp_path_factory.mktemp("flat") / "embeddings", vectors)
-    for file in embeddings.iterdir():
+    embeddings = embeddings_of(tmp_path_factory.mktemp("flat") / "embeddings", vectors)
+    for file in Path(embeddings).iterdir():
         s3.put("bucket", f"flat/embeddings/{file.name}", file.read_bytes())
-    figures = build(s3.uri("bucket/flat/embeddings"), s3.uri("bucket/flat/index"))  # type: ignore[arg-type]
-    assert (figures["version"], figures["shards"]) == ("v000001", 2)
+    figures = build(s3.uri("bucket/flat/index"), s3.uri("bucket/flat/embeddings"), shards=2)
+    assert (figures["version"], figures["shards"]) == ("000001", 2)
     return s3.uri("bucket/flat/index"), vectors
 
 
@@ -629,124 +624,104 @@ class TestIndex:
         queries = clustered_vectors(20, seed=9)
         index = Index.open(built[0])
         assert found_ids(index, queries, 10) == brute_force(built[1], queries, 10)
+        assert len(found_ids(index, queries[:1], 10, filter={"year": {"$lt": 2005}})[0]) == 5
 
-    @pytest.mark.parametrize("kind", ["hnsw", "ivf_sq8"])
-    def test_other_kinds(self, s3: S3Server, prefix: str, built: tuple[str, np.ndarray], kind: str) -> None:
-        figures = build(
-            s3.uri("bucket/flat/embeddings"),  # type: ignore[arg-type]
-            s3.uri(f"bucket/{prefix}/index"),  # type: ignore[arg-type]
-            kind=kind,
-        )
-        assert figures["recall"] >= 0.95
-        assert Index.open(s3.uri(f"bucket/{prefix}/index")).num_rows == 300
-
-    def test_shards_are_read_once(self, s3: S3Server, built: tuple[str, np.ndarray]) -> None:
-        Index.open(built[0])
+    @pytest.mark.parametrize("shards", [2, 8])
+    def test_an_index_opens_in_as_many_requests_whatever_its_shards(
+        self, s3: S3Server, prefix: str, built: tuple[str, np.ndarray], shards: int
+    ) -> None:
+        place = s3.uri(f"bucket/{prefix}/index-{shards}")
+        build(place, s3.uri("bucket/flat/embeddings"), shards=shards)
+        Index.open(place)
         before = len(s3.requests())
-        Index.open(built[0])
-        gets = [line for line in s3.requests()[before:] if line.startswith("GET /bucket/flat/")]
-        assert [Path(line).name for line in gets] == ["CURRENT", "manifest.json"]
-        assert any(CACHE.rglob("*-vectors.faiss"))
+        Index.open(place)
+        asked = [line for line in s3.requests()[before:] if f"index-{shards}" in line]
+        assert not [line for line in asked if "/shards/" in line], (
+            "shards are in the cache, known by their checksums"
+        )
+        assert len(asked) < 20
 
-    def test_damage_in_the_bucket_and_in_the_cache(
+    def test_damage_in_the_bucket(
         self, s3: S3Server, built: tuple[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        key = "flat/index/versions/v000001/shard-00001/vectors.faiss"
+        key = f"flat/index/shards/{open_manifest(built[0]).shards[1].digest}/vectors.faiss"
         whole = s3.read("bucket", key)
         damaged = bytearray(whole)
         damaged[len(damaged) // 2] ^= 1
         monkeypatch.setenv("RAYTOWER_CACHE", str(tmp_path))
         try:
-            s3.put("bucket", key, bytes(damaged))
-            with pytest.raises(FormatError, match=r"vectors\.faiss.* has sha256"):
-                Index.open(built[0])
-            s3.put("bucket", key, whole[:-1])
-            with pytest.raises(FormatError, match="truncated or changed"):
-                Index.open(built[0])
+            for content in (bytes(damaged), whole[:-1]):
+                s3.put("bucket", key, content)
+                with pytest.raises(FormatError, match=r"vectors\.faiss.* has sha256"):
+                    Index.open(built[0])
         finally:
             s3.put("bucket", key, whole)
         expected = found_ids(Index.open(built[0]), clustered_vectors(5, seed=2), 5)
         (copy,) = [path for path in tmp_path.rglob("*-vectors.faiss") if path.read_bytes() == whole]
-        copy.write_bytes(damaged)
-        assert found_ids(Index.open(built[0]), clustered_vectors(5, seed=2), 5) == expected
-        assert copy.read_bytes() == whole
         copy.write_bytes(whole[:-5])
-        assert Index.open(built[0], verify="none").num_rows == 300
+        assert found_ids(Index.open(built[0]), clustered_vectors(5, seed=2), 5) == expected
         assert copy.read_bytes() == whole
 
     def test_verify_reads_the_bucket_not_the_cache(
         self, s3: S3Server, built: tuple[str, np.ndarray], capfd: pytest.CaptureFixture[str]
     ) -> None:
         Index.open(built[0])  # every shard is in the cache, whole
-        key = "flat/index/versions/v000001/shard-00000/documents.arrow"
+        key = f"flat/index/shards/{open_manifest(built[0]).shards[0].digest}/rows.npy"
         whole = s3.read("bucket", key)
         damaged = bytearray(whole)
         damaged[len(damaged) // 2] ^= 1
         s3.put("bucket", key, bytes(damaged))
         try:
             assert main(["index", "verify", "--index", built[0]]) == 2
-            assert "documents.arrow" in capfd.readouterr().err
+            assert "rows.npy" in capfd.readouterr().err
         finally:
             s3.put("bucket", key, whole)
-        assert main(["index", "verify", "--index", built[0]]) == 0
 
-    def test_a_second_version_the_list_and_the_way_back(
-        self, s3: S3Server, built: tuple[str, np.ndarray], capfd: pytest.CaptureFixture[str]
+    def test_every_change_and_a_build_that_was_killed(
+        self, s3: S3Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        opened = Index.open(built[0])
-        assert build(s3.uri("bucket/flat/embeddings"), built[0])["version"] == "v000001"  # type: ignore[arg-type]
-        again = build(s3.uri("bucket/flat/embeddings"), built[0], shards=3)  # type: ignore[arg-type]
-        assert again["version"] == "v000002"
-        capfd.readouterr()
-        assert main(["index", "list", "--index", built[0]]) == 0
-        listed = json.loads(capfd.readouterr().out.splitlines()[-1])["versions"]
-        assert [(item["version"], item["current"], item["shards"]) for item in listed] == [
-            ("v000001", False, 2),
-            ("v000002", True, 3),
-        ]
-        assert main(["index", "rollback", "--index", built[0], "--to", "v000001"]) == 0
-        assert Index.open(built[0]).version == opened.version == "v000001"
-        assert len(found_ids(opened, clustered_vectors(1), 5)[0]) == 5
+        import raytower.index.build as module
 
-    def test_documents_come_and_go(
-        self, s3: S3Server, prefix: str, built: tuple[str, np.ndarray], tmp_path: Path
-    ) -> None:
-        index = s3.uri(f"bucket/{prefix}/index")
-        build(s3.uri("bucket/flat/embeddings"), index)  # type: ignore[arg-type]
-        names = [f"new {number}" for number in range(40)]
-        added = clustered_vectors(40, seed=7)
-        for file in write_embeddings(tmp_path / "more", added, ids=names).iterdir():
-            s3.put("bucket", f"{prefix}/more/{file.name}", file.read_bytes())
-        workers = ["--workers.num_cpus", "0.5"]
-        gone = ["id 3", "id 299", "new 0"]
-        (tmp_path / "gone.txt").write_text("\n".join(gone) + "\n")
-        more = s3.uri(f"bucket/{prefix}/more")
-        assert main(["index", "add", "--index", index, "--embeddings", more, *workers]) == 0
+        vectors = clustered_vectors(200)
+        place, embeddings = s3.uri(f"bucket/{prefix}/index"), embeddings_of(tmp_path / "e", vectors)
+        publish, builds = module.publish, []
+        build_shard = module.build_shard
+        monkeypatch.setattr(module, "build_shard", lambda *call: builds.append(1) or build_shard(*call))
+        monkeypatch.setattr(module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(place, embeddings, shards=2)
+        monkeypatch.setattr(module, "publish", publish)
+        build(place, embeddings, shards=2)
+        assert len(builds) == 2, "finished shards are found again in the bucket too"
+        more = embeddings_of(tmp_path / "more", clustered_vectors(5, seed=3), 200)
+        assert add_to_index(IndexAddConfig(index=place, embeddings=more))["rows"] == 205
+        assert delete_from_index(IndexDeleteConfig(index=place, ids=["id 0"]))["rows"] == 204
         assert (
-            main(["index", "delete", "--index", index, "--path", str(tmp_path / "gone.txt"), *workers]) == 0
+            set_in_index(IndexSetConfig(index=place, values={"year": 1}, filter={"year": 2001}))["changed"]
+            == 1
         )
-        vectors = {f"id {row}": vector for row, vector in enumerate(built[1])}
-        vectors |= dict(zip(names, added, strict=True))
-        kept = [name for name in vectors if name not in gone]
-        queries = clustered_vectors(10, seed=5)
-        rows = brute_force(np.stack([vectors[name] for name in kept]), queries, 10)
-        expected = [[kept[int(row.removeprefix("id "))] for row in line] for line in rows]
-        assert found_ids(Index.open(index), queries, 10) == expected
-        assert main(["index", "compact", "--index", index, *workers]) == 0
-        assert main(["index", "gc", "--index", index, "--keep", "1"]) == 0
-        assert main(["index", "verify", "--index", index]) == 0
-        assert found_ids(Index.open(index), queries, 10) == expected
-        shards = {
-            key.split("/")[3] for key in s3.keys("bucket", f"{prefix}/index/versions") if "/shard-" in key
-        }
-        assert len(shards) == 1
+        assert compact_index(IndexCompactConfig(index=place), run=HERE)["rows"] == 204
+        assert index_rollback(IndexRollbackConfig(index=place, to="000002"))["version"] == "000006"
+        assert Index.open(place).num_rows == 205
+        collected = collect_garbage(IndexGcConfig(index=place, keep=1, unfinished=True))
+        assert collected["freed_bytes"] > 0
+        assert Index.open(place).num_rows == 205
+        assert index_verify(IndexVerifyConfig(index=place))["verified"]
 
-    def test_a_build_that_cannot_write_says_so(
-        self, s3: S3Server, built: tuple[str, np.ndarray], capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        command = ["index", "build", "--embeddings", s3.uri("bucket/flat/embeddings")]
-        command += ["--output", s3.uri("no-such-bucket/index")]
-        assert main([*command, "--workers.num_cpus", "0.5"]) == 2
-        error = capfd.readouterr().err
-        assert "bucket that does not exist" in error
-        assert "Traceback" not in error
+    def test_two_writers_at_once_lose_nothing(self, s3: S3Server, prefix: str, tmp_path: Path) -> None:
+        place = s3.uri(f"bucket/{prefix}/index")
+        build(place, embeddings_of(tmp_path / "e", clustered_vectors(50)))
+
+        def change(number: int) -> None:
+            if number % 2:
+                delete_from_index(IndexDeleteConfig(index=place, ids=[f"id {number}"]))
+            else:
+                folder = embeddings_of(
+                    tmp_path / f"more-{number}", clustered_vectors(2, seed=number), 100 + number
+                )
+                add_to_index(IndexAddConfig(index=place, embeddings=folder))
+
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(change, range(6)))
+        assert Index.open(place).num_rows == 50 + 3 * 2 - 3
+        assert len(version_names(Location.of(place))) == 7

@@ -131,11 +131,11 @@ class _Parser:
     def _find(self, name: str, where: str) -> tuple[pa.Field, str]:
         """A column, or a member of one that holds objects; and how SQL names it."""
         if name in self._schema.names:
-            return self._schema.field(name), f"`{name}`"
+            return self._schema.field(name), _quoted(name)
         # The longest column that begins the name, for names that hold dots themselves.
         for head in sorted(self._schema.names, key=len, reverse=True):
             field = self._schema.field(head)
-            path = f"`{head}`"
+            path = _quoted(head)
             rest = name.removeprefix(f"{head}.")
             while rest != name and pa.types.is_struct(field.type):
                 step = next(
@@ -148,7 +148,7 @@ class _Parser:
                 )
                 if step is None:
                     break
-                field, path = pa.field(name, step.type), f"{path}.`{step.name}`"
+                field, path = pa.field(name, step.type), f"{path}.{_quoted(step.name)}"
                 if rest == step.name:
                     return field, path
                 rest = rest.removeprefix(f"{step.name}.")
@@ -173,6 +173,10 @@ class _Parser:
         if operator in _ORDERS:
             return _ordering(column, path, operator, literal, where)
         return _equality(column, path, operator == "$ne", literal, where)
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
 
 
 def _all(parts: list[str]) -> str:

@@ -413,15 +413,34 @@ def unified(ours: pa.Schema, theirs: pa.Schema, what: str) -> pa.Schema:
     fields = {field.name: field for field in ours}
     for field in theirs:
         known = fields.setdefault(field.name, field)
-        try:
-            merged = pa.unify_schemas([pa.schema([known]), pa.schema([field])], promote_options="permissive")
-        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        kind = _common_type(known.type, field.type)
+        if kind is None:
             raise InputError(
                 f"column {field.name!r} is {known.type} in the index and {field.type} in {what}; give it one type, or "
                 "another name"
-            ) from error
-        fields[field.name] = merged.field(0)
+            )
+        fields[field.name] = field.with_type(kind)
     return pa.schema(list(fields.values())).remove_metadata()
+
+
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both; of integers and floats only if the integers are small enough."""
+    types = pa.types
+    if one == other or types.is_null(other):
+        return one
+    if types.is_null(one):
+        return other
+    if types.is_list(one) and types.is_list(other):
+        member = _common_type(one.value_type, other.value_type)
+        return None if member is None else pa.list_(member)
+    kinds = {one, other}
+    if kinds <= {pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32()}:
+        return pa.int64()
+    if kinds <= {pa.int64(), pa.float32(), pa.float64()}:
+        return pa.float64()
+    if types.is_timestamp(one) and types.is_timestamp(other) and one.tz == other.tz:
+        return pa.timestamp("ns", one.tz)
+    return None
 
 
 def _conformed(documents: pa.Table, field: pa.Field) -> Any:
@@ -487,7 +506,10 @@ def _sql_type(kind: pa.DataType) -> str:
         pa.float32(): "FLOAT", pa.float64(): "DOUBLE", pa.string(): "STRING", pa.large_string(): "STRING",
     }  # fmt: skip
     if kind not in names:
-        raise RaytowerError(f"a column cannot be widened to {kind} in place; build the index again with it")
+        raise
+        InputError(
+            f"a column of the index cannot become {kind} in place; give the addition its type, or build anew"
+        )
     return names[kind]
 
 
