@@ -146,11 +146,11 @@ class TestPlanner:
 
         assert kind(5_000, 8 * 2**30) == "flat"
         assert kind(1_000_000, 8 * 2**30) == "hnsw"
-        assert kind(10_000_000, 8 * 2**30) == "ivf_sq8"
-        assert kind(50_000_000, 8 * 2**30) == "ivf_pq"
+        assert kind(10_000_000, 8 * 2**30) == "ivf_rabitq"
+        assert kind(50_000_000, 8 * 2**30) == "ivf_rabitq"
 
     def test_what_does_not_fit_names_what_would(self) -> None:
-        with pytest.raises(InputError, match=r"kind ivf_sq8 \(3\.7 GiB\) would fit"):
+        with pytest.raises(InputError, match=r"kind ivf_rabitq \(647\.6 MiB\) would fit"):
             plan_index(
                 rows=10_000_000,
                 dim=384,

@@ -31,6 +31,7 @@ from raytower.index.versions import claim_version
 from raytower.runtime import worker_environment
 from raytower.storage import Location
 from tests.test_index import DIM, brute_force, build, clustered_vectors, found_ids, write_embeddings
+from tests.test_index_kinds import FakeGpus
 
 
 def refresh_manifest(embeddings: Path) -> None:
@@ -148,12 +149,36 @@ class TestFilling:
 
 @pytest.mark.usefixtures("ray_cluster")
 class TestEveryKind:
-    @pytest.mark.parametrize("kind", ["hnsw", "ivf_sq8", "ivf_pq"])
+    @pytest.mark.parametrize("kind", ["hnsw", "ivf_rabitq", "ivf_sq8", "ivf_pq"])
     def test_every_kind_gives_every_row_when_asked_for_more(self, kind: str, tmp_path: Path) -> None:
         write_embeddings(tmp_path / "embeddings", clustered_vectors(700))
         build(tmp_path / "embeddings", tmp_path / "index", kind=kind)
         ids = found_ids(Index.open(tmp_path / "index"), clustered_vectors(2, seed=5), 1000)
         assert [len(set(line)) for line in ids] == [700, 700]
+
+    def test_settings_of_a_kind_are_what_is_built(self, tmp_path: Path) -> None:
+        write_embeddings(tmp_path / "embeddings", clustered_vectors(700))
+        build(tmp_path / "embeddings", tmp_path / "graph", kind="hnsw", hnsw={"m": 8, "ef_construction": 20})
+        assert Index.open(tmp_path / "graph").manifest.parameters == {"M": 8, "efConstruction": 20}
+        build(tmp_path / "embeddings", tmp_path / "lists", kind="ivf_pq", ivf={"nlist": 7, "pq_m": 12})
+        parameters = Index.open(tmp_path / "lists").manifest.parameters
+        assert (parameters["nlist"], parameters["pq_m"]) == (7, 12)
+
+    @pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8"])
+    def test_an_index_is_searched_on_the_gpu_that_is_there(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_embeddings(tmp_path / "embeddings", clustered_vectors(700))
+        build(tmp_path / "embeddings", tmp_path / "index", kind=kind, shards=2)
+        here, there = (Index.open(tmp_path / "index") for _ in range(2))
+        assert there.use_gpu() == 0  # there is none
+        gpus = FakeGpus(monkeypatch)
+        assert there.use_gpu() == 2
+        queries = clustered_vectors(20, seed=6)
+        for name in ("scores", "shards", "rows"):
+            found, wanted = (getattr(index.search(queries, 10), name) for index in (there, here))
+            assert found.tolist() == wanted.tolist()
+        assert "search" in gpus.calls
 
     def test_hnsw_scores_are_exact_inner_products(self, tmp_path: Path) -> None:
         vectors = clustered_vectors(900)

@@ -104,6 +104,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
     engine = load_engine(config.encoder, config.compute)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    if on_gpu := index.use_gpu():
+        log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
     judgements = judge(queries, document_tables(index))
     if judgements.num_missing:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")

@@ -91,6 +91,10 @@ class Index:
         shards = [Shard.open(folder, n, manifest, cache, verify=verify) for n in numbers]
         return cls(manifest, shards, _open_placement(folder, manifest, cache, verify))
 
+    def use_gpu(self) -> int:
+        """Search flat shards and shards of lists on the GPU that FAISS sees; returns how many it holds."""
+        return sum([shard.use_gpu() for shard in self.shards])
+
     @property
     def version(self) -> str:
         return self.manifest.version

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from raytower.errors import FormatError, InputError
 from raytower.index.allowed import AllowedRows
 from raytower.index.faiss_import import import_faiss
+from raytower.index.faiss_index import GpuIndex
 from raytower.index.filters import Filter
 from raytower.index.kinds import SEARCH_PARAMETER, Vectors, check_parameters, search_index
 from raytower.index.kinds import SHARDS_PROBE as SHARDS_PROBE
@@ -81,6 +82,7 @@ class Shard:
         self._index = index
         self._manifest = manifest
         self._exact = exact
+        self._gpu: GpuIndex | None = None
         self._live: AllowedRows | None = None  # None: every row
         if len(deleted):
             mask = np.ones(documents.num_rows, dtype=np.bool_)
@@ -120,6 +122,11 @@ class Shard:
         _check_content(place, entry, index, table, exact, manifest.dim)
         return cls(number, manifest, index, table, exact, _read_deleted(folder, entry, cache, verify))
 
+    def use_gpu(self) -> bool:
+        """Search a copy on the GPU that FAISS sees, where no row is ruled out; False where it holds none."""
+        self._gpu = GpuIndex.of(self.entry.kind, self._index)
+        return self._gpu is not None
+
     @property
     def num_rows(self) -> int:
         """Rows in the files, deleted ones too."""
@@ -156,7 +163,14 @@ class Shard:
         if self.entry.kind != self._manifest.kind:
             chosen = {}  # a small shard that was added, searched exactly
         scores, rows = search_index(
-            self.entry.kind, self._index, vectors, k, chosen, allowed=self._allowed(filter), exact=self._exact
+            self.entry.kind,
+            self._index,
+            vectors,
+            k,
+            chosen,
+            allowed=self._allowed(filter),
+            exact=self._exact,
+            gpu=self._gpu,
         )
         return Hits(scores, np.full(rows.shape, self.number, np.int32), rows)
 
