@@ -33,6 +33,7 @@ from synthetic import clustered
 from raytower.index import kinds
 from raytower.index.allowed import AllowedRows
 from raytower.index.config import BuiltKind
+from raytower.index.faiss_index import fill, new_index, train
 
 K = 10
 TARGET = 0.95
@@ -70,7 +71,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--batch", type=int, default=256, help="queries of one call")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kinds", default="hnsw,ivf_flat,ivf_sq8,ivf_sq8+exact,ivf_pq+exact")
+    parser.add_argument(
+        "--kinds", default="hnsw,ivf_flat,ivf_rabitq+exact,ivf_sq8,ivf_sq8+exact,ivf_pq+exact"
+    )
     arguments = parser.parse_args()
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, faiss {faiss.__version__}, ",
@@ -109,9 +112,9 @@ def make_subject(name: str, corpus: np.ndarray, queries: np.ndarray) -> Subject:
         "pq_m": corpus.shape[1] // 4,
         "nbits": 8,
     }
-    index = kinds.new_index(built, corpus.shape[1], parameters)
-    index.train(corpus)
-    index.add(corpus)
+    index = new_index(built, corpus.shape[1], parameters)
+    train(built, index, corpus)
+    index = fill(built, index, [corpus], len(corpus))
     wanted = exact_rows(corpus, queries, AllowedRows.of(np.ones(len(corpus), np.bool_)))
     exact = corpus if stored else None
     subjects = [

@@ -35,7 +35,7 @@ from raytower.index.source import EmbeddingsSource
 from raytower.storage import Location
 
 CORES = os.cpu_count() or 1
-KINDS = ("flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq")
+KINDS = ("flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq")
 MIB = 2**20
 
 

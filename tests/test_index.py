@@ -43,6 +43,7 @@ from raytower.index.manage import (
     index_rollback,
     index_verify,
 )
+from raytower.index.plan import plan_index, split_rows
 from raytower.index.reader import Index, resolve_parameters
 from raytower.index.rowmap import RowMap
 from raytower.index.versions import open_manifest, publish, version_names
@@ -98,6 +99,44 @@ def edit_version(folder: Path, edit: Any) -> None:
     values = json.loads(place.read_text())
     edit(values)
     place.write_text(json.dumps(values))
+
+
+class TestPlanner:
+    @given(rows=st.integers(1, 10**6), shards=st.integers(1, 64))
+    def test_ranges_add_up_and_none_is_empty(self, rows: int, shards: int) -> None:
+        shards = min(shards, rows)
+        ranges = split_rows(rows, shards)
+        assert [start for start, _ in ranges] == [0, *[end for _, end in ranges[:-1]]]
+        assert ranges[-1][1] == rows
+        sizes = [end - start for start, end in ranges]
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
+
+    def test_auto_goes_from_exact_to_graph_to_codes(self) -> None:
+        def kind(rows: int, memory: int) -> str:
+            values = {"dim": 384, "shards": "auto", "memory_bytes": memory, "num_workers": 2, "recall": 0.95}
+            return plan_index(rows=rows, kind="auto", **values).kind  # type: ignore[arg-type]
+
+        assert kind(5_000, 8 * 2**30) == "flat"
+        assert kind(1_000_000, 8 * 2**30) == "hnsw"
+        assert kind(10_000_000, 8 * 2**30) == "ivf_rabitq"
+        assert kind(50_000_000, 8 * 2**30) == "ivf_rabitq"
+
+    def test_what_does_not_fit_names_what_would(self) -> None:
+        with pytest.raises(InputError, match=r"kind ivf_rabitq \(647\.6 MiB\) would fit"):
+            plan_index(
+                rows=10_000_000,
+                dim=384,
+                kind="hnsw",
+                shards=4,
+                recall=0.95,
+                memory_bytes=8 * 2**30,
+                num_workers=2,
+            )
+
+    def test_more_shards_than_rows(self) -> None:
+        with pytest.raises(InputError, match="shards is 4, more than the 3 rows"):
+            plan_index(rows=3, dim=8, kind="flat", shards=4, recall=0.95, memory_bytes=2**30, num_workers=2)
 
 
 class TestRowMap:

@@ -96,6 +96,8 @@ def train_bytes(kind: BuiltKind, train_rows: int, dim: int, parameters: Mapping[
     if kind in ("ivf_sq8", "ivf_pq"):
         wanted = _SCALAR_TRAIN_ROWS if kind == "ivf_sq8" else _TRAIN_ROWS_PER_CODE << parameters["nbits"]
         copied = (2 if train_rows > wanted else 1) * min(train_rows, wanted) * row
+    elif kind == "ivf_rabitq":
+        copied = train_rows * row  # residuals of the whole sample
     centroids = 3 * parameters.get("nlist", 0) * row
     # The value ranges of 8-bit codes are taken from a transposed piece of the sample.
     work = _assign_bytes(train_rows, parameters["nlist"]) if "nlist" in parameters else train_rows * row // 4
