@@ -18,6 +18,7 @@ from raytower.index.filters import parse_filter
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index, default_cache_dir, open_manifest
 from raytower.index.search import Shard, merge_hits, prepare_queries, read_documents_schema
+from raytower.serving.ports import keep_replica_local
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
 
@@ -177,6 +178,7 @@ class ShardServer:
     """One index shard in its own process, holding the versions that are or just were served."""
 
     def __init__(self, uri: str, number: int) -> None:
+        keep_replica_local()
         self._uri = uri
         self._number = number
         self._open: OrderedDict[str, ShardRecall] = OrderedDict()
