@@ -10,11 +10,14 @@ import faulthandler
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -23,6 +26,16 @@ GRACE_S = 8.0
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
+
+@dataclass
+class _Ending:
+    """What the first signal has left for the end."""
+
+    code: int | None = None
+    descendants: list[psutil.Process] = field(default_factory=list)
+
+
+_ending = _Ending()
 _folders: list[tuple[int, Path]] = []
 
 
@@ -48,14 +61,14 @@ def bounded_ending(grace_s: float = GRACE_S) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return
-    came: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        came.append(number)
         for later in (signal.SIGINT, signal.SIGTERM):
             signal.signal(later, signal.SIG_IGN)
+        _ending.code = 128 + number
         # Now, while they can be found: children of one that has ended are nobody's descendants.
-        _end_later(grace_s, 128 + number, psutil.Process().children(recursive=True))
+        _ending.descendants = psutil.Process().children(recursive=True)
+        _leave_later(grace_s)
         if number == signal.SIGTERM:
             raise Terminated
         raise KeyboardInterrupt
@@ -64,7 +77,7 @@ def bounded_ending(grace_s: float = GRACE_S) -> Iterator[None]:
     try:
         yield
     finally:
-        if not came:  # else what runs at exit is still to be bounded, and not to be disturbed
+        if _ending.code is None:  # else what runs at exit is still to be bounded, and not to be disturbed
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -76,18 +89,27 @@ def remove_at_end(folder: Path) -> None:
     _folders.append((os.getpid(), folder))
 
 
-def _end_later(grace_s: float, code: int, descendants: list[psutil.Process]) -> None:
-    def end() -> None:
-        for process in descendants:
-            with suppress(psutil.Error):
-                process.kill()
-        _remove_folders()
-        os._exit(code)
+def has_begun() -> bool:
+    """Whether a signal has come."""
+    return _ending.code is not None
 
-    limit = threading.Timer(grace_s, end)
+
+def leave() -> NoReturn:
+    """End at once, with all descendants: by the code of the signal that has come, or 1."""
+    for process in _ending.descendants:
+        with suppress(psutil.Error):
+            process.kill()
+    _remove_folders()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(_ending.code or 1)
+
+
+def _leave_later(grace_s: float) -> None:
+    limit = threading.Timer(grace_s, leave)
     limit.daemon = True
     limit.start()
-    # A call into Ray that holds the interpreter would keep `end` waiting too; this needs none.
+    # A call into Ray that holds the interpreter would keep `leave` waiting too; this needs none.
     faulthandler.dump_traceback_later(grace_s + 1, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 - until the end
 
 

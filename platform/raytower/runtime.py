@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,11 @@ import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
-from raytower.ending import raise_terminated, remove_at_end
+from raytower import ending
 from raytower.errors import InputError
 
+# A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
+SIGNALLED_S = 1.0
 _MIN_LOGICAL_CPUS = 4
 # A socket's path has 107 bytes at most; this is the longest that Ray makes below its temporary folder.
 _MAX_SOCKET_PATH = 107
@@ -60,12 +63,12 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = ()) -> Non
 def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
     _require_token()
     private = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER, dir=_short_place()))
-    remove_at_end(private)
+    ending.remove_at_end(private)
     # Objects that do not fit into memory go where the user wants large temporary files.
     spilled = private
     if private.parent != Path(tempfile.gettempdir()):
         spilled = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER))
-        remove_at_end(spilled)
+        ending.remove_at_end(spilled)
     atexit.register(_shut_down)  # before the folders go: what runs at exit runs in reverse
     environment = {
         "env_vars": worker_environment(),
@@ -85,8 +88,12 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
 
 
 def _shut_down() -> None:
-    if has_ended():  # a raylet without its GCS does not end when it is asked to
+    if ending.has_begun():
+        time.sleep(SIGNALLED_S)
+    if has_ended():
+        # Nothing is left to be ended in order, and Ray would wait a minute for its GCS.
         ray._private.worker.global_worker.node.kill_all_processes(check_alive=False)
+        ending.leave()
     ray.shutdown(_exiting_interpreter=True)
 
 
@@ -183,7 +190,7 @@ def _sigterm_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, raise_terminated if before in (signal.SIG_DFL, None) else before)
+        signal.signal(signal.SIGTERM, ending.raise_terminated if before in (signal.SIG_DFL, None) else before)
 
 
 def worker_environment() -> dict[str, str]:

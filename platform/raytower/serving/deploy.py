@@ -29,7 +29,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import open_manifest
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
-from raytower.runtime import ensure_ray, has_ended, log
+from raytower.runtime import SIGNALLED_S, ensure_ray, has_ended, log
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import check_fingerprint, encoder_for
 from raytower.serving.graph import QUIET, build_application, needed_cpus
@@ -154,6 +154,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                     wanted.clear()
                     version = _reload_or_keep(config, version)
         except (KeyboardInterrupt, Terminated):
+            time.sleep(SIGNALLED_S)
             if version is None:
                 raise
         finally:
