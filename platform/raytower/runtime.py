@@ -24,6 +24,7 @@ from raytower.errors import InputError
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
 SIGNALLED_S = 1.0
+_abandoned: list[bool] = []
 _MIN_LOGICAL_CPUS = 4
 # A socket's path has 107 bytes at most; this is the longest that Ray makes below its temporary folder.
 _MAX_SOCKET_PATH = 107
@@ -90,11 +91,18 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
 def _shut_down() -> None:
     if ending.has_begun():
         time.sleep(SIGNALLED_S)
-    if has_ended():
+    if has_ended() or _abandoned:
         # Nothing is left to be ended in order, and Ray would wait a minute for its GCS.
         ray._private.worker.global_worker.node.kill_all_processes(check_alive=False)
         ending.leave()
     ray.shutdown(_exiting_interpreter=True)
+
+
+def abandon() -> None:
+    """A thread was left in a call to Ray that does not return: a local Ray is killed at exit, not asked to end."""
+    node = ray._private.worker.global_worker.node
+    if node is not None and node.is_head():
+        _abandoned.append(True)
 
 
 def has_ended() -> bool:

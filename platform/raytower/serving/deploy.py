@@ -29,7 +29,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import open_manifest
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
-from raytower.runtime import SIGNALLED_S, ensure_ray, has_ended, log
+from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended, log
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import check_fingerprint, encoder_for
 from raytower.serving.graph import QUIET, build_application, needed_cpus
@@ -39,7 +39,7 @@ APP_NAME = "raytower"
 # Asks the machine itself, so never through a proxy that the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _READY_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.2
 Result = TypeVar("Result")
 
@@ -159,7 +159,8 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 raise
         finally:
             log("stopping")
-            stop()
+            if version is not None:  # else `start` has stopped what it had started
+                stop()
     return {"url": url, "index_version": version, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -351,4 +352,5 @@ def _within(seconds: float, work: Callable[[], Result]) -> Result:
     while time.monotonic() < deadline and not has_ended():
         if wait([done], timeout=_POLL_S).done:
             return done.result()
+    abandon()
     raise TimeoutError
