@@ -237,3 +237,17 @@ class TestWhoseToken:
     ) -> None:
         assert self.token_after(monkeypatch, asks=False, RAY_AUTH_MODE="disabled") is None
         assert "can run commands" in capsys.readouterr().err
+
+
+def test_a_program_that_has_the_token_joins_by_the_address(ray_cluster: None) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    settings = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    done = run(
+        "print('address', end=' ')\n" + START.replace("logical CPUs", "joined"),
+        RAY_ADDRESS=address,
+        **settings,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "joined True" in done.stdout

@@ -7,12 +7,13 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray
@@ -56,7 +57,8 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = ()) -> Non
     with _sigterm_kept():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             # The submitted job brings its own runtime environment; it must not be set twice.
-            ray.init(logging_level=logging.WARNING, log_to_driver=True)
+            with _loopback_for_this_node() if _listens_on_loopback_only() else nullcontext():
+                ray.init(logging_level=logging.WARNING, log_to_driver=True)
         else:
             _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
 
@@ -151,6 +153,18 @@ def _short_place() -> str:
         f"Ray's sockets need a folder that can be written and whose path has {_MAX_SOCKET_PATH - below} bytes at most; "
         f"none of {', '.join(filter(None, places))} is one: name one in RAY_TMPDIR"
     )
+
+
+def _listens_on_loopback_only() -> bool:
+    """Whether RAY_ADDRESS names a closed local Ray, which Ray would look for at the machine's reachable address."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager
