@@ -12,7 +12,6 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -42,7 +41,10 @@ def ray_cluster() -> Iterator[None]:
 
     from raytower.runtime import ensure_ray
 
-    ensure_ray()
+    # Workers import nothing from the current folder; functions of the tests are found there by name.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
+        ensure_ray()
     yield
     ray.shutdown()
 

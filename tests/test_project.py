@@ -18,9 +18,9 @@ from raytower.cli import COMMANDS, find_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform" / "raytower"
-FOUNDATIONS = ["errors", "config", "storage", "runtime", "metrics"]
+FOUNDATIONS = ["ending", "errors", "config", "storage", "runtime", "metrics"]
 LAYERS = ["data", "models", "objectives", "training", "encoding", "index", "evaluation", "serving"]
-RAY_FREE = ["models", "objectives", "errors", "config", "storage", "metrics"]
+RAY_FREE = ["models", "objectives", "ending", "errors", "config", "storage", "metrics"]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -305,6 +305,34 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
         deploy.plan_serve(make_config(index_dir, api_key_env="SEARCH_KEY_FOR_TEST"))
 
 
+def test_a_start_that_takes_too_long_is_given_up_with_the_memory_that_is_used(
+    index_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ray ends its processes for want of memory, its calls wait for ever."""
+    monkeypatch.setattr(deploy, "_bring_up", lambda *arguments: time.sleep(60))
+    monkeypatch.setattr(deploy, "ensure_ray", lambda **arguments: None)
+    monkeypatch.setattr(deploy, "abandon", lambda: None)
+    monkeypatch.setattr(deploy, "get_used_memory", lambda: 3 * 2**30)
+    monkeypatch.setattr(deploy, "get_system_memory", lambda: 4 * 2**30)
+    began = time.monotonic()
+    with pytest.raises(
+        RaytowerError, match=r"start_timeout_s = 0\.5 s\. 3\.0 of 4\.0 GiB of memory are used"
+    ):
+        deploy.start(make_config(index_dir, start_timeout_s=0.5))
+    assert time.monotonic() - began < 20
+
+
+def test_a_stop_that_takes_too_long_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(deploy, "abandon", lambda: None)
+    monkeypatch.setattr(deploy, "_stop", lambda: time.sleep(60))
+    monkeypatch.setattr(deploy, "_STOP_TIMEOUT_S", 0.5)
+    deploy.stop()
+    assert "did not stop in order" in capsys.readouterr().err
+
+
 def answers_on(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

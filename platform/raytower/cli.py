@@ -2,12 +2,13 @@
 
 `raytower NAME --config FILE --section.key value --dry-run`; jobs/*.py call `run_command` with the same names.
 Results go to stdout, the last line of a job being one JSON object; progress goes to stderr.
-Exit codes: 0 done, 2 bad input or configuration, 1 failure.
+Exit codes: 0 done, 2 bad input or configuration, 1 failure, 130 ended by Ctrl-C, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 from raytower import __version__
 from raytower.config import Config, dump_config, load_config, nested_configs, parse_overrides, to_json
+from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending
 from raytower.errors import InputError, RaytowerError, find_cause
 
 
@@ -205,10 +207,15 @@ def run_command(name: str, arguments: Sequence[str] | None = None, default_confi
         print(_command_help(name, command))
         return 0
     try:
-        return _execute(command, _parse(given, default_config))
-    except KeyboardInterrupt:
+        with bounded_ending():
+            return _execute(command, _parse(_decode(given), default_config))
+    except (KeyboardInterrupt, SystemExit) as end:
+        # While it starts, Ray answers SIGTERM by SystemExit(15); while it trains, Ctrl-C by SystemExit(0).
+        if isinstance(end, SystemExit) and end.code in (TERMINATED, signal.SIGTERM):
+            print("raytower: ended by SIGTERM", file=sys.stderr)
+            return TERMINATED
         print("raytower: interrupted", file=sys.stderr)
-        return 1
+        return INTERRUPTED
     except Exception as error:
         return _explain(error)
 
@@ -239,6 +246,19 @@ def _explain(error: Exception) -> int:
         return 1
     traceback.print_exception(error)
     return 1
+
+
+def _decode(given: list[str]) -> list[str]:
+    """The arguments as UTF-8, whatever the locale; Python keeps bytes that it cannot decode as lone surrogates."""
+    decoded = []
+    for argument in given:
+        try:
+            decoded.append(argument.encode("utf-8", "surrogateescape").decode("utf-8"))
+        except UnicodeError:
+            raise InputError(
+                f"the argument {argument!r} is not valid UTF-8; set the terminal to UTF-8, or convert the text (iconv)"
+            ) from None
+    return decoded
 
 
 def _parse(given: list[str], default_config: Path | None) -> _Arguments:

@@ -34,7 +34,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.runtime import ensure_ray, log
 from raytower.serving.config import ServeConfig
-from raytower.serving.deploy import start, stop
+from raytower.serving.deploy import DIRECT, start, stop
 from raytower.training.config import TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.reranker import train_reranker
 from raytower.training.retriever import train_retriever
@@ -314,7 +314,7 @@ def _ask(base: str, question: str, recall_k: int) -> list[str]:
     """Ask the server over HTTP and render its three best answers with both scores."""
     body = json.dumps({"query": question, "k": 3, "recall_k": recall_k, "timeout_ms": 20_000}).encode()
     request = urllib.request.Request(f"{base}/v1/search", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with DIRECT.open(request, timeout=30) as response:
         answer = json.load(response)
     lines = [f"\n{question}   ({answer['timings_ms']['total']:.0f} ms)"]
     for hit in answer["results"][0]:

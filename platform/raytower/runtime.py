@@ -2,61 +2,245 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import secrets
+import signal
+import socket
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+from raytower import ending
+from raytower.errors import InputError
+
+# A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
+SIGNALLED_S = 1.0
+_abandoned: list[bool] = []
 _MIN_LOGICAL_CPUS = 4
+# A socket's path has 107 bytes at most; this is the longest that Ray makes below its temporary folder.
+_MAX_SOCKET_PATH = 107
+_LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+_PRIVATE_FOLDER = "rtray-"
+_RAY_FOLDER = "ray"
+_JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
 
 
-def ensure_ray(min_cpus: float = 0) -> None:
-    """Join the cluster that RAY_ADDRESS or a Ray job names, or start one on this machine.
+def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = ()) -> None:
+    """Join the cluster that RAY_ADDRESS or a Ray job names, or start a closed one on this machine.
 
-    A local start asks for at least four logical CPUs: workers that hold every logical CPU would leave none for
-    the tasks that feed them. Telemetry and the dashboard stay off, everything listens on loopback.
+    A local start listens on loopback (SECURITY.md names what does not), and answers only who knows the token that
+    is in the environment of this process and its children: a fresh one, unless RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
+    or RAY_AUTH_MODE say otherwise. Its sockets and logs lie in a folder for this user alone, removed at exit; its
+    processes get the environment without `secret_variables`, and its workers import nothing from the current
+    folder. Telemetry and the dashboard stay off. It asks for at least four logical CPUs: workers that hold every
+    logical CPU would leave none for the tasks that feed them.
+
+    Raises:
+        InputError: RAY_AUTH_MODE was changed after Ray had read it, or no folder is short enough for Ray's sockets.
     """
     if ray.is_initialized():
         return
-    # Set explicitly: left unset, a local start writes a token into the home directory and a later job submit
-    # without the same mode fails.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    environment = {"env_vars": worker_environment(), "worker_process_setup_hook": "raytower.runtime.quieten"}
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        # The submitted job brings its own runtime environment; it must not be set twice.
-        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    with _sigterm_kept():
+        if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            # The submitted job brings its own runtime environment; it must not be set twice.
+            with _loopback_for_this_node() if _listens_on_loopback_only() else nullcontext():
+                ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        else:
+            _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
+
+
+def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
+    _require_token()
+    private = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER, dir=_short_place()))
+    ending.remove_at_end(private)
+    # Objects that do not fit into memory go where the user wants large temporary files.
+    spilled = private
+    if private.parent != Path(tempfile.gettempdir()):
+        spilled = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER))
+        ending.remove_at_end(spilled)
+    atexit.register(_shut_down)  # before the folders go: what runs at exit runs in reverse
+    environment = {
+        "env_vars": worker_environment(),
+        "worker_process_setup_hook": "raytower.runtime.set_up_worker",
+    }
+    with _without(secret_variables), _loopback_for_this_node(), _current_folder(private):
+        ray.init(
+            address="local",  # left open, Ray joins whatever `ray start` left on this machine, and refuses num_cpus
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env=environment,
+            object_spilling_directory=str(spilled),
+            # Not the private folder itself: Ray makes this one, and all below it, writable for everybody.
+            _temp_dir=str(private / _RAY_FOLDER),
+        )
+
+
+def _shut_down() -> None:
+    if ending.has_begun():
+        time.sleep(SIGNALLED_S)
+    if has_ended() or _abandoned:
+        # Nothing is left to be ended in order, and Ray would wait a minute for its GCS.
+        ray._private.worker.global_worker.node.kill_all_processes(check_alive=False)
+        ending.leave()
+    ray.shutdown(_exiting_interpreter=True)
+
+
+def abandon() -> None:
+    """A thread was left in a call to Ray that does not return: a local Ray is killed at exit, not asked to end."""
+    node = ray._private.worker.global_worker.node
+    if node is not None and node.is_head():
+        _abandoned.append(True)
+
+
+def has_ended() -> bool:
+    """Whether the Ray that this process started has lost a process, so that calls to it wait without an end."""
+    node = ray._private.worker.global_worker.node
+    return node is not None and bool(node.dead_processes())
+
+
+def _require_token() -> None:
+    """Have Ray ask for a token wherever it listens: the user's, or a fresh one that no file ever holds.
+
+    Raises:
+        InputError: RAY_AUTH_MODE is not what this process's Ray goes by.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is not None and (mode.lower() == "token") != is_token_auth_enabled():
+        raise InputError(
+            f"RAY_AUTH_MODE was set to {mode!r} after Ray had been imported, which does not see it any more; set it "
+            "before Python starts, or leave it unset (a local Ray then takes a token of its own)"
+        )
+    if mode is not None and mode.lower() != "token":
+        log(
+            f"warning: RAY_AUTH_MODE={mode}: whoever reaches the ports of this job can run commands through them"
+        )
         return
-    # "local": left open, Ray joins whatever `ray start` left on this machine, and refuses num_cpus there.
-    cpus = max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999))
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        runtime_env=environment,
-        _node_ip_address="127.0.0.1",
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if named or (mode is not None and (Path.home() / ".ray" / "auth_token").exists()):
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # With a token and no mode Ray turns to tokens by itself, even if it was imported before; it warns that it does.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+def _short_place() -> str:
+    """Where a private folder may lie so that the paths of Ray's sockets are not too long.
+
+    Raises:
+        InputError: neither RAY_TMPDIR nor TMPDIR nor /tmp will do.
+    """
+    below = len(f"/{_PRIVATE_FOLDER}12345678/{_RAY_FOLDER}{_LONGEST_SOCKET}")
+    places = [os.environ.get("RAY_TMPDIR", ""), tempfile.gettempdir(), "/tmp"]
+    for place in filter(None, places):
+        if len(os.fsencode(place)) + below <= _MAX_SOCKET_PATH and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise InputError(
+        f"Ray's sockets need a folder that can be written and whose path has {_MAX_SOCKET_PATH - below} bytes at most; "
+        f"none of {', '.join(filter(None, places))} is one: name one in RAY_TMPDIR"
     )
+
+
+def _listens_on_loopback_only() -> bool:
+    """Whether RAY_ADDRESS names a closed local Ray, which Ray would look for at the machine's reachable address."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+    except OSError:
+        return True
+    return False
+
+
+@contextmanager
+def _loopback_for_this_node() -> Iterator[None]:
+    """Have Ray take 127.0.0.1 for this node's address, and so listen there alone, as it does on a Mac.
+
+    `_node_ip_address="127.0.0.1"` does not: on Linux Ray puts the reachable address in its place.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _current_folder(folder: Path) -> Iterator[None]:
+    """Be in an empty folder: Ray puts the current one in front of every worker's import path."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    """Take variables out of the environment that child processes inherit."""
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Put the handler of SIGTERM back after Ray has set its own, which aborts with a native stack dump."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, ending.raise_terminated if before in (signal.SIG_DFL, None) else before)
 
 
 def worker_environment() -> dict[str, str]:
     """Environment of local workers: the source root on the path, so that a checkout needs no install."""
     source_root = str(Path(__file__).resolve().parents[1])
-    paths = [source_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [
+        source_root,
+        *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
+    ]
     return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        _JOB_FOLDER: os.getcwd(),
     }
 
 
+def set_up_worker() -> None:
+    """Run in each local worker when it starts."""
+    # Paths are relative to the folder that the job was started from; it is on no import path (see _current_folder).
+    os.chdir(os.environ[_JOB_FOLDER])
+    # Ray Train's monitor would look for the cluster among all that run on the machine, and fail where there are two.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    quieten()
+
+
 def quieten() -> None:
-    """Keep Ray's own progress logs out of ours; warnings still show. Run in the driver and in each local worker."""
+    """Keep Ray's own progress logs out of ours; warnings still show."""
     for name in ("ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Without a dashboard this monitor warns once a second that it cannot ask it; it works all the same.

@@ -43,6 +43,9 @@ class ServeConfig(Config):
         default=64, ge=0, description="waiting beyond those; more are answered 429"
     )
     timeout_ms: int = Field(default=2000, ge=1, description="where the request names none")
+    start_timeout_s: float = Field(
+        default=180, gt=0, description="for loading index and models on all replicas"
+    )
     api_key_env: str | None = Field(
         default=None, description="environment variable that holds the key to ask for"
     )
@@ -57,7 +60,7 @@ class ServeConfig(Config):
             )
 
     def api_key_sha256(self) -> bytes | None:
-        """The digest of the key to ask for, or None. Replicas get this, so the key itself is stored nowhere.
+        """The digest of the key to ask for, or None. Replicas get this; the key stays in the driver's environment.
 
         Raises:
             InputError: the named variable is unset or empty.

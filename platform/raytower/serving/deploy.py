@@ -7,32 +7,41 @@ import logging
 import re
 import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve as ray_serve
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
+from raytower.ending import Terminated
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
 from raytower.index.manifest import IndexManifest
 from raytower.index.versions import open_manifest
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
-from raytower.runtime import ensure_ray, log
+from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended, log
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import check_fingerprint, encoder_for
 from raytower.serving.graph import QUIET, build_application, needed_cpus
+from raytower.serving.ports import PROXY_ENVIRONMENT
 
 APP_NAME = "raytower"
+# Asks the machine itself, so never through a proxy that the environment names.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _READY_TIMEOUT_S = 60.0
-_SIGNAL_POLL_S = 0.2
+_STOP_TIMEOUT_S = 15.0
+_POLL_S = 0.2
+Result = TypeVar("Result")
 
 
 def start(config: ServeConfig, version: str | None = None) -> str:
@@ -41,23 +50,28 @@ def start(config: ServeConfig, version: str | None = None) -> str:
     Raises:
         InputError: no such index or model, the port is taken, or the API key's variable is empty.
         FormatError: the index was made by another encoder.
-        RaytowerError: a replica could not start.
+        RaytowerError: a replica could not start, or not within `start_timeout_s`.
     """
     manifest = check_parts(config, version)
     config.api_key_sha256()
-    ensure_ray(min_cpus=needed_cpus(config, len(manifest.shards)) + 1)
-    config = _start_proxy(config)
+    secret = [config.api_key_env] if config.api_key_env else []
+    ensure_ray(min_cpus=needed_cpus(config, len(manifest.shards)) + 1, secret_variables=secret)
     if config.host not in ("127.0.0.1", "localhost", "::1") and config.api_key_env is None:
         log(f"warning: listening on {config.host} without a key; set api_key_env, or keep to 127.0.0.1")
-    url = base_url(config)
-    was_running = APP_NAME in ray_serve.status().applications
+    was_running = _is_running()
     try:
-        _deploy(config, manifest)
-        _wait_until_served(url, manifest.version)
+        return _within_start_timeout(config, lambda: _bring_up(config, manifest))
     except BaseException:
         if not was_running:
             stop()
         raise
+
+
+def _bring_up(config: ServeConfig, manifest: IndexManifest) -> str:
+    config = _start_proxy(config)
+    url = base_url(config)
+    _deploy(config, manifest)
+    _wait_until_served(url, manifest.version)
     return url
 
 
@@ -78,9 +92,8 @@ def reload(config: ServeConfig, version: str | None = None) -> str:
     manifest = check_parts(config, version)
     if manifest.version == before:
         return manifest.version
-    _deploy(config, manifest)
     try:
-        _wait_until_served(url, manifest.version)
+        _within_start_timeout(config, lambda: _bring_up(config, manifest))
     except RaytowerError:
         if before is not None:
             _deploy(config, check_parts(config, before))
@@ -90,12 +103,27 @@ def reload(config: ServeConfig, version: str | None = None) -> str:
 
 def stop() -> None:
     """Stop serving. Ray Serve itself stops too unless it has other applications; nothing happens if none runs."""
-    if not ray.is_initialized() or _get_global_client(raise_if_no_controller_running=False) is None:
+    if not ray.is_initialized() or has_ended():
         return
-    if APP_NAME in ray_serve.status().applications:
+    try:
+        _within(_STOP_TIMEOUT_S, _stop)
+    except TimeoutError:
+        log("warning: Ray Serve did not stop in order; what is left of it ends with this process")
+
+
+def _stop() -> None:
+    if _is_running():
         ray_serve.delete(APP_NAME)
-    if not ray_serve.status().applications:
+    if _serve_runs() and not ray_serve.status().applications:
         ray_serve.shutdown()
+
+
+def _serve_runs() -> bool:
+    return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
+def _is_running() -> bool:
+    return _serve_runs() and APP_NAME in ray_serve.status().applications
 
 
 def serve(config: ServeConfig) -> dict[str, Any]:
@@ -108,27 +136,31 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         What `start` raises.
     """
     started = time.monotonic()
-    ensure_ray(min_cpus=needed_cpus(config, len(check_parts(config, None).shards)) + 1)
     version: str | None = None
     wanted: list[str] = []
-    # After Ray has started: it sets a SIGTERM handler of its own.
-    with _signals(wanted):
+    with _reload_on_hangup(wanted):
         try:
             url = start(config)
             config = config.model_copy(update={"port": int(url.rsplit(":", 1)[1])})
             version = served_version(url)
             log(f"serving index version {version} at {url}/ (the search page); stop with Ctrl-C")
             while True:
-                time.sleep(_SIGNAL_POLL_S)
+                time.sleep(_POLL_S)
+                if has_ended():
+                    raise RaytowerError(
+                        "Ray's processes have ended, and the server with them; start it again"
+                    )
                 if wanted:
                     wanted.clear()
                     version = _reload_or_keep(config, version)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
+            time.sleep(SIGNALLED_S)
             if version is None:
                 raise
         finally:
             log("stopping")
-            stop()
+            if version is not None:  # else `start` has stopped what it had started
+                stop()
     return {"url": url, "index_version": version, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -183,7 +215,7 @@ def base_url(config: ServeConfig) -> str:
 def served_version(url: str) -> str | None:
     """The index version that a server answers with; None where nothing is ready there."""
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as reply:
+        with DIRECT.open(f"{url}/readyz", timeout=5) as reply:
             return str(json.load(reply)["index_version"])
     except (urllib.error.URLError, OSError, ValueError, KeyError):
         return None
@@ -232,6 +264,7 @@ def _start_proxy(config: ServeConfig) -> ServeConfig:
         proxy_location="HeadOnly",
         http_options=HTTPOptions(host=config.host, port=port),
         logging_config=QUIET,
+        controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
     )
     return config.model_copy(update={"port": port})
 
@@ -275,17 +308,49 @@ def _reload_or_keep(config: ServeConfig, version: str | None) -> str | None:
 
 
 @contextmanager
-def _signals(wanted: list[str]) -> Iterator[None]:
-    def on_stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    def on_reload(number: int, frame: FrameType | None) -> None:
-        wanted.append("reload")
-
-    handlers = {signal.SIGINT: on_stop, signal.SIGTERM: on_stop, signal.SIGHUP: on_reload}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def _reload_on_hangup(wanted: list[str]) -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, lambda number, frame: wanted.append("reload"))
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- limits of time -------------------------------------------------------------------------------------------
+
+
+def _within_start_timeout(config: ServeConfig, work: Callable[[], Result]) -> Result:
+    try:
+        return _within(config.start_timeout_s, work)
+    except TimeoutError:
+        used, total = get_used_memory() / 2**30, get_system_memory() / 2**30
+        raise RaytowerError(
+            f"the server did not start within start_timeout_s = {config.start_timeout_s} s. {used:.1f} of {total:.1f} "
+            "GiB of memory are used; where little is left, Ray ends the server's processes again and again: give it "
+            "more. Raise start_timeout_s where the index or a model takes longer to load"
+        ) from None
+
+
+def _within(seconds: float, work: Callable[[], Result]) -> Result:
+    """The result of `work`, which is left alone in its thread where it takes longer.
+
+    Serve's calls wait without a limit for a controller that was killed, or for one that cannot start.
+
+    Raises:
+        TimeoutError: it took longer, or Ray has ended. Also what `work` raises.
+    """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not has_ended():
+        if wait([done], timeout=_POLL_S).done:
+            return done.result()
+    abandon()
+    raise TimeoutError

@@ -23,6 +23,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.serving.app import create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import SearchEngine, encoder_for
+from raytower.serving.ports import keep_replica_local
 from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, shard_deployment_name
 from raytower.storage import Location
 
@@ -31,7 +32,7 @@ INGRESS_NAME = "search"
 _SERVE_HEADROOM = 64
 _SHARD_ONGOING_REQUESTS = 64
 # They decide where the proxy listens or how many replicas there are, not what a replica does.
-_OUTSIDE_KEYS = {"host", "port", "replicas", "api_key_env"}
+_OUTSIDE_KEYS = {"host", "port", "replicas", "api_key_env", "start_timeout_s"}
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 _LOGGER = logging.getLogger("raytower.serving")
 
@@ -42,6 +43,7 @@ class Ingress:
     def __init__(
         self, settings: dict[str, Any], api_key_sha256: str | None, *shards: DeploymentHandle
     ) -> None:
+        keep_replica_local()
         config = ServeConfig.model_validate(settings)
         self._config = config
         self._api_key_sha256 = bytes.fromhex(api_key_sha256) if api_key_sha256 else None

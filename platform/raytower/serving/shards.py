@@ -18,6 +18,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index
 from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest
+from raytower.serving.ports import keep_replica_local
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
 from raytower.storage import Location
@@ -170,6 +171,7 @@ class ShardServer:
     """Some shards of an index in their own process, holding the versions that are or just were served."""
 
     def __init__(self, uri: str, number: int, num_processes: int) -> None:
+        keep_replica_local()
         self._uri = uri
         self._number = number
         self._num_processes = num_processes
