@@ -7,7 +7,6 @@ when its upload is complete. What storage refuses or fails at is said in one mes
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import glob
 import hashlib
 import json
@@ -27,6 +26,7 @@ from pyarrow import fs as pafs
 
 from raytower import s3
 from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.locks import exclusive
 from raytower.storage_errors import (
     StorageError,
     as_storage_error,
@@ -265,7 +265,7 @@ class Location:
         if self.is_local:
             return Path(self.path)
         target = cache_dir / sha256[:2] / f"{sha256}-{self.name}"
-        with _held(target.with_name(f"{target.name}.lock")):
+        with exclusive(target.with_name(f"{target.name}.lock")):
             if not self._is_cached(target, sha256, size_bytes, verify):
                 self._download(target, sha256)
         return target
@@ -401,16 +401,3 @@ def _abandon(stream: pa.NativeFile) -> None:
     pyarrow gives no way to abort, so the stream is kept from ever being destroyed, and at most one buffer with it.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
-
-
-@contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Only one process at a time is inside, for one `lock` file; a killed one leaves at once."""
-    with explaining(Location.of(lock)):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
