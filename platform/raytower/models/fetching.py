@@ -77,12 +77,9 @@ def sha256_of(path: Path) -> str:
 
 def _listing(place: Location) -> dict[str, pafs.FileInfo]:
     """The files below `place` by their name from there."""
-    selector = pafs.FileSelector(place.path, allow_not_found=True, recursive=True)
-    with explaining(place):
-        found = place.filesystem.get_file_info(selector)
     files = {
         PurePosixPath(info.path).relative_to(place.path): info
-        for info in found
+        for info in place.listing(recursive=True)
         if info.type == pafs.FileType.File
     }
     for name in files:
