@@ -29,7 +29,6 @@ from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.encoding.manifest import EmbeddingsManifest
-from raytower.encoding.parts import inspect_part
 from raytower.errors import RaytowerError
 from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.models.forward import ForwardEngine
@@ -342,7 +341,7 @@ def test_a_full_disk_stops_the_job_which_goes_on_once_there_is_room(
     assert 0 < len(kept) < NUM_FILES
     assert not (small_disk / "out" / "manifest.json").exists()
     for name in kept:
-        assert inspect_part(Location.of(small_disk / "out" / name)).file.rows == ROWS_PER_FILE
+        assert pq.read_metadata(small_disk / "out" / name).num_rows == ROWS_PER_FILE
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     assert encode(make_config(EncodeConfig, values))["files_encoded"] == NUM_FILES - len(kept)
     assert {name: time for name, time in parts_in(small_disk / "out").items() if name in kept} == kept

@@ -25,6 +25,7 @@ from raytower.models.compute import check_compute
 from raytower.models.encoder import Encoder, EncoderSettings, PoolingMode, Projection
 from raytower.models.forward import ForwardEngine
 from raytower.models.onnx_export import export_graph, graph_for
+from raytower.storage import StorageError
 from tests.test_jobs import run_cli
 from tests.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
 
@@ -114,6 +115,10 @@ def make_graph(directory: Path) -> str:
     return str(graph_for(Encoder.load(directory), "float32"))
 
 
+def make_graph_of_other_weights(folder: Path) -> str:
+    return make_graph(build_tiny_encoder(folder.parent.parent / "other", seed=3))
+
+
 class TestCache:
     def test_a_graph_is_exported_once_and_never_into_the_models_directory(
         self, dummy_encoder_dir: Path, cache: Path
@@ -133,6 +138,23 @@ class TestCache:
             first, second = pool.map(make_graph, [dummy_encoder_dir] * 2)
         assert first == second
         assert [path.name for path in (cache / "onnx").iterdir()] == [Path(first).parent.name]
+
+    def test_a_graph_that_was_changed_in_the_cache_is_made_again(self, dummy_encoder_dir: Path) -> None:
+        graph = Path(make_graph(dummy_encoder_dir))
+        intact = graph.read_bytes()
+        graph.write_bytes(Path(make_graph_of_other_weights(graph.parent.parent)).read_bytes())
+        assert graph.read_bytes() != intact
+        exact = ForwardEngine(Encoder.load(dummy_encoder_dir)).encode(TEXTS)
+        again = ForwardEngine(Encoder.load(dummy_encoder_dir), engine="onnx").encode(TEXTS)
+        assert least_cosine(again, exact) > 1 - 1e-6
+
+    def test_a_cache_that_cannot_be_written_is_named(
+        self, dummy_encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("RAYTOWER_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(StorageError, match=r"file/cache.* cannot be used"):
+            make_graph(dummy_encoder_dir)
 
     def test_other_weights_have_another_graph(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
         other = build_tiny_encoder(tmp_path / "other", seed=3)

@@ -9,7 +9,8 @@ from raytower.config import Config
 from raytower.errors import InputError
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
 from raytower.models.encoder import Encoder
-from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, export_graph, graph_files
+from raytower.models.fetching import checksums
+from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, export_graph
 from raytower.runtime import log
 from raytower.storage import Location, publish_directory
 
@@ -17,7 +18,7 @@ _RESULTS = ("least_cosine", "mean_cosine", "bytes")
 
 
 class ExportConfig(Config):
-    """`raytower export`. `encoder` is a directory or a hub id; `output` a new directory in the same layout."""
+    """`raytower export`. `encoder` is a directory, a hub id or a URI; `output` a new directory in the same layout."""
 
     encoder: str
     output: str
@@ -48,7 +49,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     else:
         with publish_directory(output) as folder:
             results = export_graph(encoder, config.dtype, folder / GRAPH_FOLDER)
-            files = graph_files(folder / GRAPH_FOLDER)
+            files = checksums(folder / GRAPH_FOLDER)
             results["bytes"] = sum((folder / GRAPH_FOLDER / name).stat().st_size for name in files)
             record = {config.dtype: {"files": files, **results}}
             encoder.save(folder, {**read_info(source), INFO_KEY: record})

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+_BUCKETS = 16
+
 
 @dataclass(frozen=True)
 class Duplicate:
@@ -40,10 +42,7 @@ class IdHashes:
         Only chunks with a repeated hash are asked for again (`rows_of_chunk` gives their ids and line numbers), and the
         ids themselves are compared, so that two ids with one hash are no duplicates.
         """
-        if not self._chunks:
-            return
-        hashes = np.sort(np.concatenate(self._chunks))
-        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        repeated = self._repeated()
         if len(repeated) == 0:
             return
         first_places: dict[str, tuple[int, int]] = {}
@@ -57,3 +56,13 @@ class IdHashes:
                 first_chunk, first_line = first_places.setdefault(identifier, (chunk, line))
                 if (first_chunk, first_line) != (chunk, line):
                     yield Duplicate(identifier, chunk, line, first_chunk, first_line)
+
+    def _repeated(self) -> np.ndarray:
+        """Hashes that occur more than once, looked for bucket by bucket: sorted at once they would need three times
+        the memory that they take."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for bucket in range(_BUCKETS if self._chunks else 0):
+            hashes = np.concatenate([chunk[chunk % _BUCKETS == bucket] for chunk in self._chunks])
+            hashes.sort()
+            found.append(hashes[1:][hashes[1:] == hashes[:-1]])
+        return np.unique(np.concatenate(found))

@@ -26,7 +26,7 @@ class ComputeConfig(Config):
 
 
 class EncodeConfig(Config):
-    """`raytower encode`. `rows_per_file` null chooses by size and workers; `prefix` null is the encoder's own."""
+    """`raytower encode`. `rows_per_file` null chooses once, by size and workers; `prefix` null is the encoder's own."""
 
     encoder: str
     input: InputConfig

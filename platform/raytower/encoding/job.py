@@ -1,15 +1,24 @@
 """`raytower encode`: a corpus into a folder of Parquet files with vectors, and its manifest last.
 
-A file appears when it is whole, so a second start of a killed job keeps what it finds and encodes what is missing.
+A file appears when it is whole, with a record of its bytes, so a second start of a killed job keeps what is sound and
+encodes what is missing. One job at a time writes to an output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,12 +33,7 @@ from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
-from raytower.encoding.parts import (
-    PartFigures,
-    inspect_part,
-    is_left_over,
-    part_name,
-)
+from raytower.encoding.parts import PartFigures, part_name
 from raytower.encoding.plan import (
     CorpusSize,
     EncodePlan,
@@ -40,16 +44,21 @@ from raytower.encoding.plan import (
     plan_encode,
 )
 from raytower.encoding.progress import Progress
+from raytower.encoding.records import collect_records, find_parts, remove_left_overs
 from raytower.encoding.worker import EncodedPiece, PieceEncoder, PieceSeconds, WorkerSettings, read_answer
-from raytower.errors import InputError, RaytowerError
+from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
 from raytower.models.forward import check_max_length, default_block_rows, default_tokens_per_batch
 from raytower.models.onnx_export import graph_for
 from raytower.runtime import ensure_ray, log
-from raytower.storage import Location, absolute_if_local
+from raytower.storage import Location, StorageError, absolute_if_local, writer_lease
 
 JOB_NAME = "job.json"
+# Counts up when the same settings would give other vectors, ids or files.
+JOB_FORMAT = 2
+_LOCK_NAME = ".encode.lock"
+_QUARANTINE = "quarantine"
 # Small pieces are parsed faster than large ones, and are joined to files of any size.
 _SURVEY_ROWS = 1024
 # Ray Data keeps some state for each block; a folder of very many small files gives several to one.
@@ -123,22 +132,25 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         RaytowerError: vectors that are not finite, no memory or no room left, or workers that failed.
     """
     started_at, started = time.time(), time.perf_counter()
-    job = _prepare(config)
-    done = _finished_parts(job)
-    missing = [piece for piece in job.pieces if part_name(piece) not in done]
     totals = _Totals()
-    if (job.output / MANIFEST_NAME).exists():
-        log(f"{config.output} is finished; nothing to do")
-        tokens = EmbeddingsManifest.read(job.output).tokens
-    else:
-        if done:
-            log(f"{len(done)} of {len(job.pieces)} files are finished already")
+    with _surveyed(config) as job, _only_job(job):
+        _claim(job)
+        _publish_quarantine(job)
+        kept = find_parts(job.output / JOB_NAME, {part_name(piece): piece.num_rows for piece in job.pieces})
+        missing = [piece for piece in job.pieces if part_name(piece) not in kept]
+        is_finished = (job.output / MANIFEST_NAME).exists()
+        if is_finished and not missing:
+            log(f"{config.output} is finished; nothing to do")
+        elif is_finished:
+            log(f"{len(missing)} of {len(job.pieces)} files are missing or damaged; they are encoded again")
+        elif kept:
+            log(f"{len(kept)} of {len(job.pieces)} files are finished already")
         if missing:
-            _remove_left_overs(job.output)
+            remove_left_overs(job.output, records=False)
             _prepare_graph(job)
             ensure_ray()
             _run(job, missing, totals)
-        tokens = _finish(job, totals)
+        tokens = _finish(job, {**kept, **totals.files})
     seconds = time.perf_counter() - started
     figures = {
         "rows": job.survey.num_rows,
@@ -164,8 +176,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
 def plan(config: EncodeConfig) -> dict[str, Any]:
     """The plan for --dry-run: rows, files, batches, predicted memory and disk. Nothing is written."""
-    job = _prepare(config)
-    made: EncodePlan = plan_encode(_corpus_size(job), _model_size(job.encoder), _worker_shape(job))
+    with _surveyed(config) as job:
+        made: EncodePlan = plan_encode(_corpus_size(job), _model_size(job.encoder), _worker_shape(job))
     return {
         **asdict(made),
         "fingerprint": job.encoder.fingerprint,
@@ -181,57 +193,114 @@ def pieces_in_flight(workers: WorkersConfig) -> int:
 # --- what is to be done --------------------------------------------------------------------------------------------
 
 
-def _prepare(config: EncodeConfig) -> _Job:
+@contextmanager
+def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
+    """The job, after every row was read. Rejected rows are listed in a folder that goes with the block."""
     encoder = Encoder.load(config.encoder)
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
-    survey, pieces, rows_per_file = _survey(config)
+    rejected = Path(tempfile.mkdtemp(prefix="raytower-rejected-"))
+    try:
+        survey, pieces, rows_per_file = _survey(config, Location.of(rejected))
+    except BaseException:
+        with contextlib.suppress(OSError):  # holds the list that the error names
+            rejected.rmdir()
+        raise
     for column, name in survey.renamed_columns:
         log(
             f"column {column!r} passes through as {name!r}: the index keeps the name for itself or cannot store it"
         )
-    return _Job(config, encoder, prefix, survey, pieces, rows_per_file)
+    try:
+        yield _Job(config, encoder, prefix, survey, pieces, rows_per_file)
+    finally:
+        shutil.rmtree(rejected, ignore_errors=True)
 
 
-def _survey(config: EncodeConfig) -> tuple[Survey, tuple[Piece, ...], int]:
-    quarantine = Location.of(config.output) / "quarantine" if config.on_error == "quarantine" else None
-    rows = config.rows_per_file
+def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Piece, ...], int]:
+    def read(rows: int) -> Survey:
+        # Steps that fill a file evenly: whoever names the size and whoever leaves it to be chosen get the same files.
+        step = rows // -(-rows // _SURVEY_ROWS)
+        quarantine = rejected if config.on_error == "quarantine" else None
+        return survey_input(config.input, "corpus", step, config.on_error, quarantine)
+
+    rows = config.rows_per_file or _recorded_rows_per_file(Location.of(config.output))
+    found = read(rows or _SURVEY_ROWS)
     if rows is None:
-        found = survey_input(config.input, "corpus", _SURVEY_ROWS, config.on_error, quarantine)
         rows = choose_rows_per_file(found.num_rows, config.workers.max)
-        if rows >= _SURVEY_ROWS:
-            return found, join_pieces(found.pieces, rows), rows
-    found = survey_input(config.input, "corpus", rows, config.on_error, quarantine)
-    return found, found.pieces, rows
+        found = found if rows >= _SURVEY_ROWS else read(rows)
+    return found, join_pieces(found.pieces, rows), rows
 
 
-def _finished_parts(job: _Job) -> set[str]:
-    """Names of finished files, after checking that the folder belongs to this job. A new folder is claimed."""
-    place = job.output / JOB_NAME
-    spec = _job_spec(job)
+def _recorded_rows_per_file(output: Location) -> int | None:
+    """The size of an earlier start of this job, which may have had another number of workers."""
+    place = output / JOB_NAME
+    rows = place.read_json().get("rows_per_file") if place.is_file() else None
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+@contextmanager
+def _only_job(job: _Job) -> Iterator[None]:
+    """Refuse a second job on this output while one is at work there."""
+    owner = f"an encoding job (process {os.getpid()} on {socket.gethostname()})"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
+        except StorageError:
+            raise
+        except RaytowerError as error:
+            raise InputError(
+                f"output {job.config.output!r} is being written by another encoding job: {error}; "
+                "wait until it ends, or "
+                "choose another output"
+            ) from error
+        yield
+
+
+def _claim(job: _Job) -> None:
+    """Make a new folder this job's. Raises InputError where it is another's."""
+    place, spec = job.output / JOB_NAME, _job_spec(job)
     names = {child.name for child in job.output.children()}
     if JOB_NAME in names:
-        found = place.read_json()
-        different = [key for key in spec if found.get(key) != spec[key]]
-        if different:
-            key = different[0]
-            raise InputError(
-                f"output {job.config.output!r} belongs to another encoding job: {key} is {found.get(key)!r} there "
-                f"and {spec[key]!r} now; choose a new output, or remove the old one"
-            )
+        _refuse_another_job(job, place.read_json(), spec)
     elif any(name.endswith(".parquet") or name == MANIFEST_NAME for name in names):
         raise InputError(f"output {job.config.output!r} holds files of something else; choose a new output")
     else:
         place.write_json(spec)
-    return names & {part_name(piece) for piece in job.pieces}
+
+
+def _refuse_another_job(job: _Job, found: dict[str, Any], spec: dict[str, Any]) -> None:
+    remedy = "choose a new output, or remove the old one"
+    if found.get("format_version") != JOB_FORMAT:
+        is_same_model = found.get("fingerprint") == job.encoder.former_fingerprint
+        raise InputError(
+            f"output {job.config.output!r} was begun by another version of raytower: {JOB_NAME} has format "
+            f"{found.get('format_version', 1)}, this version writes {JOB_FORMAT}. Format 1 left the model's "
+            "config.json, query prompt and similarity, and the names of input folders, out of what it compared. "
+            "Its encoder has "
+            f"{'the same' if is_same_model else 'other'} weights and tokenizer by the older fingerprint; {remedy}"
+        )
+    different = [key for key in spec if found.get(key) != spec[key]]
+    if different:
+        sides = "; ".join(f"{key} is {found.get(key)!r} there and {spec[key]!r} now" for key in different)
+        raise InputError(f"output {job.config.output!r} belongs to another encoding job: {sides}; {remedy}")
+
+
+def _publish_quarantine(job: _Job) -> None:
+    """Put the list of rejected rows, if there are any, into the output, now that it is known to be this job's."""
+    if job.survey.quarantine_file is not None:
+        source = Location.of(job.survey.quarantine_file)
+        (job.output / _QUARANTINE / source.name).write_bytes(source.read_bytes())
 
 
 def _job_spec(job: _Job) -> dict[str, Any]:
     """What decides the content of the files; a second run must match it."""
     config = job.config
     return {
+        "format_version": JOB_FORMAT,
         "fingerprint": job.encoder.fingerprint,
         "prefix": job.prefix,
+        "query_prefix": job.encoder.prefix_for("query"),
+        "similarity": job.encoder.settings.similarity,
         "max_length": config.max_length,
         "engine": config.compute.engine,
         "compute_dtype": config.compute.dtype,
@@ -245,16 +314,21 @@ def _job_spec(job: _Job) -> dict[str, Any]:
 
 
 def _content_hash(pieces: Sequence[Piece]) -> str:
-    """Hash over the content of the corpus's files, so that an edited corpus is never mixed with an older one."""
+    """Hash over names and content of the corpus's files, so that an edited corpus is never mixed with an older one.
+
+    Folders count from the one that holds all files: ids may come from the names below it.
+    """
     files = {
-        str(piece.source.file): piece.source.file for piece in pieces if isinstance(piece.source, Source)
+        piece.source.file.location.path: piece.source.file
+        for piece in pieces
+        if isinstance(piece.source, Source)
     }
+    top = os.path.commonpath([PurePosixPath(path).parent for path in files])
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_READING_THREADS) as threads:
-        for file, sha256 in zip(
-            files.values(), threads.map(lambda file: file.location.sha256(), files.values()), strict=True
-        ):
-            digest.update(f"{file.location.name} {sha256}\n".encode())
+        hashes = threads.map(lambda file: file.location.sha256(), files.values())
+        for (path, file), sha256 in zip(files.items(), hashes, strict=True):
+            digest.update(json.dumps([file.stem, os.path.relpath(path, top), sha256]).encode())
     return digest.hexdigest()
 
 
@@ -322,19 +396,12 @@ def _prepare_graph(job: _Job) -> None:
         graph_for(job.encoder, compute.dtype, resolve_model(job.config.encoder))
 
 
-def _finish(job: _Job, totals: _Totals) -> int:
-    """Check that every row is there once and write the manifest; returns the tokens of the folder."""
-    parts = _all_parts(job, totals)
-    for piece, part in zip(job.pieces, parts, strict=True):
-        if part.file.rows != piece.num_rows:
-            raise RaytowerError(
-                f"{job.output / part.file.name} has {part.file.rows} rows, its piece has {piece.num_rows}; remove it "
-                "and encode again"
-            )
-    _remove_left_overs(job.output)
+def _finish(job: _Job, figures: dict[str, PartFigures]) -> int:
+    """Write the manifest, every file being there; returns the tokens of the folder."""
+    parts = [figures[part_name(piece)] for piece in job.pieces]
     tokens = sum(part.tokens for part in parts)
     config = job.config
-    EmbeddingsManifest(
+    manifest = EmbeddingsManifest(
         fingerprint=job.encoder.fingerprint,
         encoder=absolute_if_local(config.encoder),
         dim=job.encoder.dim,
@@ -349,25 +416,19 @@ def _finish(job: _Job, totals: _Totals) -> int:
         rows=job.survey.num_rows,
         tokens=tokens,
         files=tuple(part.file for part in parts),
-    ).write(job.output)
+    )
+    if not _is_written(manifest, job.output):
+        collect_records(job.output / JOB_NAME, parts)
+        manifest.write(job.output)
+    remove_left_overs(job.output, records=True)
     return tokens
 
 
-def _remove_left_overs(output: Location) -> None:
-    """What killed workers had begun to write. Nothing else writes there: an output belongs to one job at a time."""
-    for child in output.children():
-        if is_left_over(child.name):
-            child.delete()
-
-
-def _all_parts(job: _Job, totals: _Totals) -> list[PartFigures]:
-    """Figures of every file in order: from this run's workers, and read again where an earlier run wrote the file."""
-
-    def figures(name: str) -> PartFigures:
-        return totals.files.get(name) or inspect_part(job.output / name)
-
-    with ThreadPoolExecutor(_READING_THREADS) as threads:
-        return list(threads.map(figures, [part_name(piece) for piece in job.pieces]))
+def _is_written(manifest: EmbeddingsManifest, output: Location) -> bool:
+    try:
+        return EmbeddingsManifest.read(output) == manifest
+    except FormatError:  # none, or a damaged one
+        return False
 
 
 def _summary(figures: dict[str, Any]) -> str:

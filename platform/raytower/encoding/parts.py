@@ -18,11 +18,8 @@ from numpy.typing import NDArray
 
 from raytower.data.pieces import Piece
 from raytower.encoding.manifest import EmbeddingsFile
-from raytower.errors import FormatError
 from raytower.storage import Location
 
-TOKENS_KEY = b"raytower.tokens"
-PADDED_KEY = b"raytower.padded_tokens"
 _SUFFIX = ".parquet"
 
 
@@ -68,7 +65,6 @@ class PartWriter:
         self._wait()
         started = time.perf_counter()
         assert self._writer is not None, "a part has at least one block"
-        self._writer.add_key_value_metadata({TOKENS_KEY: str(tokens), PADDED_KEY: str(padded_tokens)})
         self._writer.close()
         self.seconds += time.perf_counter() - started
         file = EmbeddingsFile(
@@ -112,25 +108,6 @@ def write_part(place: Location, table: pa.Table, vectors: NDArray[Any], metadata
     with place.open_write() as sink, _open_parquet(sink, whole.schema) as writer:
         writer.write_table(whole)
         writer.add_key_value_metadata(metadata)
-
-
-def inspect_part(place: Location) -> PartFigures:
-    """Read back what an earlier run wrote. Raises FormatError where it is no whole part of an encoding job."""
-    try:
-        with place.open_read() as stream:
-            metadata = pq.read_metadata(stream)
-        values = metadata.metadata or {}
-        return PartFigures(
-            file=EmbeddingsFile(
-                name=place.name, rows=metadata.num_rows, bytes=place.size_bytes(), sha256=place.sha256()
-            ),
-            tokens=int(values[TOKENS_KEY]),
-            padded_tokens=int(values[PADDED_KEY]),
-        )
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise FormatError(
-            f"{place} is no whole file of an encoding job ({error}); remove it and encode again"
-        ) from error
 
 
 def _open_parquet(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:

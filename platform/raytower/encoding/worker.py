@@ -1,6 +1,6 @@
 """The Ray Data actor that encodes: one piece of the corpus in, one Parquet file out, a row of figures back.
 
-A file appears only when it is whole, so whatever files a killed run left are finished ones.
+A file appears only when it is whole, and its record after it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from raytower.data.pieces import Piece, read_piece
 from raytower.encoding.config import ComputeConfig
 from raytower.encoding.manifest import EmbeddingsFile
 from raytower.encoding.parts import PartFigures, open_part, part_name
+from raytower.encoding.records import write_record
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.directory import resolve_model, set_num_threads
 from raytower.models.encoder import Encoder
@@ -133,6 +134,7 @@ class PieceEncoder:
                     self._report(piece, stats)
             figures = part.finish(stats.tokens, stats.padded_tokens)
             finished = time.perf_counter()
+        write_record(self.output, figures)
         ended = time.perf_counter()  # flushed to disk and named
         seconds = PieceSeconds(
             total=ended - started - waiting,

@@ -6,7 +6,6 @@ Shape legend: B pairs, L tokens, C logits a pair (1, or 2 classes).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raytower.errors import FormatError, InputError
-from raytower.models.directory import load_tokenizer, read_info, resolve_model
+from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model
 from raytower.models.forward import (
     TORCH_DTYPES,
     ComputeDtype,
@@ -79,7 +78,7 @@ class CrossEncoder(SequenceClassifier):
             )
         return cls(
             model,
-            load_tokenizer(path),
+            load_tokenizer(path, model.config),
             recorded_max_length(path, model),
             read_info(path),
             _read_activation(path, model.config),
@@ -96,7 +95,7 @@ class CrossEncoder(SequenceClassifier):
         finished = finished_config(path)
         if finished is None:
             model, _ = load_classifier(path, num_labels=num_labels)
-            return cls(model, load_tokenizer(path), recorded_max_length(path, model))
+            return cls(model, load_tokenizer(path, model.config), recorded_max_length(path, model))
         if finished.num_labels != num_labels:
             raise InputError(
                 f"{str(path)!r} is a finished classifier with num_labels {finished.num_labels}, and the objective "
@@ -171,8 +170,7 @@ class CrossScorer:
 
 def _read_activation(path: Path, config: PretrainedConfig) -> Activation:
     """What the peer library would put on the logit: it looks into its own file first, then into config.json."""
-    own = path / "config_sentence_transformers.json"
-    stated = json.loads(own.read_text(encoding="utf-8")).get("activation_fn") if own.is_file() else None
+    stated = read_json_object(path / "config_sentence_transformers.json").get("activation_fn")
     stated = stated or (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
     stated = stated or getattr(config, "sbert_ce_default_activation_function", None)
     if stated is None or config.num_labels != 1:

@@ -1,22 +1,57 @@
-"""Finding model directories: local paths, hub ids, and the rule that only safetensors weights are read."""
+"""Model directories: found by path, hub id or storage URI; only whole safetensors weights inside of them are read.
+
+Directories come from anywhere, so everything in them is checked before it is used, and what transformers raises about
+them becomes one message.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from pathlib import Path
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from raytower.errors import FormatError, InputError
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.models.fetching import fetch_model
+from raytower.storage import Location
+from raytower.storage.errors import one_line
 
 INFO_NAME = "raytower.json"
 _HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "*/model.safetensors"]
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+_WEIGHTS = "model.safetensors"
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_LFS_POINTER = b"version https://git-lfs"
+# No known backbone is as deep; a config that asks for more builds layers for minutes before weights are looked at.
+_MAX_LAYERS = 1000
+# Keys of config.json that do not change what a string is mapped to: names, versions, how weights are stored or
+# trained, and what labels are called.
+_OUTSIDE_MAP = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "gradient_checkpointing",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "sentence_transformers",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
 
 # Loading prints a progress bar and a report of new parameters; we check those ourselves and raise.
 transformers_logging.set_verbosity_error()
@@ -24,28 +59,110 @@ transformers_logging.disable_progress_bar()
 
 
 def resolve_model(name: str) -> Path:
-    """Return the local directory of `name`: a path, or a hub id with an optional `@revision`.
+    """Return the local directory of `name`: a path, a storage URI, or a hub id with an optional `@revision`.
 
     Raises:
         InputError: no such directory and no such hub repository, or the hub cannot be reached.
-        FormatError: the directory has no config.json or no safetensors weights.
+        FormatError: the directory has no config.json, no safetensors weights, or damaged ones.
+        StorageError: the storage cannot be reached, or the cache cannot be written.
     """
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-        path = _missing(name) if looks_local or path.exists() else _download(name)
+    path = _find(name)
+    if (path / _ADAPTER).is_file():
+        raise FormatError(
+            f"model {name!r} holds a LoRA adapter ({_ADAPTER}); merge it into its base model "
+            "(merge_and_unload() of peft) and save that"
+        )
     if not (path / "config.json").is_file():
         raise FormatError(
             f"model directory {str(path)!r} has no config.json; it must be a Hugging Face directory"
         )
-    if not any((path / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json")):
+    tensors = [_count_tensors(file) for file in _weight_files(path, name)]
+    layers = read_json_object(path / "config.json").get("num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > max(_MAX_LAYERS, sum(tensors)):
+        raise FormatError(
+            f"{str(path / 'config.json')!r} has num_hidden_layers {layers}, its weights are {sum(tensors)} tensors; "
+            "they do not belong together"
+        )
+    return path
+
+
+def _find(name: str) -> Path:
+    if "://" in name:
+        place = Location.of(name)
+        return place.local_path if place.is_local else fetch_model(place)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    return _missing(name) if looks_local or path.exists() else _download(name)
+
+
+def _weight_files(path: Path, name: str) -> list[Path]:
+    """The safetensors files of a directory, in one piece or as its index names them."""
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    index = path / _WEIGHTS_INDEX
+    if not index.is_file():
         pickled = [file for file in _PICKLED_WEIGHTS if (path / file).is_file()]
         found = f" (it has {pickled[0]}, and pickle is never read)" if pickled else ""
         raise FormatError(
-            f"model {name!r} has no model.safetensors{found}; convert it with save_pretrained(), or for a hub model "
+            f"model {name!r} has no {_WEIGHTS}{found}; convert it with save_pretrained(), or for a hub model "
             f"name a revision that holds safetensors as id@revision"
         )
-    return path
+    files = read_json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise FormatError(f"{str(index)!r} has no weight_map; download the model again")
+    return [inside(path, file, index) for file in sorted({str(value) for value in files.values()})]
+
+
+def inside(folder: Path, name: object, named_by: Path) -> Path:
+    """The file or folder `name` below `folder`. Raises FormatError where it is none, or leads outside."""
+    place = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
+    if place.is_absolute() or ".." in place.parts:
+        raise FormatError(f"{str(named_by)!r} names the path {name!r}; it must lie below the model directory")
+    return folder / place
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes by the header of a safetensors file, which must be whole; no weights are read.
+
+    Raises:
+        FormatError: the file is missing, cannot be read, is cut short or no safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"weights {str(file)!r} {_damage(file, error)}") from error
+
+
+def _count_tensors(file: Path) -> int:
+    return len(tensor_shapes(file))
+
+
+def _damage(file: Path, error: Exception) -> str:
+    if not file.is_file():
+        return "do not exist, though their index names them; download the model again"
+    if not os.access(file, os.R_OK):
+        return "cannot be read: permission denied; give this account the right to read them"
+    with open(file, "rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return "are a Git LFS pointer, not the weights; run git lfs pull in the model's repository"
+    size = file.stat().st_size
+    return f"are cut short or damaged ({size:,} bytes: {one_line(error)}); download the model again"
+
+
+@contextmanager
+def loading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads `what` from the directory `path` into one FormatError."""
+    try:
+        yield
+    except (RaytowerError, MemoryError):
+        raise
+    except Exception as error:  # a wrong value in a file of the directory can surface as any class
+        raise FormatError(
+            f"model directory {str(path)!r} cannot be loaded: {what}: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _missing(name: str) -> Path:
@@ -68,14 +185,23 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a directory. Raises FormatError where it cannot be loaded as one."""
-    try:
+def load_tokenizer(path: Path, config: Any) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a directory whose backbone has `config`.
+
+    Raises:
+        FormatError: it cannot be loaded as a fast one, or gives ids that the embedding table does not have.
+    """
+    with loading(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FormatError(f"model directory {str(path)!r} has no usable tokenizer: {error}") from error
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise FormatError(f"the tokenizer in {str(path)!r} must be a fast one with a padding token")
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= config.vocab_size:
+        raise FormatError(
+            f"the tokenizer in {str(path)!r} has {last + 1} tokens, {token!r} the last, and the embedding table "
+            f"{config.vocab_size} rows; resize it with resize_token_embeddings(), or give the tokenizer it was "
+            "trained with"
+        )
     return tokenizer
 
 
@@ -90,21 +216,49 @@ def max_positions(config: Any) -> int:
 
 def read_info(path: Path) -> dict[str, Any]:
     """raytower.json of a directory, empty where there is none."""
-    file = path / INFO_NAME
-    if not file.is_file():
-        return {}
+    return read_json_object(path / INFO_NAME)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file. Raises FormatError where it holds anything else."""
+    value = read_json(file) if file.is_file() else {}
+    if not isinstance(value, dict):
+        raise FormatError(f"{str(file)!r} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_json(file: Path) -> Any:
+    """Raises FormatError where the file cannot be read, or holds no JSON."""
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{str(file)!r} is not valid JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise FormatError(f"{str(file)!r} must hold a JSON object")
-    return info
+    except OSError as error:
+        raise FormatError(f"{str(file)!r} cannot be read: {one_line(error)}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file that others may read as the umask allows; the library itself writes 0600."""
+    file.unlink(missing_ok=True)
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file)
+    file.chmod(mode)
+
+
+def save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a backbone with its tokenizer, weights as safetensors with the permissions of the other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def hash_tensors(digest: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -121,6 +275,24 @@ def hash_tokenizer(digest: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     rules.pop("truncation", None)
     rules.pop("padding", None)
     digest.update(json.dumps(rules, sort_keys=True, ensure_ascii=False).encode())
+
+
+def hash_config(digest: Any, config: Any) -> None:
+    """Feed what config.json does to a string: the kind of backbone, and what differs from that kind's defaults.
+
+    Defaults are left out, so that a newer transformers, which writes down more of them, keeps the hash.
+    """
+    values = json.loads(config.to_json_string(use_diff=False))
+    try:
+        defaults = json.loads(type(config)().to_json_string(use_diff=False))
+    except Exception:  # a kind whose parts have no defaults
+        defaults = {}
+    chosen = {
+        key: value
+        for key, value in values.items()
+        if key not in _OUTSIDE_MAP and (key not in defaults or defaults[key] != value)
+    }
+    digest.update(json.dumps([config.model_type, chosen], sort_keys=True).encode())
 
 
 def new_digest() -> Any:

@@ -7,6 +7,7 @@ Shape legend: B rows, L tokens, H backbone width, D embedding dimension.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,20 +15,28 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from raytower.errors import FormatError
 from raytower.models.directory import (
     INFO_NAME,
+    hash_config,
     hash_tensors,
     hash_tokenizer,
+    inside,
     load_tokenizer,
+    loading,
     max_positions,
     new_digest,
     read_info,
+    read_json,
+    read_json_object,
     resolve_model,
+    save_pretrained,
+    save_tensors,
+    tensor_shapes,
     write_json,
 )
 
@@ -45,6 +54,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "GELU": nn.GELU,
     "Sigmoid": nn.Sigmoid,
 }
+_MODULE_ORDER = re.compile(r"Transformer Pooling( Dense)*( Normalize)?")
+# The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
+_FINGERPRINT_VERSION = 2
 
 
 class Projection(nn.Module):
@@ -104,27 +116,30 @@ class Encoder(nn.Module):
         """
         path = resolve_model(str(name))
         backbone = _load_backbone(path)
-        tokenizer = load_tokenizer(path)
-        settings, projections = _read_modules(path)
-        sentence_config = _read_json(path / "sentence_bert_config.json")
-        st_config = _read_json(path / "config_sentence_transformers.json")
+        tokenizer = load_tokenizer(path, backbone.config)
+        pooling, normalise, projections = _read_modules(path, int(backbone.config.hidden_size))
+        sentence_config = read_json_object(path / "sentence_bert_config.json")
+        st_config = read_json_object(path / "config_sentence_transformers.json")
         limit = max_positions(backbone.config)
         length = sentence_config.get("max_seq_length") or min(tokenizer.model_max_length, limit)
+        if not isinstance(length, int) or length < 1:
+            raise FormatError(
+                f"{str(path / 'sentence_bert_config.json')!r} has max_seq_length {length!r}; it must be a whole number "
+                "of tokens, at least 1"
+            )
         settings = EncoderSettings(
-            pooling=settings.pooling,
-            normalise=settings.normalise,
-            max_length=min(int(length), limit),
+            pooling=pooling,
+            normalise=normalise,
+            max_length=min(length, limit),
             lower_case=bool(sentence_config.get("do_lower_case", False)),
             similarity="dot" if st_config.get("similarity_fn_name") in ("dot", "dot_score") else "cosine",
         )
-        return cls(backbone, tokenizer, settings, projections, prompts=st_config.get("prompts")).eval()
+        return cls(backbone, tokenizer, settings, projections, prompts=_read_prompts(path, st_config)).eval()
 
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory (safetensors, fp32 as held); `info` goes into raytower.json with the fingerprint."""
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder, safe_serialization=True)
-        self.tokenizer.save_pretrained(folder)
+        save_pretrained(self.backbone, self.tokenizer, folder)
         modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
         width = int(self.backbone.config.hidden_size)
         pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
@@ -157,7 +172,8 @@ class Encoder(nn.Module):
                 "similarity_fn_name": self.settings.similarity,
             },
         )
-        write_json(folder / INFO_NAME, {**(info or {}), "fingerprint": self.compute_fingerprint()})
+        made = {"fingerprint": self.compute_fingerprint(), "fingerprint_version": _FINGERPRINT_VERSION}
+        write_json(folder / INFO_NAME, {**(info or {}), **made})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32."""
@@ -199,10 +215,21 @@ class Encoder(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over weights, tokenizer, pooling, projection and normalisation; valid while the weights rest."""
+        """Hash over all that maps a string to a vector; valid while the weights rest."""
         return self.compute_fingerprint()
 
+    @cached_property
+    def former_fingerprint(self) -> str:
+        """The fingerprint by the first formula, by which older folders and indexes name the same encoder."""
+        return str(self._digest().hexdigest())
+
     def compute_fingerprint(self) -> str:
+        """Over weights, config.json, tokenizer, pooling, projections and normalisation, not over names or versions."""
+        digest = self._digest()
+        hash_config(digest, self.backbone.config)
+        return str(digest.hexdigest())
+
+    def _digest(self) -> Any:
         digest = new_digest()
         weights = {name: tensor for name, tensor in self.state_dict().items() if not _is_outside_map(name)}
         hash_tensors(digest, weights)
@@ -210,7 +237,7 @@ class Encoder(nn.Module):
         activations = [type(cast(Projection, module).activation).__name__ for module in self.projections]
         rules = (self.settings.pooling, self.settings.normalise, self.settings.lower_case, activations)
         digest.update(json.dumps(rules).encode())
-        return str(digest.hexdigest())
+        return digest
 
 
 def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tensor:
@@ -233,7 +260,7 @@ def _is_outside_map(name: str) -> bool:
 
 
 def _load_backbone(path: Path) -> PreTrainedModel:
-    try:
+    with loading(path, "its backbone"):
         model, report = AutoModel.from_pretrained(
             path,
             dtype=torch.float32,
@@ -241,8 +268,6 @@ def _load_backbone(path: Path) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"model directory {str(path)!r} cannot be loaded: {error}") from error
     missing = [
         key for key in report.get("missing_keys", []) if "pooler." not in key and "position_ids" not in key
     ]
@@ -254,38 +279,51 @@ def _load_backbone(path: Path) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read_prompts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise FormatError(
+            f"{str(path / 'config_sentence_transformers.json')!r} has prompts {prompts!r}; they must be an object of "
+            "names and texts"
+        )
+    return prompts
 
 
-def _read_modules(path: Path) -> tuple[EncoderSettings, list[Projection]]:
+def _read_modules(path: Path, width: int) -> tuple[PoolingMode, bool, list[Projection]]:
+    """Pooling, whether vectors are normalised, and the projections of a backbone of `width`."""
     file = path / "modules.json"
     if not file.is_file():
-        return EncoderSettings(), []
+        return "mean", True, []
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise FormatError(f"{str(file)!r} must hold a list of modules, each an object with type and path")
     pooling: PoolingMode = "mean"
-    normalise = False
     projections: list[Projection] = []
-    for module in json.loads(file.read_text(encoding="utf-8")):
-        kind = str(module["type"]).rsplit(".", 1)[-1]
-        place = path / module["path"]
-        if kind == "Transformer" and module["path"] == "":
-            continue
+    kinds: list[str] = []
+    for module in modules:
+        kind = str(module.get("type")).rsplit(".", 1)[-1]
+        place = inside(path, module.get("path"), file)
+        kinds.append(kind)
         if kind == "Pooling":
             pooling = _read_pooling(place)
         elif kind == "Dense":
-            projections.append(_load_projection(place))
-        elif kind == "Normalize":
-            normalise = True
-        else:
+            projections.append(_load_projection(place, width))
+            width = projections[-1].linear.out_features
+        elif kind not in ("Transformer", "Normalize") or (kind == "Transformer" and module["path"] != ""):
             raise FormatError(
-                f"{str(file)!r} names the module {module['type']!r}; known are Transformer (at the top), Pooling, "
+                f"{str(file)!r} names the module {module.get('type')!r}; known are Transformer (at the top), Pooling, "
                 "Dense and Normalize"
             )
-    return EncoderSettings(pooling=pooling, normalise=normalise), projections
+    if not _MODULE_ORDER.fullmatch(" ".join(kinds)):
+        raise FormatError(
+            f"{str(file)!r} has the modules {', '.join(kinds)}; known is the order Transformer, Pooling, any number of "
+            "Dense, and Normalize last or not at all"
+        )
+    return pooling, "Normalize" in kinds, projections
 
 
 def _read_pooling(place: Path) -> PoolingMode:
-    config = _read_json(place / "config.json")
+    config = read_json_object(place / "config.json")
     modes = [config["pooling_mode"]] if "pooling_mode" in config else []
     modes = [item for mode in modes for item in ([mode] if isinstance(mode, str) else mode)]
     modes = modes or [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
@@ -305,20 +343,29 @@ def _read_pooling(place: Path) -> PoolingMode:
     return cast(PoolingMode, modes[0])
 
 
-def _load_projection(place: Path) -> Projection:
-    config = _read_json(place / "config.json")
+def _load_projection(place: Path, width: int) -> Projection:
+    config = read_json_object(place / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if activation not in _ACTIVATIONS or config.get("use_residual"):
         raise FormatError(
             f"{str(place)!r}: activation {activation!r} or a residual is not known; have {sorted(_ACTIVATIONS)}"
         )
-    projection = Projection(
-        config["in_features"], config["out_features"], config.get("bias", True), activation
-    )
-    weights = place / "model.safetensors"
-    if not weights.is_file():
+    file = place / "model.safetensors"
+    if not file.is_file():
         raise FormatError(f"{str(place)!r} has no model.safetensors (pickle is never read)")
-    projection.load_state_dict(load_file(weights))
+    # Compared before anything of these sizes is made: a config may ask for more memory than there is.
+    shapes = tensor_shapes(file)
+    bias = bool(config.get("bias", True))
+    out, bias = config.get("out_features"), bool(config.get("bias", True))
+    wanted = {"linear.weight": (out, width), **({"linear.bias": (out,)} if bias else {})}
+    if not isinstance(out, int) or config.get("in_features") != width or shapes != wanted:
+        raise FormatError(
+            f"{str(place)!r} has in_features {config.get('in_features')!r}, out_features {out!r} and bias {bias}; its "
+            f"weights are {shapes}, and {width} values come in"
+        )
+    projection = Projection(width, out, bias, activation)
+    with loading(place, "its projection"):
+        projection.load_state_dict(load_file(file))
     return projection
 
 
@@ -332,9 +379,12 @@ def _save_projection(projection: Projection, place: Path) -> None:
         "activation_function": f"{activation.__module__}.{activation.__qualname__}",
     }
     write_json(place / "config.json", config)
-    save_file(projection.state_dict(), place / "model.safetensors")
+    save_tensors(projection.state_dict(), place / "model.safetensors")
 
 
 def read_encoder_info(path: str | Path) -> dict[str, Any]:
-    """raytower.json of an encoder directory: metric history, training config, fingerprint."""
-    return read_info(Path(path))
+    """raytower.json of an encoder directory: metric history, training config, and the fingerprint if it is today's."""
+    info = read_info(Path(path))
+    if info.get("fingerprint_version") != _FINGERPRINT_VERSION:
+        info.pop("fingerprint", None)
+    return info

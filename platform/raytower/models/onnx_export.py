@@ -6,12 +6,9 @@ and Optimum look for in `onnx/`; pooling, projection and normalisation stay in t
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import shutil
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytower.errors import FormatError, MissingExtraError, RaytowerError
-from raytower.models.directory import read_info
-from raytower.models.encoder import Encoder
+from raytower.models.encoder import Encoder, read_encoder_info
+from raytower.models.fetching import is_intact, keep, sha256_of
 from raytower.models.onnx_engine import OnnxBackbone, import_onnxruntime
-from raytower.storage import cache_dir, fsync_dir
+from raytower.storage import cache_dir, locked
 
 GRAPH_NAMES = {"float32": "model.onnx", "int8": "model_int8.onnx"}
 GRAPH_FOLDER = "onnx"
 INFO_KEY = "onnx"
 # Counts up when the same weights would give another graph; older graphs in caches are then left alone.
-_GRAPH_VERSION = 1
+_GRAPH_VERSION = 2
 _OPSET = 17
 # Protobuf cannot hold more than 2 GiB in one message; above this weights go to files beside the graph.
 _ONE_FILE_BYTES = 1_800_000_000
@@ -61,8 +58,8 @@ def use_onnx(encoder: Encoder, dtype: str, directory: Path | None = None) -> Non
 def graph_for(encoder: Encoder, dtype: str, directory: Path | None = None) -> Path:
     """The graph of `encoder`: the one that `raytower export` put into `directory`, else this machine's cached one.
 
-    A graph that is in neither place is exported into the cache, whole or not at all, so that any number of workers
-    may ask at once.
+    A graph that is in neither place, or is not the one that was put into the cache, is exported there, whole or not at
+    all; any number of workers may ask at once.
 
     Raises:
         MissingExtraError: the extra [onnx] is not installed.
@@ -74,14 +71,15 @@ def graph_for(encoder: Encoder, dtype: str, directory: Path | None = None) -> Pa
     if recorded is not None:
         return recorded
     folder = cache_dir() / GRAPH_FOLDER / f"{encoder.fingerprint}-{dtype}-{_GRAPH_VERSION}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            export_graph(encoder, dtype, beside)
-            _rename_unless_there(beside, folder)
-        finally:
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if not is_intact(folder):
+            beside = folder.with_name(f".{folder.name}.tmp")  # one at a time: the lock is ours
             shutil.rmtree(beside, ignore_errors=True)
+            try:
+                export_graph(encoder, dtype, beside)
+                keep(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     return folder / GRAPH_NAMES[dtype]
 
 
@@ -127,25 +125,20 @@ def compare_with_torch(encoder: Encoder, graph: Path) -> dict[str, float]:
     }
 
 
-def graph_files(folder: Path) -> dict[str, str]:
-    """File names below `folder`, graphs and their outside weights, with their sha256."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: _sha256(path) for path in files}
-
-
 def _recorded_graph(directory: Path, encoder: Encoder, dtype: str) -> Path | None:
-    info = read_info(directory)
+    info = read_encoder_info(directory)
     record = info.get(INFO_KEY, {}).get(dtype)
     if record is None:
         return None
     if info.get("fingerprint") != encoder.fingerprint:
+        found = info.get("fingerprint", "by an older formula, which left config.json out")[:48]
         raise FormatError(
-            f"the {dtype} graph in {str(directory)!r} was exported from weights with fingerprint "
-            f"{str(info.get('fingerprint'))[:12]}, these have {encoder.fingerprint[:12]}; run `raytower export` again"
+            f"the {dtype} graph in {str(directory)!r} was exported from weights with fingerprint {found}, these have "
+            f"{encoder.fingerprint}; run `raytower export` again"
         )
     for name, sha256 in record["files"].items():
         place = directory / GRAPH_FOLDER / name
-        if not place.is_file() or _sha256(place) != sha256:
+        if not place.is_file() or sha256_of(place) != sha256:
             raise FormatError(
                 f"{str(place)!r} is missing or is not the graph that was exported; run `raytower export` again"
             )
@@ -242,23 +235,6 @@ def _vectors(encoder: Encoder, texts: tuple[str, ...]) -> NDArray[np.float64]:
     )
     vector_BD: Any = encoder(batch["input_ids"], batch["attention_mask"])
     return np.asarray(vector_BD.double().cpu())
-
-
-def _rename_unless_there(source: Path, target: Path) -> None:
-    for path in source.iterdir():
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-    try:
-        os.rename(source, target)
-    except OSError:
-        if not target.is_dir():  # else another worker was first, with the same graph
-            raise
-    fsync_dir(target.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _missing_extra() -> MissingExtraError:

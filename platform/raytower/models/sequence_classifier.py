@@ -5,7 +5,6 @@ Shape legend: B rows, L tokens, C logits a row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +26,15 @@ from raytower.errors import FormatError
 from raytower.models.batch_planner import plan_batches
 from raytower.models.directory import (
     INFO_NAME,
+    hash_config,
     hash_tensors,
     hash_tokenizer,
+    loading,
     max_positions,
     new_digest,
     read_info,
+    read_json_object,
+    save_pretrained,
     write_json,
 )
 
@@ -55,10 +58,8 @@ class SequenceClassifier(nn.Module):
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory; `info` goes into raytower.json with the fingerprint."""
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.model_max_length = self.max_length
-        self.tokenizer.save_pretrained(folder)
+        save_pretrained(self.model, self.tokenizer, folder)
         self.info = {**self.info, **(info or {}), "max_length": self.max_length}
         write_json(folder / INFO_NAME, {**self.info, "fingerprint": self.compute_fingerprint()})
 
@@ -85,12 +86,13 @@ class SequenceClassifier(nn.Module):
         return str(self.digest_model().hexdigest())
 
     def digest_model(self) -> Any:
-        """The running hash after weights and tokenizer."""
+        """The running hash after weights, tokenizer and config.json."""
         digest = new_digest()
         hash_tensors(
             digest, {k: v for k, v in self.model.state_dict().items() if not k.endswith("position_ids")}
         )
         hash_tokenizer(digest, self.tokenizer)
+        hash_config(digest, self.model.config)
         return digest
 
 
@@ -104,7 +106,7 @@ def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[s
     Raises:
         FormatError: the directory cannot be loaded, or lacks weights of its backbone.
     """
-    try:
+    with loading(path, "its classifier"):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=torch.float32,
@@ -113,10 +115,6 @@ def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[s
             output_loading_info=True,
             **changes,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(
-            f"model directory {str(path)!r} cannot be loaded as a classifier: {error}"
-        ) from error
     missing = sorted(key for key in report.get("missing_keys", []) if "position_ids" not in key)
     # The head is what lies outside the backbone, and the pooler, which many encoders are published without.
     backbone = f"{model.base_model_prefix}."
@@ -128,10 +126,8 @@ def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[s
 
 def finished_config(path: Path) -> PretrainedConfig | None:
     """The config of a directory that holds a finished sequence classifier; None for an encoder."""
-    try:
+    with loading(path, "its config.json"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FormatError(f"model directory {str(path)!r} has no usable config.json: {error}") from error
     names = config.architectures or []
     return config if any(name.endswith("ForSequenceClassification") for name in names) else None
 
@@ -139,14 +135,13 @@ def finished_config(path: Path) -> PretrainedConfig | None:
 def recorded_max_length(path: Path, model: PreTrainedModel) -> int:
     """The length that a directory was made for: of raytower.json, else of its tokenizer, else its positions."""
     limit = max_positions(model.config)
-    recorded = read_info(path).get("max_length")
-    if recorded:
-        return min(int(recorded), limit)
-    config = path / "tokenizer_config.json"
-    stated = (
-        json.loads(config.read_text(encoding="utf-8")).get("model_max_length") if config.is_file() else None
-    )
-    return min(int(stated), limit) if stated else limit
+    stated = read_info(path).get("max_length")
+    stated = stated or read_json_object(path / "tokenizer_config.json").get("model_max_length") or limit
+    if not isinstance(stated, int | float) or stated < 1:
+        raise FormatError(
+            f"model directory {str(path)!r} states the length {stated!r}; it must be at least 1"
+        )
+    return int(min(stated, limit))
 
 
 @torch.inference_mode()

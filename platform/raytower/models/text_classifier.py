@@ -62,7 +62,9 @@ class TextClassifier(SequenceClassifier):
                 f"{str(path)!r} has {len(labels)} label(s) and problem_type {kind!r}; a text classifier has at least "
                 f"2 labels and the problem_type {_PROBLEM_TYPE!r}"
             )
-        return cls(model, load_tokenizer(path), recorded_max_length(path, model), read_info(path)).eval()
+        return cls(
+            model, load_tokenizer(path, model.config), recorded_max_length(path, model), read_info(path)
+        ).eval()
 
     @classmethod
     def start_from(cls, name: str | Path, labels: Sequence[str]) -> TextClassifier:
@@ -79,7 +81,7 @@ class TextClassifier(SequenceClassifier):
             numbers = dict(enumerate(labels))
             names = {label: number for number, label in numbers.items()}
             model, _ = load_classifier(path, id2label=numbers, label2id=names, problem_type=_PROBLEM_TYPE)
-            return cls(model, load_tokenizer(path), recorded_max_length(path, model))
+            return cls(model, load_tokenizer(path, model.config), recorded_max_length(path, model))
         if _labels_of(finished) != tuple(labels):
             raise InputError(
                 f"{str(path)!r} is a finished classifier and {_difference(_labels_of(finished), labels)}; train from "

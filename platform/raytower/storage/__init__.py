@@ -2,7 +2,7 @@
 
 from raytower.storage.errors import StorageError, StorageRefusedError, explaining
 from raytower.storage.lease import Lease, writer_lease
-from raytower.storage.local import fsync_dir
+from raytower.storage.local import fsync_dir, locked
 from raytower.storage.location import (
     Location,
     absolute_if_local,
@@ -19,6 +19,7 @@ __all__ = [
     "cache_dir",
     "explaining",
     "fsync_dir",
+    "locked",
     "publish_directory",
     "writer_lease",
 ]

@@ -70,7 +70,8 @@ def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> 
     path = place.local_path
     with locked(path, wait_seconds) as descriptor:
         if descriptor is None:
-            raise _taken(place, path.read_bytes())
+            # Let go of a moment ago, it may be gone.
+            raise _taken(place, path.read_bytes() if path.is_file() else b"{}")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
 

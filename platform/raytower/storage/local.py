@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -91,23 +92,41 @@ def exchange(first: Path, second: Path) -> bool:
 def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None]:
     """Hold the lock file `path` and yield its descriptor, or None where it is not had within `wait_seconds`.
 
-    A process that is killed lets go at once. The file stays and has the permissions that the umask gives, so that a
-    team can share it.
+    A process that is killed lets go at once. The file has the permissions that the umask gives, so that a team
+    can share it, and is removed behind its holder.
 
     Raises:
         StorageRefusedError: the file system has no locks, or the file may not be opened.
     """
-    with explaining(path):
-        make_dirs(path.parent)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        yield descriptor if _lock(descriptor, path, wait_seconds) else None
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path, wait_seconds: float | None) -> bool:
     deadline = None if wait_seconds is None else time.monotonic() + wait_seconds
+    while True:
+        with explaining(path):
+            make_dirs(path.parent)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            held = _lock(descriptor, path, deadline)
+            # Whoever was inside before has removed the file that was waited for: the name may be another's by now.
+            if held and not _is_still(descriptor, path):
+                continue
+            try:
+                yield descriptor if held else None
+            finally:
+                if held:
+                    with contextlib.suppress(OSError):  # another account's, where only owners may remove
+                        path.unlink()
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, path: Path, deadline: float | None) -> bool:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))

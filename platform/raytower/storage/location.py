@@ -132,9 +132,10 @@ class Location:
 
     def children(self, recursive: bool = False) -> list[Location]:
         """Entries of this directory in name order; empty where it does not exist."""
-        return [Location(self.filesystem, info.path) for info in self._listing(recursive)]
+        return [Location(self.filesystem, info.path) for info in self.infos(recursive)]
 
-    def _listing(self, recursive: bool) -> list[pafs.FileInfo]:
+    def infos(self, recursive: bool = False) -> list[pafs.FileInfo]:
+        """As `children`, with size and time of each."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         with explaining(self):
             return sorted(self._entries(selector), key=lambda info: info.path)
@@ -259,7 +260,7 @@ class Location:
 
     def listing(self, recursive: bool = False) -> list[tuple[str, int]]:
         """Names and sizes of the files in this directory, asked for at once; names are relative to it."""
-        files = (info for info in self._listing(recursive) if info.type == pafs.FileType.File)
+        files = (info for info in self.infos(recursive) if info.type == pafs.FileType.File)
         return [(info.path[len(self.path) :].lstrip("/"), int(info.size)) for info in files]
 
     def delete_files(self, names: Iterable[str]) -> None:
@@ -486,7 +487,7 @@ def _upload_directory(folder: Path, target: Location) -> None:
     def last(path: str) -> tuple[bool, str]:
         return PurePosixPath(path).name in _WRITTEN_LAST, path
 
-    there = [info.path for info in target._listing(recursive=True) if info.type == pafs.FileType.File]
+    there = [info.path for info in target.infos(recursive=True) if info.type == pafs.FileType.File]
     for path in sorted(there, key=last, reverse=True):
         if last(path)[0] or path not in places:
             Location(target.filesystem, path).delete()

@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import AdamW
 
+from raytower.models.directory import save_tensors
 from raytower.training.optimizer import load_optimizer, save_optimizer
 from raytower.training.step import TrainingStep
 
@@ -53,7 +54,7 @@ def load_state(step: TrainingStep, folder: Path) -> dict[str, Any]:
 def save_trainable(model: nn.Module, folder: Path) -> None:
     """Write the weights that train."""
     weights = {name: p.detach().cpu().contiguous() for name, p in _trainable(model).items()}
-    save_file(weights, folder / _TRAINABLE_NAME)
+    save_tensors(weights, folder / _TRAINABLE_NAME)
 
 
 def load_trainable(model: nn.Module, folder: Path) -> None:

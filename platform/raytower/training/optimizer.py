@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from raytower.models.directory import save_tensors
 from raytower.training.config import OptimizerConfig
 
 
@@ -45,7 +45,7 @@ def save_optimizer(optimizer: AdamW, path: Path) -> None:
         for number, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
-    save_file(tensors, path)
+    save_tensors(tensors, path)
 
 
 def load_optimizer(optimizer: AdamW, path: Path) -> None:
