@@ -133,6 +133,14 @@ class TestPlan:
         assert made["estimated_tokens"] == pytest.approx(100 * 32, rel=0.2)
         assert not (tmp_path / "out").exists()
 
+    def test_a_column_of_old_vectors_passes_under_another_name(
+        self, dummy_encoder_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "corpus.parquet"
+        pq.write_table(pa.table({"text": ["a"], "embedding": [[0.5, 1.0]]}), path)
+        plan(encode_config(dummy_encoder_dir, path, tmp_path / "out"))
+        assert "column 'embedding' passes through as 'source_embedding'" in capsys.readouterr().err
+
     def test_small_surveyed_pieces_become_files_of_the_planned_size(
         self, dummy_encoder_dir: Path, tmp_path: Path
     ) -> None:

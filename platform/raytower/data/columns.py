@@ -230,7 +230,7 @@ def _settled(value: Any) -> Any:
     """The JSON value without objects that have no members: they say as much as null, and no column holds them."""
     if type(value) is dict:
         return {key: _settled(inner) for key, inner in value.items()} or None
-    return [_settled(inner) for inner in value] if type(value) is list else value
+    return list(map(_settled, value)) if type(value) is list else value
 
 
 def _json_fault(value: Any, depth: int) -> str | None:
@@ -248,6 +248,6 @@ def _json_fault(value: Any, depth: int) -> str | None:
         if kind is dict and not all(map(is_member_name, value)):
             return "has an object with a key that is empty or holds a NUL character"
         for inner in value.values() if kind is dict else value:
-            if (fault := _json_fault(inner, depth + 1)) is not None:
+            if type(inner) is not str and (fault := _json_fault(inner, depth + 1)) is not None:
                 return fault
     return None

@@ -6,8 +6,9 @@ numbers become floats, or floats whole numbers, only where every value stays wha
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -166,8 +167,7 @@ class _Seen:
     def observe(self, values: pa.Array | list[Any], lines: np.ndarray, file: SourceFile) -> None:
         """Take in values with the line of each. Raises InputError where no type holds these and earlier ones."""
         if isinstance(values, list):
-            for value, line in zip(values, lines.tolist(), strict=True):
-                self._observe_json(value, file, line)
+            self._observe_json(values, lines.tolist(), file)
             return
         base = _base_trait(values.type)
         if base is not None and values.null_count == len(values):
@@ -181,18 +181,29 @@ class _Seen:
         elif base == "list":
             self._member(None).observe(values.flatten(), parents(values, lines), file)
 
-    def _observe_json(self, value: Any, file: SourceFile, line: int) -> None:
-        if value is None or value != value:  # NaN
-            return
-        for trait in _json_traits(value):
-            if trait not in self._traits:
-                self._add(trait, file, line)
-        if type(value) is dict:
-            for key, inner in value.items():
-                self._member(key)._observe_json(inner, file, line)
-        elif type(value) is list:
-            for inner in value:
-                self._member(None)._observe_json(inner, file, line)
+    def _observe_json(self, values: list[Any], lines: list[int], file: SourceFile) -> None:
+        # Each kind of value at once: one by one would cost as much as reading them.
+        groups: dict[type, tuple[list[Any], list[int]]] = {}
+        for value, line in zip(values, lines, strict=True):
+            if value is not None and value == value:  # NaN is not
+                same, places = groups.setdefault(type(value), ([], []))
+                same.append(value)
+                places.append(line)
+        for kind, (same, places) in groups.items():
+            found = {
+                trait: next((line for value, line in zip(same, places, strict=True) if shows(value)), 0)
+                for trait, shows in _json_traits(kind)
+                if trait not in self._traits
+            }
+            for trait, line in sorted(found.items(), key=lambda item: item[1]):
+                if line:
+                    self._add(trait, file, line)
+            if kind is dict:
+                for key in dict.fromkeys(itertools.chain.from_iterable(same)):
+                    self._member(key)._observe_json([value.get(key) for value in same], places, file)
+            elif kind is list:
+                lines_of = [line for value, line in zip(same, places, strict=True) for _ in value]
+                self._member(None)._observe_json(list(itertools.chain.from_iterable(same)), lines_of, file)
 
     def _member(self, key: str | None) -> _Seen:
         if key not in self._members:
@@ -278,15 +289,13 @@ def _array_traits(values: pa.Array, base: Trait | None) -> Iterator[tuple[Trait,
         yield "far", pc.or_(pc.less(ticks, first), pc.greater(ticks, last))
 
 
-def _json_traits(value: Any) -> Iterator[Trait]:
-    kind = type(value)
-    yield _OF_PYTHON[kind]
+def _json_traits(kind: type) -> Iterator[tuple[Trait, Callable[[Any], bool]]]:
+    """The traits that JSON values of a Python type may have, each with the test for it."""
+    yield _OF_PYTHON[kind], lambda value: True
+    if kind is int:
+        yield "long", lambda value: abs(value) > _EXACT_IN_FLOAT
+        yield "unsigned", lambda value: value > _INT64_MAX
+    elif kind is float:
+        yield "fraction", lambda value: not value.is_integer() or abs(value) > _EXACT_IN_FLOAT
     if kind is int or kind is float:
-        if value < 0:
-            yield "negative"
-        if kind is float and not (value.is_integer() and abs(value) <= _EXACT_IN_FLOAT):
-            yield "fraction"
-        elif kind is int and abs(value) > _EXACT_IN_FLOAT:
-            yield "long"
-            if value > _INT64_MAX:
-                yield "unsigned"
+        yield "negative", lambda value: value < 0

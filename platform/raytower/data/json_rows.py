@@ -59,7 +59,7 @@ def _columns(rows: list[dict[str, Any]], source: Source) -> dict[str, list[Any]]
 
 def _json_object(line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line, object_pairs_hook=_object)
+        row = _DECODER.decode(line)
     except BadRowError:
         raise
     except json.JSONDecodeError as error:
@@ -88,6 +88,9 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise BadRowError(f"the key {repeated!r} stands twice in one object")
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_value(row: dict[str, Any], wanted: RecordField) -> Any:
