@@ -8,6 +8,8 @@ Exit codes: 0 done, 2 bad input or configuration, 1 failure.
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -205,15 +207,36 @@ def _execute(command: Command, arguments: _Arguments) -> int:
     config = load_config(find_reference(command.config), arguments.config_path, arguments.overrides)
     if arguments.dry_run:
         plan = find_reference(command.plan)(config) if command.plan else {}
-        print(dump_config(config), end="")
-        print(to_json({"plan": plan}))
+        _show(dump_config(config).rstrip("\n"))
+        _show_json({"plan": plan})
         return 0
     result = find_reference(command.run)(config)
     if command.render and not arguments.as_json:
-        print(find_reference(command.render)(result))
+        _show(find_reference(command.render)(result))
     else:
-        print(to_json(result))
+        _show_json(result)
     return 0
+
+
+def _show_json(value: Any) -> None:
+    """One line of JSON, with escapes for what the terminal's encoding (GBK, ASCII) does not have."""
+    text = to_json(value)
+    _show(text if _holds(text) else json.dumps(json.loads(text)))
+
+
+def _show(text: str) -> None:
+    """Print `text`; characters that the terminal's encoding does not have are shown by their codes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text if _holds(text) else text.encode(encoding, errors="backslashreplace").decode(encoding))
+
+
+def _holds(text: str) -> bool:
+    """Whether standard output can carry `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _explain(error: Exception) -> int:
@@ -229,8 +252,22 @@ def _explain(error: Exception) -> int:
     return 1
 
 
+def _readable(argument: str) -> str:
+    """`argument`. Raises InputError where its bytes are not those of this locale's encoding."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(argument).decode("utf-8", errors="backslashreplace")
+        raise InputError(
+            f"the argument {shown} is not {sys.getfilesystemencoding()}; set the terminal to UTF-8, rename a file "
+            "whose name is in another encoding (GBK, say), or give a text in a --config file"
+        ) from error
+    return argument
+
+
 def _parse(given: list[str], default_config: Path | None) -> _Arguments:
     config_path = str(default_config) if default_config else None
+    given = [_readable(argument) for argument in given]
     rest: list[str] = []
     dry_run = as_json = False
     position = 0

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytower.data.arrow_files import ArrowFile
 from raytower.data.layouts import Source, free_name, parquet_columns
 from raytower.data.records import RecordField
 from raytower.data.row_batch import Parsed, RowBatch
@@ -24,9 +25,11 @@ class RowGroupReader:
         """Raises InputError where the file is no Parquet, or lacks a column that the records need."""
         self.source = source
         try:
-            self._file = pq.ParquetFile(source.file.open())
+            stream = source.file.open()
+            self._file = ArrowFile(stream) if source.layout.format == "arrow" else pq.ParquetFile(stream)
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{source.file} is no readable Parquet file: {error}") from error
+            name = {"parquet": "Parquet", "arrow": "Arrow"}[source.layout.format]
+            raise InputError(f"{source.file} is no readable {name} file: {error}") from error
         self._names = parquet_columns(source.file, source.layout, self._file.schema_arrow)
         self._wanted = [name for name in self._names.values() if name is not None]
         if source.layout.passes_columns_through:
@@ -38,6 +41,8 @@ class RowGroupReader:
 
     def row_counts(self) -> list[int]:
         """Rows of each row group."""
+        if isinstance(self._file, ArrowFile):
+            return [self._file.num_rows]
         metadata = self._file.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 

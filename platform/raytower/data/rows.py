@@ -6,6 +6,7 @@ looked at one by one.
 
 from __future__ import annotations
 
+import csv
 import math
 
 import numpy as np
@@ -17,9 +18,12 @@ from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, free_name, name_among
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
 from raytower.data.row_batch import Parsed, Rejection, RowBatch
-from raytower.data.slices import Slice
+from raytower.data.slices import MAX_LINE_BYTES, Slice
 from raytower.data.visible import describe_unseen, shows_nothing
 
+_SEPARATORS = {"\t": "tabs", ",": "commas"}
+# A text is as long as its row may be.
+csv.field_size_limit(MAX_LINE_BYTES)
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
 
 
@@ -29,11 +33,16 @@ def parse_slice(piece: Slice, source: Source) -> Parsed:
     Raises:
         InputError: the file as a whole is of another kind (labelled pairs read as pairs).
     """
+    if piece.cut == "quoted":
+        return to_records(_split_quoted(piece, source.layout), source.layout, source.file.stem)
     text, numbers, rejections = _decode(piece)
-    if len(numbers) == 0:
+    if piece.cut == "elements":
+        numbers = np.arange(piece.first_line, piece.first_line + len(piece.rows()), dtype=np.int64)
+        batch = load_json([row.decode("utf-8") for row in piece.rows()], numbers, source)
+    elif len(numbers) == 0:
         batch = RowBatch(numbers, {f.name: pa.nulls(0, f.read_type) for f in source.layout.fields})
     elif source.layout.format == "jsonl":
-        batch = load_json(text, numbers, source)
+        batch = load_json(text.split("\n"), numbers, source)
     else:
         batch = _split_columns(text, numbers, source.layout)
     batch.rejections = rejections + batch.rejections
@@ -55,7 +64,7 @@ def to_records(batch: RowBatch, layout: Layout, stem: str) -> Parsed:
 
 def raw_line(piece: Slice, line: int) -> bytes:
     """The bytes of one line of `piece`, by its line number in the file."""
-    return piece.data.split(b"\n")[line - piece.first_line].removesuffix(b"\r")
+    return piece.rows()[line - piece.first_line]
 
 
 def _decode(piece: Slice) -> tuple[str, np.ndarray, list[Rejection]]:
@@ -72,8 +81,7 @@ def _decode(piece: Slice) -> tuple[str, np.ndarray, list[Rejection]]:
             good.append(line.decode("utf-8"))
             kept.append(number)
         except UnicodeDecodeError as error:
-            reason = f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-            rejections.append(Rejection(number, reason))
+            rejections.append(Rejection(number, _not_utf8(line, error)))
     return "\n".join(good), np.array(kept, dtype=np.int64), rejections
 
 
@@ -99,10 +107,44 @@ def _split_columns(text: str, numbers: np.ndarray, layout: Layout) -> RowBatch:
     return place_columns(batch, by_column, layout)
 
 
-def _wrong_count(count: int, names: tuple[str, ...]) -> str:
+def _split_quoted(piece: Slice, layout: Layout) -> RowBatch:
+    names = layout.columns
+    lines: list[int] = []
+    rows: list[list[str]] = []
+    rejections: list[Rejection] = []
+    for number, row in enumerate(piece.rows(), piece.first_line):
+        try:
+            values = next(csv.reader([row.decode("utf-8")], delimiter=layout.delimiter, strict=True), [])
+        except UnicodeDecodeError as error:
+            rejections.append(Rejection(number, _not_utf8(row, error)))
+        except csv.Error as error:
+            rejections.append(Rejection(number, f"a quote is neither closed nor doubled ({error})"))
+        else:
+            if len(values) == len(names) and any(values):
+                lines.append(number)
+                rows.append(values)
+            else:
+                reason = (
+                    _wrong_count(len(values), names, layout.delimiter)
+                    if any(values)
+                    else "empty text: the line is blank"
+                )
+                rejections.append(Rejection(number, reason))
+    by_column = {name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(names)}
+    batch = RowBatch(np.array(lines, dtype=np.int64), {}, rejections=rejections)
+    return place_columns(batch, by_column, layout)
+
+
+def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+
+
+def _wrong_count(count: int, names: tuple[str, ...], delimiter: str = "\t") -> str:
     columns = "1 column" if count == 1 else f"{count} columns"
-    hint = "; if tabs belong to the texts, set input.format to lines" if len(names) == 1 else ""
-    return f"{columns}, expected {len(names)} ({', '.join(names)}) separated by tabs{hint}"
+    hint = "; if tabs belong to the texts, give the file the extension .txt" if len(names) == 1 else ""
+    return (
+        f"{columns}, expected {len(names)} ({', '.join(names)}) separated by {_SEPARATORS[delimiter]}{hint}"
+    )
 
 
 def place_columns(batch: RowBatch, by_column: dict[str, pa.Array], layout: Layout) -> RowBatch:

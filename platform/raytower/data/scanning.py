@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from raytower.data.layouts import Source
+from raytower.data.layouts import Source, free_name
 from raytower.data.parquet import RowGroupReader
 from raytower.data.row_batch import Parsed
 from raytower.data.rows import parse_slice, raw_line
-from raytower.data.slices import RangeReader, Slice, iter_slices
-from raytower.errors import InputError
+from raytower.data.slices import RangeReader, Slice, iter_elements, iter_slices
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,10 @@ def scan(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
     """Every row of `source`, parsed, in chunks of at most `rows_per_chunk` rows; chunks of Parquet end with row groups.
 
     Raises:
-        InputError: the file cannot be read, or holds no row at all.
+        InputError: the file cannot be read.
     """
-    chunks = _scan_parquet if source.layout.format == "parquet" else _scan_text
-    is_empty = True
-    for chunk in chunks(source, rows_per_chunk):
-        is_empty = False
-        yield chunk
-    if is_empty:
-        after = " after its header" if source.layout.first_line > 1 else ""
-        raise InputError(f"{source.file} holds no rows{after}; remove the file or give one that has rows")
+    chunks = _scan_columnar if source.layout.is_columnar else _scan_text
+    return chunks(source, rows_per_chunk)
 
 
 class ExtentReader:
@@ -66,18 +60,18 @@ class ExtentReader:
 
     def __init__(self, source: Source):
         self.source = source
-        self._parquet = RowGroupReader(source) if source.layout.format == "parquet" else None
+        self._parquet = RowGroupReader(source) if source.layout.is_columnar else None
         self._text = None if self._parquet else RangeReader(source.file)
 
     def read(self, extent: Extent) -> Chunk:
         """Raises InputError where the file can no longer be read."""
         if self._parquet is not None and extent.row_group is not None:
             rows = self._parquet.read(extent.row_group, extent.start, extent.end - extent.start)
-            return Chunk(extent, self._parquet.parse(rows, extent.first_line), rows)
+            return _columnar_chunk(self._parquet, extent, rows)
         assert self._text is not None
         data = self._text.read(extent.start, extent.end - extent.start)
-        content = Slice(extent.start, extent.first_line, data)
-        return Chunk(extent, parse_slice(content, self.source), content)
+        content = Slice(extent.start, extent.first_line, data, self.source.layout.cut)
+        return _text_chunk(self.source, extent, content)
 
 
 def _plain_value(cell: pa.Scalar) -> Any:
@@ -90,14 +84,41 @@ def _plain_value(cell: pa.Scalar) -> Any:
         return cell.as_buffer().to_pybytes().decode("utf-8", errors="backslashreplace")
 
 
+def _text_chunk(source: Source, extent: Extent, content: Slice) -> Chunk:
+    return Chunk(extent, _with_partitions(parse_slice(content, source), source), content)
+
+
+def _columnar_chunk(reader: RowGroupReader, extent: Extent, rows: pa.Table) -> Chunk:
+    return Chunk(extent, _with_partitions(reader.parse(rows, extent.first_line), reader.source), rows)
+
+
+def _with_partitions(parsed: Parsed, source: Source) -> Parsed:
+    """`parsed` with the columns that stand in the names of folders; the file's own columns come first."""
+    if not source.layout.passes_columns_through or not source.file.partitions:
+        return parsed
+    values = {free_name(name): value for name, value in source.file.partitions}
+    if isinstance(parsed.extra, dict):
+        columns = {
+            name: pa.repeat(pa.scalar(value, pa.string()), parsed.num_rows) for name, value in values.items()
+        }
+        return dataclasses.replace(parsed, extra=columns | parsed.extra)
+    return dataclasses.replace(parsed, extra=[values | row for row in parsed.extra])
+
+
 def _scan_text(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
     layout = source.layout
-    for content in iter_slices(source.file, layout.body_start, layout.first_line, rows_per_chunk):
-        extent = Extent(content.start, content.end, content.first_line)
-        yield Chunk(extent, parse_slice(content, source), content)
+    slices = (
+        iter_elements(source.file, layout.body_start, rows_per_chunk)
+        if layout.cut == "elements"
+        else iter_slices(
+            source.file, layout.body_start, layout.first_line, rows_per_chunk, quoted=layout.cut == "quoted"
+        )
+    )
+    for content in slices:
+        yield _text_chunk(source, Extent(content.start, content.end, content.first_line), content)
 
 
-def _scan_parquet(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
+def _scan_columnar(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
     reader = RowGroupReader(source)
     first_row = 1
     for group, num_rows in enumerate(reader.row_counts()):
@@ -105,5 +126,5 @@ def _scan_parquet(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
             end = min(start + rows_per_chunk, num_rows)
             rows = reader.read(group, start, end - start)
             extent = Extent(start, end, first_row + start, group)
-            yield Chunk(extent, reader.parse(rows, extent.first_line), rows)
+            yield _columnar_chunk(reader, extent, rows)
         first_row += num_rows

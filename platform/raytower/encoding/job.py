@@ -22,6 +22,7 @@ from raytower.config import WorkersConfig
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import refuse_output_inside
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
 from raytower.encoding.parts import (
@@ -44,7 +45,12 @@ from raytower.encoding.worker import EncodedPiece, PieceEncoder, PieceSeconds, W
 from raytower.errors import InputError, RaytowerError
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
-from raytower.models.forward import check_max_length, default_block_rows, default_tokens_per_batch
+from raytower.models.forward import (
+    CHARACTERS_PER_TOKEN,
+    check_max_length,
+    default_block_rows,
+    default_tokens_per_batch,
+)
 from raytower.models.onnx_export import graph_for
 from raytower.runtime import ensure_ray, log
 from raytower.storage import Location, absolute_if_local
@@ -190,6 +196,7 @@ def _prepare(config: EncodeConfig) -> _Job:
 
 
 def _survey(config: EncodeConfig) -> tuple[Survey, tuple[Piece, ...], int]:
+    refuse_output_inside(config.output, config.input.path)
     quarantine = Location.of(config.output) / "quarantine" if config.on_error == "quarantine" else None
     rows = config.rows_per_file
     if rows is None:
@@ -198,7 +205,7 @@ def _survey(config: EncodeConfig) -> tuple[Survey, tuple[Piece, ...], int]:
         if rows >= _SURVEY_ROWS:
             return found, join_pieces(found.pieces, rows), rows
     found = survey_input(config.input, "corpus", rows, config.on_error, quarantine)
-    return found, found.pieces, rows
+    return found, join_pieces(found.pieces, rows), rows
 
 
 def _finished_parts(job: _Job) -> set[str]:
@@ -243,7 +250,10 @@ def _job_spec(job: _Job) -> dict[str, Any]:
 def _content_hash(pieces: Sequence[Piece]) -> str:
     """Hash over the content of the corpus's files, so that an edited corpus is never mixed with an older one."""
     files = {
-        str(piece.source.file): piece.source.file for piece in pieces if isinstance(piece.source, Source)
+        str(run.source.file): run.source.file
+        for piece in pieces
+        for run in piece.runs
+        if isinstance(run.source, Source)
     }
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_READING_THREADS) as threads:
@@ -382,7 +392,7 @@ def _summary(figures: dict[str, Any]) -> str:
 
 
 def _corpus_size(job: _Job) -> CorpusSize:
-    extents = [piece.extent for piece in job.pieces]
+    extents = [run.extent for piece in job.pieces for run in piece.runs]
     # Of text an extent counts decompressed bytes; of Parquet rows, whose bytes are known only as stored.
     is_parquet = any(extent.row_group is not None for extent in extents)
     text_bytes = job.survey.bytes if is_parquet else sum(extent.end - extent.start for extent in extents)
@@ -408,7 +418,7 @@ def _sample(job: _Job) -> Iterator[list[str]]:
 
 
 def _tokenise(job: _Job, texts: list[str]) -> list[list[int]]:
-    prepared = [job.prefix + text for text in texts]
+    prepared = [job.prefix + text[: job.config.max_length * CHARACTERS_PER_TOKEN] for text in texts]
     batch = job.encoder.tokenizer(prepared, truncation=True, max_length=job.config.max_length)
     ids: list[list[int]] = batch["input_ids"]
     return ids
