@@ -219,7 +219,9 @@ def test_quarantine_needs_a_place(tmp_path: Path) -> None:
 
 
 def test_duplicate_ids_within_and_across_files(tmp_path: Path) -> None:
-    one = write(tmp_path / "one.tsv", "".join(f"id{number}\twords\n" for number in range(10)) + "id4\tagain\n")
+    one = write(
+        tmp_path / "one.tsv", "".join(f"id{number}\twords\n" for number in range(10)) + "id4\tagain\n"
+    )
     with pytest.raises(InputError) as raised:
         survey_of(one, "corpus", rows_per_piece=3)
     assert str(raised.value).startswith(

@@ -48,6 +48,7 @@ _HEADER_WORDS = frozenset(
     )
 )
 _MIN_REPEATED_LINES = 8
+_MIN_TEXT_CHARACTERS = 4
 
 
 @dataclass(frozen=True)
@@ -189,13 +190,17 @@ def _is_quoted(head: bytes) -> bool:
     return bool(whole) and all(whole) and (has_doubled or is_header)
 
 
+def _reads_like_a_text(cell: str) -> bool:
+    """Whether `cell` is no id: words with spaces between them, or several characters of a script beside ASCII."""
+    return " " in cell.strip() or (not cell.isascii() and len(cell) >= _MIN_TEXT_CHARACTERS)
+
+
 def _refuse_labels(file: SourceFile, config: InputConfig, head: bytes) -> None:
     """Refuse `text <TAB> label` given as a corpus of `id <TAB> text`: its second column repeats."""
     rows = [line.split(b"\t") for line in head.split(b"\n")[:-1]]
     rows = [row for row in rows if len(row) == 2]
     second = {row[1] for row in rows}
-    # No id: words with spaces between them, or characters of another script.
-    texts = sum(b" " in row[0].strip() or not row[0].isascii() for row in rows)
+    texts = sum(_reads_like_a_text(row[0].decode("utf-8", errors="replace")) for row in rows)
     if len(rows) >= _MIN_REPEATED_LINES and len(second) * 4 <= len(rows) < texts * 2:
         first, label = (cell.decode("utf-8", errors="replace")[:60] for cell in rows[0])
         raise InputError(
