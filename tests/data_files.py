@@ -26,7 +26,7 @@ def write_jsonl(path: Path, rows: Iterable[Any], ensure_ascii: bool = False) -> 
 
 def survey_of(path: Path | str, kind: RecordKind, rows_per_piece: int = 8192, **settings: Any) -> Survey:
     """Survey `path`; settings are those of InputConfig."""
-    return survey(InputConfig(path=str(path), **settings), kind, rows_per_piece)
+    return survey(InputConfig(path=str(path), **settings), kind, rows_per_piece, "fail")
 
 
 def quarantined(

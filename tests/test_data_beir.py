@@ -67,7 +67,7 @@ def test_pairs_fetch_texts_that_lie_far_apart(tmp_path: Path) -> None:
 def test_judgements_of_unknown_ids(tmp_path: Path) -> None:
     folder = beir_folder(tmp_path)
     write(
-        folder / "qrels" / "train.tsv", _HEADER + "q1\td1\t1\nq1\td9\t1\nq9\td1\t1\nq1\td1\t1\nq1\td2\tgood\n"
+        folder / "qrels" / "train.tsv", _HEADER + "q1\td1\t1\nq1\td9\t1\nq9\td1\t1\nq1\td1\t2\nq1\td2\tgood\n"
     )
     with pytest.raises(InputError, match=r"train\.tsv:6: score 'good' is not a finite number"):
         survey_of(folder, "pairs")
@@ -75,7 +75,7 @@ def test_judgements_of_unknown_ids(tmp_path: Path) -> None:
     assert {(entry["line"], entry["reason"], entry["raw"]) for entry in entries} == {
         (3, f"corpus-id 'd9' is not in {folder}/corpus.jsonl", "q1\td9\t1"),
         (4, f"query-id 'q9' is not in {folder}/queries.jsonl", "q9\td1\t1"),
-        (5, "query-id 'q1' and corpus-id 'd1' are already judged in line 2", "q1\td1\t1"),
+        (5, "query-id 'q1' and corpus-id 'd1' are judged 1 in line 2 and 2 here", "q1\td1\t2"),
         (6, "score 'good' is not a finite number", "q1\td2\tgood"),
     }
     assert [row["document_id"] for row in rows_of(surveyed)] == ["d1"]

@@ -267,7 +267,7 @@ def test_explicit_format_overrides_the_extension(tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.tsv", "a\tb\n")
     assert read(path, "corpus", format="lines") == [{"id": "corpus:1", "text": "a\tb"}]
     assert read(write(tmp_path / "x.dat", "a\tb\n"), "corpus", format="tsv") == [{"id": "a", "text": "b"}]
-    with pytest.raises(InputError, match=r"extension '\.dat' tells no format .* set input\.format"):
+    with pytest.raises(InputError, match=r"extension '\.dat' tells no format .* or set input\.format"):
         read(tmp_path / "x.dat", "corpus")
     with pytest.raises(InputError, match=r"format lines holds one text a row, and pairs records need more"):
         read(path, "pairs", format="lines")

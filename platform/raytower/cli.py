@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 bad input or configuration, 1 failure, 130 ended by Ctrl-C
 from __future__ import annotations
 
 import importlib
+import json
 import signal
 import sys
 import traceback
@@ -224,15 +225,36 @@ def _execute(command: Command, arguments: _Arguments) -> int:
     config = load_config(find_reference(command.config), arguments.config_path, arguments.overrides)
     if arguments.dry_run:
         plan = find_reference(command.plan)(config) if command.plan else {}
-        print(dump_config(config), end="")
-        print(to_json({"plan": plan}))
+        _show(dump_config(config).rstrip("\n"))
+        _show_json({"plan": plan})
         return 0
     result = find_reference(command.run)(config)
     if command.render and not arguments.as_json:
-        print(find_reference(command.render)(result))
+        _show(find_reference(command.render)(result))
     else:
-        print(to_json(result))
+        _show_json(result)
     return 0
+
+
+def _show_json(value: Any) -> None:
+    """One line of JSON, with escapes for what the terminal's encoding (GBK, ASCII) does not have."""
+    text = to_json(value)
+    _show(text if _holds(text) else json.dumps(json.loads(text)))
+
+
+def _show(text: str) -> None:
+    """Print `text`; characters that the terminal's encoding does not have are shown by their codes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text if _holds(text) else text.encode(encoding, errors="backslashreplace").decode(encoding))
+
+
+def _holds(text: str) -> bool:
+    """Whether standard output can carry `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _explain(error: Exception) -> int:
@@ -252,11 +274,14 @@ def _decode(given: list[str]) -> list[str]:
     """The arguments as UTF-8, whatever the locale; Python keeps bytes that it cannot decode as lone surrogates."""
     decoded = []
     for argument in given:
+        raw = argument.encode("utf-8", "surrogateescape")
         try:
-            decoded.append(argument.encode("utf-8", "surrogateescape").decode("utf-8"))
+            decoded.append(raw.decode("utf-8"))
         except UnicodeError:
             raise InputError(
-                f"the argument {argument!r} is not valid UTF-8; set the terminal to UTF-8, or convert the text (iconv)"
+                f"the argument {raw.decode('utf-8', errors='backslashreplace')} is not valid UTF-8; "
+                "set the terminal to "
+                "UTF-8, rename a file whose name is in another encoding (GBK, say), or give a text in a --config file"
             ) from None
     return decoded
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from raytower.data.layouts import Layout, Source, first_line
+from raytower.data.layouts import Layout, Source, read_head, split_first_line
 from raytower.data.records import RecordField, RecordKind, canonical_schema, fields_of
 from raytower.data.rejects import Rejects
 from raytower.data.row_batch import Rejection
@@ -42,9 +42,11 @@ def is_beir(config: InputConfig) -> bool:
     root = Location.of(config.path)
     if not root.is_dir():
         return False
-    names = {place.name for place in root.children()}
-    has_queries = "qrels" in names or not names.isdisjoint(_names_of("queries.jsonl"))
-    return has_queries and not names.isdisjoint(_names_of("corpus.jsonl"))
+
+    def has(*names: str) -> bool:
+        return any((root / name).exists() for name in names)
+
+    return has(*_names_of("corpus.jsonl")) and has("qrels", *_names_of("queries.jsonl"))
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class BeirFolder:
             InputError: there is no such split, or the file's first line is not BEIR's header.
         """
         file = self._file(self.root / "qrels", f"{split}.tsv", self._splits())
-        line, _, after_line = first_line(file)
+        line, _, after_line = split_first_line(read_head(file))
         columns = tuple(line.split("\t"))
         if not set(QRELS_HEADER) <= set(columns):
             raise InputError(
@@ -112,7 +114,7 @@ def read_qrels(path: str, split: str = "test") -> dict[str, dict[str, float]]:
         InputError: the file is missing, has no header, or a row breaks a rule or judges a document twice.
     """
     judged: dict[str, dict[str, float]] = {}
-    with Rejects("fail", None, path, "qrels") as rejects:
+    with Rejects(None, None, path, "qrels") as rejects:
         for judgement in _judgements(BeirFolder.of(path).qrels(split), rejects):
             judged.setdefault(judgement.query_id, {})[judgement.document_id] = judgement.score
     return judged
@@ -123,7 +125,7 @@ def read_queries(path: str) -> dict[str, str]:
     queries: dict[str, str] = {}
     lines: dict[str, int] = {}
     source = BeirFolder.of(path).queries()
-    with Rejects("fail", None, path, "queries") as rejects:
+    with Rejects(None, None, path, "queries") as rejects:
         for chunk in scan(source, _CHUNK_ROWS):
             rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
             for identifier, text, line in _id_text_line(chunk):
@@ -217,18 +219,19 @@ class _Judgement:
 
 
 def _judgements(source: Source, rejects: Rejects) -> Iterator[_Judgement]:
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, str], tuple[int, float]] = {}
     for chunk in scan(source, _CHUNK_ROWS):
         rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
         columns = [chunk.parsed.columns[name].to_pylist() for name in ("query", "document", "label")]
         for query_id, document_id, score, line in zip(*columns, chunk.parsed.lines.tolist(), strict=True):
-            first = seen.setdefault((query_id, document_id), line)
-            if first != line:
+            first, known_score = seen.setdefault((query_id, document_id), (line, score))
+            if known_score != score:
                 reason = (
-                    f"query-id {query_id!r} and corpus-id {document_id!r} are already judged in line {first}"
+                    f"query-id {query_id!r} and corpus-id {document_id!r} are judged {known_score:g} in line {first} "
+                    f"and {score:g} here"
                 )
                 rejects.add(source.file, [Rejection(line, reason)], chunk.raw)
-            else:
+            elif first == line:  # the same judgement once more says nothing new
                 yield _Judgement(query_id, document_id, score, line)
 
 
@@ -296,7 +299,7 @@ def _reject_lines(source: Source, reasons: dict[int, str], rejects: Rejects) -> 
 
 
 def _text_source(file: SourceFile, kind: RecordKind, text_fields: tuple[str, ...]) -> Source:
-    _, body_start, _ = first_line(file)
+    _, body_start, _ = split_first_line(read_head(file))
     _, *texts = fields_of(kind, text_fields, None, text_may_be_blank=len(text_fields) > 1)
     return Source(file, Layout(kind, "jsonl", (_IDENTIFIER, *texts), body_start=body_start))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import pyarrow as pa
 
+from raytower.data.first_bytes import binary_format, refuse_other_file, refuse_other_text
 from raytower.data.records import (
     EXPECTED_HEADER,
     HEADERLESS,
@@ -16,14 +19,36 @@ from raytower.data.records import (
     fields_of,
     is_corpus_like,
 )
-from raytower.data.slices import RangeReader
+from raytower.data.slices import Cut, RangeReader, Slice, row_ends
 from raytower.data.sources import FORMAT_BY_SUFFIX, InputConfig, SourceFile
 from raytower.errors import InputError
 
-FileFormat = Literal["lines", "tsv", "jsonl", "parquet"]
+FileFormat = Literal["lines", "tsv", "csv", "jsonl", "json", "parquet", "arrow"]
+"""tsv: columns separated by tabs, quotes being characters. csv: by the layout's delimiter, quoted where need be. jsonl:
+an object a line. json: one array of objects."""
 
 _BOM = b"\xef\xbb\xbf"
 _FIRST_LINE_BYTES = 1024 * 1024
+_HEAD_BYTES = 64 * 1024
+# Names that only a header has. A first line with one of them and without those that were asked for is not guessed at.
+_HEADER_WORDS = frozenset(
+    (
+        "id",
+        "_id",
+        "docid",
+        "doc_id",
+        "pid",
+        "text",
+        "title",
+        "content",
+        "contents",
+        "document",
+        "passage",
+        "label",
+    )
+)
+_MIN_REPEATED_LINES = 8
+_MIN_TEXT_CHARACTERS = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,8 @@ class Layout:
     format: FileFormat
     fields: tuple[RecordField, ...]
     columns: tuple[str, ...] = ()
-    """TSV and lines: the name of each column, from the header or from what the kind says. Empty elsewhere."""
+    """TSV, CSV and lines: the name of each column, from the header or from what the kind says. Empty elsewhere."""
+    delimiter: str = "\t"
     body_start: int = 0
     """Byte at which the first row begins, after a byte order mark and a header."""
     first_line: int = 1
@@ -44,12 +70,22 @@ class Layout:
         return self.kind == "corpus"
 
     @property
+    def is_columnar(self) -> bool:
+        return self.format in ("parquet", "arrow")
+
+    @property
+    def cut(self) -> Cut:
+        """What ends a row of a text format."""
+        cuts: dict[FileFormat, Cut] = {"csv": "quoted", "json": "elements"}
+        return cuts.get(self.format, "lines")
+
+    @property
     def has_ids(self) -> bool:
         """Whether rows may bring ids of their own."""
         return is_corpus_like(self.kind) and (not self.columns or self.column_of(self.fields[0]) is not None)
 
     def column_of(self, field: RecordField) -> str | None:
-        """The TSV column that `field` is read from, or None."""
+        """The TSV or CSV column that `field` is read from, or None."""
         return name_among(field, self.columns)
 
 
@@ -66,47 +102,45 @@ def name_among(field: RecordField, columns: Sequence[str]) -> str | None:
     return next((name for name in field.names if name in columns), None)
 
 
-def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> Layout:
-    """Decide from the config, the extension and the first line how `file` is read as records of `kind`.
+def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> Layout | None:
+    """Decide from the config, the extension and the first bytes how `file` is read as records of `kind`.
+
+    None: there is nothing in the file.
 
     Raises:
-        InputError: the format cannot be told or does not fit the kind, a header is missing, or `id_field` names a
-            column that the file does not have.
+        InputError: the file is not what its name says, the format cannot be told or does not fit the kind, a header is
+            missing, or `id_field` names a column that the file does not have.
     """
-    file_format = _detect_format(file, kind, config)
+    head = read_head(file)
+    if not head.removeprefix(_BOM):
+        if FORMAT_BY_SUFFIX.get(file.suffix) in ("parquet", "arrow"):
+            raise InputError(f"{file} is no readable {file.suffix[1:]} file: it has no byte; write it again")
+        return None
     fields = fields_of(kind, tuple(config.text_fields), config.id_field)
-    if file_format not in ("jsonl", "parquet") and any(field.is_list for field in fields):
+    file_format = _detect_format(file, kind, config, head)
+    if file_format in ("parquet", "arrow"):
+        return Layout(kind, file_format, fields)
+    refuse_other_text(file, head)
+    if file_format in ("jsonl", "json"):
+        return Layout(kind, file_format, fields, body_start=len(_BOM) if head.startswith(_BOM) else 0)
+    if any(field.is_list for field in fields):
         raise InputError(
-            f"{file}: {kind} records hold lists, which format {file_format} cannot carry; give JSON lines or Parquet "
-            "(input.format jsonl or parquet)"
+            f"{file}: {kind} records hold lists, which format {file_format} cannot carry; give JSON lines or Parquet"
         )
-    if file_format == "parquet":
-        return Layout(kind, "parquet", fields)
-    line, body_start, after_line = first_line(file)
-    if file_format == "jsonl":
-        return Layout(kind, "jsonl", fields, body_start=body_start)
     if file_format == "lines":
         if not is_corpus_like(kind):
             raise InputError(
-                f"{file}: format lines holds one text a row, and {kind} records need more; set input.format to tsv, "
-                "jsonl or parquet"
+                f"{file}: format lines holds one text a row, and {kind} records need more; give TSV, CSV, JSON lines "
+                "or Parquet"
             )
-        columns: tuple[str, ...] = (config.text_fields[-1],)
-        has_header = False
+        _, body_start, _ = split_first_line(head)
+        layout = Layout(kind, "lines", fields, (config.text_fields[-1],), body_start=body_start)
     else:
-        columns, has_header = _tsv_columns(file, kind, config, tuple(line.split("\t")), fields)
-    layout = Layout(
-        kind,
-        "lines" if file_format == "lines" else "tsv",
-        fields,
-        columns,
-        after_line if has_header else body_start,
-        2 if has_header else 1,
-    )
+        layout = _table_layout(file, kind, config, file_format, fields, head)
     if config.id_field and is_corpus_like(kind) and not layout.has_ids:
         raise InputError(
             f"{file}: input.id_field is {config.id_field!r}, but the file has no such column "
-            f"(columns: {', '.join(columns)}); remove id_field or name a column of the file"
+            f"(columns: {', '.join(layout.columns)}); remove id_field or name a column of the file"
         )
     return layout
 
@@ -116,6 +150,66 @@ def refuse_repeated(file: SourceFile, columns: Sequence[str]) -> None:
     for name in columns:
         if columns.count(name) > 1:
             raise InputError(f"{file}: two columns are named {name!r}; give each a name of its own")
+
+
+def _table_layout(
+    file: SourceFile,
+    kind: RecordKind,
+    config: InputConfig,
+    file_format: FileFormat,
+    fields: tuple[RecordField, ...],
+    head: bytes,
+) -> Layout:
+    """TSV or CSV: its delimiter, quoting, columns, and whether the first line names them."""
+    line, body_start, after_line = split_first_line(head)
+    # Files named .csv are separated by tabs where the first line has one.
+    delimiter = "," if file_format == "csv" and "\t" not in line else "\t"
+    quoted = delimiter == "," or _is_quoted(head)
+    if quoted:
+        after_line = next((int(end) for end in row_ends(head, quoted) if end > body_start), len(head))
+        line = head[body_start:after_line].decode("utf-8", errors="replace").rstrip("\r\n")
+    first = tuple(next(csv.reader([line], delimiter=delimiter), [])) if quoted else tuple(line.split("\t"))
+    columns, has_header = _table_columns(file, kind, config, first, fields)
+    if is_corpus_like(kind) and not has_header and len(columns) > 1:
+        _refuse_labels(file, config, head[body_start:])
+    start, number = (after_line, 2) if has_header else (body_start, 1)
+    return Layout(kind, "csv" if quoted else "tsv", fields, columns, delimiter, start, number)
+
+
+def _is_quoted(head: bytes) -> bool:
+    """Whether fields between tabs are quoted as CSV does it: all that begin with a quote, and not for nothing.
+
+    Nothing but a doubled quote, or a first line with every field in quotes, tells such a file from one whose texts
+    begin and end with quotes.
+    """
+    rows = Slice(0, 1, head, "quoted").rows()
+    # The last one may be cut off.
+    lines = [row.split(b"\t") for row in (rows[:-1] if len(rows) > 1 and not head.endswith(b"\n") else rows)]
+    fields = [field for line in lines for field in line if field.startswith(b'"')]
+    whole = [len(f) > 1 and f.endswith(b'"') and b'"' not in f[1:-1].replace(b'""', b"") for f in fields]
+    has_doubled = any(b'""' in field[1:-1] for field in fields)
+    is_header = len(lines[0]) > 1 and all(re.fullmatch(rb'"\w+"', field) for field in lines[0])
+    return bool(whole) and all(whole) and (has_doubled or is_header)
+
+
+def _reads_like_a_text(cell: str) -> bool:
+    """Whether `cell` is no id: words with spaces between them, or several characters of a script beside ASCII."""
+    return " " in cell.strip() or (not cell.isascii() and len(cell) >= _MIN_TEXT_CHARACTERS)
+
+
+def _refuse_labels(file: SourceFile, config: InputConfig, head: bytes) -> None:
+    """Refuse `text <TAB> label` given as a corpus of `id <TAB> text`: its second column repeats."""
+    rows = [line.split(b"\t") for line in head.split(b"\n")[:-1]]
+    rows = [row for row in rows if len(row) == 2]
+    second = {row[1] for row in rows}
+    texts = sum(_reads_like_a_text(row[0].decode("utf-8", errors="replace")) for row in rows)
+    if len(rows) >= _MIN_REPEATED_LINES and len(second) * 4 <= len(rows) < texts * 2:
+        first, label = (cell.decode("utf-8", errors="replace")[:60] for cell in rows[0])
+        raise InputError(
+            f"{file}: read without a header, the first row has the id {first!r} and the text {label!r}, but its "
+            f"second column has only {len(second)} different values in {len(rows)} rows, as labels do. Add the "
+            "header `id<TAB>text` if they are texts, or `text<TAB>label` if they are labels"
+        )
 
 
 def refuse_other_kind(place: str, kind: RecordKind, columns: Sequence[str]) -> None:
@@ -130,39 +224,64 @@ def refuse_other_kind(place: str, kind: RecordKind, columns: Sequence[str]) -> N
             )
 
 
-def _detect_format(file: SourceFile, kind: RecordKind, config: InputConfig) -> str:
+def _detect_format(file: SourceFile, kind: RecordKind, config: InputConfig, head: bytes) -> FileFormat:
     if config.format == "beir":
         raise InputError(
             f"{file}: format beir needs a folder with corpus.jsonl, not a file; give the folder's path"
         )
-    if config.format != "auto":
-        return config.format
-    if not file.suffix:
-        return _sniff_format(file, kind)
-    known = FORMAT_BY_SUFFIX.get(file.suffix)
-    if known is None:
+    named = config.format if config.format != "auto" else FORMAT_BY_SUFFIX.get(file.suffix)
+    binary = binary_format(head)
+    if binary is None:
+        refuse_other_file(file, head)
+    if named is None and file.suffix:
         raise InputError(
             f"{file}: the extension {file.suffix!r} tells no format (known: {', '.join(FORMAT_BY_SUFFIX)}, also "
-            "with .gz or .zst); set input.format"
+            f"with .gz or .zst); rename the file{config.remedy('or set input.format')}"
         )
-    return "tsv" if known == "lines" and not is_corpus_like(kind) else known
+    if binary is not None and named in (None, binary):
+        return cast(FileFormat, binary)
+    if binary is not None:
+        raise InputError(f"{file} is {binary}, not {named}; give it the extension .{binary}")
+    is_array = head.removeprefix(_BOM).lstrip().startswith(b"[")
+    line = split_first_line(head)[0]
+    if named == "jsonl":
+        return "json" if is_array else "jsonl"
+    if named is None and (is_array or line.lstrip().startswith("{")):
+        return "json" if is_array else "jsonl"
+    if named is None:
+        return "tsv" if "\t" in line or not is_corpus_like(kind) else "lines"
+    if named == "lines" and config.format == "auto":
+        if not is_corpus_like(kind):
+            return "tsv"
+        _refuse_columns(file, config, head)
+    return cast(FileFormat, named)
 
 
-def _sniff_format(file: SourceFile, kind: RecordKind) -> str:
+def _refuse_columns(file: SourceFile, config: InputConfig, head: bytes) -> None:
+    """Refuse a .txt corpus every line of which has as many tabs: whether they separate columns is not guessed."""
+    lines = head.removeprefix(_BOM).split(b"\n")
+    counts = {line.count(b"\t") for line in (lines[:-1] or lines)}
+    if counts == {1}:
+        line = split_first_line(head)[0]
+        first, second = (cell[:60] for cell in line.split("\t"))
+        raise InputError(
+            f"{file}: every line has one tab. As lines the first text is {line[:120]!r}; as columns it is {second!r} "
+            f"with the id {first!r}. Name the file .tsv for columns, with a header `text<TAB>label` if they are "
+            f"texts and labels{config.remedy('set input.format to lines or tsv')}"
+        )
+
+
+def read_head(file: SourceFile) -> bytes:
+    """The first bytes, decompressed: at least the first line, where that is no longer than a megabyte."""
     with RangeReader(file) as reader:
-        head = reader.read(0, 4)
-    if head == b"PAR1":
-        return "parquet"
-    line = first_line(file)[0]
-    if line.lstrip().startswith("{"):
-        return "jsonl"
-    return "tsv" if "\t" in line or not is_corpus_like(kind) else "lines"
+        head = reader.read(0, _HEAD_BYTES)
+        if len(head) == _HEAD_BYTES and b"\n" not in head and binary_format(head) is None:
+            head += reader.read(len(head), _FIRST_LINE_BYTES - len(head))
+    return head
 
 
-def first_line(file: SourceFile) -> tuple[str, int, int]:
+def split_first_line(head: bytes) -> tuple[str, int, int]:
     """The first line, the byte at which it begins and the byte after it. It is only looked at, so bad bytes pass."""
-    with RangeReader(file) as reader:
-        head = reader.read(0, _FIRST_LINE_BYTES)
     start = len(_BOM) if head.startswith(_BOM) else 0
     newline = head.find(b"\n", start)
     end = len(head) if newline < 0 else newline
@@ -170,17 +289,17 @@ def first_line(file: SourceFile) -> tuple[str, int, int]:
     return line, start, len(head) if newline < 0 else newline + 1
 
 
-def _tsv_columns(
+def _table_columns(
     file: SourceFile,
     kind: RecordKind,
     config: InputConfig,
     first: tuple[str, ...],
     fields: tuple[RecordField, ...],
 ) -> tuple[tuple[str, ...], bool]:
-    """The columns of a TSV whose first line is `first`, and whether that line is a header."""
+    """The columns of a TSV or CSV whose first line is `first`, and whether that line is a header."""
     refuse_other_kind(f"{file}:1", kind, first if len(first) > 2 else ())
     if is_corpus_like(kind):
-        return _corpus_columns(config, first, fields)
+        return _corpus_columns(file, config, first, fields)
     expected = EXPECTED_HEADER.get(kind)
     required = [name_among(field, first) for field in fields if field.required]
     known = {name_among(field, first) for field in fields}
@@ -197,14 +316,22 @@ def _tsv_columns(
 
 
 def _corpus_columns(
-    config: InputConfig, first: tuple[str, ...], fields: tuple[RecordField, ...]
+    file: SourceFile, config: InputConfig, first: tuple[str, ...], fields: tuple[RecordField, ...]
 ) -> tuple[tuple[str, ...], bool]:
     identifier, *texts = fields
     named_texts = [field for field in texts if name_among(field, first) is not None]
     has_id = name_among(identifier, first) is not None
-    if len(first) > 1 and name_among(texts[-1], first) is not None and (has_id or len(named_texts) > 1):
+    has_text = name_among(texts[-1], first) is not None
+    if len(first) > 1 and has_text and (has_id or len(named_texts) > 1 or first[0] == texts[-1].names[0]):
         return first, True
     text_name = config.text_fields[-1]
+    if len(first) > 1 and _HEADER_WORDS & {cell.strip().lower() for cell in first}:
+        raise InputError(
+            f"{file}:1: the first line is {'<TAB>'.join(first)[:120]!r}. As a header it names no column {text_name!r} "
+            f"beside one of {', '.join(map(repr, identifier.names))}; as a row its id is {first[0][:60]!r} and its "
+            f"text {first[1][:60]!r}. Name the columns id and {text_name} in it, or put such a header above it"
+            f"{config.remedy('or name the columns by input.id_field and input.text_fields')}"
+        )
     if len(first) == 1 and config.format == "auto":
         return (text_name,), False
     return (identifier.names[0], text_name), False

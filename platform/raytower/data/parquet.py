@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytower.data.arrow_files import ArrowFile
 from raytower.data.layouts import Source, parquet_columns
 from raytower.data.records import RecordField
 from raytower.data.row_batch import Parsed, RowBatch
@@ -26,10 +27,16 @@ class RowGroupReader:
         """Raises InputError where the file is no Parquet, or lacks a column that the records need."""
         self.source = source
         try:
+            stream = source.file.open()
             # Of Spark's INT96 timestamps nanoseconds hold the years 1678 to 2261 only, and wrap around beyond.
-            self._file = pq.ParquetFile(source.file.open(), coerce_int96_timestamp_unit="us")
+            self._file: ArrowFile | pq.ParquetFile = (
+                ArrowFile(stream)
+                if source.layout.format == "arrow"
+                else pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
+            )
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{source.file} is no readable Parquet file: {error}") from error
+            name = {"parquet": "Parquet", "arrow": "Arrow"}[source.layout.format]
+            raise InputError(f"{source.file} is no readable {name} file: {error}") from error
         self._names = parquet_columns(source.file, source.layout, self._file.schema_arrow)
         self._wanted = [name for name in self._names.values() if name is not None]
         if source.layout.passes_columns_through:
@@ -41,6 +48,8 @@ class RowGroupReader:
 
     def row_counts(self) -> list[int]:
         """Rows of each row group."""
+        if isinstance(self._file, ArrowFile):
+            return [self._file.num_rows]
         metadata = self._file.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
@@ -92,9 +101,10 @@ class RowGroupReader:
     def _begin(self, group: int) -> None:
         self._group, self._position, self._rest = group, 0, None
         try:
-            size = self._file.metadata.row_group(group)
-            rows = _BATCH_BYTES * size.num_rows // max(size.total_byte_size, 1)
-            rows = min(max(rows, 1), _BATCH_ROWS)
+            rows = _BATCH_ROWS
+            if not isinstance(self._file, ArrowFile):
+                size = self._file.metadata.row_group(group)
+                rows = min(max(_BATCH_BYTES * size.num_rows // max(size.total_byte_size, 1), 1), rows)
             # Given by name, a column whose name has a dot would be taken for a member of another.
             columns = None if self.source.layout.passes_columns_through else list(dict.fromkeys(self._wanted))
             self._batches = self._file.iter_batches(rows, row_groups=[group], columns=columns)
@@ -103,6 +113,8 @@ class RowGroupReader:
 
     def _damaged_column(self, group: int) -> str:
         """Which column it is that cannot be read, for a message."""
+        if isinstance(self._file, ArrowFile):
+            return ""
         for name in self._wanted:
             try:
                 self._file.read_row_group(group, columns=[name])

@@ -7,6 +7,7 @@ one piece. Both use the same parser, so what a worker reads is what was surveyed
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from raytower.data.records import RecordKind, canonical_schema, is_corpus_like
 from raytower.data.rejects import Rejects
 from raytower.data.row_batch import Rejection
 from raytower.data.scanning import Chunk, Extent, ExtentReader, scan
-from raytower.data.sources import InputConfig, find_files
+from raytower.data.sources import Found, InputConfig, find_files
 from raytower.errors import InputError
 from raytower.storage import Location
 
 DEFAULT_ROWS_PER_PIECE = 8192
-_FORMAT_FAMILIES = {"jsonl": "jsonl", "parquet": "parquet"}  # lines and tsv go together
+# lines, tsv and csv go together
+_FORMAT_FAMILIES = {"jsonl": "jsonl", "json": "jsonl", "parquet": "columnar", "arrow": "columnar"}
+_NAMED_FILES = 5
 _last = threading.local()
 
 
@@ -48,6 +51,13 @@ class Piece:
     schema: pa.Schema
     left_out: tuple[int, ...] = ()
     """Lines that parse well and yet are rejected: later rows with an id that an earlier row has."""
+    parts: tuple[Piece, ...] = ()
+    """Of a piece that many small files make together: one piece for each. `source` and `extent` are the first one's."""
+
+    @property
+    def runs(self) -> tuple[Piece, ...]:
+        """What is read one after another for it, each within one file."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)
@@ -67,21 +77,22 @@ class Survey:
     """Columns that pass through under another name than the input gives them, each with that name."""
     quarantine_file: str | None = None
     ignored_files: tuple[str, ...] = ()
-    """Files in an input folder that were passed over because their extension is no data file's."""
+    """Files in an input folder that were passed over, each with the reason."""
 
 
 def survey(
     input: InputConfig,
     kind: RecordKind,
     rows_per_piece: int = DEFAULT_ROWS_PER_PIECE,
-    on_error: OnError = "fail",
+    on_error: OnError | None = None,
     quarantine: Location | str | None = None,
 ) -> Survey:
     """Read every row of the input once, check it, and cut the input into pieces of at most `rows_per_piece` rows.
 
     These are rows of the file: a row of candidates with several positives gives as many rows of the piece.
     Memory is bounded by one piece, plus eight bytes a row where rows bring ids, plus, for BEIR pairs, the judgements.
-    With on_error `quarantine`, rejected rows are listed in a file under `quarantine`, published when the survey ends.
+    on_error None is `fail` of a command that has no such key. With `quarantine`, rejected rows are listed in a file
+    under `quarantine`, published when the survey ends.
 
     Raises:
         InputError: nothing to read; under `fail`, the first row that breaks a rule or repeats an id, naming file, line
@@ -94,9 +105,12 @@ def survey(
         if beir.is_beir(input):
             return _survey_beir(input, kind, rows_per_piece, rejects)
         found = find_files(input.path, input.format)
-        sources = [Source(file, detect_layout(file, kind, input)) for file in found.files]
+        _say("passed over", found.ignored)
+        layouts = [(file, detect_layout(file, kind, input)) for file in found.files]
+        sources = [Source(file, layout) for file, layout in layouts if layout is not None]
         _refuse_mixed_formats(input, sources)
         surveyed = _survey_sources(sources, kind, rows_per_piece, rejects)
+        _say_empty(input, found, surveyed)
         return dataclasses.replace(surveyed, ignored_files=found.ignored)
 
 
@@ -106,6 +120,8 @@ def read_piece(piece: Piece) -> pa.Table:
     Raises:
         InputError: the file is gone, or has changed since it was surveyed.
     """
+    if piece.parts:
+        return pa.concat_tables(read_pieces(piece.parts))
     key = _sequence_key(piece)
     if key is None or not isinstance(piece.source, Source):
         return next(read_pieces([piece]))
@@ -177,7 +193,8 @@ def _refuse_mixed_formats(config: InputConfig, sources: Sequence[Source]) -> Non
         if family != families[0]:
             raise InputError(
                 f"{config.path!r} mixes formats: {sources[0].file} is {sources[0].layout.format}, {source.file} is "
-                f"{source.layout.format}; name the files of one format with a glob, or set input.format"
+                f"{source.layout.format}; name the files of one format with a "
+                f"glob{config.remedy('or set input.format')}"
             )
 
 
@@ -200,7 +217,8 @@ def _survey_sources(
         drafts = _without_duplicates(drafts, hashes, rejects)
     quarantine_file = rejects.finish()
     pieces = _number(drafts, types.schema(kind))
-    _refuse_files_without_rows(sources, pieces, quarantine_file)
+    if sources and not pieces:
+        raise InputError(_no_rows(sources, kind, quarantine_file))
     surveyed = _summarise(pieces, types.schema(kind), sources, rejects.count, quarantine_file)
     return dataclasses.replace(surveyed, renamed_columns=tuple(types.renamed.items()))
 
@@ -259,16 +277,28 @@ def _number(drafts: Iterable[Piece], schema: pa.Schema) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def _refuse_files_without_rows(
-    sources: Sequence[Source], pieces: Sequence[Piece], quarantine_file: Location | None
-) -> None:
-    filled = {piece.source.file.location.path for piece in pieces if isinstance(piece.source, Source)}
-    for source in sources:
-        if source.file.location.path not in filled:
-            raise InputError(
-                f"{source.file} holds no row that keeps the rules of {source.layout.kind}; {quarantine_file} lists its "
-                "rows with what is wrong. Check that the format and the kind are the right ones"
-            )
+def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: Location | None) -> str:
+    if quarantine_file is None:
+        after = " after its header" if sources[0].layout.first_line > 1 else ""
+        return f"{sources[0].file} holds no rows{after}; give a file that has rows"
+    return (
+        f"{sources[0].file} holds no row that keeps the rules of {kind}; {quarantine_file} lists its rows with what is "
+        "wrong. Check that the format and the kind are the right ones"
+    )
+
+
+def _say_empty(config: InputConfig, found: Found, surveyed: Survey) -> None:
+    """Name the files that gave no row: one empty shard must not stop a job, and must not go unseen either."""
+    filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
+    if not filled:
+        raise InputError(f"{found.files[0]} holds no rows; give a file that has rows")
+    _say("no row in", [str(file) for file in found.files if str(file) not in filled])
+
+
+def _say(what: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - _NAMED_FILES} more" if len(names) > _NAMED_FILES else ""
+        print(f"raytower: {what} {', '.join(names[:_NAMED_FILES])}{more}", file=sys.stderr)
 
 
 def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rejects: Rejects) -> Survey:

@@ -8,7 +8,7 @@ from typing import Literal
 from raytower.data import beir
 from raytower.data.layouts import Source
 from raytower.data.pieces import read_pieces, survey
-from raytower.data.sources import InputConfig
+from raytower.data.sources import InputConfig, NamedInput
 from raytower.errors import InputError
 
 QueryFormat = Literal["auto", "pairs", "beir"]
@@ -68,7 +68,7 @@ def _read_beir(path: str, split: str) -> QuerySet:
 
 
 def _read_pairs(path: str) -> QuerySet:
-    surveyed = survey(InputConfig(path=path), "pairs")
+    surveyed = survey(NamedInput(path=path), "pairs")
     ids: dict[str, str] = {}
     relevant: dict[str, dict[str, None]] = {}
     for piece, table in zip(surveyed.pieces, read_pieces(surveyed.pieces), strict=True):

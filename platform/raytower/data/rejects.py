@@ -19,22 +19,25 @@ from raytower.storage import Location
 _COPY_BYTES = 1024 * 1024
 _SPOOL_BYTES = 4 * 1024 * 1024
 _EXCERPT_CHARACTERS = 80
+_QUARANTINE_REMEDY = ", or set on_error: quarantine to leave such rows out and have them listed"
 
 
 class Rejects:
     """Takes rejected rows as they are found.
 
-    Under `fail` the first one raises. Under `quarantine` all are written, one JSON object a line (`file`, `line`,
+    Under `fail`, and None (`fail` of a command without that key), the first one raises.
+    Under `quarantine` all are written, one JSON object a line (`file`, `line`,
     `reason`, `raw`, and `raw_base64` where the row is not UTF-8), to one file in the quarantine folder named after the
     input, which `finish` puts there whole.
     """
 
-    def __init__(self, on_error: OnError, folder: Location | None, input_path: str, kind: str):
+    def __init__(self, on_error: OnError | None, folder: Location | None, input_path: str, kind: str):
         if on_error == "quarantine" and folder is None:
             raise InputError(
                 "on_error is quarantine, but there is no quarantine location to write bad rows to; give one"
             )
         self.count = 0
+        self._remedy = _QUARANTINE_REMEDY if on_error == "fail" else ""
         self.file = (
             folder / _file_name(input_path, kind) if on_error == "quarantine" and folder is not None else None
         )
@@ -55,7 +58,7 @@ class Rejects:
         for rejection in rejections:
             content = raw(rejection.line)
             if self.file is None:
-                raise InputError(_message(file, rejection, content))
+                raise InputError(_message(file, rejection, content) + self._remedy)
             self.count += 1
             self._spool.write(_entry(file, rejection, content))
 
@@ -86,10 +89,7 @@ def _file_name(input_path: str, kind: str) -> str:
 def _message(file: SourceFile, rejection: Rejection, raw: bytes) -> str:
     row = raw[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", errors="backslashreplace")
     excerpt = row if len(row) <= _EXCERPT_CHARACTERS else row[:_EXCERPT_CHARACTERS] + "…"
-    return (
-        f"{file}:{rejection.line}: {rejection.reason}. The row is {excerpt!r}. Correct it, or set "
-        "on_error: quarantine to leave such rows out and have them listed"
-    )
+    return f"{file}:{rejection.line}: {rejection.reason}. The row is {excerpt!r}. Correct it"
 
 
 def _entry(file: SourceFile, rejection: Rejection, raw: bytes) -> bytes:

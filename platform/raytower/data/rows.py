@@ -6,6 +6,7 @@ looked at one by one.
 
 from __future__ import annotations
 
+import csv
 import math
 
 import numpy as np
@@ -18,9 +19,12 @@ from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
 from raytower.data.row_batch import Parsed, Rejection, RowBatch
-from raytower.data.slices import Slice
+from raytower.data.slices import MAX_LINE_BYTES, Slice
 from raytower.data.visible import describe_unseen, shows_nothing
 
+_SEPARATORS = {"\t": "tabs", ",": "commas"}
+# A text is as long as its row may be.
+csv.field_size_limit(MAX_LINE_BYTES)
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
 
 
@@ -30,11 +34,17 @@ def parse_slice(piece: Slice, source: Source) -> Parsed:
     Raises:
         InputError: the file as a whole is of another kind (labelled pairs read as pairs).
     """
+    if piece.cut == "quoted":
+        refuse_repeated(source.file, source.layout.columns)
+        return to_records(_split_quoted(piece, source.layout), source)
     text, numbers, rejections = _decode(piece)
-    if len(numbers) == 0:
+    if piece.cut == "elements":
+        numbers = np.arange(piece.first_line, piece.first_line + len(piece.rows()), dtype=np.int64)
+        batch = load_json([row.decode("utf-8") for row in piece.rows()], numbers, source)
+    elif len(numbers) == 0:
         batch = RowBatch(numbers, {f.name: pa.nulls(0, f.read_type) for f in source.layout.fields})
     elif source.layout.format == "jsonl":
-        batch = load_json(text, numbers, source)
+        batch = load_json(text.split("\n"), numbers, source)
     else:
         refuse_repeated(source.file, source.layout.columns)
         batch = _split_columns(text, numbers, source.layout)
@@ -49,6 +59,13 @@ def to_records(batch: RowBatch, source: Source) -> Parsed:
         InputError: a column that would pass through is of a type that cannot.
     """
     layout = source.layout
+    if layout.passes_columns_through:
+        # What stands in the names of folders; the file's own columns come first.
+        partitions = {
+            name: pa.repeat(pa.scalar(value, pa.string() if value is None else None), len(batch.lines))
+            for name, value in source.file.partitions
+        }
+        batch.extra = partitions | batch.extra
     admit(batch, source.file)
     for record_field in layout.fields:
         _check_field(batch, record_field)
@@ -63,7 +80,7 @@ def to_records(batch: RowBatch, source: Source) -> Parsed:
 
 def raw_line(piece: Slice, line: int) -> bytes:
     """The bytes of one line of `piece`, by its line number in the file."""
-    return piece.data.split(b"\n")[line - piece.first_line].removesuffix(b"\r")
+    return piece.rows()[line - piece.first_line]
 
 
 def _decode(piece: Slice) -> tuple[str, np.ndarray, list[Rejection]]:
@@ -80,8 +97,7 @@ def _decode(piece: Slice) -> tuple[str, np.ndarray, list[Rejection]]:
             good.append(line.decode("utf-8"))
             kept.append(number)
         except UnicodeDecodeError as error:
-            reason = f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-            rejections.append(Rejection(number, reason))
+            rejections.append(Rejection(number, _not_utf8(line, error)))
     return "\n".join(good), np.array(kept, dtype=np.int64), rejections
 
 
@@ -107,10 +123,44 @@ def _split_columns(text: str, numbers: np.ndarray, layout: Layout) -> RowBatch:
     return place_columns(batch, by_column, layout)
 
 
-def _wrong_count(count: int, names: tuple[str, ...]) -> str:
+def _split_quoted(piece: Slice, layout: Layout) -> RowBatch:
+    names = layout.columns
+    lines: list[int] = []
+    rows: list[list[str]] = []
+    rejections: list[Rejection] = []
+    for number, row in enumerate(piece.rows(), piece.first_line):
+        try:
+            values = next(csv.reader([row.decode("utf-8")], delimiter=layout.delimiter, strict=True), [])
+        except UnicodeDecodeError as error:
+            rejections.append(Rejection(number, _not_utf8(row, error)))
+        except csv.Error as error:
+            rejections.append(Rejection(number, f"a quote is neither closed nor doubled ({error})"))
+        else:
+            if len(values) == len(names) and any(values):
+                lines.append(number)
+                rows.append(values)
+            else:
+                reason = (
+                    _wrong_count(len(values), names, layout.delimiter)
+                    if any(values)
+                    else "empty text: the line is blank"
+                )
+                rejections.append(Rejection(number, reason))
+    by_column = {name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(names)}
+    batch = RowBatch(np.array(lines, dtype=np.int64), {}, rejections=rejections)
+    return place_columns(batch, by_column, layout)
+
+
+def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+
+
+def _wrong_count(count: int, names: tuple[str, ...], delimiter: str = "\t") -> str:
     columns = "1 column" if count == 1 else f"{count} columns"
-    hint = "; if tabs belong to the texts, set input.format to lines" if len(names) == 1 else ""
-    return f"{columns}, expected {len(names)} ({', '.join(names)}) separated by tabs{hint}"
+    hint = "; if tabs belong to the texts, give the file the extension .txt" if len(names) == 1 else ""
+    return (
+        f"{columns}, expected {len(names)} ({', '.join(names)}) separated by {_SEPARATORS[delimiter]}{hint}"
+    )
 
 
 def place_columns(batch: RowBatch, by_column: dict[str, pa.Array], layout: Layout) -> RowBatch:

@@ -13,8 +13,7 @@ from raytower.data.layouts import Source
 from raytower.data.parquet import RowGroupReader
 from raytower.data.row_batch import Parsed
 from raytower.data.rows import parse_slice, raw_line
-from raytower.data.slices import RangeReader, Slice, iter_slices
-from raytower.errors import InputError
+from raytower.data.slices import RangeReader, Slice, iter_elements, iter_slices
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,10 @@ def scan(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
     """Every row of `source`, parsed, in chunks of at most `rows_per_chunk` rows; chunks of Parquet end with row groups.
 
     Raises:
-        InputError: the file cannot be read, or holds no row at all.
+        InputError: the file cannot be read.
     """
-    chunks = _scan_parquet if source.layout.format == "parquet" else _scan_text
-    is_empty = True
-    for chunk in chunks(source, rows_per_chunk):
-        is_empty = False
-        yield chunk
-    if is_empty:
-        after = " after its header" if source.layout.first_line > 1 else ""
-        raise InputError(f"{source.file} holds no rows{after}; remove the file or give one that has rows")
+    chunks = _scan_columnar if source.layout.is_columnar else _scan_text
+    return chunks(source, rows_per_chunk)
 
 
 class ExtentReader:
@@ -66,7 +59,7 @@ class ExtentReader:
 
     def __init__(self, source: Source):
         self.source = source
-        self._parquet = RowGroupReader(source) if source.layout.format == "parquet" else None
+        self._parquet = RowGroupReader(source) if source.layout.is_columnar else None
         self._text = None if self._parquet else RangeReader(source.file)
 
     def read(self, extent: Extent) -> Chunk:
@@ -76,7 +69,7 @@ class ExtentReader:
             return Chunk(extent, self._parquet.parse(rows, extent.first_line), rows)
         assert self._text is not None
         data = self._text.read(extent.start, extent.end - extent.start)
-        content = Slice(extent.start, extent.first_line, data)
+        content = Slice(extent.start, extent.first_line, data, self.source.layout.cut)
         return Chunk(extent, parse_slice(content, self.source), content)
 
 
@@ -98,12 +91,19 @@ def _plain_value(cell: pa.Scalar) -> Any:
 
 def _scan_text(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
     layout = source.layout
-    for content in iter_slices(source.file, layout.body_start, layout.first_line, rows_per_chunk):
+    slices = (
+        iter_elements(source.file, layout.body_start, rows_per_chunk)
+        if layout.cut == "elements"
+        else iter_slices(
+            source.file, layout.body_start, layout.first_line, rows_per_chunk, quoted=layout.cut == "quoted"
+        )
+    )
+    for content in slices:
         extent = Extent(content.start, content.end, content.first_line)
         yield Chunk(extent, parse_slice(content, source), content)
 
 
-def _scan_parquet(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
+def _scan_columnar(source: Source, rows_per_chunk: int) -> Iterator[Chunk]:
     reader = RowGroupReader(source)
     first_row = 1
     for group, num_rows in enumerate(reader.row_counts()):

@@ -1,12 +1,17 @@
 """Cutting a stream of bytes into runs of whole lines, and reading such runs back.
 
-The only line separator is b"\\n": U+2028, form feeds and lone carriage returns are characters of a text.
+The only line separator is b"\\n": U+2028, form feeds and lone carriage returns are characters of a text. In CSV a row
+ends with a newline that no quote encloses; since quotes within quotes are doubled, those before it are even in number.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,22 +23,103 @@ _READ_BYTES = 4 * 1024 * 1024
 # A slice ends after this many bytes even if it has fewer rows than asked for: it bounds memory and Arrow's offsets.
 MAX_SLICE_BYTES = 64 * 1024 * 1024
 MAX_LINE_BYTES = 256 * 1024 * 1024
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+Cut = Literal["lines", "quoted", "elements"]
+"""What ends a row: a newline; a newline outside quotes; the end of an element of a JSON array."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Whole lines of a file. `start` counts (decompressed) bytes, `first_line` counts lines from 1."""
+    """Whole rows of a file. `start` counts (decompressed) bytes, `first_line` counts rows from 1."""
 
     start: int
     first_line: int
     data: bytes
+    cut: Cut = "lines"
 
     @property
     def end(self) -> int:
         return self.start + len(self.data)
 
+    def rows(self) -> list[bytes]:
+        """The bytes of each row, without what ends it."""
+        if self.cut == "elements":
+            text = self.data.decode("utf-8")
+            return [text[start:end].encode("utf-8") for start, end in json_elements(text)]
+        edges = [0, *row_ends(self.data, self.cut == "quoted").tolist()]
+        if edges[-1] < len(self.data):
+            edges.append(len(self.data))
+        rows = [self.data[start:end] for start, end in itertools.pairwise(edges)]
+        return [row.removesuffix(b"\n").removesuffix(b"\r") for row in rows]
 
-def iter_slices(file: SourceFile, start: int, first_line: int, rows_per_slice: int) -> Iterator[Slice]:
+
+def iter_elements(file: SourceFile, start: int, rows_per_slice: int) -> Iterator[Slice]:
+    """Cut a file that is one JSON array into slices of `rows_per_slice` elements. The file is held whole on the way.
+
+    Raises:
+        InputError: the file cannot be read, is no whole array of UTF-8, or is too large for this.
+    """
+    with RangeReader(file) as reader:
+        data = reader.read(start, MAX_LINE_BYTES + 1)
+    if len(data) > MAX_LINE_BYTES:
+        raise InputError(
+            f"{file} is one JSON array of more than {MAX_LINE_BYTES} bytes; write one object a line (.jsonl)"
+        )
+    number = 0
+    try:
+        text = data.decode("utf-8")
+        spans = json_elements(text)
+        while some := list(itertools.islice(spans, rows_per_slice)):
+            first, last = some[0][0], some[-1][1]
+            begin = len(text[:first].encode("utf-8"))
+            content = text[first:last].encode("utf-8")
+            yield Slice(start + begin, number + 1, content, "elements")
+            number += len(some)
+    except ValueError as error:
+        raise InputError(
+            f"{file} is no whole JSON array, behind element {number}: {error}; correct the file"
+        ) from error
+
+
+def json_elements(text: str) -> Iterator[tuple[int, int]]:
+    """Where each element of a JSON array, or of a part of one, begins and ends in `text`.
+
+    Raises ValueError where something else stands there, or where an array that is begun does not end.
+    """
+    decode = json.JSONDecoder().raw_decode
+    place = _JSON_SPACE.match(text).end()  # type: ignore[union-attr]  # it matches the empty string too
+    is_array = text[place : place + 1] == "["
+    place += is_array
+    is_first = True
+    while True:
+        place = _JSON_SPACE.match(text, place).end()  # type: ignore[union-attr]
+        if text[place : place + 1] == "]" or (place == len(text) and not is_array):
+            break
+        if not is_first:
+            if text[place : place + 1] != ",":
+                raise ValueError(f"a comma was expected at character {place + 1}")
+            place = _JSON_SPACE.match(text, place + 1).end()  # type: ignore[union-attr]
+        _, end = decode(text, place)
+        yield place, end
+        place, is_first = end, False
+    if text[place + 1 :].strip():
+        raise ValueError(f"something follows the array at character {place + 2}")
+
+
+def row_ends(data: bytes, quoted: bool) -> np.ndarray:
+    """int64 [ends]: the place behind each newline of `data`, which begins outside quotes, that ends a row."""
+    content = np.frombuffer(data, np.uint8)
+    newlines = np.flatnonzero(content == 10)
+    if quoted:
+        quotes = np.flatnonzero(content == 34)
+        newlines = newlines[np.searchsorted(quotes, newlines) % 2 == 0]
+    return newlines + 1
+
+
+def iter_slices(
+    file: SourceFile, start: int, first_line: int, rows_per_slice: int, quoted: bool = False
+) -> Iterator[Slice]:
     """Cut the lines of `file` from byte `start` on into slices of `rows_per_slice` lines; the last may have fewer.
 
     One blank line at the very end of the file is left out; slices are never empty and where they are cut does not
@@ -49,16 +135,16 @@ def iter_slices(file: SourceFile, start: int, first_line: int, rows_per_slice: i
             if at_end:
                 buffer = _without_blank_end(buffer)
             used = 0
-            newlines = np.flatnonzero(np.frombuffer(buffer, np.uint8) == 10)
+            newlines = row_ends(buffer, quoted) - 1
             while (end := _slice_end(newlines, len(buffer), used, rows_per_slice, at_end)) is not None:
                 data = buffer[used:end]
-                yield Slice(start + used, first_line, data)
-                first_line += data.count(b"\n")
+                yield Slice(start + used, first_line, data, "quoted" if quoted else "lines")
+                first_line += int(np.searchsorted(newlines, end)) - int(np.searchsorted(newlines, used))
                 used = end
             if at_end:
                 return
             buffer, start = buffer[used:], start + used
-            if len(buffer) > MAX_LINE_BYTES and b"\n" not in buffer:
+            if len(buffer) > MAX_LINE_BYTES and len(newlines) <= np.searchsorted(newlines, used):
                 raise InputError(
                     f"{file}:{first_line}: a line of more than {MAX_LINE_BYTES} bytes; is it a text file? "
                     "Lines end with a newline character"

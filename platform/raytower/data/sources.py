@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -18,25 +21,34 @@ from raytower.config import Config
 from raytower.errors import InputError
 from raytower.storage import Location
 
-InputFormat = Literal["auto", "lines", "tsv", "jsonl", "beir", "parquet"]
+InputFormat = Literal["auto", "lines", "tsv", "csv", "jsonl", "beir", "parquet", "arrow"]
 Compression = Literal["gzip", "zstd"]
 
-# What an extension means under format auto. A .txt or .tsv is looked at more closely once the record kind is known.
+# What an extension means under format auto. Text is looked at more closely once the record kind is known.
 FORMAT_BY_SUFFIX = {
     ".txt": "lines",
     ".tsv": "tsv",
+    ".csv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
 }
 _COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 COMPRESSION_SUFFIXES = tuple(_COMPRESSION_BY_SUFFIX)
-_SUFFIXES_BY_FORMAT = {"lines": (".txt", ".tsv"), "tsv": (".tsv", ".txt")}
+_SUFFIXES_BY_FORMAT = {"lines": (".txt", ".tsv"), "tsv": (".tsv", ".txt", ".csv")}
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
-# What our own jobs write beside data files; never data.
-_MANIFEST = "manifest.json"
+# Files that say what a folder holds, and are no data: those of our own jobs, which also mark a folder as an output of
+# ours, and those that lie beside published data sets.
+_OUR_FILES = frozenset({"manifest.json", "job.json", "raytower.json", "shard.json"})
+_SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+_ABOUT = _OUR_FILES | {
+    _SAVED_DATASET, _SAVED_SPLITS, "dataset_info.json", "dataset_infos.json", "readme.txt", "license.txt"
+}  # fmt: skip
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 class InputConfig(Config):
@@ -51,6 +63,17 @@ class InputConfig(Config):
     split: str | None = None
     """Which qrels/<split>.tsv of a BEIR folder to read; null means train."""
 
+    def remedy(self, text: str) -> str:
+        """`text`, which advises to set keys of this section, as the end of a message."""
+        return f"; {text}"
+
+
+class NamedInput(InputConfig):
+    """An input that a command names by its path alone: it has no other key that a message could advise to set."""
+
+    def remedy(self, text: str) -> str:
+        return ""
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -64,6 +87,8 @@ class SourceFile:
     size_bytes: int
     modified_ns: int | None
     """When the file was last written, where the storage tells."""
+    partitions: tuple[tuple[str, str | int | None], ...] = ()
+    """Columns that stand in the names of the folders above (`lang=zh`), from the outermost on."""
 
     def __str__(self) -> str:
         return str(self.location)
@@ -89,7 +114,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Found:
-    """The data files of one input in name order, and the files passed over because their extension is unknown."""
+    """The data files of one input in name order, and what was passed over, each with the reason."""
 
     files: tuple[SourceFile, ...]
     ignored: tuple[str, ...] = ()
@@ -99,34 +124,62 @@ def find_files(path: str, file_format: str = "auto") -> Found:
     """The data files that `path` means.
 
     A file is taken as it is. A folder gives, at any depth, the files with a known extension (of `file_format` where
-    that is not auto); names that begin with `.` or `_` are not data. A glob (`*`, `?`, `[…]`, `**`) gives every match.
+    that is not auto). A glob (`*`, `?`, `[…]`, `**`) gives every match; a part of it that exists as written is taken as
+    written. Links are followed, and each file is taken once. Names that begin with `.` or `_`, files about other
+    files and folders that our own jobs wrote are no data.
 
     Raises:
-        InputError: nothing is there, or nothing that is data.
+        InputError: nothing is there, or nothing that is data; a link leads nowhere, or a name is not UTF-8.
     """
     base, pattern = _split_glob(path)
-    found: list[Location] = []
-    ignored: list[Location] = []
     if pattern is None and base.is_file():
-        found = [base]
-    elif pattern is None and base.is_dir():
-        candidates = [place for place in _files_below(base) if not _is_hidden(place, base)]
-        wanted = _suffixes(file_format)
-        for place in candidates:
-            (found if _suffix_of(place.name)[0] in wanted else ignored).append(place)
-        if not found:
-            raise InputError(
-                f"folder {path!r} holds no data file (looked for {', '.join(sorted(wanted))}, also with .gz or .zst); "
-                "name the files with a glob such as 'folder/*', or give another folder"
-            )
-    elif pattern is not None:
-        found = [place for place in _files_below(base) if _matches(_parts_below(place, base), pattern)]
-        if not found:
-            raise InputError(f"no file matches {path!r}; check the pattern")
-    else:
+        return Found(_make_files([base], base.parent))
+    if pattern is None and not base.is_dir():
         raise InputError(f"no file or folder at {path!r}; check the path")
-    root = base.parent if pattern is None and base.is_file() else base
-    return Found(_make_files(found, root), tuple(str(place) for place in ignored))
+    if pattern is None and (saved := _saved_dataset(base)):
+        return Found(_make_files(saved, base))
+    wanted = _suffixes(file_format)
+    listing = _files_below(base, None if pattern is None or "**" in pattern else len(pattern))
+    outputs = _our_outputs(listing, base)
+    found: dict[str, Location] = {}
+    ignored: list[str] = []
+    for place in listing:
+        parts = _parts_below(place, base)
+        if pattern is not None and not _matches(parts, pattern):
+            continue
+        is_data = _suffix_of(place.name)[0] in wanted
+        reason = _no_data_reason(parts, outputs, pattern, is_data)
+        if reason is not None:
+            ignored += [f"{_shown(str(place))} ({reason})"] if is_data or reason == _UNKNOWN else []
+            continue
+        real = _real_path(place)
+        if (known := found.setdefault(real, place)) is not place:
+            ignored.append(f"{place} (the same file as {known})")
+    if not found:
+        passed_over = f"; passed over: {', '.join(ignored[:3])}" if ignored else ""
+        if pattern is not None:
+            raise InputError(f"no file matches {path!r}; check the pattern{passed_over}")
+        raise InputError(
+            f"folder {path!r} holds no data file (looked for {', '.join(sorted(wanted))}, also with .gz or .zst); "
+            f"name the files with a glob such as 'folder/*', or give another folder{passed_over}"
+        )
+    return Found(_make_files(list(found.values()), base), tuple(ignored))
+
+
+def refuse_output_inside(output: str, path: str) -> None:
+    """Raise InputError where a job would write below a folder, or over a file, that it reads from."""
+    base, pattern = _split_glob(path)
+    place = Location.of(output)
+    is_read_whole = pattern is None or "**" in pattern
+    if (
+        is_read_whole
+        and place.filesystem == base.filesystem
+        and PurePosixPath(place.path).is_relative_to(base.path)
+    ):
+        raise InputError(
+            f"output {output!r} lies inside the input {path!r}, where the next run would read it as data; give an "
+            "output outside"
+        )
 
 
 def single_file(location: Location) -> SourceFile:
@@ -142,12 +195,39 @@ def _make_files(places: Sequence[Location], root: Location) -> tuple[SourceFile,
     files = []
     for place, stem, info in zip(places, stems, infos, strict=True):
         suffix, compression = _suffix_of(place.name)
-        if compression and FORMAT_BY_SUFFIX.get(suffix) == "parquet":
+        if compression and FORMAT_BY_SUFFIX.get(suffix) in ("parquet", "arrow"):
             raise InputError(
-                f"{place} is a compressed Parquet file; Parquet compresses inside, so decompress it first"
+                f"{place} is a compressed {suffix[1:]} file; such files compress inside, so decompress it first"
             )
-        files.append(SourceFile(place, stem, suffix, compression, int(info.size), info.mtime_ns))
-    return tuple(files)
+        partitions = _partitions(_parts_below(place, root)[:-1])
+        files.append(SourceFile(place, stem, suffix, compression, int(info.size), info.mtime_ns, partitions))
+    return _with_numbers(files)
+
+
+def _partitions(folders: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
+    pairs = (folder.split("=", 1) for folder in folders if re.fullmatch(r"[^=]+=.+", folder))
+    return tuple((name, None if value == _NULL_PARTITION else unquote(value)) for name, value in pairs)
+
+
+def _with_numbers(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+    """Partition columns as integers where every value of all files is one: file by file they would not agree."""
+    texts: dict[str, list[str]] = {}
+    for file in files:
+        for name, value in file.partitions:
+            texts.setdefault(name, []).extend([str(value)] if value is not None else [])
+    numbers = {name for name, found in texts.items() if found and all(map(_INTEGER.fullmatch, found))}
+    return tuple(
+        dataclasses.replace(
+            file,
+            partitions=tuple(
+                (name, int(value) if value is not None and name in numbers else value)
+                for name, value in file.partitions
+            ),
+        )
+        if file.partitions
+        else file
+        for file in files
+    )
 
 
 def _suffix_of(name: str) -> tuple[str, Compression | None]:
@@ -187,34 +267,140 @@ def _unique_stems(paths: Sequence[PurePosixPath]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
-def _files_below(base: Location) -> list[Location]:
+def _files_below(base: Location, depth: int | None) -> list[Location]:
+    """Every file of a folder in name order, `depth` levels deep; on this machine links and their dead ends too."""
+    if base.is_local:
+        return [Location(base.filesystem, path) for path in sorted(_walk(base.path, depth, set()))]
     # One listing call: asking storage about each place in turn is slow on object stores.
     selector = pafs.FileSelector(base.path, allow_not_found=True, recursive=True)
     infos = [info for info in base.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
     return [Location(base.filesystem, path) for path in sorted(info.path for info in infos)]
 
 
+def _walk(folder: str, depth: int | None, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Paths of the files below `folder`; a folder that links lead to more than once is entered once."""
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as listing:
+            # Real folders first: what a link leads to is then met under its own name.
+            entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
+    except OSError as error:
+        raise InputError(
+            f"{_shown(folder)} cannot be listed: {error.strerror}; check its permissions"
+        ) from error
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+        elif depth is None or depth > 1:
+            yield from _walk(entry.path, None if depth is None else depth - 1, seen)
+
+
 def _parts_below(place: Location, base: Location) -> tuple[str, ...]:
     return PurePosixPath(place.path).relative_to(base.path).parts
 
 
-def _is_hidden(place: Location, base: Location) -> bool:
-    return place.name == _MANIFEST or any(part.startswith((".", "_")) for part in _parts_below(place, base))
+_UNKNOWN = "its extension is no data file's"
+
+
+def _no_data_reason(
+    parts: tuple[str, ...], outputs: set[tuple[str, ...]], pattern: tuple[str, ...] | None, is_data: bool
+) -> str | None:
+    """Why the file at `parts` below an input folder is not data, or None where it is."""
+    if any(part.startswith((".", "_")) for part in parts if pattern is None or part not in pattern):
+        return "its name or a folder's begins with . or _"
+    if any(parts[:length] in outputs for length in range(1, len(parts))):
+        return "it lies in an output of a raytower job"
+    if parts[-1].lower() in _ABOUT and (pattern is None or parts[-1] not in pattern):
+        return "it is about other files"
+    return None if is_data or pattern is not None else _UNKNOWN
+
+
+def _our_outputs(listing: Sequence[Location], base: Location) -> set[tuple[str, ...]]:
+    """Folders below `base` that a job of ours wrote, by their parts."""
+    marks = [place for place in listing if place.name in _OUR_FILES]
+    return {_parts_below(place, base)[:-1] for place in marks if _is_ours(place)}
+
+
+def _is_ours(place: Location) -> bool:
+    try:
+        with place.open_read() as stream:
+            return b'"fingerprint"' in stream.read(65_536) or place.name == "raytower.json"
+    except (OSError, InputError):
+        return False
+
+
+def _real_path(place: Location) -> str:
+    """The name under which the storage holds a file. Raises InputError for a dead link or a name that is not UTF-8."""
+    if not place.is_local:
+        return place.path
+    refuse_other_than_utf8(place.path)
+    if not os.path.exists(place.path):
+        raise InputError(
+            f"{place} is a link to {os.readlink(place.path)!r}, where nothing is; bring the file back, or remove the "
+            "link"
+        )
+    return os.path.realpath(place.path)
+
+
+def refuse_other_than_utf8(path: str) -> None:
+    """Raise InputError for a path whose bytes are not UTF-8, which no storage library takes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the file name {_shown(path)} is not UTF-8 (GBK, perhaps, from an archive made on Windows); rename it, "
+            "for instance with `convmv -f gbk -t utf-8`"
+        ) from error
+
+
+def _shown(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+def _saved_dataset(folder: Location) -> list[Location]:
+    """The Arrow files of a Hugging Face data set that `save_to_disk` wrote to `folder`; empty where it is none."""
+    if (folder / _SAVED_SPLITS).is_file():
+        splits = (folder / _SAVED_SPLITS).read_json().get("splits", [])
+        raise InputError(
+            f"{folder} holds the splits {', '.join(splits)} of a data set; name the folder of one of them"
+        )
+    if not (folder / _SAVED_DATASET).is_file():
+        return []
+    state = (folder / _SAVED_DATASET).read_json()
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    # Other Arrow files beside them are caches.
+    return [single_file(folder / file["filename"]).location for file in listed or []]
 
 
 def is_glob(path: str) -> bool:
     """Whether `path` has wildcards and is not itself the name of something that exists."""
-    return bool(_GLOB_CHARACTERS.search(path)) and ("://" in path or not Location.of(path).exists())
+    name, _ = _split_options(path)
+    return bool(_GLOB_CHARACTERS.search(name)) and ("://" in name or not Location.of(path).exists())
+
+
+def _split_options(path: str) -> tuple[str, str]:
+    """A path or URI and its options: in `s3://bucket/key?region=x` the question mark is no wildcard."""
+    found = re.search(r"\?[a-z_]+=[^*?]*$", path) if "://" in path else None
+    return (path[: found.start()], found[0]) if found else (path, "")
 
 
 def _split_glob(path: str) -> tuple[Location, tuple[str, ...] | None]:
     """The place that `path` names, or the folder above its first wildcard and the pattern below that folder."""
+    refuse_other_than_utf8(path)
     if not is_glob(path):
         return Location.of(path), None
-    parts = path.split("/")
-    first = next(number for number, part in enumerate(parts) if _GLOB_CHARACTERS.search(part))
-    base = "/".join(parts[:first]) or ("/" if path.startswith("/") else ".")
-    return Location.of(base), tuple(parts[first:])
+    name, options = _split_options(path)
+    parts = name.split("/")
+    for number, part in enumerate(parts):
+        base = "/".join(parts[:number]) or ("/" if name.startswith("/") else ".")
+        if _GLOB_CHARACTERS.search(part) and not (
+            "://" not in name and os.path.exists(os.path.join(base, part))
+        ):
+            break
+    return Location.of(base + options), tuple(parts[number:])
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

@@ -31,6 +31,7 @@ from raytower.config import WorkersConfig
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import refuse_output_inside
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
 from raytower.encoding.parts import PartFigures, part_name
@@ -49,7 +50,12 @@ from raytower.encoding.worker import EncodedPiece, PieceEncoder, PieceSeconds, W
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
-from raytower.models.forward import check_max_length, default_block_rows, default_tokens_per_batch
+from raytower.models.forward import (
+    CHARACTERS_PER_TOKEN,
+    check_max_length,
+    default_block_rows,
+    default_tokens_per_batch,
+)
 from raytower.models.onnx_export import graph_for
 from raytower.runtime import ensure_ray, log
 from raytower.storage import Location, StorageError, absolute_if_local, writer_lease
@@ -217,6 +223,8 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
 
 
 def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Piece, ...], int]:
+    refuse_output_inside(config.output, config.input.path)
+
     def read(rows: int) -> Survey:
         # Steps that fill a file evenly: whoever names the size and whoever leaves it to be chosen get the same files.
         step = rows // -(-rows // _SURVEY_ROWS)
@@ -319,9 +327,10 @@ def _content_hash(pieces: Sequence[Piece]) -> str:
     Folders count from the one that holds all files: ids may come from the names below it.
     """
     files = {
-        piece.source.file.location.path: piece.source.file
+        run.source.file.location.path: run.source.file
         for piece in pieces
-        if isinstance(piece.source, Source)
+        for run in piece.runs
+        if isinstance(run.source, Source)
     }
     top = os.path.commonpath([PurePosixPath(path).parent for path in files])
     digest = hashlib.sha256()
@@ -447,7 +456,7 @@ def _summary(figures: dict[str, Any]) -> str:
 
 
 def _corpus_size(job: _Job) -> CorpusSize:
-    extents = [piece.extent for piece in job.pieces]
+    extents = [run.extent for piece in job.pieces for run in piece.runs]
     # Of text an extent counts decompressed bytes; of Parquet rows, whose bytes are known only as stored.
     is_parquet = any(extent.row_group is not None for extent in extents)
     text_bytes = job.survey.bytes if is_parquet else sum(extent.end - extent.start for extent in extents)
@@ -473,7 +482,7 @@ def _sample(job: _Job) -> Iterator[list[str]]:
 
 
 def _tokenise(job: _Job, texts: list[str]) -> list[list[int]]:
-    prepared = [job.prefix + text for text in texts]
+    prepared = [job.prefix + text[: job.config.max_length * CHARACTERS_PER_TOKEN] for text in texts]
     batch = job.encoder.tokenizer(prepared, truncation=True, max_length=job.config.max_length)
     ids: list[list[int]] = batch["input_ids"]
     return ids

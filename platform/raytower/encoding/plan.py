@@ -87,23 +87,38 @@ def choose_rows_per_file(num_rows: int, num_workers: int) -> int:
 
 
 def join_pieces(pieces: Sequence[Piece], rows_per_file: int) -> tuple[Piece, ...]:
-    """Pieces that lie end to end in one file (or Parquet row group) joined, up to `rows_per_file` good rows each.
+    """Pieces joined, up to `rows_per_file` good rows each: those that lie end to end in one file, and small files.
 
-    So one survey with small pieces serves any size of output files.
+    So one survey with small pieces serves any size of output files, and a file of few rows costs no output file.
     """
-    joined: list[Piece] = []
+    runs: list[Piece] = []
     for piece in pieces:
-        last = joined[-1] if joined else None
+        last = runs[-1] if runs else None
         if last is not None and _fits(last, piece, rows_per_file):
-            joined[-1] = dataclasses.replace(
+            runs[-1] = dataclasses.replace(
                 last,
                 extent=dataclasses.replace(last.extent, end=piece.extent.end),
                 num_rows=last.num_rows + piece.num_rows,
                 left_out=last.left_out + piece.left_out,
             )
         else:
-            joined.append(dataclasses.replace(piece, index=len(joined)))
-    return tuple(joined)
+            runs.append(piece)
+    groups: list[list[Piece]] = []
+    rows = num_bytes = 0
+    for run in runs:
+        rows, num_bytes = rows + run.num_rows, num_bytes + _held_bytes(run)
+        if not groups or rows > rows_per_file or num_bytes > MAX_SLICE_BYTES:
+            groups.append([])
+            rows, num_bytes = run.num_rows, _held_bytes(run)
+        groups[-1].append(run)
+    return tuple(_as_one(number, group) for number, group in enumerate(groups))
+
+
+def _as_one(index: int, runs: Sequence[Piece]) -> Piece:
+    if len(runs) == 1:
+        return dataclasses.replace(runs[0], index=index)
+    num_rows = sum(run.num_rows for run in runs)
+    return dataclasses.replace(runs[0], index=index, num_rows=num_rows, left_out=(), parts=tuple(runs))
 
 
 def plan_encode(corpus: CorpusSize, model: ModelSize, shape: WorkerShape) -> EncodePlan:
@@ -137,6 +152,11 @@ def _fits(last: Piece, piece: Piece, rows: int) -> bool:
     # Of text an extent counts bytes, and is held whole while it is parsed.
     is_short = first.row_group is not None or second.end - first.start <= MAX_SLICE_BYTES
     return is_short and last.num_rows + piece.num_rows <= rows
+
+
+def _held_bytes(run: Piece) -> int:
+    """Bytes of text; of Parquet, whose extents count rows, none are known."""
+    return 0 if run.extent.row_group is not None else run.extent.end - run.extent.start
 
 
 def _weight_bytes(model: ModelSize, shape: WorkerShape) -> int:

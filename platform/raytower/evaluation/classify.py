@@ -16,7 +16,7 @@ from pydantic import Field
 from raytower.config import Config, OnError
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig
+from raytower.data.sources import InputConfig, refuse_output_inside
 from raytower.evaluation.labellers import ClassifierLabeller, IndexLabeller, Labeller, Prediction, shown
 from raytower.evaluation.progress import Progress
 from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
@@ -197,5 +197,6 @@ def _depth(config: ClassifyConfig) -> int:
 
 def _survey(config: ClassifyConfig) -> Survey:
     kind: Literal["labelled", "lines"] = "labelled" if config.labelled else "lines"
+    refuse_output_inside(config.output, config.input.path)
     place = quarantine_place(config.output, config.on_error)
     return survey_input(config.input, kind, ROWS_PER_PIECE, config.on_error, place)

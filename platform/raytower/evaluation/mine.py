@@ -19,7 +19,7 @@ from pydantic import Field
 from raytower.config import Config, OnError
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig
+from raytower.data.sources import InputConfig, refuse_output_inside
 from raytower.errors import InputError
 from raytower.evaluation.progress import Progress
 from raytower.evaluation.recall import Candidate, PairScorer, Vectors, index_recall
@@ -317,6 +317,7 @@ class Miner:
 
 
 def _survey(config: MineConfig) -> Survey:
+    refuse_output_inside(config.output, config.input.path)
     place = quarantine_place(config.output, config.on_error)
     return survey_input(config.input, "pairs", ROWS_PER_PIECE, config.on_error, place)
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from raytower.config import Config, OnError
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig
+from raytower.data.sources import InputConfig, refuse_output_inside
 from raytower.evaluation.progress import Progress
 from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
 from raytower.evaluation.settings import (
@@ -143,5 +143,6 @@ def _write(writer: RowWriter, table: pa.Table, scores: Floats, labelled: bool) -
 
 def _survey(config: SimilarityConfig) -> Survey:
     kind: Literal["scored", "pairs"] = "scored" if config.labelled else "pairs"
+    refuse_output_inside(config.output, config.input.path)
     place = quarantine_place(config.output, config.on_error)
     return survey_input(config.input, kind, ROWS_PER_PIECE, config.on_error, place)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig
+from raytower.data.sources import NamedInput
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
 from raytower.models.forward import check_max_length
@@ -157,7 +157,7 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
 
 
 def _read_labels(path: str) -> list[str]:
-    surveyed = survey_input(InputConfig(path=path, format="lines"), "lines", rows_per_piece=ROWS_PER_PIECE)
+    surveyed = survey_input(NamedInput(path=path, format="lines"), "lines", rows_per_piece=ROWS_PER_PIECE)
     labels = [text.strip() for table in tables(surveyed) for text in table["text"].to_pylist()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
@@ -168,7 +168,7 @@ def _read_labels(path: str) -> list[str]:
 def _load_dev(path: str, classes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    surveyed = survey_input(InputConfig(path=path), "labelled", rows_per_piece=ROWS_PER_PIECE)
+    surveyed = survey_input(NamedInput(path=path), "labelled", rows_per_piece=ROWS_PER_PIECE)
     for table in tables(surveyed):
         texts += table["text"].to_pylist()
         labels += table["label"].to_pylist()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig
+from raytower.data.sources import InputConfig, NamedInput
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine
@@ -43,14 +43,14 @@ def load_dev_set(config: RetrieverDevConfig) -> DevSet:
     Relevant to a query are the documents of all its rows; equal texts of the corpus count once.
     """
     positives: dict[str, dict[str, None]] = {}
-    for query, document in _rows(InputConfig(path=config.path), "pairs", ("query", "document")):
+    for query, document in _rows(NamedInput(path=config.path), "pairs", ("query", "document")):
         positives.setdefault(query, {})[document] = None
     places: dict[str, int] = {}
     for documents in positives.values():
         for document in documents:
             places.setdefault(document, len(places))
     if config.corpus is not None:
-        source = InputConfig(path=config.corpus)
+        source = NamedInput(path=config.corpus)
         surveyed = survey_input(source, "corpus", rows_per_piece=_ROWS_PER_PIECE)
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
-from raytower.data.sources import InputConfig, find_files
+from raytower.data.sources import NamedInput, find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.runtime import log
 from raytower.storage import Location
@@ -38,7 +38,8 @@ def survey_training(
     Raises:
         InputError: bad rows under on_error fail, rows that are none of `kinds`, or a format that is none of them.
     """
-    source = InputConfig(path=path)
+    refuse_output_inside(config.output, path)
+    source = NamedInput(path=path)
     if wanted != "auto" and wanted not in kinds:
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
@@ -134,16 +135,9 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
 
 def content_hash(path: str) -> str:
     """Hash over the content of all files of an input: a file, a folder or a glob."""
-    place = Location.of(path)
-    if place.is_dir():
-        files = sorted((file for file in place.children(recursive=True) if file.is_file()), key=str)
-    elif place.is_file():
-        files = [place]
-    else:
-        files = [file.location for file in find_files(path, "auto").files]
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.sha256()}\n".encode())
+    for file in find_files(path).files:
+        digest.update(f"{file.location.name} {file.location.sha256()}\n".encode())
     return digest.hexdigest()[:16]
 
 
