@@ -590,6 +590,18 @@ class TestAdd:
         texts = {document.id: document.text for document in index.documents(index.table.row_map.rows())}
         assert [texts[f"id {row}"] for row in (297, 298, 299, 300)] == ["text of id 297", "a", "b", "c"]
 
+    def test_ids_that_are_places_never_replace_documents(
+        self, small: tuple[Path, np.ndarray], tmp_path: Path
+    ) -> None:
+        day = {"ids": ["new:1", "new:2"], "derived_ids": True}
+        self.add(small, embeddings_of(tmp_path / "monday", clustered_vectors(2, seed=1), 0, **day))
+        tuesday = embeddings_of(tmp_path / "tuesday", clustered_vectors(2, seed=2), 0, **day)
+        with pytest.raises(InputError, match="encoded from a corpus without ids"):
+            self.add(small, tuesday, upsert=True)
+        with pytest.raises(InputError, match="give the corpus a column id"):
+            self.add(small, tuesday)
+        assert Index.open(small[0]).num_rows == 302
+
     def test_the_same_addition_again_changes_nothing(
         self, small: tuple[Path, np.ndarray], tmp_path: Path
     ) -> None:

@@ -28,6 +28,8 @@ class EmbeddingsManifest:
 
     `similarity` is the model's own (cosine or dot) and decides the metric of an index over these vectors. Where it
     is cosine and `normalised` is false, vectors are stored as the model gives them and an index normalises them.
+    `derived_ids` says that the corpus has none, so that an id is a place, such as `new:1`, and names another document
+    once the files change.
     """
 
     fingerprint: str
@@ -43,6 +45,7 @@ class EmbeddingsManifest:
     compute_dtype: str = "float32"
     rows: int
     tokens: int = 0
+    derived_ids: bool = False
     files: tuple[EmbeddingsFile, ...] = field(default=())
 
     def write(self, folder: Location) -> None:

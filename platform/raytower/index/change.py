@@ -406,6 +406,12 @@ def with_documents(
 
 def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> None:
     """Refuse ids that stand twice in an addition and, without `upsert`, those that are there already."""
+    if config.upsert and source.manifest.derived_ids:
+        raise InputError(
+            f"{config.embeddings!r} was encoded from a corpus without ids, so its ids are places in "
+            "files, which name other "
+            "documents each time; give the corpus a column id, or make the index equal to a folder by `index sync`"
+        )
     ids = source.ids()
     if pc.count_distinct(ids).as_py() < len(ids):
         counted = pc.value_counts(ids)
@@ -417,10 +423,15 @@ def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> N
         return
     found = [name for batch in writer.table.find("id", ids, ["id"]) for name in batch.column(0).to_pylist()]
     if found:
+        remedy = (
+            "they are places in files, so give the corpus a column id"
+            if source.manifest.derived_ids
+            else "set upsert: true to replace those documents, or leave them out"
+        )
         raise InputError(
             f"{len(found)} ids of {config.embeddings!r} are in index version "
             f"{writer.manifest.version} already, such as "
-            f"{_shown(found)}; set upsert: true to replace those documents, or leave them out"
+            f"{_shown(found)}; {remedy}"
         )
 
 
