@@ -173,3 +173,20 @@ def test_vectors_equal_those_of_a_whole_encoding(
     whole /= np.linalg.norm(whole, axis=1, keepdims=True)
     assert np.allclose(opened.table.vectors(rows, unit=True), whole, atol=1e-5)
     assert open_manifest(index).next_row == 40 + 14
+
+
+def test_recall_is_measured_with_real_queries(
+    index: Path, documents: Rows, tmp_path: Path, encoder_dir: Path
+) -> None:
+    (tmp_path / "queries.tsv").write_text(
+        "bright sun\tsun 0\nthe moon\tmoon 1\n月亮\t月亮 3\n", encoding="utf-8"
+    )
+    target = {"queries": str(tmp_path / "queries.tsv")}
+    figures = build(tmp_path / "measured", str(tmp_path / "embeddings"), kind="hnsw", target=target)
+    manifest = open_manifest(tmp_path / "measured")
+    assert manifest.measured is not None
+    assert manifest.queries is not None
+    assert (manifest.measured.queries, figures["recall_target_reached"]) == (3, True)
+    vectors = np.load(tmp_path / "measured" / "queries" / f"{manifest.queries.sha256}.npy")
+    expected = ForwardEngine(Encoder.load(str(encoder_dir))).encode(["bright sun", "the moon", "月亮"])
+    assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)

@@ -7,7 +7,7 @@ Shape legend: Q queries, D embedding dimension, K candidates a query.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
-from raytower.index.reader import Index
+from raytower.index.reader import Filter, Index
 from raytower.models.fusion import Fusion
 
 Vectors = NDArray[np.float32]
@@ -72,7 +72,7 @@ class SearchResult:
 Recall = Callable[[Vectors, int], list[list[Candidate]]]
 
 
-def index_recall(index: Index, filter: Mapping[str, Any] | None = None) -> Recall:
+def index_recall(index: Index, filter: Filter | None = None) -> Recall:
     """Recall from an opened index in this process, among the documents that `filter` lets through."""
 
     def recall(vectors: Vectors, k: int) -> list[list[Candidate]]:

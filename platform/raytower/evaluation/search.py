@@ -18,7 +18,7 @@ _SHOWN_CHARACTERS = 200
 class SearchConfig(Config):
     """`raytower search`. `encoder` null is the one that the index's manifest names.
 
-    `filter` is a condition on the documents' columns as JSON, such as {"year": {"$gte": 2020}}.
+    `filter` is a condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text.
     """
 
     index: str
@@ -29,7 +29,7 @@ class SearchConfig(Config):
     rerank_k: int = Field(default=100, ge=1)
     fusion_weight: FractionField | None = None
     query_prefix: str | None = None
-    filter: dict[str, Any] | None = None
+    filter: dict[str, Any] | str | None = None
     compute: QueryCompute = QueryCompute()
 
     def model_post_init(self, context: Any) -> None:

@@ -8,6 +8,8 @@ fragments of the table and shards, is found again by what it was made of.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytower.errors import InputError
+from raytower.data.queries import read_queries
+from raytower.errors import FormatError, InputError
 from raytower.index.config import IndexBuildConfig, Placing, TargetConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.faiss_import import import_faiss
@@ -25,6 +28,8 @@ from raytower.index.faiss_index import GPU_LISTS
 from raytower.index.kinds import parameter_grid
 from raytower.index.manifest import (
     FORMAT_VERSION,
+    QUERIES_NAME,
+    FileEntry,
     IndexManifest,
     Measured,
     Origin,
@@ -32,6 +37,7 @@ from raytower.index.manifest import (
     ShardEntry,
 )
 from raytower.index.measure import (
+    NUM_QUERIES,
     ExactHits,
     HeldOut,
     exact_hits,
@@ -43,6 +49,7 @@ from raytower.index.measure import (
 from raytower.index.place import place_rows
 from raytower.index.plan import IndexPlan, human_bytes, plan_index
 from raytower.index.reader import Index
+from raytower.index.shard import local_file
 from raytower.index.shard_build import (
     ShardTask,
     TableRows,
@@ -166,6 +173,7 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
         search_parameters={"1": {}},
         recall_k=config.target.k,
         recall_target=config.target.recall,
+        queries=_kept_queries(index, source, config.target.queries) if config.target.queries else None,
         measured=None,
         changed_rows=0,
     )
@@ -270,7 +278,7 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
         last=draft.rows,
     )
     ks = measured_ks(draft.recall_k, draft.rows)
-    queries = run(hold_out, [(everything, seed)])[0]
+    queries = _queries_of(index, draft) or run(hold_out, [(everything, seed)])[0]
     size = max(-(-draft.rows // max(run.at_once, 1)), 1)
     parts = run(
         exact_hits,
@@ -286,6 +294,44 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
     exact = merge_exact(parts, ks[-1])
     threads = run.threads_alone
     return run(_measure, [(index, draft, queries, exact, ks, threads)])[0]
+
+
+def _kept_queries(index: Location, source: Embeddings, path: str) -> FileEntry:
+    """Up to 256 queries of a file as vectors in the index, made by the encoder of its documents.
+
+    Raises:
+        InputError: bad queries, or an encoder that is not on this machine. FormatError: another encoder of that name.
+    """
+    from raytower.models.encoder import Encoder
+    from raytower.models.forward import ForwardEngine
+
+    made = source.manifest
+    texts = read_queries(path).texts
+    encoder = Encoder.load(made.encoder)
+    if encoder.fingerprint != made.fingerprint:
+        raise FormatError(
+            f"target.queries cannot be encoded: {made.encoder!r} has fingerprint {encoder.fingerprint}, the embeddings "
+            f"were made with {made.fingerprint}"
+        )
+    chosen = texts[:: -(-len(texts) // NUM_QUERIES)]
+    vectors = ForwardEngine(encoder, max_length=made.max_length).encode(chosen, made.query_prefix)
+    if source.origin.metric == "cosine":
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    stream = io.BytesIO()
+    np.save(stream, vectors.astype(np.float32), allow_pickle=False)
+    content = stream.getvalue()
+    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    (index / QUERIES_NAME / f"{entry.sha256}.npy").put_if_absent(content)
+    return entry
+
+
+def _queries_of(index: Location, draft: IndexManifest) -> HeldOut | None:
+    """The queries of an index, none of them a row of it."""
+    if draft.queries is None:
+        return None
+    path = local_file(index / QUERIES_NAME / f"{draft.queries.sha256}.npy", draft.queries)
+    vectors = np.load(path, allow_pickle=False)
+    return HeldOut(np.full(len(vectors), -1, np.int64), vectors)
 
 
 def _measure(

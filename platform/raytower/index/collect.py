@@ -9,7 +9,7 @@ from pydantic import Field
 
 from raytower.config import Config
 from raytower.index.build import WORK_NAME
-from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, IndexManifest
+from raytower.index.manifest import PLACEMENTS_NAME, QUERIES_NAME, SHARDS_NAME, IndexManifest
 from raytower.index.shard_build import SHARD_NAME
 from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest, pin_name, version_names, version_place, writing
@@ -85,15 +85,13 @@ def _versions(index: Location, keep: int) -> tuple[list[str], list[IndexManifest
 def _garbage(index: Location, kept: list[IndexManifest], unfinished: bool) -> list[Location]:
     needed = {entry.digest for manifest in kept for entry in manifest.shards}
     needed |= {manifest.placement.digest for manifest in kept if manifest.placement}
-    places = [
-        *(index / SHARDS_NAME).children(),
-        *(index / PLACEMENTS_NAME).children(),
-        *(index / WORK_NAME).children(),
-    ]
+    needed |= {manifest.queries.sha256 for manifest in kept if manifest.queries}
+    folders = (SHARDS_NAME, PLACEMENTS_NAME, QUERIES_NAME, WORK_NAME)
+    places = [place for name in folders for place in (index / name).children()]
     return [
         place
         for place in places
-        if place.name.removesuffix(".npz") not in needed and (unfinished or _age(place) > _FRESH_SECONDS)
+        if place.name.partition(".")[0] not in needed and (unfinished or _age(place) > _FRESH_SECONDS)
     ]
 
 

@@ -20,6 +20,7 @@ class TargetConfig(Config):
 
     `memory` bounds both one process that searches all shards and the build tasks that run at once. `latency_ms` is one
     query's time on one core, as the planner predicts it; it decides between the kinds that fit the memory.
+    `queries` names real queries to measure with, a file of pairs or a BEIR folder; null takes documents as queries.
     `on_target_missed` publishes an index that misses the recall, with a warning, or keeps it back.
     """
 
@@ -28,6 +29,7 @@ class TargetConfig(Config):
     memory: ByteSize = ByteSize(8 * 2**30)
     latency_ms: float | None = Field(default=None, gt=0)
     on_target_missed: Literal["publish", "keep"] = "publish"
+    queries: str | None = None
 
 
 class HnswConfig(Config):

@@ -24,6 +24,7 @@ FORMAT_VERSION = 3
 TABLE_NAME = "table.lance"
 SHARDS_NAME = "shards"
 PLACEMENTS_NAME = "placement"
+QUERIES_NAME = "queries"
 VERSIONS_NAME = "versions"
 VECTORS_NAME: Literal["vectors.faiss"] = "vectors.faiss"
 ROWS_NAME: Literal["rows.npy"] = "rows.npy"
@@ -120,6 +121,7 @@ class IndexManifest(Origin):
     `rows` counts the documents. `next_row` is the number that the next document gets; none is given twice. `identity`
     names the change that made this version, `built` all builds up to here, `applied` the changes since the last
     of them. `measured` is the last measurement, of this version or of one before it; `changed_rows` came or went since.
+    `queries` are vectors that recall is measured with, a file named by its checksum; null for sampled documents.
     `search_parameters` are those measured for as many hits as their key says.
     """
 
@@ -145,6 +147,7 @@ class IndexManifest(Origin):
     ]
     recall_k: Annotated[int, Field(ge=1)]
     recall_target: Share
+    queries: FileEntry | None
     measured: Measured | None
     changed_rows: Count
 
