@@ -292,3 +292,11 @@ def test_survey_reports_files_and_bytes(tmp_path: Path) -> None:
     surveyed = survey_of(tmp_path, "corpus")
     assert surveyed.files == (str(first), str(second))
     assert (surveyed.bytes, surveyed.num_rows, surveyed.num_rejected) == (4, 2, 0)
+
+
+def test_the_survey_says_whether_ids_are_places(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text('{"id": "a", "text": "x"}\n{"text": "y"}\n')
+    (tmp_path / "all.jsonl").write_text('{"id": "a", "text": "x"}\n')
+    (tmp_path / "none.txt").write_text("x\ny\n")
+    found = {name: survey_of(tmp_path / name, "corpus").derived_ids for name in ("some.jsonl", "all.jsonl", "none.txt")}
+    assert found == {"some.jsonl": True, "all.jsonl": False, "none.txt": True}

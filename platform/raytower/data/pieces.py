@@ -75,6 +75,8 @@ class Survey:
     schema: pa.Schema
     renamed_columns: tuple[tuple[str, str], ...] = ()
     """Columns that pass through under another name than the input gives them, each with that name."""
+    derived_ids: bool = False
+    """Some documents bring no id; theirs are places in files."""
     quarantine_file: str | None = None
     ignored_files: tuple[str, ...] = ()
     """Files in an input folder that were passed over, each with the reason."""
@@ -203,12 +205,14 @@ def _survey_sources(
 ) -> Survey:
     hashes = IdHashes() if any(source.layout.has_ids for source in sources) else None
     types = ExtraTypes()
+    derived_ids = False
     drafts: list[Piece] = []
     schema = canonical_schema(kind)
     for source in sources:
         for chunk in scan(source, rows_per_piece):
             rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
             types.observe(chunk.parsed, source.file)
+            derived_ids |= chunk.parsed.derived_ids
             if chunk.parsed.num_rows:
                 drafts.append(Piece(source, len(drafts), chunk.extent, 0, chunk.parsed.num_rows, schema))
                 if hashes is not None:
@@ -220,7 +224,9 @@ def _survey_sources(
     if sources and not pieces:
         raise InputError(_no_rows(sources, kind, quarantine_file))
     surveyed = _summarise(pieces, types.schema(kind), sources, rejects.count, quarantine_file)
-    return dataclasses.replace(surveyed, renamed_columns=tuple(types.renamed.items()))
+    return dataclasses.replace(
+        surveyed, renamed_columns=tuple(types.renamed.items()), derived_ids=derived_ids
+    )
 
 
 def _without_duplicates(drafts: list[Piece], hashes: IdHashes, rejects: Rejects) -> list[Piece]:

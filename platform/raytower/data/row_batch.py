@@ -32,6 +32,8 @@ class Parsed:
     lines: np.ndarray
     """The line of each row; a line of candidates with several positives gives as many rows."""
     rejections: list[Rejection]
+    derived_ids: bool = False
+    """Some rows bring no id; theirs are the places that they have in their files."""
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +58,8 @@ class Parsed:
                 ]
             )
         lines = np.concatenate([part.lines for part in parts])
-        return cls(columns, extra, lines, [rejection for part in parts for rejection in part.rejections])
+        rejections = [rejection for part in parts for rejection in part.rejections]
+        return cls(columns, extra, lines, rejections, any(part.derived_ids for part in parts))
 
 
 class BadRowError(ValueError):
@@ -71,6 +74,7 @@ class RowBatch:
     columns: dict[str, pa.Array]
     extra: dict[str, Column] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
+    derived_ids: bool = False
 
     def reject(self, bad: np.ndarray, reason: Callable[[int], str]) -> None:
         """Take out the rows where `bad` (bool [rows]) holds; `reason` is asked with each row's position."""

@@ -75,7 +75,7 @@ def to_records(batch: RowBatch, source: Source) -> Parsed:
         make_candidates(batch)
     columns = {name: batch.columns[name] for name in canonical_schema(layout.kind).names}
     batch.rejections.sort(key=lambda rejection: rejection.line)
-    return Parsed(columns, batch.extra, batch.lines, batch.rejections)
+    return Parsed(columns, batch.extra, batch.lines, batch.rejections, batch.derived_ids)
 
 
 def raw_line(piece: Slice, line: int) -> bytes:
@@ -249,3 +249,4 @@ def _make_corpus(batch: RowBatch, layout: Layout, stem: str) -> None:
     if ids.null_count:
         derived = pa.array([f"{stem}:{line}" for line in batch.lines.tolist()], pa.string())
         batch.columns["id"] = pc.coalesce(ids, derived)
+        batch.derived_ids = True

@@ -424,11 +424,7 @@ def _finish(job: _Job, figures: dict[str, PartFigures]) -> int:
         compute_dtype=config.compute.dtype,
         rows=job.survey.num_rows,
         tokens=tokens,
-        derived_ids=any(
-            isinstance(run.source, Source) and not run.source.layout.has_ids
-            for piece in job.pieces
-            for run in piece.runs
-        ),
+        derived_ids=job.survey.derived_ids,
         files=tuple(part.file for part in parts),
     )
     if not _is_written(manifest, job.output):
