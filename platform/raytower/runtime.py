@@ -226,6 +226,8 @@ def worker_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Training workers of one machine exchange gradients over loopback; left to itself gloo takes an outer address.
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         _JOB_FOLDER: os.getcwd(),
     }
 
