@@ -31,6 +31,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -323,21 +324,25 @@ class _Flat:
         return view.reshape(self.index.ntotal, self.index.d)
 
 
+@lru_cache(maxsize=256)
+def _walk(width: int, candidates: int, depth: int) -> Any:
+    """Making these takes as long as a walk over some thousand rows; searches only read them."""
+    faiss = import_faiss()
+    # FAISS truncates depth * k_factor to a whole number, in 32-bit floats.
+    return faiss.IndexRefineSearchParameters(
+        k_factor=(candidates + 0.5) / depth, base_index_params=faiss.SearchParametersHNSW(efSearch=width)
+    )
+
+
 @dataclass(frozen=True)
 class _Graph:
     index: Any
     ef_search: int
 
     def search(self, queries: Vectors, depth: int) -> Found:
-        faiss = import_faiss()
         width = max(self.ef_search, depth)
         candidates = min(width, _HNSW_RESCORED * depth, int(self.index.ntotal))
-        # FAISS truncates depth * k_factor to a whole number, in 32-bit floats.
-        rescore = faiss.IndexRefineSearchParameters(
-            k_factor=(candidates + 0.5) / depth,
-            base_index_params=faiss.SearchParametersHNSW(efSearch=width),
-        )
-        scores, rows = self.index.search(queries, depth, params=rescore)
+        scores, rows = self.index.search(queries, depth, params=_walk(width, candidates, depth))
         short = np.flatnonzero((rows < 0).any(axis=1))
         if len(short):
             # Rows that no walk reaches are found by scoring every full vector.
