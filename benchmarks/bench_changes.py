@@ -1,7 +1,6 @@
 """An index that changes and is filtered, beside LanceDB on the same rows: each builds its own kinds of index.
 
     python benchmarks/bench_changes.py STEP --work DIR [--rows 400000] [--texts corpus.tsv] [--repeats 5]
-    python benchmarks/bench_changes.py sync --work DIR --model DIR --texts corpus.tsv --rows 40000
 
 Needs the package lancedb. Steps, in this order: build (kept in DIR for the others), search, filters, texts, change,
 additions. Vectors are clustered synthetic ones of --dim; documents are the lines of --texts with a number `share`
@@ -84,7 +83,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--texts", type=Path, help="a text a line; without it texts are row numbers")
     parser.add_argument("--kinds", nargs="+", choices=OURS, default=OURS, help="ours; each has its peer")
-    parser.add_argument("--model", help="the encoder of sync")
     arguments = parser.parse_args()
     print(
         f"{arguments.step}: {arguments.rows:,} rows, faiss {faiss.__version__}, lancedb {lancedb.__version__}"
@@ -404,45 +402,6 @@ def embeddings_of(arguments: argparse.Namespace, rows: pa.Table, vectors: Vector
     return write_embeddings(folder, blocks_of(vectors), arguments.dim, rows)
 
 
-# --- sync ------------------------------------------------------------------------------------------------------------
-
-
-def sync(arguments: argparse.Namespace) -> None:
-    """Cost of a sync with 1 % changed texts beside encoding and building all of them, by the clock."""
-    from raytower.encoding.config import EncodeConfig
-    from raytower.encoding.job import encode
-    from raytower.index.sync import IndexSyncConfig, sync_index
-    from raytower.runtime import ensure_ray
-
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    arguments.work.mkdir(parents=True)
-    corpus = arguments.work / "corpus.tsv"
-    lines = arguments.texts.read_text(encoding="utf-8").splitlines()[: arguments.rows]
-    rows = [f"q{number}\t{line}" for number, line in enumerate(lines)]
-    corpus.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    source = {"path": str(corpus), "format": "tsv", "columns": ["id", "text"]}
-    embeddings, index = arguments.work / "embeddings", arguments.work / "index"
-    settings = {"encoder": arguments.model, "input": source, "output": str(embeddings), "max_length": 64}
-    settings |= {
-        "prefix": "query: ",
-        "compute": {"dtype": "bfloat16"},
-        "workers": {"min": CORES, "max": CORES},
-    }
-    ensure_ray()  # its start is neither side's
-    full = clock(lambda: encode(make_config(EncodeConfig, settings)))
-    values = {"embeddings": str(embeddings), "output": str(index), "kind": "hnsw", "shards": 1}
-    full += clock(lambda: build_index(make_config(IndexBuildConfig, values)))
-    print(f"encode and build: {full:.1f} s")
-    for number in range(arguments.repeats):
-        for row in range(number, len(rows), 100):
-            rows[row] += "?"
-        corpus.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        seconds = clock(
-            lambda: sync_index(make_config(IndexSyncConfig, {"index": str(index), "input": source}))
-        )
-        print(f"sync of 1 % changed texts: {seconds:.2f} s, {seconds / full:.1%} of the whole", flush=True)
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -506,7 +465,6 @@ STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
     "texts": texts,
     "change": change,
     "additions": additions,
-    "sync": sync,
 }
 
 if __name__ == "__main__":
