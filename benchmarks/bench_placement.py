@@ -32,9 +32,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.encoding.manifest import EmbeddingsManifest
+from raytower.index.embeddings import Embeddings
 from raytower.index.placement import CLUSTERS_PER_SHARD, Placement, train_placement
-from raytower.index.vectors import sample_rows
 from raytower.storage import Location
 
 K = 10
@@ -240,12 +239,12 @@ def clustered(rows: int, dim: int, *, zipf: float) -> tuple[NDArray[np.float32],
 
 def stored(folder: str, num_queries: int) -> Data:
     """All rows of an embeddings folder in file order, as many as asked held out at random as queries."""
-    place = Location.of(folder)
-    manifest = EmbeddingsManifest.read(place)
-    vectors = unit(sample_rows(place, manifest, manifest.rows, 0)[1])
+    source = Embeddings(Location.of(folder))
+    files = range(len(source.manifest.files))
+    vectors = unit(np.concatenate([part for file in files for _, part in source.stream(file)]))
     held_out = np.zeros(len(vectors), np.bool_)
     held_out[np.random.default_rng(0).permutation(len(vectors))[:num_queries]] = True
-    name = f"embeddings of {Path(manifest.encoder).name}"
+    name = f"embeddings of {Path(source.manifest.encoder).name}"
     return Data(name, vectors[~held_out], vectors[held_out])
 
 

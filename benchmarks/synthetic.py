@@ -35,17 +35,23 @@ def clustered(rows: int, dim: int, seed: int = 0) -> Vectors:
     return found
 
 
-def write_embeddings(folder: Path, blocks: Iterator[Vectors], dim: int) -> Path:
-    """An embeddings folder with one file a block; ids and texts are row numbers."""
+def write_embeddings(
+    folder: Path, blocks: Iterator[Vectors], dim: int, documents: pa.Table | None = None
+) -> Path:
+    """An embeddings folder with one file a block; without `documents` (id, text, ...) both are row numbers."""
     folder.mkdir(parents=True)
     entries: list[EmbeddingsFile] = []
     rows = 0
     for number, block in enumerate(blocks):
-        names = [str(row) for row in range(rows, rows + len(block))]
+        if documents is None:
+            names = [str(row) for row in range(rows, rows + len(block))]
+            columns = pa.table({"id": names, "text": names})
+        else:
+            columns = documents.slice(rows, len(block))
         rows += len(block)
         flat = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), dim)
         place = folder / f"part-{number:08d}.parquet"
-        pq.write_table(pa.table({"id": names, "text": names, "embedding": flat}), place, use_dictionary=False)
+        pq.write_table(columns.append_column("embedding", flat), place, use_dictionary=False)
         sha256 = Location.of(place).sha256()
         entries.append(
             EmbeddingsFile(name=place.name, rows=len(block), bytes=place.stat().st_size, sha256=sha256)

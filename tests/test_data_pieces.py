@@ -298,5 +298,8 @@ def test_the_survey_says_whether_ids_are_places(tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text('{"id": "a", "text": "x"}\n{"text": "y"}\n')
     (tmp_path / "all.jsonl").write_text('{"id": "a", "text": "x"}\n')
     (tmp_path / "none.txt").write_text("x\ny\n")
-    found = {name: survey_of(tmp_path / name, "corpus").derived_ids for name in ("some.jsonl", "all.jsonl", "none.txt")}
+    found = {
+        name: survey_of(tmp_path / name, "corpus").derived_ids
+        for name in ("some.jsonl", "all.jsonl", "none.txt")
+    }
     assert found == {"some.jsonl": True, "all.jsonl": False, "none.txt": True}

@@ -295,7 +295,7 @@ def publish_change(
         draft = measured(writer.index, draft, run)
     else:
         # What cannot be opened must not be published.
-        Index.of_manifest(writer.index, draft)
+        Index.of_manifest(writer.index, draft, table=table)
     publish(writer.index, draft)
     return draft
 

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from raytower.errors import InputError
 from raytower.index.kinds import Vectors
 
+# So few scores, those of one query, are sorted by two keys at once in less time than NumPy takes to be called often.
+_FEW = 1_024
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -32,14 +35,18 @@ def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
         raise InputError("there are no answers to merge; at least one shard must have answered")
     scores = np.concatenate([part.scores for part in parts], axis=1)
     rows = np.concatenate([part.rows for part in parts], axis=1)
-    order = _order_by_score(scores)
-    ranked = np.take_along_axis(scores, order, 1)
-    # Only queries with equal scores, wherever those fall, need the slower sort by two keys.
-    tied = np.flatnonzero((ranked[:, 1:] == ranked[:, :-1]).any(axis=1))
-    if len(tied):
-        order[tied] = np.lexsort((rows[tied], -scores[tied]), axis=1)
-    order = order[:, :k]
-    return Hits(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
+    if scores.size <= _FEW:
+        order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    else:
+        order = _order_by_score(scores)
+        ranked = np.take_along_axis(scores, order, 1)
+        # Only queries with equal scores, wherever those fall, need the slower sort by two keys.
+        tied = np.flatnonzero((ranked[:, 1:] == ranked[:, :-1]).any(axis=1))
+        if len(tied):
+            order[tied] = np.lexsort((rows[tied], -scores[tied]), axis=1)
+        order = order[:, :k]
+    queries = np.arange(len(scores))[:, None]
+    return Hits(scores[queries, order], rows[queries, order])
 
 
 def empty_hits(num_queries: int, depth: int) -> Hits:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -300,21 +301,25 @@ class _Flat:
         return vectors
 
 
+@lru_cache(maxsize=256)
+def _walk(width: int, candidates: int, depth: int) -> Any:
+    """Making these takes as long as a walk over some thousand rows; searches only read them."""
+    faiss = import_faiss()
+    # FAISS truncates depth * k_factor to a whole number, in 32-bit floats.
+    return faiss.IndexRefineSearchParameters(
+        k_factor=(candidates + 0.5) / depth, base_index_params=faiss.SearchParametersHNSW(efSearch=width)
+    )
+
+
 @dataclass(frozen=True)
 class _Graph:
     index: Any
     ef_search: int
 
     def search(self, queries: Vectors, depth: int) -> Found:
-        faiss = import_faiss()
         width = max(self.ef_search, depth)
         candidates = min(width, _HNSW_RESCORED * depth, int(self.index.ntotal))
-        # FAISS truncates depth * k_factor to a whole number, in 32-bit floats.
-        rescore = faiss.IndexRefineSearchParameters(
-            k_factor=(candidates + 0.5) / depth,
-            base_index_params=faiss.SearchParametersHNSW(efSearch=width),
-        )
-        scores, rows = self.index.search(queries, depth, params=rescore)
+        scores, rows = self.index.search(queries, depth, params=_walk(width, candidates, depth))
         copies = self._copies
         if copies is not None:
             self._add_copies(queries, copies, scores, rows)

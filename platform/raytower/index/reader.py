@@ -79,11 +79,19 @@ class Index:
 
     @classmethod
     def of_manifest(
-        cls, index: Location, manifest: IndexManifest, *, part: tuple[int, int] = (0, 1)
+        cls,
+        index: Location,
+        manifest: IndexManifest,
+        *,
+        part: tuple[int, int] = (0, 1),
+        table: DocumentTable | None = None,
     ) -> Index:
-        """Open a version by a document that need not be published yet. Raises FormatError as `open`."""
+        """Open a version by a document that need not be published yet; `table` where its version is open already.
+
+        Raises FormatError as `open`.
+        """
         number, parts = part
-        table = DocumentTable.open(index, manifest.table_version)
+        table = table or DocumentTable.open(index, manifest.table_version)
         if table.num_rows != manifest.rows:
             raise FormatError(
                 f"version {manifest.version} of {index} says {manifest.rows} rows, version "

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-# Rows looked at together: what is in flight stays small however long an array of rows is.
-_BLOCK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +69,10 @@ class RowMap:
         """Which of some rising rows the table holds; None where it holds all of them."""
         if len(rows) and self._holds_all(int(rows[0]), int(rows[-1])):
             return None
-        mask = np.empty(len(rows), np.bool_)
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            mask[block] = self.addresses_of(np.asarray(rows[block])) >= 0
+        # Runs and rows both rise: between the ends of the runs, stretches of dead and of live rows take turns.
+        ends = np.stack([np.searchsorted(rows, self.starts), np.searchsorted(rows, self.ends)], axis=1)
+        lengths = np.diff(ends.ravel(), prepend=0, append=len(rows))
+        mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
         return None if mask.all() else mask
 
     def blocks(self, size: int) -> Iterator[Rows]:
