@@ -19,19 +19,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow as pa
 from synthetic import blocks_of, clustered, write_embeddings
 
 from raytower.errors import InputError
 from raytower.index import costs
+from raytower.index.embeddings import Embeddings
+from raytower.index.manifest import SHARDS_NAME
 from raytower.index.plan import IndexPlan, human_bytes, plan_index
-from raytower.index.shard_build import ShardTask, build_shard, train_template
-from raytower.index.source import EmbeddingsSource
+from raytower.index.shard_build import ShardTask, TableRows, build_shard, train_template
+from raytower.index.table import DocumentTable, commit_fragments, table_batch, table_schema, write_fragments
 from raytower.storage import Location
 
 CORES = os.cpu_count() or 1
@@ -61,7 +63,7 @@ def main() -> None:
     arguments.run(arguments)
 
 
-def plan_of(source: EmbeddingsSource, kind: Any) -> IndexPlan:
+def plan_of(source: Embeddings, kind: Any) -> IndexPlan:
     return plan_index(
         rows=source.rows,
         dim=source.origin.dim,
@@ -99,7 +101,7 @@ def bench_check(arguments: argparse.Namespace) -> None:
 def compare(embeddings: Path, kind: Any, folder: Path) -> tuple[list[str], list[float]]:
     """The cells of a row, and the ratios that are to lie within 15 %."""
     folder.mkdir()
-    plan = plan_of(EmbeddingsSource(Location.of(embeddings)), kind)
+    plan = plan_of(Embeddings(Location.of(embeddings)), kind)
     trained, filled, loaded = (step(what, embeddings, kind, folder) for what in ("train", "fill", "load"))
     parts = (plan.kind, plan.rows, plan.dim, plan.parameters)
     predicted = [
@@ -146,30 +148,45 @@ def run_step(arguments: argparse.Namespace) -> None:
 
 
 def one_step(what: str, embeddings: Path, kind: Any, folder: Path) -> dict[str, float]:
-    source = EmbeddingsSource(Location.of(embeddings))
+    source = Embeddings(Location.of(embeddings))
     plan = plan_of(source, kind)
-    template, version = folder / "template.npy", folder / "version"
+    template = folder / "template.npy"
+    rows = table_rows(source, folder.parent if folder.name == kind else folder)
     if what == "train":
-        np.save(template, train_template(source, plan, 0, CORES))
-        return {}
-    if what == "load":
-        faiss.read_index(str(version / "shard-00000" / "vectors.faiss"))
+        np.save(template, train_template(rows, kind, plan.dim, plan.parameters, plan.train_rows, 0, CORES))
         return {}
     task = ShardTask(
-        source=source,
-        version=Location.of(version),
-        number=0,
-        start=0,
-        end=source.rows,
+        source=rows,
+        num_rows=source.rows,
         kind=kind,
         exact_dtype=plan.exact_dtype,
-        documents_schema=pa.schema([("id", pa.string()), ("text", pa.string())]),
-        spec_sha256="",
+        made_of={"rows": source.rows},
+        placed=False,
         num_threads=CORES,
     )
-    entry = build_shard(task, np.load(template))
-    texts = entry.files["documents.arrow"].bytes
-    return {"disk_mib": (entry.bytes - texts) / MIB}
+    if what == "load":
+        faiss.read_index(str((rows.index / SHARDS_NAME / task.digest / "vectors.faiss").local_path))
+        return {}
+    return {"disk_mib": build_shard(task, np.load(template)).bytes / MIB}
+
+
+def table_rows(source: Embeddings, folder: Path) -> TableRows:
+    """The rows of the embeddings as a table in `folder`, written by the first step that asks."""
+    index = Location.of(folder / "index")
+    table = DocumentTable.latest(index)
+    if table is None:
+        schema = table_schema(source.documents_schema(), source.manifest.dim, source.dtype)
+        files = range(len(source.manifest.files))
+
+        def batches() -> Iterator[Any]:
+            row = 0
+            for file in files:
+                for documents, vectors in source.stream(file):
+                    yield table_batch(documents, vectors, row, schema)
+                    row += len(vectors)
+
+        table = commit_fragments(index, write_fragments(index, batches(), schema), schema)
+    return TableRows(index=index, table_version=table.version, unit=True, first=0, last=source.rows)
 
 
 def status_mib(key: str) -> float:
