@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import raytower.index.compact as compact
 import raytower.index.fold as fold
 from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.evaluation.judgements import find_documents
 from raytower.index.build import plan_build
 from raytower.index.change import (
     IndexAddConfig,
@@ -457,6 +458,23 @@ class TestBuild:
         column = {"vector": pa.array(["x"] * 20)}
         with pytest.raises(InputError, match="'vector'"):
             build(tmp_path / "index", embeddings_of(tmp_path / "e", clustered_vectors(20), columns=column))
+
+    @pytest.mark.slow
+    def test_more_text_than_32_bit_offsets_hold(self, tmp_path: Path) -> None:
+        rows, length = 36_000, 64_000
+        texts = [f"{row} " + "字x" * (length // 4) for row in range(rows)]
+        assert sum(len(text.encode()) for text in texts[:1]) * rows > 2**31
+        ids = [f"id {row}" for row in range(rows)]
+        vectors = clustered_vectors(rows)
+        embeddings = write_embeddings(tmp_path / "e", ids, vectors, texts, rows_per_file=2_000)
+        del texts
+        build(tmp_path / "index", embeddings)
+        delete_from_index(IndexDeleteConfig(index=str(tmp_path / "index"), ids=["id 5"]))
+        assert index_verify(IndexVerifyConfig(index=str(tmp_path / "index")))["rows"] == rows - 1
+        assert compact_index(IndexCompactConfig(index=str(tmp_path / "index")), run=HERE)["rows"] == rows - 1
+        assert find_documents(Index.open(tmp_path / "index"), "id", {"id 9"}, "text")["id 9"][0].startswith(
+            "9 字"
+        )
 
     def test_more_text_than_32_bit_offsets_hold_is_never_joined(self, tmp_path: Path) -> None:
         """Many fragments and batches: nothing reads a column of the whole table at once."""
