@@ -11,13 +11,14 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raytower.errors import InputError
+from raytower.errors import FormatError, InputError
 from raytower.index.config import IndexBuildConfig, Placing, TargetConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.manifest import (
@@ -43,6 +44,7 @@ from raytower.index.shard_build import (
 from raytower.index.table import (
     DocumentTable,
     commit_fragments,
+    fragments_exist,
     table_batch,
     table_schema,
     write_fragments,
@@ -360,8 +362,10 @@ def _ingest(
     if note.is_file():
         made = note.read_json()
         if made["first_row"] >= first_row and made["indexed"] == list(indexed):
-            log(f"version {made['version']} of the table holds these embeddings already")
-            return DocumentTable.open(index, made["version"]), made["first_row"]
+            with suppress(FormatError):  # a collection may have taken it since
+                table = DocumentTable.open(index, made["version"])
+                log(f"version {table.version} of the table holds these embeddings already")
+                return table, made["first_row"]
     schema = table_schema(source.documents_schema(), source.manifest.dim, source.dtype)
     calls = [(index, source, group, first_row, schema) for group in source.groups()]
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
@@ -385,7 +389,8 @@ def _write_group(
     )
     if note.is_file():
         kept: list[str] = note.read_json()
-        return kept
+        if fragments_exist(index, kept):
+            return kept
 
     def batches() -> Any:
         row = first_row + source.first_row(group[0])
