@@ -13,6 +13,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,6 +62,7 @@ from raytower.index.shard_build import (
 from raytower.index.table import (
     DocumentTable,
     commit_fragments,
+    fragments_exist,
     table_batch,
     table_schema,
     write_fragments,
@@ -449,8 +451,10 @@ def _ingest(
     if note.is_file():
         made = note.read_json()
         if made["first_row"] >= first_row and made["indexed"] == list(indexed):
-            log(f"version {made['version']} of the table holds these embeddings already")
-            return DocumentTable.open(index, made["version"]), made["first_row"]
+            with suppress(FormatError):  # a collection may have taken it since
+                table = DocumentTable.open(index, made["version"])
+                log(f"version {table.version} of the table holds these embeddings already")
+                return table, made["first_row"]
     schema = table_schema(source.documents_schema(), source.manifest.dim, source.dtype)
     calls = [(index, source, group, first_row, schema) for group in source.groups()]
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
@@ -474,7 +478,8 @@ def _write_group(
     )
     if note.is_file():
         kept: list[str] = note.read_json()
-        return kept
+        if fragments_exist(index, kept):
+            return kept
 
     def batches() -> Any:
         row = first_row + source.first_row(group[0])

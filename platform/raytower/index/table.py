@@ -10,6 +10,7 @@ Shape legend: N rows, D dimension.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.config import ExactDtype
 from raytower.index.manifest import TABLE_NAME
 from raytower.index.rowmap import RowMap, Rows
-from raytower.storage import Location, StorageError
+from raytower.storage import Location
+from raytower.storage.errors import as_storage_error, one_line
 
 ROW, ID, TEXT, VECTOR = "row", "id", "text", "vector"
 # Columns of the table that are not the user's; `tokens` is kept for lexical search.
 OWN_COLUMNS = (ROW, VECTOR, "tokens")
 _ADDRESS = "_rowaddr"
 _SCAN_ROWS = 65_536
+_TEXTS_SCANNED = 2_048
 # One take asks for so many rows: larger ones are slower by the row.
 _TAKE_ROWS = 4_096
 # So many ids are looked up one by one in the id's index; more are joined in one scan.
@@ -42,6 +45,12 @@ _IDS_PER_QUERY = 4_000
 _ROWS_PER_FRAGMENT = 1 << 20
 # Integers beyond it are not all whole numbers as float64.
 _EXACT_FLOAT = 1 << 53
+# Lance says which kind of error it had before, and which line of its source raised it behind, what went wrong.
+_LANCE_WRAPPING = re.compile(r"(External error: |LanceError\(\w+\): )|, \S+\.rs:\d+:\d+")
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+_REMOTE_ERROR = re.compile(r"Generic (S3|GCS|MicrosoftAzure|HTTP client) error")
+_DAMAGE = re.compile(r"LanceError\(IO\)|Not found: |[Cc]orrupt|Generic \w+ error")
+_CONFLICT = re.compile(r"commit conflict|Incompatible transaction|Ref conflict")
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,14 @@ class DocumentTable:
         place = index / TABLE_NAME
         uri, options = place.lance_uri()
         try:
-            return cls(lance.dataset(uri, version=version, storage_options=options))
-        except (ValueError, OSError) as error:
+            with _panics_raised():
+                return cls(lance.dataset(uri, version=version, storage_options=options))
+        except (OSError, RuntimeError, ValueError) as error:
+            if _storage_failed(error):
+                raise _failure(error, place) from error
             what = "a table" if version is None else f"version {version} of its table"
             raise FormatError(
-                f"{place} cannot be opened at {what}: {_first_line(error)}; roll back, or build the index again"
+                f"{place} cannot be opened at {what}: {_said(error)}; roll back, or build the index again"
             ) from error
 
     @classmethod
@@ -112,15 +124,11 @@ class DocumentTable:
         batches = self._dataset.scanner(
             columns=[ROW], with_row_address=True, batch_size=_SCAN_ROWS
         ).to_batches()
-        try:
+        with self._readable():
             return RowMap.of_batches(
                 (batch.column(ROW).to_numpy(), batch.column(_ADDRESS).to_numpy().astype(np.int64))
                 for batch in batches
             )
-        except ValueError as error:
-            raise FormatError(
-                f"{self._dataset.uri} version {self.version}: {error}; build the index again"
-            ) from error
 
     # Reading
 
@@ -135,10 +143,13 @@ class DocumentTable:
         # In the order that they lie in they are read twice as fast.
         order = np.argsort(addresses, kind="stable")
         addresses = addresses[order]
-        parts = [
-            self._dataset._take_rows(addresses[start : start + _TAKE_ROWS].tolist(), columns=list(columns))
-            for start in range(0, len(addresses), _TAKE_ROWS)
-        ]
+        with self._readable():
+            parts = [
+                self._dataset._take_rows(
+                    addresses[start : start + _TAKE_ROWS].tolist(), columns=list(columns)
+                )
+                for start in range(0, len(addresses), _TAKE_ROWS)
+            ]
         if not parts:
             return self._dataset.schema.empty_table().select(list(columns))
         taken = pa.concat_tables(parts)
@@ -165,15 +176,23 @@ class DocumentTable:
 
         Raises InputError where the condition does not fit the columns.
         """
-        try:
+        with self._readable(where):
+            # A batch of long texts would overflow its offsets, and take memory for them.
+            wide = set(columns) - {ROW, ID, VECTOR}
             scanner = self._dataset.scanner(
-                columns=list(columns), filter=where, with_row_address=addresses, batch_size=_SCAN_ROWS
+                columns=list(columns),
+                filter=where,
+                with_row_address=addresses,
+                batch_size=_TEXTS_SCANNED if wide else _SCAN_ROWS,
             )
-            yield from scanner.to_batches()
-        except (ValueError, OSError) as error:
-            if where is None:
-                raise
-            raise InputError(f"the filter cannot be evaluated: {_first_line(error)}") from error
+            batches = iter(scanner.to_batches())
+        while True:
+            # What the caller raises between two batches is no matter of the table.
+            with self._readable(where):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def matching(self, where: str) -> Rows:
         """The rows that an SQL condition holds for, rising. Raises InputError where it does not fit the columns."""
@@ -198,6 +217,24 @@ class DocumentTable:
             if found.num_rows:
                 yield found.select(list(wanted))
 
+    @contextmanager
+    def _readable(self, where: str | None = None) -> Iterator[None]:
+        """What Lance fails at while it reads is damage, or a condition that does not fit, or the storage below."""
+        try:
+            with _panics_raised():
+                yield
+        except RaytowerError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            if _storage_failed(error):
+                raise _failure(error, self._dataset.uri) from error
+            if where is not None and not _DAMAGE.search(str(error)):
+                raise InputError(f"the filter cannot be evaluated: {_said(error)}") from error
+            raise FormatError(
+                f"{self._dataset.uri} version {self.version} is damaged: {_said(error)}; roll back, or build the index "
+                "again"
+            ) from error
+
     # Changing
 
     def restored(self) -> DocumentTable:
@@ -205,7 +242,8 @@ class DocumentTable:
         if self.latest_version == self.version:
             return self
         dataset = self._own()
-        dataset.restore()
+        with _explained(dataset.uri):
+            dataset.restore()
         return DocumentTable(dataset)
 
     def widened(self, schema: pa.Schema) -> DocumentTable:
@@ -299,9 +337,10 @@ class DocumentTable:
     def tidied(self) -> DocumentTable:
         """Few fragments, no deletion files, indices that hold every row."""
         dataset = self._own()
-        dataset.optimize.optimize_indices()
-        dataset.optimize.compact_files(target_rows_per_fragment=_ROWS_PER_FRAGMENT)
-        dataset.optimize.optimize_indices()
+        with _explained(dataset.uri):
+            dataset.optimize.optimize_indices()
+            dataset.optimize.compact_files(target_rows_per_fragment=_ROWS_PER_FRAGMENT)
+            dataset.optimize.optimize_indices()
         return DocumentTable(dataset)
 
     def _own(self) -> lance.LanceDataset:
@@ -329,21 +368,24 @@ class DocumentTable:
 
     def pin(self, name: str) -> None:
         """Keep this version from being cleaned, under a name."""
-        if name in self._dataset.tags.list():
-            self._dataset.tags.update(name, self.version)
-        else:
-            self._dataset.tags.create(name, self.version)
+        with _explained(self._dataset.uri):
+            if name in self._dataset.tags.list():
+                self._dataset.tags.update(name, self.version)
+            else:
+                self._dataset.tags.create(name, self.version)
 
     def keep_pins(self, names: set[str]) -> None:
         """Let go of all versions but those that were pinned under some names."""
-        for name in set(self._dataset.tags.list()) - names:
-            self._dataset.tags.delete(name)
+        with _explained(self._dataset.uri):
+            for name in set(self._dataset.tags.list()) - names:
+                self._dataset.tags.delete(name)
 
     def clean(self) -> int:
         """Remove what neither the latest version nor a pinned one needs; the bytes that were freed."""
-        removed = self._dataset.cleanup_old_versions(
-            older_than=timedelta(0), error_if_tagged_old_versions=False
-        )
+        with _explained(self._dataset.uri):
+            removed = self._dataset.cleanup_old_versions(
+                older_than=timedelta(0), error_if_tagged_old_versions=False
+            )
         return int(removed.bytes_removed)
 
 
@@ -377,11 +419,18 @@ def table_batch(
 def write_fragments(index: Location, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> list[str]:
     """Put rows beside the table, to be committed together by `commit_fragments`; any number of workers may."""
     uri, options = (index / TABLE_NAME).lance_uri()
-    with _explained(index), _reading(batches, schema) as reader:
+    with _explained(index / TABLE_NAME), _reading(batches, schema) as reader:
         fragments = lance.fragment.write_fragments(
             reader, uri, schema=schema, storage_options=options, max_rows_per_file=_ROWS_PER_FRAGMENT
         )
     return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+
+def fragments_exist(index: Location, fragments: Sequence[str]) -> bool:
+    """Whether the files of fragments that were put beside the table are still there."""
+    parsed = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
+    data = index / TABLE_NAME / "data"
+    return all((data / file.path).is_file() for fragment in parsed for file in fragment.files)
 
 
 def commit_fragments(index: Location, fragments: Sequence[str], schema: pa.Schema) -> DocumentTable:
@@ -389,7 +438,7 @@ def commit_fragments(index: Location, fragments: Sequence[str], schema: pa.Schem
     uri, options = (index / TABLE_NAME).lance_uri()
     parsed = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
     latest = DocumentTable.latest(index)
-    with _explained(index):
+    with _explained(index / TABLE_NAME):
         dataset = lance.LanceDataset.commit(
             uri,
             lance.LanceOperation.Overwrite(schema, parsed),
@@ -478,16 +527,39 @@ def _reading(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 
 @contextmanager
 def _explained(place: Location | str) -> Iterator[None]:
-    """What the storage below Lance failed at, in one message that names the place."""
+    """What Lance fails at while it writes, in one message that names the place."""
+    try:
+        with _panics_raised():
+            yield
+    except RaytowerError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _failure(error, place) from error
+
+
+@contextmanager
+def _panics_raised() -> Iterator[None]:
+    """A panic of Lance, which some damage leads to, is no Exception in Python: as one it can be explained."""
     try:
         yield
-    except OSError as error:
-        text = str(error)
-        if "No space left" in text or "os error 28" in text:
-            raise StorageError(
-                f"no space is left for {place}: {_first_line(error)}; make room and run it again"
-            ) from error
-        raise StorageError(f"{place} cannot be written: {_first_line(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # its class can be imported from nowhere
+            raise
+        raise RuntimeError(str(error)) from error
+
+
+def _failure(error: Exception, place: Location | str) -> RaytowerError:
+    said = _said(error)
+    if _CONFLICT.search(said):
+        return RaytowerError(
+            f"{place} was changed by another writer meanwhile: {said}; nothing was published: run the command again"
+        )
+    system = _SYSTEM_ERROR.search(said)
+    return as_storage_error(OSError(int(system[1]), said) if system else OSError(said), str(place))
+
+
+def _storage_failed(error: Exception) -> bool:
+    return bool(_SYSTEM_ERROR.search(str(error)) or _REMOTE_ERROR.search(str(error)))
 
 
 def _create_index(dataset: lance.LanceDataset, column: str, kind: Any) -> None:
@@ -513,6 +585,6 @@ def _sql_type(kind: pa.DataType) -> str:
     return names[kind]
 
 
-def _first_line(error: BaseException) -> str:
-    # Lance appends the place in its own source after the last comma.
-    return str(error).split(", /")[0].splitlines()[0] if str(error) else type(error).__name__
+def _said(error: Exception) -> str:
+    """What Lance says in one line, without what belongs to its source."""
+    return _LANCE_WRAPPING.sub("", one_line(error)) or type(error).__name__
