@@ -42,6 +42,7 @@ _ROWS = [{"id": "1", "text": 'He said "hi", twice\nand left'}, {"id": "2", "text
         ("x.tsv", b"year\ttext\n1999\ta\n", "As a header .* as a row its id is 'year'"),
         ("x.tsv", b"".join(b"a text %d\tbank\n" % n for n in range(8)), "as labels do"),
         ("x.json", b'[{"text": "a"}, {"text": "b"}', "no whole JSON array"),
+        ("x.json", b"[" * 100_000, "no whole JSON array"),
         ("x.csv", b'id,text\n1,5" disk\n2,6" disk\n', "a quote is neither closed nor doubled"),
     ],
 )
@@ -72,6 +73,18 @@ def test_quoted_tables_and_json_arrays(tmp_path: Path, name: str, content: str, 
     pieces = survey_of(write(tmp_path / name, content), "corpus", rows_per_piece).pieces
     backwards = [row for piece in reversed(pieces) for row in reversed(read_piece(piece).to_pylist())]
     assert backwards[::-1] == _ROWS
+
+
+@pytest.mark.parametrize("rows_per_piece", [1, 100])
+def test_elements_of_an_array_that_are_no_objects_are_bad_rows(tmp_path: Path, rows_per_piece: int) -> None:
+    path = write(tmp_path / "x.json", '[["a", "b"], {"text": "银行"}, 1, [], [{"text": "c"}],\n{"text": "d"}]')
+    found = survey(InputConfig(path=str(path)), "corpus", rows_per_piece, "quarantine", tmp_path / "q")
+    rows = [row for piece in found.pieces for row in read_piece(piece).to_pylist()]
+    assert rows == [{"id": "x:2", "text": "银行"}, {"id": "x:6", "text": "d"}]
+    rejected = [json.loads(line) for line in Path(str(found.quarantine_file)).read_text().splitlines()]
+    assert [(entry["line"], entry["raw"]) for entry in rejected] == [
+        (1, '["a", "b"]'), (3, "1"), (4, "[]"), (5, '[{"text": "c"}]')
+    ]  # fmt: skip
 
 
 def test_csv_separated_by_tabs_keeps_its_quotes(tmp_path: Path) -> None:
