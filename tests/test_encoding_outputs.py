@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytower.data.pieces import Piece, read_piece
+from raytower.data.pieces import Piece, read_piece, survey
+from raytower.data.sources import InputConfig
 from raytower.encoding import job as job_module
 from raytower.encoding.config import EncodeConfig
-from raytower.encoding.job import encode, plan
+from raytower.encoding.job import _content_hash, encode, plan
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.parts import open_part, part_name
 from raytower.encoding.records import write_record
@@ -134,6 +135,16 @@ def test_a_renamed_folder_of_the_input_is_another_input(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").rename(tmp_path / "in" / "a2")
     with pytest.raises(InputError, match="input_sha256"):
         encode(made)
+
+
+def test_a_renamed_partition_above_all_files_is_another_input(tmp_path: Path) -> None:
+    hashes = []
+    for language in ("zh", "en"):
+        folder = tmp_path / language / f"lang={language}"
+        folder.mkdir(parents=True)
+        (folder / "x.jsonl").write_text('{"id": "1", "text": "a"}\n')
+        hashes.append(_content_hash(survey(InputConfig(path=str(tmp_path / language)), "corpus").pieces))
+    assert hashes[0] != hashes[1]
 
 
 def test_a_second_job_is_refused_while_one_is_at_work(config: EncodeConfig) -> None:

@@ -324,7 +324,7 @@ def _job_spec(job: _Job) -> dict[str, Any]:
 def _content_hash(pieces: Sequence[Piece]) -> str:
     """Hash over names and content of the corpus's files, so that an edited corpus is never mixed with an older one.
 
-    Folders count from the one that holds all files: ids may come from the names below it.
+    Folders count from the one that holds all files: ids may come from the names below it, columns also from above.
     """
     files = {
         run.source.file.location.path: run.source.file
@@ -337,7 +337,9 @@ def _content_hash(pieces: Sequence[Piece]) -> str:
     with ThreadPoolExecutor(_READING_THREADS) as threads:
         hashes = threads.map(lambda file: file.location.sha256(), files.values())
         for (path, file), sha256 in zip(files.items(), hashes, strict=True):
-            digest.update(json.dumps([file.stem, os.path.relpath(path, top), sha256]).encode())
+            digest.update(
+                json.dumps([file.stem, os.path.relpath(path, top), file.partitions, sha256]).encode()
+            )
     return digest.hexdigest()
 
 
