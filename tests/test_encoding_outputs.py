@@ -158,6 +158,17 @@ def test_a_second_job_is_refused_while_one_is_at_work(config: EncodeConfig) -> N
 
 
 @pytest.mark.usefixtures("encoded")
+def test_a_storage_without_locks_is_written_with_a_warning(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def no_lease(*place: Any, **settings: Any) -> None:
+        raise InputError("this storage cannot write under a condition")
+
+    monkeypatch.setattr(job_module, "writer_lease", no_lease)
+    encode(config)
+    assert "cannot be locked; start no second job" in capfd.readouterr().err
+
+
 def test_the_number_of_workers_never_matters_to_a_resume(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 3000)
     values = (build_tiny_encoder(tmp_path / "encoder"), tmp_path / "corpus.jsonl", tmp_path / "out")

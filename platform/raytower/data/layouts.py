@@ -176,7 +176,7 @@ def _table_layout(
 
 
 def _delimiter(line: str) -> str:
-    """What separates the columns of a .csv file that begins with `line`; spreadsheets also write tabs and semicolons."""
+    """What separates the columns of a .csv file with this first line; spreadsheets also write tabs, semicolons."""
     if "\t" in line:
         return "\t"
     cells = {cell.strip(' "').lower() for cell in line.split(";")}

@@ -255,11 +255,12 @@ def _only_job(job: _Job) -> Iterator[None]:
             stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
         except StorageError:
             raise
+        except InputError:  # hdfs: neither locks nor conditional writes
+            log(f"warning: {job.config.output} cannot be locked; start no second job on it")
         except RaytowerError as error:
             raise InputError(
-                f"output {job.config.output!r} is being written by another encoding job: {error}; "
-                "wait until it ends, or "
-                "choose another output"
+                f"output {job.config.output!r} is being written by another encoding job: {error}; or choose another "
+                "output"
             ) from error
         yield
 
