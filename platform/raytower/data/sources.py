@@ -153,7 +153,7 @@ def find_files(path: str, file_format: str = "auto") -> Found:
             continue
         is_data = _suffix_of(place.name)[0] in wanted
         reason = _no_data_reason(parts, outputs, pattern, is_data)
-        if reason is None and (saved := saved_below.get(place.parent.path)) and place not in saved:
+        if reason is None and (listed := saved_below.get(place.parent.path)) and place not in listed:
             reason = f"{_SAVED_DATASET} beside it does not list it"
         if reason is not None:
             ignored += [f"{_shown(str(place))} ({reason})"] if is_data or reason == _UNKNOWN else []
@@ -379,12 +379,13 @@ def _saved_dataset(folder: Location) -> list[Location]:
         return []
     state = (folder / _SAVED_DATASET).read_json()
     listed = state.get("_data_files") if isinstance(state, dict) else None
-    names = [file.get("filename") for file in listed or [] if isinstance(file, dict)]
-    for name in names:
+    names = []
+    for name in (file.get("filename") for file in listed or [] if isinstance(file, dict)):
         if not isinstance(name, str) or PurePosixPath(name).name != name or name == "..":
             raise InputError(
                 f"{folder / _SAVED_DATASET} lists {name!r}, which is no file of its folder; save the data set again"
             )
+        names.append(name)
     # Other Arrow files beside them are caches.
     return [single_file(folder / name).location for name in names]
 
