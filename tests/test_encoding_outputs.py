@@ -19,7 +19,7 @@ from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.parts import open_part, part_name
 from raytower.encoding.records import write_record
 from raytower.encoding.worker import EncodedPiece, PieceSeconds
-from raytower.errors import InputError
+from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location, writer_lease
 from tests.test_encoding import encode_config, write_corpus
 from tests.tiny_models import build_tiny_encoder
@@ -158,6 +158,23 @@ def test_a_second_job_is_refused_while_one_is_at_work(config: EncodeConfig) -> N
 
 
 @pytest.mark.usefixtures("encoded")
+def test_a_job_that_lost_its_lease_finishes_nothing(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, stand_in = Path(config.output), job_module._run
+
+    def run(*arguments: Any) -> None:
+        stand_in(*arguments)
+        (output / ".encode.lock").unlink()
+
+    monkeypatch.setattr(job_module, "_run", run)
+    (output / "manifest.json").unlink()
+    (output / "part-00000001.parquet").unlink()
+    with pytest.raises(RaytowerError, match="was lost"):
+        encode(config)
+    assert not (output / "manifest.json").exists()
+
+
 def test_a_storage_without_locks_is_written_with_a_warning(
     config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

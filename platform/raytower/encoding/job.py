@@ -58,7 +58,7 @@ from raytower.models.forward import (
 )
 from raytower.models.onnx_export import graph_for
 from raytower.runtime import ensure_ray, log
-from raytower.storage import Location, StorageError, absolute_if_local, writer_lease
+from raytower.storage import Lease, Location, StorageError, absolute_if_local, writer_lease
 
 JOB_NAME = "job.json"
 # Counts up when the same settings would give other vectors, ids or files.
@@ -139,7 +139,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     """
     started_at, started = time.time(), time.perf_counter()
     totals = _Totals()
-    with _surveyed(config) as job, _only_job(job):
+    with _surveyed(config) as job, _only_job(job) as lease:
         _claim(job)
         _publish_quarantine(job)
         kept = find_parts(job.output / JOB_NAME, {part_name(piece): piece.num_rows for piece in job.pieces})
@@ -156,6 +156,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
             _prepare_graph(job)
             ensure_ray()
             _run(job, missing, totals)
+        if lease is not None:
+            lease.check()
         tokens = _finish(job, {**kept, **totals.files})
     seconds = time.perf_counter() - started
     figures = {
@@ -247,12 +249,13 @@ def _recorded_rows_per_file(output: Location) -> int | None:
 
 
 @contextmanager
-def _only_job(job: _Job) -> Iterator[None]:
-    """Refuse a second job on this output while one is at work there."""
+def _only_job(job: _Job) -> Iterator[Lease | None]:
+    """Refuse a second job on this output while one is at work there; None where the storage cannot tell."""
     owner = f"an encoding job (process {os.getpid()} on {socket.gethostname()})"
     with ExitStack() as stack:
+        lease = None
         try:
-            stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
+            lease = stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
         except StorageError:
             raise
         except InputError:  # hdfs: neither locks nor conditional writes
@@ -262,7 +265,7 @@ def _only_job(job: _Job) -> Iterator[None]:
                 f"output {job.config.output!r} is being written by another encoding job: {error}; or choose another "
                 "output"
             ) from error
-        yield
+        yield lease
 
 
 def _claim(job: _Job) -> None:
