@@ -42,6 +42,7 @@ _ROWS = [{"id": "1", "text": 'He said "hi", twice\nand left'}, {"id": "2", "text
         ("x.tsv", b"year\ttext\n1999\ta\n", "As a header .* as a row its id is 'year'"),
         ("x.tsv", b"".join(b"a text %d\tbank\n" % n for n in range(8)), "as labels do"),
         ("x.json", b'[{"text": "a"}, {"text": "b"}', "no whole JSON array"),
+        ("x.json", b"[" * 100_000, "no whole JSON array"),
         ("x.csv", b'id,text\n1,5" disk\n2,6" disk\n', "a quote is neither closed nor doubled"),
     ],
 )
@@ -72,6 +73,20 @@ def test_quoted_tables_and_json_arrays(tmp_path: Path, name: str, content: str, 
     pieces = survey_of(write(tmp_path / name, content), "corpus", rows_per_piece).pieces
     backwards = [row for piece in reversed(pieces) for row in reversed(read_piece(piece).to_pylist())]
     assert backwards[::-1] == _ROWS
+
+
+@pytest.mark.parametrize("rows_per_piece", [1, 100])
+def test_elements_of_an_array_that_are_no_objects_are_bad_rows(tmp_path: Path, rows_per_piece: int) -> None:
+    path = write(
+        tmp_path / "x.json", '[["a", "b"], {"text": "银行"}, 1, [], [{"text": "c"}],\n{"text": "d"}]'
+    )
+    found = survey(InputConfig(path=str(path)), "corpus", rows_per_piece, "quarantine", tmp_path / "q")
+    rows = [row for piece in found.pieces for row in read_piece(piece).to_pylist()]
+    assert rows == [{"id": "x:2", "text": "银行"}, {"id": "x:6", "text": "d"}]
+    rejected = [json.loads(line) for line in Path(str(found.quarantine_file)).read_text().splitlines()]
+    assert [(entry["line"], entry["raw"]) for entry in rejected] == [
+        (1, '["a", "b"]'), (3, "1"), (4, "[]"), (5, '[{"text": "c"}]')
+    ]  # fmt: skip
 
 
 def test_csv_separated_by_tabs_keeps_its_quotes(tmp_path: Path) -> None:
@@ -220,3 +235,49 @@ def test_a_long_text_is_tokenised_as_far_as_it_counts(text: str) -> None:
     (encoding,) = _encode_beginnings(tokenizer, [text], 3)
     assert encoding.ids == text.split()[:3]
     assert tokenizer.characters <= (200 if text.startswith("one two") else 2 * len(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("x.csv", "text\na\nb\n", [{"id": "x:2", "text": "a"}, {"id": "x:3", "text": "b"}]),
+        ("x.tsv", "text\na\n", [{"id": "x:2", "text": "a"}]),
+        ("x.csv", 'id;text\n1;"a; b"\n', [{"id": "1", "text": "a; b"}]),
+        (
+            "x.csv",
+            "bank; river\ntrain\n",
+            [{"id": "x:1", "text": "bank; river"}, {"id": "x:2", "text": "train"}],
+        ),
+    ],
+)
+def test_headers_of_one_column_and_of_spreadsheets(
+    tmp_path: Path, name: str, content: str, rows: list[dict[str, str]]
+) -> None:
+    assert read(write(tmp_path / name, content), "corpus") == rows
+
+
+def _write_arrow(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"text": texts})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_a_saved_dataset_below_the_input_gives_what_it_lists(tmp_path: Path) -> None:
+    _write_arrow(tmp_path / "in" / "train" / "data-0.arrow", ["a"])
+    _write_arrow(tmp_path / "in" / "train" / "cache-1.arrow", ["cached"])
+    state = write(tmp_path / "in" / "train" / "state.json", '{"_data_files": [{"filename": "data-0.arrow"}]}')
+    for path in (tmp_path / "in", tmp_path / "in" / "train", f"{tmp_path}/in/*/*.arrow"):
+        assert [row["text"] for row in read(path, "corpus")] == ["a"]
+    _write_arrow(tmp_path / "data-9.arrow", ["elsewhere"])
+    for name in ('"../../data-9.arrow"', f'"{tmp_path}/data-9.arrow"', "null"):
+        state.write_text(f'{{"_data_files": [{{"filename": {name}}}]}}')
+        with pytest.raises(InputError, match="no file of its folder"):
+            find_files(str(tmp_path / "in" / "train"))
+
+
+def test_an_index_below_the_input_is_no_input(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "versions" / "000002.json", [{"text": "b"}])
+    write(tmp_path / "index" / "versions" / "000001.json", '{"format_version": 3, "fingerprint": "f"}')
+    assert [row["text"] for row in read(tmp_path, "corpus")] == ["a", "b"]

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytower.data.pieces import Piece, read_piece
+from raytower.data.pieces import Piece, read_piece, survey
+from raytower.data.sources import InputConfig
 from raytower.encoding import job as job_module
 from raytower.encoding.config import EncodeConfig
-from raytower.encoding.job import encode, plan
+from raytower.encoding.job import _content_hash, encode, plan
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.parts import open_part, part_name
 from raytower.encoding.records import write_record
 from raytower.encoding.worker import EncodedPiece, PieceSeconds
-from raytower.errors import InputError
+from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location, writer_lease
 from tests.test_encoding import encode_config, write_corpus
 from tests.tiny_models import build_tiny_encoder
@@ -136,6 +137,16 @@ def test_a_renamed_folder_of_the_input_is_another_input(tmp_path: Path) -> None:
         encode(made)
 
 
+def test_a_renamed_partition_above_all_files_is_another_input(tmp_path: Path) -> None:
+    hashes = []
+    for language in ("zh", "en"):
+        folder = tmp_path / language / f"lang={language}"
+        folder.mkdir(parents=True)
+        (folder / "x.jsonl").write_text('{"id": "1", "text": "a"}\n')
+        hashes.append(_content_hash(survey(InputConfig(path=str(tmp_path / language)), "corpus").pieces))
+    assert hashes[0] != hashes[1]
+
+
 def test_a_second_job_is_refused_while_one_is_at_work(config: EncodeConfig) -> None:
     (Path(config.output) / "part-00000001.parquet").unlink()
     with (
@@ -147,6 +158,34 @@ def test_a_second_job_is_refused_while_one_is_at_work(config: EncodeConfig) -> N
 
 
 @pytest.mark.usefixtures("encoded")
+def test_a_job_that_lost_its_lease_finishes_nothing(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, stand_in = Path(config.output), job_module._run
+
+    def run(*arguments: Any) -> None:
+        stand_in(*arguments)
+        (output / ".encode.lock").unlink()
+
+    monkeypatch.setattr(job_module, "_run", run)
+    (output / "manifest.json").unlink()
+    (output / "part-00000001.parquet").unlink()
+    with pytest.raises(RaytowerError, match="was lost"):
+        encode(config)
+    assert not (output / "manifest.json").exists()
+
+
+def test_a_storage_without_locks_is_written_with_a_warning(
+    config: EncodeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def no_lease(*place: Any, **settings: Any) -> None:
+        raise InputError("this storage cannot write under a condition")
+
+    monkeypatch.setattr(job_module, "writer_lease", no_lease)
+    encode(config)
+    assert "cannot be locked; start no second job" in capfd.readouterr().err
+
+
 def test_the_number_of_workers_never_matters_to_a_resume(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 3000)
     values = (build_tiny_encoder(tmp_path / "encoder"), tmp_path / "corpus.jsonl", tmp_path / "out")

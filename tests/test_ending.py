@@ -40,10 +40,12 @@ sys.exit(raytower.cli.run_command("mine", []))
 """
 
 
-def end_by(signals: list[int], folder: Path, manner: str = "") -> tuple[int, str, str, float]:
+def end_by(
+    signals: list[int], folder: Path, manner: str = "", job_code: str = JOB
+) -> tuple[int, str, str, float]:
     """Start a job that sleeps, send `signals` one after the other: exit code, stdout, stderr, seconds."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    command = [sys.executable, "-c", JOB, str(folder), manner]
+    command = [sys.executable, "-c", job_code, str(folder), manner]
     job = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -79,6 +81,28 @@ def test_what_does_not_end_in_order_is_ended(number: int, code: int, tmp_path: P
     found, out, _, seconds = end_by([number], tmp_path, "stuck")
     assert (found, out) == (code, "put in order\n")
     assert seconds < 10
+    assert list(tmp_path.iterdir()) == []
+
+
+AT_EXIT = """
+import sys, tempfile, time
+from pathlib import Path
+import raytower.ending
+
+def shut_down():
+    print("working", flush=True)
+    time.sleep(0.5 if sys.argv[2] == "" else 60)
+    print("put in order", flush=True)
+
+with raytower.ending.bounded_ending():
+    raytower.ending.remove_at_end(Path(tempfile.mkdtemp(dir=sys.argv[1])))
+    raytower.ending.call_at_end(shut_down, 1.0)
+"""
+
+
+@pytest.mark.parametrize(("manner", "code", "message"), [("", 0, "put in order\n"), ("stuck", 143, "")])
+def test_a_signal_while_the_process_ends_anyway(manner: str, code: int, message: str, tmp_path: Path) -> None:
+    assert end_by([signal.SIGTERM], tmp_path, manner, AT_EXIT)[:2] == (code, message)
     assert list(tmp_path.iterdir()) == []
 
 

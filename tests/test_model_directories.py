@@ -16,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 
 from raytower.errors import FormatError, InputError
+from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.directory import resolve_model, save_tensors
 from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.models.fetching import fetch_model
 from raytower.models.text_classifier import TextClassifier
+from raytower.serving.config import ServeConfig
+from raytower.serving.deploy import check_parts
 from raytower.storage import Location
 from raytower.training.optimizer import save_optimizer
+from tests.index_cases import build, unit_vectors, write_embeddings
 from tests.s3_server import s3_server
 from tests.tiny_models import build_tiny_encoder, build_tiny_reranker
 
@@ -265,3 +269,20 @@ class TestRemote:
             assert resolve_model(uri).is_relative_to(cache)
             with pytest.raises(InputError, match="does not exist or is empty"):
                 resolve_model(server.uri("bucket/runs/reranker"))
+
+
+def test_an_index_of_the_older_formula_is_explained(tmp_path: Path) -> None:
+    encoder = Encoder.load(build_tiny_encoder(tmp_path / "encoder"))
+    for made_by, is_explained in ((encoder.former_fingerprint, True), ("f" * 64, False)):
+        folder = tmp_path / made_by
+        embeddings = write_embeddings(
+            folder / "in", ["a"], unit_vectors(1), fingerprint=made_by, encoder=str(tmp_path / "encoder")
+        )
+        build(folder / "index", embeddings)
+        for check in (
+            lambda: Index.open(str(folder / "index")).check_fingerprint(encoder.fingerprint),  # noqa: B023
+            lambda: check_parts(ServeConfig(index=str(folder / "index")), None),  # noqa: B023
+        ):
+            with pytest.raises(FormatError) as caught:
+                check()
+            assert ("by the older formula" in str(caught.value)) is is_explained

@@ -55,7 +55,7 @@ def test_finished_steps_are_skipped_and_a_change_runs_what_follows_it(
     assert [step["skipped"] for step in plan_pipeline(changed)["steps"]] == [True, False, False]
     again = run_pipeline(changed)["steps"]
     assert [step["skipped"] for step in again] == [True, False, False]
-    assert again[1]["version"] == "v000002"
+    assert again[1]["version"] == "000002"
 
 
 def test_every_step_is_checked_before_the_first_runs(dummy_encoder_dir: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) -> Iterator[Server]:
     """`raytower serve` in processes of its own, with a key, and with a proxy in the environment that goes nowhere."""
     folder = tmp_path_factory.mktemp("door")
-    write_version(folder / "index", "v000001", dummy_encoder_dir)
+    write_version(folder / "index", "000001", dummy_encoder_dir)
     port = free_port()
     nowhere = "http://127.0.0.1:9"
     environment = clean_environment(
@@ -195,7 +195,7 @@ def test_the_key_is_in_no_process_but_the_drivers(server: Server) -> None:
 
 def test_with_a_proxy_in_the_environment_the_server_stays(server: Server) -> None:
     assert server.process.poll() is None
-    assert deploy.served_version(f"http://127.0.0.1:{server.port}") == "v000001"
+    assert deploy.served_version(f"http://127.0.0.1:{server.port}") == "000001"
 
 
 # --- heads of requests ----------------------------------------------------------------------------------------

@@ -268,8 +268,9 @@ class TestRetrieverRuns:
         start = load_file(still_encoder / "model.safetensors")
         assert max(float((first[name] - start[name]).abs().max()) for name in first) > 1e-3
         # Attention ignores a shift of all keys: the gradient of a key's bias is rounding noise, which Adam scales up.
+        # Elsewhere the noise, which differs with the machine, stays far below the 3e-3 that weights move by.
         for name in (name for name in first if not name.endswith("key.bias")):
-            assert torch.allclose(first[name], second[name], rtol=0, atol=1e-4), name
+            assert torch.allclose(first[name], second[name], rtol=0, atol=3e-4), name
         assert train_retriever(config) == two
         assert not [path for path in tmp_path.iterdir() if path.name.endswith(".train")]
 

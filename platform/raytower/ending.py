@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,12 +63,7 @@ def bounded_ending(grace_s: float = GRACE_S) -> Iterator[None]:
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        for later in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(later, signal.SIG_IGN)
-        _ending.code = 128 + number
-        # Now, while they can be found: children of one that has ended are nobody's descendants.
-        _ending.descendants = psutil.Process().children(recursive=True)
-        _leave_later(grace_s)
+        _first_signal(number, grace_s)
         if number == signal.SIGTERM:
             raise Terminated
         raise KeyboardInterrupt
@@ -89,6 +84,24 @@ def remove_at_end(folder: Path) -> None:
     _folders.append((os.getpid(), folder))
 
 
+def call_at_end(function: Callable[[], None], grace_s: float = GRACE_S) -> None:
+    """Have `function` called when this process ends; signals meanwhile give it `grace_s`, as it is ending already.
+
+    `bounded_ending` is over by then, and by default a signal would leave folders and children behind.
+    """
+    atexit.register(_call, function, grace_s)
+
+
+def _call(function: Callable[[], None], grace_s: float) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        _first_signal(number, grace_s)
+
+    if not has_begun():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+    function()
+
+
 def has_begun() -> bool:
     """Whether a signal has come."""
     return _ending.code is not None
@@ -103,6 +116,15 @@ def leave() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(_ending.code or 1)
+
+
+def _first_signal(number: int, grace_s: float) -> None:
+    for later in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(later, signal.SIG_IGN)
+    _ending.code = 128 + number
+    # Now, while they can be found: children of one that has ended are nobody's descendants.
+    _ending.descendants = psutil.Process().children(recursive=True)
+    _leave_later(grace_s)
 
 
 def _leave_later(grace_s: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import secrets
@@ -72,7 +71,7 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
     if private.parent != Path(tempfile.gettempdir()):
         spilled = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER))
         ending.remove_at_end(spilled)
-    atexit.register(_shut_down)  # before the folders go: what runs at exit runs in reverse
+    ending.call_at_end(_shut_down)  # before the folders go: what runs at exit runs in reverse
     environment = {
         "env_vars": worker_environment(),
         "worker_process_setup_hook": "raytower.runtime.set_up_worker",

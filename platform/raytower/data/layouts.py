@@ -162,9 +162,8 @@ def _table_layout(
 ) -> Layout:
     """TSV or CSV: its delimiter, quoting, columns, and whether the first line names them."""
     line, body_start, after_line = split_first_line(head)
-    # Files named .csv are separated by tabs where the first line has one.
-    delimiter = "," if file_format == "csv" and "\t" not in line else "\t"
-    quoted = delimiter == "," or _is_quoted(head)
+    delimiter = _delimiter(line) if file_format == "csv" else "\t"
+    quoted = delimiter != "\t" or _is_quoted(head)
     if quoted:
         after_line = next((int(end) for end in row_ends(head, quoted) if end > body_start), len(head))
         line = head[body_start:after_line].decode("utf-8", errors="replace").rstrip("\r\n")
@@ -174,6 +173,14 @@ def _table_layout(
         _refuse_labels(file, config, head[body_start:])
     start, number = (after_line, 2) if has_header else (body_start, 1)
     return Layout(kind, "csv" if quoted else "tsv", fields, columns, delimiter, start, number)
+
+
+def _delimiter(line: str) -> str:
+    """What separates the columns of a .csv file with this first line; spreadsheets also write tabs, semicolons."""
+    if "\t" in line:
+        return "\t"
+    cells = {cell.strip(' "').lower() for cell in line.split(";")}
+    return ";" if "," not in line and len(cells) > 1 and cells & _HEADER_WORDS else ","
 
 
 def _is_quoted(head: bytes) -> bool:
@@ -332,8 +339,8 @@ def _corpus_columns(
             f"text {first[1][:60]!r}. Name the columns id and {text_name} in it, or put such a header above it"
             f"{config.remedy('or name the columns by input.id_field and input.text_fields')}"
         )
-    if len(first) == 1 and config.format == "auto":
-        return (text_name,), False
+    if len(first) == 1 and config.format in ("auto", "csv"):
+        return (first if has_text else (text_name,)), has_text
     return (identifier.names[0], text_name), False
 
 

@@ -22,7 +22,7 @@ from raytower.data.row_batch import Parsed, Rejection, RowBatch
 from raytower.data.slices import MAX_LINE_BYTES, Slice
 from raytower.data.visible import describe_unseen, shows_nothing
 
-_SEPARATORS = {"\t": "tabs", ",": "commas"}
+_SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 # A text is as long as its row may be.
 csv.field_size_limit(MAX_LINE_BYTES)
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
@@ -37,11 +37,12 @@ def parse_slice(piece: Slice, source: Source) -> Parsed:
     if piece.cut == "quoted":
         refuse_repeated(source.file, source.layout.columns)
         return to_records(_split_quoted(piece, source.layout), source)
-    text, numbers, rejections = _decode(piece)
     if piece.cut == "elements":
-        numbers = np.arange(piece.first_line, piece.first_line + len(piece.rows()), dtype=np.int64)
-        batch = load_json([row.decode("utf-8") for row in piece.rows()], numbers, source)
-    elif len(numbers) == 0:
+        elements = [row.decode("utf-8") for row in piece.rows()]
+        numbers = np.arange(piece.first_line, piece.first_line + len(elements), dtype=np.int64)
+        return to_records(load_json(elements, numbers, source), source)
+    text, numbers, rejections = _decode(piece)
+    if len(numbers) == 0:
         batch = RowBatch(numbers, {f.name: pa.nulls(0, f.read_type) for f in source.layout.fields})
     elif source.layout.format == "jsonl":
         batch = load_json(text.split("\n"), numbers, source)

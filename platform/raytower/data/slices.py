@@ -46,7 +46,7 @@ class Slice:
         """The bytes of each row, without what ends it."""
         if self.cut == "elements":
             text = self.data.decode("utf-8")
-            return [text[start:end].encode("utf-8") for start, end in json_elements(text)]
+            return [text[start:end].encode("utf-8") for start, end in json_elements(text, is_array=False)]
         edges = [0, *row_ends(self.data, self.cut == "quoted").tolist()]
         if edges[-1] < len(self.data):
             edges.append(len(self.data))
@@ -66,45 +66,47 @@ def iter_elements(file: SourceFile, start: int, rows_per_slice: int) -> Iterator
         raise InputError(
             f"{file} is one JSON array of more than {MAX_LINE_BYTES} bytes; write one object a line (.jsonl)"
         )
-    number = 0
+    number = characters = 0
     try:
         text = data.decode("utf-8")
-        spans = json_elements(text)
+        spans = json_elements(text, is_array=True)
         while some := list(itertools.islice(spans, rows_per_slice)):
             first, last = some[0][0], some[-1][1]
-            begin = len(text[:first].encode("utf-8"))
-            content = text[first:last].encode("utf-8")
-            yield Slice(start + begin, number + 1, content, "elements")
-            number += len(some)
-    except ValueError as error:
+            start += len(text[characters:first].encode("utf-8"))
+            content = Slice(start, number + 1, text[first:last].encode("utf-8"), "elements")
+            yield content
+            start, characters, number = content.end, last, number + len(some)
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{file} is no whole JSON array, behind element {number}: {error}; correct the file"
         ) from error
 
 
-def json_elements(text: str) -> Iterator[tuple[int, int]]:
-    """Where each element of a JSON array, or of a part of one, begins and ends in `text`.
+def json_elements(text: str, is_array: bool) -> Iterator[tuple[int, int]]:
+    """Where each element of a JSON array, or of the part of one that lies between its brackets, begins and ends.
 
-    Raises ValueError where something else stands there, or where an array that is begun does not end.
+    Raises ValueError where something else stands there, or where the array does not end.
     """
     decode = json.JSONDecoder().raw_decode
-    place = _JSON_SPACE.match(text).end()  # type: ignore[union-attr]  # it matches the empty string too
-    is_array = text[place : place + 1] == "["
-    place += is_array
+    place = _after_space(text, 0) + is_array
     is_first = True
     while True:
-        place = _JSON_SPACE.match(text, place).end()  # type: ignore[union-attr]
-        if text[place : place + 1] == "]" or (place == len(text) and not is_array):
+        place = _after_space(text, place)
+        if text[place : place + 1] == "]" if is_array else place == len(text):
             break
         if not is_first:
             if text[place : place + 1] != ",":
                 raise ValueError(f"a comma was expected at character {place + 1}")
-            place = _JSON_SPACE.match(text, place + 1).end()  # type: ignore[union-attr]
+            place = _after_space(text, place + 1)
         _, end = decode(text, place)
         yield place, end
         place, is_first = end, False
     if text[place + 1 :].strip():
         raise ValueError(f"something follows the array at character {place + 2}")
+
+
+def _after_space(text: str, place: int) -> int:
+    return _JSON_SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches the empty string too
 
 
 def row_ends(data: bytes, quoted: bool) -> np.ndarray:

@@ -47,6 +47,7 @@ _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ABOUT = _OUR_FILES | {
     _SAVED_DATASET, _SAVED_SPLITS, "dataset_info.json", "dataset_infos.json", "readme.txt", "license.txt"
 }  # fmt: skip
+_INDEX_VERSION = re.compile(r"/versions/[0-9]{6,}\.json$")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -141,6 +142,9 @@ def find_files(path: str, file_format: str = "auto") -> Found:
     wanted = _suffixes(file_format)
     listing = _files_below(base, None if pattern is None or "**" in pattern else len(pattern))
     outputs = _our_outputs(listing, base)
+    saved_below = {
+        place.parent.path: _saved_dataset(place.parent) for place in listing if place.name == _SAVED_DATASET
+    }
     found: dict[str, Location] = {}
     ignored: list[str] = []
     for place in listing:
@@ -149,6 +153,8 @@ def find_files(path: str, file_format: str = "auto") -> Found:
             continue
         is_data = _suffix_of(place.name)[0] in wanted
         reason = _no_data_reason(parts, outputs, pattern, is_data)
+        if reason is None and (listed := saved_below.get(place.parent.path)) and place not in listed:
+            reason = f"{_SAVED_DATASET} beside it does not list it"
         if reason is not None:
             ignored += [f"{_shown(str(place))} ({reason})"] if is_data or reason == _UNKNOWN else []
             continue
@@ -321,7 +327,9 @@ def _no_data_reason(
 def _our_outputs(listing: Sequence[Location], base: Location) -> set[tuple[str, ...]]:
     """Folders below `base` that a job of ours wrote, by their parts."""
     marks = [place for place in listing if place.name in _OUR_FILES]
-    return {_parts_below(place, base)[:-1] for place in marks if _is_ours(place)}
+    found = {_parts_below(place, base)[:-1] for place in marks if _is_ours(place)}
+    versions = [place for place in listing if _INDEX_VERSION.search(place.path)]
+    return found | {_parts_below(place, base)[:-2] for place in versions if _is_ours(place)}
 
 
 def _is_ours(place: Location) -> bool:
@@ -371,8 +379,15 @@ def _saved_dataset(folder: Location) -> list[Location]:
         return []
     state = (folder / _SAVED_DATASET).read_json()
     listed = state.get("_data_files") if isinstance(state, dict) else None
+    names = []
+    for name in (file.get("filename") for file in listed or [] if isinstance(file, dict)):
+        if not isinstance(name, str) or PurePosixPath(name).name != name or name == "..":
+            raise InputError(
+                f"{folder / _SAVED_DATASET} lists {name!r}, which is no file of its folder; save the data set again"
+            )
+        names.append(name)
     # Other Arrow files beside them are caches.
-    return [single_file(folder / file["filename"]).location for file in listed or []]
+    return [single_file(folder / name).location for name in names]
 
 
 def is_glob(path: str) -> bool:

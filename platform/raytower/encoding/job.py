@@ -58,7 +58,7 @@ from raytower.models.forward import (
 )
 from raytower.models.onnx_export import graph_for
 from raytower.runtime import ensure_ray, log
-from raytower.storage import Location, StorageError, absolute_if_local, writer_lease
+from raytower.storage import Lease, Location, StorageError, absolute_if_local, writer_lease
 
 JOB_NAME = "job.json"
 # Counts up when the same settings would give other vectors, ids or files.
@@ -139,7 +139,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     """
     started_at, started = time.time(), time.perf_counter()
     totals = _Totals()
-    with _surveyed(config) as job, _only_job(job):
+    with _surveyed(config) as job, _only_job(job) as lease:
         _claim(job)
         _publish_quarantine(job)
         kept = find_parts(job.output / JOB_NAME, {part_name(piece): piece.num_rows for piece in job.pieces})
@@ -156,6 +156,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
             _prepare_graph(job)
             ensure_ray()
             _run(job, missing, totals)
+        if lease is not None:
+            lease.check()
         tokens = _finish(job, {**kept, **totals.files})
     seconds = time.perf_counter() - started
     figures = {
@@ -247,21 +249,23 @@ def _recorded_rows_per_file(output: Location) -> int | None:
 
 
 @contextmanager
-def _only_job(job: _Job) -> Iterator[None]:
-    """Refuse a second job on this output while one is at work there."""
+def _only_job(job: _Job) -> Iterator[Lease | None]:
+    """Refuse a second job on this output while one is at work there; None where the storage cannot tell."""
     owner = f"an encoding job (process {os.getpid()} on {socket.gethostname()})"
     with ExitStack() as stack:
+        lease = None
         try:
-            stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
+            lease = stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
         except StorageError:
             raise
+        except InputError:  # hdfs: neither locks nor conditional writes
+            log(f"warning: {job.config.output} cannot be locked; start no second job on it")
         except RaytowerError as error:
             raise InputError(
-                f"output {job.config.output!r} is being written by another encoding job: {error}; "
-                "wait until it ends, or "
-                "choose another output"
+                f"output {job.config.output!r} is being written by another encoding job: {error}; or choose another "
+                "output"
             ) from error
-        yield
+        yield lease
 
 
 def _claim(job: _Job) -> None:
@@ -324,7 +328,7 @@ def _job_spec(job: _Job) -> dict[str, Any]:
 def _content_hash(pieces: Sequence[Piece]) -> str:
     """Hash over names and content of the corpus's files, so that an edited corpus is never mixed with an older one.
 
-    Folders count from the one that holds all files: ids may come from the names below it.
+    Folders count from the one that holds all files: ids may come from the names below it, columns also from above.
     """
     files = {
         run.source.file.location.path: run.source.file
@@ -337,7 +341,9 @@ def _content_hash(pieces: Sequence[Piece]) -> str:
     with ThreadPoolExecutor(_READING_THREADS) as threads:
         hashes = threads.map(lambda file: file.location.sha256(), files.values())
         for (path, file), sha256 in zip(files.items(), hashes, strict=True):
-            digest.update(json.dumps([file.stem, os.path.relpath(path, top), sha256]).encode())
+            digest.update(
+                json.dumps([file.stem, os.path.relpath(path, top), file.partitions, sha256]).encode()
+            )
     return digest.hexdigest()
 
 

@@ -319,9 +319,12 @@ def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
 def check_fingerprint(manifest: IndexManifest, fingerprint: str) -> None:
     """Raises FormatError naming both sides."""
     if manifest.fingerprint != fingerprint:
+        from raytower.models.encoder import former_words  # torch, which building and reading do without
+
         raise FormatError(
             f"index version {manifest.version} was made by the encoder with fingerprint {manifest.fingerprint} "
             f"({manifest.encoder}), the encoder given has {fingerprint}; use that encoder, or encode and build again"
+            f"{former_words(manifest.fingerprint, manifest.encoder)}"
         )
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from raytower.errors import FormatError
+from raytower.errors import FormatError, RaytowerError
 from raytower.models.directory import (
     INFO_NAME,
     hash_config,
@@ -380,6 +380,20 @@ def _save_projection(projection: Projection, place: Path) -> None:
     }
     write_json(place / "config.json", config)
     save_tensors(projection.state_dict(), place / "model.safetensors")
+
+
+def former_words(fingerprint: str, name: str) -> str:
+    """What to add to a message about a fingerprint that is not the encoder's: whether an older formula gave it."""
+    try:
+        is_former = Encoder.load(name).former_fingerprint == fingerprint
+    except RaytowerError:  # the message is about something else
+        return ""
+    return (
+        "; by the older formula, which left config.json out, it is that of this encoder: its vectors were made by an "
+        "older version of raytower and have to be encoded again"
+        if is_former
+        else ""
+    )
 
 
 def read_encoder_info(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from raytower.errors import FormatError, InputError
 from raytower.evaluation.recall import Candidate, Retriever, Vectors
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
-from raytower.models.encoder import Encoder
+from raytower.models.encoder import Encoder, former_words
 from raytower.models.forward import ComputeDtype, ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer
@@ -283,6 +283,7 @@ def check_fingerprint(index: str, version: str, made_by: str, encoder: str, fing
         raise FormatError(
             f"index {index!r} version {version!r} was made by the encoder with fingerprint {made_by}, but "
             f"{encoder!r} has {fingerprint}; serve the encoder that the corpus was encoded with, or encode it again"
+            f"{former_words(made_by, encoder)}"
         )
 
 
