@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytower.errors import InputError
+from raytower.errors import FormatError, InputError
 from raytower.index.config import IndexBuildConfig, Placing, TargetConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.faiss_import import import_faiss
@@ -403,8 +403,14 @@ def _ingest(
     if note.is_file():
         made = note.read_json()
         if made["first_row"] >= first_row and made["indexed"] == list(indexed):
-            log(f"version {made['version']} of the table holds these embeddings already")
-            return DocumentTable.open(index, made["version"]), made["first_row"]
+            try:
+                table = DocumentTable.open(index, made["version"])
+            except FormatError:
+                # Garbage collection took it, and the fragments that the other notes name.
+                remove_work(index, digest_of(source.identity()))
+            else:
+                log(f"version {table.version} of the table holds these embeddings already")
+                return table, made["first_row"]
     schema = table_schema(source.documents_schema(), source.manifest.dim, source.dtype)
     calls = [(index, source, group, first_row, schema) for group in source.groups()]
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
