@@ -506,8 +506,7 @@ def _sql_type(kind: pa.DataType) -> str:
         pa.float32(): "FLOAT", pa.float64(): "DOUBLE", pa.string(): "STRING", pa.large_string(): "STRING",
     }  # fmt: skip
     if kind not in names:
-        raise
-        InputError(
+        raise InputError(
             f"a column of the index cannot become {kind} in place; give the addition its type, or build anew"
         )
     return names[kind]
