@@ -106,6 +106,7 @@ def _build(
     """Shards over some rows. Each set is trained on its own rows: those of the index may have been few, or others."""
     exactly = TAIL_ROWS if manifest.kind == "hnsw" else FLAT_ROWS
     kind: BuiltKind = "flat" if len(rows) <= exactly else manifest.kind
+    links = manifest.parameters if kind == "hnsw" else {}
     plan = plan_index(
         rows=len(rows),
         dim=manifest.dim,
@@ -114,9 +115,7 @@ def _build(
         memory_bytes=_MEMORY_BYTES,
         rescore="auto" if manifest.exact_dtype else False,
         vector_dtype=manifest.vector_dtype,
-        hnsw=HnswConfig(
-            m=manifest.parameters.get("M"), ef_construction=manifest.parameters.get("efConstruction")
-        ),
+        hnsw=HnswConfig(m=links.get("M"), ef_construction=links.get("efConstruction")),
     )
 
     def source(first: int, last: int) -> TableRows:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 from raytower.errors import RaytowerError
-from raytower.storage.errors import StorageError
+from raytower.storage.errors import StorageError, as_storage_error, is_full
 from raytower.storage.local import locked
 from raytower.storage.location import Location
 
@@ -73,7 +73,7 @@ def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> 
             # Let go of a moment ago, it may be gone.
             raise _taken(place, path.read_bytes() if path.is_file() else b"{}")
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+        _describe(descriptor, mine, place)
 
         def is_held() -> bool:
             # A lock file that was removed locks nobody out any more.
@@ -85,6 +85,15 @@ def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> 
         lease = Lease(place, is_held)
         lease.check()
         yield lease
+
+
+def _describe(descriptor: int, mine: dict[str, str], place: Location) -> None:
+    """Say who holds it, for those who wait. The lock holds without: on a full disk what makes room must still run."""
+    try:
+        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+    except OSError as error:
+        if not is_full(error):
+            raise as_storage_error(error, str(place)) from error
 
 
 class _ObjectLease:
