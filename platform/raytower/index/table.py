@@ -448,6 +448,11 @@ def commit_fragments(index: Location, fragments: Sequence[str], schema: pa.Schem
     return DocumentTable(dataset)
 
 
+def is_own(name: str) -> bool:
+    """Whether the table keeps this name of a column for itself."""
+    return name in OWN_COLUMNS or name.startswith("_row")
+
+
 def quoted(text: str) -> str:
     """An SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
