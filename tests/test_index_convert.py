@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from raytower.errors import FormatError, InputError
 from raytower.index.convert import IndexConvertConfig, convert_index, plan_convert
 from raytower.index.manage import IndexVerifyConfig, index_verify
 from raytower.index.reader import Index
+from raytower.storage import Location
 from tests.index_cases import HERE, unit_vectors
 
 DIM = 16
@@ -251,6 +253,18 @@ def test_a_killed_conversion_is_taken_up_again(
     assert not list((tmp_path / "work").iterdir())
 
 
+def test_a_version_placed_by_cluster_is_placed_by_cluster_again(tmp_path: Path) -> None:
+    write_format_2(tmp_path, "flat")
+    place = tmp_path / "versions/v000003/manifest.json"
+    manifest = json.loads(place.read_text())
+    manifest["placement"] = {"version": "v000001", "shards": 2, "file": {"sha256": "0" * 64, "bytes": 1}}
+    place.write_text(json.dumps(manifest))
+    convert(tmp_path, shards=2)
+    made = Index.open(tmp_path).manifest
+    assert made.placement is not None
+    assert made.placement.shards == 2
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     write_format_2(tmp_path, "flat")
     place = tmp_path / "versions/v000001/shard-00000/vectors.faiss"
@@ -267,3 +281,15 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no CURRENT"):
         convert(tmp_path)
+
+
+def test_a_worker_gets_the_rows_with_the_columns_of_all_shards(tmp_path: Path) -> None:
+    write_format_2(tmp_path, "flat", row=pa.array(range(160)))
+    former = convert_module.Format2.open(Location.of(tmp_path))
+    former.documents_schema()
+    sent = pickle.loads(pickle.dumps(former))
+    assert "schema" in vars(sent), "it does not open every shard again"
+    documents, vectors = next(sent.stream(1))
+    assert documents.column_names == ["id", "text", "source_row"]
+    assert documents["source_row"].to_pylist() == [101, 102, 103, 104, 105, 106]
+    np.testing.assert_array_equal(vectors, unit_vectors(160, DIM)[101:107])
