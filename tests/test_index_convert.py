@@ -215,19 +215,19 @@ def test_shards_of_codes_only_are_refused_before_any_work(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CURRENT", "versions"]
 
 
-def test_names_that_format_3_keeps_for_itself_are_renamed(
+def test_names_that_format_3_does_not_allow_are_renamed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     numbers = pa.array(range(160))
-    write_format_2(
-        tmp_path, "flat", row=numbers, tokens=numbers, _rowid=numbers, source_row=pa.nulls(160, pa.string())
-    )
+    names = ["row", "tokens", "_rowid", "a.b", "a_b", "a`b", "source_row"]
+    write_format_2(tmp_path, "flat", **dict.fromkeys(names, numbers))
     convert(tmp_path)
     stored = Index.open(tmp_path).table.documents(np.array([3]))[0].metadata
-    assert stored == {"source_source_row": 3, "source_tokens": 3, "source__rowid": 3, "source_row": None}
+    new = ["source_source_row", "source_tokens", "source__rowid", "source_a_b", "a_b", "source_source_a_b"]
+    assert stored == dict.fromkeys([*new, "source_row"], 3)
     said = capfd.readouterr().err
     assert "'row' becomes 'source_source_row'" in said
-    assert "'tokens' becomes 'source_tokens'" in said
+    assert "'a.b' becomes 'source_a_b'" in said
 
 
 @pytest.mark.parametrize("step", ["publish", "measured", "shards_anew"])

@@ -13,7 +13,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -64,6 +63,7 @@ from raytower.index.table import (
     DocumentTable,
     commit_fragments,
     fragments_exist,
+    refuse_unindexable,
     table_batch,
     table_schema,
     write_fragments,
@@ -196,13 +196,16 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
     )
     manifest = measured(index, draft, run, config.seed)
     _refuse_missed_target(manifest, config.target)
-    with writing(index, "index build"):
+    with writing(index, "index build") as lease:
         found = published_version(index)
         if found != draft.parent:
             raise InputError(
                 f"{index} has version {found} published by now, which this build does not hold; nothing was published: "
                 "run the command again, with replace: true if the build is to take its place"
             )
+        # Once more, now that nobody can take anything away.
+        Index.of_manifest(index, manifest)
+        lease.check()
         publish(index, manifest)
     remove_work(index, digest_of(source.identity()))
     return figures(manifest, started, config.output)
@@ -466,17 +469,24 @@ def ingest(
     if note.is_file():
         made = note.read_json()
         if made["first_row"] >= first_row and made["indexed"] == list(indexed):
-            with suppress(FormatError):  # a collection may have taken it since
+            try:
                 table = DocumentTable.open(index, made["version"])
+            except FormatError:
+                # Garbage collection took it, and the fragments that the other notes name.
+                remove_work(index, digest_of(source.identity()))
+            else:
                 log(f"version {table.version} of the table holds these rows already")
                 return table, made["first_row"]
-    schema = table_schema(source.documents_schema(), source.origin.dim, source.dtype)
+    documents = source.documents_schema()
+    refuse_unindexable(documents, indexed)
+    schema = table_schema(documents, source.origin.dim, source.dtype)
     calls = [(index, source, group, first_row, schema) for group in source.groups()]
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
     fragments = [fragment for part in written for fragment in part]
     with writing(index, "index build"):
         table = commit_fragments(index, fragments, schema).indexed(indexed)
         # Writers that change the table meanwhile put it back to what is published; this version stays in its history.
+        table.pin(work_pin(digest_of(source.identity())))
         note.write_json({"version": table.version, "first_row": first_row, "indexed": list(indexed)})
     return table, first_row
 
@@ -506,6 +516,11 @@ def _write_group(
     fragments = write_fragments(index, batches(), schema)
     note.write_json(fragments)
     return fragments
+
+
+def work_pin(digest: str) -> str:
+    """What keeps the table version of a build that is not published yet; it goes with the build's notes."""
+    return f"work-{digest}"
 
 
 def remove_work(index: Location, digest: str) -> None:

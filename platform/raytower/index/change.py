@@ -223,6 +223,9 @@ def set_in_index(config: IndexSetConfig) -> dict[str, Any]:
                 raise InputError(_unknown_ids(values["id"].to_pylist(), table, writer.manifest))
             table = table.with_values(values) if changed else table
         manifest = writer.manifest
+        if changed and manifest.identity == identity:
+            log(f"version {manifest.version} of {config.index} is this very change; nothing is done")
+            changed = 0
         if changed:
             manifest = publish_change(writer, table, "set", identity, came=0, went=0, run=InProcess())
     return {**figures(manifest, started, config.index), "changed": changed, "unknown": unknown}
@@ -296,6 +299,7 @@ def publish_change(
     else:
         # What cannot be opened must not be published.
         Index.of_manifest(writer.index, draft, table=table)
+    writer.lease.check()
     publish(writer.index, draft)
     return draft
 
@@ -337,7 +341,7 @@ def read_ids(path: str) -> Iterator[str]:
 def read_values(path: str, table: DocumentTable) -> pa.Table:
     """Ids and the values to be set, of the table's types. Raises InputError as `set_in_index`."""
     place = Location.of(path)
-    rows = _read_rows(place)
+    rows = _read_rows(place, same_keys=True)
     names = [name for name in rows.column_names if name != "id"]
     _refuse_fixed(dict.fromkeys(names), table)
     if len(set(rows["id"].to_pylist())) != rows.num_rows:
@@ -356,7 +360,7 @@ def read_values(path: str, table: DocumentTable) -> pa.Table:
     return pa.table(columns)
 
 
-def _read_rows(place: Location) -> pa.Table:
+def _read_rows(place: Location, *, same_keys: bool = False) -> pa.Table:
     if place.name.endswith(".parquet"):
         with place.open_read() as stream:
             rows = pq.read_table(stream)
@@ -368,6 +372,11 @@ def _read_rows(place: Location) -> pa.Table:
                     parsed.append(json.loads(line))
                 except ValueError as error:
                     raise InputError(f"{place} line {number} is no JSON: {error}") from error
+                if same_keys and isinstance(parsed[-1], dict) and set(parsed[-1]) != set(parsed[0]):
+                    raise InputError(
+                        f"{place} line {number} has the keys {sorted(parsed[-1])}, its first line "
+                        f"{sorted(parsed[0])}; give every line the same keys, null where a value is to be taken away"
+                    )
         try:
             rows = pa.Table.from_pylist(parsed)
         except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError) as error:

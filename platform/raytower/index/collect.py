@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from raytower.config import Config
-from raytower.index.build import WORK_NAME
+from raytower.index.build import WORK_NAME, work_pin
 from raytower.index.manifest import PLACEMENTS_NAME, QUERIES_NAME, SHARDS_NAME, IndexManifest
 from raytower.index.shard_build import SHARD_NAME
 from raytower.index.table import DocumentTable
@@ -49,9 +49,10 @@ def collect_garbage(config: IndexGcConfig) -> dict[str, Any]:
         for version in going:
             version_place(index, version).delete()
         table = DocumentTable.open(index)
-        table.keep_pins({pin_name(manifest) for manifest in kept})
         for place in garbage:
             place.delete()
+        builds = {work_pin(place.name) for place in (index / WORK_NAME).children()}
+        table.keep_pins({pin_name(manifest) for manifest in kept} | builds)
         freed += table.clean()
     return {**_shown(config, going, kept, garbage), "freed_bytes": freed}
 

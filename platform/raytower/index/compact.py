@@ -10,8 +10,10 @@ from pydantic import Field
 from raytower.config import ByteSize, Config
 from raytower.index.build import ShardPlan, build_shards, figures, measured
 from raytower.index.config import HnswConfig, IndexKind, IndexWorkersConfig, Placing
+from raytower.index.fold import folded
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, plan_index
+from raytower.index.reader import shard_rows
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import OnRay, Run
@@ -60,7 +62,12 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
     with changing(index, "index compact") as writer:
         newest, table = writer.manifest, writer.table.tidied()
         # Shards are derived: those of changes published since stand beside the new ones, over the newest table.
-        later = tuple(entry for entry in newest.shards if entry not in before.shards)
+        # One that was folded from rows of before would hold them a second time: its rows are folded anew.
+        later = tuple(
+            entry
+            for entry in newest.shards
+            if entry not in before.shards and int(shard_rows(index, entry)[0]) >= before.next_row
+        )
         draft = newest.model_copy(
             update={
                 "version": next_version(newest.version),
@@ -74,7 +81,9 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
                 "recall_target": config.recall or newest.recall_target,
             }
         )
+        draft = draft.model_copy(update={"shards": folded(index, draft, table, run)})
         manifest = measured(index, draft, run, config.seed)
+        writer.lease.check()
         publish(index, manifest)
     return {**figures(manifest, started, config.index), **shown, "compacted": True}
 

@@ -147,10 +147,16 @@ class Format2(BaseModel, arbitrary_types_allowed=True):
 
     @property
     def renamed(self) -> dict[str, str]:
-        """New names of the columns whose names format 3 keeps for itself."""
-        names = set(self.schema.names)
-        new = {name: f"source_{name}" for name in self.schema.names if is_own(name)}
-        return {name: f"source_{found}" if found in names else found for name, found in new.items()}
+        """New names of the columns whose names format 3 keeps for itself, or does not allow."""
+        renamed: dict[str, str] = {}
+        for name in self.schema.names:
+            new = re.sub(r"[`.\0]", "_", name)
+            if is_own(name) or new != name or not name:
+                new = f"source_{new}"
+                while new in self.schema.names or new in renamed.values():
+                    new = f"source_{new}"
+                renamed[name] = new
+        return renamed
 
     def documents_schema(self) -> pa.Schema:
         return pa.schema([field.with_name(self.renamed.get(field.name, field.name)) for field in self.schema])
@@ -274,7 +280,7 @@ def _converted(config: IndexConvertConfig, former: Format2, run: Run) -> IndexMa
     )
     plan_anew(config, draft)  # what does not fit is said before work
     for old, new in former.renamed.items():
-        log(f"column {old!r} becomes {new!r}: format 3 keeps that name for itself")
+        log(f"column {old!r} becomes {new!r}: format 3 does not allow that name")
     table, _ = ingest(index, former, 0, [], run)
     draft = draft.model_copy(update={"table_version": table.version})
     draft = draft.model_copy(update=shards_anew(config, draft, run))

@@ -100,6 +100,10 @@ class Embeddings:
         for entry, found in zip(self.manifest.files, schemas, strict=True):
             schema = found if not len(schema) or schema.equals(found) else unified(schema, found, entry.name)
         for name in schema.names:
+            if not name or set(name) & set("`.\0"):
+                raise InputError(
+                    f"{self.folder} has a column {name!r}; names hold no dot and no backtick: rename it"
+                )
             if is_own(name):
                 raise InputError(
                     f"{self.folder} has a column {name!r}, a name that the index keeps for itself; rename it"

@@ -57,6 +57,8 @@ _INSTANT = re.compile(
     r"(?:[Tt ](?P<hour>[0-9]{2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})(?:[.,](?P<fraction>[0-9]{1,9}))?)?"
     r"(?P<offset>[Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)?)?"
 )
+# The years 1 to 9999, in seconds since 1970.
+_FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
 _NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 
 
@@ -117,7 +119,9 @@ class _Parser:
         column, path = self._find(name, where)
         if not isinstance(value, dict):
             return self._condition(column, path, "$eq", value, where)
-        if pa.types.is_struct(column.type) and not any(str(key).startswith("$") for key in value):
+        if pa.types.is_struct(column.type) and not any(
+            str(key).startswith("$") for key in _members(value, where)
+        ):
             return _all(
                 [self._column(f"{name}.{key}", inner, f"{where}.{key}") for key, inner in value.items()]
             )
@@ -403,6 +407,8 @@ def _timestamp(value: object, kind: pa.DataType) -> _Literal:
     if hour > 23 or minute > 59 or second > 59:
         raise _Misfit("it takes hours to 23, minutes to 59 and seconds to 59")
     seconds = _days(match["date"]) * 86_400 + hour * 3600 + minute * 60 + second - _offset(match["offset"])
+    if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
+        return _Literal(0, -1 if seconds < 0 else 1)  # no column holds what no calendar of four digits has
     nanoseconds = seconds * 10**9 + int((match["fraction"] or "").ljust(9, "0"))
     count, finer = divmod(nanoseconds, _NANOSECONDS[kind.unit])
     if finer:

@@ -180,12 +180,15 @@ def index_rollback(config: IndexRollbackConfig) -> dict[str, Any]:
                 "parent": newest.version,
                 "operation": "rollback",
                 "identity": identity,
+                # A build that was rolled back is not made again by its own command.
+                "built": tuple(dict.fromkeys((*newest.built, *wanted.built))),
                 # A number that was given once is never given again.
                 "next_row": max(newest.next_row, wanted.next_row),
                 "measured": _moved(wanted, next_version(newest.version)),
             }
         )
         Index.of_manifest(index, manifest)
+        writer.lease.check()
         publish(index, manifest)
     return {
         "index": config.index,

@@ -43,6 +43,7 @@ _TAKE_ROWS = 4_096
 _IDS_LOOKED_UP = 20_000
 _IDS_PER_QUERY = 4_000
 _ROWS_PER_FRAGMENT = 1 << 20
+_UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
 # Integers beyond it are not all whole numbers as float64.
 _EXACT_FLOAT = 1 << 53
 # Lance says which kind of error it had before, and which line of its source raised it behind, what went wrong.
@@ -275,7 +276,7 @@ class DocumentTable:
                 )
         # Lance does not alter an integer column to a float one: a copy takes its place.
         copy = f"_{field.name}_widened"
-        expression = f"CAST(`{field.name}` AS {_sql_type(field.type)})"
+        expression = f"arrow_cast(`{field.name}`, '{_arrow_name(field.type)}')"
         table, _ = self._changed(lambda dataset: dataset.add_columns({copy: expression}))
         table, _ = table._changed(lambda dataset: dataset.drop_columns([field.name]))
         renamed: Any = {"path": copy, "name": field.name}
@@ -375,7 +376,7 @@ class DocumentTable:
                 self._dataset.tags.create(name, self.version)
 
     def keep_pins(self, names: set[str]) -> None:
-        """Let go of all versions but those that were pinned under some names."""
+        """Let go of all versions but those that were pinned under one of some names."""
         with _explained(self._dataset.uri):
             for name in set(self._dataset.tags.list()) - names:
                 self._dataset.tags.delete(name)
@@ -451,6 +452,24 @@ def commit_fragments(index: Location, fragments: Sequence[str], schema: pa.Schem
 def is_own(name: str) -> bool:
     """Whether the table keeps this name of a column for itself."""
     return name in OWN_COLUMNS or name.startswith("_row")
+
+
+def refuse_unindexable(documents: pa.Schema, columns: Sequence[str]) -> None:
+    """Raises InputError for columns that get no scalar index: those that there are not, or of types without an
+    order.
+    """
+    for name in columns:
+        if name not in documents.names:
+            raise InputError(
+                f"indexed names the column {name!r}, which there is not; columns are {documents.names}"
+            )
+        kind = documents.field(name).type
+        kind = kind.value_type if pa.types.is_list(kind) else kind
+        if pa.types.is_null(kind) or pa.types.is_nested(kind) or pa.types.is_dictionary(kind):
+            raise
+            InputError(
+                f"indexed names the column {name!r} of type {documents.field(name).type}, which has no index"
+            )
 
 
 def quoted(text: str) -> str:
@@ -577,14 +596,16 @@ def _index_type(kind: pa.DataType) -> str:
     return "BITMAP" if pa.types.is_boolean(kind) else "BTREE"
 
 
-def _sql_type(kind: pa.DataType) -> str:
-    names = {
-        pa.int8(): "TINYINT", pa.int16(): "SMALLINT", pa.int32(): "INT", pa.int64(): "BIGINT", pa.uint64(): "BIGINT UNSIGNED",  # noqa: E501
-        pa.float32(): "FLOAT", pa.float64(): "DOUBLE", pa.string(): "STRING", pa.large_string(): "STRING",
-    }  # fmt: skip
+def _arrow_name(kind: pa.DataType) -> str:
+    """A type as Lance's SQL names it in `arrow_cast`. Raises InputError for one that no column is widened to."""
+    if pa.types.is_list(kind):
+        return f"List({_arrow_name(kind.value_type)})"
+    if pa.types.is_timestamp(kind):
+        zone = f'Some("{kind.tz}")' if kind.tz else "None"
+        return f"Timestamp({_UNITS[kind.unit]}, {zone})"
+    names = {pa.int64(): "Int64", pa.float64(): "Float64", pa.string(): "Utf8", pa.bool_(): "Boolean"}
     if kind not in names:
-        raise
-        InputError(
+        raise InputError(
             f"a column of the index cannot become {kind} in place; give the addition its type, or build anew"
         )
     return names[kind]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from raytower.errors import InputError, RaytowerError
 from raytower.index.manifest import VERSIONS_NAME, IndexManifest
 from raytower.index.table import DocumentTable
-from raytower.storage import Location, writer_lease
+from raytower.storage import Lease, Location, writer_lease
 
 _FILE = re.compile(r"([0-9]{6,})\.json")
 # What an index of format 2 has.
@@ -88,14 +88,19 @@ class Writer:
     index: Location
     manifest: IndexManifest
     table: DocumentTable
+    lease: Lease
 
 
 @contextmanager
-def writing(index: Location, what: str, wait_seconds: float = 600.0) -> Iterator[None]:
-    """Have the index for oneself. Raises RaytowerError, naming the other writer, where that takes too long."""
+def writing(index: Location, what: str, wait_seconds: float = 600.0) -> Iterator[Lease]:
+    """Have the index for oneself; whoever publishes checks the lease right before. Raises RaytowerError, naming
+    the other writer, where that takes too long.
+    """
     owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
-    with writer_lease(index / _LEASE_NAME, owner=owner, seconds=_LEASE_SECONDS, wait_seconds=wait_seconds):
-        yield
+    with writer_lease(
+        index / _LEASE_NAME, owner=owner, seconds=_LEASE_SECONDS, wait_seconds=wait_seconds
+    ) as lease:
+        yield lease
 
 
 @contextmanager
@@ -106,6 +111,6 @@ def changing(index: Location, what: str, wait_seconds: float = 600.0) -> Iterato
         InputError, FormatError: there is no index, or it is damaged. RaytowerError: another writer holds it.
     """
     open_manifest(index)  # said before waiting
-    with writing(index, what, wait_seconds):
+    with writing(index, what, wait_seconds) as lease:
         manifest = open_manifest(index)
-        yield Writer(index, manifest, DocumentTable.open(index, manifest.table_version).restored())
+        yield Writer(index, manifest, DocumentTable.open(index, manifest.table_version).restored(), lease)

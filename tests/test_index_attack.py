@@ -1,0 +1,127 @@
+"""Sequences that broke an index: each is the shortest that did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import raytower.index.build as build_module
+import raytower.index.compact as compact
+import raytower.index.fold as fold
+from raytower.errors import InputError
+from raytower.index.change import (
+    IndexAddConfig,
+    IndexDeleteConfig,
+    IndexSetConfig,
+    add_to_index,
+    delete_from_index,
+    set_in_index,
+)
+from raytower.index.collect import IndexGcConfig, collect_garbage
+from raytower.index.compact import IndexCompactConfig, compact_index
+from raytower.index.manage import IndexRollbackConfig, index_rollback
+from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
+from tests.index_cases import HERE, build, unit_vectors, write_embeddings
+
+
+def _embeddings(folder: Path, prefix: str, count: int, **columns: Any) -> str:
+    ids = [f"{prefix}{number}" for number in range(count)]
+    return write_embeddings(folder / f"embeddings-{prefix}", ids, unit_vectors(count), columns=columns)
+
+
+class TestAttack:
+    def test_rows_folded_while_compaction_runs_are_hits_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 20))
+        add_to_index(IndexAddConfig(index=index, embeddings=_embeddings(tmp_path, "b", 3)))
+        monkeypatch.setattr(fold, "TAIL_ROWS", 10)
+
+        def built(*arguments: Any) -> Any:
+            made = build_module.build_shards(*arguments)
+            add_to_index(IndexAddConfig(index=index, embeddings=_embeddings(tmp_path, "c", 20)))
+            return made
+
+        monkeypatch.setattr(compact, "build_shards", built)
+        compact_index(IndexCompactConfig(index=index), run=HERE)
+        hits = Index.open(index).search(unit_vectors(1), 60).rows[0]
+        assert sorted(hits.tolist()) == list(range(43))
+
+    def test_a_build_that_was_rolled_back_is_not_made_again(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        other = _embeddings(tmp_path, "b", 6)
+        build(index, _embeddings(tmp_path, "a", 5))
+        build(index, other)
+        index_rollback(IndexRollbackConfig(index=index, to="000001"))
+        build(index, other)
+        assert (open_manifest(index).version, open_manifest(index).rows) == ("000003", 5)
+
+    def test_a_killed_build_goes_on_after_its_table_was_collected(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 5))
+        other = _embeddings(tmp_path, "b", 6)
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "build_shards", _killed)
+            with pytest.raises(KeyboardInterrupt):
+                build(index, other)
+        delete_from_index(IndexDeleteConfig(index=index, ids=["a0"]))
+        collect_garbage(IndexGcConfig(index=index, keep=1))
+        build(index, other, replace=True)
+        assert sorted(document.id for document in _documents(index)) == [f"b{number}" for number in range(6)]
+
+    def test_lines_with_other_keys_set_nothing(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 3, price=pa.array([0, 1, 2]), year=pa.array([0, 1, 2])))
+        path = tmp_path / "values.jsonl"
+        path.write_text('{"id": "a1", "price": 9}\n{"id": "a2", "year": 9}\n')
+        with pytest.raises(InputError, match="line 2 has the keys"):
+            set_in_index(IndexSetConfig(index=index, path=str(path)))
+        assert [document.metadata["price"] for document in _documents(index)] == [0, 1, 2]
+
+    def test_lists_of_integers_take_floats(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 2, tags=pa.array([[1], [2]])))
+        added = _embeddings(tmp_path, "b", 2, tags=pa.array([[1.5], [2.5]]))
+        add_to_index(IndexAddConfig(index=index, embeddings=added))
+        tags = [document.metadata["tags"] for document in _documents(index)]
+        assert tags == [[1.0], [2.0], [1.5], [2.5]]
+
+    def test_lists_that_were_all_empty_take_members(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 2, tags=pa.array([[], []], pa.list_(pa.null()))))
+        added = _embeddings(tmp_path, "b", 2, tags=pa.array([["x"], ["y"]]))
+        add_to_index(IndexAddConfig(index=index, embeddings=added))
+        assert [document.metadata["tags"] for document in _documents(index)] == [[], [], ["x"], ["y"]]
+
+    def test_a_set_that_was_made_before_publishes_nothing(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 3, price=pa.array([0, 1, 2])))
+        for _ in range(2):
+            set_in_index(IndexSetConfig(index=index, values={"price": 9}, filter={"id": "a1"}))
+        assert open_manifest(index).version == "000002"
+
+    def test_moments_at_the_ends_of_time_filter(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 1, at=pa.array([0], pa.timestamp("us", "UTC"))))
+        filter = {"at": {"$gt": "0001-01-01T00:00:00+08:00"}}
+        assert len(Index.open(index).search(unit_vectors(1), 1, filter=filter).rows[0]) == 1
+
+    def test_an_indexed_column_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="nope"):
+            build(tmp_path / "index", _embeddings(tmp_path, "a", 2), indexed=["nope"])
+
+
+def _documents(index: str) -> Any:
+    opened = Index.open(index)
+    return opened.documents(opened.table.row_map.rows())
+
+
+def _killed(*arguments: Any) -> None:
+    raise KeyboardInterrupt
