@@ -31,7 +31,7 @@ import numpy as np
 from synthetic import Vectors, blocks_of, clustered, write_embeddings
 
 from raytower.config import make_config
-from raytower.index.build import ShardPlan, _ingest, build_index, build_shards
+from raytower.index.build import ShardPlan, build_index, build_shards, ingest
 from raytower.index.config import IndexBuildConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.plan import plan_index
@@ -158,7 +158,7 @@ def our_build(folder: Path, embeddings: Path, kind: Any, num_threads: int) -> fl
     run = InProcess(threads=num_threads)
     started = time.perf_counter()
     plan = plan_index(rows=source.rows, dim=source.origin.dim, kind=kind, shards=1)
-    table, _ = _ingest(index, source, 0, [], run)
+    table, _ = ingest(index, source, 0, [], run)
     shards = ShardPlan(
         index=index,
         table=table,

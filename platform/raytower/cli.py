@@ -107,6 +107,12 @@ COMMANDS: dict[str, Command] = {
         "raytower.index.compact:compact_index",
         "raytower.index.compact:plan_compact",
     ),
+    "index convert": Command(
+        "make an index of format 2 one of format 3 (--index URI [--remove_old true])",
+        "raytower.index.convert:IndexConvertConfig",
+        "raytower.index.convert:convert_index",
+        "raytower.index.convert:plan_convert",
+    ),
     "index gc": Command(
         "remove old versions and shards that none needs (--keep N)",
         "raytower.index.collect:IndexGcConfig",

@@ -12,16 +12,17 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raytower.data.queries import read_queries
 from raytower.errors import FormatError, InputError
-from raytower.index.config import IndexBuildConfig, Placing, TargetConfig
+from raytower.index.config import ExactDtype, IndexBuildConfig, Placing, TargetConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.faiss_import import import_faiss
 from raytower.index.faiss_index import GPU_LISTS
@@ -75,6 +76,20 @@ from raytower.storage import Location
 WORK_NAME = "work"
 # Rows whose ids one task compares: 8 bytes each.
 _IDS_PER_TASK = 50_000_000
+
+
+class RowSource(Protocol):
+    """Rows for the table in files that can be streamed, one group of them a task; see `Embeddings`."""
+
+    @property
+    def origin(self) -> Origin: ...
+    @property
+    def dtype(self) -> ExactDtype: ...
+    def identity(self) -> list[Any]: ...
+    def groups(self) -> list[tuple[int, int]]: ...
+    def first_row(self, file: int) -> int: ...
+    def documents_schema(self) -> pa.Schema: ...
+    def stream(self, file: int) -> Iterator[tuple[pa.Table, NDArray[Any]]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +156,7 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
                 "that: set replace: true, or build into another folder"
             )
     run = run or OnRay(config.workers)
-    table, first_row = _ingest(index, source, before.next_row if before else 0, config.indexed, run)
+    table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run)
     refuse_duplicate_ids(index, table, run)
     shards = ShardPlan(
         index=index,
@@ -443,12 +458,12 @@ def _repeated_ids(index: Location, table_version: int, part: int, parts: int) ->
     return repeated
 
 
-def _ingest(
-    index: Location, source: Embeddings, first_row: int, indexed: Sequence[str], run: Run
+def ingest(
+    index: Location, source: RowSource, first_row: int, indexed: Sequence[str], run: Run
 ) -> tuple[DocumentTable, int]:
-    """The embeddings as a version of the table, not yet published, and the number of their first row.
+    """The rows of a source as a version of the table, not yet published, and the number of their first row.
 
-    A version that a killed build of the same embeddings made is taken again.
+    A version that a killed job over the same source made is taken again.
     """
     note = index / WORK_NAME / digest_of(source.identity()) / "table.json"
     if note.is_file():
@@ -460,11 +475,11 @@ def _ingest(
                 # Garbage collection took it, and the fragments that the other notes name.
                 remove_work(index, digest_of(source.identity()))
             else:
-                log(f"version {table.version} of the table holds these embeddings already")
+                log(f"version {table.version} of the table holds these rows already")
                 return table, made["first_row"]
     documents = source.documents_schema()
     refuse_unindexable(documents, indexed)
-    schema = table_schema(documents, source.manifest.dim, source.dtype)
+    schema = table_schema(documents, source.origin.dim, source.dtype)
     calls = [(index, source, group, first_row, schema) for group in source.groups()]
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
     fragments = [fragment for part in written for fragment in part]
@@ -477,7 +492,7 @@ def _ingest(
 
 
 def _write_group(
-    index: Location, source: Embeddings, group: tuple[int, int], first_row: int, schema: pa.Schema
+    index: Location, source: RowSource, group: tuple[int, int], first_row: int, schema: pa.Schema
 ) -> list[str]:
     """Fragments of the table with the rows of some files; those of a killed build are taken again."""
     note = (

@@ -57,18 +57,8 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
         )
         return {**figures(before, started, config.index), **shown, "compacted": False}
     run = run or OnRay(config.workers)
-    plan = _plan(config, before)
-    shards = ShardPlan(
-        index=index,
-        table=DocumentTable.open(index, before.table_version),
-        origin=before.origin,
-        plan=plan,
-        placing=_placing(config, before),
-        seed=config.seed,
-        # A number of the table's versions is given once, so it names what the rows hold.
-        made_of={"format": FORMAT_VERSION, "table_version": before.table_version},
-    )
-    entries, placement = build_shards(shards, run)
+    anew = shards_anew(config, before, run)
+    entries = anew["shards"]
     with changing(index, "index compact") as writer:
         newest, table = writer.manifest, writer.table.tidied()
         # Shards are derived: those of changes published since stand beside the new ones, over the newest table.
@@ -85,13 +75,8 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
                 "operation": "compact",
                 "identity": digest_of({"compact": [entry.digest for entry in entries]}),
                 "table_version": table.version,
-                "kind": plan.kind,
-                "kind_reason": plan.reason,
-                "parameters": plan.parameters,
-                "exact_dtype": plan.exact_dtype,
+                **anew,
                 "shards": (*entries, *later),
-                "placement": placement,
-                "search_parameters": {"1": {}},
                 "recall_k": config.recall_k or newest.recall_k,
                 "recall_target": config.recall or newest.recall_target,
             }
@@ -103,12 +88,37 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
     return {**figures(manifest, started, config.index), **shown, "compacted": True}
 
 
+def shards_anew(config: IndexCompactConfig, before: IndexManifest, run: Run) -> dict[str, Any]:
+    """What a version says of shards that were built over all documents of `before`. Raises as `compact_index`."""
+    index, plan = Location.of(config.index), plan_anew(config, before)
+    shards = ShardPlan(
+        index=index,
+        table=DocumentTable.open(index, before.table_version),
+        origin=before.origin,
+        plan=plan,
+        placing=_placing(config, before),
+        seed=config.seed,
+        # A number of the table's versions is given once, so it names what the rows hold.
+        made_of={"format": FORMAT_VERSION, "table_version": before.table_version},
+    )
+    entries, placement = build_shards(shards, run)
+    return {
+        "kind": plan.kind,
+        "kind_reason": plan.reason,
+        "parameters": plan.parameters,
+        "exact_dtype": plan.exact_dtype,
+        "shards": entries,
+        "placement": placement,
+        "search_parameters": {"1": {}},
+    }
+
+
 def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     """The plan for --dry-run. Raises as `compact_index`."""
     before = open_manifest(config.index)
     if not _needs_compaction(config, before):
         return {"parent": before.version, "compacted": False}
-    plan = _plan(config, before)
+    plan = plan_anew(config, before)
     return {
         "parent": before.version,
         "compacted": True,
@@ -131,7 +141,7 @@ def _needs_compaction(config: IndexCompactConfig, before: IndexManifest) -> bool
     return changed or other_kind or _placing(config, before) != _placed(before) or config.shards != "auto"
 
 
-def _plan(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
+def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
     return plan_index(
         rows=before.rows,
         dim=before.dim,

@@ -17,7 +17,7 @@ from raytower.errors import FormatError, InputError
 from raytower.index.config import ExactDtype, Metric
 from raytower.index.costs import BATCH_ROWS
 from raytower.index.manifest import Origin
-from raytower.index.table import OWN_COLUMNS, unified
+from raytower.index.table import is_own, unified
 from raytower.storage import Location
 
 _READ_BUFFER_BYTES = 2**20
@@ -104,7 +104,7 @@ class Embeddings:
                 raise InputError(
                     f"{self.folder} has a column {name!r}; names hold no dot and no backtick: rename it"
                 )
-            if name in OWN_COLUMNS or name.startswith("_row"):
+            if is_own(name):
                 raise InputError(
                     f"{self.folder} has a column {name!r}, a name that the index keeps for itself; rename it"
                 )

@@ -449,6 +449,11 @@ def commit_fragments(index: Location, fragments: Sequence[str], schema: pa.Schem
     return DocumentTable(dataset)
 
 
+def is_own(name: str) -> bool:
+    """Whether the table keeps this name of a column for itself."""
+    return name in OWN_COLUMNS or name.startswith("_row")
+
+
 def refuse_unindexable(documents: pa.Schema, columns: Sequence[str]) -> None:
     """Raises InputError for columns that get no scalar index: those that there are not, or of types without an
     order.

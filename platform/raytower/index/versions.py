@@ -15,6 +15,8 @@ from raytower.index.table import DocumentTable
 from raytower.storage import Lease, Location, writer_lease
 
 _FILE = re.compile(r"([0-9]{6,})\.json")
+# What an index of format 2 has.
+CURRENT_NAME = "CURRENT"
 _LEASE_NAME = "writer"
 _LEASE_SECONDS = 30.0
 
@@ -40,7 +42,7 @@ def open_manifest(uri: str | Location, version: str | None = None) -> IndexManif
     index = Location.of(uri)
     names = version_names(index)
     if not names:
-        if (index / "CURRENT").is_file():
+        if (index / CURRENT_NAME).is_file():
             raise InputError(
                 f"{index} is an index of format 2; turn it into format 3: `raytower index convert --index {index}`"
             )
