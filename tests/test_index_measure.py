@@ -26,21 +26,17 @@ DIM = 16
 
 
 @dataclass(frozen=True)
-class Batch:
-    first_row: int
-    vectors: Vectors
-
-
-@dataclass(frozen=True)
 class Rows:
-    """Vectors in memory, as a source of batches."""
+    """Vectors in memory from `first` on, as a source of batches."""
 
     vectors: Vectors
     batch: int = 50
+    first: int = 0
 
-    def stream(self, start: int, end: int) -> Iterator[Batch]:
-        for first in range(start, end, self.batch):
-            yield Batch(first, self.vectors[first : min(first + self.batch, end)])
+    def stream(self) -> Iterator[tuple[np.ndarray, Vectors]]:
+        for start in range(0, len(self.vectors), self.batch):
+            vectors = self.vectors[start : start + self.batch]
+            yield np.arange(self.first + start, self.first + start + len(vectors)), vectors
 
     def sample(self, count: int, seed: int) -> tuple[np.ndarray, Vectors]:
         rows = np.sort(np.random.default_rng(seed).permutation(len(self.vectors))[:count])
@@ -77,7 +73,7 @@ def grid(k: int) -> list[dict[str, int]]:
 
 def exact(vectors: Vectors, queries: HeldOut, k: int) -> ExactHits:
     rows: Any = Rows(vectors)
-    return exact_hits(rows, 0, len(vectors), queries, k)
+    return exact_hits(rows, queries, k)
 
 
 def held_out(vectors: Vectors) -> HeldOut:
@@ -233,11 +229,10 @@ class TestExactHits:
     )
     def test_against_one_sort_of_all(self, rows: int, k: int, batch: int, distinct: int, seed: int) -> None:
         vectors = unit(distinct, seed)[np.random.default_rng(seed).integers(0, distinct, rows)]
-        source: Any = Rows(vectors, batch)
         queries = HeldOut(np.array([0, rows - 1]), vectors[[0, rows - 1]])
         middle = rows // 2
-        parts = [exact_hits(source, 0, middle, queries, k)] if middle else []
-        found = merge_exact([*parts, exact_hits(source, middle, rows, queries, k)], k)
+        halves: Any = [Rows(vectors[:middle], batch), Rows(vectors[middle:], batch, middle)]
+        found = merge_exact([exact_hits(half, queries, k) for half in halves if len(half.vectors)], k)
         scores = queries.vectors @ vectors.T
         scores[[0, 1], queries.rows] = -np.inf
         wanted = -np.sort(-scores, axis=1)[:, : k + 32]
