@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytower.data.sources import find_files
+from raytower.data.sources import InputConfig, find_files
 from raytower.errors import InputError
 from tests.data_files import read, survey_of, write
 
@@ -112,3 +112,7 @@ def test_json_and_parquet_without_extension(tmp_path: Path) -> None:
     assert read(write(tmp_path / "j", '{"id": "1", "text": "x"}'), "lines") == [{"id": "1", "text": "x"}]
     pq.write_table(pa.table({"id": ["1"], "text": ["x"]}), tmp_path / "p")
     assert read(tmp_path / "p", "lines") == [{"id": "1", "text": "x"}]
+
+
+def test_a_path_alone_is_an_input() -> None:
+    assert InputConfig.model_validate("corpus/*.tsv") == InputConfig(path="corpus/*.tsv")

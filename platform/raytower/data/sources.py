@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raytower.config import Config
 from raytower.errors import InputError
@@ -53,7 +53,7 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 class InputConfig(Config):
-    """Where records come from. `path` is a file, a folder or a glob, local or by URI."""
+    """Where records come from. `path` is a file, a folder or a glob, local or by URI; a string alone is a path."""
 
     path: str
     format: InputFormat = "auto"
@@ -63,6 +63,11 @@ class InputConfig(Config):
     """The column or key that holds a corpus row's id; null takes `id` or `_id` where there is one."""
     split: str | None = None
     """Which qrels/<split>.tsv of a BEIR folder to read; null means train."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
     def remedy(self, text: str) -> str:
         """`text`, which advises to set keys of this section, as the end of a message."""
