@@ -117,6 +117,14 @@ class TestAttack:
         with pytest.raises(InputError, match="nope"):
             build(tmp_path / "index", _embeddings(tmp_path, "a", 2), indexed=["nope"])
 
+    @pytest.mark.parametrize(
+        "values", [pa.nulls(2), pa.array([{"a": 1}, {"a": 2}])], ids=["only nulls", "nested"]
+    )
+    def test_an_indexed_column_without_an_order_is_refused(self, tmp_path: Path, values: pa.Array) -> None:
+        embeddings = _embeddings(tmp_path, "a", 2, odd=values)
+        with pytest.raises(InputError, match="'odd' of type"):
+            build(tmp_path / "index", embeddings, indexed=["odd"])
+
 
 def _documents(index: str) -> Any:
     opened = Index.open(index)

@@ -466,8 +466,7 @@ def refuse_unindexable(documents: pa.Schema, columns: Sequence[str]) -> None:
         kind = documents.field(name).type
         kind = kind.value_type if pa.types.is_list(kind) else kind
         if pa.types.is_null(kind) or pa.types.is_nested(kind) or pa.types.is_dictionary(kind):
-            raise
-            InputError(
+            raise InputError(
                 f"indexed names the column {name!r} of type {documents.field(name).type}, which has no index"
             )
 
