@@ -421,7 +421,8 @@ def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> N
     if config.upsert and source.manifest.derived_ids:
         raise InputError(
             f"{config.embeddings!r} was encoded from a corpus without ids, so its ids are places in files, which name "
-            "other documents each time; give the corpus a column id, or make the index equal to a folder by `index sync`"
+            "other documents each time; give the corpus a column id, or make the index equal to a folder by `index "
+            "sync`"
         )
     ids = source.ids()
     if pc.count_distinct(ids).as_py() < len(ids):
