@@ -122,15 +122,10 @@ class ShardPlan:
     made_of: Any
     """JSON that names the rows, so that a killed job finds its shards again."""
 
-    @property
-    def unit(self) -> bool:
-        return self.origin.metric == "cosine"
-
     def rows(self, first: int, last: int) -> TableRows:
         """The rows at places first to last (exclusive) of all that the table holds."""
-        return TableRows(
-            index=self.index, table_version=self.table.version, unit=self.unit, first=first, last=last
-        )
+        unit, version = self.origin.metric == "cosine", self.table.version
+        return TableRows(index=self.index, table_version=version, unit=unit, first=first, last=last)
 
     @property
     def all_rows(self) -> TableRows:
@@ -409,7 +404,7 @@ def _measure(
         placed_shards=draft.placement.shards if draft.placement else None,
         vectors=lambda rows: opened.table.vectors(rows, unit=draft.metric == "cosine"),
     )
-    asked = found[min(draft.recall_k, ks[-1]) if draft.recall_k in found else ks[0]]
+    asked = found.get(draft.recall_k, found[ks[0]])
     record = Measured(
         version=draft.version,
         k=draft.recall_k,

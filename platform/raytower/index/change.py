@@ -133,15 +133,8 @@ def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
         table, replaced = with_documents(
             writer, source.documents_schema(), stream, config.embeddings, upsert=config.upsert
         )
-        manifest = publish_change(
-            writer,
-            table,
-            "add",
-            identity,
-            came=source.rows,
-            went=replaced,
-            run=_run(source.rows, config.workers),
-        )
+        run = _run(source.rows, config.workers)
+        manifest = publish_change(writer, table, "add", identity, came=source.rows, went=replaced, run=run)
     return {**figures(manifest, started, config.index), "added": source.rows, "replaced": replaced}
 
 
@@ -180,9 +173,8 @@ def delete_from_index(config: IndexDeleteConfig) -> dict[str, Any]:
                 table = table.without(pa.array(wanted, pa.string()))
             else:
                 table = table.without_matching(condition)
-            manifest = publish_change(
-                writer, table, "delete", identity, came=0, went=going, run=_run(going, config.workers)
-            )
+            run = _run(going, config.workers)
+            manifest = publish_change(writer, table, "delete", identity, came=0, went=going, run=run)
     return {
         **figures(manifest, started, config.index),
         "deleted": going,
@@ -490,8 +482,6 @@ def _shown(names: list[str]) -> str:
 
 
 def _run(rows: int, workers: IndexWorkersConfig) -> Run:
-    return (
-        OnRay(workers)
-        if rows > _ROWS_IN_PROCESS
-        else InProcess(threads=max(int(np.ceil(workers.num_cpus)), 1))
-    )
+    if rows > _ROWS_IN_PROCESS:
+        return OnRay(workers)
+    return InProcess(threads=max(int(np.ceil(workers.num_cpus)), 1))

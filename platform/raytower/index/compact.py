@@ -116,14 +116,11 @@ def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     if not _needs_compaction(config, before):
         return {"parent": before.version, "compacted": False}
     plan = plan_anew(config, before)
+    shown = ("rows", "kind", "shards", "predicted_build_memory_bytes_per_task", "predicted_disk_bytes")
     return {
         "parent": before.version,
         "compacted": True,
-        "rows": plan.rows,
-        "kind": plan.kind,
-        "shards": plan.shards,
-        "predicted_build_memory_bytes_per_task": plan.predicted_build_memory_bytes_per_task,
-        "predicted_disk_bytes": plan.predicted_disk_bytes,
+        **{name: getattr(plan, name) for name in shown},
     }
 
 

@@ -107,14 +107,14 @@ def _is_as_it_was(index: Location, entry: ShardEntry, dim: int, sizes: Mapping[s
         return False
     if not place.is_local:
         return True
-    with open((place / VECTORS_NAME).local_path, "rb") as stream:
-        head = stream.read(_HEAD.size)
     arrays = [(place / name).local_path for name in entry.files if name != VECTORS_NAME]
     try:
-        counts = {len(np.load(path, mmap_mode="r", allow_pickle=False)) for path in arrays}
-        return _HEAD.unpack(head) == (dim, entry.rows) and counts == {entry.rows}
+        with open((place / VECTORS_NAME).local_path, "rb") as stream:
+            head = _HEAD.unpack(stream.read(_HEAD.size))
+        lengths = {np.load(path, mmap_mode="r", allow_pickle=False).shape[:1] for path in arrays}
     except (struct.error, ValueError, EOFError, OSError):
         return False
+    return head == (dim, entry.rows) and lengths == {(entry.rows,)}
 
 
 def publish(index: Location, manifest: IndexManifest, table: DocumentTable | None = None) -> None:
