@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -996,3 +997,64 @@ class TestCompact:
         build(tmp_path / "index", embeddings, kind="ivf_sq8", rescore=False)
         delete_from_index(IndexDeleteConfig(index=str(tmp_path / "index"), ids=["id 0"]))
         assert compact_index(IndexCompactConfig(index=str(tmp_path / "index")), run=HERE)["rows"] == 599
+
+    @pytest.mark.parametrize(
+        ("kind", "asked", "kept"),
+        [
+            ("hnsw", {"hnsw": {"m": 5, "ef_construction": 17}}, {"M": 5, "efConstruction": 17}),
+            ("ivf_flat", {"ivf": {"nlist": 7}}, {"nlist": 7}),
+            ("ivf_pq", {"ivf": {"nlist": 9, "pq_m": 12}}, {"nlist": 9, "pq_m": 12}),
+        ],
+    )
+    def test_what_was_set_at_the_build_is_kept_by_compaction(
+        self, tmp_path: Path, kind: str, asked: dict[str, Any], kept: dict[str, int]
+    ) -> None:
+        index = tmp_path / "index"
+        build(index, embeddings_of(tmp_path / "e", clustered_vectors(400)), kind=kind, **asked)
+        delete_from_index(IndexDeleteConfig(index=str(index), filter="year < 2300"))
+        compacted(index)
+        delete_from_index(IndexDeleteConfig(index=str(index), ids=["id 399"]))
+        compacted(index)
+        manifest = open_manifest(index)
+        assert kept.items() <= manifest.parameters.items()
+        files = faiss.read_index(str(index / "shards" / manifest.shards[0].digest / "vectors.faiss"))
+        if kind == "hnsw":
+            # On the lowest level a node has twice as many links.
+            assert faiss.downcast_index(files.base_index).hnsw.nb_neighbors(0) == 2 * 5
+        else:
+            assert faiss.extract_index_ivf(files).nlist == kept["nlist"]
+
+    def test_lists_that_were_set_are_fewer_only_while_there_are_fewer_rows(self, tmp_path: Path) -> None:
+        index = tmp_path / "index"
+        vectors = clustered_vectors(140)
+        build(index, embeddings_of(tmp_path / "e", vectors[:60]), kind="ivf_flat", ivf={"nlist": 30})
+        delete_from_index(IndexDeleteConfig(index=str(index), filter="year < 2040"))
+        compacted(index)
+        assert open_manifest(index).parameters["nlist"] == 20
+        more = embeddings_of(tmp_path / "more", vectors[60:], first=60)
+        add_to_index(IndexAddConfig(index=str(index), embeddings=more))
+        compacted(index)
+        assert open_manifest(index).parameters["nlist"] == 30
+
+    def test_lists_that_were_planned_follow_the_rows(self, tmp_path: Path) -> None:
+        index = tmp_path / "index"
+        vectors = clustered_vectors(800)
+        build(index, embeddings_of(tmp_path / "e", vectors[:100]), kind="ivf_flat")
+        add_to_index(
+            IndexAddConfig(index=str(index), embeddings=embeddings_of(tmp_path / "more", vectors[100:], 100))
+        )
+        assert open_manifest(index).parameters == {"nlist": 2}  # 39 rows a list
+        compacted(index)
+        assert open_manifest(index).parameters == {"nlist": 20}
+
+    def test_settings_of_another_kind_are_not_asked_for(self, tmp_path: Path) -> None:
+        index = tmp_path / "index"
+        build(index, embeddings_of(tmp_path / "e", clustered_vectors(200)), kind="hnsw", hnsw={"m": 5})
+        for kind in ("ivf_flat", "flat", "ivf_pq", "hnsw"):
+            compacted(index, kind=kind)
+            assert open_manifest(index).kind == kind
+
+
+def compacted(index: Path, **settings: Any) -> None:
+    config = IndexCompactConfig.model_validate({"index": str(index), **settings})
+    assert compact_index(config, run=HERE)["compacted"] is True

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,10 @@ from raytower.errors import FormatError, InputError
 from raytower.index.convert import IndexConvertConfig, convert_index, plan_convert
 from raytower.index.manage import IndexVerifyConfig, index_verify
 from raytower.index.reader import Index
+from raytower.runtime import worker_environment
 from raytower.storage import Location
 from tests.index_cases import HERE, unit_vectors
+from tests.s3_server import s3_server
 
 DIM = 16
 # The deleted documents of the second shard: the first, the last, and one between.
@@ -122,7 +128,7 @@ def write_format_2(
     return [ids[number] for number in live], vectors[live].astype(np.float32)
 
 
-def convert(folder: Path, **settings: Any) -> dict[str, Any]:
+def convert(folder: Path | str, **settings: Any) -> dict[str, Any]:
     return convert_index(IndexConvertConfig.model_validate({"index": str(folder), **settings}), HERE)
 
 
@@ -293,3 +299,73 @@ def test_a_worker_gets_the_rows_with_the_columns_of_all_shards(tmp_path: Path) -
     assert documents.column_names == ["id", "text", "source_row"]
     assert documents["source_row"].to_pylist() == [101, 102, 103, 104, 105, 106]
     np.testing.assert_array_equal(vectors, unit_vectors(160, DIM)[101:107])
+
+
+def test_an_index_on_object_storage_becomes_format_3_there(tmp_path: Path) -> None:
+    ids, vectors = write_format_2(tmp_path / "old", "hnsw", exact="float32")
+    with s3_server(tmp_path) as s3:
+        for path in (tmp_path / "old").rglob("*"):
+            if path.is_file():
+                s3.put("bucket", f"an index/{path.relative_to(tmp_path / 'old')}", path.read_bytes())
+        uri, old = s3.uri("bucket/an index"), s3.keys("bucket")
+        assert convert(uri)["converted"] is True
+        assert set(old) < set(s3.keys("bucket"))
+        assert index_verify(IndexVerifyConfig(index=uri))["rows"] == 157
+        opened = Index.open(uri)
+        assert found_ids(opened, vectors, 1) == [[name] for name in ids]
+        np.testing.assert_array_equal(opened.table.vectors(np.arange(157), unit=False), vectors)
+        assert convert(uri, remove_old=True)["converted"] is False
+        assert not set(old) & set(s3.keys("bucket"))
+        assert Index.open(uri).num_rows == 157
+
+
+# Ends itself by a signal that nothing can catch, with one more of what a conversion makes than it was told.
+DIES = """
+import os, signal, sys
+import raytower.index.{module} as module
+from raytower.index.convert import IndexConvertConfig, convert_index
+from raytower.index.tasks import InProcess
+
+kept, left = module.{step}, [{times}]
+
+def dying(*arguments):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return kept(*arguments)
+
+module.{step} = dying
+convert_index(IndexConvertConfig(index=sys.argv[1], shards=2), InProcess())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "step", "times"),
+    [
+        ("build", "write_fragments", 1),
+        ("build", "build_shard", 1),
+        ("build", "exact_hits", 0),
+        ("convert", "publish", 0),
+    ],
+    ids=["half the table", "one of two shards", "measuring", "publishing"],
+)
+def test_a_conversion_ended_by_sigkill_goes_on(tmp_path: Path, module: str, step: str, times: int) -> None:
+    ids, vectors = write_format_2(tmp_path, "hnsw")
+    old = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    script = DIES.format(module=module, step=step, times=times)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, **worker_environment()}, timeout=300
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert {path: path.read_bytes() for path in old} == old
+    with pytest.raises(InputError, match="index convert"):
+        Index.open(tmp_path)
+    kept = [*(tmp_path / "table.lance/data").iterdir(), *tmp_path.glob("shards/*/vectors.faiss")]
+    assert kept, "something was finished"
+    made = {path: path.stat().st_mtime_ns for path in kept}
+
+    assert convert(tmp_path, shards=2)["converted"] is True
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "what was finished is not made again"
+    assert index_verify(IndexVerifyConfig(index=str(tmp_path)))["rows"] == 157
+    assert found_ids(Index.open(tmp_path), vectors, 1) == [[name] for name in ids]
+    assert not list((tmp_path / "work").iterdir())

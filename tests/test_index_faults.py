@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 
@@ -501,6 +502,55 @@ class TestDamagedTable:
                 FormatError, match=r"table.lance version 2 is damaged: Not found: [^,]*; roll back"
             ):
                 read()
+
+
+class TestDamagedShard:
+    """A change leaves most shards as they are; it must not publish a version that nobody can open all the same."""
+
+    @pytest.fixture
+    def index(self, tmp_path: Path) -> Path:
+        build(tmp_path / "index", embeddings_of(tmp_path / "e", 0, 250), kind="ivf_sq8", shards=2)
+        return tmp_path / "index"
+
+    @pytest.mark.parametrize("name", ["vectors.faiss", "rows.npy", "exact.npy"])
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda path: path.unlink(), "is missing; the index is damaged"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-5]), "it was truncated or changed"),
+            (lambda path: path.write_bytes(bytes(path.stat().st_size)), "cannot be read"),
+        ],
+        ids=["gone", "cut", "emptied"],
+    )
+    def test_no_change_publishes_it(
+        self,
+        index: Path,
+        damage: Callable[[Path], Any],
+        said: str,
+        name: str,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        path = index / "shards" / Index.open(index).manifest.shards[1].digest / name
+        damage(path)
+        capfd.readouterr()
+        assert main(["index", "delete", "--index", str(index), "--ids", '["id 7"]']) == 2
+        message = one_complaint(capfd)
+        assert said in message
+        assert path.parent.name in message
+        assert version_names(Location.of(index)) == ["000001"]
+
+    def test_a_shard_that_stays_is_not_read_again(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Half of a deletion would be spent on it."""
+        read = []
+        monkeypatch.setattr(
+            faiss,
+            "read_index",
+            lambda *args, read_index=faiss.read_index: read.append(args) or read_index(*args),
+        )
+        delete_from_index(IndexDeleteConfig(index=str(index), ids=["id 3"]))
+        assert read == []
+        assert Index.open(index).num_rows == 249
+        assert len(read) == 2
 
 
 class TestBadInput:

@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 
 from raytower.data.queries import read_queries
 from raytower.errors import FormatError, InputError
-from raytower.index.config import ExactDtype, IndexBuildConfig, Placing, TargetConfig
+from raytower.index.config import (
+    ExactDtype,
+    HnswConfig,
+    IndexBuildConfig,
+    IndexKind,
+    IvfConfig,
+    Placing,
+    TargetConfig,
+)
 from raytower.index.embeddings import Embeddings
 from raytower.index.faiss_import import import_faiss
 from raytower.index.faiss_index import GPU_LISTS
@@ -48,7 +56,7 @@ from raytower.index.measure import (
     merge_exact,
 )
 from raytower.index.place import place_rows
-from raytower.index.plan import IndexPlan, human_bytes, plan_index
+from raytower.index.plan import IndexPlan, human_bytes, plan_index, split_rows
 from raytower.index.reader import Index
 from raytower.index.shard import local_file
 from raytower.index.shard_build import (
@@ -69,11 +77,20 @@ from raytower.index.table import (
     write_fragments,
 )
 from raytower.index.tasks import OnRay, Run
-from raytower.index.versions import next_version, open_manifest, publish, published_version, writing
+from raytower.index.versions import (
+    next_version,
+    open_manifest,
+    publish,
+    published_version,
+    refuse_damaged,
+    writing,
+)
 from raytower.runtime import log
 from raytower.storage import Location
 
 WORK_NAME = "work"
+# Among the parameters of a version: the lists of a shard, where they were set at the build and not planned.
+NLIST_SET = "nlist_set"
 # Rows whose ids one task compares: 8 bytes each.
 _IDS_PER_TASK = 50_000_000
 
@@ -105,15 +122,10 @@ class ShardPlan:
     made_of: Any
     """JSON that names the rows, so that a killed job finds its shards again."""
 
-    @property
-    def unit(self) -> bool:
-        return self.origin.metric == "cosine"
-
     def rows(self, first: int, last: int) -> TableRows:
         """The rows at places first to last (exclusive) of all that the table holds."""
-        return TableRows(
-            index=self.index, table_version=self.table.version, unit=self.unit, first=first, last=last
-        )
+        unit, version = self.origin.metric == "cosine", self.table.version
+        return TableRows(index=self.index, table_version=version, unit=unit, first=first, last=last)
 
     @property
     def all_rows(self) -> TableRows:
@@ -151,9 +163,8 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
             return figures(before, started, config.output)
         if before.applied:
             raise InputError(
-                f"{index} was changed {len(before.applied)} times since it was built; a new build "
-                "takes the place of all "
-                "that: set replace: true, or build into another folder"
+                f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of "
+                "all that: set replace: true, or build into another folder"
             )
     run = run or OnRay(config.workers)
     table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run)
@@ -168,47 +179,81 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
         made_of={"format": FORMAT_VERSION, "rows": source.identity(), "first_row": first_row},
     )
     entries, placement = build_shards(shards, run)
-    draft = IndexManifest(
-        **source.origin.model_dump(),
+    queries = _kept_queries(index, source, config.target.queries) if config.target.queries else None
+    draft = _draft(config, shards, before, identity, first_row)
+    draft = draft.model_copy(update={"shards": entries, "placement": placement, "queries": queries})
+    manifest = measured(index, draft, run, config.seed)
+    _refuse_missed_target(manifest, config.target)
+    _publish(index, manifest, table)
+    remove_work(index, digest_of(source.identity()))
+    return figures(manifest, started, config.output)
+
+
+def _draft(
+    config: IndexBuildConfig, shards: ShardPlan, before: IndexManifest | None, identity: str, first_row: int
+) -> IndexManifest:
+    """The version that a build makes after `before`, without shards and not measured yet."""
+    plan = shards.plan
+    lists = {NLIST_SET: config.ivf.nlist} if config.ivf.nlist and plan.kind.startswith("ivf") else {}
+    return IndexManifest(
+        **shards.origin.model_dump(),
         version=next_version(before.version if before else None),
         parent=before.version if before else None,
         operation="build",
         identity=identity,
         built=(*(before.built if before else ()), identity),
         applied=(),
-        table_version=table.version,
-        next_row=first_row + source.rows,
-        rows=source.rows,
+        table_version=shards.table.version,
+        next_row=first_row + plan.rows,
+        rows=plan.rows,
         kind=plan.kind,
         kind_reason=plan.reason,
-        parameters=plan.parameters,
+        parameters=plan.parameters | lists,
         exact_dtype=plan.exact_dtype,
-        vector_dtype=source.dtype,
-        shards=entries,
-        placement=placement,
+        vector_dtype=shards.table.vector_dtype,
+        shards=(),
+        placement=None,
         indexed=tuple(config.indexed),
         search_parameters={"1": {}},
         recall_k=config.target.k,
         recall_target=config.target.recall,
-        queries=_kept_queries(index, source, config.target.queries) if config.target.queries else None,
+        queries=None,
         measured=None,
         changed_rows=0,
     )
-    manifest = measured(index, draft, run, config.seed)
-    _refuse_missed_target(manifest, config.target)
+
+
+def settings_of(manifest: IndexManifest, kind: IndexKind, rows: int) -> tuple[HnswConfig, IvfConfig]:
+    """With which settings `rows` rows of an index are built anew, as `kind`: those of its build.
+
+    Links, construction and codes are what the version's parameters say: where they were planned, they would be planned
+    so again. Planned lists follow the rows, so lists that were set stand beside them; a row makes one list at most.
+    """
+    made = manifest.parameters
+    hnsw, ivf = HnswConfig(), IvfConfig()
+    if kind in ("hnsw", "auto"):
+        hnsw = HnswConfig(m=made.get("M"), ef_construction=made.get("efConstruction"))
+    if kind.startswith("ivf") or kind == "auto":
+        ivf = IvfConfig(
+            nlist=min(made[NLIST_SET], rows) if NLIST_SET in made else None,
+            pq_m=made.get("pq_m") if kind in ("ivf_pq", "auto") else None,
+        )
+    return hnsw, ivf
+
+
+def _publish(index: Location, manifest: IndexManifest, table: DocumentTable) -> None:
+    """Raises InputError where another version than its parent is published by now."""
     with writing(index, "index build") as lease:
         found = published_version(index)
-        if found != draft.parent:
+        if found != manifest.parent:
             raise InputError(
                 f"{index} has version {found} published by now, which this build does not hold; nothing was published: "
                 "run the command again, with replace: true if the build is to take its place"
             )
-        # Once more, now that nobody can take anything away.
-        Index.of_manifest(index, manifest)
+        # Measuring opened it; once more, now that nobody can take anything away.
+        refuse_damaged(index, manifest, table)
         lease.check()
         publish(index, manifest)
-    remove_work(index, digest_of(source.identity()))
-    return figures(manifest, started, config.output)
 
 
 def plan_build(config: IndexBuildConfig) -> dict[str, Any]:
@@ -251,16 +296,8 @@ def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], P
     ]
 
     def template() -> Any:
-        call = (
-            shards.all_rows,
-            plan.kind,
-            plan.dim,
-            plan.parameters,
-            plan.train_rows,
-            shards.seed,
-            run.threads_alone,
-        )
-        return run(train_template, [call], num_gpus=run.num_gpus)[0]
+        call = (shards.all_rows, plan.kind, plan.dim, plan.parameters, plan.train_rows)
+        return run(train_template, [(*call, shards.seed, run.threads_alone)], num_gpus=run.num_gpus)[0]
 
     return run_shard_tasks(tasks, template, run, plan.tasks_at_once), placement
 
@@ -290,30 +327,17 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
 
     They are measured for `recall_k` hits and for 100, which rerankers and evaluations ask for.
     """
-    everything = TableRows(
-        index=index,
-        table_version=draft.table_version,
-        unit=draft.metric == "cosine",
-        first=0,
-        last=draft.rows,
-    )
+    unit = draft.metric == "cosine"
+    rows = TableRows(index=index, table_version=draft.table_version, unit=unit, last=draft.rows)
     ks = measured_ks(draft.recall_k, draft.rows)
-    queries = _queries_of(index, draft) or run(hold_out, [(everything, seed)])[0]
-    size = max(-(-draft.rows // max(run.at_once, 1)), 1)
-    parts = run(
-        exact_hits,
-        [
-            (
-                dataclasses.replace(everything, first=first, last=min(first + size, draft.rows)),
-                queries,
-                ks[-1],
-            )
-            for first in range(0, draft.rows, size)
-        ],
-    )
-    exact = merge_exact(parts, ks[-1])
-    threads = run.threads_alone
-    return run(_measure, [(index, draft, queries, exact, ks, threads)])[0]
+    queries = _queries_of(index, draft) or run(hold_out, [(rows, seed)])[0]
+    parts = [
+        dataclasses.replace(rows, first=first, last=last)
+        for first, last in split_rows(draft.rows, min(max(run.at_once, 1), draft.rows))
+    ]
+    found = run(exact_hits, [(part, queries, ks[-1]) for part in parts])
+    exact = merge_exact(found, ks[-1])
+    return run(_measure, [(index, draft, queries, exact, ks, run.threads_alone)])[0]
 
 
 def _kept_queries(index: Location, source: Embeddings, path: str) -> FileEntry:
@@ -366,14 +390,9 @@ def _measure(
     opened = Index.of_manifest(index, draft.model_copy(update={"measured": None}))
 
     def grid(k: int) -> list[dict[str, int]]:
-        return parameter_grid(
-            draft.kind,
-            draft.parameters,
-            draft.rows,
-            k,
-            rescored=draft.exact_dtype is not None,
-            shards=1 if draft.placement else len(draft.shards),
-        )
+        shards = 1 if draft.placement else len(draft.shards)
+        rescored = draft.exact_dtype is not None
+        return parameter_grid(draft.kind, draft.parameters, draft.rows, k, rescored=rescored, shards=shards)
 
     found = measure_recall(
         lambda vectors, k, parameters: opened.search(vectors, k, search_parameters=parameters).rows,
@@ -385,7 +404,7 @@ def _measure(
         placed_shards=draft.placement.shards if draft.placement else None,
         vectors=lambda rows: opened.table.vectors(rows, unit=draft.metric == "cosine"),
     )
-    asked = found[min(draft.recall_k, ks[-1]) if draft.recall_k in found else ks[0]]
+    asked = found.get(draft.recall_k, found[ks[0]])
     record = Measured(
         version=draft.version,
         k=draft.recall_k,
@@ -424,9 +443,8 @@ def refuse_duplicate_ids(index: Location, table: DocumentTable, run: Run) -> Non
     repeated = [name for found in run(_repeated_ids, calls) for name in found]
     if repeated:
         raise InputError(
-            f"id {repeated[0]!r} stands twice in the embeddings ({len(repeated)} such ids or more); "
-            "ids must be unique, "
-            "so give the corpus unique ids and encode it again"
+            f"id {repeated[0]!r} stands twice in the embeddings ({len(repeated)} such ids or more); ids must be "
+            "unique, so give the corpus unique ids and encode it again"
         )
 
 
@@ -465,7 +483,8 @@ def ingest(
 
     A version that a killed job over the same source made is taken again.
     """
-    note = index / WORK_NAME / digest_of(source.identity()) / "table.json"
+    digest = digest_of(source.identity())
+    note = index / WORK_NAME / digest / "table.json"
     if note.is_file():
         made = note.read_json()
         if made["first_row"] >= first_row and made["indexed"] == list(indexed):
@@ -473,7 +492,7 @@ def ingest(
                 table = DocumentTable.open(index, made["version"])
             except FormatError:
                 # Garbage collection took it, and the fragments that the other notes name.
-                remove_work(index, digest_of(source.identity()))
+                remove_work(index, digest)
             else:
                 log(f"version {table.version} of the table holds these rows already")
                 return table, made["first_row"]
@@ -486,7 +505,7 @@ def ingest(
     with writing(index, "index build"):
         table = commit_fragments(index, fragments, schema).indexed(indexed)
         # Writers that change the table meanwhile put it back to what is published; this version stays in its history.
-        table.pin(work_pin(digest_of(source.identity())))
+        table.pin(work_pin(digest))
         note.write_json({"version": table.version, "first_row": first_row, "indexed": list(indexed)})
     return table, first_row
 
@@ -495,12 +514,8 @@ def _write_group(
     index: Location, source: RowSource, group: tuple[int, int], first_row: int, schema: pa.Schema
 ) -> list[str]:
     """Fragments of the table with the rows of some files; those of a killed build are taken again."""
-    note = (
-        index
-        / WORK_NAME
-        / digest_of(source.identity())
-        / f"rows-{first_row}-files-{group[0]}-{group[1]}.json"
-    )
+    name = f"rows-{first_row}-files-{group[0]}-{group[1]}.json"
+    note = index / WORK_NAME / digest_of(source.identity()) / name
     if note.is_file():
         kept: list[str] = note.read_json()
         if fragments_exist(index, kept):

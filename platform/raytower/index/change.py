@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,11 +26,18 @@ from raytower.index.embeddings import Embeddings
 from raytower.index.filters import sql_literal, to_sql
 from raytower.index.fold import folded
 from raytower.index.manifest import IndexManifest, Operation, Origin
-from raytower.index.reader import Index
+from raytower.index.shard import Shard
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable, table_batch, table_schema, unified
 from raytower.index.tasks import InProcess, OnRay, Run
-from raytower.index.versions import Writer, changing, next_version, open_manifest, publish
+from raytower.index.versions import (
+    Writer,
+    changing,
+    following,
+    open_manifest,
+    publish,
+    refuse_damaged,
+)
 from raytower.runtime import log
 from raytower.storage import Location
 
@@ -126,15 +133,8 @@ def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
         table, replaced = with_documents(
             writer, source.documents_schema(), stream, config.embeddings, upsert=config.upsert
         )
-        manifest = publish_change(
-            writer,
-            table,
-            "add",
-            identity,
-            came=source.rows,
-            went=replaced,
-            run=_run(source.rows, config.workers),
-        )
+        run = _run(source.rows, config.workers)
+        manifest = publish_change(writer, table, "add", identity, came=source.rows, went=replaced, run=run)
     return {**figures(manifest, started, config.index), "added": source.rows, "replaced": replaced}
 
 
@@ -150,9 +150,7 @@ def delete_from_index(config: IndexDeleteConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     index = Location.of(config.index)
-    given = [*config.ids, *(read_ids(config.path) if config.path is not None else ())]
-    if config.filter is None and not given:
-        raise InputError(f"{config.path!r} holds no ids; there is nothing to delete")
+    given = _given_ids(config)
     wanted = list(dict.fromkeys(given))
     identity = digest_of({"delete": wanted, "filter": config.filter})
     with changing(index, "index delete") as writer:
@@ -161,25 +159,22 @@ def delete_from_index(config: IndexDeleteConfig) -> dict[str, Any]:
             condition = _condition(config.filter, table)
             going, unknown = len(table.matching(condition)), 0
         else:
-            going = sum(batch.num_rows for batch in table.find("id", pa.array(wanted, pa.string()), ["id"]))
-            unknown = len(wanted) - going
-        if unknown and config.on_unknown == "fail" and identity not in manifest.applied:
-            raise InputError(_unknown_ids(wanted, table, manifest))
+            found = _found_ids(table, wanted)
+            going, unknown = len(found), len(wanted) - len(found)
+            if unknown and config.on_unknown == "fail" and identity not in manifest.applied:
+                raise InputError(_unknown_ids(wanted, found, manifest))
         if going == manifest.rows:
             raise InputError(
-                f"this deletes all {manifest.rows} documents of index version {manifest.version}; an "
-                "index holds at least "
-                "one: remove the index itself instead"
+                f"this deletes all {manifest.rows} documents of index version {manifest.version}; an index holds at "
+                "least one: remove the index itself instead"
             )
         if going:
-            table = (
-                table.without(pa.array(wanted, pa.string()))
-                if config.filter is None
-                else table.without_matching(condition)
-            )
-            manifest = publish_change(
-                writer, table, "delete", identity, came=0, went=going, run=_run(going, config.workers)
-            )
+            if config.filter is None:
+                table = table.without(pa.array(wanted, pa.string()))
+            else:
+                table = table.without_matching(condition)
+            run = _run(going, config.workers)
+            manifest = publish_change(writer, table, "delete", identity, came=0, went=going, run=run)
     return {
         **figures(manifest, started, config.index),
         "deleted": going,
@@ -216,11 +211,11 @@ def set_in_index(config: IndexSetConfig) -> dict[str, Any]:
         else:
             values = read_values(config.path, table)
             identity = digest_of({"set": values.to_pylist()})
-            known = [batch.column("id") for batch in table.find("id", values["id"].combine_chunks(), ["id"])]
-            changed = sum(len(ids) for ids in known)
-            unknown = values.num_rows - changed
+            ids = values["id"].to_pylist()
+            found = _found_ids(table, ids)
+            changed, unknown = len(found), len(ids) - len(found)
             if unknown and config.on_unknown == "fail":
-                raise InputError(_unknown_ids(values["id"].to_pylist(), table, writer.manifest))
+                raise InputError(_unknown_ids(ids, found, writer.manifest))
             table = table.with_values(values) if changed else table
         manifest = writer.manifest
         if changed and manifest.identity == identity:
@@ -251,8 +246,7 @@ def plan_delete(config: IndexDeleteConfig) -> dict[str, Any]:
     if config.filter is not None:
         table = DocumentTable.open(Location.of(config.index), manifest.table_version)
         return {**plan, "matching": len(table.matching(_condition(config.filter, table)))}
-    given = [*config.ids, *(read_ids(config.path) if config.path is not None else ())]
-    return {**plan, "ids": len(set(given))}
+    return {**plan, "ids": len(set(_given_ids(config)))}
 
 
 def plan_set(config: IndexSetConfig) -> dict[str, Any]:
@@ -278,29 +272,30 @@ def publish_change(
 ) -> IndexManifest:
     """Fold what is to be folded, measure what is to be measured, and publish the table as the next version."""
     before = writer.manifest
+    refuse_damaged(writer.index, before, writer.table)
     # A column that was widened lost its index.
     table = table.indexed(before.indexed)
-    draft = before.model_copy(
-        update={
-            "version": next_version(before.version),
-            "parent": before.version,
-            "operation": operation,
-            "identity": identity,
-            "applied": (*(name for name in before.applied if name != identity), identity),
-            "table_version": table.version,
-            "next_row": before.next_row + came,
-            "rows": table.num_rows,
-            "changed_rows": before.changed_rows + came + went,
-        }
+    draft = following(
+        before,
+        operation,
+        identity,
+        applied=(*(name for name in before.applied if name != identity), identity),
+        table_version=table.version,
+        next_row=before.next_row + came,
+        rows=table.num_rows,
+        changed_rows=before.changed_rows + came + went,
     )
     draft = draft.model_copy(update={"shards": folded(writer.index, draft, table, run)})
     if draft.changed_rows > _MEASURED_SHARE * draft.rows:
         draft = measured(writer.index, draft, run)
     else:
         # What cannot be opened must not be published.
-        Index.of_manifest(writer.index, draft, table=table)
+        for entry in (entry for entry in draft.shards if entry not in before.shards):
+            Shard.open(writer.index, entry, draft.dim, table.row_map)
+        if draft.shards == before.shards:  # what came lies outside them
+            table.vectors(np.arange(before.next_row, draft.next_row), unit=False)
     writer.lease.check()
-    publish(writer.index, draft)
+    publish(writer.index, draft, table)
     return draft
 
 
@@ -417,9 +412,9 @@ def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> N
     """Refuse ids that stand twice in an addition and, without `upsert`, those that are there already."""
     if config.upsert and source.manifest.derived_ids:
         raise InputError(
-            f"{config.embeddings!r} was encoded from a corpus without ids, so its ids are places in "
-            "files, which name other "
-            "documents each time; give the corpus a column id, or make the index equal to a folder by `index sync`"
+            f"{config.embeddings!r} was encoded from a corpus without ids, so its ids are places in files, which name "
+            "other documents each time; give the corpus a column id, or make the index equal to a folder by `index "
+            "sync`"
         )
     ids = source.ids()
     if pc.count_distinct(ids).as_py() < len(ids):
@@ -430,7 +425,7 @@ def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> N
         )
     if config.upsert:
         return
-    found = [name for batch in writer.table.find("id", ids, ["id"]) for name in batch.column(0).to_pylist()]
+    found = _found_ids(writer.table, ids)
     if found:
         remedy = (
             "they are places in files, so give the corpus a column id"
@@ -438,9 +433,8 @@ def _refuse_ids(writer: Writer, source: Embeddings, config: IndexAddConfig) -> N
             else "set upsert: true to replace those documents, or leave them out"
         )
         raise InputError(
-            f"{len(found)} ids of {config.embeddings!r} are in index version "
-            f"{writer.manifest.version} already, such as "
-            f"{_shown(found)}; {remedy}"
+            f"{len(found)} ids of {config.embeddings!r} are in index version {writer.manifest.version} already, such "
+            f"as {_shown(found)}; {remedy}"
         )
 
 
@@ -461,17 +455,25 @@ def _condition(filter: Mapping[str, Any] | str, table: DocumentTable) -> str:
     return filter if isinstance(filter, str) else to_sql(filter, table.schema)
 
 
-def _unknown_ids(wanted: list[str], table: DocumentTable, manifest: IndexManifest) -> str:
-    found = {
-        name
-        for batch in table.find("id", pa.array(wanted, pa.string()), ["id"])
-        for name in batch.column(0).to_pylist()
-    }
-    unknown = sorted(set(wanted) - found)
+def _given_ids(config: IndexDeleteConfig) -> list[str]:
+    """All ids to delete; those of a file are read. Raises InputError where neither ids nor a filter name documents."""
+    given = [*config.ids, *(read_ids(config.path) if config.path is not None else ())]
+    if config.filter is None and not given:
+        raise InputError(f"{config.path!r} holds no ids; there is nothing to delete")
+    return given
+
+
+def _found_ids(table: DocumentTable, wanted: Sequence[str] | pa.Array) -> list[str]:
+    """Those of some ids that the table holds, in any order."""
+    ids = wanted if isinstance(wanted, pa.Array) else pa.array(wanted, pa.string())
+    return [name for batch in table.find("id", ids, ["id"]) for name in batch.column(0).to_pylist()]
+
+
+def _unknown_ids(wanted: list[str], found: list[str], manifest: IndexManifest) -> str:
+    unknown = sorted(set(wanted).difference(found))
     return (
-        f"{len(unknown)} of {len(wanted)} ids are not in index version {manifest.version}: "
-        f"{_shown(unknown)}; they never "
-        "were, or are deleted already: correct them, or set on_unknown: ignore"
+        f"{len(unknown)} of {len(wanted)} ids are not in index version {manifest.version}: {_shown(unknown)}; they "
+        "never were, or are deleted already: correct them, or set on_unknown: ignore"
     )
 
 
@@ -480,8 +482,6 @@ def _shown(names: list[str]) -> str:
 
 
 def _run(rows: int, workers: IndexWorkersConfig) -> Run:
-    return (
-        OnRay(workers)
-        if rows > _ROWS_IN_PROCESS
-        else InProcess(threads=max(int(np.ceil(workers.num_cpus)), 1))
-    )
+    if rows > _ROWS_IN_PROCESS:
+        return OnRay(workers)
+    return InProcess(threads=max(int(np.ceil(workers.num_cpus)), 1))

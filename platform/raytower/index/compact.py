@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from raytower.config import ByteSize, Config
-from raytower.index.build import ShardPlan, build_shards, figures, measured
-from raytower.index.config import HnswConfig, IndexKind, IndexWorkersConfig, Placing
+from raytower.index.build import NLIST_SET, ShardPlan, build_shards, figures, measured, settings_of
+from raytower.index.config import IndexKind, IndexWorkersConfig, Placing
 from raytower.index.fold import folded
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, plan_index
@@ -17,7 +17,7 @@ from raytower.index.reader import shard_rows
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import OnRay, Run
-from raytower.index.versions import changing, next_version, open_manifest, publish
+from raytower.index.versions import changing, following, open_manifest, publish
 from raytower.runtime import log
 from raytower.storage import Location
 
@@ -68,23 +68,19 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
             for entry in newest.shards
             if entry not in before.shards and int(shard_rows(index, entry)[0]) >= before.next_row
         )
-        draft = newest.model_copy(
-            update={
-                "version": next_version(newest.version),
-                "parent": newest.version,
-                "operation": "compact",
-                "identity": digest_of({"compact": [entry.digest for entry in entries]}),
-                "table_version": table.version,
-                **anew,
-                "shards": (*entries, *later),
-                "recall_k": config.recall_k or newest.recall_k,
-                "recall_target": config.recall or newest.recall_target,
-            }
+        draft = following(
+            newest,
+            "compact",
+            digest_of({"compact": [entry.digest for entry in entries]}),
+            table_version=table.version,
+            **(anew | {"shards": (*entries, *later)}),
+            recall_k=config.recall_k or newest.recall_k,
+            recall_target=config.recall or newest.recall_target,
         )
         draft = draft.model_copy(update={"shards": folded(index, draft, table, run)})
         manifest = measured(index, draft, run, config.seed)
         writer.lease.check()
-        publish(index, manifest)
+        publish(index, manifest, table)
     return {**figures(manifest, started, config.index), **shown, "compacted": True}
 
 
@@ -102,10 +98,11 @@ def shards_anew(config: IndexCompactConfig, before: IndexManifest, run: Run) -> 
         made_of={"format": FORMAT_VERSION, "table_version": before.table_version},
     )
     entries, placement = build_shards(shards, run)
+    asked = {name: value for name, value in before.parameters.items() if name == NLIST_SET}
     return {
         "kind": plan.kind,
         "kind_reason": plan.reason,
-        "parameters": plan.parameters,
+        "parameters": {**plan.parameters, **asked},
         "exact_dtype": plan.exact_dtype,
         "shards": entries,
         "placement": placement,
@@ -119,14 +116,11 @@ def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     if not _needs_compaction(config, before):
         return {"parent": before.version, "compacted": False}
     plan = plan_anew(config, before)
+    shown = ("rows", "kind", "shards", "predicted_build_memory_bytes_per_task", "predicted_disk_bytes")
     return {
         "parent": before.version,
         "compacted": True,
-        "rows": plan.rows,
-        "kind": plan.kind,
-        "shards": plan.shards,
-        "predicted_build_memory_bytes_per_task": plan.predicted_build_memory_bytes_per_task,
-        "predicted_disk_bytes": plan.predicted_disk_bytes,
+        **{name: getattr(plan, name) for name in shown},
     }
 
 
@@ -142,19 +136,20 @@ def _needs_compaction(config: IndexCompactConfig, before: IndexManifest) -> bool
 
 
 def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
+    kind = config.kind or before.kind
+    hnsw, ivf = settings_of(before, kind, before.rows)
     return plan_index(
         rows=before.rows,
         dim=before.dim,
-        kind=config.kind or before.kind,
+        kind=kind,
         shards=config.shards,
         recall=config.recall or before.recall_target,
         memory_bytes=int(config.memory),
         num_workers=config.workers.max,
         rescore="auto" if config.kind not in (None, before.kind) or before.exact_dtype else False,
         vector_dtype=before.vector_dtype,
-        hnsw=HnswConfig(
-            m=before.parameters.get("M"), ef_construction=before.parameters.get("efConstruction")
-        ),
+        hnsw=hnsw,
+        ivf=ivf,
     )
 
 

@@ -46,7 +46,7 @@ class TableRows:
 
     def rows(self) -> Rows:
         """Their numbers, rising."""
-        return self.listed if self.listed is not None else self.table().row_map.rows(self.first, self.last)
+        return self._in(self.table())
 
     def table(self) -> DocumentTable:
         return DocumentTable.open(self.index, self.table_version)
@@ -54,19 +54,30 @@ class TableRows:
     def stream(self) -> Iterator[tuple[Rows, Vectors]]:
         """Row numbers and vectors (N, D), float32, a batch at a time."""
         table = self.table()
-        rows = self.listed if self.listed is not None else table.row_map.rows(self.first, self.last)
+        rows = self._in(table)
         for start in range(0, len(rows), _BATCH_ROWS):
             batch = rows[start : start + _BATCH_ROWS]
-            yield batch, table.vectors(batch, unit=self.unit)
+            yield batch, self._vectors(table, batch)
 
     def sample(self, count: int, seed: int) -> tuple[Rows, Vectors]:
         """`count` distinct random rows (all where there are fewer), rising, and their vectors (N, D)."""
         table = self.table()
-        rows = self.listed if self.listed is not None else table.row_map.rows(self.first, self.last)
-        chosen = np.sort(
-            np.random.default_rng(seed).choice(len(rows), size=min(count, len(rows)), replace=False)
-        )
-        return rows[chosen], table.vectors(rows[chosen], unit=self.unit)
+        rows = self._in(table)
+        chosen = np.random.default_rng(seed).choice(len(rows), size=min(count, len(rows)), replace=False)
+        rows = rows[np.sort(chosen)]
+        # Batch by batch into their place: read at once, they would be in memory twice.
+        vectors = np.empty((len(rows), table.dim), np.float32)
+        for start in range(0, len(rows), _BATCH_ROWS):
+            batch = slice(start, start + _BATCH_ROWS)
+            vectors[batch] = self._vectors(table, rows[batch])
+        return rows, vectors
+
+    def _in(self, table: DocumentTable) -> Rows:
+        return self.listed if self.listed is not None else table.row_map.rows(self.first, self.last)
+
+    def _vectors(self, table: DocumentTable, rows: Rows) -> Vectors:
+        # Vectors of cosine are stored at unit length; only 16 bits a value leave them off it.
+        return table.vectors(rows, unit=self.unit and table.vector_dtype == "float16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,25 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from raytower.errors import InputError, RaytowerError
-from raytower.index.manifest import VERSIONS_NAME, IndexManifest
+from raytower.index.manifest import (
+    PLACEMENTS_NAME,
+    SHARDS_NAME,
+    VECTORS_NAME,
+    VERSIONS_NAME,
+    IndexManifest,
+    Operation,
+    ShardEntry,
+)
+from raytower.index.shard import Shard, local_file
 from raytower.index.table import DocumentTable
 from raytower.storage import Lease, Location, writer_lease
 
@@ -19,6 +32,8 @@ _FILE = re.compile(r"([0-9]{6,})\.json")
 CURRENT_NAME = "CURRENT"
 _LEASE_NAME = "writer"
 _LEASE_SECONDS = 30.0
+# FAISS writes four letters for the type of an index, its dimension and how many vectors it holds.
+_HEAD = struct.Struct("<4xiq")
 
 
 def version_names(index: Location) -> list[str]:
@@ -65,15 +80,52 @@ def next_version(name: str | None) -> str:
     return f"{int(name or 0) + 1:06d}"
 
 
-def publish(index: Location, manifest: IndexManifest) -> None:
+def following(before: IndexManifest, operation: Operation, identity: str, **changes: Any) -> IndexManifest:
+    """The document of the version after `before`, not yet published: the same but for some fields."""
+    names = {"version": next_version(before.version), "parent": before.version}
+    return before.model_copy(update={**names, "operation": operation, "identity": identity, **changes})
+
+
+def refuse_damaged(index: Location, manifest: IndexManifest, table: DocumentTable) -> None:
+    """Raises FormatError where a file of a published version is not there as it was when the version was made.
+
+    A shard is never written again and was opened before it was published. So none is read anew, which would take a
+    graph of 400,000 rows as long as all else that a deletion does: its files need only be there, of their sizes, and
+    begin as they must. One where they do not is opened, which says what is wrong.
+    """
+    sizes = dict((index / SHARDS_NAME).listing(recursive=True))
+    for entry in manifest.shards:
+        if not _is_as_it_was(index, entry, manifest.dim, sizes):
+            Shard.open(index, entry, manifest.dim, table.row_map)
+    if manifest.placement is not None:
+        local_file(index / PLACEMENTS_NAME / f"{manifest.placement.digest}.npz", manifest.placement.file)
+
+
+def _is_as_it_was(index: Location, entry: ShardEntry, dim: int, sizes: Mapping[str, int]) -> bool:
+    place = index / SHARDS_NAME / entry.digest
+    if any(sizes.get(f"{entry.digest}/{name}") != file.bytes for name, file in entry.files.items()):
+        return False
+    if not place.is_local:
+        return True
+    arrays = [(place / name).local_path for name in entry.files if name != VECTORS_NAME]
+    try:
+        with open((place / VECTORS_NAME).local_path, "rb") as stream:
+            head = _HEAD.unpack(stream.read(_HEAD.size))
+        lengths = {np.load(path, mmap_mode="r", allow_pickle=False).shape[:1] for path in arrays}
+    except (struct.error, ValueError, EOFError, OSError):
+        return False
+    return head == (dim, entry.rows) and lengths == {(entry.rows,)}
+
+
+def publish(index: Location, manifest: IndexManifest, table: DocumentTable | None = None) -> None:
     """Make a version, which new readers open from then on. What it names must be there: open it first.
 
-    Its version of the table is pinned before, so that no cleaning takes it away.
+    Its version of the table (`table`, where it is open already) is pinned before, so that no cleaning takes it away.
 
     Raises:
         RaytowerError: someone else made a version of this name; nothing was changed.
     """
-    DocumentTable.open(index, manifest.table_version).pin(pin_name(manifest))
+    (table or DocumentTable.open(index, manifest.table_version)).pin(pin_name(manifest))
     if not version_place(index, manifest.version).put_if_absent(manifest.to_json()):
         raise RaytowerError(
             f"version {manifest.version} of {index} was made by another writer meanwhile; nothing was changed: run the "
