@@ -20,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from raytower.data import slices
-from raytower.data.pieces import Survey, group_pieces, read_piece, read_pieces, survey
+from raytower.data.pieces import Survey, read_piece, read_pieces, survey
 from raytower.data.sources import InputConfig, find_files
 from raytower.errors import InputError
 from tests.data_files import rows_of, survey_of, write, write_jsonl
@@ -96,7 +96,9 @@ def test_lines(texts: list[str], rows_per_piece: int, newline: str) -> None:
 def test_tsv_pairs(
     rows: list[tuple[str, str]], rows_per_piece: int, compress: bool, ends_with_newline: bool
 ) -> None:
-    content = "\n".join("\t".join(row) for row in rows).encode() + b"\n" * ends_with_newline
+    # A file with carriage returns and no newline at all is refused, as one of an old Mac.
+    newline = b"\n" * (ends_with_newline or len(rows) == 1)
+    content = "\n".join("\t".join(row) for row in rows).encode() + newline
     content = b"\xef\xbb\xbf" + content
     with _file("p.tsv.gz" if compress else "p.tsv", gzip.compress(content) if compress else content) as path:
         surveyed = survey_of(path, "pairs", rows_per_piece)
@@ -265,17 +267,6 @@ def test_pieces_survive_pickling(tmp_path: Path) -> None:
         [{"id": "a", "text": "b"}],
         [{"id": "c", "text": "d"}],
     ]
-
-
-def test_pieces_of_one_stream_are_grouped(tmp_path: Path) -> None:
-    for name in ("a.txt.gz", "b.txt.gz"):
-        write(tmp_path / name, gzip.compress(b"1\n2\n3\n"))
-    write(tmp_path / "c.txt", b"1\n2\n3\n")
-    groups = group_pieces(survey_of(tmp_path, "corpus", 1).pieces)
-    assert [[piece.index for piece in group] for group in groups] == [[0, 1, 2], [3, 4, 5], [6], [7], [8]]
-    pq.write_table(pa.table({"text": list("abcde")}), tmp_path / "p.parquet", row_group_size=3)
-    groups = group_pieces(survey_of(tmp_path / "p.parquet", "corpus", 2).pieces)
-    assert [[piece.index for piece in group] for group in groups] == [[0, 1], [2]]
 
 
 def test_a_rewritten_file_is_read_anew(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_folder_takes_data_files_in_name_order_and_names_the_others(tmp_path: Pa
         write(tmp_path / name, name)
     assert [row["text"] for row in read(tmp_path, "corpus")] == ["a/z.txt", "b.txt"]
     hidden = "its name or a folder's begins with . or _"
-    assert survey_of(tmp_path, "corpus").ignored_files == (
+    assert find_files(str(tmp_path)).ignored == (
         f"{tmp_path}/.hidden.txt ({hidden})",
         f"{tmp_path}/README.md (its extension is no data file's)",
         f"{tmp_path}/_tmp/x.txt ({hidden})",

@@ -7,9 +7,11 @@ their files, and a worker reads just those lines.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +19,9 @@ import pyarrow as pa
 from raytower.data.layouts import Layout, Source, read_head, split_first_line
 from raytower.data.records import RecordField, RecordKind, canonical_schema, fields_of
 from raytower.data.rejects import Rejects
-from raytower.data.row_batch import Rejection
+from raytower.data.row_batch import Chunk, Rejection
 from raytower.data.rows import parse_slice
-from raytower.data.scanning import Chunk, scan
+from raytower.data.scanning import open_reader
 from raytower.data.slices import RangeReader, Slice
 from raytower.data.sources import COMPRESSION_SUFFIXES, InputConfig, SourceFile, is_glob, single_file
 from raytower.errors import InputError
@@ -68,12 +70,11 @@ class BeirFolder:
 
     def corpus(self, kind: RecordKind) -> Source:
         """corpus.jsonl as records of `kind` (corpus or lines); title and text joined, either may be empty."""
-        file = self._file(self.root, "corpus.jsonl")
-        return _text_source(file, kind, ("title", "text"))
+        return self._texts("corpus.jsonl", kind, ("title", "text"))
 
     def queries(self) -> Source:
         """queries.jsonl as records of ids and texts."""
-        return _text_source(self._file(self.root, "queries.jsonl"), "lines", ("text",))
+        return self._texts("queries.jsonl", "lines", ("text",))
 
     def qrels(self, split: str) -> Source:
         """qrels/<split>.tsv as scored records whose query and document are ids.
@@ -81,7 +82,9 @@ class BeirFolder:
         Raises:
             InputError: there is no such split, or the file's first line is not BEIR's header.
         """
-        file = self._file(self.root / "qrels", f"{split}.tsv", self._splits())
+        found = [re.sub(r"\.tsv(\.\w+)?$", "", place.name) for place in (self.root / "qrels").children()]
+        remedy = f"; input.split may be one of: {', '.join(found)}" if found else ""
+        file = self._file(self.root / "qrels", f"{split}.tsv", remedy)
         line, _, after_line = split_first_line(read_head(file))
         columns = tuple(line.split("\t"))
         if not set(QRELS_HEADER) <= set(columns):
@@ -96,9 +99,11 @@ class BeirFolder:
         )
         return Source(file, Layout("scored", "tsv", fields, columns, body_start=after_line, first_line=2))
 
-    def _splits(self) -> str:
-        found = [re.sub(r"\.tsv(\.\w+)?$", "", place.name) for place in (self.root / "qrels").children()]
-        return f"; input.split may be one of: {', '.join(found)}" if found else ""
+    def _texts(self, name: str, kind: RecordKind, text_fields: tuple[str, ...]) -> Source:
+        file = self._file(self.root, name)
+        _, body_start, _ = split_first_line(read_head(file))
+        _, *texts = fields_of(kind, text_fields, None, text_may_be_blank=len(text_fields) > 1)
+        return Source(file, Layout(kind, "jsonl", (_IDENTIFIER, *texts), body_start=body_start))
 
     def _file(self, folder: Location, name: str, remedy: str = "") -> SourceFile:
         places = [place for place in folder.children() if place.name in _names_of(name)]
@@ -122,19 +127,10 @@ def read_qrels(path: str, split: str = "test") -> dict[str, dict[str, float]]:
 
 def read_queries(path: str) -> dict[str, str]:
     """Query id → text, in file order. Raises InputError for a row that breaks a rule or repeats an id."""
-    queries: dict[str, str] = {}
-    lines: dict[str, int] = {}
     source = BeirFolder.of(path).queries()
     with Rejects(None, None, path, "queries") as rejects:
-        for chunk in scan(source, _CHUNK_ROWS):
-            rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
-            for identifier, text, line in _id_text_line(chunk):
-                if identifier in queries:
-                    rejects.add(
-                        source.file, [_repeated(source, identifier, line, lines[identifier])], chunk.raw
-                    )
-                queries[identifier], lines[identifier] = text, line
-    return queries
+        found = _first_of_each(source, lambda identifier: True, rejects)
+        return {identifier: text for _, identifier, text, _ in found}
 
 
 @dataclass(frozen=True)
@@ -146,57 +142,44 @@ class JudgedPairs:
 
     queries: Source
     corpus: Source
-    first_line: int
-    """Line of the first of them in the qrels file."""
     query_ids: tuple[str, ...]
     document_ids: tuple[str, ...]
     query_spans: np.ndarray = field(compare=False, repr=False)
     document_spans: np.ndarray = field(compare=False, repr=False)
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.query_ids)
 
-    @property
-    def is_compressed(self) -> bool:
-        return self.corpus.file.compression is not None or self.queries.file.compression is not None
-
-
-def survey_pairs(folder: BeirFolder, split: str, rows_per_piece: int, rejects: Rejects) -> list[JudgedPairs]:
+def survey_pairs(
+    qrels: Source, queries: Source, corpus: Source, rows_per_piece: int, rejects: Rejects
+) -> Iterator[JudgedPairs]:
     """The judgements with a score above 0, cut into pieces. Memory: the judgements, and a span for each judged text.
 
     Every row of the three files is checked; a judgement whose query or document does not exist is rejected too.
     """
-    qrels, queries, corpus = folder.qrels(split), folder.queries(), folder.corpus("lines")
     judgements = [judgement for judgement in _judgements(qrels, rejects) if judgement.score > 0]
-    query_places = _locate(queries, {judgement.query_id for judgement in judgements}, rejects)
-    document_places = _locate(corpus, {judgement.document_id for judgement in judgements}, rejects)
+    query_spans = _locate(queries, {judgement.query_id for judgement in judgements}, rejects)
+    document_spans = _locate(corpus, {judgement.document_id for judgement in judgements}, rejects)
     unknown: dict[int, str] = {}
     good = []
     for judgement in judgements:
-        if judgement.query_id not in query_places:
+        if judgement.query_id not in query_spans:
             unknown[judgement.line] = f"query-id {judgement.query_id!r} is not in {queries.file}"
-        elif judgement.document_id not in document_places:
+        elif judgement.document_id not in document_spans:
             unknown[judgement.line] = f"corpus-id {judgement.document_id!r} is not in {corpus.file}"
         else:
             good.append(judgement)
-    _reject_lines(qrels, unknown, rejects)
-    return [
-        JudgedPairs(
-            queries=queries,
-            corpus=corpus,
-            first_line=some[0].line,
-            query_ids=tuple(judgement.query_id for judgement in some),
-            document_ids=tuple(judgement.document_id for judgement in some),
-            query_spans=np.array(
-                [query_places[judgement.query_id][:2] for judgement in some], dtype=np.int64
-            ),
-            document_spans=np.array(
-                [document_places[judgement.document_id][:2] for judgement in some], dtype=np.int64
-            ),
+    for chunk in open_reader(qrels).scan(_CHUNK_ROWS) if unknown else ():
+        lines = [line for line in chunk.rows.lines.tolist() if line in unknown]
+        rejects.add(qrels.file, [Rejection(line, unknown[line]) for line in lines], chunk.raw)
+    for start in range(0, len(good), rows_per_piece):
+        query_ids, document_ids, _, _ = zip(*good[start : start + rows_per_piece], strict=True)
+        yield JudgedPairs(
+            queries,
+            corpus,
+            query_ids,
+            document_ids,
+            np.array([query_spans[identifier] for identifier in query_ids], dtype=np.int64),
+            np.array([document_spans[identifier] for identifier in document_ids], dtype=np.int64),
         )
-        for some in (good[start : start + rows_per_piece] for start in range(0, len(good), rows_per_piece))
-    ]
 
 
 def read_judged_pairs(pairs: JudgedPairs) -> pa.Table:
@@ -210,8 +193,7 @@ def read_judged_pairs(pairs: JudgedPairs) -> pa.Table:
     return pa.table(columns, schema=canonical_schema("pairs"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Judgement:
+class _Judgement(NamedTuple):
     query_id: str
     document_id: str
     score: float
@@ -220,53 +202,69 @@ class _Judgement:
 
 def _judgements(source: Source, rejects: Rejects) -> Iterator[_Judgement]:
     seen: dict[tuple[str, str], tuple[int, float]] = {}
-    for chunk in scan(source, _CHUNK_ROWS):
-        rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
-        columns = [chunk.parsed.columns[name].to_pylist() for name in ("query", "document", "label")]
-        for query_id, document_id, score, line in zip(*columns, chunk.parsed.lines.tolist(), strict=True):
-            first, known_score = seen.setdefault((query_id, document_id), (line, score))
-            if known_score != score:
-                reason = (
-                    f"query-id {query_id!r} and corpus-id {document_id!r} are judged {known_score:g} in line {first} "
-                    f"and {score:g} here"
-                )
+    for chunk, query_id, document_id, score, line in _rows(source, ("query", "document", "label"), rejects):
+        first, known_score = seen.setdefault((query_id, document_id), (line, score))
+        if known_score != score:
+            reason = (
+                f"query-id {query_id!r} and corpus-id {document_id!r} are judged {known_score:g} in line {first} "
+                f"and {score:g} here"
+            )
+            rejects.add(source.file, [Rejection(line, reason)], chunk.raw)
+        elif first == line:  # the same judgement once more says nothing new
+            yield _Judgement(query_id, document_id, score, line)
+
+
+def _rows(source: Source, columns: Sequence[str], rejects: Rejects) -> Iterator[tuple[Any, ...]]:
+    """Every good row: its chunk, its values in `columns`, and its line."""
+    for chunk in open_reader(source).scan(_CHUNK_ROWS):
+        rejects.add(source.file, chunk.rows.rejections, chunk.raw)
+        values = [chunk.rows.columns[name].to_pylist() for name in columns]
+        yield from zip(itertools.repeat(chunk), *values, chunk.rows.lines.tolist())
+
+
+def _first_of_each(
+    source: Source, is_wanted: Callable[[str], bool], rejects: Rejects
+) -> Iterator[tuple[Chunk, str, str, int]]:
+    """Chunk, id, text and line of each wanted id; the rows that repeat one are rejected. The whole file is checked."""
+    lines: dict[str, int] = {}
+    for chunk, identifier, text, line in _rows(source, ("id", "text"), rejects):
+        if is_wanted(identifier):
+            first = lines.setdefault(identifier, line)
+            if first == line:
+                yield chunk, identifier, text, line
+            else:
+                reason = f"id {identifier!r} is already the id of {source.file}:{first}; ids must be unique"
                 rejects.add(source.file, [Rejection(line, reason)], chunk.raw)
-            elif first == line:  # the same judgement once more says nothing new
-                yield _Judgement(query_id, document_id, score, line)
 
 
-def _locate(source: Source, wanted: set[str], rejects: Rejects) -> dict[str, tuple[int, int, int]]:
-    """For each wanted id: start byte, end byte and number of its line. The whole file is checked on the way."""
-    places: dict[str, tuple[int, int, int]] = {}
-    for chunk in scan(source, _CHUNK_ROWS):
-        rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
-        assert isinstance(chunk.content, Slice)
-        newlines = np.flatnonzero(np.frombuffer(chunk.content.data, np.uint8) == 10)
-        # Line i of the chunk is [bounds[i], bounds[i + 1] - 1): without its newline.
-        bounds = np.concatenate(([0], newlines + 1, [len(chunk.content.data) + 1])) + chunk.extent.start
-        for identifier, _, line in _id_text_line(chunk):
-            if identifier not in wanted:
-                continue
-            if identifier in places:
-                rejects.add(
-                    source.file, [_repeated(source, identifier, line, places[identifier][2])], chunk.raw
-                )
-                continue
-            number = line - chunk.extent.first_line
-            places[identifier] = (int(bounds[number]), int(bounds[number + 1]) - 1, line)
-    return places
+def _locate(source: Source, wanted: set[str], rejects: Rejects) -> dict[str, tuple[int, int]]:
+    """For each wanted id, the bytes at which its line starts and ends, newline included."""
+    spans: dict[str, tuple[int, int]] = {}
+    edges_of: tuple[Chunk | None, list[int]] = (None, [])
+    for chunk, identifier, _, line in _first_of_each(source, wanted.__contains__, rejects):
+        if chunk is not edges_of[0]:
+            assert isinstance(chunk.content, Slice)
+            edges_of = chunk, chunk.content.edges()
+        start, number = chunk.extent.start, line - chunk.extent.first_line
+        spans[identifier] = (start + edges_of[1][number], start + edges_of[1][number + 1])
+    return spans
 
 
 def _fetch(source: Source, ids: Sequence[str], spans: np.ndarray) -> list[str]:
     """The texts of the lines at `spans` (int64 [n, 2]), whose ids must be `ids`."""
+    runs: list[list[tuple[int, int]]] = []
+    for start, end in np.unique(spans, axis=0).tolist():
+        if not runs or start - runs[-1][-1][1] > _GAP_BYTES or end - runs[-1][0][0] > _RUN_BYTES:
+            runs.append([])
+        runs[-1].append((start, end))
     lines: list[bytes] = []
     with RangeReader(source.file) as reader:
-        for run in _runs(np.unique(spans, axis=0)):
-            start = int(run[0, 0])
-            data = reader.read(start, int(run[-1, 1]) - start)
-            lines += [data[begin - start : end - start] for begin, end in run.tolist()]
-    parsed = parse_slice(Slice(0, 1, b"\n".join(lines)), source)
-    texts = dict(zip(parsed.columns["id"].to_pylist(), parsed.columns["text"].to_pylist(), strict=True))
+        for run in runs:
+            first = run[0][0]
+            data = reader.read(first, run[-1][1] - first)
+            lines += [data[start - first : end - first] for start, end in run]
+    found = parse_slice(Slice(0, 1, b"".join(lines)), source).columns
+    texts = dict(zip(found["id"].to_pylist(), found["text"].to_pylist(), strict=True))
     missing = next((identifier for identifier in ids if identifier not in texts), None)
     if missing is not None:
         raise InputError(
@@ -288,33 +286,6 @@ def _runs(spans: np.ndarray) -> Iterator[np.ndarray]:
         ):
             yield spans[begin:number]
             begin = number
-
-
-def _reject_lines(source: Source, reasons: dict[int, str], rejects: Rejects) -> None:
-    if not reasons:
-        return
-    for chunk in scan(source, _CHUNK_ROWS):
-        lines = [line for line in chunk.parsed.lines.tolist() if line in reasons]
-        rejects.add(source.file, [Rejection(line, reasons[line]) for line in lines], chunk.raw)
-
-
-def _text_source(file: SourceFile, kind: RecordKind, text_fields: tuple[str, ...]) -> Source:
-    _, body_start, _ = split_first_line(read_head(file))
-    _, *texts = fields_of(kind, text_fields, None, text_may_be_blank=len(text_fields) > 1)
-    return Source(file, Layout(kind, "jsonl", (_IDENTIFIER, *texts), body_start=body_start))
-
-
-def _id_text_line(chunk: Chunk) -> Iterator[tuple[str, str, int]]:
-    columns = chunk.parsed.columns
-    return zip(
-        columns["id"].to_pylist(), columns["text"].to_pylist(), chunk.parsed.lines.tolist(), strict=True
-    )
-
-
-def _repeated(source: Source, identifier: str, line: int, first: int) -> Rejection:
-    return Rejection(
-        line, f"id {identifier!r} is already the id of {source.file}:{first}; ids must be unique"
-    )
 
 
 def _names_of(name: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytower.data.row_batch import RowBatch
+from raytower.data.row_batch import RowBatch, mask_of
 from raytower.data.visible import describe_unseen, shows_nothing
 
 NUM_POSITIVES = "num_positives"
@@ -24,11 +24,6 @@ of a record each. 0: the row is one record as it stands."""
 
 def make_candidates(batch: RowBatch) -> None:
     """Check the lists of each row, and make them records whose highest score comes first; ties keep their order."""
-    _check_lists(batch)
-    _split_and_sort(batch)
-
-
-def _check_lists(batch: RowBatch) -> None:
     counts = _lengths(batch, "documents")
     batch.reject(counts < 2, lambda i: f"documents holds {_count(counts[i], 'text')}, must hold at least 2")
     _check_elements(batch, "documents", _is_null, lambda name, _: f"{name} is null, must be a string")
@@ -44,6 +39,7 @@ def _check_lists(batch: RowBatch) -> None:
     _check_elements(
         batch, "scores", _is_not_finite, lambda name, value: f"{name} {str(value)!r} is not a finite number"
     )
+    _split_and_sort(batch)
 
 
 def _check_elements(
@@ -52,19 +48,14 @@ def _check_elements(
     """Reject the rows with a bad element in a list; the reason is told the first one's name and value."""
     values = batch.columns[column].flatten()
     bad = np.flatnonzero(is_bad(values))
-    if len(bad) == 0:
-        return
     rows_of_values = pc.list_parent_indices(batch.columns[column]).to_numpy()
-    rows, first = np.unique(rows_of_values[bad], return_index=True)
-    first_bad = dict(zip(rows.tolist(), bad[first].tolist(), strict=True))
-    is_bad_row = np.zeros(len(batch.lines), dtype=bool)
-    is_bad_row[rows] = True
+    first_bad = dict(zip(rows_of_values[bad][::-1].tolist(), bad[::-1].tolist(), strict=True))
 
     def describe(row: int) -> str:
         place = first_bad[row] - int(np.searchsorted(rows_of_values, row))
         return reason(_element_name(batch, column, row, place), values[first_bad[row]].as_py())
 
-    batch.reject(is_bad_row, describe)
+    batch.reject(np.isin(np.arange(len(batch.lines)), rows_of_values[bad]), describe)
 
 
 def _element_name(batch: RowBatch, column: str, row: int, place: int) -> str:
@@ -72,9 +63,7 @@ def _element_name(batch: RowBatch, column: str, row: int, place: int) -> str:
     num_positives = _num_positives(batch)[row]
     if not num_positives:
         return f"{column.removesuffix('s')} {place + 1}"
-    if place < num_positives:
-        return f"positive {place + 1}"
-    return f"negative {place - num_positives + 1}"
+    return f"positive {place + 1}" if place < num_positives else f"negative {place - num_positives + 1}"
 
 
 def _split_and_sort(batch: RowBatch) -> None:
@@ -117,7 +106,7 @@ def _lengths(batch: RowBatch, column: str) -> np.ndarray:
 
 
 def _is_null(values: pa.Array) -> np.ndarray:
-    return values.is_null().to_numpy(zero_copy_only=False)
+    return mask_of(values.is_null())
 
 
 def _is_not_finite(values: pa.Array) -> np.ndarray:

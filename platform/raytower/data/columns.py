@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytower.data.row_batch import RowBatch
+from raytower.data.first_bytes import is_utf8
+from raytower.data.row_batch import RowBatch, mask_of
 from raytower.data.slices import MAX_LINE_BYTES
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
@@ -30,6 +31,14 @@ _INT64_MIN = -(2**63)
 _DAYS = (-719_162, 2_932_896)
 _SECONDS = (-62_135_596_800, 253_402_300_799)
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6}
+_PLAIN = {kind.id: plain for kinds, plain in (
+    ([pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32()], pa.int64()),
+    ([pa.string(), pa.large_string(), pa.string_view()], pa.string()),
+    ([pa.float16(), pa.float32()], pa.float32()),
+    *(([kind], kind) for kind in (pa.null(), pa.bool_(), pa.uint64(), pa.float64(), pa.date32(), pa.date64())),
+) for kind in kinds}  # fmt: skip
+_LISTS = {kind(pa.null()).id for kind in (pa.list_, pa.large_list, pa.list_view, pa.large_list_view)}
+_LISTS.add(pa.list_(pa.null(), 1).id)
 _NO_UTF8 = "is not UTF-8"
 
 
@@ -78,18 +87,10 @@ def plain_type(kind: pa.DataType, depth: int = 0) -> pa.DataType:
             if not is_member_name(name):
                 raise TypeError(f"it has a member named {name!r}")
         return pa.struct([(member.name, plain_type(member.type, depth + 1)) for member in kind])
-    if _is_list(kind):
+    if kind.id in _LISTS:
         return pa.list_(plain_type(kind.value_type, depth + 1))
-    if types.is_null(kind) or types.is_boolean(kind) or types.is_float32(kind) or types.is_float64(kind):
-        return kind
-    if types.is_integer(kind):
-        return kind if types.is_uint64(kind) else pa.int64()
-    if types.is_float16(kind):
-        return pa.float32()
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return pa.string()
-    if types.is_date(kind):
-        return kind
+    if kind.id in _PLAIN:
+        return _PLAIN[kind.id]
     if types.is_timestamp(kind):
         return pa.timestamp(kind.unit, kind.tz and "UTC")
     if types.is_decimal(kind) and kind.precision <= _MAX_DIGITS:
@@ -154,18 +155,6 @@ def _decoded(array: pa.Array) -> pa.Array:
             return array
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    kinds = (
-        types.is_list,
-        types.is_large_list,
-        types.is_fixed_size_list,
-        types.is_list_view,
-        types.is_large_list_view,
-    )
-    return any(is_kind(kind) for is_kind in kinds)
-
-
 def _leaves(array: pa.Array, rows: np.ndarray) -> Iterator[tuple[pa.Array, np.ndarray]]:
     """The columns of plain values in `array`, with the row of each value."""
     if pa.types.is_struct(array.type):
@@ -200,25 +189,12 @@ def _leaf_faults(values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
         yield mask_of(beyond), "is a date outside of the years 1 to 9999"
 
 
-def mask_of(condition: pa.Array) -> np.ndarray:
-    """A condition as bool [rows], null as False."""
-    return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
-
-
 def _is_no_utf8(texts: pa.Array) -> np.ndarray:
     try:
         texts.validate(full=True)
         return np.zeros(len(texts), dtype=bool)
     except pa.ArrowInvalid:
-        return np.array([not _is_utf8(value) for value in texts.cast(pa.binary()).to_pylist()])
-
-
-def _is_utf8(value: bytes | None) -> bool:
-    try:
-        (value or b"").decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+        return np.array([not is_utf8(value or b"") for value in texts.cast(pa.binary()).to_pylist()])
 
 
 def _json_faults(values: list[Any]) -> dict[int, str]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytower.data.columns import cast_exactly, mask_of, parents
+from raytower.data.columns import cast_exactly, parents
 from raytower.data.records import RecordKind, canonical_schema
-from raytower.data.row_batch import Column, Parsed
+from raytower.data.row_batch import Column, RowBatch, mask_of
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 
@@ -46,13 +46,15 @@ _INTEGERS = {"int64", "long", "negative", "unsigned"}
 _FLOATS = {"float32", "float64", "fraction"}
 _PRECISIONS = {"nanoseconds", "far"}
 _LONE: dict[Trait, pa.DataType] = {
-    "bool": pa.bool_(),
-    "string": pa.string(),
-    "date": pa.date32(),
-    "struct": pa.struct([]),
-    "list": pa.list_(pa.null()),
-}
-_OF_PYTHON = {bool: "bool", int: "int64", float: "float64", str: "string", dict: "struct", list: "list"}
+    "bool": pa.bool_(), "string": pa.string(), "date": pa.date32(), "struct": pa.struct([]), "list": pa.list_(pa.null())
+}  # fmt: skip
+_BASES: dict[int, Trait] = {kind.id: trait for trait, kind in _LONE.items()} | {
+    pa.date64().id: "date", pa.int64().id: "int64", pa.uint64().id: "int64", pa.float32().id: "float32",
+    pa.float64().id: "float64",
+}  # fmt: skip
+_OF_PYTHON: dict[object, pa.DataType] = {
+    bool: pa.bool_(), int: pa.int64(), "large": pa.uint64(), float: pa.float64(), str: pa.string()
+}  # fmt: skip
 
 
 def stored_name(name: str) -> str:
@@ -77,14 +79,14 @@ class ExtraTypes:
         self._columns: dict[str, _Seen] = {}
         self._originals: dict[str, str] = {}
 
-    def observe(self, parsed: Parsed, file: SourceFile) -> None:
+    def observe(self, batch: RowBatch, file: SourceFile) -> None:
         """Take in the good rows of one chunk.
 
         Raises:
             InputError: values that have no type in common with those of earlier rows, two columns that would get one
                 name, or too many columns.
         """
-        for original, column in parsed.extra.items():
+        for original, column in batch.extra.items():
             name = stored_name(original)
             other = self._originals.setdefault(name, original)
             if other != original:
@@ -93,7 +95,7 @@ class ExtraTypes:
                     f"them ({', '.join(_OWN_NAMES)} are names of the index's own)"
                 )
             seen = self._columns.setdefault(name, _Seen(original))
-            for values, lines in _chunks(column, parsed.lines):
+            for values, lines in _chunks(column, batch.lines):
                 seen.observe(values, lines, file)
         refuse_too_many(sum(seen.count for seen in self._columns.values()), file)
 
@@ -108,13 +110,13 @@ class ExtraTypes:
         return pa.schema([*canonical_schema(kind), *extra])
 
 
-def build_table(parsed: Parsed, schema: pa.Schema) -> pa.Table:
-    """The rows of `parsed` as a table of exactly `schema`; columns that they lack are null."""
-    extra = {stored_name(name): column for name, column in parsed.extra.items()}
+def build_table(batch: RowBatch, schema: pa.Schema) -> pa.Table:
+    """The rows of `batch` as a table of exactly `schema`; columns that they lack are null."""
+    extra = {stored_name(name): column for name, column in batch.extra.items()}
     columns = [
-        parsed.columns[field.name]
-        if field.name in parsed.columns
-        else _of_type(extra.get(field.name, pa.nulls(parsed.num_rows)), field.type)
+        batch.columns[field.name]
+        if field.name in batch.columns
+        else _of_type(extra.get(field.name, pa.nulls(len(batch.lines))), field.type)
         for field in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
@@ -166,44 +168,20 @@ class _Seen:
 
     def observe(self, values: pa.Array | list[Any], lines: np.ndarray, file: SourceFile) -> None:
         """Take in values with the line of each. Raises InputError where no type holds these and earlier ones."""
-        if isinstance(values, list):
-            self._observe_json(values, lines.tolist(), file)
-            return
-        base = _base_trait(values.type)
-        if base is not None and values.null_count == len(values):
-            self._declared.add(base)
-        for trait, shows in _array_traits(values, base):
-            if trait not in self._traits and (mask := mask_of(shows)).any():
-                self._add(trait, file, int(lines[np.argmax(mask)]))
-        if base == "struct":
-            for member, child in zip(values.type, values.flatten(), strict=True):
-                self._member(member.name).observe(child, lines, file)
-        elif base == "list":
-            self._member(None).observe(values.flatten(), parents(values, lines), file)
-
-    def _observe_json(self, values: list[Any], lines: list[int], file: SourceFile) -> None:
-        # Each kind of value at once: one by one would cost as much as reading them.
-        groups: dict[type, tuple[list[Any], list[int]]] = {}
-        for value, line in zip(values, lines, strict=True):
-            if value is not None and value == value:  # NaN is not
-                same, places = groups.setdefault(type(value), ([], []))
-                same.append(value)
-                places.append(line)
-        for kind, (same, places) in groups.items():
-            found = {
-                trait: next((line for value, line in zip(same, places, strict=True) if shows(value)), 0)
-                for trait, shows in _json_traits(kind)
-                if trait not in self._traits
-            }
-            for trait, line in sorted(found.items(), key=lambda item: item[1]):
-                if line:
-                    self._add(trait, file, line)
-            if kind is dict:
-                for key in dict.fromkeys(itertools.chain.from_iterable(same)):
-                    self._member(key)._observe_json([value.get(key) for value in same], places, file)
-            elif kind is list:
-                lines_of = [line for value, line in zip(same, places, strict=True) for _ in value]
-                self._member(None)._observe_json(list(itertools.chain.from_iterable(same)), lines_of, file)
+        groups = _alike(values, lines) if isinstance(values, list) else [(values, lines)]
+        shown: list[tuple[int, Trait]] = []
+        for same, places in groups:
+            base = _base_trait(same)
+            if base is not None and isinstance(same, pa.Array) and same.null_count == len(same):
+                self._declared.add(base)
+            for trait, shows in _traits(same, base):
+                if trait not in self._traits and (mask := mask_of(shows)).any():
+                    shown.append((int(places[np.argmax(mask)]), trait))
+        for line, trait in sorted(shown, key=lambda item: item[0]):
+            self._add(trait, file, line)
+        for same, places in groups:
+            for key, inner, inner_lines in _members(same, places):
+                self._member(key).observe(inner, inner_lines, file)
 
     def _member(self, key: str | None) -> _Seen:
         if key not in self._members:
@@ -249,22 +227,55 @@ def _unified(traits: Set[Trait]) -> pa.DataType | None:
     return None
 
 
-def _base_trait(kind: pa.DataType) -> Trait | None:
-    types = pa.types
-    if types.is_decimal(kind):
-        return kind
-    if types.is_timestamp(kind):
-        return "timestamp" if kind.tz is None else "instant"
-    named = {
-        "bool": types.is_boolean, "string": types.is_string, "date": types.is_date, "struct": types.is_struct,
-        "list": types.is_list, "int64": types.is_integer, "float32": types.is_float32, "float64": types.is_float64,
-    }  # fmt: skip
-    return next((name for name, is_kind in named.items() if is_kind(kind)), None)
+def _alike(values: list[Any], lines: np.ndarray) -> list[tuple[pa.Array | list[Any], np.ndarray]]:
+    """JSON values by their kind, scalars as Arrow; null, and NaN, are left out."""
+    groups: dict[object, tuple[list[Any], list[int]]] = {}
+    for value, line in zip(values, lines.tolist(), strict=True):
+        if value is not None and value == value:  # NaN is not
+            kind = type(value)
+            same, places = groups.setdefault(
+                "large" if kind is int and value > _INT64_MAX else kind, ([], [])
+            )
+            same.append(value)
+            places.append(line)
+    return [
+        (pa.array(same, _OF_PYTHON[kind]) if kind in _OF_PYTHON else same, np.array(places))
+        for kind, (same, places) in groups.items()
+    ]
 
 
-def _array_traits(values: pa.Array, base: Trait | None) -> Iterator[tuple[Trait, pa.Array]]:
-    """The traits that values of such a type may have, each with the rows that show it."""
+def _members(
+    values: pa.Array | list[Any], lines: np.ndarray
+) -> Iterator[tuple[str | None, pa.Array | list[Any], np.ndarray]]:
+    """The members of objects by key, or the elements of lists under None, each with their lines."""
+    if isinstance(values, list) and type(values[0]) is dict:
+        for key in dict.fromkeys(itertools.chain.from_iterable(values)):
+            yield key, [value.get(key) for value in values], lines
+    elif isinstance(values, list):
+        yield None, list(itertools.chain.from_iterable(values)), np.repeat(lines, list(map(len, values)))
+    elif pa.types.is_struct(values.type):
+        for member, child in zip(values.type, values.flatten(), strict=True):
+            yield member.name, child, lines
+    elif pa.types.is_list(values.type):
+        yield None, values.flatten(), parents(values, lines)
+
+
+def _base_trait(values: pa.Array | list[Any]) -> Trait | None:
+    if isinstance(values, list):
+        return "struct" if type(values[0]) is dict else "list"
+    if pa.types.is_decimal(values.type):
+        return values.type
+    if pa.types.is_timestamp(values.type):
+        return "timestamp" if values.type.tz is None else "instant"
+    return _BASES.get(values.type.id)
+
+
+def _traits(values: pa.Array | list[Any], base: Trait | None) -> Iterator[tuple[Trait, pa.Array]]:
+    """The traits that such values may have, each with the rows that show it."""
     if base is None:
+        return
+    if isinstance(values, list):
+        yield base, pa.array([True])
         return
     yield base, values.is_valid()
     if base == "int64":
@@ -275,10 +286,8 @@ def _array_traits(values: pa.Array, base: Trait | None) -> Iterator[tuple[Trait,
             yield "long", pc.less(values, -_EXACT_IN_FLOAT)
             yield "negative", pc.less(values, 0)
     elif base in ("float32", "float64"):
-        is_whole = pc.and_(
-            pc.equal(values, pc.floor(values)), pc.less_equal(pc.abs(values), float(_EXACT_IN_FLOAT))
-        )
-        yield "fraction", pc.invert(is_whole)
+        is_exact = pc.less_equal(pc.abs(values), float(_EXACT_IN_FLOAT))
+        yield "fraction", pc.invert(pc.and_(pc.equal(values, pc.floor(values)), is_exact))
         yield "negative", pc.less(values, 0)
     elif base in ("timestamp", "instant") and values.type.unit == "ns":
         ticks = values.cast(pa.int64())
@@ -287,15 +296,3 @@ def _array_traits(values: pa.Array, base: Trait | None) -> Iterator[tuple[Trait,
         ticks = values.cast(pa.timestamp("us", values.type.tz)).cast(pa.int64())
         first, last = _NS_RANGE_IN_US
         yield "far", pc.or_(pc.less(ticks, first), pc.greater(ticks, last))
-
-
-def _json_traits(kind: type) -> Iterator[tuple[Trait, Callable[[Any], bool]]]:
-    """The traits that JSON values of a Python type may have, each with the test for it."""
-    yield _OF_PYTHON[kind], lambda value: True
-    if kind is int:
-        yield "long", lambda value: abs(value) > _EXACT_IN_FLOAT
-        yield "unsigned", lambda value: value > _INT64_MAX
-    elif kind is float:
-        yield "fraction", lambda value: not value.is_integer() or abs(value) > _EXACT_IN_FLOAT
-    if kind is int or kind is float:
-        yield "negative", lambda value: value < 0

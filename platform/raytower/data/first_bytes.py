@@ -72,7 +72,7 @@ def refuse_other_text(file: SourceFile, head: bytes) -> None:
             "`iconv -f UTF-16LE -t UTF-8`"
         )
     lines = {line for line in head.split(b"\n")[:-1] if not line.isascii()}
-    if len(lines) >= _MIN_FOREIGN_LINES and not any(_is_utf8(line) for line in lines):
+    if len(lines) >= _MIN_FOREIGN_LINES and not any(is_utf8(line) for line in lines):
         raise InputError(
             f"{file} is no UTF-8 text: none of its first {len(lines)} lines with characters beyond ASCII is; if it "
             "is GBK, `iconv -f GB18030 -t UTF-8` makes it UTF-8"
@@ -83,9 +83,10 @@ def refuse_other_text(file: SourceFile, head: bytes) -> None:
         )
 
 
-def _is_utf8(line: bytes) -> bool:
+def is_utf8(text: bytes) -> bool:
+    """Whether the bytes are UTF-8."""
     try:
-        line.decode("utf-8")
+        text.decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True

@@ -19,7 +19,7 @@ from raytower.data.row_batch import BadRowError, Rejection, RowBatch
 _JSON_TYPES = {str: "string", int: "number", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
-def load_json(lines: Sequence[str], numbers: np.ndarray, source: Source) -> RowBatch:
+def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> RowBatch:
     """`lines`, the line numbers of which are `numbers`, as rows with a column for each field."""
     layout = source.layout
     columns: dict[str, list[Any]] = {wanted.name: [] for wanted in layout.fields}
@@ -28,7 +28,7 @@ def load_json(lines: Sequence[str], numbers: np.ndarray, source: Source) -> RowB
     extra: list[dict[str, Any]] = []
     rejections: list[Rejection] = []
     text_names = {name for f in layout.fields if f.type == "text" for name in f.names}
-    for number, line in zip(numbers.tolist(), lines, strict=True):
+    for number, line in zip(numbers, lines, strict=True):
         try:
             row = _json_object(line)
             row, positives = _with_documents(row) if layout.kind == "candidates" else (row, 0)

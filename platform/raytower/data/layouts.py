@@ -31,22 +31,9 @@ _BOM = b"\xef\xbb\xbf"
 _FIRST_LINE_BYTES = 1024 * 1024
 _HEAD_BYTES = 64 * 1024
 # Names that only a header has. A first line with one of them and without those that were asked for is not guessed at.
-_HEADER_WORDS = frozenset(
-    (
-        "id",
-        "_id",
-        "docid",
-        "doc_id",
-        "pid",
-        "text",
-        "title",
-        "content",
-        "contents",
-        "document",
-        "passage",
-        "label",
-    )
-)
+_HEADER_WORDS = {
+    "id", "_id", "docid", "doc_id", "pid", "text", "title", "content", "contents", "document", "passage", "label"
+}  # fmt: skip
 _MIN_REPEATED_LINES = 8
 _MIN_TEXT_CHARACTERS = 4
 
@@ -82,11 +69,8 @@ class Layout:
     @property
     def has_ids(self) -> bool:
         """Whether rows may bring ids of their own."""
-        return is_corpus_like(self.kind) and (not self.columns or self.column_of(self.fields[0]) is not None)
-
-    def column_of(self, field: RecordField) -> str | None:
-        """The TSV or CSV column that `field` is read from, or None."""
-        return name_among(field, self.columns)
+        has_id = not self.columns or name_among(self.fields[0], self.columns) is not None
+        return is_corpus_like(self.kind) and has_id
 
 
 @dataclass(frozen=True)
@@ -165,7 +149,7 @@ def _table_layout(
     delimiter = _delimiter(line) if file_format == "csv" else "\t"
     quoted = delimiter != "\t" or _is_quoted(head)
     if quoted:
-        after_line = next((int(end) for end in row_ends(head, quoted) if end > body_start), len(head))
+        after_line = next((int(end) for end in row_ends(head, "quoted") if end > body_start), len(head))
         line = head[body_start:after_line].decode("utf-8", errors="replace").rstrip("\r\n")
     first = tuple(next(csv.reader([line], delimiter=delimiter), [])) if quoted else tuple(line.split("\t"))
     columns, has_header = _table_columns(file, kind, config, first, fields)
@@ -245,15 +229,13 @@ def _detect_format(file: SourceFile, kind: RecordKind, config: InputConfig, head
             f"{file}: the extension {file.suffix!r} tells no format (known: {', '.join(FORMAT_BY_SUFFIX)}, also "
             f"with .gz or .zst); rename the file{config.remedy('or set input.format')}"
         )
-    if binary is not None and named in (None, binary):
-        return cast(FileFormat, binary)
     if binary is not None:
-        raise InputError(f"{file} is {binary}, not {named}; give it the extension .{binary}")
+        if named not in (None, binary):
+            raise InputError(f"{file} is {binary}, not {named}; give it the extension .{binary}")
+        return cast(FileFormat, binary)
     is_array = head.removeprefix(_BOM).lstrip().startswith(b"[")
     line = split_first_line(head)[0]
-    if named == "jsonl":
-        return "json" if is_array else "jsonl"
-    if named is None and (is_array or line.lstrip().startswith("{")):
+    if named == "jsonl" or (named is None and (is_array or line.lstrip().startswith("{"))):
         return "json" if is_array else "jsonl"
     if named is None:
         return "tsv" if "\t" in line or not is_corpus_like(kind) else "lines"
@@ -352,6 +334,7 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
     """
     refuse_repeated(file, schema.names)
     refuse_other_kind(str(file), layout.kind, schema.names)
+    types = pa.types
     chosen: dict[str, str | None] = {}
     for field in layout.fields:
         name = name_among(field, schema.names)
@@ -360,44 +343,27 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
                 f"{file}: no column {' or '.join(map(repr, field.names))}; {layout.kind} records need one. "
                 f"The file has: {', '.join(schema.names)}"
             )
-        if name is not None and not _fits(schema.field(name).type, field):
-            raise InputError(
-                f"{file}: column {name!r} is {schema.field(name).type}, which is no "
-                f"{'list of ' if field.is_list else ''}{field.type}"
-            )
+        if name is not None:
+            found = schema.field(name).type
+            is_list = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+            element = found.value_type if is_list and field.is_list else found
+            if field.is_list > is_list or not _holds(element, field):
+                raise InputError(
+                    f"{file}: column {name!r} is {found}, which is no {'list of ' if field.is_list else ''}{field.type}"
+                )
         chosen[field.name] = name
     return chosen
 
 
-def _fits(data_type: pa.DataType, field: RecordField) -> bool:
-    if field.is_list:
-        return _is_list(data_type) and _holds(data_type.value_type, field)
-    return _holds(data_type, field)
-
-
-def _is_list(data_type: pa.DataType) -> bool:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_kind(data_type) for is_kind in kinds)
-
-
-def _holds(data_type: pa.DataType, field: RecordField) -> bool:
-    """Whether values of `data_type` can be read as values, or list elements, of the field."""
-    if pa.types.is_dictionary(data_type):
-        data_type = data_type.value_type
-    is_text = (
-        pa.types.is_string(data_type)
-        or pa.types.is_large_string(data_type)
-        or pa.types.is_string_view(data_type)
-        or pa.types.is_null(data_type)
-    )
-    is_number = pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
-    if field.type == "numbers":
-        return is_number or pa.types.is_null(data_type)
-    by_type = {
-        "text": False,
-        "texts": False,
-        "id": pa.types.is_integer(data_type),
-        "number": is_number,
-        "category": is_number,
-    }
-    return is_text or by_type[field.type]
+def _holds(kind: pa.DataType, field: RecordField) -> bool:
+    """Whether values of the Arrow type `kind` can be read as values of the field, or elements of its lists."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_null(kind):
+        return True
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return field.type != "numbers"
+    if types.is_integer(kind):
+        return field.type not in ("text", "texts")
+    return types.is_floating(kind) and field.type not in ("text", "texts", "id")

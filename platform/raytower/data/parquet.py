@@ -1,4 +1,4 @@
-"""Row ranges of Parquet files as records."""
+"""Row ranges of Parquet files, and of Arrow's own (its file and its stream format), as records."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytower.data.arrow_files import ArrowFile
 from raytower.data.layouts import Source, parquet_columns
-from raytower.data.records import RecordField
-from raytower.data.row_batch import Parsed, RowBatch
+from raytower.data.row_batch import Chunk, RowBatch
 from raytower.data.rows import to_records
-from raytower.data.slices import MAX_SLICE_BYTES
+from raytower.data.slices import MAX_SLICE_BYTES, Extent
 from raytower.errors import InputError
 
 _BATCH_ROWS = 8192
@@ -26,104 +24,124 @@ class RowGroupReader:
     def __init__(self, source: Source):
         """Raises InputError where the file is no Parquet, or lacks a column that the records need."""
         self.source = source
+        is_parquet = source.layout.format == "parquet"
         try:
-            stream = source.file.open()
-            # Of Spark's INT96 timestamps nanoseconds hold the years 1678 to 2261 only, and wrap around beyond.
-            self._file: ArrowFile | pq.ParquetFile = (
-                ArrowFile(stream)
-                if source.layout.format == "arrow"
-                else pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
-            )
+            self._file = (_ParquetFile if is_parquet else _ArrowFile)(source.file.open())
         except (pa.ArrowInvalid, OSError) as error:
-            name = {"parquet": "Parquet", "arrow": "Arrow"}[source.layout.format]
+            name = "Parquet" if is_parquet else "Arrow"
             raise InputError(f"{source.file} is no readable {name} file: {error}") from error
-        self._names = parquet_columns(source.file, source.layout, self._file.schema_arrow)
-        self._wanted = [name for name in self._names.values() if name is not None]
+        self._schema = self._file.schema
+        self._names = parquet_columns(source.file, source.layout, self._schema)
+        self._wanted = list(dict.fromkeys(name for name in self._names.values() if name is not None))
         if source.layout.passes_columns_through:
-            self._wanted = self._file.schema_arrow.names
+            self._wanted = self._schema.names
         self._group = -1
         self._position = 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._rest: pa.RecordBatch | None = None
 
-    def row_counts(self) -> list[int]:
-        """Rows of each row group."""
-        if isinstance(self._file, ArrowFile):
-            return [self._file.num_rows]
-        metadata = self._file.metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    def scan(self, rows_per_chunk: int) -> Iterator[Chunk]:
+        """Every row, parsed; chunks end with row groups. Raises InputError where the file cannot be read."""
+        first_row = 1
+        for group, num_rows in enumerate(self._file.row_counts()):
+            for start in range(0, num_rows, rows_per_chunk):
+                yield self.read(
+                    Extent(start, min(start + rows_per_chunk, num_rows), first_row + start, group)
+                )
+            first_row += num_rows
 
-    def read(self, group: int, start: int, num_rows: int) -> pa.Table:
-        """`num_rows` rows of row group `group` from its row `start` on; fewer only at the group's end."""
-        if group != self._group or start < self._position:
-            self._begin(group)
+    def read(self, extent: Extent) -> Chunk:
+        """The rows of `extent`, fewer at the row group's end. Raises InputError where they cannot be read."""
+        schema = pa.schema(map(self._schema.field, self._wanted))
+        found = [batch for batch in self._batches_of(extent) if len(batch)]
+        batches = found or [pa.RecordBatch.from_pylist([], schema)]
+        parts = []
+        first_row = extent.first_line
+        for batch in batches:
+            parts.append(self._parse(batch, first_row))
+            first_row += len(batch)
+        return Chunk(extent, RowBatch.joined(parts), pa.Table.from_batches(batches))
+
+    def _batches_of(self, extent: Extent) -> list[pa.RecordBatch]:
+        group = extent.row_group or 0
         parts: list[pa.RecordBatch] = []
         try:
-            while num_rows > 0:
-                batch = self._rest if self._rest is not None else next(self._batches, None)
-                self._rest = None
+            if group != self._group or extent.start < self._position:
+                self._group, self._position, self._rest = group, 0, None
+                # Given by name, a column whose name has a dot would be taken for a member of another.
+                columns = None if self.source.layout.passes_columns_through else self._wanted
+                self._batches = self._file.batches(group, columns)
+            while self._position < extent.end:
+                batch = self._rest or next(self._batches, None)
                 if batch is None:
                     break
-                skip = min(start - self._position, len(batch))
-                taken = batch.slice(skip, num_rows)
-                self._position += skip + len(taken)
-                start, num_rows = start + len(taken), num_rows - len(taken)
-                if len(taken):
-                    parts.append(taken)
-                if skip + len(taken) < len(batch):
-                    self._rest = batch.slice(skip + len(taken))
-        except (pa.ArrowInvalid, OSError) as error:
+                skip = min(max(extent.start - self._position, 0), len(batch))
+                used = min(extent.end - self._position, len(batch))
+                parts.append(batch.slice(skip, used - skip))
+                self._rest, self._position = batch.slice(used), self._position + used
+        except (pa.ArrowInvalid, OSError, IndexError) as error:
             raise InputError(
                 f"{self.source.file} cannot be read in row group {group}{self._damaged_column(group)}: {error}"
             ) from error
-        schema = pa.schema([self._file.schema_arrow.field(name) for name in self._wanted])
-        return pa.Table.from_batches(parts) if parts else schema.empty_table()
+        return parts
 
-    def parse(self, rows: pa.Table, first_row: int) -> Parsed:
-        """`rows`, the first of which is row `first_row` of the file (counted from 1), as records."""
-        parts = []
-        for record in rows.to_batches() or [pa.RecordBatch.from_pylist([], rows.schema)]:
-            parts.append(self._parse_batch(record, first_row))
-            first_row += len(record)
-        return Parsed.joined(parts)
-
-    def _parse_batch(self, rows: pa.RecordBatch, first_row: int) -> Parsed:
+    def _parse(self, rows: pa.RecordBatch, first_row: int) -> RowBatch:
         batch = RowBatch(np.arange(first_row, first_row + len(rows), dtype=np.int64), {})
         for wanted in self.source.layout.fields:
-            column = self._names[wanted.name]
-            values = pa.nulls(len(rows), wanted.read_type) if column is None else rows.column(column)
-            batch.columns[wanted.name] = _as_read(values, wanted)
+            name = self._names[wanted.name]
+            array = pa.nulls(len(rows), wanted.read_type) if name is None else rows.column(name)
+            if pa.types.is_dictionary(array.type):
+                array = array.dictionary_decode()
+            # Unsafe: integer scores may be rounded.
+            batch.columns[wanted.name] = array.cast(wanted.read_type, safe=not wanted.is_list)
         if self.source.layout.passes_columns_through:
-            taken = set(self._names.values())
+            taken = self._names.values()
             batch.extra = {name: rows.column(name) for name in rows.schema.names if name not in taken}
         return to_records(batch, self.source)
 
-    def _begin(self, group: int) -> None:
-        self._group, self._position, self._rest = group, 0, None
-        try:
-            rows = _BATCH_ROWS
-            if not isinstance(self._file, ArrowFile):
-                size = self._file.metadata.row_group(group)
-                rows = min(max(_BATCH_BYTES * size.num_rows // max(size.total_byte_size, 1), 1), rows)
-            # Given by name, a column whose name has a dot would be taken for a member of another.
-            columns = None if self.source.layout.passes_columns_through else list(dict.fromkeys(self._wanted))
-            self._batches = self._file.iter_batches(rows, row_groups=[group], columns=columns)
-        except (pa.ArrowInvalid, OSError, IndexError) as error:
-            raise InputError(f"{self.source.file} cannot be read in row group {group}: {error}") from error
-
     def _damaged_column(self, group: int) -> str:
         """Which column it is that cannot be read, for a message."""
-        if isinstance(self._file, ArrowFile):
-            return ""
-        for name in self._wanted:
+        for name in self._wanted if isinstance(self._file, _ParquetFile) else []:
             try:
-                self._file.read_row_group(group, columns=[name])
-            except (pa.ArrowInvalid, OSError):
+                for _ in self._file.batches(group, [name]):
+                    pass
+            except (pa.ArrowInvalid, OSError, IndexError):
                 return f", column {name!r}"
         return ""
 
 
-def _as_read(array: pa.Array, wanted: RecordField) -> pa.Array:
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array.cast(wanted.read_type, safe=not wanted.is_list)  # unsafe: integer scores may be rounded
+class _ParquetFile:
+    def __init__(self, stream: pa.NativeFile):
+        # Of Spark's INT96 timestamps nanoseconds hold the years 1678 to 2261 only, and wrap around beyond.
+        self._file = pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
+        self.schema: pa.Schema = self._file.schema_arrow
+
+    def row_counts(self) -> list[int]:
+        metadata = self._file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def batches(self, group: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        size = self._file.metadata.row_group(group)
+        rows = min(max(_BATCH_BYTES * size.num_rows // max(size.total_byte_size, 1), 1), _BATCH_ROWS)
+        return self._file.iter_batches(rows, row_groups=[group], columns=columns)
+
+
+class _ArrowFile:
+    """One row group, however the rows were written in batches."""
+
+    def __init__(self, stream: pa.NativeFile):
+        self._stream = stream
+        self._is_file = stream.read(6) == b"ARROW1"
+        self.schema: pa.Schema = self._open().schema
+
+    def row_counts(self) -> list[int]:
+        return [sum(map(len, self.batches(0, None)))]
+
+    def batches(self, group: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        reader = self._open()
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if self._is_file else reader
+        return (batch if columns is None else batch.select(columns) for batch in batches)
+
+    def _open(self) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
+        self._stream.seek(0)
+        return pa.ipc.open_file(self._stream) if self._is_file else pa.ipc.open_stream(self._stream)

@@ -17,14 +17,14 @@ import pyarrow as pa
 
 from raytower.config import OnError
 from raytower.data import beir
-from raytower.data.duplicates import IdHashes
 from raytower.data.extras import ExtraTypes, build_table
 from raytower.data.layouts import Source, detect_layout
 from raytower.data.records import RecordKind, canonical_schema, is_corpus_like
 from raytower.data.rejects import Rejects
-from raytower.data.row_batch import Rejection
-from raytower.data.scanning import Chunk, Extent, ExtentReader, scan
-from raytower.data.sources import Found, InputConfig, find_files
+from raytower.data.row_batch import Chunk, Rejection
+from raytower.data.scanning import open_reader
+from raytower.data.slices import Extent
+from raytower.data.sources import InputConfig, find_files
 from raytower.errors import InputError
 from raytower.storage import Location
 
@@ -32,6 +32,7 @@ DEFAULT_ROWS_PER_PIECE = 8192
 # lines, tsv and csv go together
 _FORMAT_FAMILIES = {"jsonl": "jsonl", "json": "jsonl", "parquet": "columnar", "arrow": "columnar"}
 _NAMED_FILES = 5
+_BUCKETS = 16
 _last = threading.local()
 
 
@@ -78,8 +79,6 @@ class Survey:
     derived_ids: bool = False
     """Some documents bring no id; theirs are places in files."""
     quarantine_file: str | None = None
-    ignored_files: tuple[str, ...] = ()
-    """Files in an input folder that were passed over, each with the reason."""
 
 
 def survey(
@@ -110,10 +109,14 @@ def survey(
         _say("passed over", found.ignored)
         layouts = [(file, detect_layout(file, kind, input)) for file in found.files]
         sources = [Source(file, layout) for file, layout in layouts if layout is not None]
+        if not sources:
+            raise InputError(f"{found.files[0]} holds no rows; give a file that has rows")
         _refuse_mixed_formats(input, sources)
         surveyed = _survey_sources(sources, kind, rows_per_piece, rejects)
-        _say_empty(input, found, surveyed)
-        return dataclasses.replace(surveyed, ignored_files=found.ignored)
+        filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
+        # One empty shard must not stop a job, and must not go unseen either.
+        _say("no row in", [str(file) for file in found.files if str(file) not in filled])
+        return surveyed
 
 
 def read_piece(piece: Piece) -> pa.Table:
@@ -124,69 +127,35 @@ def read_piece(piece: Piece) -> pa.Table:
     """
     if piece.parts:
         return pa.concat_tables(read_pieces(piece.parts))
-    key = _sequence_key(piece)
-    if key is None or not isinstance(piece.source, Source):
-        return next(read_pieces([piece]))
-    # Whoever reads pieces one by one mostly goes forward through a file: keep the place in a file that has no seek.
-    reader: ExtentReader | None = getattr(_last, "reader", None)
-    if reader is None or reader.source != piece.source:
-        reader = ExtentReader(piece.source)
-    _last.reader = None  # dropped if the read fails half-way
-    table = _read(piece, reader)
-    _last.reader = reader
+    if isinstance(piece.source, beir.JudgedPairs):
+        return beir.read_judged_pairs(piece.source)
+    rows = _read_chunk(piece).rows
+    table = build_table(rows, piece.schema)
+    if piece.left_out:
+        table = table.filter(pa.array(~np.isin(rows.lines, piece.left_out)))
+    if len(table) != piece.num_rows:
+        raise InputError(
+            f"{piece.source.file} has changed since it was surveyed: {len(table)} good rows from line "
+            f"{piece.extent.first_line} on, expected {piece.num_rows}; run the job again while the file stays as it is"
+        )
     return table
 
 
 def read_pieces(pieces: Iterable[Piece]) -> Iterator[pa.Table]:
     """The tables of several pieces, one for each. In order, files that cannot be sought in are gone through once."""
-    reader: ExtentReader | None = None
-    for piece in pieces:
-        if isinstance(piece.source, beir.JudgedPairs):
-            yield _expect_rows(piece, beir.read_judged_pairs(piece.source))
-            continue
-        if reader is None or reader.source != piece.source:
-            reader = ExtentReader(piece.source)
-        yield _read(piece, reader)
+    return map(read_piece, pieces)
 
 
-def group_pieces(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces that are best read one after another by the same reader: of one compressed file, or of one row group."""
-    groups: list[list[Piece]] = []
-    last_key: object = None
-    for piece in pieces:
-        key = _sequence_key(piece)
-        if key is None or key != last_key:
-            groups.append([])
-        groups[-1].append(piece)
-        last_key = key
-    return groups
-
-
-def _read(piece: Piece, reader: ExtentReader) -> pa.Table:
-    parsed = reader.read(piece.extent).parsed
-    table = build_table(parsed, piece.schema)
-    if piece.left_out:
-        table = table.filter(pa.array(~np.isin(parsed.lines, piece.left_out)))
-    return _expect_rows(piece, table)
-
-
-def _sequence_key(piece: Piece) -> object:
-    if isinstance(piece.source, beir.JudgedPairs):
-        return "judged pairs" if piece.source.is_compressed else None
-    file = piece.source.file
-    if piece.extent.row_group is not None:
-        return (file.location.path, piece.extent.row_group)
-    return file.location.path if file.compression else None
-
-
-def _expect_rows(piece: Piece, table: pa.Table) -> pa.Table:
-    if len(table) != piece.num_rows:
-        place = piece.source.file if isinstance(piece.source, Source) else piece.source.corpus.file
-        raise InputError(
-            f"{place} has changed since it was surveyed: {len(table)} good rows from line {piece.extent.first_line} "
-            f"on, expected {piece.num_rows}; run the job again while the file stays as it is"
-        )
-    return table
+def _read_chunk(piece: Piece) -> Chunk:
+    # Whoever reads pieces mostly goes forward through a file: keep the place in a file that has no seek.
+    assert isinstance(piece.source, Source)
+    reader, _last.reader = getattr(_last, "reader", None), None  # dropped if the read fails half-way
+    if reader is None or reader.source != piece.source:
+        reader = open_reader(piece.source)
+    chunk: Chunk = reader.read(piece.extent)
+    if piece.source.file.compression or piece.source.layout.is_columnar:
+        _last.reader = reader
+    return chunk
 
 
 def _refuse_mixed_formats(config: InputConfig, sources: Sequence[Source]) -> None:
@@ -203,87 +172,91 @@ def _refuse_mixed_formats(config: InputConfig, sources: Sequence[Source]) -> Non
 def _survey_sources(
     sources: Sequence[Source], kind: RecordKind, rows_per_piece: int, rejects: Rejects
 ) -> Survey:
-    hashes = IdHashes() if any(source.layout.has_ids for source in sources) else None
+    have_ids = any(source.layout.has_ids for source in sources)
+    hashes: list[np.ndarray] = []
     types = ExtraTypes()
     derived_ids = False
     drafts: list[Piece] = []
-    schema = canonical_schema(kind)
     for source in sources:
-        for chunk in scan(source, rows_per_piece):
-            rejects.add(source.file, chunk.parsed.rejections, chunk.raw)
-            types.observe(chunk.parsed, source.file)
-            derived_ids |= chunk.parsed.derived_ids
-            if chunk.parsed.num_rows:
-                drafts.append(Piece(source, len(drafts), chunk.extent, 0, chunk.parsed.num_rows, schema))
-                if hashes is not None:
-                    hashes.add(chunk.parsed.columns["id"])
-    if hashes is not None:
-        drafts = _without_duplicates(drafts, hashes, rejects)
-    quarantine_file = rejects.finish()
-    pieces = _number(drafts, types.schema(kind))
-    if sources and not pieces:
-        raise InputError(_no_rows(sources, kind, quarantine_file))
-    surveyed = _summarise(pieces, types.schema(kind), sources, rejects.count, quarantine_file)
+        for chunk in open_reader(source).scan(rows_per_piece):
+            rows = chunk.rows
+            rejects.add(source.file, rows.rejections, chunk.raw)
+            types.observe(rows, source.file)
+            derived_ids |= rows.derived_ids
+            if len(rows.lines):
+                drafts.append(Piece(source, 0, chunk.extent, 0, len(rows.lines), canonical_schema(kind)))
+                if have_ids:
+                    # Python's keyed hash of a string is the same all through this one process.
+                    ids = map(hash, rows.columns["id"].to_pylist())
+                    hashes.append(np.fromiter(ids, np.int64, len(rows.lines)))
+    drafts = list(_without_duplicates(drafts, hashes, rejects)) if hashes else drafts
+    surveyed = _finish(drafts, types.schema(kind), sources, rejects)
+    if not surveyed.pieces:
+        raise InputError(_no_rows(sources, kind, surveyed.quarantine_file))
     return dataclasses.replace(
         surveyed, renamed_columns=tuple(types.renamed.items()), derived_ids=derived_ids
     )
 
 
-def _without_duplicates(drafts: list[Piece], hashes: IdHashes, rejects: Rejects) -> list[Piece]:
-    """Refuse or quarantine rows whose id an earlier row has."""
-    chunks = _ChunkReader(drafts)
-    left_out: dict[int, list[int]] = {}
-    for duplicate in hashes.duplicates(chunks.ids_and_lines):
-        first_file = chunks.source(duplicate.first_chunk).file
-        reason = f"id {duplicate.id!r} is already the id of {first_file}:{duplicate.first_line}; ids must be unique"
-        chunk = chunks.read(duplicate.chunk)
-        rejects.add(chunks.source(duplicate.chunk).file, [Rejection(duplicate.line, reason)], chunk.raw)
-        left_out.setdefault(duplicate.chunk, []).append(duplicate.line)
-    return [
-        dataclasses.replace(draft, num_rows=draft.num_rows - len(lines), left_out=tuple(lines))
-        for draft, lines in ((draft, left_out.get(number, [])) for number, draft in enumerate(drafts))
-    ]
+def _without_duplicates(
+    drafts: Sequence[Piece], hashes: Sequence[np.ndarray], rejects: Rejects
+) -> Iterator[Piece]:
+    """The drafts without rows whose id an earlier row has; these are refused or quarantined.
+
+    Only drafts with a repeated hash are read again, and the ids themselves are compared: two with one hash may differ.
+    """
+    repeated = _repeated(hashes)
+    first_places: dict[str, str] = {}
+    for draft, hashes_of_ids in zip(drafts, hashes, strict=True):
+        suspects = np.flatnonzero(np.isin(hashes_of_ids, repeated))
+        left_out: list[int] = []
+        if len(suspects):
+            chunk = _read_chunk(draft)
+            assert isinstance(draft.source, Source)
+            file = draft.source.file
+            ids = chunk.rows.columns["id"].take(pa.array(suspects)).to_pylist()
+            for line, identifier in zip(chunk.rows.lines[suspects].tolist(), ids, strict=True):
+                first = first_places.setdefault(identifier, f"{file}:{line}")
+                if first != f"{file}:{line}":
+                    reason = f"id {identifier!r} is already the id of {first}; ids must be unique"
+                    rejects.add(file, [Rejection(line, reason)], chunk.raw)
+                    left_out.append(line)
+        yield dataclasses.replace(draft, num_rows=draft.num_rows - len(left_out), left_out=tuple(left_out))
 
 
-class _ChunkReader:
-    """Reads surveyed chunks again, keeping the last one: duplicates come in file order."""
-
-    def __init__(self, drafts: Sequence[Piece]):
-        self._drafts = drafts
-        self._reader: ExtentReader | None = None
-        self._number = -1
-        self._chunk: Chunk | None = None
-
-    def source(self, number: int) -> Source:
-        source = self._drafts[number].source
-        assert isinstance(source, Source)
-        return source
-
-    def read(self, number: int) -> Chunk:
-        if self._chunk is None or number != self._number:
-            source = self.source(number)
-            if self._reader is None or self._reader.source != source:
-                self._reader = ExtentReader(source)
-            self._number, self._chunk = number, self._reader.read(self._drafts[number].extent)
-        return self._chunk
-
-    def ids_and_lines(self, number: int) -> tuple[pa.Array, np.ndarray]:
-        parsed = self.read(number).parsed
-        return parsed.columns["id"], parsed.lines
+def _repeated(chunks: Sequence[np.ndarray]) -> np.ndarray:
+    """Hashes that occur more than once, looked for bucket by bucket: sorted at once they would need three times the
+    memory that they take."""
+    found = []
+    for bucket in range(_BUCKETS):
+        hashes = np.sort(np.concatenate([chunk[chunk % _BUCKETS == bucket] for chunk in chunks]))
+        found.append(hashes[1:][hashes[1:] == hashes[:-1]])
+    return np.concatenate(found)
 
 
-def _number(drafts: Iterable[Piece], schema: pa.Schema) -> tuple[Piece, ...]:
-    """The drafts that have good rows, numbered, each told how many rows come before it."""
+def _finish(
+    drafts: Iterable[Piece], schema: pa.Schema, sources: Sequence[Source], rejects: Rejects
+) -> Survey:
+    """Publish what was rejected, and number the drafts that have good rows."""
+    quarantine_file = rejects.finish()
     pieces: list[Piece] = []
-    first_row = 0
+    num_rows = 0
     for draft in drafts:
         if draft.num_rows:
-            pieces.append(dataclasses.replace(draft, index=len(pieces), first_row=first_row, schema=schema))
-            first_row += draft.num_rows
-    return tuple(pieces)
+            pieces.append(dataclasses.replace(draft, index=len(pieces), first_row=num_rows, schema=schema))
+            num_rows += draft.num_rows
+    return Survey(
+        pieces=tuple(pieces),
+        num_rows=num_rows,
+        num_rejected=rejects.count,
+        files=tuple(str(source.file) for source in sources),
+        bytes=sum(source.file.size_bytes for source in sources),
+        schema=schema,
+        quarantine_file=None if quarantine_file is None else str(quarantine_file),
+    )
 
 
-def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: Location | None) -> str:
+def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: str | None) -> str:
     if quarantine_file is None:
         after = " after its header" if sources[0].layout.first_line > 1 else ""
         return f"{sources[0].file} holds no rows{after}; give a file that has rows"
@@ -291,14 +264,6 @@ def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: Locat
         f"{sources[0].file} holds no row that keeps the rules of {kind}; {quarantine_file} lists its rows with what is "
         "wrong. Check that the format and the kind are the right ones"
     )
-
-
-def _say_empty(config: InputConfig, found: Found, surveyed: Survey) -> None:
-    """Name the files that gave no row: one empty shard must not stop a job, and must not go unseen either."""
-    filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
-    if not filled:
-        raise InputError(f"{found.files[0]} holds no rows; give a file that has rows")
-    _say("no row in", [str(file) for file in found.files if str(file) not in filled])
 
 
 def _say(what: str, names: Sequence[str]) -> None:
@@ -316,36 +281,16 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
             f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
         )
     schema = canonical_schema("pairs")
-    split = config.split or "train"
-    judged = beir.survey_pairs(folder, split, rows_per_piece, rejects)
-    quarantine_file = rejects.finish()
+    sources = folder.qrels(config.split or "train"), folder.queries(), folder.corpus("lines")
+    judged = beir.survey_pairs(*sources, rows_per_piece, rejects)
     drafts = [
-        Piece(pairs, 0, Extent(0, pairs.num_rows, pairs.first_line), 0, pairs.num_rows, schema)
+        Piece(pairs, 0, Extent(0, len(pairs.query_ids), 0), 0, len(pairs.query_ids), schema)
         for pairs in judged
     ]
-    pieces = _number(drafts, schema)
-    if not pieces:
+    surveyed = _finish(drafts, schema, sources, rejects)
+    if not surveyed.pieces:
         raise InputError(
-            f"{folder.qrels(split).file} holds no judgement with a score above 0 whose query and document exist; "
+            f"{sources[0].file} holds no judgement with a score above 0 whose query and document exist; "
             "pairs need some. Set input.split to another split"
         )
-    files = [folder.qrels(split), folder.queries(), folder.corpus("lines")]
-    return _summarise(pieces, schema, files, rejects.count, quarantine_file)
-
-
-def _summarise(
-    pieces: tuple[Piece, ...],
-    schema: pa.Schema,
-    sources: Sequence[Source],
-    num_rejected: int,
-    quarantine_file: Location | None,
-) -> Survey:
-    return Survey(
-        pieces=pieces,
-        num_rows=sum(piece.num_rows for piece in pieces),
-        num_rejected=num_rejected,
-        files=tuple(str(source.file) for source in sources),
-        bytes=sum(source.file.size_bytes for source in sources),
-        schema=schema,
-        quarantine_file=None if quarantine_file is None else str(quarantine_file),
-    )
+    return surveyed

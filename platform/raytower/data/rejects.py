@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
@@ -16,7 +17,6 @@ from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 from raytower.storage import Location
 
-_COPY_BYTES = 1024 * 1024
 _SPOOL_BYTES = 4 * 1024 * 1024
 _EXCERPT_CHARACTERS = 80
 _QUARANTINE_REMEDY = ", or set on_error: quarantine to leave such rows out and have them listed"
@@ -25,10 +25,9 @@ _QUARANTINE_REMEDY = ", or set on_error: quarantine to leave such rows out and h
 class Rejects:
     """Takes rejected rows as they are found.
 
-    Under `fail`, and None (`fail` of a command without that key), the first one raises.
-    Under `quarantine` all are written, one JSON object a line (`file`, `line`,
-    `reason`, `raw`, and `raw_base64` where the row is not UTF-8), to one file in the quarantine folder named after the
-    input, which `finish` puts there whole.
+    Under `fail`, and None (`fail` of a command without that key), the first one raises. Under `quarantine` all are
+    written, one JSON object a line (`file`, `line`, `reason`, `raw`, and `raw_base64` where the row is not UTF-8), to
+    one file in the quarantine folder named after the input, which `finish` puts there whole.
     """
 
     def __init__(self, on_error: OnError | None, folder: Location | None, input_path: str, kind: str):
@@ -38,9 +37,7 @@ class Rejects:
             )
         self.count = 0
         self._remedy = _QUARANTINE_REMEDY if on_error == "fail" else ""
-        self.file = (
-            folder / _file_name(input_path, kind) if on_error == "quarantine" and folder is not None else None
-        )
+        self.file = folder / _file_name(input_path, kind) if folder and on_error == "quarantine" else None
         self._spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> Rejects:
@@ -75,8 +72,7 @@ class Rejects:
             return None
         self._spool.seek(0)
         with self.file.open_write() as sink:
-            while chunk := self._spool.read(_COPY_BYTES):
-                sink.write(chunk)
+            shutil.copyfileobj(self._spool, sink)
         return self.file
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from raytower.data.slices import Extent, Slice
 
 Column: TypeAlias = pa.Array | pa.ChunkedArray | list[Any]
 """Values of a column that passes through; of JSON as Python has them, for one row may differ in type from the next."""
@@ -22,59 +26,23 @@ class Rejection:
     reason: str
 
 
-@dataclass
-class Parsed:
-    """The good rows of a slice, in file order, and the rows that break a rule."""
-
-    columns: dict[str, pa.Array | pa.ChunkedArray]
-    extra: dict[str, Column]
-    """Columns passed through, by the names that the file gives them."""
-    lines: np.ndarray
-    """The line of each row; a line of candidates with several positives gives as many rows."""
-    rejections: list[Rejection]
-    derived_ids: bool = False
-    """Some rows bring no id; theirs are the places that they have in their files."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.lines)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Parsed]) -> Parsed:
-        """Arrow parts that follow one another, as chunks: put into one array, their texts might be too long for it."""
-        if len(parts) == 1:
-            return parts[0]
-        columns = {
-            name: pa.chunked_array([part.columns[name] for part in parts]) for name in parts[0].columns
-        }
-        extra: dict[str, Column] = {}
-        for name in dict.fromkeys(name for part in parts for name in part.extra):
-            found = [part.extra.get(name) for part in parts]
-            kind = next(column.type for column in found if isinstance(column, pa.Array))
-            extra[name] = pa.chunked_array(
-                [
-                    pa.nulls(part.num_rows, kind) if column is None else column
-                    for part, column in zip(parts, found, strict=True)
-                ]
-            )
-        lines = np.concatenate([part.lines for part in parts])
-        rejections = [rejection for part in parts for rejection in part.rejections]
-        return cls(columns, extra, lines, rejections, any(part.derived_ids for part in parts))
-
-
 class BadRowError(ValueError):
     """A rule that one row breaks; its text is the reason."""
 
 
 @dataclass
 class RowBatch:
-    """Rows that are being checked: one Arrow column for each field, thinned out as rules are broken."""
+    """Rows in file order, thinned out as rules are broken: one Arrow column for each field, at last for each column of
+    a record."""
 
     lines: np.ndarray
-    columns: dict[str, pa.Array]
+    """The line of each row; a line of candidates with several positives gives as many rows."""
+    columns: dict[str, pa.Array | pa.ChunkedArray]
     extra: dict[str, Column] = field(default_factory=dict)
+    """Columns passed through, by the names that the file gives them."""
     rejections: list[Rejection] = field(default_factory=list)
     derived_ids: bool = False
+    """Some rows bring no id; theirs are the places that they have in their files."""
 
     def reject(self, bad: np.ndarray, reason: Callable[[int], str]) -> None:
         """Take out the rows where `bad` (bool [rows]) holds; `reason` is asked with each row's position."""
@@ -89,3 +57,61 @@ class RowBatch:
             name: list(itertools.compress(column, keep)) if isinstance(column, list) else column.filter(mask)
             for name, column in self.extra.items()
         }
+
+    @staticmethod
+    def joined(parts: Sequence[RowBatch]) -> RowBatch:
+        """Parts that follow one another, as chunks: put into one array, their texts might be too long for it."""
+        if len(parts) == 1:
+            return parts[0]
+        types = {name: column.type for part in parts for name, column in part.extra.items()}  # type: ignore[union-attr]
+        return RowBatch(
+            np.concatenate([part.lines for part in parts]),
+            {name: pa.chunked_array([part.columns[name] for part in parts]) for name in parts[0].columns},
+            {
+                name: pa.chunked_array(
+                    [part.extra.get(name, pa.nulls(len(part.lines), kind)) for part in parts]
+                )
+                for name, kind in types.items()
+            },
+            [rejection for part in parts for rejection in part.rejections],
+            any(part.derived_ids for part in parts),
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One extent with its rows parsed."""
+
+    extent: Extent
+    rows: RowBatch
+    content: Slice | pa.Table
+
+    def raw(self, line: int) -> bytes:
+        """The row's bytes as they stand in the file; for Parquet the row as JSON."""
+        position = line - self.extent.first_line
+        if isinstance(self.content, Slice):
+            return self.content.rows()[position]
+        row = self.content.slice(position, 1)
+        values = {name: _plain_value(row.column(name)[0]) for name in row.column_names}
+        return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8")
+
+
+def mask_of(condition: pa.Array) -> np.ndarray:
+    """A condition as bool [rows], null as False."""
+    return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
+
+
+def _plain_value(cell: pa.Scalar) -> Any:
+    """The value of `cell`; strings that are no UTF-8 with their odd bytes escaped, dates beyond Python's as numbers."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        if isinstance(cell, pa.StructScalar):
+            return {name: _plain_value(member) for name, member in cell.items()}
+        if isinstance(cell, pa.DictionaryScalar):
+            return _plain_value(cell.value)
+        if isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+            return [_plain_value(element) for element in cell.values]
+        if isinstance(cell, pa.TimestampScalar | pa.Date32Scalar | pa.Date64Scalar):
+            return cell.value
+        return cell.as_buffer().to_pybytes().decode("utf-8", errors="backslashreplace")

@@ -30,6 +30,17 @@ Cut = Literal["lines", "quoted", "elements"]
 
 
 @dataclass(frozen=True)
+class Extent:
+    """A run of rows of one file: decompressed bytes [start, end), or rows [start, end) of a Parquet row group."""
+
+    start: int
+    end: int
+    first_line: int
+    """Line number (Parquet: row number) of the first row, counted from 1."""
+    row_group: int | None = None
+
+
+@dataclass(frozen=True)
 class Slice:
     """Whole rows of a file. `start` counts (decompressed) bytes, `first_line` counts rows from 1."""
 
@@ -39,68 +50,42 @@ class Slice:
     cut: Cut = "lines"
 
     @property
-    def end(self) -> int:
-        return self.start + len(self.data)
+    def extent(self) -> Extent:
+        return Extent(self.start, self.start + len(self.data), self.first_line)
+
+    def edges(self) -> list[int]:
+        """The byte at which each row between newlines begins, and the end of the last."""
+        edges = [0, *row_ends(self.data, self.cut).tolist()]
+        return edges if edges[-1] == len(self.data) else [*edges, len(self.data)]
 
     def rows(self) -> list[bytes]:
         """The bytes of each row, without what ends it."""
         if self.cut == "elements":
-            text = self.data.decode("utf-8")
-            return [text[start:end].encode("utf-8") for start, end in json_elements(text, is_array=False)]
-        edges = [0, *row_ends(self.data, self.cut == "quoted").tolist()]
-        if edges[-1] < len(self.data):
-            edges.append(len(self.data))
-        rows = [self.data[start:end] for start, end in itertools.pairwise(edges)]
-        return [row.removesuffix(b"\n").removesuffix(b"\r") for row in rows]
+            text = f"[{self.data.decode('utf-8')}]"
+            return [text[start:end].encode("utf-8") for start, end in json_elements(text)]
+        if self.cut == "quoted":
+            rows = [
+                self.data[start:end].removesuffix(b"\n") for start, end in itertools.pairwise(self.edges())
+            ]
+        else:
+            rows = self.data.removesuffix(b"\n").split(b"\n")
+        return [row.removesuffix(b"\r") for row in rows]
 
 
-def iter_elements(file: SourceFile, start: int, rows_per_slice: int) -> Iterator[Slice]:
-    """Cut a file that is one JSON array into slices of `rows_per_slice` elements. The file is held whole on the way.
-
-    Raises:
-        InputError: the file cannot be read, is no whole array of UTF-8, or is too large for this.
-    """
-    with RangeReader(file) as reader:
-        data = reader.read(start, MAX_LINE_BYTES + 1)
-    if len(data) > MAX_LINE_BYTES:
-        raise InputError(
-            f"{file} is one JSON array of more than {MAX_LINE_BYTES} bytes; write one object a line (.jsonl)"
-        )
-    number = characters = 0
-    try:
-        text = data.decode("utf-8")
-        spans = json_elements(text, is_array=True)
-        while some := list(itertools.islice(spans, rows_per_slice)):
-            first, last = some[0][0], some[-1][1]
-            start += len(text[characters:first].encode("utf-8"))
-            content = Slice(start, number + 1, text[first:last].encode("utf-8"), "elements")
-            yield content
-            start, characters, number = content.end, last, number + len(some)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file} is no whole JSON array, behind element {number}: {error}; correct the file"
-        ) from error
-
-
-def json_elements(text: str, is_array: bool) -> Iterator[tuple[int, int]]:
-    """Where each element of a JSON array, or of the part of one that lies between its brackets, begins and ends.
-
-    Raises ValueError where something else stands there, or where the array does not end.
-    """
+def json_elements(text: str) -> Iterator[tuple[int, int]]:
+    """Where each element of a JSON array begins and ends. Raises ValueError where `text` is no whole array."""
     decode = json.JSONDecoder().raw_decode
-    place = _after_space(text, 0) + is_array
-    is_first = True
-    while True:
-        place = _after_space(text, place)
-        if text[place : place + 1] == "]" if is_array else place == len(text):
-            break
-        if not is_first:
+    place = _after_space(text, _after_space(text, 0) + 1)
+    is_open = text[place : place + 1] != "]"
+    while is_open:
+        _, end = decode(text, place)
+        yield place, end
+        place = _after_space(text, end)
+        is_open = text[place : place + 1] != "]"
+        if is_open:
             if text[place : place + 1] != ",":
                 raise ValueError(f"a comma was expected at character {place + 1}")
             place = _after_space(text, place + 1)
-        _, end = decode(text, place)
-        yield place, end
-        place, is_first = end, False
     if text[place + 1 :].strip():
         raise ValueError(f"something follows the array at character {place + 2}")
 
@@ -109,51 +94,80 @@ def _after_space(text: str, place: int) -> int:
     return _JSON_SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches the empty string too
 
 
-def row_ends(data: bytes, quoted: bool) -> np.ndarray:
+def row_ends(data: bytes, cut: Cut) -> np.ndarray:
     """int64 [ends]: the place behind each newline of `data`, which begins outside quotes, that ends a row."""
     content = np.frombuffer(data, np.uint8)
     newlines = np.flatnonzero(content == 10)
-    if quoted:
+    if cut == "quoted":
         quotes = np.flatnonzero(content == 34)
         newlines = newlines[np.searchsorted(quotes, newlines) % 2 == 0]
     return newlines + 1
 
 
 def iter_slices(
-    file: SourceFile, start: int, first_line: int, rows_per_slice: int, quoted: bool = False
+    file: SourceFile, start: int, first_line: int, rows_per_slice: int, cut: Cut = "lines"
 ) -> Iterator[Slice]:
-    """Cut the lines of `file` from byte `start` on into slices of `rows_per_slice` lines; the last may have fewer.
+    """Cut the rows of `file` from byte `start` on into slices of `rows_per_slice` rows; the last may have fewer.
 
     One blank line at the very end of the file is left out; slices are never empty and where they are cut does not
-    depend on how the stream happens to be read.
+    depend on how the stream happens to be read. A file of elements is held whole on the way.
 
     Raises:
-        InputError: the file cannot be read or decompressed, or holds a line of more than MAX_LINE_BYTES.
+        InputError: the file cannot be read or decompressed, or holds a line of more than MAX_LINE_BYTES; elements: it
+            is no whole array of UTF-8, or has more than that.
     """
     with RangeReader(file) as reader:
-        buffer = reader.read(start, _READ_BYTES)
-        at_end = len(buffer) < _READ_BYTES
-        while True:
-            if at_end:
-                buffer = _without_blank_end(buffer)
-            used = 0
-            newlines = row_ends(buffer, quoted) - 1
-            while (end := _slice_end(newlines, len(buffer), used, rows_per_slice, at_end)) is not None:
-                data = buffer[used:end]
-                yield Slice(start + used, first_line, data, "quoted" if quoted else "lines")
-                first_line += int(np.searchsorted(newlines, end)) - int(np.searchsorted(newlines, used))
-                used = end
-            if at_end:
-                return
-            buffer, start = buffer[used:], start + used
-            if len(buffer) > MAX_LINE_BYTES and len(newlines) <= np.searchsorted(newlines, used):
+        if cut == "elements":
+            yield from _iter_elements(reader, start, rows_per_slice)
+            return
+        buffer, at_end = b"", False
+        while not at_end:
+            more = reader.read(start + len(buffer), _READ_BYTES)
+            at_end = len(more) < _READ_BYTES
+            buffer = _without_blank_end(buffer + more) if at_end else buffer + more
+            ends = row_ends(buffer, cut)
+            used = done = 0  # bytes of the buffer and rows that slices were made of
+            while used < len(buffer):
+                within = int(np.searchsorted(ends, used + MAX_SLICE_BYTES, side="right"))
+                stop = min(done + rows_per_slice, max(within, done + 1))
+                is_full = done + rows_per_slice <= len(ends) or len(buffer) - used > MAX_SLICE_BYTES
+                # With nothing after it, the slice's last line may yet be the blank one that a file may end with.
+                if is_full and stop <= len(ends) and (at_end or ends[stop - 1] < len(buffer)):
+                    end = int(ends[stop - 1])
+                elif at_end:
+                    end = len(buffer)
+                else:
+                    break
+                yield Slice(start + used, first_line + done, buffer[used:end], cut)
+                used, done = end, stop
+            buffer, start, first_line = buffer[used:], start + used, first_line + done
+            if len(buffer) > MAX_LINE_BYTES and done >= len(ends):
                 raise InputError(
                     f"{file}:{first_line}: a line of more than {MAX_LINE_BYTES} bytes; is it a text file? "
                     "Lines end with a newline character"
                 )
-            more = reader.read(start + len(buffer), _READ_BYTES)
-            at_end = len(more) < _READ_BYTES
-            buffer += more
+
+
+def _iter_elements(reader: RangeReader, start: int, rows_per_slice: int) -> Iterator[Slice]:
+    data = reader.read(start, MAX_LINE_BYTES + 1)
+    if len(data) > MAX_LINE_BYTES:
+        raise InputError(
+            f"{reader.file} is one JSON array of more than {MAX_LINE_BYTES} bytes; write one object a line (.jsonl)"
+        )
+    number = characters = 0
+    try:
+        text = data.decode("utf-8")
+        spans = json_elements(text)
+        while some := list(itertools.islice(spans, rows_per_slice)):
+            first, last = some[0][0], some[-1][1]
+            start += len(text[characters:first].encode("utf-8"))
+            content = Slice(start, number + 1, text[first:last].encode("utf-8"), "elements")
+            yield content
+            start, characters, number = content.extent.end, last, number + len(some)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{reader.file} is no whole JSON array, behind element {number}: {error}; correct the file"
+        ) from error
 
 
 class RangeReader:
@@ -206,20 +220,6 @@ class RangeReader:
             if not skipped:
                 break
             self._position += len(skipped)
-
-
-def _slice_end(newlines: np.ndarray, length: int, used: int, rows: int, at_end: bool) -> int | None:
-    """Where the slice that begins at `used` ends, or None while that cannot be known (or nothing is left)."""
-    if used == length:
-        return None
-    first = int(np.searchsorted(newlines, used))
-    last_by_bytes = max(first, int(np.searchsorted(newlines, used + MAX_SLICE_BYTES)) - 1)
-    last = min(first + rows - 1, last_by_bytes)
-    if last < len(newlines) and (first + rows <= len(newlines) or length - used > MAX_SLICE_BYTES):
-        end = int(newlines[last]) + 1
-        # With nothing after it, the slice's last line may yet be the blank one that a file may end with.
-        return end if end < length or at_end else None
-    return length if at_end else None
 
 
 def _without_blank_end(buffer: bytes) -> bytes:

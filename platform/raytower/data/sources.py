@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
+import itertools
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -181,12 +181,8 @@ def refuse_output_inside(output: str, path: str) -> None:
     """Raise InputError where a job would write below a folder, or over a file, that it reads from."""
     base, pattern = _split_glob(path)
     place = Location.of(output)
-    is_read_whole = pattern is None or "**" in pattern
-    if (
-        is_read_whole
-        and place.filesystem == base.filesystem
-        and PurePosixPath(place.path).is_relative_to(base.path)
-    ):
+    is_below = place.filesystem == base.filesystem and PurePosixPath(place.path).is_relative_to(base.path)
+    if is_below and (pattern is None or "**" in pattern):
         raise InputError(
             f"output {output!r} lies inside the input {path!r}, where the next run would read it as data; give an "
             "output outside"
@@ -201,44 +197,38 @@ def single_file(location: Location) -> SourceFile:
 
 
 def _make_files(places: Sequence[Location], root: Location) -> tuple[SourceFile, ...]:
-    stems = _unique_stems([PurePosixPath(*_parts_below(place, root)) for place in places])
+    below = [_parts_below(place, root) for place in places]
+    stems = _unique_stems([PurePosixPath(*parts) for parts in below])
+    partitions = _partitions([parts[:-1] for parts in below])
     infos = root.filesystem.get_file_info([place.path for place in places])
     files = []
-    for place, stem, info in zip(places, stems, infos, strict=True):
+    for place, stem, columns, info in zip(places, stems, partitions, infos, strict=True):
         suffix, compression = _suffix_of(place.name)
         if compression and FORMAT_BY_SUFFIX.get(suffix) in ("parquet", "arrow"):
             raise InputError(
                 f"{place} is a compressed {suffix[1:]} file; such files compress inside, so decompress it first"
             )
-        partitions = _partitions(_parts_below(place, root)[:-1])
-        files.append(SourceFile(place, stem, suffix, compression, int(info.size), info.mtime_ns, partitions))
-    return _with_numbers(files)
+        files.append(SourceFile(place, stem, suffix, compression, int(info.size), info.mtime_ns, columns))
+    return tuple(files)
 
 
-def _partitions(folders: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
-    pairs = (folder.split("=", 1) for folder in folders if re.fullmatch(r"[^=]+=.+", folder))
-    return tuple((name, None if value == _NULL_PARTITION else unquote(value)) for name, value in pairs)
-
-
-def _with_numbers(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
-    """Partition columns as integers where every value of all files is one: file by file they would not agree."""
-    texts: dict[str, list[str]] = {}
-    for file in files:
-        for name, value in file.partitions:
-            texts.setdefault(name, []).extend([str(value)] if value is not None else [])
+def _partitions(folders_of: Sequence[Sequence[str]]) -> list[tuple[tuple[str, str | int | None], ...]]:
+    """Of each file the columns that its folders name, as integers where every value of all files is one."""
+    pairs = [
+        [folder.split("=", 1) for folder in folders if re.fullmatch(r"[^=]+=.+", folder)]
+        for folders in folders_of
+    ]
+    texts: dict[str, list[str]] = defaultdict(list)
+    for name, value in itertools.chain.from_iterable(pairs):
+        texts[name] += [unquote(value)] if value != _NULL_PARTITION else []
     numbers = {name for name, found in texts.items() if found and all(map(_INTEGER.fullmatch, found))}
-    return tuple(
-        dataclasses.replace(
-            file,
-            partitions=tuple(
-                (name, int(value) if value is not None and name in numbers else value)
-                for name, value in file.partitions
-            ),
-        )
-        if file.partitions
-        else file
-        for file in files
-    )
+
+    def typed(name: str, value: str) -> str | int | None:
+        if value == _NULL_PARTITION:
+            return None
+        return int(unquote(value)) if name in numbers else unquote(value)
+
+    return [tuple((name, typed(name, value)) for name, value in columns) for columns in pairs]
 
 
 def _suffix_of(name: str) -> tuple[str, Compression | None]:
@@ -265,16 +255,10 @@ def _unique_stems(paths: Sequence[PurePosixPath]) -> list[str]:
         shorter = path.with_suffix("") if compression else path
         return shorter.with_suffix("") if suffix in FORMAT_BY_SUFFIX else shorter
 
-    ways: list[Callable[[PurePosixPath], str]] = [lambda p: bare(p).name, lambda p: str(bare(p)), str]
-    stems = [ways[0](path) for path in paths]
-    for way in ways[1:]:
-        groups: dict[str, list[int]] = defaultdict(list)
-        for position, stem in enumerate(stems):
-            groups[stem].append(position)
-        for positions in groups.values():
-            if len(positions) > 1:
-                for position in positions:
-                    stems[position] = way(paths[position])
+    stems = [bare(path).name for path in paths]
+    for longer in (lambda path: str(bare(path)), str):
+        counts = Counter(stems)
+        stems = [longer(path) if counts[stem] > 1 else stem for path, stem in zip(paths, stems, strict=True)]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
