@@ -25,13 +25,20 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
     if not (SHARED / "data").is_dir():
         for item in items:
             if "shared" in item.keywords:
                 item.add_marker(
                     pytest.mark.skip(reason="the development data does not lie beside the checkout")
                 )
+    # Files that mostly wait for processes come first, so that several pytest processes end at about the same time.
+    waiting = {item.path for item in items if "processes" in item.keywords}
+    items.sort(key=lambda item: item.path not in waiting)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,6 +42,7 @@ class TestCommandLine:
         assert "compute.dtype" in done.stdout
         assert "encoder  (required)" in done.stdout
 
+    @pytest.mark.processes
     def test_dry_run_prints_config_and_plan_and_writes_nothing(
         self, dummy_encoder_dir: Path, tmp_path: Path
     ) -> None:
@@ -168,6 +169,7 @@ def local_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         shutil.rmtree(session, ignore_errors=True)
 
 
+@pytest.mark.processes
 def test_a_job_runs_by_ray_job_submit(
     local_cluster: tuple[str, dict[str, str]], dummy_encoder_dir: Path, tmp_path: Path
 ) -> None:

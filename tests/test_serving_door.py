@@ -25,6 +25,8 @@ from raytower.serving import deploy, ports
 from tests.test_runtime import clean_environment
 from tests.test_serving_ray import free_port, wait_for, write_version
 
+pytestmark = pytest.mark.processes
+
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # One method of each service that a port may hold, and what asks it: none of these may be answered.
 METHODS = [
