@@ -156,19 +156,35 @@ def test_a_secret_stays_with_the_job(started: dict[str, Any]) -> None:
     assert set(started["keys"]) == {started["worker"]["key"]} == {None}
 
 
-@pytest.mark.processes
-def test_a_long_place_for_temporary_files_takes_what_is_spilled_but_no_sockets(tmp_path: Path) -> None:
-    place = tmp_path / ("long" * 20)
+@pytest.fixture(scope="module")
+def started_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a start with a long TMPDIR was like, by a program that had imported Ray before."""
+    place = tmp_path_factory.mktemp("place") / ("long" * 20)
     place.mkdir()
-    script = LOOK + (
+    script = f"import ray\n{LOOK}" + (
         "node = ray._private.worker.global_worker.node\n"
         "spilled = Path(node._ray_params.object_spilling_directory)\n"
         "print(spilled.parent, oct(spilled.stat().st_mode))\n"
     )
     done = run(script, TMPDIR=str(place), SEARCH_KEY="x")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{place} {oct(stat.S_IFDIR | 0o700)}"
-    assert list(place.iterdir()) == []
+    look, spilled = done.stdout.splitlines()[-2:]
+    left = [str(path) for path in place.iterdir()]
+    return json.loads(look) | {"place": str(place), "spilled": spilled, "left": left}
+
+
+@pytest.mark.processes
+def test_a_long_place_for_temporary_files_takes_what_is_spilled_but_no_sockets(
+    started_elsewhere: dict[str, Any],
+) -> None:
+    assert started_elsewhere["spilled"] == f"{started_elsewhere['place']} {oct(stat.S_IFDIR | 0o700)}"
+    assert started_elsewhere["left"] == []
+
+
+@pytest.mark.processes
+def test_a_ray_that_was_imported_before_is_closed_too(started_elsewhere: dict[str, Any]) -> None:
+    assert (started_elsewhere["mode"], len(started_elsewhere["token"])) == ("token", 64)
+    assert set(started_elsewhere["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_where_no_place_is_short_enough_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +194,6 @@ def test_where_no_place_is_short_enough_it_is_said(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(runtime, "_LONGEST_SOCKET", "/" + "x" * 100)
     with pytest.raises(InputError, match=r"name one in RAY_TMPDIR"):
         runtime._short_place()
-
-
-@pytest.mark.processes
-def test_a_ray_that_was_imported_before_is_closed_too() -> None:
-    done = run("import ray\n" + LOOK, SEARCH_KEY="x")
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert (seen["mode"], len(seen["token"])) == ("token", 64)
-    assert set(seen["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.processes
