@@ -3,13 +3,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check clean
+.PHONY: demo test quick lint check clean
 
 demo: $(STAMP)
 	$(BIN)/raytower demo $(ARGS)
 
+# A file's tests stay in one process. Most time passes in waiting, so two processes do well even on two busy cores.
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What needs no Ray and no other process that imports all of raytower.
+quick: $(STAMP)
+	$(PYTEST) -m 'not slow and not processes' $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check platform jobs tests benchmarks

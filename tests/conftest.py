@@ -9,6 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Time limits of single examples would fail where the machine is busy; `ci` draws the same examples in every run.
+settings.register_profile(
+    "local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], derandomize=False
+)
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -17,21 +25,30 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
     if not (SHARED / "data").is_dir():
         for item in items:
             if "shared" in item.keywords:
                 item.add_marker(
                     pytest.mark.skip(reason="the development data does not lie beside the checkout")
                 )
+    # Files that mostly wait for processes come first, so that several pytest processes end at about the same time.
+    waiting = {item.path for item in items if "processes" in item.keywords}
+    items.sort(key=lambda item: item.path not in waiting)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny models gain nothing from more threads, and lose much where the cores are busy."""
+    """Tiny models and indexes gain nothing from more threads, and lose much where the cores are busy."""
+    import faiss
     import torch
 
     torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,7 @@ class TestDescription:
         assert profiles == {"head": "raytower-head", **workers}
         assert [volume["Encrypted"] for volume in volumes] == [True] * len(instances)
 
+    @pytest.mark.processes
     def test_every_node_installs_what_it_is_for(self, user_home: Path, tmp_path: Path) -> None:
         """pip runs as printed, but for what it would fetch: the mounted files are enough, the extras exist."""
         config = ray_config()
@@ -270,6 +271,7 @@ print("driver:", pathlib.Path.home().name, "task:", ray.get(task), "nodes:", len
 """
 
 
+@pytest.mark.processes
 class TestComesUp:
     @pytest.mark.parametrize(
         ("options", "driver"), [((), "head"), (("--entrypoint-num-cpus=8",), "cpu_worker")]

@@ -45,6 +45,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import Ahead, ForwardEngine, ForwardStats
 from raytower.models.token_block import TokenBlock
 from raytower.storage import Location
+from tests.encoding_here import encode_here
 from tests.tiny_models import build_tiny_encoder, tiny_tokenizer
 
 
@@ -285,8 +286,91 @@ class TestProgress:
         assert line == "encoded 2,000/10,000 texts  500 texts/s  15,000 tokens/s  16 s left"
 
 
+class TestRunsHere:
+    """Through the worker alone, in this process."""
+
+    def test_a_killed_run_continues_with_what_is_missing(
+        self, dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
+        write_corpus(tmp_path / "corpus.jsonl", 100)
+        config = encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out")
+        encode_here(config)
+        before = read_folder(tmp_path / "out")
+        files = sorted((tmp_path / "out").glob("part-*.parquet"))
+        times = {path.name: path.stat().st_mtime_ns for path in files}
+        # What a kill leaves: no manifest, some files missing, a temporary file half written.
+        (tmp_path / "out" / "manifest.json").unlink()
+        files[2].unlink()
+        files[5].unlink()
+        (tmp_path / "out" / ".part-00000002.parquet.abc.tmp").write_bytes(b"half")
+        assert encode_here(config)["files_encoded"] == 2
+        assert read_folder(tmp_path / "out").equals(before)
+        kept = [path for path in files if path not in (files[2], files[5])]
+        assert all(path.stat().st_mtime_ns == times[path.name] for path in kept)
+        assert encode_here(config)["files_encoded"] == 0
+
+    def test_a_compressed_folder_of_several_files(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+        for number in range(2):
+            rows = [{"id": f"{number}-{i}", "text": f"text {i}"} for i in range(40)]
+            write_rows(tmp_path / "corpus" / f"{number}.jsonl.gz", rows)
+        write_rows(tmp_path / "corpus" / "2.jsonl", [{"id": "2-0", "text": "last"}])
+        figures = encode_here(encode_config(dummy_encoder_dir, tmp_path / "corpus", tmp_path / "out"))
+        # 16 + 16 + 8 rows of each of two files; the lone row of the third joins the last 8.
+        assert figures["files_encoded"] == 6
+        table = read_folder(tmp_path / "out")
+        assert table["id"].to_pylist() == [*(f"{n}-{i}" for n in range(2) for i in range(40)), "2-0"]
+        vectors = np.stack(table["embedding"].to_numpy())
+        np.testing.assert_allclose(vectors[:40], vectors[40:80], atol=1e-6)
+
+    def test_an_edited_corpus_is_not_mixed_with_what_it_was(
+        self, dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
+        write_corpus(tmp_path / "corpus.jsonl", 40)
+        config = encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out")
+        encode_here(config)
+        content = (tmp_path / "corpus.jsonl").read_text()
+        (tmp_path / "corpus.jsonl").write_text(content.replace("number 3", "number 8"))
+        with pytest.raises(InputError, match="another encoding job: input_sha256"):
+            encode_here(config)
+
+    def test_float16_prefix_and_quarantine(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+        texts = write_corpus(tmp_path / "corpus.jsonl", 20)
+        with open(tmp_path / "corpus.jsonl", "a", encoding="utf-8") as stream:
+            stream.write('{"id": "bad"}\n')
+        config = encode_config(
+            dummy_encoder_dir,
+            tmp_path / "corpus.jsonl",
+            tmp_path / "out",
+            prefix="the ",
+            embedding_dtype="float16",
+            on_error="quarantine",
+        )
+        assert encode_here(config)["rejected_rows"] == 1
+        table = read_folder(tmp_path / "out")
+        assert table.schema.field("embedding").type == pa.list_(pa.float16(), 32)
+        vectors = np.stack(table["embedding"].to_numpy()).astype(np.float64)
+        peer = SentenceTransformer(str(dummy_encoder_dir), device="cpu").encode(
+            ["the " + text for text in texts]
+        )
+        assert np.abs(vectors - peer).max() < 1e-3
+        assert EmbeddingsManifest.read(Location.of(tmp_path / "out")).prefix == "the "
+
+    def test_an_output_of_another_encoder_is_refused(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+        write_corpus(tmp_path / "corpus.jsonl", 20)
+        encode_here(encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out"))
+        other = build_tiny_encoder(tmp_path / "other", seed=5)
+        with pytest.raises(InputError, match="belongs to another encoding job: fingerprint"):
+            encode_here(encode_config(other, tmp_path / "corpus.jsonl", tmp_path / "out"))
+        with pytest.raises(InputError, match="max_length is 64 there and 32 now"):
+            encode_here(
+                encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out", max_length=32)
+            )
+
+
 @pytest.mark.usefixtures("ray_cluster")
 class TestRuns:
+    """Through Ray Data."""
+
     def test_the_folder_is_what_one_process_would_have_written(
         self, dummy_encoder_dir: Path, tmp_path: Path
     ) -> None:
@@ -317,26 +401,6 @@ class TestRuns:
         )
         assert figures["tokens_per_second"] > figures["texts_per_second"] > 0
 
-    def test_a_killed_run_continues_with_what_is_missing(
-        self, dummy_encoder_dir: Path, tmp_path: Path
-    ) -> None:
-        write_corpus(tmp_path / "corpus.jsonl", 100)
-        config = encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out")
-        encode(config)
-        before = read_folder(tmp_path / "out")
-        files = sorted((tmp_path / "out").glob("part-*.parquet"))
-        times = {path.name: path.stat().st_mtime_ns for path in files}
-        # What a kill leaves: no manifest, some files missing, a temporary file half written.
-        (tmp_path / "out" / "manifest.json").unlink()
-        files[2].unlink()
-        files[5].unlink()
-        (tmp_path / "out" / ".part-00000002.parquet.abc.tmp").write_bytes(b"half")
-        assert encode(config)["files_encoded"] == 2
-        assert read_folder(tmp_path / "out").equals(before)
-        kept = [path for path in files if path not in (files[2], files[5])]
-        assert all(path.stat().st_mtime_ns == times[path.name] for path in kept)
-        assert encode(config)["files_encoded"] == 0
-
     def test_large_files_are_written_in_blocks(
         self, dummy_encoder_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -359,26 +423,13 @@ class TestRuns:
         assert "padding " in logged
         assert "forward " in logged
 
-    def test_a_compressed_folder_of_several_files(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
-        for number in range(2):
-            rows = [{"id": f"{number}-{i}", "text": f"text {i}"} for i in range(40)]
-            write_rows(tmp_path / "corpus" / f"{number}.jsonl.gz", rows)
-        write_rows(tmp_path / "corpus" / "2.jsonl", [{"id": "2-0", "text": "last"}])
-        figures = encode(encode_config(dummy_encoder_dir, tmp_path / "corpus", tmp_path / "out"))
-        # 16 + 16 + 8 rows of each of two files; the lone row of the third joins the last 8.
-        assert figures["files_encoded"] == 6
-        table = read_folder(tmp_path / "out")
-        assert table["id"].to_pylist() == [*(f"{n}-{i}" for n in range(2) for i in range(40)), "2-0"]
-        vectors = np.stack(table["embedding"].to_numpy())
-        np.testing.assert_allclose(vectors[:40], vectors[40:80], atol=1e-6)
-
     def test_two_pieces_in_flight_give_the_same_folder(
         self, dummy_encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What a worker with a GPU does."""
         write_corpus(tmp_path / "corpus.jsonl", 200)
         corpus = tmp_path / "corpus.jsonl"
-        encode(encode_config(dummy_encoder_dir, corpus, tmp_path / "one"))
+        encode_here(encode_config(dummy_encoder_dir, corpus, tmp_path / "one"))
         monkeypatch.setattr(job, "pieces_in_flight", lambda _: 2)
         workers = {"min": 1, "max": 1, "num_cpus": 0.5}
         encode(encode_config(dummy_encoder_dir, corpus, tmp_path / "two", workers=workers))
@@ -405,17 +456,6 @@ class TestRuns:
         with pytest.raises(InputError, match="engine is 'onnx' there and 'torch' now"):
             encode(encode_config(encoder, corpus, output))
 
-    def test_an_edited_corpus_is_not_mixed_with_what_it_was(
-        self, dummy_encoder_dir: Path, tmp_path: Path
-    ) -> None:
-        write_corpus(tmp_path / "corpus.jsonl", 40)
-        config = encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out")
-        encode(config)
-        content = (tmp_path / "corpus.jsonl").read_text()
-        (tmp_path / "corpus.jsonl").write_text(content.replace("number 3", "number 8"))
-        with pytest.raises(InputError, match="another encoding job: input_sha256"):
-            encode(config)
-
     def test_a_worker_that_sees_another_encoder_says_so(
         self, dummy_encoder_dir: Path, tmp_path: Path
     ) -> None:
@@ -439,39 +479,6 @@ class TestRuns:
         ):
             read_answer(answer)
         assert not (tmp_path / "out").exists()
-
-    def test_float16_prefix_and_quarantine(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
-        texts = write_corpus(tmp_path / "corpus.jsonl", 20)
-        with open(tmp_path / "corpus.jsonl", "a", encoding="utf-8") as stream:
-            stream.write('{"id": "bad"}\n')
-        config = encode_config(
-            dummy_encoder_dir,
-            tmp_path / "corpus.jsonl",
-            tmp_path / "out",
-            prefix="the ",
-            embedding_dtype="float16",
-            on_error="quarantine",
-        )
-        assert encode(config)["rejected_rows"] == 1
-        table = read_folder(tmp_path / "out")
-        assert table.schema.field("embedding").type == pa.list_(pa.float16(), 32)
-        vectors = np.stack(table["embedding"].to_numpy()).astype(np.float64)
-        peer = SentenceTransformer(str(dummy_encoder_dir), device="cpu").encode(
-            ["the " + text for text in texts]
-        )
-        assert np.abs(vectors - peer).max() < 1e-3
-        assert EmbeddingsManifest.read(Location.of(tmp_path / "out")).prefix == "the "
-
-    def test_an_output_of_another_encoder_is_refused(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
-        write_corpus(tmp_path / "corpus.jsonl", 20)
-        encode(encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out"))
-        other = build_tiny_encoder(tmp_path / "other", seed=5)
-        with pytest.raises(InputError, match="belongs to another encoding job: fingerprint"):
-            encode(encode_config(other, tmp_path / "corpus.jsonl", tmp_path / "out"))
-        with pytest.raises(InputError, match="max_length is 64 there and 32 now"):
-            encode(
-                encode_config(dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out", max_length=32)
-            )
 
     def test_vectors_that_are_not_finite_name_the_text(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
         broken = build_tiny_encoder(tmp_path / "broken")

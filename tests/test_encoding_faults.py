@@ -33,6 +33,7 @@ from raytower.errors import RaytowerError
 from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
+from tests.encoding_here import encode_here
 from tests.killed_jobs import kill_once
 from tests.tiny_models import tiny_config, tiny_tokenizer
 
@@ -88,7 +89,7 @@ def undisturbed(
     ray_cluster: None, slow_encoder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> pa.Table:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    figures = encode(make_config(EncodeConfig, run_values(slow_encoder, corpus, output)))
+    figures = encode_here(make_config(EncodeConfig, run_values(slow_encoder, corpus, output)))
     assert figures["files_encoded"] == NUM_FILES
     table = read_folder(output)
     assert table["id"].to_pylist() == [f"doc {i}" for i in range(NUM_TEXTS)]
@@ -343,8 +344,8 @@ def test_a_full_disk_stops_the_job_which_goes_on_once_there_is_room(
     for name in kept:
         assert pq.read_metadata(small_disk / "out" / name).num_rows == ROWS_PER_FILE
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    assert encode(make_config(EncodeConfig, values))["files_encoded"] == NUM_FILES - len(kept)
+    assert encode_here(make_config(EncodeConfig, values))["files_encoded"] == NUM_FILES - len(kept)
     assert {name: time for name, time in parts_in(small_disk / "out").items() if name in kept} == kept
     elsewhere = tmp_path / "elsewhere"
-    encode(make_config(EncodeConfig, {**values, "output": str(elsewhere)}))
+    encode_here(make_config(EncodeConfig, {**values, "output": str(elsewhere)}))
     assert read_folder(small_disk / "out").equals(read_folder(elsewhere))

@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
-from raytower.encoding.job import encode
 from raytower.errors import FormatError, InputError
 from raytower.evaluation.classify import ClassifyConfig, classify, plan_classify
 from raytower.evaluation.evaluate import EvaluateConfig, evaluate, plan_evaluate
@@ -26,14 +25,14 @@ from raytower.evaluation.mine import MineConfig, mine, plan_mine
 from raytower.evaluation.runs import read_run
 from raytower.evaluation.search import SearchConfig, plan_search, render_search, search
 from raytower.evaluation.similarity import SimilarityConfig, measure_scores, plan_similarity, similarity
-from raytower.index.build import build_index
-from raytower.index.config import IndexBuildConfig
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.storage import Location
 from tests.data_files import read
+from tests.encoding_here import encode_here
+from tests.index_cases import build
 from tests.tiny_models import build_tiny_encoder, build_tiny_reranker
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "train", "ocean", "candle"]
@@ -64,14 +63,13 @@ def _build(folder: Path, encoder: str, rows: list[dict[str, Any]]) -> str:
         "input": {"path": str(folder / "corpus.jsonl")},
         "max_length": 64,
     }
-    encode(make_config(EncodeConfig, {**values, "output": str(folder / "embeddings")}))
-    build = {"embeddings": str(folder / "embeddings"), "output": str(folder / "index"), "kind": "flat"}
-    build_index(make_config(IndexBuildConfig, {**build, "shards": min(2, len(rows))}))
+    encode_here(make_config(EncodeConfig, {**values, "output": str(folder / "embeddings")}))
+    build(folder / "index", str(folder / "embeddings"), shards=min(2, len(rows)))
     return str(folder / "index")
 
 
 @pytest.fixture(scope="module")
-def world(ray_cluster: None, dummy_encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(dummy_encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     rows = [
         {"id": f"c{place}", "text": text, "label": f"things##{text.split()[0]}"}
         for place, text in enumerate(CORPUS)

@@ -134,6 +134,7 @@ def on_session_ray() -> dict[str, str]:
     }
 
 
+@pytest.mark.processes
 class TestKilledChanges:
     """Each is killed as soon as the table holds its change and no version does, and at a random moment."""
 
@@ -185,6 +186,7 @@ class TestKilledChanges:
         assert Index.open(index, "000001").num_rows == 300
 
 
+@pytest.mark.processes
 class TestWritersAtOnce:
     def test_both_changes_are_there(self, tmp_path: Path) -> None:
         index = tmp_path / "index"

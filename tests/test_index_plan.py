@@ -35,10 +35,16 @@ def plan_or_none(**values: Any) -> IndexPlan | None:
         return None
 
 
-def trained(kind: Any, rows: int, dim: int) -> tuple[Any, np.ndarray, dict[str, int]]:
+def trained(
+    kind: Any, rows: int, dim: int, iterations: int | None = None
+) -> tuple[Any, np.ndarray, dict[str, int]]:
+    """`iterations` of k-means, where the place of the centroids does not matter."""
     vectors = np.random.default_rng(0).normal(size=(rows, dim)).astype(np.float32)
     parameters = plan_index(rows=rows, dim=dim, kind=kind, shards=1).parameters
     index = new_index(kind, dim, parameters)
+    for clustering in (getattr(index, "cp", None), getattr(getattr(index, "pq", None), "cp", None)):
+        if iterations and clustering:
+            clustering.niter = iterations
     if kind != "flat":
         index.train(vectors)
     return index, vectors, parameters
@@ -47,7 +53,7 @@ def trained(kind: Any, rows: int, dim: int) -> tuple[Any, np.ndarray, dict[str, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "dim"), [(3000, 16), (2000, 100)])
 def test_disk_is_what_faiss_writes(kind: BuiltKind, rows: int, dim: int) -> None:
-    index, vectors, parameters = trained(kind, rows, dim)
+    index, vectors, parameters = trained(kind, rows, dim, iterations=2)
     index.add(vectors)
     written = len(faiss.serialize_index(index))
     assert costs.shard_bytes(kind, rows, dim, parameters) == pytest.approx(written, rel=0.01, abs=2000)

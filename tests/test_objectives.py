@@ -459,6 +459,7 @@ def from_two_workers(
     return run_cases_on_two_workers(CASES, backward_whole, dummy_encoder_dir, out)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_workers_give_the_loss_and_gradients_of_one(
     name: str, from_two_workers: dict[str, dict[str, Tensor]], dummy_encoder_dir: Path

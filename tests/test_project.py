@@ -59,6 +59,7 @@ def test_models_and_objectives_know_no_ray() -> None:
             assert not [name for name in imports_of(path) if name.split(".")[0] == "ray"], path
 
 
+@pytest.mark.processes
 def test_the_forward_engine_and_the_training_step_run_where_ray_cannot_be_imported() -> None:
     code = (
         "import sys; sys.modules['ray'] = None; "

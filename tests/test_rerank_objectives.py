@@ -285,6 +285,7 @@ def gradients_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tens
     return dict(torch.load(out, weights_only=True))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", CASES)
 def test_two_workers_give_the_gradients_of_one(name: str, gradients_of_two: dict[str, Tensor]) -> None:
     """A weighted mean taken on each worker alone would weigh a text by the worker it fell to."""

@@ -104,6 +104,7 @@ def started(short_folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.processes
 def test_a_cluster_that_was_left_on_the_machine_is_not_joined_unless_named(short_folder: Path) -> None:
     # What `ray start` leaves in this file; nothing listens there any more.
     marker = short_folder / "ray" / "ray_current_cluster"
@@ -114,11 +115,13 @@ def test_a_cluster_that_was_left_on_the_machine_is_not_joined_unless_named(short
     assert "logical CPUs True" in done.stdout
 
 
+@pytest.mark.processes
 def test_every_port_is_on_loopback(started: dict[str, Any]) -> None:
     assert started["listening"]
     assert set(started["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+@pytest.mark.processes
 def test_the_token_is_fresh_and_stands_in_no_file_and_no_argument(started: dict[str, Any]) -> None:
     assert started["mode"] == "token"
     assert len(started["token"]) == 64
@@ -126,16 +129,19 @@ def test_the_token_is_fresh_and_stands_in_no_file_and_no_argument(started: dict[
     assert started["token"] not in started["stderr"]
 
 
+@pytest.mark.processes
 def test_sockets_lie_in_a_private_folder(started: dict[str, Any]) -> None:
     assert started["sockets"]
     for socket in started["sockets"]:
         assert any(socket.startswith(f"{folder}/") for folder in started["private"])
 
 
+@pytest.mark.processes
 def test_nothing_is_left_in_home_or_among_temporary_files(started: dict[str, Any]) -> None:
     assert started["left"] == []
 
 
+@pytest.mark.processes
 def test_workers_are_in_the_folder_of_the_job_but_import_nothing_from_it(started: dict[str, Any]) -> None:
     assert started["worker"]["folder"] == started["folder"] == started["started_in"]
     assert started["started_in"] not in started["worker"]["path"]
@@ -143,24 +149,42 @@ def test_workers_are_in_the_folder_of_the_job_but_import_nothing_from_it(started
     assert not started["worker"]["module"].startswith(started["started_in"])
 
 
+@pytest.mark.processes
 def test_a_secret_stays_with_the_job(started: dict[str, Any]) -> None:
     assert started["key"] == "open sesame"
     assert started["keys"]
     assert set(started["keys"]) == {started["worker"]["key"]} == {None}
 
 
-def test_a_long_place_for_temporary_files_takes_what_is_spilled_but_no_sockets(tmp_path: Path) -> None:
-    place = tmp_path / ("long" * 20)
+@pytest.fixture(scope="module")
+def started_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a start with a long TMPDIR was like, by a program that had imported Ray before."""
+    place = tmp_path_factory.mktemp("place") / ("long" * 20)
     place.mkdir()
-    script = LOOK + (
+    script = f"import ray\n{LOOK}" + (
         "node = ray._private.worker.global_worker.node\n"
         "spilled = Path(node._ray_params.object_spilling_directory)\n"
         "print(spilled.parent, oct(spilled.stat().st_mode))\n"
     )
     done = run(script, TMPDIR=str(place), SEARCH_KEY="x")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{place} {oct(stat.S_IFDIR | 0o700)}"
-    assert list(place.iterdir()) == []
+    look, spilled = done.stdout.splitlines()[-2:]
+    left = [str(path) for path in place.iterdir()]
+    return json.loads(look) | {"place": str(place), "spilled": spilled, "left": left}
+
+
+@pytest.mark.processes
+def test_a_long_place_for_temporary_files_takes_what_is_spilled_but_no_sockets(
+    started_elsewhere: dict[str, Any],
+) -> None:
+    assert started_elsewhere["spilled"] == f"{started_elsewhere['place']} {oct(stat.S_IFDIR | 0o700)}"
+    assert started_elsewhere["left"] == []
+
+
+@pytest.mark.processes
+def test_a_ray_that_was_imported_before_is_closed_too(started_elsewhere: dict[str, Any]) -> None:
+    assert (started_elsewhere["mode"], len(started_elsewhere["token"])) == ("token", 64)
+    assert set(started_elsewhere["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_where_no_place_is_short_enough_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,14 +196,7 @@ def test_where_no_place_is_short_enough_it_is_said(tmp_path: Path, monkeypatch: 
         runtime._short_place()
 
 
-def test_a_ray_that_was_imported_before_is_closed_too() -> None:
-    done = run("import ray\n" + LOOK, SEARCH_KEY="x")
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert (seen["mode"], len(seen["token"])) == ("token", 64)
-    assert set(seen["listening"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-
-
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["token", "disabled"])
 def test_a_mode_that_ray_did_not_see_is_refused(mode: str) -> None:
     other = {"token": "disabled", "disabled": "token"}[mode]

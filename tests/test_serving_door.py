@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from ray.serve.generated.serve_pb2 import ASGIRequest
 from raytower.serving import deploy, ports
 from tests.test_runtime import clean_environment
 from tests.test_serving_ray import free_port, wait_for, write_version
+
+pytestmark = pytest.mark.processes
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # One method of each service that a port may hold, and what asks it: none of these may be answered.
@@ -225,9 +228,9 @@ def test_a_long_head_is_refused(server: Server) -> None:
     assert link.getresponse().status == 200
 
 
-@pytest.mark.parametrize("start", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "half"])
-def test_a_head_that_does_not_come_is_not_waited_for(server: Server, start: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+def wait_for_end(port: int, start: bytes) -> float:
+    """Seconds until the server hangs up on a head that begins with `start` and never ends."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as link:
         began = time.monotonic()
         link.sendall(start)
         while True:
@@ -242,17 +245,31 @@ def test_a_head_that_does_not_come_is_not_waited_for(server: Server, start: byte
                 continue
             except OSError:
                 break
-        assert time.monotonic() - began > ports.HEAD_TIMEOUT_S - 1
+        return time.monotonic() - began
 
 
-def test_a_connection_that_is_kept_answers_again_after_the_limit_of_a_head(server: Server) -> None:
-    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+def answers_twice(port: int) -> list[int]:
+    """Two answers over one connection, further apart than the limit of a head."""
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    codes = []
     for pause in (0.0, ports.HEAD_TIMEOUT_S + 1):
         time.sleep(pause)
         link.request("GET", "/readyz")
         answer = link.getresponse()
-        assert answer.status == 200
+        codes.append(answer.status)
         answer.read()
+    return codes
+
+
+def test_a_head_that_does_not_come_is_not_waited_for_and_a_kept_connection_stays(server: Server) -> None:
+    """The three wait at the same time."""
+    starts = {"nothing": b"", "half": b"GET /healthz HTTP/1.1\r\nHost: x\r\n"}
+    with ThreadPoolExecutor(3) as clients:
+        kept = clients.submit(answers_twice, server.port)
+        ended = {name: clients.submit(wait_for_end, server.port, start) for name, start in starts.items()}
+        assert kept.result() == [200, 200]
+        for name, end in ended.items():
+            assert end.result() > ports.HEAD_TIMEOUT_S - 1, name
 
 
 # --- the end (last: it ends the server) -----------------------------------------------------------------------

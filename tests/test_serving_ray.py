@@ -465,6 +465,7 @@ def test_a_shard_server_keeps_two_versions_and_opens_others_when_asked(
     assert opened == ["000001", "000002", "000003", "000002"]
 
 
+@pytest.mark.processes
 def test_the_job_serves_until_it_is_told_to_stop(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     """In a process and a Ray of its own, as a user runs it: HUP reloads, TERM ends with the JSON line and code 0."""
     index_dir = tmp_path / "index"

@@ -49,6 +49,7 @@ from raytower.storage import Lease, Location, absolute_if_local, publish_directo
 from raytower.storage import location as storage_module
 from raytower.storage import s3 as s3_module
 from raytower.storage.errors import StorageError, StorageRefusedError
+from tests.encoding_here import encode_here
 from tests.index_cases import HERE, build
 from tests.s3_server import REGION, S3Server, s3_server
 from tests.test_encoding import read_folder, write_corpus
@@ -580,7 +581,7 @@ class TestIndex:
         }
         assert encode(make_config(EncodeConfig, values))["rows"] == 60
         assert encode(make_config(EncodeConfig, values))["files_encoded"] == 0
-        local = encode(
+        local = encode_here(
             make_config(
                 EncodeConfig,
                 {

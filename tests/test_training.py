@@ -303,22 +303,17 @@ class TestRetrieverRuns:
         measured = evaluate_recall(engine, load_dev_set(config.dev), "recall@1", ("", ""))
         assert measured["recall@1"] == pytest.approx(figures["best"], abs=1e-6)
 
-    def test_prefixes_become_the_models_prompts(self, still_encoder: Path, tmp_path: Path) -> None:
-        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
-        train_retriever(
-            retriever_config(still_encoder, pairs, tmp_path / "out", query_prefix="q: ", document_prefix="")
-        )
-        trained = Encoder.load(tmp_path / "out")
-        assert (trained.prefix_for("query"), trained.prefix_for("document")) == ("q: ", "")
-
-    def test_relative_paths_reach_the_workers(
+    def test_relative_paths_reach_the_workers_and_prefixes_become_the_models_prompts(
         self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Workers run in directories of their own."""
         monkeypatch.chdir(still_encoder.parent)
         pairs = write_pairs(tmp_path / "pairs.tsv", 8)
-        config = retriever_config(Path(still_encoder.name), pairs, tmp_path / "out")
+        prefixes = {"query_prefix": "q: ", "document_prefix": ""}
+        config = retriever_config(Path(still_encoder.name), pairs, tmp_path / "out", **prefixes)
         assert train_retriever(config)["steps"] == 1
+        trained = Encoder.load(tmp_path / "out")
+        assert (trained.prefix_for("query"), trained.prefix_for("document")) == ("q: ", "")
 
     def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(
         self, still_encoder: Path, tmp_path: Path

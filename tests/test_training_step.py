@@ -209,6 +209,7 @@ def spoil_gradient(model: nn.Module, value: float) -> torch.utils.hooks.Removabl
     return weight.register_hook(spoil)
 
 
+@pytest.mark.processes
 class TestTwoWorkers:
     """Each with its half of every batch, without dropout, against one process with all of it."""
 

@@ -1,0 +1,44 @@
+"""The encoding job without Ray: the worker that Ray would start encodes in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raytower.data.pieces import Piece
+from raytower.encoding import job as job_module
+from raytower.encoding import worker as worker_module
+from raytower.encoding.config import EncodeConfig
+from raytower.encoding.worker import PieceEncoder, read_answer
+
+
+def encode_here(config: EncodeConfig) -> dict[str, Any]:
+    """`encode`, whose pieces go through one worker in this process, in order."""
+    with no_ray():
+        return job_module.encode(config)
+
+
+@contextmanager
+def no_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "ensure_ray", lambda: None)
+        patch.setattr(job_module, "_run", _run)
+        # The worker asks Ray for the list of pieces; here it is given the list itself.
+        patch.setattr(worker_module, "ray", SimpleNamespace(get=lambda pieces: pieces))
+        # The worker sets it for its own process; here it must be taken back.
+        patch.setenv("RAYON_NUM_THREADS", os.environ.get("RAYON_NUM_THREADS", "1"))
+        yield
+
+
+def _run(job: Any, missing: Sequence[Piece], totals: Any) -> None:
+    worker = PieceEncoder(job_module._worker_settings(job), list(job.pieces))  # type: ignore[arg-type]
+    numbers = {piece.index: number for number, piece in enumerate(job.pieces)}
+    for piece in missing:
+        (answer,) = worker({"piece": np.array([numbers[piece.index]])})["answer"]
+        totals.add(read_answer(answer))
