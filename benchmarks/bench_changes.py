@@ -49,7 +49,7 @@ from raytower.index.change import (
 from raytower.index.config import IndexBuildConfig
 from raytower.index.kinds import parameter_grid
 from raytower.index.reader import Index
-from raytower.index.tasks import InProcess
+from raytower.index.tasks import Run
 
 CORES = os.cpu_count() or 1
 K = 10
@@ -145,7 +145,7 @@ def build(arguments: argparse.Namespace) -> None:
                     "indexed": ["share"],
                 },
             ),
-            InProcess(threads=CORES),
+            Run(threads=CORES),
         )
         our_seconds = time.perf_counter() - started
         started = time.perf_counter()

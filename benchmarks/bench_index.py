@@ -34,9 +34,9 @@ from raytower.config import make_config
 from raytower.index.build import ShardPlan, build_index, build_shards, ingest
 from raytower.index.config import IndexBuildConfig
 from raytower.index.embeddings import Embeddings
-from raytower.index.plan import plan_index
+from raytower.index.plan import IndexRequest
 from raytower.index.reader import Index
-from raytower.index.tasks import InProcess
+from raytower.index.tasks import Run
 from raytower.runtime import ensure_ray
 from raytower.storage import Location
 
@@ -129,13 +129,14 @@ def raw_build(folder: Path, vectors: Vectors, kind: str) -> float:
         index = faiss.index_factory(dim, f"HNSW{M}_SQ8,RFlat", faiss.METRIC_INNER_PRODUCT)
         faiss.downcast_index(index.base_index).hnsw.efConstruction = EF_CONSTRUCTION
     else:
-        nlist = plan_index(rows=len(vectors), dim=dim, kind="ivf_flat", shards=1).parameters["nlist"]
+        plan = IndexRequest(rows=len(vectors), dim=dim, kind="ivf_flat", shards=1).plan()
+        nlist = plan.parameters["nlist"]
         index = faiss.index_factory(dim, f"IVF{nlist},Flat", faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         # As many training rows as the plan takes on the other side.
-        wanted = plan_index(
+        wanted = IndexRequest(
             rows=len(vectors), dim=dim, kind="hnsw" if "hnsw" in kind else "ivf_flat", shards=1
-        )
+        ).plan()
         index.train(vectors[np.sort(np.random.default_rng(0).permutation(len(vectors))[: wanted.train_rows])])
     index.add(vectors)
     faiss.write_index(index, str(folder / "raw.faiss"))
@@ -155,9 +156,9 @@ def our_build(folder: Path, embeddings: Path, kind: Any, num_threads: int) -> fl
     """The build's own steps in this process, without measuring recall: the table with its id index, then the shard."""
     source, index = Embeddings(Location.of(embeddings)), Location.of(folder / "built")
     shutil.rmtree(folder / "built", ignore_errors=True)
-    run = InProcess(threads=num_threads)
+    run = Run(threads=num_threads)
     started = time.perf_counter()
-    plan = plan_index(rows=source.rows, dim=source.origin.dim, kind=kind, shards=1)
+    plan = IndexRequest(rows=source.rows, dim=source.origin.dim, kind=kind, shards=1).plan()
     table, _ = ingest(index, source, 0, [], run)
     shards = ShardPlan(
         index=index,

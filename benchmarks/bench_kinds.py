@@ -20,7 +20,7 @@ from synthetic import clustered
 
 from raytower.index.faiss_index import fill, new_index, train
 from raytower.index.kinds import parameter_grid, search_index
-from raytower.index.plan import plan_index
+from raytower.index.plan import IndexRequest
 
 K, QUERIES, BATCH = 10, 1000, 4096
 TARGETS = (0.95, 0.99)
@@ -57,7 +57,7 @@ def main() -> None:
 
 def measured(kind: Any, corpus: np.ndarray, queries: np.ndarray, bounds: np.ndarray) -> list[str]:
     rows, dim = corpus.shape
-    plan = plan_index(rows=rows, dim=dim, kind=kind, shards=1, memory_bytes=2**42)
+    plan = IndexRequest(rows=rows, dim=dim, kind=kind, shards=1, memory_bytes=2**42).plan()
     index = new_index(kind, dim, plan.parameters)
     sample = corpus[np.sort(np.random.default_rng(0).permutation(rows)[: plan.train_rows])]
     started = time.process_time()

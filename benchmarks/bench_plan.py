@@ -31,7 +31,7 @@ from raytower.errors import InputError
 from raytower.index import costs
 from raytower.index.embeddings import Embeddings
 from raytower.index.manifest import SHARDS_NAME
-from raytower.index.plan import IndexPlan, human_bytes, plan_index
+from raytower.index.plan import IndexPlan, IndexRequest, human_bytes
 from raytower.index.shard_build import ShardTask, TableRows, build_shard, train_template
 from raytower.index.table import DocumentTable, commit_fragments, table_batch, table_schema, write_fragments
 from raytower.storage import Location
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def plan_of(source: Embeddings, kind: Any) -> IndexPlan:
-    return plan_index(
+    return IndexRequest(
         rows=source.rows,
         dim=source.origin.dim,
         kind=kind,
@@ -73,7 +73,7 @@ def plan_of(source: Embeddings, kind: Any) -> IndexPlan:
         num_workers=1,
         threads_per_task=CORES,
         text_bytes=0,
-    )
+    ).plan()
 
 
 # --- check ---------------------------------------------------------------------------------------------------------
@@ -210,14 +210,14 @@ def print_plans(arguments: argparse.Namespace) -> None:
         for dim in arguments.dims:
             for budget in (16, 64, 256, 1024, 4096):
                 try:
-                    plan = plan_index(
+                    plan = IndexRequest(
                         rows=rows,
                         dim=dim,
                         memory_bytes=budget * 2**30,
                         num_workers=64,
                         threads_per_task=8,
                         vector_dtype="float16",
-                    )
+                    ).plan()
                 except InputError as error:
                     print(f"| {rows:,} | {dim} | {budget} GiB | refused |" + " |" * 7)
                     refusals.append(str(error))

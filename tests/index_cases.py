@@ -14,10 +14,10 @@ from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
 from raytower.encoding.parts import write_part
 from raytower.index.build import build_index
 from raytower.index.config import IndexBuildConfig
-from raytower.index.tasks import InProcess
+from raytower.index.tasks import Run
 from raytower.storage import Location
 
-HERE = InProcess()
+HERE = Run()
 
 
 def unit_vectors(count: int, dim: int = 8, seed: int = 0) -> NDArray[np.float32]:

@@ -45,7 +45,7 @@ from raytower.index.manage import (
     index_rollback,
     index_verify,
 )
-from raytower.index.plan import plan_index, split_rows
+from raytower.index.plan import IndexRequest, split_rows
 from raytower.index.reader import Index, resolve_parameters
 from raytower.index.rowmap import RowMap
 from raytower.index.versions import open_manifest, publish, version_names
@@ -117,7 +117,7 @@ class TestPlanner:
     def test_auto_goes_from_exact_to_graph_to_codes(self) -> None:
         def kind(rows: int, memory: int) -> str:
             values = {"dim": 384, "shards": "auto", "memory_bytes": memory, "num_workers": 2, "recall": 0.95}
-            return plan_index(rows=rows, kind="auto", **values).kind  # type: ignore[arg-type]
+            return IndexRequest(rows=rows, kind="auto", **values).plan().kind  # type: ignore[arg-type]
 
         assert kind(5_000, 8 * 2**30) == "flat"
         assert kind(1_000_000, 8 * 2**30) == "hnsw"
@@ -126,7 +126,7 @@ class TestPlanner:
 
     def test_what_does_not_fit_names_what_would(self) -> None:
         with pytest.raises(InputError, match=r"kind ivf_rabitq \(647\.6 MiB\) would fit"):
-            plan_index(
+            IndexRequest(
                 rows=10_000_000,
                 dim=384,
                 kind="hnsw",
@@ -134,11 +134,11 @@ class TestPlanner:
                 recall=0.95,
                 memory_bytes=8 * 2**30,
                 num_workers=2,
-            )
+            ).plan()
 
     def test_more_shards_than_rows(self) -> None:
         with pytest.raises(InputError, match="shards is 4, more than the 3 rows"):
-            plan_index(rows=3, dim=8, kind="flat", shards=4, recall=0.95, memory_bytes=2**30, num_workers=2)
+            IndexRequest(rows=3, dim=8, kind="flat", shards=4).plan()
 
 
 class TestRowMap:
@@ -435,7 +435,7 @@ class TestBuild:
         vectors = clustered_vectors(200)
         build(tmp_path / "index", embeddings_of(tmp_path / "e", vectors.astype(np.float16)))
         index = Index.open(tmp_path / "index")
-        assert index.table.vector_dtype == "float16"
+        assert index.table.take(np.arange(1), ["vector"])["vector"].type.value_type == pa.float16()
         assert np.abs(index.table.vectors(np.arange(200), unit=True) - vectors).max() < 2e-3
 
     def test_files_that_infer_columns_differently_are_joined(self, tmp_path: Path) -> None:

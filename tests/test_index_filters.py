@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from raytower.errors import InputError
 from raytower.index.filters import MAX_CONDITIONS, MAX_DEPTH, MAX_MEMBERS, sql_literal, to_sql
 from raytower.index.reader import Index
+from raytower.index.table import refuse_unindexable
 from tests.index_cases import build, unit_vectors, write_embeddings
 
 UTC = datetime.UTC
@@ -223,6 +224,11 @@ class TestRefusals:
             index.search(unit_vectors(1), 3, filter="nope = 1")
         with pytest.raises(InputError, match="cannot be evaluated"):
             index.search(unit_vectors(1), 3, filter="year = ")
+
+    @pytest.mark.parametrize("name", ["nothing", "metadata"])
+    def test_columns_without_an_order_get_no_index(self, index: Index, name: str) -> None:
+        with pytest.raises(InputError, match=f"column '{name}' of type .* has no index"):
+            refuse_unindexable(index.table.schema, [name])
 
     def test_values_that_are_set(self, index: Index) -> None:
         assert sql_literal(index.table.schema.field("year"), None, "x") == "NULL"

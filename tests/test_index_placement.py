@@ -37,8 +37,12 @@ def clustered(rows: int, seed: int = 0, *, centres: int = 60, zipf: float = 0.0)
     return unit(middles[chosen] + 0.3 * random.normal(size=(rows, DIM)))
 
 
-def train(sample: NDArray[np.float32], shards: int, seed: int = 0, **changes: Any) -> Placement:
-    return train_placement(sample, shards, seed, **{"metric": "cosine", **changes})
+def train(
+    sample: NDArray[np.float32], shards: int, seed: int = 0, *, clusters_per_shard: int = 64, **changes: Any
+) -> Placement:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement_module, "_CLUSTERS_PER_SHARD", clusters_per_shard)
+        return train_placement(sample, shards, seed, **{"metric": "cosine", **changes})
 
 
 def make_placement(centroids: list[list[float]], shard_of: list[int]) -> Placement:
@@ -171,21 +175,20 @@ class TestTraining:
         assert (np.linalg.norm(means, axis=1) < 0.999).any()
 
     @pytest.mark.parametrize(
-        ("sample", "shards", "clusters", "message"),
+        ("sample", "shards", "message"),
         [
-            (np.ones((3, 2)), 0, 4, "shards is 0"),
-            (np.ones((3, 2)), 2, 0, "clusters_per_shard is 0"),
-            (np.ones((0, 2)), 2, 4, r"shape \(0, 2\)"),
-            (np.ones(3), 2, 4, r"shape \(3,\)"),
-            (np.full((3, 2), np.nan), 2, 4, "NaN"),
+            (np.ones((3, 2)), 0, "shards is 0"),
+            (np.ones((0, 2)), 2, r"shape \(0, 2\)"),
+            (np.ones(3), 2, r"shape \(3,\)"),
+            (np.full((3, 2), np.nan), 2, "NaN"),
         ],
     )
-    def test_refusals(self, sample: NDArray[Any], shards: int, clusters: int, message: str) -> None:
+    def test_refusals(self, sample: NDArray[Any], shards: int, message: str) -> None:
         with pytest.raises(InputError, match=message):
-            train(sample.astype(np.float32), shards, clusters_per_shard=clusters)
+            train(sample.astype(np.float32), shards)
 
     def test_sample_rows(self) -> None:
-        assert sample_rows_for(8, 16) == 8 * 16 * 64
+        assert sample_rows_for(8) == 8 * 64 * 64
 
 
 class TestPlacement:

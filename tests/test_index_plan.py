@@ -14,15 +14,15 @@ from raytower.errors import InputError
 from raytower.index import costs
 from raytower.index.config import BuiltKind, HnswConfig, IndexWorkersConfig, IvfConfig
 from raytower.index.faiss_index import fill, new_index, reserve, train
-from raytower.index.plan import IndexPlan, plan_index
-from raytower.index.tasks import OnRay
+from raytower.index.plan import IndexPlan, IndexRequest
+from raytower.index.tasks import on_ray
 
 KINDS = get_args(BuiltKind)
 GIB = 2**30
 
 
 def plan(**values: Any) -> IndexPlan:
-    return plan_index(**{"rows": 1_000_000, "dim": 256, "memory_bytes": 64 * GIB, **values})
+    return IndexRequest(**{"rows": 1_000_000, "dim": 256, "memory_bytes": 64 * GIB, **values}).plan()
 
 
 def plan_or_none(**values: Any) -> IndexPlan | None:
@@ -40,7 +40,7 @@ def trained(
 ) -> tuple[Any, np.ndarray, dict[str, int]]:
     """`iterations` of k-means, where the place of the centroids does not matter."""
     vectors = np.random.default_rng(0).normal(size=(rows, dim)).astype(np.float32)
-    parameters = plan_index(rows=rows, dim=dim, kind=kind, shards=1).parameters
+    parameters = IndexRequest(rows=rows, dim=dim, kind=kind, shards=1).plan().parameters
     index = new_index(kind, dim, parameters)
     for clustering in (getattr(index, "cp", None), getattr(getattr(index, "pq", None), "cp", None)):
         if iterations and clustering:
@@ -132,7 +132,7 @@ def test_a_lone_task_takes_what_the_workers_would_on_one_node(
     gone = {"Alive": False, "Resources": {"CPU": 64.0}}
     monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
     monkeypatch.setattr("raytower.index.tasks._start", lambda workers: None)
-    assert OnRay(IndexWorkersConfig(max=4, num_cpus=2)).threads_alone == expected
+    assert on_ray(IndexWorkersConfig(max=4, num_cpus=2)).threads_alone == expected
 
 
 class TestLatency:

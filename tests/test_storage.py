@@ -76,27 +76,6 @@ def test_creation_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.M
     assert place.read_bytes() == b"1"
 
 
-def test_replace_if_takes_only_what_was_read(tmp_path: Path) -> None:
-    place = Location.of(tmp_path / "x")
-    assert place.read_with_etag() is None
-    assert not place.replace_if(b"2", "anything")
-    place.write_bytes(b"1")
-    found = place.read_with_etag()
-    assert found is not None
-    assert [place.replace_if(b"2", found[1]), place.replace_if(b"3", found[1])] == [True, False]
-    assert place.read_bytes() == b"2"
-
-
-def test_listing_and_removal_of_many(tmp_path: Path) -> None:
-    place = Location.of(tmp_path)
-    for name in ("b", "a/c"):
-        (place / name).write_bytes(name.encode())
-    assert place.listing() == [("b", 1)]
-    assert place.listing(recursive=True) == [("a/c", 3), ("b", 1)]
-    place.delete_files(["b", "none"])
-    assert place.listing(recursive=True) == [("a/c", 3)]
-
-
 def test_a_lease_has_one_holder_and_ends_with_it(tmp_path: Path) -> None:
     place = Location.of(tmp_path / "index" / "writer.lock")
     process = start(HOLD, str(place), "60")

@@ -56,7 +56,7 @@ from raytower.index.measure import (
     merge_exact,
 )
 from raytower.index.place import place_rows
-from raytower.index.plan import IndexPlan, human_bytes, plan_index, split_rows
+from raytower.index.plan import IndexPlan, IndexRequest, human_bytes, split_rows
 from raytower.index.reader import Index
 from raytower.index.shard import local_file
 from raytower.index.shard_build import (
@@ -76,7 +76,7 @@ from raytower.index.table import (
     table_schema,
     write_fragments,
 )
-from raytower.index.tasks import OnRay, Run
+from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import (
     next_version,
     open_manifest,
@@ -166,7 +166,7 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
                 f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of "
                 "all that: set replace: true, or build into another folder"
             )
-    run = run or OnRay(config.workers)
+    run = run or on_ray(config.workers)
     table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run)
     refuse_duplicate_ids(index, table, run)
     shards = ShardPlan(
@@ -563,7 +563,7 @@ def _refuse_missed_target(manifest: IndexManifest, target: TargetConfig) -> None
 
 
 def _plan(config: IndexBuildConfig, source: Embeddings) -> IndexPlan:
-    return plan_index(
+    return IndexRequest(
         rows=source.rows,
         dim=source.origin.dim,
         kind=config.kind,
@@ -578,4 +578,4 @@ def _plan(config: IndexBuildConfig, source: Embeddings) -> IndexPlan:
         vector_dtype=source.dtype,
         hnsw=config.hnsw,
         ivf=config.ivf,
-    )
+    ).plan()

@@ -29,7 +29,7 @@ from raytower.index.manifest import IndexManifest, Operation, Origin
 from raytower.index.shard import Shard
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable, table_batch, table_schema, unified
-from raytower.index.tasks import InProcess, OnRay, Run
+from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import (
     Writer,
     changing,
@@ -222,7 +222,7 @@ def set_in_index(config: IndexSetConfig) -> dict[str, Any]:
             log(f"version {manifest.version} of {config.index} is this very change; nothing is done")
             changed = 0
         if changed:
-            manifest = publish_change(writer, table, "set", identity, came=0, went=0, run=InProcess())
+            manifest = publish_change(writer, table, "set", identity, came=0, went=0, run=Run())
     return {**figures(manifest, started, config.index), "changed": changed, "unknown": unknown}
 
 
@@ -482,6 +482,4 @@ def _shown(names: list[str]) -> str:
 
 
 def _run(rows: int, workers: IndexWorkersConfig) -> Run:
-    if rows > _ROWS_IN_PROCESS:
-        return OnRay(workers)
-    return InProcess(threads=max(int(np.ceil(workers.num_cpus)), 1))
+    return on_ray(workers) if rows > _ROWS_IN_PROCESS else Run(threads=max(int(np.ceil(workers.num_cpus)), 1))

@@ -43,44 +43,38 @@ def collect_garbage(config: IndexGcConfig) -> dict[str, Any]:
     index = Location.of(config.index)
     open_manifest(index)
     with writing(index, "index gc"):
-        going, kept = _versions(index, config.keep)
-        garbage = _garbage(index, kept, config.unfinished)
-        freed = sum(_bytes(place) for place in garbage)
-        for version in going:
+        shown, kept, garbage = _plan(config)
+        for version in shown["removed"]:
             version_place(index, version).delete()
         table = DocumentTable.open(index)
         for place in garbage:
             place.delete()
         builds = {work_pin(place.name) for place in (index / WORK_NAME).children()}
         table.keep_pins({pin_name(manifest) for manifest in kept} | builds)
-        freed += table.clean()
-    return {**_shown(config, going, kept, garbage), "freed_bytes": freed}
+        shown["freed_bytes"] += table.clean()
+    return shown
 
 
 def plan_gc(config: IndexGcConfig) -> dict[str, Any]:
     """What would go. Raises as `collect_garbage`."""
+    return _plan(config)[0]
+
+
+def _plan(config: IndexGcConfig) -> tuple[dict[str, Any], list[IndexManifest], list[Location]]:
+    """What is to be said; the versions that stay; and what goes besides the others."""
     index = Location.of(config.index)
     open_manifest(index)
-    going, kept = _versions(index, config.keep)
+    names = version_names(index)
+    kept = [open_manifest(index, name) for name in names[-config.keep :]]
     garbage = _garbage(index, kept, config.unfinished)
-    return {**_shown(config, going, kept, garbage), "freed_bytes": sum(_bytes(place) for place in garbage)}
-
-
-def _shown(
-    config: IndexGcConfig, going: list[str], kept: list[IndexManifest], garbage: list[Location]
-) -> dict[str, Any]:
-    shards = [place.name for place in garbage if place.parent.name == SHARDS_NAME]
-    return {
+    shown = {
         "index": config.index,
         "kept": [manifest.version for manifest in kept],
-        "removed": going,
-        "removed_shards": shards,
+        "removed": names[: -config.keep],
+        "removed_shards": [place.name for place in garbage if place.parent.name == SHARDS_NAME],
+        "freed_bytes": sum(_bytes(place) for place in garbage),
     }
-
-
-def _versions(index: Location, keep: int) -> tuple[list[str], list[IndexManifest]]:
-    names = version_names(index)
-    return names[:-keep], [open_manifest(index, name) for name in names[-keep:]]
+    return shown, kept, garbage
 
 
 def _garbage(index: Location, kept: list[IndexManifest], unfinished: bool) -> list[Location]:
@@ -104,4 +98,5 @@ def _age(place: Location) -> float:
 
 
 def _bytes(place: Location) -> int:
-    return sum(size for _, size in place.listing(recursive=True)) if place.is_dir() else place.size_bytes()
+    infos = place.infos(recursive=True) if place.is_dir() else [place.info()]
+    return sum(info.size or 0 for info in infos)

@@ -12,11 +12,11 @@ from raytower.index.build import NLIST_SET, ShardPlan, build_shards, figures, me
 from raytower.index.config import IndexKind, IndexWorkersConfig, Placing
 from raytower.index.fold import folded
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
-from raytower.index.plan import IndexPlan, plan_index
+from raytower.index.plan import IndexPlan, IndexRequest
 from raytower.index.reader import shard_rows
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
-from raytower.index.tasks import OnRay, Run
+from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, following, open_manifest, publish
 from raytower.runtime import log
 from raytower.storage import Location
@@ -56,7 +56,7 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
             f"version {before.version} of {index} has no changes since its shards were built; nothing to compact"
         )
         return {**figures(before, started, config.index), **shown, "compacted": False}
-    run = run or OnRay(config.workers)
+    run = run or on_ray(config.workers)
     anew = shards_anew(config, before, run)
     entries = anew["shards"]
     with changing(index, "index compact") as writer:
@@ -138,7 +138,7 @@ def _needs_compaction(config: IndexCompactConfig, before: IndexManifest) -> bool
 def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
     kind = config.kind or before.kind
     hnsw, ivf = settings_of(before, kind, before.rows)
-    return plan_index(
+    return IndexRequest(
         rows=before.rows,
         dim=before.dim,
         kind=kind,
@@ -150,7 +150,7 @@ def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
         vector_dtype=before.vector_dtype,
         hnsw=hnsw,
         ivf=ivf,
-    )
+    ).plan()
 
 
 def _placed(before: IndexManifest) -> Placing:

@@ -36,7 +36,7 @@ from raytower.index.manifest import (
 from raytower.index.shard import local_file
 from raytower.index.shard_build import digest_of
 from raytower.index.table import is_own
-from raytower.index.tasks import OnRay, Run
+from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import (
     CURRENT_NAME,
     next_version,
@@ -200,8 +200,7 @@ def _whole(kind: BuiltKind, index: Any, rows: NDArray[np.int64]) -> NDArray[np.f
 def _proved(place: Location, file: FileEntry) -> Path:
     """A local path with this very file. Raises FormatError where it is missing or was changed."""
     path = local_file(place, file)
-    if Location.of(path).sha256() != file.sha256:
-        raise FormatError(f"{place} was changed since it was written; build the index from its embeddings")
+    Location.of(path).prove(file.sha256, "build the index from its embeddings")
     return path
 
 
@@ -220,7 +219,7 @@ def convert_index(config: IndexConvertConfig, run: Run | None = None) -> dict[st
     done = _newest(index)
     if done is not None:
         log(f"{index} is of format 3 already, at version {done.version}; nothing to convert")
-    manifest = done or _converted(config, Format2.open(index), run or OnRay(config.workers))
+    manifest = done or _converted(config, Format2.open(index), run or on_ray(config.workers))
     if config.remove_old:
         (index / CURRENT_NAME).delete()  # first: a killed removal leaves nothing that looks like an index
         for place in (index / VERSIONS_NAME).children():

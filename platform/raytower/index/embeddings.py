@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
 from raytower.errors import FormatError, InputError
-from raytower.index.config import ExactDtype, Metric
+from raytower.index.config import ExactDtype
 from raytower.index.costs import BATCH_ROWS
 from raytower.index.manifest import Origin
 from raytower.index.table import is_own, unified
@@ -24,6 +25,7 @@ _READ_BUFFER_BYTES = 2**20
 _FOOTERS_AT_ONCE = 16
 # Files written by one task: a fragment of the table, so that what a killed job had written is found again.
 _ROWS_PER_GROUP = 1 << 20
+_REMEDY = "encode the corpus again"
 
 
 class Embeddings:
@@ -43,17 +45,9 @@ class Embeddings:
     @property
     def origin(self) -> Origin:
         made = self.manifest
-        return Origin(
-            fingerprint=made.fingerprint,
-            encoder=made.encoder,
-            metric=metric_of(made),
-            dim=made.dim,
-            prefix=made.prefix,
-            query_prefix=made.query_prefix,
-            max_length=made.max_length,
-            engine=made.engine,
-            compute_dtype=made.compute_dtype,
-        )
+        same = {name: getattr(made, name) for name in Origin.model_fields if name != "metric"}
+        # The metric that these vectors were trained for.
+        return Origin(**same, metric="cosine" if made.similarity == "cosine" else "inner_product")
 
     @property
     def rows(self) -> int:
@@ -114,10 +108,8 @@ class Embeddings:
         """The ids of all rows: of an addition, which is small beside its index."""
         parts = []
         for entry in self.manifest.files:
-            place = self.folder / entry.name
-            with place.open_read() as stream:
-                column = _open_parquet(stream, place, entry).read(columns=["id"])["id"]
-            parts += [chunk.cast(pa.large_string()) for chunk in column.chunks]
+            with self._opened(entry) as file:
+                parts += file.read(columns=["id"])["id"].cast(pa.large_string()).chunks
         return pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
 
     def stream(self, file: int) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
@@ -129,72 +121,56 @@ class Embeddings:
         """
         entry = self.manifest.files[file]
         place = self.folder / entry.name
-        if not place.is_file():
-            raise FormatError(
-                f"{place} is missing but the manifest beside it lists it; encode the corpus again"
-            )
-        found = place.sha256()
-        if found != entry.sha256:
-            raise FormatError(
-                f"{place} has sha256 {found[:12]}…, its manifest says {entry.sha256[:12]}…: the file was changed after "
-                "encoding; encode the corpus again"
-            )
+        place.prove(entry.sha256, _REMEDY)
         first = 0
-        with place.open_read() as stream:
-            opened = _open_parquet(stream, place, entry)
+        with self._opened(entry) as opened:
             for record in opened.iter_batches(batch_size=BATCH_ROWS):
                 table = pa.table(record)
                 if table["id"].null_count:
                     raise InputError(f"{place} has rows without an id; every document needs one")
-                yield table.drop_columns(["embedding"]), _vectors_of(table, self.manifest, place, first)
+                yield table.drop_columns(["embedding"]), _vectors_of(table, self.origin, place, first)
                 first += table.num_rows
 
     def _file_schema(self, entry: EmbeddingsFile) -> pa.Schema:
-        place = self.folder / entry.name
-        if not place.is_file():
-            raise FormatError(
-                f"{place} is missing but the manifest beside it lists it; encode the corpus again"
-            )
-        with place.open_read() as stream:
-            schema = _open_parquet(stream, place, entry).schema_arrow
+        with self._opened(entry) as file:
+            schema = file.schema_arrow
         return schema.remove(schema.get_field_index("embedding")).remove_metadata()
 
+    @contextmanager
+    def _opened(self, entry: EmbeddingsFile) -> Iterator[pq.ParquetFile]:
+        place = self.folder / entry.name
+        if not place.is_file():
+            raise FormatError(f"{place} is missing but the manifest beside it lists it; {_REMEDY}")
+        with place.open_read() as stream:
+            try:
+                # A buffer in place of whole row groups read ahead: a third less memory while a table is filled.
+                file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise FormatError(f"{place} is no whole Parquet file: {error}; {_REMEDY}") from error
+            if file.metadata.num_rows != entry.rows:
+                raise FormatError(
+                    f"{place} has {file.metadata.num_rows} rows, its manifest says {entry.rows}"
+                )
+            missing = {"id", "text", "embedding"} - set(file.schema_arrow.names)
+            if missing:
+                raise FormatError(f"{place} lacks the columns {sorted(missing)}; it is no embeddings file")
+            yield file
 
-def metric_of(manifest: EmbeddingsManifest) -> Metric:
-    """The metric that these vectors were trained for."""
-    return "cosine" if manifest.similarity == "cosine" else "inner_product"
 
-
-def _open_parquet(stream: Any, place: Location, entry: EmbeddingsFile) -> pq.ParquetFile:
-    try:
-        # A buffer in place of whole row groups read ahead: a third less memory while a table is filled.
-        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise FormatError(f"{place} is no whole Parquet file: {error}; encode the corpus again") from error
-    if file.metadata.num_rows != entry.rows:
-        raise FormatError(f"{place} has {file.metadata.num_rows} rows, its manifest says {entry.rows}")
-    missing = {"id", "text", "embedding"} - set(file.schema_arrow.names)
-    if missing:
-        raise FormatError(f"{place} lacks the columns {sorted(missing)}; it is no embeddings file")
-    return file
-
-
-def _vectors_of(
-    table: pa.Table, manifest: EmbeddingsManifest, place: Location, first_row: int
-) -> NDArray[np.float32]:
+def _vectors_of(table: pa.Table, made: Origin, place: Location, first_row: int) -> NDArray[np.float32]:
     column = table["embedding"].combine_chunks()
     kind = column.type
-    if not pa.types.is_fixed_size_list(kind) or kind.list_size != manifest.dim:
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size != made.dim:
         raise FormatError(
-            f"{place} has embeddings of type {kind}; its manifest says fixed_size_list of {manifest.dim} dimensions"
+            f"{place} has embeddings of type {kind}; its manifest says fixed_size_list of {made.dim} dimensions"
         )
     flat = column.flatten()
     if column.null_count or flat.null_count:
         raise InputError(f"{place} has null vectors from row {first_row} on; encode the corpus again")
-    values = flat.to_numpy(zero_copy_only=False).reshape(-1, manifest.dim)
+    values = flat.to_numpy(zero_copy_only=False).reshape(-1, made.dim)
     vectors: NDArray[np.float32] = np.ascontiguousarray(values, dtype=np.float32)
     _refuse(~np.isfinite(vectors).all(axis=1), "that holds NaN or infinity", table, place, first_row)
-    if metric_of(manifest) == "cosine":
+    if made.metric == "cosine":
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         _refuse(norms[:, 0] == 0, "that is zero, which has no cosine with anything", table, place, first_row)
         vectors = vectors / norms

@@ -35,9 +35,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -54,12 +52,13 @@ _COLUMN_OPERATORS = ("$eq", "$ne", *_ORDERS, "$in", "$nin")
 _FILTER_OPERATORS = ("$and", "$or", "$not")
 _INSTANT = re.compile(
     r"(?P<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"
-    r"(?:[Tt ](?P<hour>[0-9]{2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})(?:[.,](?P<fraction>[0-9]{1,9}))?)?"
-    r"(?P<offset>[Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)?)?"
+    r"(?:[Tt ](?P<time>[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:[.,](?P<fraction>[0-9]{1,9}))?)?)"
+    r"(?P<offset>[Zz]|[+-][0-9]{2}(?::?[0-5][0-9])?)?)?"
 )
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 # The years 1 to 9999, in seconds since 1970.
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
-_NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+_DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
 
 
 def to_sql(value: object, schema: pa.Schema) -> str:
@@ -77,11 +76,11 @@ def sql_literal(field: pa.Field, value: object, where: str) -> str:
     if value is None:
         return "NULL"
     literal = _literal(field, value, where)
-    if literal.side:
+    if isinstance(literal, int):
         raise InputError(
             f"{where} is {_shown(value)}, which is beyond the range of column {field.name!r} ({field.type})"
         )
-    return _sql(literal, _element_type(field.type))
+    return literal
 
 
 class _Parser:
@@ -134,28 +133,9 @@ class _Parser:
 
     def _find(self, name: str, where: str) -> tuple[pa.Field, str]:
         """A column, or a member of one that holds objects; and how SQL names it."""
-        if name in self._schema.names:
-            return self._schema.field(name), _quoted(name)
-        # The longest column that begins the name, for names that hold dots themselves.
-        for head in sorted(self._schema.names, key=len, reverse=True):
-            field = self._schema.field(head)
-            path = _quoted(head)
-            rest = name.removeprefix(f"{head}.")
-            while rest != name and pa.types.is_struct(field.type):
-                step = next(
-                    (
-                        child
-                        for child in _children(field.type)
-                        if rest in (child.name,) or rest.startswith(f"{child.name}.")
-                    ),
-                    None,
-                )
-                if step is None:
-                    break
-                field, path = pa.field(name, step.type), f"{path}.{_quoted(step.name)}"
-                if rest == step.name:
-                    return field, path
-                rest = rest.removeprefix(f"{step.name}.")
+        found = _member(self._schema, name)
+        if found is not None:
+            return found[0].with_name(name), found[1]
         known = ", ".join(repr(column) for column in self._schema.names)
         nearest = difflib.get_close_matches(name, self._schema.names, n=1, cutoff=0.0)
         hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
@@ -167,16 +147,36 @@ class _Parser:
             raise InputError(
                 f"{_shorten(where)}: the filter has more than {MAX_CONDITIONS} conditions; use $in, or fewer"
             )
-        if operator in ("$in", "$nin"):
-            self._members += len(literal) if isinstance(literal, list) else 0
-            if self._members > MAX_MEMBERS:
-                raise InputError(
-                    f"{_shorten(where)}: the lists of the filter have more than {MAX_MEMBERS} members in all"
-                )
-            return _membership(column, path, operator == "$nin", literal, where)
         if operator in _ORDERS:
             return _ordering(column, path, operator, literal, where)
-        return _equality(column, path, operator == "$ne", literal, where)
+        if operator in ("$eq", "$ne"):
+            if isinstance(literal, list):
+                raise InputError(
+                    f"{where} is {_shown(literal)}; to match any of several values write {{'$in': [...]}}"
+                )
+            return _membership(column, path, operator == "$ne", {where: literal})
+        if not isinstance(literal, list):
+            raise InputError(f"{where} is {_shown(literal)}; it takes a list of values")
+        self._members += len(literal)
+        if self._members > MAX_MEMBERS:
+            raise InputError(
+                f"{_shorten(where)}: the lists of the filter have more than {MAX_MEMBERS} members in all"
+            )
+        values = {f"{where}[{number}]": value for number, value in enumerate(literal)}
+        return _membership(column, path, operator == "$nin", values)
+
+
+def _member(fields: Iterable[pa.Field], name: str, path: str = "") -> tuple[pa.Field, str] | None:
+    # The longest first, for names that hold dots themselves.
+    for field in sorted(fields, key=lambda field: len(field.name), reverse=True):
+        here = path + _quoted(field.name)
+        if name == field.name:
+            return field, here
+        if pa.types.is_struct(field.type) and name.startswith(f"{field.name}."):
+            found = _member(field.type, name.removeprefix(f"{field.name}."), f"{here}.")
+            if found is not None:
+                return found
+    return None
 
 
 def _quoted(name: str) -> str:
@@ -185,10 +185,6 @@ def _quoted(name: str) -> str:
 
 def _all(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else " AND ".join(f"({part})" for part in parts)
-
-
-def _children(kind: pa.StructType) -> list[pa.Field]:
-    return [kind.field(number) for number in range(kind.num_fields)]
 
 
 def _members(value: object, where: str) -> Mapping[str, object]:
@@ -203,23 +199,8 @@ def _members(value: object, where: str) -> Mapping[str, object]:
     return value
 
 
-def _equality(column: pa.Field, path: str, negated: bool, value: object, where: str) -> str:
-    if value is None:
-        return f"{path} IS NOT NULL" if negated else f"{path} IS NULL"
-    if isinstance(value, list):
-        raise InputError(f"{where} is {_shown(value)}; to match any of several values write {{'$in': [...]}}")
-    literal = _literal(column, value, where)
-    if literal.side:
-        return _never(column, path, negated)
-    shown = _sql(literal, _element_type(column.type))
-    if _is_list(column.type):
-        return f"{'NOT ' if negated else ''}array_has({path}, {shown})"
-    return f"{path} {'!=' if negated else '='} {shown}"
-
-
 def _ordering(column: pa.Field, path: str, operator: str, value: object, where: str) -> str:
-    element = _element_type(column.type)
-    if _is_list(column.type) or pa.types.is_boolean(element):
+    if _is_list(column.type) or pa.types.is_boolean(column.type):
         raise InputError(
             f"{where}: column {column.name!r} ({column.type}) has no order; use $eq, $ne, $in or $nin"
         )
@@ -228,28 +209,25 @@ def _ordering(column: pa.Field, path: str, operator: str, value: object, where: 
             f"{where} is null, which has no order; to ask for null write {{{column.name!r}: null}}"
         )
     literal = _literal(column, value, where)
-    if literal.side:
-        return _never(column, path, negated=operator.startswith("$lt") == (literal.side > 0))
-    return f"{path} {_ORDERS[operator]} {_sql(literal, element)}"
+    if isinstance(literal, int):
+        return _never(column, path, negated=operator.startswith("$lt") == (literal > 0))
+    return f"{path} {_ORDERS[operator]} {literal}"
 
 
-def _membership(column: pa.Field, path: str, negated: bool, values: object, where: str) -> str:
-    if not isinstance(values, list):
-        raise InputError(f"{where} is {_shown(values)}; it takes a list of values")
-    element = _element_type(column.type)
-    literals = [
-        _literal(column, value, f"{where}[{number}]")
-        for number, value in enumerate(values)
-        if value is not None
-    ]
-    inside = [_sql(literal, element) for literal in literals if not literal.side]
+def _membership(column: pa.Field, path: str, negated: bool, values: Mapping[str, object]) -> str:
+    """Whether one of some values, each with its place in the filter, is the column's."""
+    literals = [_literal(column, value, where) for where, value in values.items() if value is not None]
+    asks_null = len(literals) < len(values)
+    if asks_null and not literals:
+        return f"{path} IS {'NOT ' if negated else ''}NULL"
+    inside = ", ".join(literal for literal in literals if isinstance(literal, str))
     if not inside:
         condition = _never(column, path, negated)
     elif _is_list(column.type):
-        condition = f"{'NOT ' if negated else ''}array_has_any({path}, [{', '.join(inside)}])"
+        condition = f"{'NOT ' if negated else ''}array_has_any({path}, [{inside}])"
     else:
-        condition = f"{path} {'NOT IN' if negated else 'IN'} ({', '.join(inside)})"
-    return f"({condition}) OR {path} IS NULL" if None in values and not negated else condition
+        condition = f"{path} {'NOT IN' if negated else 'IN'} ({inside})"
+    return f"({condition}) OR {path} IS NULL" if asks_null and not negated else condition
 
 
 def _never(column: pa.Field, path: str, negated: bool) -> str:
@@ -263,53 +241,17 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _element_type(kind: pa.DataType) -> pa.DataType:
-    """What a literal is compared with: of a list, its members."""
-    return kind.value_type if _is_list(kind) else kind
-
-
 # Literals
-
-
-@dataclass(frozen=True)
-class _Literal:
-    """A literal of a column's type (days or ticks for moments), or the side on which it lies beyond that type's
-    range.
-    """
-
-    value: Any
-    side: int = 0  # -1 below every value of the type, 1 above
 
 
 class _Misfit(Exception):
     """A literal does not fit its column; the message says what does."""
 
 
-def _sql(literal: _Literal, kind: pa.DataType) -> str:
-    value = literal.value
-    if pa.types.is_boolean(kind):
-        return "true" if value else "false"
-    if pa.types.is_date(kind):
-        days = value if pa.types.is_date32(kind) else value // 86_400_000
-        return f"DATE '{datetime.date(1970, 1, 1) + datetime.timedelta(days=days)}'"
-    if pa.types.is_timestamp(kind):
-        seconds, ticks = divmod(value * _NANOSECONDS[kind.unit], 10**9)
-        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
-        zone = "Z" if kind.tz else ""
-        unit = {"s": 0, "ms": 3, "us": 6, "ns": 9}[kind.unit]
-        return f"CAST('{moment.isoformat()}.{ticks:09d}{zone}' AS TIMESTAMP({unit}))"
-    if pa.types.is_floating(kind):
-        return repr(float(value))
-    if pa.types.is_decimal(kind):
-        return f"CAST('{value}' AS DECIMAL({kind.precision}, {kind.scale}))"
-    if pa.types.is_integer(kind):
-        # A minus and the digits of the least integer would be read apart, as a float.
-        return str(int(value)) if value != -(2**63) else f"({-(2**63) + 1} - 1)"
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _literal(column: pa.Field, value: object, where: str) -> _Literal:
-    kind = _element_type(column.type)
+def _literal(column: pa.Field, value: object, where: str) -> str | int:
+    """SQL, or the side on which a value lies beyond the range of the column's type: -1 below, 1 above."""
+    # A list's literals are compared with its members.
+    kind = column.type.value_type if _is_list(column.type) else column.type
     parse = next((parse for is_kind, parse in _PARSERS if is_kind(kind)), None)
     if parse is None:
         raise InputError(
@@ -328,113 +270,103 @@ def _literal(column: pa.Field, value: object, where: str) -> _Literal:
         ) from misfit
 
 
-def _boolean(value: object, kind: pa.DataType) -> _Literal:
+def _boolean(value: object, kind: pa.DataType) -> str:
     if not isinstance(value, bool):
         raise _Misfit("it takes true or false")
-    return _Literal(value)
+    return "true" if value else "false"
 
 
-def _integer(value: object, kind: pa.DataType) -> _Literal:
+def _number(value: object, what: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Misfit("it takes an integer")
-    if value != int(value):
+        raise _Misfit(f"it takes {what}")
+    return value
+
+
+def _integer(value: object, kind: pa.DataType) -> str | int:
+    number = _number(value, "an integer")
+    if number != int(number):
         raise _Misfit("it takes an integer, and this number has a fraction")
-    return _in_range(int(value), kind)
+    # A minus and the digits of the least integer would be read apart, as a float.
+    shown = str(int(number)) if number != -(2**63) else f"({-(2**63) + 1} - 1)"
+    return _side(int(number), kind) or shown
 
 
-def _in_range(value: int, kind: pa.DataType) -> _Literal:
+def _side(value: int, kind: pa.DataType) -> int:
     bounds = np.iinfo(kind.to_pandas_dtype())
-    return _Literal(value, -1 if value < bounds.min else int(value > bounds.max))
+    return -1 if value < bounds.min else int(value > bounds.max)
 
 
-def _float(value: object, kind: pa.DataType) -> _Literal:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Misfit("it takes a number")
-    with np.errstate(over="ignore"):
-        rounded = kind.to_pandas_dtype()(_to_float(value))
-    if not np.isfinite(rounded):
-        raise _Misfit(f"it is beyond the range of {kind}")
-    if isinstance(value, int) and int(rounded) != value:
-        raise _Misfit(f"this integer is not exact in {kind}, whose nearest value is {int(rounded)}")
-    return _Literal(float(rounded))
-
-
-def _to_float(value: int | float) -> float:
+def _float(value: object, kind: pa.DataType) -> str:
+    number = _number(value, "a number")
     try:
-        return float(value)
+        with np.errstate(over="ignore"):
+            rounded = float(kind.to_pandas_dtype()(number))
     except OverflowError:
-        return math.inf
+        rounded = math.inf
+    if not math.isfinite(rounded):
+        raise _Misfit(f"it is beyond the range of {kind}")
+    if isinstance(number, int) and int(rounded) != number:
+        raise _Misfit(f"this integer is not exact in {kind}, whose nearest value is {int(rounded)}")
+    return repr(rounded)
 
 
-def _decimal(value: object, kind: pa.DataType) -> _Literal:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Misfit("it takes a number")
+def _decimal(value: object, kind: pa.DataType) -> str | int:
+    number = _number(value, "a number")
     # The digits that were written, not those of the nearest binary fraction.
-    exact = decimal.Decimal(value) if isinstance(value, int) else decimal.Decimal(repr(float(value)))
+    exact = decimal.Decimal(number if isinstance(number, int) else repr(number))
     with decimal.localcontext(prec=_MAX_BITS):
         units = exact.scaleb(kind.scale)
         if units != units.to_integral_value():
             raise _Misfit(f"it takes a number of at most {kind.scale} decimal places")
-        largest = 10**kind.precision
-        return _Literal(exact, -1 if units <= -largest else int(units >= largest))
+        if abs(units) >= 10**kind.precision:
+            return -1 if units < 0 else 1
+    return f"CAST('{exact}' AS DECIMAL({kind.precision}, {kind.scale}))"
 
 
-def _string(value: object, kind: pa.DataType) -> _Literal:
+def _string(value: object, kind: pa.DataType) -> str:
     if not isinstance(value, str):
         raise _Misfit("it takes a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise _Misfit(f"it takes a string of valid Unicode: {error.reason}") from error
-    return _Literal(value)
+    return "'" + value.replace("'", "''") + "'"
 
 
-def _date(value: object, kind: pa.DataType) -> _Literal:
+def _date(value: object, kind: pa.DataType) -> str:
     match = _INSTANT.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match["hour"]:
+    if match is None or match["time"]:
         raise _Misfit('it takes an ISO 8601 date such as "2024-01-31"')
-    days = _days(match["date"])
-    return _Literal(days if pa.types.is_date32(kind) else days * 86_400_000)
+    return f"DATE '{_moment(match['date']).date()}'"
 
 
-def _timestamp(value: object, kind: pa.DataType) -> _Literal:
+def _timestamp(value: object, kind: pa.DataType) -> str | int:
     match = _INSTANT.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise _Misfit('it takes an ISO 8601 time such as "2024-01-31T12:00:00" or "2024-01-31"')
     if match["offset"] and kind.tz is None:
         raise _Misfit("the column has no time zone; write the time without an offset")
-    hour, minute, second = (int(match[name] or 0) for name in ("hour", "minute", "second"))
-    if hour > 23 or minute > 59 or second > 59:
-        raise _Misfit("it takes hours to 23, minutes to 59 and seconds to 59")
-    seconds = _days(match["date"]) * 86_400 + hour * 3600 + minute * 60 + second - _offset(match["offset"])
+    time = (match["time"] or "00:00")[:8]
+    moment = _moment(f"{match['date']}T{time}{(match['offset'] or 'Z').upper()}")
+    seconds = (moment - _EPOCH) // datetime.timedelta(seconds=1)
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
-        return _Literal(0, -1 if seconds < 0 else 1)  # no column holds what no calendar of four digits has
-    nanoseconds = seconds * 10**9 + int((match["fraction"] or "").ljust(9, "0"))
-    count, finer = divmod(nanoseconds, _NANOSECONDS[kind.unit])
-    if finer:
+        return -1 if seconds < 0 else 1  # no column holds what no calendar of four digits has
+    digits, fraction = _DIGITS[kind.unit], (match["fraction"] or "").ljust(9, "0")
+    if fraction[digits:].strip("0"):
         raise _Misfit(f"the column counts in {kind.unit}; leave out the finer digits")
-    return _in_range(count, pa.int64())
+    utc = moment.astimezone(datetime.UTC).replace(tzinfo=None).isoformat(timespec="seconds")
+    side = _side(seconds * 10**digits + int(fraction[:digits] or 0), pa.int64())
+    return side or f"CAST('{utc}.{fraction}{'Z' if kind.tz else ''}' AS TIMESTAMP({digits}))"
 
 
-def _days(text: str) -> int:
-    """Days since 1970-01-01."""
+def _moment(text: str) -> datetime.datetime:
     try:
-        return (datetime.date.fromisoformat(text) - datetime.date(1970, 1, 1)).days
+        return datetime.datetime.fromisoformat(text)
     except ValueError as error:
-        raise _Misfit(f"there is no such date: {error}") from error
+        raise _Misfit(f"there is no such date or time: {error}") from error
 
 
-def _offset(text: str | None) -> int:
-    """Seconds east of UTC."""
-    if text is None or text in "Zz":
-        return 0
-    hours, minutes = int(text[1:3]), int(text[3:].lstrip(":") or 0)
-    if hours > 23 or minutes > 59:
-        raise _Misfit("offsets go to 23:59")
-    return (hours * 3600 + minutes * 60) * (-1 if text[0] == "-" else 1)
-
-
-_PARSERS = (
+_PARSERS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[object, pa.DataType], str | int]], ...] = (
     (pa.types.is_boolean, _boolean),
     (pa.types.is_integer, _integer),
     (pa.types.is_floating, _float),
@@ -451,18 +383,13 @@ _PARSERS = (
 
 
 def _unknown_operator(name: str, where: str, known: tuple[str, ...]) -> str:
-    elsewhere = _FILTER_OPERATORS if known is _COLUMN_OPERATORS else _COLUMN_OPERATORS
-    if name in elsewhere:
-        rule = (
-            "stands inside a column"
-            if name in _COLUMN_OPERATORS
-            else "holds filters and stands outside columns"
-        )
-        return f"{where}: {name!r} {rule}; here stand {', '.join(known)}"
+    here = f"here stand {', '.join(known)}"
+    if name in _COLUMN_OPERATORS:
+        return f"{where}: {name!r} stands inside a column; {here}"
+    if name in _FILTER_OPERATORS:
+        return f"{where}: {name!r} holds filters and stands outside columns; {here}"
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return (
-        f"{where}: there is no operator {name!r}; the nearest is {nearest!r}; here stand {', '.join(known)}"
-    )
+    return f"{where}: there is no operator {name!r}; the nearest is {nearest!r}; {here}"
 
 
 def _shown(value: object) -> str:

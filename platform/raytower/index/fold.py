@@ -16,7 +16,7 @@ import numpy as np
 from raytower.index.build import run_shard_tasks
 from raytower.index.config import BuiltKind, HnswConfig
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
-from raytower.index.plan import plan_index
+from raytower.index.plan import IndexRequest
 from raytower.index.reader import shard_rows
 from raytower.index.rowmap import Rows
 from raytower.index.shard_build import ShardTask, TableRows, train_template
@@ -107,7 +107,7 @@ def _build(
     exactly = TAIL_ROWS if manifest.kind == "hnsw" else FLAT_ROWS
     kind: BuiltKind = "flat" if len(rows) <= exactly else manifest.kind
     links = manifest.parameters if kind == "hnsw" else {}
-    plan = plan_index(
+    plan = IndexRequest(
         rows=len(rows),
         dim=manifest.dim,
         kind=kind,
@@ -116,7 +116,7 @@ def _build(
         rescore="auto" if manifest.exact_dtype else False,
         vector_dtype=manifest.vector_dtype,
         hnsw=HnswConfig(m=links.get("M"), ef_construction=links.get("efConstruction")),
-    )
+    ).plan()
 
     def source(first: int, last: int) -> TableRows:
         unit = manifest.metric == "cosine"

@@ -10,10 +10,10 @@ import numpy as np
 from raytower.config import Config
 from raytower.errors import FormatError
 from raytower.index.build import refuse_duplicate_ids
-from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, FileEntry, IndexManifest
+from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, IndexManifest
 from raytower.index.reader import Index
 from raytower.index.shard_build import digest_of
-from raytower.index.tasks import InProcess
+from raytower.index.tasks import Run
 from raytower.index.versions import changing, next_version, open_manifest, publish, version_names
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
@@ -67,15 +67,9 @@ def _described(manifest: IndexManifest, curve: bool) -> dict[str, Any]:
         {"curve": measured.curve, "placement_curve": measured.placement_curve} if curve and measured else {}
     )
     return {
-        "version": manifest.version,
-        "operation": manifest.operation,
-        "parent": manifest.parent,
-        "kind": manifest.kind,
-        "rows": manifest.rows,
+        **{name: getattr(manifest, name) for name in ("version", "operation", "parent", "kind", "rows")},
         "shards": len(manifest.shards),
-        "recall": manifest.recall,
-        "recall_target": manifest.recall_target,
-        "target_reached": manifest.target_reached,
+        **{name: getattr(manifest, name) for name in ("recall", "recall_target", "target_reached")},
         "last_measured": last,
         "search_parameters": manifest.search_parameters,
         "fingerprint": manifest.fingerprint,
@@ -91,13 +85,18 @@ def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
     """
     place = Location.of(config.index)
     manifest = open_manifest(place, config.version)
-    for shard in manifest.shards:
-        for name, file in shard.files.items():
-            _check_file(place / SHARDS_NAME / shard.digest / name, file)
+    files = [
+        (place / SHARDS_NAME / shard.digest / name, file)
+        for shard in manifest.shards
+        for name, file in shard.files.items()
+    ]
     if manifest.placement:
-        _check_file(place / PLACEMENTS_NAME / f"{manifest.placement.digest}.npz", manifest.placement.file)
+        name = f"{manifest.placement.digest}.npz"
+        files.append((place / PLACEMENTS_NAME / name, manifest.placement.file))
+    for where, file in files:
+        where.prove(file.sha256, "roll back, or compact the index")
     index = Index.of_manifest(place, manifest)
-    refuse_duplicate_ids(place, index.table, InProcess())
+    refuse_duplicate_ids(place, index.table, Run())
     _check_vectors(index)
     return {
         "index": config.index,
@@ -109,18 +108,6 @@ def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
         "fingerprint": index.fingerprint,
         "fingerprint_checked": _check_encoder(config, index),
     }
-
-
-def _check_file(place: Location, file: FileEntry) -> None:
-    if not place.is_file():
-        raise FormatError(f"{place} is missing; roll back, or build the index again")
-    found = place.sha256()
-    if found != file.sha256:
-        raise FormatError(
-            f"{place} has sha256 {found[:12]}…, its version says {file.sha256[:12]}…: it was changed; "
-            "roll back, or compact "
-            "the index"
-        )
 
 
 def _check_vectors(index: Index) -> None:
@@ -163,43 +150,32 @@ def index_rollback(config: IndexRollbackConfig) -> dict[str, Any]:
     """
     index = Location.of(config.index)
     wanted = open_manifest(index, config.to)
-    identity = digest_of({"rollback": wanted.version})
     with changing(index, "index rollback") as writer:
-        newest = writer.manifest
-        same = {"table_version", "shards", "search_parameters", "kind"}
-        if all(getattr(newest, name) == getattr(wanted, name) for name in same):
-            return {
-                "index": config.index,
-                "version": newest.version,
-                "equals": wanted.version,
-                "before": newest.version,
-            }
-        manifest = wanted.model_copy(
-            update={
-                "version": next_version(newest.version),
-                "parent": newest.version,
-                "operation": "rollback",
-                "identity": identity,
-                # A build that was rolled back is not made again by its own command.
-                "built": tuple(dict.fromkeys((*newest.built, *wanted.built))),
-                # A number that was given once is never given again.
-                "next_row": max(newest.next_row, wanted.next_row),
-                "measured": _moved(wanted, next_version(newest.version)),
-            }
-        )
-        Index.of_manifest(index, manifest)
-        writer.lease.check()
-        publish(index, manifest)
+        newest = manifest = writer.manifest
+        same = ("table_version", "shards", "search_parameters", "kind")
+        if any(getattr(newest, name) != getattr(wanted, name) for name in same):
+            name, measured = next_version(newest.version), wanted.measured
+            if measured and measured.version == wanted.version:
+                measured = measured.model_copy(update={"version": name})  # it holds for an equal as well
+            manifest = wanted.model_copy(
+                update={
+                    "version": name,
+                    "parent": newest.version,
+                    "operation": "rollback",
+                    "identity": digest_of({"rollback": wanted.version}),
+                    # A build that was rolled back is not made again by its own command.
+                    "built": tuple(dict.fromkeys((*newest.built, *wanted.built))),
+                    # A number that was given once is never given again.
+                    "next_row": max(newest.next_row, wanted.next_row),
+                    "measured": measured,
+                }
+            )
+            Index.of_manifest(index, manifest)
+            writer.lease.check()
+            publish(index, manifest)
     return {
         "index": config.index,
         "version": manifest.version,
         "equals": wanted.version,
         "before": newest.version,
     }
-
-
-def _moved(wanted: IndexManifest, version: str) -> Any:
-    """What was measured on a version holds for its equal."""
-    if wanted.measured is None or wanted.measured.version != wanted.version:
-        return wanted.measured
-    return wanted.measured.model_copy(update={"version": version})

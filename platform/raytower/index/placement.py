@@ -34,7 +34,8 @@ from raytower.index.faiss_import import import_faiss
 from raytower.storage import Location
 
 FORMAT_VERSION = 1
-CLUSTERS_PER_SHARD = 64
+# More follow the data more closely; each query is scored against all of them.
+_CLUSTERS_PER_SHARD = 64
 
 # So many times the mean are the largest and the smallest shard, where no cluster is heavier than _BALANCE - 1 of it.
 _BALANCE = 1.25
@@ -190,19 +191,13 @@ class Placement:
             )
 
 
-def sample_rows_for(num_shards: int, clusters_per_shard: int = CLUSTERS_PER_SHARD) -> int:
+def sample_rows_for(num_shards: int) -> int:
     """Rows that a sample should have for `train_placement`; fewer make coarser clusters."""
-    return num_shards * clusters_per_shard * _SAMPLE_ROWS_PER_CLUSTER
+    return num_shards * _CLUSTERS_PER_SHARD * _SAMPLE_ROWS_PER_CLUSTER
 
 
 def train_placement(
-    sample: Vectors,
-    num_shards: int,
-    seed: int,
-    *,
-    metric: Metric,
-    clusters_per_shard: int = CLUSTERS_PER_SHARD,
-    num_threads: int = 1,
+    sample: Vectors, num_shards: int, seed: int, *, metric: Metric, num_threads: int = 1
 ) -> Placement:
     """Cluster a sample (N, D) and pack the clusters on shards; the same call gives the same placement.
 
@@ -216,21 +211,19 @@ def train_placement(
 
     Args:
         sample: random rows, about `sample_rows_for(num_shards)`; one k-means over all of it takes
-            N * num_shards * clusters_per_shard * D * 40 floating-point operations.
-        clusters_per_shard: more follow the data more closely; each query is scored against all of them.
+            N * num_shards * 64 * D * 40 floating-point operations.
 
     Raises:
-        InputError: an empty sample, values that are not finite, or numbers below 1.
+        InputError: an empty sample, values that are not finite, or no shard.
     """
-    for name, value in (("shards", num_shards), ("clusters_per_shard", clusters_per_shard)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; placement by cluster needs at least 1")
+    if num_shards < 1:
+        raise InputError(f"shards is {num_shards}; placement by cluster needs at least 1")
     if sample.ndim != 2 or not len(sample):
         raise InputError(f"the sample has shape {sample.shape}; placement is trained on at least one vector")
     if not np.isfinite(sample).all():
         raise InputError("the sample holds NaN or infinity; check the encoder and encode the corpus again")
     import_faiss().omp_set_num_threads(num_threads)
-    clusters = max(num_shards, min(num_shards * clusters_per_shard, len(sample) // _MIN_ROWS_PER_CLUSTER))
+    clusters = max(num_shards, min(num_shards * _CLUSTERS_PER_SHARD, len(sample) // _MIN_ROWS_PER_CLUSTER))
     trainer = _Trainer(seed=seed, spherical=metric == "cosine")
     heaviest = (_BALANCE - 1) * len(sample) / num_shards
     centroids, weights = trainer.clusters(np.ascontiguousarray(sample, np.float32), clusters, heaviest)

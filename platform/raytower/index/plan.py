@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
+from raytower.config import ByteSize
 from raytower.errors import InputError
 from raytower.index import costs
 from raytower.index.config import BuiltKind, ExactDtype, HnswConfig, IndexKind, IvfConfig
@@ -29,26 +32,9 @@ _TRAIN_MEMORY_SHARE = 4
 _PQ_RECALL = 0.9
 _DTYPE_BYTES = {"float16": 2, "float32": 4}
 _KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq")
-_PLANNED_HNSW, _PLANNED_IVF = HnswConfig(), IvfConfig()
 # What `auto` may take, best first.
 _AUTO_KINDS: tuple[BuiltKind, ...] = ("flat", "hnsw", "ivf_rabitq", "ivf_sq8", "ivf_pq")
 _CODE_KINDS: frozenset[BuiltKind] = frozenset({"ivf_rabitq", "ivf_sq8", "ivf_pq"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    rows: int
-    dim: int
-    kind: IndexKind
-    shards: int | str
-    recall: float
-    memory_bytes: int
-    latency_ms: float | None
-    num_workers: int
-    rescore: bool | Literal["auto"]
-    vector_dtype: ExactDtype
-    hnsw: HnswConfig
-    ivf: IvfConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +55,7 @@ class IndexPlan:
     rows: int
     dim: int
     ranges: tuple[tuple[int, int], ...]
-    parameters: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int]
     exact_dtype: ExactDtype | None
     train_rows: int
     tasks_at_once: int
@@ -84,126 +70,170 @@ class IndexPlan:
         return len(self.ranges)
 
 
-def plan_index(
-    *,
-    rows: int,
-    dim: int,
-    kind: IndexKind = "auto",
-    shards: int | str = "auto",
-    recall: float = 0.95,
-    memory_bytes: int = 8 * 2**30,
-    latency_ms: float | None = None,
-    num_workers: int = 2,
-    threads_per_task: int = 1,
-    text_bytes: int = 0,
-    rescore: bool | Literal["auto"] = "auto",
-    vector_dtype: ExactDtype = "float32",
-    hnsw: HnswConfig = _PLANNED_HNSW,
-    ivf: IvfConfig = _PLANNED_IVF,
-) -> IndexPlan:
-    """Choose kind, shards and parameters, and predict memory, disk and time.
+@dataclass(frozen=True, kw_only=True)
+class IndexRequest:
+    """An index to be planned.
 
     `memory_bytes` bounds the search of all shards in one process, and the build tasks that run at once. `latency_ms`
     bounds the predicted time of a query on one core; where no kind that fits the memory keeps it, the fastest is taken
     and the reason says so. `rescore` keeps whole vectors of `vector_dtype` beside codes; they are memory-mapped, so
     they count as disk. What `hnsw` and `ivf` set is taken in place of what would be planned.
-
-    Raises:
-        InputError: no rows, more shards than rows, a setting that the kind does not have or the rows do not allow, or
-            what does not fit the memory, naming what would.
     """
-    request = _Request(
-        rows=rows,
-        dim=dim,
-        kind=kind,
-        shards=shards,
-        recall=recall,
-        memory_bytes=memory_bytes,
-        latency_ms=latency_ms,
-        num_workers=num_workers,
-        rescore=rescore,
-        vector_dtype=vector_dtype,
-        hnsw=hnsw,
-        ivf=ivf,
-    )
-    if rows < 1:
-        raise InputError("the embeddings hold no rows; there is nothing to index")
-    _check_settings(request)
-    asked = _asked_shards(request)
-    chosen, reason = _choose_kind(request, asked)
-    num_shards = asked if asked is not None else _auto_shards(request, chosen)
-    parameters = _parameters(request, chosen, num_shards)
-    build_bytes = _build_bytes(request, chosen, num_shards)
-    search_bytes = _search_bytes(request, chosen, num_shards)
-    if max(build_bytes, search_bytes) > memory_bytes:
-        raise InputError(_does_not_fit(request, chosen, num_shards, build_bytes, search_bytes))
-    exact_dtype = _exact_dtype(request, chosen)
-    exact_bytes = rows * dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
-    train_rows = _train_rows(request, chosen, parameters)
-    if train_rows < parameters.get("nlist", 0):
-        raise InputError(
-            f"ivf.nlist is {ivf.nlist}, but centroids are trained on {train_rows} rows, and each needs at least one: "
-            f"set ivf.nlist to {train_rows} or fewer, or null"
-        )
-    at_once = min(num_workers, num_shards, memory_bytes // build_bytes)
-    return IndexPlan(
-        kind=chosen,
-        reason=reason,
-        rows=rows,
-        dim=dim,
-        ranges=split_rows(rows, num_shards),
-        parameters=parameters,
-        exact_dtype=exact_dtype,
-        train_rows=train_rows,
-        tasks_at_once=at_once,
-        predicted_build_memory_bytes_per_task=build_bytes,
-        predicted_disk_bytes=search_bytes + exact_bytes + text_bytes,
-        predicted_search_memory_bytes=search_bytes,
-        predicted_build_seconds=_build_seconds(
-            request, chosen, num_shards, train_rows, at_once, threads_per_task
-        ),
-        predicted_query_ms=_query_ms(request, chosen, num_shards),
-    )
 
+    rows: int
+    dim: int
+    kind: IndexKind = "auto"
+    shards: Literal["auto"] | int = "auto"
+    recall: float = 0.95
+    memory_bytes: int = 8 * 2**30
+    latency_ms: float | None = None
+    num_workers: int = 2
+    threads_per_task: int = 1
+    text_bytes: int = 0
+    rescore: bool | Literal["auto"] = "auto"
+    vector_dtype: ExactDtype = "float32"
+    hnsw: HnswConfig = field(default_factory=HnswConfig)
+    ivf: IvfConfig = field(default_factory=IvfConfig)
 
-def _exact_dtype(request: _Request, kind: BuiltKind) -> ExactDtype | None:
-    if request.rescore is True and kind not in _CODE_KINDS:
-        raise InputError(
-            f"rescore is true, but kind {kind} scores with whole vectors already; set rescore to auto or false"
-        )
-    if kind == "ivf_rabitq" and not request.rescore:
-        raise InputError(
-            "rescore is false, but one bit a dimension ranks too coarsely without whole vectors beside it; set rescore "
-            "to auto, or take kind ivf_sq8 or ivf_pq"
-        )
-    return request.vector_dtype if kind in _CODE_KINDS and request.rescore else None
+    def plan(self) -> IndexPlan:
+        """Choose kind, shards and parameters, and predict memory, disk and time.
 
-
-def _check_settings(request: _Request) -> None:
-    """Raises InputError for a setting that the kind asked for does not have, or the dimension does not allow."""
-    kind, pq_m = request.kind, request.ivf.pq_m
-    families = {"hnsw": request.hnsw, "ivf": request.ivf}
-    given = [
-        f"{family}.{name}"
-        for family, values in families.items()
-        for name, value in values
-        if value is not None
-    ]
-    known = {"flat": (), "hnsw": ("hnsw.",), "ivf_pq": ("ivf.",), "auto": ("hnsw.", "ivf.")}.get(
-        kind, ("ivf.nlist",)
-    )
-    for name in given:
-        if not name.startswith(known):
+        Raises:
+            InputError: no rows, more shards than rows, a setting that the kind does not have or the rows do not allow,
+                or what does not fit the memory, naming what would.
+        """
+        _check(self)
+        chosen, reason = _choose(self)
+        if chosen.needed_bytes > self.memory_bytes:
+            raise InputError(_does_not_fit(chosen))
+        exact_dtype, train_rows = chosen.exact_dtype, chosen.train_rows
+        exact_bytes = self.rows * self.dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
+        if train_rows < chosen.parameters.get("nlist", 0):
             raise InputError(
-                f"{name} is set, but an index of kind {kind} has no such setting; set it to null"
+                f"ivf.nlist is {self.ivf.nlist}, but centroids are trained on {train_rows} rows, and each needs at "
+                f"least one: set ivf.nlist to {train_rows} or fewer, or null"
             )
-    if pq_m is not None and request.dim % pq_m:
-        divisors = [size for size in range(1, request.dim + 1) if request.dim % size == 0]
-        near = sorted(divisors, key=lambda size: abs(size - pq_m))[:2]
-        raise InputError(
-            f"ivf.pq_m is {pq_m}, which does not divide the dimension {request.dim}; take "
-            f"{' or '.join(map(str, sorted(near)))}"
+        at_once = min(self.num_workers, chosen.shards, self.memory_bytes // chosen.build_bytes)
+        return IndexPlan(
+            kind=chosen.kind,
+            reason=reason,
+            rows=self.rows,
+            dim=self.dim,
+            ranges=split_rows(self.rows, chosen.shards),
+            parameters=chosen.parameters,
+            exact_dtype=exact_dtype,
+            train_rows=train_rows,
+            tasks_at_once=at_once,
+            predicted_build_memory_bytes_per_task=chosen.build_bytes,
+            predicted_disk_bytes=chosen.search_bytes + exact_bytes + self.text_bytes,
+            predicted_search_memory_bytes=chosen.search_bytes,
+            predicted_build_seconds=chosen.build_seconds(at_once),
+            predicted_query_ms=chosen.query_ms,
         )
+
+    def __str__(self) -> str:
+        return f"{self.rows:,} rows of {self.dim} dimensions"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A kind in so many shards, and what it takes."""
+
+    request: IndexRequest
+    kind: BuiltKind
+    shards: int
+
+    @classmethod
+    def of(cls, request: IndexRequest, kind: BuiltKind) -> _Candidate:
+        """In the shards asked for; else one for small inputs, at least one a worker for large ones, and more until a
+        build task fits the memory.
+        """
+        if request.shards != "auto":
+            return cls(request, kind, request.shards)
+        shards = -(-request.rows // _ROWS_PER_SHARD)
+        if request.rows >= _MIN_ROWS_FOR_PARALLEL_SHARDS:
+            shards = max(shards, request.num_workers)
+        while shards < request.rows and cls(request, kind, shards).build_bytes > request.memory_bytes:
+            shards += max(shards // 4, 1)
+        return cls(request, kind, min(shards, request.rows))
+
+    @property
+    def _shape(self) -> tuple[BuiltKind, int, int, dict[str, int]]:
+        """Of the largest shard, as `costs` takes it."""
+        return self.kind, -(-self.request.rows // self.shards), self.request.dim, self.parameters
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        request, dim = self.request, self.request.dim
+        if self.kind == "flat":
+            return {}
+        if self.kind == "hnsw":
+            ef_construction = request.hnsw.ef_construction or _HNSW_EF_CONSTRUCTION
+            graph = {"M": request.hnsw.m or _HNSW_M, "efConstruction": ef_construction}
+            return {**graph, "float_bits": 16} if request.vector_dtype == "float16" else graph
+        per_shard = max(request.rows // self.shards, 1)
+        planned = max(min(int(4 * per_shard**0.5), per_shard // _MIN_ROWS_PER_CENTROID, _MAX_NLIST), 1)
+        nlist = request.ivf.nlist or planned
+        if self.kind != "ivf_pq":
+            return {"nlist": nlist}
+        # About four dimensions a code, and a divisor of the dimension, as product quantisation needs.
+        pq_m = request.ivf.pq_m or next(size for size in range(max(dim // 4, 1), 0, -1) if dim % size == 0)
+        nbits = min(max((request.rows // _MIN_ROWS_PER_CENTROID).bit_length() - 1, 1), 8)
+        return {"nlist": nlist, "pq_m": pq_m, "nbits": nbits}
+
+    @property
+    def train_rows(self) -> int:
+        if self.kind == "flat":
+            return 0
+        request = self.request
+        centroids = max(self.parameters.get("nlist", 0), 1 << self.parameters.get("nbits", 0))
+        scalar = _SCALAR_TRAIN_ROWS if self.kind in ("hnsw", "ivf_sq8") else 0
+        affordable = request.memory_bytes // _TRAIN_MEMORY_SHARE // (request.dim * 4)
+        most = max(_MAX_TRAIN_ROWS, centroids * _MIN_ROWS_PER_CENTROID)
+        wanted = max(centroids * _TRAIN_ROWS_PER_CENTROID, scalar)
+        return min(request.rows, wanted, most, max(affordable, _MIN_ROWS_PER_CENTROID))
+
+    @property
+    def exact_dtype(self) -> ExactDtype | None:
+        request = self.request
+        if request.rescore is True and self.kind not in _CODE_KINDS:
+            raise InputError(
+                f"rescore is true, but kind {self.kind} scores with whole vectors already; set rescore to auto or false"
+            )
+        if self.kind == "ivf_rabitq" and not request.rescore:
+            raise InputError(
+                "rescore is false, but one bit a dimension ranks too coarsely without whole vectors beside it; set "
+                "rescore to auto, or take kind ivf_sq8 or ivf_pq"
+            )
+        return request.vector_dtype if self.kind in _CODE_KINDS and request.rescore else None
+
+    @property
+    def search_bytes(self) -> int:
+        rows, dim = self.request.rows, self.request.dim
+        tables = costs.shard_bytes(self.kind, 0, dim, self.parameters)
+        return costs.shard_bytes(self.kind, rows, dim, self.parameters) + (self.shards - 1) * tables
+
+    @property
+    def build_bytes(self) -> int:
+        """Of the larger of the two tasks: filling the largest shard, or training on the sample."""
+        train = costs.train_bytes(self.kind, self.train_rows, self.request.dim, self.parameters)
+        return max(costs.fill_bytes(*self._shape), train)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of one build task or of the search of all shards, whichever is more."""
+        return max(self.build_bytes, self.search_bytes)
+
+    @property
+    def query_ms(self) -> float:
+        return self.shards * costs.query_ms(*self._shape)
+
+    def build_seconds(self, at_once: int) -> float:
+        """Checking the embeddings, training by one task, filling shards in waves; measuring recall reads them again."""
+        request, threads = self.request, self.request.threads_per_task
+        reading = 2 * costs.check_seconds(request.rows, request.dim) / min(request.num_workers, self.shards)
+        training = costs.train_seconds(self.kind, self.train_rows, request.dim, self.parameters) / threads
+        return reading + training + -(-self.shards // at_once) * costs.fill_seconds(*self._shape, threads)
 
 
 def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:
@@ -214,84 +244,86 @@ def split_rows(rows: int, shards: int) -> tuple[tuple[int, int], ...]:
 
 def human_bytes(count: int) -> str:
     """`8589934592` as `8.0 GiB`."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    return ByteSize(count).human_readable(separator=" ")
 
 
-def _asked_shards(request: _Request) -> int | None:
-    shards = request.shards
-    if shards == "auto":
-        return None
-    if not isinstance(shards, int) or shards < 1:
-        raise InputError(f"shards is {shards!r}; it must be 'auto' or a number of 1 or more")
-    if shards > request.rows:
+def _check(request: IndexRequest) -> None:
+    """Raises InputError for no rows, shards that there cannot be, or a setting that the kind asked for does not have
+    or the dimension does not allow.
+    """
+    rows, kind, shards, pq_m = request.rows, request.kind, request.shards, request.ivf.pq_m
+    if rows < 1:
+        raise InputError("the embeddings hold no rows; there is nothing to index")
+    known = {"flat": (), "hnsw": ("hnsw.",), "ivf_pq": ("ivf.",), "auto": ("hnsw.", "ivf.")}
+    for family, values in (("hnsw", request.hnsw), ("ivf", request.ivf)):
+        for name, value in values:
+            if value is not None and not f"{family}.{name}".startswith(known.get(kind, ("ivf.nlist",))):
+                raise InputError(
+                    f"{family}.{name} is set, but an index of kind {kind} has no such setting; set it to null"
+                )
+    if pq_m is not None and request.dim % pq_m:
+        divisors = [size for size in range(1, request.dim + 1) if request.dim % size == 0]
+        near = sorted(sorted(divisors, key=lambda size: abs(size - pq_m))[:2])
         raise InputError(
-            f"shards is {shards}, more than the {request.rows} rows; a shard holds at least one row, so set shards "
-            f"to {request.rows} or fewer, or to 'auto'"
+            f"ivf.pq_m is {pq_m}, which does not divide the dimension {request.dim}; take "
+            f"{' or '.join(map(str, near))}"
         )
-    return shards
+    if shards != "auto" and (not isinstance(shards, int) or shards < 1):
+        raise InputError(f"shards is {shards!r}; it must be 'auto' or a number of 1 or more")
+    if shards != "auto" and shards > rows:
+        raise InputError(
+            f"shards is {shards}, more than the {rows} rows; a shard holds at least one row, so set shards to {rows} "
+            "or fewer, or to 'auto'"
+        )
 
 
-def _auto_shards(request: _Request, kind: BuiltKind) -> int:
-    """One for small inputs, at least one a worker for large ones, and more until a build task fits the memory."""
-    shards = -(-request.rows // _ROWS_PER_SHARD)
-    if request.rows >= _MIN_ROWS_FOR_PARALLEL_SHARDS:
-        shards = max(shards, request.num_workers)
-    while shards < request.rows and _build_bytes(request, kind, shards) > request.memory_bytes:
-        shards += max(shards // 4, 1)
-    return min(shards, request.rows)
-
-
-def _choose_kind(request: _Request, asked: int | None) -> tuple[BuiltKind, str]:
+def _choose(request: IndexRequest) -> tuple[_Candidate, str]:
     memory, have = request.memory_bytes, human_bytes(request.memory_bytes)
-    sizes = {kind: _search_bytes(request, kind, asked or 1) for kind in _KINDS}
-    over = f"{request.rows:,} rows of {request.dim} dimensions"
+    least_shards = 1 if request.shards == "auto" else request.shards
+    sizes = {kind: _Candidate(request, kind, least_shards).search_bytes for kind in _KINDS}
     if request.kind != "auto":
-        if sizes[request.kind] > memory:
-            fitting = [kind for kind in _KINDS if sizes[kind] <= memory]
-            remedy = (
-                f"kind {fitting[0]} ({human_bytes(sizes[fitting[0]])}) would fit"
-                if fitting
-                else "no kind fits"
-            )
+        size = sizes[request.kind]
+        if size > memory:
+            fitting = [
+                f"kind {kind} ({human_bytes(sizes[kind])})" for kind in _KINDS if sizes[kind] <= memory
+            ]
             raise InputError(
-                f"kind {request.kind} over {over} takes {human_bytes(sizes[request.kind])} to search, more than "
-                f"target.memory {have}; {remedy}, or raise target.memory to at least {sizes[request.kind]} bytes"
+                f"kind {request.kind} over {request} takes {human_bytes(size)} to search, more than target.memory "
+                f"{have}; {f'{fitting[0]} would fit' if fitting else 'no kind fits'}, or raise target.memory to at "
+                f"least {size} bytes"
             )
-        return request.kind, f"kind {request.kind} was asked for"
+        return _Candidate.of(request, request.kind), f"kind {request.kind} was asked for"
     few = request.rows <= _FLAT_ROWS
     known = [kind for kind in _AUTO_KINDS if request.rescore or kind != "ivf_rabitq"]
-    fitting = [kind for kind in known if sizes[kind] <= memory and (few or kind != "flat")]
-    if not fitting:
+    fitting_kinds = [kind for kind in known if sizes[kind] <= memory and (few or kind != "flat")]
+    if not fitting_kinds:
         least = min(known, key=sizes.__getitem__)
         raise InputError(
-            f"{over} take {human_bytes(sizes[least])} even as {least}, more than target.memory {have}; raise "
+            f"{request} take {human_bytes(sizes[least])} even as {least}, more than target.memory {have}; raise "
             f"target.memory to at least {sizes[least]} bytes or use an encoder of a smaller dimension"
         )
-    shards = {kind: asked or _auto_shards(request, kind) for kind in fitting}
+    candidates = [_Candidate.of(request, kind) for kind in fitting_kinds]
     # A kind that fits in one shard may not fit in as many as it is built in, and may need more to be built. Where that
     # holds for all, the caller says so of one.
-    needed = {kind: _needed_bytes(request, kind, shards[kind]) for kind in fitting}
-    sizes |= {kind: size for kind, size in needed.items() if size > memory}
-    fitting = [kind for kind in fitting if sizes[kind] <= memory] or fitting
-    times = {kind: _query_ms(request, kind, shards[kind]) for kind in fitting}
-    kept = [kind for kind in fitting if request.latency_ms is None or times[kind] <= request.latency_ms]
-    kind = kept[0] if kept else min(fitting, key=times.__getitem__)
-    return kind, _reason(request, kind, sizes, times)
+    sizes |= {found.kind: found.needed_bytes for found in candidates if found.needed_bytes > memory}
+    candidates = [found for found in candidates if sizes[found.kind] <= memory] or candidates
+    times = {found.kind: found.query_ms for found in candidates}
+    kept = [
+        found for found in candidates if request.latency_ms is None or found.query_ms <= request.latency_ms
+    ]
+    chosen = kept[0] if kept else min(candidates, key=lambda found: times[found.kind])
+    return chosen, _reason(request, chosen.kind, sizes, times)
 
 
 def _reason(
-    request: _Request, kind: BuiltKind, sizes: Mapping[BuiltKind, int], times: Mapping[BuiltKind, float]
+    request: IndexRequest, kind: BuiltKind, sizes: Mapping[BuiltKind, int], times: Mapping[BuiltKind, float]
 ) -> str:
     """Why `auto` took this kind: what it takes, what the kinds before it would have taken, what may be missed."""
     have = human_bytes(request.memory_bytes)
-    over = f"{request.rows:,} rows of {request.dim} dimensions"
     if kind == "flat":
-        reason = f"{over} are few enough to search exactly"
+        reason = f"{request} are few enough to search exactly"
     elif kind == "hnsw":
-        reason = f"{over} take {human_bytes(sizes['hnsw'])} as hnsw, the fastest kind, within {have}"
+        reason = f"{request} take {human_bytes(sizes['hnsw'])} as hnsw, the fastest kind, within {have}"
     else:
         before = [
             f"{name} would take {human_bytes(sizes[name])} of {have}"
@@ -309,83 +341,14 @@ def _reason(
     return reason
 
 
-def _does_not_fit(
-    request: _Request, kind: BuiltKind, shards: int, build_bytes: int, search_bytes: int
-) -> str:
-    if build_bytes > request.memory_bytes:
-        needed, doing, each = build_bytes, "building", " a task"
-    else:
-        needed, doing, each = search_bytes, "searching", ""
-    start = (
-        f"{doing} kind {kind} in {shards} shards takes {human_bytes(needed)}{each}, more than target.memory "
-        f"{human_bytes(request.memory_bytes)}; "
+def _does_not_fit(chosen: _Candidate) -> str:
+    memory = chosen.request.memory_bytes
+    needed, doing, each = chosen.search_bytes, "searching", ""
+    if chosen.build_bytes > memory:
+        needed, doing, each = chosen.build_bytes, "building", " a task"
+    wanted = _Candidate.of(dataclasses.replace(chosen.request, shards="auto"), chosen.kind)
+    remedy = f"shards: {wanted.shards} would fit, or " if wanted.needed_bytes <= memory else ""
+    return (
+        f"{doing} kind {chosen.kind} in {chosen.shards} shards takes {human_bytes(needed)}{each}, more than "
+        f"target.memory {human_bytes(memory)}; {remedy}raise target.memory to at least {needed} bytes"
     )
-    wanted = _auto_shards(request, kind)
-    if _needed_bytes(request, kind, wanted) <= request.memory_bytes:
-        return f"{start}shards: {wanted} would fit, or raise target.memory to at least {needed} bytes"
-    return f"{start}raise target.memory to at least {needed} bytes"
-
-
-def _needed_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
-    """Of one build task or of the search of all shards, whichever is more."""
-    return max(_build_bytes(request, kind, shards), _search_bytes(request, kind, shards))
-
-
-def _search_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
-    parameters = _parameters(request, kind, shards)
-    tables = costs.shard_bytes(kind, 0, request.dim, parameters)
-    return costs.shard_bytes(kind, request.rows, request.dim, parameters) + (shards - 1) * tables
-
-
-def _build_seconds(
-    request: _Request, kind: BuiltKind, shards: int, train_rows: int, at_once: int, threads: int
-) -> float:
-    """Checking the embeddings, training by one task, filling shards in waves; measuring recall reads the rows again."""
-    parameters = _parameters(request, kind, shards)
-    reading = 2 * costs.check_seconds(request.rows, request.dim) / min(request.num_workers, shards)
-    training = costs.train_seconds(kind, train_rows, request.dim, parameters) / threads
-    waves = -(-shards // at_once)
-    filling = waves * costs.fill_seconds(kind, -(-request.rows // shards), request.dim, parameters, threads)
-    return reading + training + filling
-
-
-def _query_ms(request: _Request, kind: BuiltKind, shards: int) -> float:
-    parameters = _parameters(request, kind, shards)
-    return shards * costs.query_ms(kind, -(-request.rows // shards), request.dim, parameters)
-
-
-def _build_bytes(request: _Request, kind: BuiltKind, shards: int) -> int:
-    """Of the larger of the two tasks: filling the largest shard, or training on the sample."""
-    parameters = _parameters(request, kind, shards)
-    fill = costs.fill_bytes(kind, -(-request.rows // shards), request.dim, parameters)
-    train = costs.train_bytes(kind, _train_rows(request, kind, parameters), request.dim, parameters)
-    return max(fill, train)
-
-
-def _parameters(request: _Request, kind: BuiltKind, shards: int) -> dict[str, int]:
-    if kind == "flat":
-        return {}
-    if kind == "hnsw":
-        asked = request.hnsw
-        graph = {"M": asked.m or _HNSW_M, "efConstruction": asked.ef_construction or _HNSW_EF_CONSTRUCTION}
-        return {**graph, "float_bits": 16} if request.vector_dtype == "float16" else graph
-    per_shard = max(request.rows // shards, 1)
-    planned = max(min(int(4 * per_shard**0.5), per_shard // _MIN_ROWS_PER_CENTROID, _MAX_NLIST), 1)
-    nlist = request.ivf.nlist or planned
-    if kind != "ivf_pq":
-        return {"nlist": nlist}
-    dim = request.dim
-    # About four dimensions a code, and a divisor of the dimension, as product quantisation needs.
-    pq_m = request.ivf.pq_m or next(size for size in range(max(dim // 4, 1), 0, -1) if dim % size == 0)
-    nbits = min(max((request.rows // _MIN_ROWS_PER_CENTROID).bit_length() - 1, 1), 8)
-    return {"nlist": nlist, "pq_m": pq_m, "nbits": nbits}
-
-
-def _train_rows(request: _Request, kind: BuiltKind, parameters: dict[str, int]) -> int:
-    if kind == "flat":
-        return 0
-    centroids = max(parameters.get("nlist", 0), 1 << parameters.get("nbits", 0))
-    scalar = _SCALAR_TRAIN_ROWS if kind in ("hnsw", "ivf_sq8") else 0
-    affordable = max(request.memory_bytes // _TRAIN_MEMORY_SHARE // (request.dim * 4), _MIN_ROWS_PER_CENTROID)
-    most = max(_MAX_TRAIN_ROWS, centroids * _MIN_ROWS_PER_CENTROID)
-    return min(request.rows, max(centroids * _TRAIN_ROWS_PER_CENTROID, scalar), most, affordable)

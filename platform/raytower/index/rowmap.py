@@ -6,7 +6,7 @@ deleted has at most F + D runs: opening an index keeps those, not a number for e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,10 +46,6 @@ class RowMap:
         last = np.concatenate([first[1:] - 1, [len(starts) - 1]])
         return cls(starts[first], ends[last], addresses[first])
 
-    @cached_property
-    def num_rows(self) -> int:
-        return int((self.ends - self.starts).sum())
-
     def addresses_of(self, rows: Rows) -> Rows:
         """Where each of some rows lies; -1 for one that the table does not hold."""
         if not len(self.starts):
@@ -67,19 +63,10 @@ class RowMap:
 
     def live_mask(self, rows: Rows) -> Mask | None:
         """Which of some rising rows the table holds; None where it holds all of them."""
-        if len(rows) and self._holds_all(int(rows[0]), int(rows[-1])):
-            return None
         # Runs and rows both rise: between the ends of the runs, stretches of dead and of live rows take turns.
         ends = np.stack([np.searchsorted(rows, self.starts), np.searchsorted(rows, self.ends)], axis=1)
         lengths = np.diff(ends.ravel(), prepend=0, append=len(rows))
-        mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-        return None if mask.all() else mask
-
-    def blocks(self, size: int) -> Iterator[Rows]:
-        """All rows, rising, at most `size` at a time."""
-        for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
-            for first in range(start, end, size):
-                yield np.arange(first, min(first + size, end))
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths) if lengths[::2].any() else None
 
     def rows(self, first: int = 0, last: int | None = None) -> Rows:
         """The rows at places first to last (exclusive) of all that the table holds, rising: 8 bytes each."""
@@ -111,15 +98,6 @@ class RowMap:
     def _by_address(self) -> tuple[Rows, Rows]:
         order = np.argsort(self.addresses)
         return order, self.addresses[order]
-
-    def _holds_all(self, first: int, last: int) -> bool:
-        run = int(np.searchsorted(self.starts, first, side="right")) - 1
-        # Rows without a gap between them usually lie in several runs, one a piece of the table.
-        while run >= 0 and run < len(self.starts) and self.starts[run] <= first < self.ends[run]:
-            if last < self.ends[run]:
-                return True
-            first, run = int(self.ends[run]), run + 1
-        return False
 
 
 def _runs(rows: Rows, addresses: Rows) -> tuple[Rows, Rows, Rows]:

@@ -136,7 +136,7 @@ def local_file(place: Location, file: FileEntry) -> Path:
     Raises FormatError where it is missing, or of another size or checksum.
     """
     if not place.is_local:
-        return place.fetch(cache_dir(), file.sha256, file.bytes, verify=False)
+        return place.fetch(cache_dir(), file.sha256, file.bytes)
     path = place.local_path
     if not path.is_file():
         raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")

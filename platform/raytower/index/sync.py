@@ -32,7 +32,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable, unified
-from raytower.index.tasks import InProcess, OnRay
+from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, open_manifest
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
@@ -79,8 +79,13 @@ class Difference:
     changed: int = 0
 
     @property
-    def num_values(self) -> int:
-        return sum(table.num_rows for table in self.values)
+    def counts(self) -> dict[str, int]:
+        return {
+            "added": self.added,
+            "changed": self.changed,
+            "set": sum(table.num_rows for table in self.values),
+            "deleted": len(self.gone),
+        }
 
     @property
     def is_empty(self) -> bool:
@@ -106,14 +111,8 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
         schema = unified(writer.table.schema, found.schema, config.input.path)
         difference = compare(found, writer.table, config.gone)
         _refuse_much_gone(config, difference, manifest)
-        shown = {
-            "added": difference.added,
-            "changed": difference.changed,
-            "set": difference.num_values,
-            "deleted": len(difference.gone),
-            "encoded": difference.added + difference.changed,
-            "rejected_rows": found.num_rejected,
-        }
+        came = difference.added + difference.changed
+        shown = {**difference.counts, "encoded": came, "rejected_rows": found.num_rejected}
         log(", ".join(f"{name} {count}" for name, count in shown.items()))
         if not difference.is_empty:
             table, replaced = writer.table, 0
@@ -131,9 +130,8 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
                     table = table.with_values(_typed(values.drop_columns(["text"]), table.schema))
             if len(difference.gone):
                 table = table.without(difference.gone)
-            came = difference.added + difference.changed
             workers = IndexWorkersConfig(max=config.workers.max, num_cpus=config.workers.num_cpus)
-            run = OnRay(workers) if came > 10 * _TEXTS_IN_PROCESS else InProcess()
+            run = on_ray(workers) if came > 10 * _TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})
             went = replaced + len(difference.gone)
             manifest = publish_change(writer, table, "sync", identity, came=came, went=went, run=run)
@@ -153,10 +151,7 @@ def plan_sync(config: IndexSyncConfig) -> dict[str, Any]:
         "parent": manifest.version,
         "rows_before": manifest.rows,
         "input_rows": found.num_rows,
-        "added": difference.added,
-        "changed": difference.changed,
-        "set": difference.num_values,
-        "deleted": len(difference.gone),
+        **difference.counts,
     }
 
 
@@ -167,9 +162,9 @@ def compare(found: Survey, table: DocumentTable, gone: Literal["delete", "keep"]
     difference = Difference()
     for documents in read_pieces(found.pieces):
         shared = _typed(documents.select(["id", "text", *known.columns]), table.schema)
-        places = known.find(_hashes(documents["id"]))
-        same_text = known.texts[places] == _hash(documents["text"], _HASH_KEYS[0])
-        same_values = known.values[places] == _row_hashes(shared, known.columns)
+        hashes = _hashes(shared, known.columns)
+        places = known.find(hashes)
+        _, _, same_text, same_values = (known.hashes[places] == hashes).T
         is_new = places < 0
         encoded = is_new | ~same_text
         # A column that the index lacks counts where it holds something.
@@ -189,66 +184,48 @@ def compare(found: Survey, table: DocumentTable, gone: Literal["delete", "keep"]
 
 @dataclass(frozen=True)
 class _Known:
-    """The documents of a table, by the hashes of their ids: sorted by the first, a place for each."""
+    """The documents of a table, by their `_hashes` (documents, 4): sorted by the first, a place for each."""
 
-    ids: _Hashes
-    """(documents, 2)"""
-    texts: _Hashes
-    values: _Hashes
+    hashes: _Hashes
     seen: NDArray[np.bool_]
     columns: list[str]
 
     @classmethod
     def of(cls, table: DocumentTable, columns: list[str]) -> _Known:
-        ids, texts, values = [], [], []
-        for batch in table.scan(["id", "text", *columns]):
-            documents = pa.table(batch)
-            ids.append(_hashes(documents["id"]))
-            texts.append(_hash(documents["text"], _HASH_KEYS[0]))
-            values.append(_row_hashes(documents, columns))
-        joined = np.concatenate([np.empty((0, 2), np.uint64), *ids])
-        order = np.argsort(joined[:, 0], kind="stable")
-        empty = np.empty(0, np.uint64)
-        return cls(
-            joined[order],
-            np.concatenate([empty, *texts])[order],
-            np.concatenate([empty, *values])[order],
-            np.zeros(len(joined), np.bool_),
-            columns,
-        )
+        parts = [_hashes(pa.table(batch), columns) for batch in table.scan(["id", "text", *columns])]
+        joined = np.concatenate([np.empty((0, 4), np.uint64), *parts])
+        # Column by column: the first is searched in.
+        hashes = np.asfortranarray(joined[np.argsort(joined[:, 0], kind="stable")])
+        return cls(hashes, np.zeros(len(hashes), np.bool_), columns)
 
-    def find(self, ids: _Hashes) -> NDArray[np.int64]:
-        """The place of each id (N, 2), -1 where the table lacks it."""
-        if not len(self.ids):
-            return np.full(len(ids), -1)
-        places = np.minimum(np.searchsorted(self.ids[:, 0], ids[:, 0]), len(self.ids) - 1)
-        return np.where((self.ids[places] == ids).all(axis=1), places, -1)
+    def find(self, hashes: _Hashes) -> NDArray[np.int64]:
+        """The place of each id (N, 2 or more), -1 where the table lacks it."""
+        if not len(self.hashes):
+            return np.full(len(hashes), -1)
+        places = np.minimum(np.searchsorted(self.hashes[:, 0], hashes[:, 0]), len(self.hashes) - 1)
+        return np.where((self.hashes[places, :2] == hashes[:, :2]).all(axis=1), places, -1)
 
 
-def _hashes(ids: pa.ChunkedArray) -> _Hashes:
-    return np.stack([_hash(ids, key) for key in _HASH_KEYS], axis=1)
+def _hashes(documents: pa.Table, columns: list[str]) -> _Hashes:
+    """(N, 4): two of each document's id, one of its text, one of its values in some columns."""
+    values = documents.select(columns).to_pylist() if columns else [None] * documents.num_rows
+    rows = np.array([json.dumps(row, sort_keys=True, default=str) for row in values], dtype=object)
+    others = [_hash(texts, _HASH_KEYS[0]) for texts in (documents["text"].to_numpy(), rows)]
+    return np.column_stack([_id_hashes(documents["id"]), *others])
 
 
-def _hash(texts: pa.ChunkedArray, key: str) -> _Hashes:
-    values = texts.to_numpy()
-    hashed: _Hashes = pd.util.hash_array(values, hash_key=key, categorize=False)
-    return hashed
+def _id_hashes(ids: pa.ChunkedArray) -> _Hashes:
+    return np.column_stack([_hash(ids.to_numpy(), key) for key in _HASH_KEYS])
 
 
-def _row_hashes(documents: pa.Table, columns: list[str]) -> _Hashes:
-    """One for the values of each row in some columns."""
-    if not columns:
-        return np.zeros(documents.num_rows, np.uint64)
-    rows = [json.dumps(row, sort_keys=True, default=str) for row in documents.select(columns).to_pylist()]
-    hashed: _Hashes = pd.util.hash_array(np.array(rows, dtype=object), categorize=False)
+def _hash(texts: NDArray[Any], key: str) -> _Hashes:
+    hashed: _Hashes = pd.util.hash_array(texts, hash_key=key, categorize=False)
     return hashed
 
 
 def _brings(documents: pa.Table, columns: list[str]) -> NDArray[np.bool_]:
-    brings = np.zeros(documents.num_rows, np.bool_)
-    for name in columns:
-        brings |= documents[name].is_valid().to_numpy()
-    return brings
+    valid = [documents[name].is_valid().to_numpy() for name in columns]
+    return np.logical_or.reduce([np.zeros(documents.num_rows, np.bool_), *valid])
 
 
 def _typed(documents: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -264,7 +241,7 @@ def _ids_of(table: DocumentTable, known: _Known) -> pa.Array:
     """The ids of the documents that were not seen."""
     parts = []
     for batch in table.scan(["id"]):
-        places = known.find(_hashes(pa.chunked_array([batch.column("id")])))
+        places = known.find(_id_hashes(pa.chunked_array([batch.column("id")])))
         parts.append(batch.column("id").filter(pa.array(~known.seen[places])))
     return pa.concat_arrays(parts)
 
@@ -288,21 +265,10 @@ def _encoded(
     config: IndexSyncConfig, manifest: IndexManifest, encoder: Encoder, tables: list[pa.Table], folder: Path
 ) -> tuple[pa.Schema, Iterator[tuple[pa.Table, NDArray[np.float32]]]]:
     """Documents with their vectors, made as those of the index were: here for few, by the encoding job for many."""
-    compute = ComputeConfig.model_validate(
-        {
-            "engine": manifest.engine,
-            "dtype": manifest.compute_dtype,
-            "tokens_per_batch": config.tokens_per_batch,
-        }
-    )
+    made_so = {"engine": manifest.engine, "dtype": manifest.compute_dtype}
+    compute = ComputeConfig.model_validate({**made_so, "tokens_per_batch": config.tokens_per_batch})
     if sum(table.num_rows for table in tables) <= _TEXTS_IN_PROCESS:
-        engine = ForwardEngine(
-            encoder,
-            engine=compute.engine,
-            dtype=compute.dtype,
-            tokens_per_batch=compute.tokens_per_batch,
-            max_length=manifest.max_length,
-        )
+        engine = ForwardEngine(encoder, max_length=manifest.max_length, **dict(compute))
         return tables[0].schema, _encoded_here(engine, manifest, tables)
     corpus = folder / "corpus.parquet"
     with pq.ParquetWriter(corpus, tables[0].schema) as writer:

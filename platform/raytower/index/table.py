@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -43,7 +43,6 @@ _TAKE_ROWS = 4_096
 _IDS_LOOKED_UP = 20_000
 _IDS_PER_QUERY = 4_000
 _ROWS_PER_FRAGMENT = 1 << 20
-_UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
 # Integers beyond it are not all whole numbers as float64.
 _EXACT_FLOAT = 1 << 53
 # Lance says which kind of error it had before, and which line of its source raised it behind, what went wrong.
@@ -74,16 +73,17 @@ class DocumentTable:
         """A version of the table of an index, or the latest. Raises FormatError where it is not there."""
         place = index / TABLE_NAME
         uri, options = place.lance_uri()
-        try:
-            with _panics_raised():
-                return cls(lance.dataset(uri, version=version, storage_options=options))
-        except (OSError, RuntimeError, ValueError) as error:
+
+        def explained(error: Exception) -> RaytowerError:
             if _storage_failed(error):
-                raise _failure(error, place) from error
+                return _failure(error, place)
             what = "a table" if version is None else f"version {version} of its table"
-            raise FormatError(
+            return FormatError(
                 f"{place} cannot be opened at {what}: {_said(error)}; roll back, or build the index again"
-            ) from error
+            )
+
+        with _raising(explained):
+            return cls(lance.dataset(uri, version=version, storage_options=options))
 
     @classmethod
     def latest(cls, index: Location) -> DocumentTable | None:
@@ -93,10 +93,6 @@ class DocumentTable:
     @property
     def version(self) -> int:
         return int(self._dataset.version)
-
-    @property
-    def latest_version(self) -> int:
-        return int(self._dataset.latest_version)
 
     @property
     def num_rows(self) -> int:
@@ -113,11 +109,8 @@ class DocumentTable:
 
     @property
     def vector_dtype(self) -> ExactDtype:
-        return (
-            "float16"
-            if pa.types.is_float16(self._dataset.schema.field(VECTOR).type.value_type)
-            else "float32"
-        )
+        stored = self._dataset.schema.field(VECTOR).type.value_type
+        return "float16" if pa.types.is_float16(stored) else "float32"
 
     @cached_property
     def row_map(self) -> RowMap:
@@ -126,10 +119,8 @@ class DocumentTable:
             columns=[ROW], with_row_address=True, batch_size=_SCAN_ROWS
         ).to_batches()
         with self._readable():
-            return RowMap.of_batches(
-                (batch.column(ROW).to_numpy(), batch.column(_ADDRESS).to_numpy().astype(np.int64))
-                for batch in batches
-            )
+            found = ((batch.column(ROW), batch.column(_ADDRESS)) for batch in batches)
+            return RowMap.of_batches((rows.to_numpy(), at.to_numpy().astype(np.int64)) for rows, at in found)
 
     # Reading
 
@@ -164,10 +155,8 @@ class DocumentTable:
     def vectors(self, rows: Rows, *, unit: bool) -> NDArray[np.float32]:
         """The vectors (N, D) of some rows, of unit length where asked."""
         column = self.take(rows, [VECTOR])[VECTOR]
-        flat = np.concatenate(
-            [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks] or [np.empty(0)]
-        )
-        vectors = np.ascontiguousarray(flat.reshape(-1, self.dim), dtype=np.float32)
+        flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
+        vectors = np.ascontiguousarray(flat.reshape(-1, column.type.list_size), dtype=np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if unit else vectors
 
     def scan(
@@ -177,14 +166,12 @@ class DocumentTable:
 
         Raises InputError where the condition does not fit the columns.
         """
+        # A batch of long texts would overflow its offsets, and take memory for them.
+        wide = set(columns) - {ROW, ID, VECTOR}
+        size = _TEXTS_SCANNED if wide else _SCAN_ROWS
         with self._readable(where):
-            # A batch of long texts would overflow its offsets, and take memory for them.
-            wide = set(columns) - {ROW, ID, VECTOR}
             scanner = self._dataset.scanner(
-                columns=list(columns),
-                filter=where,
-                with_row_address=addresses,
-                batch_size=_TEXTS_SCANNED if wide else _SCAN_ROWS,
+                columns=list(columns), filter=where, with_row_address=addresses, batch_size=size
             )
             batches = iter(scanner.to_batches())
         while True:
@@ -218,29 +205,26 @@ class DocumentTable:
             if found.num_rows:
                 yield found.select(list(wanted))
 
-    @contextmanager
-    def _readable(self, where: str | None = None) -> Iterator[None]:
+    def _readable(self, where: str | None = None) -> AbstractContextManager[None]:
         """What Lance fails at while it reads is damage, or a condition that does not fit, or the storage below."""
-        try:
-            with _panics_raised():
-                yield
-        except RaytowerError:
-            raise
-        except (OSError, RuntimeError, ValueError) as error:
+
+        def explained(error: Exception) -> RaytowerError:
             if _storage_failed(error):
-                raise _failure(error, self._dataset.uri) from error
+                return _failure(error, self._dataset.uri)
             if where is not None and not _DAMAGE.search(str(error)):
-                raise InputError(f"the filter cannot be evaluated: {_said(error)}") from error
-            raise FormatError(
+                return InputError(f"the filter cannot be evaluated: {_said(error)}")
+            return FormatError(
                 f"{self._dataset.uri} version {self.version} is damaged: {_said(error)}; roll back, or build the index "
                 "again"
-            ) from error
+            )
+
+        return _raising(explained)
 
     # Changing
 
     def restored(self) -> DocumentTable:
         """The latest version, made equal to this one where something was committed since."""
-        if self.latest_version == self.version:
+        if self._dataset.latest_version == self.version:
             return self
         dataset = self._own()
         with _explained(dataset.uri):
@@ -262,10 +246,9 @@ class DocumentTable:
 
     def _with_column(self, field: pa.Field, known: pa.Field | None) -> DocumentTable:
         if known is None:
-            return self._changed(lambda dataset: dataset.add_columns(field.with_nullable(True)))[0]
+            return self._changed(lambda dataset: dataset.add_columns(field.with_nullable(True)))
         if pa.types.is_null(known.type):
-            table, _ = self._changed(lambda dataset: dataset.drop_columns([field.name]))
-            return table._with_column(field, None)
+            return self._without_column(field.name)._with_column(field, None)
         if pa.types.is_integer(known.type) and pa.types.is_floating(field.type):
             name = f"`{field.name}`"
             lost = int(self._dataset.count_rows(f"{name} > {_EXACT_FLOAT} OR {name} < -{_EXACT_FLOAT}"))
@@ -275,55 +258,57 @@ class DocumentTable:
                     "integers of the index are too large for that; give it one type, or another name"
                 )
         # Lance does not alter an integer column to a float one: a copy takes its place.
-        copy = f"_{field.name}_widened"
-        expression = f"arrow_cast(`{field.name}`, '{_arrow_name(field.type)}')"
-        table, _ = self._changed(lambda dataset: dataset.add_columns({copy: expression}))
-        table, _ = table._changed(lambda dataset: dataset.drop_columns([field.name]))
-        renamed: Any = {"path": copy, "name": field.name}
-        return table._changed(lambda dataset: dataset.alter_columns(renamed))[0]
+        copy = pa.field(f"_{field.name}_widened", field.type)
+
+        @lance.batch_udf(output_schema=pa.schema([copy]))
+        def widened(batch: pa.RecordBatch) -> pa.RecordBatch:
+            return pa.record_batch([batch.column(0).cast(field.type)], schema=pa.schema([copy]))
+
+        table = self._changed(lambda dataset: dataset.add_columns(widened, read_columns=[field.name]))
+        renamed: Any = {"path": copy.name, "name": field.name}
+        return table._without_column(field.name)._changed(lambda dataset: dataset.alter_columns(renamed))
+
+    def _without_column(self, name: str) -> DocumentTable:
+        return self._changed(lambda dataset: dataset.drop_columns([name]))
 
     def appended(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> DocumentTable:
         """With more documents. Raises what `batches` raises."""
         with _reading(batches, schema) as reader:
-            return self._changed(
-                lambda dataset: dataset.insert(reader, max_rows_per_file=_ROWS_PER_FRAGMENT)
-            )[0]
+            return self._changed(lambda dataset: dataset.insert(reader, max_rows_per_file=_ROWS_PER_FRAGMENT))
 
     def upserted(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> tuple[DocumentTable, int]:
         """With more documents, which replace those with their ids; and how many were replaced.
 
         Raises what `batches` raises.
         """
+        counts: dict[str, int] = {}
+
+        def change(dataset: lance.LanceDataset) -> None:
+            merge = dataset.merge_insert(ID).when_matched_update_all().when_not_matched_insert_all()
+            counts.update(merge.execute(reader))
+
         with _reading(batches, schema) as reader:
-            table, counts = self._changed(
-                lambda dataset: (
-                    dataset.merge_insert(ID)
-                    .when_matched_update_all()
-                    .when_not_matched_insert_all()
-                    .execute(reader)
-                )
-            )
-        return table, int(counts["num_updated_rows"])
+            table = self._changed(change)
+        return table, counts["num_updated_rows"]
 
     def without(self, ids: pa.Array) -> DocumentTable:
         """Without the documents with some ids."""
         gone = pa.table({ID: ids})
-        return self._changed(lambda dataset: dataset.merge_insert(ID).when_matched_delete().execute(gone))[0]
+        return self._changed(lambda dataset: dataset.merge_insert(ID).when_matched_delete().execute(gone))
 
     def without_matching(self, where: str) -> DocumentTable:
         """Without the documents that an SQL condition holds for."""
-        return self._changed(lambda dataset: dataset.delete(where))[0]
+        return self._changed(lambda dataset: dataset.delete(where))
 
     def with_values(self, values: pa.Table) -> DocumentTable:
         """With other values in some columns: `values` holds the ids and those columns."""
         return self._changed(
             lambda dataset: dataset.merge_insert(ID).when_matched_update_all().execute(values)
-        )[0]
+        )
 
     def with_value_where(self, values: Mapping[str, str], where: str) -> DocumentTable:
         """With one value, an SQL literal, in each of some columns wherever an SQL condition holds."""
-        changes = dict(values)
-        return self._changed(lambda dataset: dataset.update(changes, where=where))[0]
+        return self._changed(lambda dataset: dataset.update(dict(values), where=where))
 
     def indexed(self, columns: Sequence[str]) -> DocumentTable:
         """With a scalar index on the id and on some columns, its type chosen by theirs; those that are there stay."""
@@ -331,8 +316,8 @@ class DocumentTable:
         known = {name for index in self._dataset.describe_indices() for name in index.field_names}
         for name in dict.fromkeys([ID, *columns]):
             if name not in known:
-                kind = _index_type(self._dataset.schema.field(name).type)
-                table, _ = table._changed(partial(_create_index, column=name, kind=kind))
+                create = partial(_create_index, column=name, kind=self._dataset.schema.field(name).type)
+                table = table._changed(create)
         return table
 
     def tidied(self) -> DocumentTable:
@@ -348,7 +333,7 @@ class DocumentTable:
         """A handle that a change may move to the version that it makes."""
         return self._dataset.checkout_version(self.version)
 
-    def _changed(self, change: Callable[[lance.LanceDataset], Any]) -> tuple[DocumentTable, Any]:
+    def _changed(self, change: Callable[[lance.LanceDataset], Any]) -> DocumentTable:
         """What one commit made of this version.
 
         Raises:
@@ -356,14 +341,14 @@ class DocumentTable:
         """
         dataset = self._own()
         with _explained(dataset.uri):
-            answer = change(dataset)
+            change(dataset)
         if dataset.version not in (self.version, self.version + 1):
             raise RaytowerError(
                 f"the table was changed by another writer (version {dataset.version} follows "
                 f"{self.version}); nothing was "
                 "published: run the command again"
             )
-        return DocumentTable(dataset), answer
+        return DocumentTable(dataset)
 
     # Versions
 
@@ -548,27 +533,26 @@ def _reading(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
         raise
 
 
-@contextmanager
-def _explained(place: Location | str) -> Iterator[None]:
+def _explained(place: Location | str) -> AbstractContextManager[None]:
     """What Lance fails at while it writes, in one message that names the place."""
+    return _raising(lambda error: _failure(error, place))
+
+
+@contextmanager
+def _raising(explained: Callable[[Exception], RaytowerError]) -> Iterator[None]:
+    """Raise what is explained in place of what Lance raises. A panic, which some damage leads to, is no Exception in
+    Python, and its class can be imported from nowhere.
+    """
     try:
-        with _panics_raised():
-            yield
+        yield
     except RaytowerError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        raise _failure(error, place) from error
-
-
-@contextmanager
-def _panics_raised() -> Iterator[None]:
-    """A panic of Lance, which some damage leads to, is no Exception in Python: as one it can be explained."""
-    try:
-        yield
+        raise explained(error) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # its class can be imported from nowhere
+        if type(error).__name__ != "PanicException":
             raise
-        raise RuntimeError(str(error)) from error
+        raise explained(RuntimeError(str(error))) from error
 
 
 def _failure(error: Exception, place: Location | str) -> RaytowerError:
@@ -585,29 +569,10 @@ def _storage_failed(error: Exception) -> bool:
     return bool(_SYSTEM_ERROR.search(str(error)) or _REMOTE_ERROR.search(str(error)))
 
 
-def _create_index(dataset: lance.LanceDataset, column: str, kind: Any) -> None:
-    dataset.create_scalar_index(column, kind)
-
-
-def _index_type(kind: pa.DataType) -> str:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return "LABEL_LIST"
-    return "BITMAP" if pa.types.is_boolean(kind) else "BTREE"
-
-
-def _arrow_name(kind: pa.DataType) -> str:
-    """A type as Lance's SQL names it in `arrow_cast`. Raises InputError for one that no column is widened to."""
-    if pa.types.is_list(kind):
-        return f"List({_arrow_name(kind.value_type)})"
-    if pa.types.is_timestamp(kind):
-        zone = f'Some("{kind.tz}")' if kind.tz else "None"
-        return f"Timestamp({_UNITS[kind.unit]}, {zone})"
-    names = {pa.int64(): "Int64", pa.float64(): "Float64", pa.string(): "Utf8", pa.bool_(): "Boolean"}
-    if kind not in names:
-        raise InputError(
-            f"a column of the index cannot become {kind} in place; give the addition its type, or build anew"
-        )
-    return names[kind]
+def _create_index(dataset: lance.LanceDataset, column: str, kind: pa.DataType) -> None:
+    index: Any = "BITMAP" if pa.types.is_boolean(kind) else "BTREE"
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    dataset.create_scalar_index(column, "LABEL_LIST" if is_list else index)
 
 
 def _said(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from raytower.errors import RaytowerError, find_cause
 from raytower.index.config import IndexWorkersConfig
@@ -13,24 +13,34 @@ from raytower.runtime import log
 ResultT = TypeVar("ResultT")
 
 
-class Run(Protocol):
-    """How the steps of a job run."""
+@dataclass(frozen=True)
+class Run:
+    """How the steps of a job run: on `threads` each, those that can use one on `num_gpus`, `at_once` at a time.
 
-    @property
-    def threads(self) -> int:
-        """Threads for a step that runs beside others."""
+    As Ray tasks, each holding `workers.num_cpus`, where there are `workers`: Ray starts with the first. Else in this
+    process, one after the other: for work that takes less time than starting Ray.
+    """
+
+    threads: int = 1
+    at_once: int = 1
+    num_gpus: float = 0
+    workers: IndexWorkersConfig | None = None
 
     @property
     def threads_alone(self) -> int:
-        """Threads for a step that runs while no other does."""
+        """Threads for a step that runs while no other does: those of all workers, as far as one node has cores.
 
-    @property
-    def at_once(self) -> int:
-        """Steps that run at the same time."""
+        The task holds the CPUs of one worker all the same: one that asks for a whole node would wait for whatever else
+        lives there.
+        """
+        if self.workers is None:
+            return self.threads
+        import ray
 
-    @property
-    def num_gpus(self) -> float:
-        """GPUs for a step that can use them."""
+        _start(self.workers)
+        cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        wanted = int(self.workers.max * self.workers.num_cpus)
+        return max(min(wanted, int(max(cores, default=0))), self.threads)
 
     def __call__(
         self,
@@ -46,81 +56,15 @@ class Run(Protocol):
         Raises:
             RaytowerError: the first failure, as it was raised where that was meant for the user.
         """
-
-
-@dataclass(frozen=True)
-class InProcess:
-    """In this process, one after the other: for work that takes less time than starting Ray."""
-
-    threads: int = 1
-    at_once: int = 1
-    num_gpus: float = 0
-
-    @property
-    def threads_alone(self) -> int:
-        return self.threads
-
-    def __call__(
-        self,
-        function: Callable[..., ResultT],
-        calls: Sequence[tuple[Any, ...]],
-        *,
-        at_once: int | None = None,
-        num_gpus: float = 0,
-        progress: str | None = None,
-    ) -> list[ResultT]:
-        return [function(*arguments) for arguments in calls]
-
-
-@dataclass(frozen=True)
-class OnRay:
-    """As Ray tasks, each holding `workers.num_cpus`, at most `workers.max` at once. Ray starts with the first."""
-
-    workers: IndexWorkersConfig
-
-    @property
-    def threads(self) -> int:
-        return self.workers.num_threads
-
-    @property
-    def at_once(self) -> int:
-        return self.workers.max
-
-    @property
-    def num_gpus(self) -> float:
-        return self.workers.num_gpus
-
-    @property
-    def threads_alone(self) -> int:
-        """Those of all workers, as far as one node has cores.
-
-        The task holds the CPUs of one worker all the same: one that asks for a whole node would wait for whatever else
-        lives there.
-        """
-        import ray
-
-        _start(self.workers)
-        cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        workers = self.workers
-        return max(min(int(workers.max * workers.num_cpus), int(max(cores, default=0))), workers.num_threads)
-
-    def __call__(
-        self,
-        function: Callable[..., ResultT],
-        calls: Sequence[tuple[Any, ...]],
-        *,
-        at_once: int | None = None,
-        num_gpus: float = 0,
-        progress: str | None = None,
-    ) -> list[ResultT]:
+        if self.workers is None:
+            return [function(*arguments) for arguments in calls]
         import ray
 
         _start(self.workers)
         task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus)(function)
         # What all calls share travels once, not once a call.
-        shared = {
-            id(value): ray.put(value) for value in (calls[0] if len(calls) > 1 else ()) if _is_large(value)
-        }
+        common = calls[0] if len(calls) > 1 else ()
+        shared = {id(value): ray.put(value) for value in common if getattr(value, "nbytes", 0) > 2**16}
         waiting = list(enumerate(calls))
         running: dict[Any, int] = {}
         results: dict[int, ResultT] = {}
@@ -144,11 +88,11 @@ class OnRay:
         return [results[number] for number in range(len(calls))]
 
 
+def on_ray(workers: IndexWorkersConfig) -> Run:
+    return Run(workers.num_threads, workers.max, workers.num_gpus, workers)
+
+
 def _start(workers: IndexWorkersConfig) -> None:
     from raytower.runtime import ensure_ray
 
     ensure_ray(workers.num_cpus)
-
-
-def _is_large(value: Any) -> bool:
-    return getattr(value, "nbytes", 0) > 2**16

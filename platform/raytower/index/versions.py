@@ -93,7 +93,7 @@ def refuse_damaged(index: Location, manifest: IndexManifest, table: DocumentTabl
     graph of 400,000 rows as long as all else that a deletion does: its files need only be there, of their sizes, and
     begin as they must. One where they do not is opened, which says what is wrong.
     """
-    sizes = dict((index / SHARDS_NAME).listing(recursive=True))
+    sizes = {info.path: info.size for info in (index / SHARDS_NAME).infos(recursive=True)}
     for entry in manifest.shards:
         if not _is_as_it_was(index, entry, manifest.dim, sizes):
             Shard.open(index, entry, manifest.dim, table.row_map)
@@ -103,7 +103,7 @@ def refuse_damaged(index: Location, manifest: IndexManifest, table: DocumentTabl
 
 def _is_as_it_was(index: Location, entry: ShardEntry, dim: int, sizes: Mapping[str, int]) -> bool:
     place = index / SHARDS_NAME / entry.digest
-    if any(sizes.get(f"{entry.digest}/{name}") != file.bytes for name, file in entry.files.items()):
+    if any(sizes.get((place / name).path) != file.bytes for name, file in entry.files.items()):
         return False
     if not place.is_local:
         return True

@@ -40,23 +40,17 @@ class StorageRefusedError(StorageError, InputError):
 
 
 @contextmanager
-def explaining(place: object) -> Iterator[None]:
-    """Turn what a filesystem, or the system, raises into a StorageError about `place` (a Location, a path)."""
+def explaining(place: object, *, only_full: bool = False) -> Iterator[None]:
+    """Turn what a filesystem, or the system, raises into a StorageError about `place` (a Location, a path).
+
+    With `only_full` other errors than a full disk pass: code of others, which may write elsewhere, runs inside.
+    """
     try:
         yield
-    except OSError as error:
-        if isinstance(error, RaytowerError):
-            raise
-        raise as_storage_error(error, str(place)) from error
-
-
-@contextmanager
-def explaining_full(place: object) -> Iterator[None]:
-    """Say which place is full. Other errors pass: code of others, which may write elsewhere, runs inside."""
-    try:
-        yield
+    except RaytowerError:
+        raise
     except Exception as error:
-        if isinstance(error, RaytowerError) or not is_full(error):
+        if not is_full(error) and (only_full or not isinstance(error, OSError)):
             raise
         raise as_storage_error(error, str(place)) from error
 

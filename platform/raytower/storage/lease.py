@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 from raytower.errors import RaytowerError
+from raytower.storage import objects
 from raytower.storage.errors import StorageError, as_storage_error, is_full
-from raytower.storage.local import locked
+from raytower.storage.local import is_still, locked
 from raytower.storage.location import Location
 
 _POLL_SECONDS = 0.2
@@ -74,15 +75,8 @@ def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> 
             raise _taken(place, path.read_bytes() if path.is_file() else b"{}")
         os.ftruncate(descriptor, 0)
         _describe(descriptor, mine, place)
-
-        def is_held() -> bool:
-            # A lock file that was removed locks nobody out any more.
-            try:
-                return os.path.samestat(os.fstat(descriptor), os.stat(path))
-            except FileNotFoundError:
-                return False
-
-        lease = Lease(place, is_held)
+        # A lock file that was removed locks nobody out any more.
+        lease = Lease(place, lambda: is_still(descriptor, path))
         lease.check()
         yield lease
 
@@ -123,23 +117,23 @@ class _ObjectLease:
         self._renewal.join()
         if self.is_held():
             with suppress(StorageError):  # else it expires by itself
-                self._place.replace_if(self._content(expires=0.0), self._etag)
+                self._replace(self._etag, expires=0.0)
 
     def _try(self) -> bytes | None:
         """None where the lease is ours now, else what its holder wrote."""
-        found = self._place.read_with_etag()
+        found = self._read()
         if found is None:
             self._place.put_if_absent(self._content())
         elif time.time() > _expiry(found[0]) + self._seconds / 2:
-            self._place.replace_if(self._content(), found[1])
+            self._replace(found[1])
         else:
             return found[0]
-        return None if self._adopt() else (self._place.read_with_etag() or (b"", ""))[0]
+        return None if self._adopt() else (self._read() or (b"", ""))[0]
 
     def _renew(self) -> None:
         while not self._ended.wait(self._seconds / 3):
             try:
-                self._place.replace_if(self._content(), self._etag)
+                self._replace(self._etag)
                 # Read back in any case: the answer to an earlier renewal may have been lost on its way.
                 if not self._adopt():
                     self._valid_until = 0.0
@@ -149,12 +143,18 @@ class _ObjectLease:
 
     def _adopt(self) -> bool:
         """Whether the object is ours; if so it counts until the expiry that stands in it."""
-        found = self._place.read_with_etag()
+        found = self._read()
         if found is None or _read(found[0]).get("token") != self._mine["token"]:
             return False
         self._etag = found[1]
         self._valid_until = time.monotonic() + _expiry(found[0]) - time.time()
         return True
+
+    def _read(self) -> tuple[bytes, str] | None:
+        return objects.read(self._place.filesystem, self._place.path)
+
+    def _replace(self, etag: str, expires: float | None = None) -> None:
+        objects.replace(self._place.filesystem, self._place.path, self._content(expires), etag)
 
     def _content(self, expires: float | None = None) -> bytes:
         until = time.time() + self._seconds if expires is None else expires

@@ -24,7 +24,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def fsync_dir(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut."""
+    """Make a rename inside `path`, or the content of a file of that name, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,7 +106,7 @@ def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None
         try:
             held = _lock(descriptor, path, deadline)
             # Whoever was inside before has removed the file that was waited for: the name may be another's by now.
-            if held and not _is_still(descriptor, path):
+            if held and not is_still(descriptor, path):
                 continue
             try:
                 yield descriptor if held else None
@@ -119,7 +119,8 @@ def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None
             os.close(descriptor)
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
+def is_still(descriptor: int, path: Path) -> bool:
+    """Whether a file that was opened has this name still."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

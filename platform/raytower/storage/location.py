@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,16 +25,9 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.errors import FormatError, InputError
 from raytower.storage import local, objects, s3
-from raytower.storage.errors import (
-    StorageError,
-    as_storage_error,
-    explaining,
-    explaining_full,
-    is_full,
-    one_line,
-)
+from raytower.storage.errors import as_storage_error, explaining
 
 _COPY_BYTES = 4 * 1024 * 1024
 # A read from an object store is one request: fewer and larger ones hide its latency.
@@ -206,16 +199,12 @@ class Location:
         beside = local.beside(Path(self.path))
         try:
             with explaining(self):
-                self.make_parent()
+                self.parent.make_dir()
                 stream = open(beside, "wb")  # noqa: SIM115
             # Closing writes too, so what closing raises has to be looked at as well.
-            with explaining_full(self), stream:
+            with explaining(self, only_full=True), stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            with explaining(self):
-                os.replace(beside, self.path)
-                local.fsync_dir(Path(self.path).parent)
+            self.move_from_local(beside)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -236,63 +225,41 @@ class Location:
                 return local.create_file(Path(self.path), content)
         return objects.create(self.filesystem, self.path, content)
 
-    def read_with_etag(self) -> tuple[bytes, str] | None:
-        """The content and what `replace_if` knows it by; None where there is no such file."""
-        if not self.is_local:
-            return objects.read(self.filesystem, self.path)
-        with explaining(self):
-            try:
-                content = Path(self.path).read_bytes()
-            except FileNotFoundError:
-                return None
-        return content, hashlib.sha256(content).hexdigest()
-
-    def replace_if(self, content: bytes, etag: str) -> bool:
-        """Replace the content that has this etag; False, and nothing done, where it is another one or gone."""
-        if not self.is_local:
-            return objects.replace(self.filesystem, self.path, content, etag)
-        with local.locked(Path(self.path).with_name(f".{self.name}.lock")):
-            found = self.read_with_etag()
-            if found is None or found[1] != etag:
-                return False
-            self.write_bytes(content)
-            return True
-
-    def listing(self, recursive: bool = False) -> list[tuple[str, int]]:
-        """Names and sizes of the files in this directory, asked for at once; names are relative to it."""
-        files = (info for info in self.infos(recursive) if info.type == pafs.FileType.File)
-        return [(info.path[len(self.path) :].lstrip("/"), int(info.size)) for info in files]
-
-    def delete_files(self, names: Iterable[str]) -> None:
-        """Delete files of this directory; what is not there is passed over."""
-        if not self.is_local:
-            objects.delete(self.filesystem, self.path, names)
-            return
-        with explaining(self):
-            for name in names:
-                (Path(self.path) / name).unlink(missing_ok=True)
-
     def lance_uri(self) -> tuple[str, dict[str, str]]:
         """What Lance opens a dataset at this place by: its uri and its storage_options."""
-        return (self.path, {}) if self.is_local else objects.object_uri(self.filesystem, self.path)
-
-    def make_parent(self) -> None:
-        self.parent.make_dir()
+        return (self.path, {}) if self.is_local else objects.uri_and_options(self.filesystem, self.path)
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        with self.open_read() as stream, explaining(self):
-            while chunk := stream.read(_COPY_BYTES if self.is_local else _DOWNLOAD_BYTES):
-                digest.update(chunk)
+        for chunk in self._chunks():
+            digest.update(chunk)
         return digest.hexdigest()
+
+    def prove(self, sha256: str, remedy: str) -> None:
+        """Raises FormatError where this file is missing or has another checksum."""
+        if not self.is_file():
+            raise FormatError(f"{self} is missing; {remedy}")
+        found = self.sha256()
+        if found != sha256:
+            raise FormatError(
+                f"{self} has sha256 {found[:12]}…, its manifest says {sha256[:12]}…: it was changed; {remedy}"
+            )
+
+    def _chunks(self) -> Iterator[bytes]:
+        with self.open_read() as stream:
+            while chunk := self._read_chunk(stream):
+                yield chunk
+
+    def _read_chunk(self, stream: pa.NativeFile) -> bytes:
+        with explaining(self):
+            return bytes(stream.read(_COPY_BYTES if self.is_local else _DOWNLOAD_BYTES))
 
     def move_from_local(self, source: Path) -> None:
         """Put a finished local file at this place: a rename where both are local, an upload otherwise."""
         with explaining(self):
             if self.is_local:
-                self.make_parent()
-                with open(source, "rb") as stream:
-                    os.fsync(stream.fileno())
+                self.parent.make_dir()
+                local.fsync_dir(source)
                 os.replace(source, self.path)
                 local.fsync_dir(Path(self.path).parent)
                 return
@@ -312,14 +279,11 @@ class Location:
             raise
         stream.close()
 
-    def fetch(
-        self, cache_dir: Path, sha256: str, size_bytes: int | None = None, *, verify: bool = True
-    ) -> Path:
+    def fetch(self, cache_dir: Path, sha256: str, size_bytes: int) -> Path:
         """A local copy of this file: itself, unchecked, where it is local, else a download kept under its checksum.
 
-        A download is kept only if it has this checksum. A copy that is there already is taken if it has the checksum
-        or, without `verify`, the size (asked of the storage where it is not given); else it is fetched again. Any
-        number of processes may fetch one file: one downloads, the others wait.
+        A download is kept only if it has this checksum. A copy that is there already is taken if it has the size; else
+        it is fetched again. Any number of processes may fetch one file: one downloads, the others wait.
 
         Raises:
             InputError: there is no such file. FormatError: its content has another checksum.
@@ -329,25 +293,18 @@ class Location:
             return Path(self.path)
         target = cache_dir / sha256[:2] / f"{sha256}-{self.name}"
         with local.locked(target.with_name(f"{target.name}.lock")):
-            if not self._is_cached(target, sha256, size_bytes, verify):
+            if not target.is_file() or target.stat().st_size != size_bytes:
                 self._download(target, sha256)
                 _evict(cache_dir)
             os.utime(target)  # used now: not among the next to go
         return target
 
-    def _is_cached(self, target: Path, sha256: str, size_bytes: int | None, verify: bool) -> bool:
-        if not target.is_file():
-            return False
-        if verify:
-            return Location.of(target).sha256() == sha256
-        return target.stat().st_size == (self.size_bytes() if size_bytes is None else size_bytes)
-
     def _download(self, target: Path, sha256: str) -> None:
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
             leftover.unlink()  # of a process that was killed: the lock is ours
         digest = hashlib.sha256()
-        with self.open_read() as stream, Location.of(target).open_write() as sink:
-            while chunk := self._read_chunk(stream):
+        with Location.of(target).open_write() as sink:
+            for chunk in self._chunks():
                 digest.update(chunk)
                 sink.write(chunk)
             if digest.hexdigest() != sha256:
@@ -355,10 +312,6 @@ class Location:
                     f"{self} has sha256 {digest.hexdigest()[:12]}…, {sha256[:12]}… was expected: it was changed, or "
                     "damaged on its way; nothing was kept"
                 )
-
-    def _read_chunk(self, stream: pa.NativeFile) -> bytes:
-        with explaining(self):
-            return bytes(stream.read(_DOWNLOAD_BYTES))
 
 
 def absolute_if_local(name: str) -> str:
@@ -404,16 +357,9 @@ def _evict(cache: Path) -> None:
 def _refuse_credentials(uri: str) -> None:
     parts = urlsplit(uri, allow_fragments=False)
     secret = re.search(r"(?:^|&)(account_key|client_secret|sas_token|sig)=", parts.query)
-    account_key = parts.scheme in ("abfs", "abfss") and parts.password is not None
-    if not (
-        secret or account_key or (parts.password is not None) or (parts.scheme == "s3" and parts.username)
-    ):
+    if not (secret or parts.password is not None or (parts.scheme == "s3" and parts.username)):
         return
-    where = (
-        f"{parts.scheme}://…@{parts.hostname}{parts.path}"
-        if parts.username
-        else f"{parts.scheme}://{parts.netloc}{parts.path}?…"
-    )
+    where = f"{parts.scheme}://{'…@' if parts.username else ''}{parts.hostname}{parts.path}"
     raise InputError(
         f"{where} holds credentials, which would end up in manifests and logs; leave them out of the URI and set "
         f"{_CREDENTIALS.get(parts.scheme, 'them where the client of that storage looks for them')}"
@@ -456,9 +402,10 @@ def publish_directory(target: Location) -> Iterator[Path]:
         with explaining(target):
             local.make_dirs(path.parent)
             beside.mkdir()
-        with explaining_full(target):
+        with explaining(target, only_full=True):
             yield beside
-            _sync_tree(beside)
+            for file in filter(Path.exists, (beside, *beside.rglob("*"))):
+                local.fsync_dir(file)
         with explaining(target):
             if path.exists() and not local.exchange(beside, path):
                 os.rename(path, old)
@@ -471,18 +418,10 @@ def publish_directory(target: Location) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            local.fsync_dir(path)
-        elif path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-
-
 def _upload_directory(folder: Path, target: Location) -> None:
     """Replace what is at `target` by the files of `folder`; the files that make it whole go first and come last."""
-    places = {_below(target, file.relative_to(folder)).path: file for file in _files_in(folder)}
+    files = (file for file in folder.rglob("*") if file.is_file())
+    places = {(target / file.relative_to(folder).as_posix()).path: file for file in files}
 
     def last(path: str) -> tuple[bool, str]:
         return PurePosixPath(path).name in _WRITTEN_LAST, path
@@ -495,30 +434,13 @@ def _upload_directory(folder: Path, target: Location) -> None:
         Location(target.filesystem, path).move_from_local(places[path])
 
 
-def _below(folder: Location, relative: Path) -> Location:
-    place = folder
-    for part in relative.parts:
-        place = place / part
-    return place
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
-
-
 @contextmanager
 def _spool(target: Location) -> Iterator[Path]:
     """A temporary local folder to gather in what goes to remote `target`."""
     with tempfile.TemporaryDirectory(prefix="raytower-") as name:
-        try:
+        what = f"{name}, where {target} is gathered before its upload (set TMPDIR to a larger disk)"
+        with explaining(what, only_full=True):
             yield Path(name)
-        except Exception as error:
-            if isinstance(error, RaytowerError) or not is_full(error):
-                raise
-            raise StorageError(
-                f"no space is left in {name}, where {target} is gathered before its upload: {one_line(error)}; make "
-                "room there, or set TMPDIR to a larger disk"
-            ) from error
 
 
 def _abandon(stream: pa.NativeFile) -> None:

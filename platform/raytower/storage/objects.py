@@ -5,7 +5,7 @@ The options are those of the Rust crate object_store, which Lance is built on to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -35,67 +35,53 @@ def scheme_and_options(filesystem: pafs.FileSystem, path: str) -> tuple[str, dic
     Raises:
         InputError: the storage has no conditional writes (hdfs).
     """
+    if not isinstance(filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem, pafs.AzureFileSystem)):
+        raise InputError(
+            f"{filesystem.type_name}://{path}: this storage cannot write under a condition, which an index needs; use "
+            "a local disk, s3://, gs:// or abfs://"
+        )
     # The state that a pickle carries is the one public way to a filesystem's options.
-    if isinstance(filesystem, pafs.S3FileSystem):
-        return "s3", _s3_options(filesystem.__reduce__()[1][0])
-    if isinstance(filesystem, pafs.GcsFileSystem):
-        return "gs", _gcs_options(filesystem.__reduce__()[1][0])
+    state = filesystem.__reduce__()[1][0]
     if isinstance(filesystem, pafs.AzureFileSystem):
-        return "az", {"azure_storage_account_name": filesystem.__reduce__()[1][0]["account_name"]}
-    raise InputError(
-        f"{filesystem.type_name}://{path}: this storage cannot write under a condition, which an index needs; use a "
-        "local disk, s3://, gs:// or abfs://"
-    )
+        return "az", {"azure_storage_account_name": state["account_name"]}
+    is_s3, address = isinstance(filesystem, pafs.S3FileSystem), state["endpoint_override"]
+    options = {
+        "aws_endpoint" if is_s3 else "google_base_url": address and f"{state['scheme']}://{address}",
+        "allow_http": state["scheme"] == "http",
+        "aws_skip_signature" if is_s3 else "google_skip_signature": state["anonymous"],
+        "aws_region": state.get("region"),
+        "aws_virtual_hosted_style_request": state.get("force_virtual_addressing"),
+    }
+    given = {name: "true" if value is True else value for name, value in options.items() if value}
+    return ("s3" if is_s3 else "gs"), given
 
 
-def object_uri(filesystem: pafs.FileSystem, path: str) -> tuple[str, dict[str, str]]:
+def uri_and_options(filesystem: pafs.FileSystem, path: str) -> tuple[str, dict[str, str]]:
     scheme, options = scheme_and_options(filesystem, path)
     return f"{scheme}://{quote(path)}", options
 
 
-def _s3_options(state: dict[str, object]) -> dict[str, str]:
-    options = {"aws_region": str(state["region"])} if state["region"] else {}
-    if state["endpoint_override"]:
-        options["aws_endpoint"] = f"{state['scheme']}://{state['endpoint_override']}"
-    if state["scheme"] == "http":
-        options["allow_http"] = "true"
-    if state["anonymous"]:
-        options["aws_skip_signature"] = "true"
-    if state["force_virtual_addressing"]:
-        options["aws_virtual_hosted_style_request"] = "true"
-    return options
-
-
-def _gcs_options(state: dict[str, object]) -> dict[str, str]:
-    options = {}
-    if state["endpoint_override"]:
-        options["google_base_url"] = f"{state['scheme']}://{state['endpoint_override']}"
-    if state["scheme"] == "http":
-        options["allow_http"] = "true"
-    if state["anonymous"]:
-        options["google_skip_signature"] = "true"
-    return options
-
-
 def create(filesystem: pafs.FileSystem, path: str, content: bytes) -> bool:
     """Make an object where there is none; False where there is one."""
-    with _store(filesystem, path) as (store, key):
-        try:
-            obstore.put(store, key, content, mode="create", use_multipart=False)
-        except AlreadyExistsError:
-            return False
-        return True
+    return _put(filesystem, path, content, "create")
 
 
 def replace(filesystem: pafs.FileSystem, path: str, content: bytes, etag: str) -> bool:
     """Replace the object that has this etag; False where it is another one or gone."""
+    by_version = _version_key(filesystem) == "version"
+    return _put(filesystem, path, content, {"version": etag} if by_version else {"e_tag": etag})
+
+
+def _put(
+    filesystem: pafs.FileSystem, path: str, content: bytes, mode: Literal["create"] | UpdateVersion
+) -> bool:
     with _store(filesystem, path) as (store, key):
         try:
-            obstore.put(store, key, content, mode=_condition(filesystem, etag), use_multipart=False)
-        except PreconditionError:
+            obstore.put(store, key, content, mode=mode, use_multipart=False)
+        except (AlreadyExistsError, PreconditionError):
             return False
         except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
+            if mode == "create" or "NoSuchBucket" in str(error):
                 raise
             return False
         return True
@@ -116,16 +102,6 @@ def read(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, str] | None:
 def _version_key(filesystem: pafs.FileSystem) -> Literal["e_tag", "version"]:
     # Google's condition is on an object's generation, the others' on its etag.
     return "version" if isinstance(filesystem, pafs.GcsFileSystem) else "e_tag"
-
-
-def _condition(filesystem: pafs.FileSystem, etag: str) -> UpdateVersion:
-    return {"version": etag} if _version_key(filesystem) == "version" else {"e_tag": etag}
-
-
-def delete(filesystem: pafs.FileSystem, folder: str, names: Iterable[str]) -> None:
-    """Delete objects of a folder, up to 1,000 a request; what is not there is passed over."""
-    with _store(filesystem, folder) as (store, key):
-        obstore.delete(store, [f"{key}/{name}".lstrip("/") for name in names])
 
 
 @contextmanager

@@ -45,8 +45,10 @@ def open_s3(uri: str) -> tuple[pafs.S3FileSystem, str]:
     scheme, endpoint = _endpoint(options)
     bucket = unquote(parts.netloc)
     region = options.get("region")
-    if region is None:
-        region = _region_at_endpoint() if endpoint else pafs.resolve_s3_region(bucket)
+    if region is None and endpoint:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _DEFAULT_REGION
+    elif region is None:
+        region = pafs.resolve_s3_region(bucket)
     filesystem = pafs.S3FileSystem(
         endpoint_override=endpoint,
         scheme=scheme,
@@ -73,13 +75,12 @@ def s3_uri(filesystem: pafs.S3FileSystem, path: str) -> str:
 
 
 def _parse_options(uri: str, query: str) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for name in options:
         if name not in _OPTIONS:
             raise InputError(
                 f"storage URI {uri!r} has the option {name!r}; the options of an s3:// URI are: {', '.join(_OPTIONS)}"
             )
-        options[name] = value
     if options.get("scheme", "https") not in ("http", "https"):
         raise InputError(f"storage URI {uri!r} has scheme {options['scheme']!r}; it is http or https")
     return options
@@ -92,10 +93,6 @@ def _endpoint(options: dict[str, str]) -> tuple[str, str | None]:
         given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     scheme, separator, host = (given or "").rpartition("://")
     return (scheme if separator else options.get("scheme", "https")), host.rstrip("/") or None
-
-
-def _region_at_endpoint() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _DEFAULT_REGION
 
 
 def _flag(uri: str, name: str, value: str) -> bool:
