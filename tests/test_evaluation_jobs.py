@@ -24,7 +24,6 @@ from raytower.evaluation.evaluate import EvaluateConfig, evaluate, plan_evaluate
 from raytower.evaluation.fusion import store_fusion
 from raytower.evaluation.labellers import count_votes, rank_labels, shown
 from raytower.evaluation.mine import MineConfig, mine, plan_mine
-from raytower.evaluation.runs import read_run
 from raytower.evaluation.search import SearchConfig, plan_search, render_search, search
 from raytower.evaluation.similarity import SimilarityConfig, measure_scores, plan_similarity, similarity
 from raytower.index.build import build_index
@@ -36,6 +35,7 @@ from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.storage import Location
 from tests.data_files import read
+from tests.run_files import read_run
 from tests.tiny_models import build_tiny_encoder, build_tiny_reranker
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "train", "ocean", "candle"]

@@ -120,8 +120,6 @@ def test_refusals(encoder: WordEncoder) -> None:
         retriever.search(["red"], k=0)
     with pytest.raises(InputError, match="no reranker"):
         retriever.rerank(["red"], [[]], 1)
-    with pytest.raises(InputError, match="1 vectors given for 2"):
-        retriever.search_vectors(np.zeros((1, 4), dtype=np.float32), ["a", "b"])
 
 
 def test_threads_share_one_retriever(encoder: WordEncoder) -> None:
