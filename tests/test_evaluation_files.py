@@ -14,14 +14,15 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytower.annotation.rows_out import open_rows
 from raytower.data.queries import QuerySet
 from raytower.errors import InputError
-from raytower.evaluation.judgements import absent_text, find_documents, judge
-from raytower.evaluation.rows_out import open_rows
-from raytower.evaluation.runs import open_run, render_page, write_reports
+from raytower.evaluation.judgements import absent_text, judge
+from raytower.evaluation.reports import open_run, render_page, write_reports
 from raytower.index.change import IndexDeleteConfig, delete_from_index
 from raytower.index.reader import Index
 from raytower.metrics import ranking_metrics
+from raytower.retrieval.lookup import find_documents
 from raytower.storage import Location
 from tests.index_cases import build, unit_vectors, write_embeddings
 from tests.run_files import read_run

@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from raytower.annotation.classify import classify, plan_classify
+from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityConfig
+from raytower.annotation.labellers import count_votes, rank_labels, shown
+from raytower.annotation.mine import mine, plan_mine
+from raytower.annotation.similarity import measure_scores, plan_similarity, similarity
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.classify import ClassifyConfig, classify, plan_classify
-from raytower.evaluation.evaluate import EvaluateConfig, evaluate, plan_evaluate
-from raytower.evaluation.fusion import store_fusion
-from raytower.evaluation.labellers import count_votes, rank_labels, shown
-from raytower.evaluation.mine import MineConfig, mine, plan_mine
-from raytower.evaluation.search import SearchConfig, plan_search, render_search, search
-from raytower.evaluation.similarity import SimilarityConfig, measure_scores, plan_similarity, similarity
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.evaluate import evaluate, plan_evaluate
 from raytower.index.build import build_index
 from raytower.index.change import IndexDeleteConfig, delete_from_index
 from raytower.index.config import IndexBuildConfig
@@ -33,6 +33,9 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
+from raytower.retrieval.config import SearchConfig
+from raytower.retrieval.search import plan_search, render_search, search
+from raytower.retrieval.tune_fusion import store_fusion
 from raytower.storage import Location
 from tests.data_files import read
 from tests.run_files import read_run

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raytower.errors import InputError
-from raytower.evaluation.recall import Candidate, Retriever
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Candidate, Retriever
 from tests.evaluation_fakes import ListIndex, TableScorer, WordEncoder, candidates
 
 TEXTS = {"1": "red", "2": "red red blue", "3": "blue", "4": "green"}

@@ -17,11 +17,11 @@ from fastapi.testclient import TestClient
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.recall import Candidate, Vectors
 from raytower.index.filters import to_sql
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Candidate, Vectors
 from raytower.serving.app import SearchCall, create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import SearchEngine

@@ -19,7 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from raytower.errors import InputError
-from raytower.evaluation.recall import Hit
+from raytower.retrieval.retriever import Hit
 from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, SearchCall, create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotConfiguredError

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from raytower.evaluation.recall import Hit
+from raytower.retrieval.retriever import Hit
 from raytower.serving.config import ServeConfig
 from raytower.serving.page import load_page
 from raytower.serving.schemas import (

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.recall import Candidate, Retriever, Vectors
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ComputeDtype, ForwardEngine
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Candidate, Retriever, Vectors
 from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, SearchCall
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotConfiguredError, NotReadyError, UnprocessableError

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField, OnError
-from raytower.models.lora import LoraConfig
+from raytower.models.config import LoraConfig
 from raytower.objectives.classification import CrossEntropy, Focal
 from raytower.objectives.cosine_embedding import CosineEmbedding
 from raytower.objectives.cosine_regression import CosineRegression

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raytower.errors import InputError
-from raytower.evaluation.recall import Retriever
 from raytower.metrics import MRR_DEPTH, reciprocal_rank
 from raytower.models.directory import INFO_NAME
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Retriever
 from raytower.storage import Location
 
 # Twentieths, so that 0, 0.05 … 1 are each the float nearest to what is written.
