@@ -49,6 +49,11 @@ RAY_FREE = [
     "metrics",
     "commands",
 ]
+HEAVY = ["torch", "transformers", "faiss", "ray", "lance"]
+# Not in a config.py yet: their files import what their jobs need.
+CONFIGS_BESIDE_THEIR_JOBS = {
+    f"raytower.index.{name}" for name in ("change", "collect", "compact", "convert", "manage", "sync")
+}
 
 
 def imports_of(path: Path, *, for_types: bool = True) -> set[str]:
@@ -106,6 +111,21 @@ def test_no_module_imports_itself_by_a_way_round() -> None:
         for name in free:
             del left[name]
     assert left == {}, "these modules import each other"
+
+
+def test_configs_import_no_heavy_library() -> None:
+    """Help, checks of a config and a mistyped key take no second of imports."""
+    configs = {command.config.partition(":")[0] for command in COMMANDS.values()}
+    configs |= {name for name in FILES if name.endswith(".config")}
+    light = sorted(configs - CONFIGS_BESIDE_THEIR_JOBS)
+    assert len(light) >= 12
+    code = (
+        f"import sys\nfor name in {light!r}:\n    __import__(name)\n"
+        f"    loaded = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
+        "    assert not loaded, f'{name} imports {loaded}'\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_what_runs_without_ray_imports_none() -> None:

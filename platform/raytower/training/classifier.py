@@ -20,6 +20,7 @@ from raytower.metrics import accuracy, macro_f1
 from raytower.models.forward import check_max_length
 from raytower.models.sequence_classifier import classify_rows
 from raytower.models.text_classifier import TextClassifier
+from raytower.objectives.classification import weights_of
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
@@ -45,7 +46,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         super().__init__(config, start)
         self.labels = tuple(labels)
         self.classes = {label: number for number, label in enumerate(labels)}
-        self.weights_C = config.objective.weights_of(self.labels, [counts[label] for label in self.labels])
+        self.weights_C = weights_of(config.objective, self.labels, [counts[label] for label in self.labels])
         self.dev_texts: list[str] = []
         self.dev_labels: list[str] = []
         if config.dev is not None:

@@ -15,6 +15,7 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder, Projection
 from raytower.models.forward import ForwardEngine, check_max_length
 from raytower.models.two_tower import Chunk, TwoTower, split_columns
+from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
@@ -147,7 +148,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
 
 def make_objective(config: TrainRetrieverConfig) -> EncoderObjective:
     """The config's objective, over several dimensions where `matryoshka` asks for them."""
-    return config.matryoshka.wrap(config.objective) if config.matryoshka else config.objective
+    return over_dimensions(config.matryoshka, config.objective) if config.matryoshka else config.objective
 
 
 def train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
