@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model
@@ -37,17 +37,8 @@ _ACTIVATIONS: dict[Activation, str] = {
 class CrossEncoder(SequenceClassifier):
     """A sequence classifier over (query, document) with one logit, or two read as their difference."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        info: Mapping[str, Any] | None = None,
-        activation: Activation = "sigmoid",
-    ) -> None:
-        """`activation`: what a reader puts on what `forward` gives; of two logits it is the sigmoid always."""
-        super().__init__(model, tokenizer, max_length, info)
-        self.activation = activation
+    activation: Activation = "sigmoid"
+    """What a reader puts on what `forward` gives; of two logits it is the sigmoid always."""
 
     @classmethod
     def load(cls, name: str | Path) -> CrossEncoder:
@@ -68,13 +59,10 @@ class CrossEncoder(SequenceClassifier):
             raise FormatError(
                 f"{str(path)!r} has {model.config.num_labels} labels; a reranker has 1 logit or 2 classes"
             )
-        return cls(
-            model,
-            load_tokenizer(path, model.config),
-            recorded_max_length(path, model),
-            read_info(path),
-            _read_activation(path, model.config),
-        ).eval()
+        tokenizer, max_length = load_tokenizer(path, model.config), recorded_max_length(path, model)
+        loaded = cls(model, tokenizer, max_length, read_info(path)).eval()
+        loaded.activation = _read_activation(path, model.config)
+        return loaded
 
     @classmethod
     def start_from(cls, name: str | Path, num_labels: int = 1) -> CrossEncoder:
@@ -95,7 +83,9 @@ class CrossEncoder(SequenceClassifier):
             )
         other = cls.load(path)
         # Its metric history and its fusion belong to the weights before this training.
-        return cls(other.model, other.tokenizer, other.max_length, None, other.activation)
+        started = cls(other.model, other.tokenizer, other.max_length)
+        started.activation = other.activation
+        return started
 
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory; `info` goes into raytower.json with the fingerprint."""
