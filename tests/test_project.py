@@ -21,7 +21,7 @@ PACKAGE = ROOT / "platform" / "raytower"
 # The floors of the house, lowest first. A file may import what its own folder holds and what stands on a lower floor.
 FLOORS = [
     {"__init__", "errors"},
-    {"config", "ending", "metrics", "storage"},
+    {"collectives", "config", "ending", "metrics", "storage"},
     {"runtime"},
     {"progress"},
     {"data"},

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from raytower.collectives import gather_constants, world_size
 from raytower.errors import InputError
 from raytower.objectives.config import CrossEntropy, Focal
-from raytower.objectives.gather import gather_constants, world_size
 
 
 def cross_entropy(

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from raytower.collectives import gather_rows
 from raytower.objectives.config import HardestNegative
-from raytower.objectives.gather import gather_rows
 from raytower.objectives.keys import known_relevant
 from raytower.objectives.targets import Targets, needed
 

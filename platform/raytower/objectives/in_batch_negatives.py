@@ -27,8 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from raytower.collectives import gather_rows
 from raytower.objectives.config import InBatchNegatives
-from raytower.objectives.gather import gather_rows
 from raytower.objectives.keys import BatchKeys, known_relevant, own_places
 from raytower.objectives.targets import Targets, needed
 

@@ -18,6 +18,7 @@ from raytower.data.sources import NamedInput
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
 from raytower.models.forward import check_max_length
+from raytower.models.logits_model import LogitsModel
 from raytower.models.sequence_classifier import classify_rows
 from raytower.models.text_classifier import TextClassifier
 from raytower.objectives.classification import weights_of
@@ -26,7 +27,6 @@ from raytower.training.backbone import evaluation_copy, merged_copy, prepare_bac
 from raytower.training.batches import Rows
 from raytower.training.config import TrainClassifierConfig
 from raytower.training.inputs import survey_training, tables
-from raytower.training.logits_model import LogitsModel
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep

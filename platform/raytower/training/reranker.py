@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from raytower.data.pieces import Survey
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.forward import check_max_length
+from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
@@ -20,7 +21,6 @@ from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
-from raytower.training.logits_model import LogitsModel
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
