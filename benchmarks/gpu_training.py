@@ -34,7 +34,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.models.two_tower import Chunk, TokenIds, TwoTower, split_columns
-from raytower.objectives.in_batch_negatives import InBatchNegatives
+from raytower.objectives.config import InBatchNegatives
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
 from raytower.training.config import OptimizerConfig

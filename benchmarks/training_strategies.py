@@ -28,10 +28,11 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from raytower.annotation.config import MineConfig
+from raytower.annotation.mine import mine
 from raytower.config import load_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
-from raytower.evaluation.mine import MineConfig, mine
 from raytower.index.build import build_index
 from raytower.index.config import IndexBuildConfig
 from raytower.training.config import TrainRetrieverConfig

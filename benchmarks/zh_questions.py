@@ -17,7 +17,8 @@ from typing import Any
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
-from raytower.evaluation.evaluate import EvaluateConfig, evaluate
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.evaluate import evaluate
 from raytower.index.build import build_index
 from raytower.index.config import IndexBuildConfig
 from raytower.training.config import TrainRetrieverConfig

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.evaluation.recall import Candidate
+from raytower.retrieval.retriever import Candidate
 
 
 class WordEncoder:

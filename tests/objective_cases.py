@@ -20,16 +20,19 @@ from torch import distributed as dist
 
 from raytower.models.encoder import Encoder
 from raytower.models.two_tower import Chunk, TwoTower, split_columns
-from raytower.objectives.cosine_embedding import CosineEmbedding
-from raytower.objectives.cosine_regression import CosineRegression
-from raytower.objectives.hardest_negative import HardestNegative
-from raytower.objectives.in_batch_negatives import InBatchNegatives
+from raytower.objectives.config import (
+    CosineEmbedding,
+    CosineRegression,
+    HardestNegative,
+    InBatchNegatives,
+    KLDivergence,
+    MarginMSE,
+    Matryoshka,
+    RandomNegative,
+    SimCSE,
+)
 from raytower.objectives.keys import BatchKeys, text_keys
-from raytower.objectives.kl_divergence import KLDivergence
-from raytower.objectives.margin_mse import MarginMSE
-from raytower.objectives.matryoshka import Matryoshka
-from raytower.objectives.random_negative import RandomNegative
-from raytower.objectives.simcse import SimCSE
+from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 
 QUERIES = [
@@ -103,8 +106,8 @@ IN_BATCH = {
     "random with labels": Case(objective=RandomNegative(margin=0.5), columns=PAIRS, labels=LABELS),
     "simcse": Case(objective=SimCSE(), columns=(DOCUMENTS, DOCUMENTS)),
     "matryoshka": Case(
-        objective=Matryoshka(dims=(32, 8, 3), weights=(1.0, 0.5, 0.25)).wrap(
-            InBatchNegatives(symmetric=True)
+        objective=over_dimensions(
+            Matryoshka(dims=(32, 8, 3), weights=(1.0, 0.5, 0.25)), InBatchNegatives(symmetric=True)
         ),
         columns=TRIPLES,
     ),

@@ -40,7 +40,8 @@ from raytower.encoding.plan import (
 from raytower.encoding.progress import ProgressBoard, progress_line
 from raytower.encoding.worker import PieceEncoder, WorkerSettings, read_answer
 from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.export import ExportConfig, export
+from raytower.export import export
+from raytower.models.config import ExportConfig
 from raytower.models.encoder import Encoder
 from raytower.models.forward import Ahead, ForwardEngine, ForwardStats
 from raytower.models.token_block import TokenBlock

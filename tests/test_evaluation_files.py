@@ -14,16 +14,18 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytower.annotation.rows_out import open_rows
 from raytower.data.queries import QuerySet
-from raytower.errors import FormatError, InputError
-from raytower.evaluation.judgements import absent_text, find_documents, judge
-from raytower.evaluation.rows_out import open_rows
-from raytower.evaluation.runs import open_run, read_run, render_page, write_reports
+from raytower.errors import InputError
+from raytower.evaluation.judgements import absent_text, judge
+from raytower.evaluation.reports import open_run, render_page, write_reports
 from raytower.index.change import IndexDeleteConfig, delete_from_index
 from raytower.index.reader import Index
 from raytower.metrics import ranking_metrics
+from raytower.retrieval.lookup import find_documents
 from raytower.storage import Location
 from tests.index_cases import build, unit_vectors, write_embeddings
+from tests.run_files import read_run
 
 _IDS = st.text(min_size=1, max_size=8).filter(lambda text: "\x00" not in text and text.isprintable())
 
@@ -76,15 +78,6 @@ def test_a_run_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an id is empty"):
         fail_midway()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("line", "message"), [("q Q0 d 1 0.5", ":2 has 5 columns"), ("q Q0 d 1 x t", ":2: the score")]
-)
-def test_broken_runs_are_refused(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "run.trec").write_text(f"q Q0 d 1 0.5 t\n{line}\n")
-    with pytest.raises(FormatError, match=message):
-        read_run(Location.of(tmp_path / "run.trec"))
 
 
 def _report() -> dict:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.fusion import WEIGHTS, fused_mrr, store_fusion, tune_fusion, tune_on_queries
-from raytower.evaluation.recall import Retriever
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Retriever
+from raytower.retrieval.tune_fusion import WEIGHTS, fused_mrr, store_fusion, tune_fusion, tune_on_queries
 from tests.evaluation_fakes import ListIndex, TableScorer, WordEncoder
 
 

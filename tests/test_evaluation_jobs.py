@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from raytower.annotation.classify import classify, plan_classify
+from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityConfig
+from raytower.annotation.labellers import count_votes, rank_labels, shown
+from raytower.annotation.mine import mine, plan_mine
+from raytower.annotation.similarity import measure_scores, plan_similarity, similarity
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.classify import ClassifyConfig, classify, plan_classify
-from raytower.evaluation.evaluate import EvaluateConfig, evaluate, plan_evaluate
-from raytower.evaluation.fusion import store_fusion
-from raytower.evaluation.labellers import count_votes, rank_labels, shown
-from raytower.evaluation.mine import MineConfig, mine, plan_mine
-from raytower.evaluation.runs import read_run
-from raytower.evaluation.search import SearchConfig, plan_search, render_search, search
-from raytower.evaluation.similarity import SimilarityConfig, measure_scores, plan_similarity, similarity
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.evaluate import evaluate, plan_evaluate
+from raytower.index.change import IndexDeleteConfig, delete_from_index
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
+from raytower.retrieval.config import SearchConfig
+from raytower.retrieval.search import plan_search, render_search, search
+from raytower.retrieval.tune_fusion import store_fusion
 from raytower.storage import Location
 from tests.data_files import read
 from tests.encoding_here import encode_here
 from tests.index_cases import build
+from tests.run_files import read_run
 from tests.tiny_models import build_tiny_encoder, build_tiny_reranker
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "train", "ocean", "candle"]
@@ -217,6 +222,26 @@ def test_the_rerankers_stored_fusion_is_used(world: World, dummy_reranker_dir: P
     assert fused["mrr@10"] == plain["mrr@10"]  # weight 0 trusts recall alone
     assert _evaluate(world, tmp_path, reranker=str(reranker), fusion_weight=1)["mrr@10"] == alone["mrr@10"]
     assert alone["mrr@10"] != plain["mrr@10"]
+
+
+def _without(world: World, folder: Path, ids: list[str]) -> World:
+    """A copy of the world's index from which documents were deleted."""
+    index = shutil.copytree(world.index, folder / "smaller")
+    delete_from_index(IndexDeleteConfig(index=str(index), ids=ids))
+    return World(world.encoder, str(index), world.vectors)
+
+
+def test_a_deleted_document_is_relevant_to_nothing(world: World, tmp_path: Path) -> None:
+    # TEXTS[0] stands in the corpus twice, TEXTS[9] once.
+    smaller = _without(world, tmp_path, [f"c{len(TEXTS)}", "c9"])
+    queries = _write(tmp_path / "q.tsv", [(TEXTS[0], TEXTS[0]), (TEXTS[9], TEXTS[9])])
+    values = {"encoder": world.encoder, "queries": {"path": queries}, "k": [1]}
+    before = evaluate(make_config(EvaluateConfig, {**values, "index": world.index}))
+    after = evaluate(make_config(EvaluateConfig, {**values, "index": smaller.index}))
+    # The first of two equal texts, and the only one.
+    assert (before["recall@1"], before["relevant_missing"]) == (0.75, 0)
+    # Whole recall of the one that is left, and a miss.
+    assert (after["recall@1"], after["relevant_missing"]) == (0.5, 1)
 
 
 def test_evaluate_refuses_another_encoder(world: World, tmp_path: Path) -> None:
@@ -476,6 +501,15 @@ def _classify(
     output = tmp_path / "labels.out"
     result = classify(make_config(ClassifyConfig, {**values, "output": str(output), **more}))
     return result, output.read_text().splitlines()
+
+
+def test_the_label_of_a_deleted_document_is_missing(world: World, tmp_path: Path) -> None:
+    smaller = _without(
+        world, tmp_path, [f"c{place}" for place, text in enumerate(CORPUS) if "piano " in text]
+    )
+    rows = [(TEXTS[0], "things##apple"), (TEXTS[15], "things##piano")]
+    assert _classify(world, tmp_path, rows, mode="votes", k=1)[0]["labels_missing"] == 0
+    assert _classify(smaller, tmp_path, rows, mode="votes", k=1)[0]["labels_missing"] == 1
 
 
 def test_votes_of_labelled_texts(world: World, tmp_path: Path) -> None:

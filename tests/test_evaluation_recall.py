@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raytower.errors import InputError
-from raytower.evaluation.recall import Candidate, Retriever
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Candidate, Retriever
 from tests.evaluation_fakes import ListIndex, TableScorer, WordEncoder, candidates
 
 TEXTS = {"1": "red", "2": "red red blue", "3": "blue", "4": "green"}
@@ -120,8 +120,6 @@ def test_refusals(encoder: WordEncoder) -> None:
         retriever.search(["red"], k=0)
     with pytest.raises(InputError, match="no reranker"):
         retriever.rerank(["red"], [[]], 1)
-    with pytest.raises(InputError, match="1 vectors given for 2"):
-        retriever.search_vectors(np.zeros((1, 4), dtype=np.float32), ["a", "b"])
 
 
 def test_threads_share_one_retriever(encoder: WordEncoder) -> None:

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 import raytower.index.compact as compact
 import raytower.index.fold as fold
 from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.evaluation.judgements import find_documents
 from raytower.index.build import plan_build
 from raytower.index.change import (
     IndexAddConfig,
@@ -49,6 +48,7 @@ from raytower.index.plan import IndexRequest, split_rows
 from raytower.index.reader import Index, resolve_parameters
 from raytower.index.rowmap import RowMap
 from raytower.index.versions import open_manifest, publish, version_names
+from raytower.retrieval.lookup import find_documents
 from raytower.storage import Location
 from tests.index_cases import HERE, build, write_embeddings
 

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from raytower.config import Config, make_config
 from raytower.errors import InputError
-from raytower.objectives.cosine_embedding import CosineEmbedding
-from raytower.objectives.cosine_regression import CosineRegression
-from raytower.objectives.hardest_negative import HardestNegative
-from raytower.objectives.in_batch_negatives import InBatchNegatives
+from raytower.objectives.config import (
+    CosineEmbedding,
+    CosineRegression,
+    HardestNegative,
+    InBatchNegatives,
+    KLDivergence,
+    MarginMSE,
+    Matryoshka,
+    RandomNegative,
+    SimCSE,
+)
 from raytower.objectives.keys import BatchKeys, known_relevant, text_keys
-from raytower.objectives.kl_divergence import KLDivergence
-from raytower.objectives.margin_mse import MarginMSE
-from raytower.objectives.matryoshka import Matryoshka
-from raytower.objectives.random_negative import RandomNegative
-from raytower.objectives.simcse import SimCSE
+from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 from tests.objective_cases import (
     BATCH,
@@ -371,7 +374,7 @@ def test_unusable_teachers_are_refused(objective: EncoderObjective) -> None:
 
 def test_matryoshka_is_the_weighted_sum_over_cut_embeddings() -> None:
     columns = [unit_rows(4, 6, seed) for seed in (1, 2, 3)]
-    wrapped = Matryoshka(dims=(6, 3, 2), weights=(1, 0.5, 2)).wrap(InBatchNegatives(scale=7))
+    wrapped = over_dimensions(Matryoshka(dims=(6, 3, 2), weights=(1, 0.5, 2)), InBatchNegatives(scale=7))
     expected = 0.0
     for dim, weight in ((6, 1), (3, 0.5), (2, 2)):
         cut = [column[:, :dim] / column[:, :dim].norm(dim=1, keepdim=True) for column in columns]
@@ -391,12 +394,16 @@ def test_matryoshka_agrees_with_sentence_transformers() -> None:
         return peer([{"sentence_embedding": column} for column in given], labels)
 
     assert_peer(
-        Matryoshka(dims=(6, 3, 2)).wrap(InBatchNegatives()), peer_value, columns, targets, torch.zeros(4)
+        over_dimensions(Matryoshka(dims=(6, 3, 2)), InBatchNegatives()),
+        peer_value,
+        columns,
+        targets,
+        torch.zeros(4),
     )
 
 
 def test_matryoshka_refuses_more_dimensions_than_there_are() -> None:
-    wrapped = Matryoshka(dims=(8, 2)).wrap(InBatchNegatives())
+    wrapped = over_dimensions(Matryoshka(dims=(8, 2)), InBatchNegatives())
     with pytest.raises(InputError, match="asks for 8 dimensions; the embeddings have 6"):
         wrapped([unit_rows(2, 6, 1), unit_rows(2, 6, 2)], Targets(keys=distinct_keys(2)))
 

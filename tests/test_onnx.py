@@ -19,9 +19,10 @@ from transformers import AutoModel, DistilBertConfig, MPNetConfig, PreTrainedMod
 from raytower.config import make_config
 from raytower.encoding.config import ComputeConfig, EncodeConfig
 from raytower.errors import FormatError, InputError, MissingExtraError, RaytowerError
-from raytower.export import ExportConfig, export, plan_export
+from raytower.export import export, plan_export
 from raytower.models import onnx_export
 from raytower.models.compute import check_compute
+from raytower.models.config import ExportConfig
 from raytower.models.encoder import Encoder, EncoderSettings, PoolingMode, Projection
 from raytower.models.forward import ForwardEngine
 from raytower.models.onnx_export import export_graph, graph_for

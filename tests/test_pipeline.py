@@ -10,9 +10,10 @@ import pytest
 
 from raytower.config import make_config
 from raytower.data.queries import read_queries
-from raytower.demo_data import SampleSizes, write_sample
+from raytower.demo.sample import SampleSizes, write_sample
 from raytower.errors import InputError
-from raytower.pipeline import PipelineConfig, plan_pipeline, run_pipeline
+from raytower.pipeline.config import PipelineConfig
+from raytower.pipeline.job import plan_pipeline, run_pipeline
 
 
 def pipeline(folder: Path, encoder: Path, **index: Any) -> PipelineConfig:

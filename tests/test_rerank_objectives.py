@@ -15,11 +15,15 @@ from torch import distributed as dist
 
 from raytower.config import Config, make_config
 from raytower.errors import InputError
-from raytower.objectives.classification import CrossEntropy, Focal
-from raytower.objectives.listwise_softmax import ListwiseSoftmax
-from raytower.objectives.pairwise_margin import PairwiseMargin
-from raytower.objectives.pointwise_cross_entropy import PointwiseCrossEntropy
-from raytower.objectives.pointwise_regression import PointwiseRegression
+from raytower.objectives.classification import weights_of
+from raytower.objectives.config import (
+    CrossEntropy,
+    Focal,
+    ListwiseSoftmax,
+    PairwiseMargin,
+    PointwiseCrossEntropy,
+    PointwiseRegression,
+)
 from tests.objective_cases import end_worker
 
 NAN = math.nan
@@ -180,20 +184,20 @@ class TestClassWeights:
     LABELS = ("a", "b##c", "rare")
 
     def test_none(self) -> None:
-        assert CrossEntropy().weights_of(self.LABELS, [5, 3, 2]) is None
+        assert weights_of(CrossEntropy(), self.LABELS, [5, 3, 2]) is None
 
     def test_balanced(self) -> None:
-        weights = Focal(class_weights="balanced").weights_of(self.LABELS, [5, 3, 2])
+        weights = weights_of(Focal(class_weights="balanced"), self.LABELS, [5, 3, 2])
         assert weights is not None
         assert weights.tolist() == pytest.approx([10 / 15, 10 / 9, 10 / 6])
 
     def test_a_class_without_rows_weighs_one(self) -> None:
-        weights = CrossEntropy(class_weights="balanced").weights_of(self.LABELS, [6, 0, 3])
+        weights = weights_of(CrossEntropy(class_weights="balanced"), self.LABELS, [6, 0, 3])
         assert weights is not None
         assert weights.tolist() == pytest.approx([9 / 18, 1.0, 9 / 9])
 
     def test_by_label(self) -> None:
-        weights = CrossEntropy(class_weights={"rare": 4.0, "a": 0.5}).weights_of(self.LABELS, [5, 3, 2])
+        weights = weights_of(CrossEntropy(class_weights={"rare": 4.0, "a": 0.5}), self.LABELS, [5, 3, 2])
         assert weights is not None
         assert weights.tolist() == [0.5, 1.0, 4.0]
 
@@ -201,7 +205,7 @@ class TestClassWeights:
         with pytest.raises(
             InputError, match="names 'rar', which is none of the 3 labels; the nearest is 'rare'"
         ):
-            CrossEntropy(class_weights={"rar": 4.0}).weights_of(self.LABELS, [5, 3, 2])
+            weights_of(CrossEntropy(class_weights={"rar": 4.0}), self.LABELS, [5, 3, 2])
 
     @pytest.mark.parametrize("setting", ["even", {"a": 0.0}, {"a": -1.0}, {"a": math.inf}])
     def test_settings_out_of_range_are_refused(self, setting: object) -> None:

@@ -17,12 +17,12 @@ from fastapi.testclient import TestClient
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.recall import Candidate, Vectors
 from raytower.index.filters import to_sql
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
-from raytower.serving.app import create_app
+from raytower.retrieval.retriever import Candidate, Vectors
+from raytower.serving.app import SearchCall, create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import SearchEngine
 from raytower.serving.schemas import NotConfiguredError, NotReadyError, OutOfTimeError, UnprocessableError
@@ -48,6 +48,10 @@ class MemoryIndex:
     def dim(self) -> int:
         return int(self.vectors.shape[1])
 
+    def check_fingerprint(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise FormatError(f"made by {self.fingerprint}, given {fingerprint}")
+
     def check_filter(self, filter: Mapping[str, Any]) -> None:
         to_sql(filter, pa.schema([("place", pa.int64())]))
 
@@ -62,6 +66,12 @@ class MemoryIndex:
             best = np.argsort(-row, kind="stable")[:k]
             found.append([Candidate(f"{self.version}/{at}", TEXTS[at], {}, float(row[at])) for at in best])
         return found, self.partial
+
+
+def call_for(
+    queries: list[str], k: int, recall_k: int, rerank: bool, filter: Mapping[str, Any] | None = None
+) -> SearchCall:
+    return SearchCall(queries=queries, k=k, recall_k=recall_k, rerank=rerank, filter=filter)
 
 
 def memory_index(encoder_dir: Path, version: str = "v1") -> MemoryIndex:
@@ -83,7 +93,7 @@ def test_search_finds_each_text_by_itself(index: MemoryIndex) -> None:
     engine = make_engine(index)
     assert engine.index_version is None
     assert engine.load() == "v1"
-    answer = engine.search(TEXTS, 2, 100, True, Deadline.after(SOON))
+    answer = engine.search(call_for(TEXTS, 2, 100, True), Deadline.after(SOON))
     assert [hits[0].text for hits in answer.hits] == TEXTS
     assert [hits[0].recall_score for hits in answer.hits] == pytest.approx([1.0] * len(TEXTS), abs=1e-5)
     assert (answer.index_version, answer.partial, answer.reranked) == ("v1", False, False)
@@ -93,7 +103,7 @@ def test_search_finds_each_text_by_itself(index: MemoryIndex) -> None:
 def test_rerank_scores_are_the_cross_encoder_s(index: MemoryIndex, dummy_reranker_dir: Path) -> None:
     engine = make_engine(index, reranker=str(dummy_reranker_dir))
     engine.load()
-    answer = engine.search(["time is up"], 6, 6, True, Deadline.after(SOON))
+    answer = engine.search(call_for(["time is up"], 6, 6, True), Deadline.after(SOON))
     assert answer.reranked
     peer = CrossEncoder(str(dummy_reranker_dir), device="cpu")
     logits = peer.predict([("time is up", hit.text) for hit in answer.hits[0]], activation_fn=_identity)
@@ -109,7 +119,7 @@ def test_rerank_scores_are_the_cross_encoder_s(index: MemoryIndex, dummy_reranke
 def test_the_fusion_weight_of_the_config_wins(index: MemoryIndex, dummy_reranker_dir: Path) -> None:
     engine = make_engine(index, reranker=str(dummy_reranker_dir), fusion_weight=0.25)
     engine.load()
-    (hits,) = engine.search(["rain"], 6, 6, True, Deadline.after(SOON)).hits
+    (hits,) = engine.search(call_for(["rain"], 6, 6, True), Deadline.after(SOON)).hits
     for hit in hits:
         assert hit.score == pytest.approx(0.75 * hit.recall_score + 0.25 * hit.rerank_score, abs=1e-6)
     assert Fusion(weight=0.25).fuse(1.0, 1.0) == 1.0
@@ -136,7 +146,7 @@ def test_queries_get_the_query_prefix_and_the_config_s_wins(tmp_path: Path) -> N
     for prefix, used in ((None, "query: "), ("", ""), ("other ", "other ")):
         engine = make_engine(index, query_prefix=prefix)
         engine.load()
-        (hits,) = engine.search(["moon"], 1, 1, False, Deadline.after(SOON)).hits
+        (hits,) = engine.search(call_for(["moon"], 1, 1, False), Deadline.after(SOON)).hits
         best = float((peer.encode([used + "moon"], prompt="") @ index.vectors.T).max())
         assert hits[0].recall_score == pytest.approx(best, abs=1e-5)
 
@@ -144,7 +154,7 @@ def test_queries_get_the_query_prefix_and_the_config_s_wins(tmp_path: Path) -> N
 def test_nothing_loaded_is_not_ready(index: MemoryIndex) -> None:
     engine = make_engine(index)
     with pytest.raises(NotReadyError):
-        engine.search(["a"], 1, 1, False, Deadline.after(SOON))
+        engine.search(call_for(["a"], 1, 1, False), Deadline.after(SOON))
 
 
 def test_no_reranker_is_said_so(index: MemoryIndex) -> None:
@@ -177,7 +187,7 @@ def test_a_failed_reload_keeps_the_version_before(index: MemoryIndex, dummy_enco
     with pytest.raises(FormatError, match="0000"):
         engine.load("v2")
     assert engine.index_version == "v1"
-    assert engine.search(["a"], 1, 1, False, Deadline.after(SOON)).index_version == "v1"
+    assert engine.search(call_for(["a"], 1, 1, False), Deadline.after(SOON)).index_version == "v1"
 
 
 def test_a_request_under_way_ends_on_the_version_it_began_with(dummy_encoder_dir: Path) -> None:
@@ -186,10 +196,10 @@ def test_a_request_under_way_ends_on_the_version_it_began_with(dummy_encoder_dir
     engine.load("v1")
     old.pause = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(engine.search, ["moon"], 6, 6, True, Deadline.after(SOON))
+        under_way = pool.submit(engine.search, call_for(["moon"], 6, 6, True), Deadline.after(SOON))
         time.sleep(0.05)
         engine.load("v2")
-        after = engine.search(["moon"], 6, 6, True, Deadline.after(SOON))
+        after = engine.search(call_for(["moon"], 6, 6, True), Deadline.after(SOON))
         old.pause.set()
         before = under_way.result()
     for answer, version in ((before, "v1"), (after, "v2")):
@@ -206,7 +216,7 @@ def test_versions_never_mix_while_they_are_swapped_under_load(dummy_encoder_dir:
     def ask() -> set[str]:
         seen = set()
         while not stop.is_set():
-            answer = engine.search(["moon", "star"], 6, 6, True, Deadline.after(SOON))
+            answer = engine.search(call_for(["moon", "star"], 6, 6, True), Deadline.after(SOON))
             found = {hit.id.split("/")[0] for hits in answer.hits for hit in hits}
             assert found == {answer.index_version}
             seen |= found
@@ -226,19 +236,19 @@ def test_versions_never_mix_while_they_are_swapped_under_load(dummy_encoder_dir:
 def test_a_filter_that_does_not_fit_is_the_callers_mistake(index: MemoryIndex) -> None:
     engine = make_engine(index)
     engine.load()
-    engine.search(["a"], 1, 1, False, Deadline.after(SOON), {"place": {"$lt": 3}})
+    engine.search(call_for(["a"], 1, 1, False, {"place": {"$lt": 3}}), Deadline.after(SOON))
     with pytest.raises(UnprocessableError, match="there is no column 'palce'; the nearest is 'place'"):
-        engine.search(["a"], 1, 1, False, Deadline.after(SOON), {"palce": 3})
+        engine.search(call_for(["a"], 1, 1, False, {"palce": 3}), Deadline.after(SOON))
 
 
 def test_a_missing_shard_is_passed_on_and_time_is_kept(index: MemoryIndex) -> None:
     engine = make_engine(index)
     engine.load()
     index.partial = True
-    assert engine.search(["a"], 1, 1, False, Deadline.after(SOON)).partial
+    assert engine.search(call_for(["a"], 1, 1, False), Deadline.after(SOON)).partial
     past = Deadline(time.monotonic() - 1, 10)
     with pytest.raises(OutOfTimeError):
-        engine.search(["a"], 1, 1, False, past)
+        engine.search(call_for(["a"], 1, 1, False), past)
 
 
 def test_the_app_over_the_real_engine(index: MemoryIndex, dummy_reranker_dir: Path) -> None:

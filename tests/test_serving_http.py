@@ -9,7 +9,7 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from typing import Any
@@ -19,8 +19,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from raytower.errors import InputError
-from raytower.evaluation.recall import Hit
-from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, create_app
+from raytower.retrieval.retriever import Hit
+from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, SearchCall, create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotConfiguredError
 from raytower.serving.work import Deadline
@@ -38,18 +38,12 @@ class DummyEngine:
         self.work: Callable[[Deadline], None] = lambda deadline: None
         self.has_reranker = True
 
-    def search(
-        self,
-        queries: list[str],
-        k: int,
-        recall_k: int,
-        rerank: bool,
-        deadline: Deadline,
-        filter: Mapping[str, Any] | None = None,
-    ) -> SearchAnswer:
-        self.calls.append((queries, k, recall_k, rerank, deadline.timeout_ms, filter))
+    def search(self, call: SearchCall, deadline: Deadline) -> SearchAnswer:
+        self.calls.append(
+            (call.queries, call.k, call.recall_k, call.rerank, deadline.timeout_ms, call.filter)
+        )
         self.work(deadline)
-        reranked = rerank and self.has_reranker
+        reranked = call.rerank and self.has_reranker
         hits = [
             Hit(
                 f"d:{row}",
@@ -60,10 +54,10 @@ class DummyEngine:
                 2.0 - row,
                 row + 1,
             )
-            for row, text in enumerate(TEXTS[:k])
+            for row, text in enumerate(TEXTS[: call.k])
         ]
         timings = {"encode": 1.0, "recall": 2.0, "rerank": 3.0, "total": 6.0}
-        return SearchAnswer("v7", False, reranked, [hits for _ in queries], timings)
+        return SearchAnswer("v7", False, reranked, [hits for _ in call.queries], timings)
 
     def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
         self.calls.append((texts, role))

@@ -25,11 +25,11 @@ import ray
 from ray import serve
 
 from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.evaluation.recall import Candidate, index_recall
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
+from raytower.retrieval.retriever import Candidate, index_recall
 from raytower.serving import deploy
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotReadyError, OutOfTimeError

@@ -20,9 +20,10 @@ from transformers import (
     pipeline,
 )
 
+from raytower.annotation.classify import classify, plan_classify
+from raytower.annotation.config import ClassifyConfig
 from raytower.config import make_config
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.classify import ClassifyConfig, classify, plan_classify
 from raytower.metrics import ClassScores, macro_f1
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from tests.tiny_models import tiny_config, tiny_tokenizer

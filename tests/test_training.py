@@ -39,7 +39,7 @@ from raytower.training.config import (
 from raytower.training.dev_recall import evaluate_recall, load_dev_set
 from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
 from raytower.training.reranker import train_reranker
-from raytower.training.retriever import plan_train_retriever, survey_retriever, train_retriever
+from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
 from raytower.training.row_stream import StreamPlan, stream_batches
 from raytower.training.runner import finished_run, run_identity, run_key
 from raytower.training.windows import Window, plan_windows, read_window
@@ -348,7 +348,7 @@ class TestIdentity:
     """What makes a job started again the same job."""
 
     def identity(self, config: TrainRetrieverConfig) -> dict[str, Any]:
-        return run_identity(config, survey_retriever(config))
+        return run_identity(config, RetrieverTask.survey(config))
 
     def test_every_file_and_the_starting_weights_count(self, still_encoder: Path, tmp_path: Path) -> None:
         start = tmp_path / "start"

@@ -11,12 +11,7 @@ import pytest
 from raytower.config import load_config, make_config
 from raytower.errors import InputError
 from raytower.storage import Location
-from raytower.training.classifier import (
-    make_classifier_task,
-    plan_train_classifier,
-    survey_classifier,
-    train_classifier,
-)
+from raytower.training.classifier import ClassifierTask, plan_train_classifier, train_classifier
 from raytower.training.config import (
     TrainClassifierConfig,
     TrainJobConfig,
@@ -24,18 +19,8 @@ from raytower.training.config import (
     TrainRetrieverConfig,
 )
 from raytower.training.loop import probe_storage
-from raytower.training.reranker import (
-    make_reranker_task,
-    plan_train_reranker,
-    survey_reranker,
-    train_reranker,
-)
-from raytower.training.retriever import (
-    make_retriever_task,
-    plan_train_retriever,
-    survey_retriever,
-    train_retriever,
-)
+from raytower.training.reranker import RerankerTask, plan_train_reranker, train_reranker
+from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
 from tests.tiny_training import (
     write_candidates,
     write_labelled,
@@ -47,9 +32,9 @@ from tests.tiny_training import (
 )
 
 KINDS = {
-    "retriever": (TrainRetrieverConfig, survey_retriever, make_retriever_task),
-    "reranker": (TrainRerankerConfig, survey_reranker, make_reranker_task),
-    "classifier": (TrainClassifierConfig, survey_classifier, make_classifier_task),
+    "retriever": (TrainRetrieverConfig, RetrieverTask.survey, RetrieverTask.prepare),
+    "reranker": (TrainRerankerConfig, RerankerTask.survey, RerankerTask.prepare),
+    "classifier": (TrainClassifierConfig, ClassifierTask.survey, ClassifierTask.prepare),
 }
 
 
@@ -164,7 +149,7 @@ def test_bad_rows_go_to_quarantine_whatever_the_format(dummy_encoder_dir: Path, 
         "output": str(tmp_path / "out"),
         "on_error": "quarantine",
     }
-    surveyed = survey_retriever(make_config(TrainRetrieverConfig, values))
+    surveyed = RetrieverTask.survey(make_config(TrainRetrieverConfig, values))
     assert (surveyed.num_rows, surveyed.num_rejected) == (20, 1)
 
 

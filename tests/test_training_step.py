@@ -25,7 +25,7 @@ from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
-from raytower.training.retriever import RetrieverTask, make_retriever_task, survey_retriever
+from raytower.training.retriever import RetrieverTask
 from raytower.training.step import NotANumberError, TrainingStep
 from tests.objective_cases import end_worker
 from tests.tiny_training import batches_of, write_pairs
@@ -78,11 +78,11 @@ def make_job(model: Path, folder: Path, num_steps: int, changes: dict[str, Any])
         **changes,
     }
     config = make_config(TrainRetrieverConfig, values)
-    surveyed = survey_retriever(config)
+    surveyed = RetrieverTask.survey(config)
     batches = batches_of(surveyed, config)
     return Job(
         config=config,
-        task=make_retriever_task(config, surveyed),
+        task=RetrieverTask.prepare(config, surveyed),
         steps=[list(islice(batches, config.accumulate_batches)) for _ in range(num_steps)],
     )
 

@@ -19,10 +19,10 @@ from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder
 from raytower.models.text_classifier import TextClassifier
 from raytower.models.two_tower import TwoTower
-from raytower.training.classifier import make_classifier_task, survey_classifier
+from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
-from raytower.training.reranker import make_reranker_task, survey_reranker
-from raytower.training.retriever import make_retriever_task, survey_retriever
+from raytower.training.reranker import RerankerTask
+from raytower.training.retriever import RetrieverTask
 from tests.tiny_training import (
     train_here,
     write_candidates,
@@ -52,8 +52,8 @@ def values_of(model: Path, train: Path, folder: Path, changes: dict[str, Any]) -
 
 def train_retriever_here(model: Path, train: Path, folder: Path, steps: int = 16, **changes: Any) -> Trained:
     config = make_config(TrainRetrieverConfig, values_of(model, train, folder, changes))
-    surveyed = survey_retriever(config)
-    task = make_retriever_task(config, surveyed)
+    surveyed = RetrieverTask.survey(config)
+    task = RetrieverTask.prepare(config, surveyed)
     return (task, *train_here(task, config, surveyed, steps))
 
 
@@ -267,8 +267,8 @@ def test_every_cross_encoder_objective_trains_from_a_config(
     train = write(tmp_path / ("train.jsonl" if write is write_candidates else "train.tsv"), 64)
     changes = {"objective": objective, "optimizer": {"lr": 3e-3}}
     config = make_config(TrainRerankerConfig, values_of(dummy_encoder_dir, train, tmp_path, changes))
-    surveyed = survey_reranker(config)
-    task = make_reranker_task(config, surveyed)
+    surveyed = RerankerTask.survey(config)
+    task = RerankerTask.prepare(config, surveyed)
     model, losses = train_here(task, config, surveyed, 80)
     assert fell(losses, 0.97), losses
     task.save(model, tmp_path / "saved", {})
@@ -285,7 +285,7 @@ def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
     train = write_scored(tmp_path / "train.tsv", 32)
     values = values_of(dummy_encoder_dir, train, tmp_path, {"lora": {"rank": 2}})
     config = make_config(TrainRerankerConfig, values)
-    model = make_reranker_task(config, survey_reranker(config)).build(None)
+    model = RerankerTask.prepare(config, RerankerTask.survey(config)).build(None)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trained == {
         "inner.model.bert.pooler.dense.weight",
@@ -299,7 +299,7 @@ def test_no_duplicates_looks_at_what_tells(dummy_encoder_dir: Path, tmp_path: Pa
     def columns(rows: Path, **changes: Any) -> tuple[str, ...]:
         changes |= {"sampler": "no_duplicates"}
         config = make_config(TrainRetrieverConfig, values_of(dummy_encoder_dir, rows, tmp_path, changes))
-        return make_retriever_task(config, survey_retriever(config)).distinct_columns
+        return RetrieverTask.prepare(config, RetrieverTask.survey(config)).distinct_columns
 
     scored = write_scored(tmp_path / "scored.tsv", 16)
     assert columns(scored, objective={"name": "cosine_embedding"}) == ("query", "document")
@@ -320,8 +320,8 @@ def test_classifiers_train_from_a_config(
         "dev": {"path": str(train), "metric": "f1"},
     }
     config = make_config(TrainClassifierConfig, values_of(dummy_encoder_dir, train, tmp_path, changes))
-    surveyed = survey_classifier(config)
-    task = make_classifier_task(config, surveyed)
+    surveyed = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, surveyed)
     model, losses = train_here(task, config, surveyed, 48)
     assert fell(losses)
     model.eval()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any
 
-from raytower.config import Config
 from raytower.errors import InputError
+from raytower.models.config import ExportConfig
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
 from raytower.models.encoder import Encoder
 from raytower.models.fetching import checksums
@@ -15,14 +15,6 @@ from raytower.runtime import log
 from raytower.storage import Location, publish_directory
 
 _RESULTS = ("least_cosine", "mean_cosine", "bytes")
-
-
-class ExportConfig(Config):
-    """`raytower export`. `encoder` is a directory, a hub id or a URI; `output` a new directory in the same layout."""
-
-    encoder: str
-    output: str
-    dtype: Literal["float32", "int8"] = "float32"
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

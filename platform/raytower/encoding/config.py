@@ -1,4 +1,4 @@
-"""Config of the encoding job (design 5)."""
+"""Config of the encoding job (docs/design.md, 5)."""
 
 from __future__ import annotations
 

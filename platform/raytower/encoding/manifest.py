@@ -1,4 +1,4 @@
-"""The manifest of an embeddings folder (design 3.3): written last, read by every step that follows."""
+"""The manifest of an embeddings folder (docs/design.md, 3.3): written last, read by every step that follows."""
 
 from __future__ import annotations
 

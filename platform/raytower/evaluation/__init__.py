@@ -1,1 +1,1 @@
-"""Evaluating retrieval, mining hard negatives, classifying by retrieval, scoring pairs; shared recall-then-rerank."""
+"""Measuring an index on judged queries, and the reports of it."""

@@ -10,59 +10,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from raytower.config import Config, FractionField
-from raytower.data.queries import QueryFormat, read_queries
-from raytower.evaluation.judgements import Judgements, absent_text, find_documents, judge
-from raytower.evaluation.progress import Progress
-from raytower.evaluation.recall import Hit, Retriever, recall_order
-from raytower.evaluation.runs import RUN_NAME, open_run, write_reports
-from raytower.evaluation.settings import (
-    QueryCompute,
-    load_engine,
-    load_retriever,
-    open_index_manifest,
-    plan_rows,
-)
+from raytower.data.queries import read_queries
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.judgements import Judgements, absent_text, judge
+from raytower.evaluation.reports import RUN_NAME, open_run, write_reports
 from raytower.index.reader import Index
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH, Floats, bootstrap_interval, ranking_metrics
+from raytower.progress import Progress
+from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
+from raytower.retrieval.lookup import find_documents
+from raytower.retrieval.plans import plan_rows
+from raytower.retrieval.retriever import Hit, Retriever, recall_order
 from raytower.runtime import log
 from raytower.storage import Location
 
 _WORST_QUERIES = 20
 _SHOWN_HITS = 5
 _RANKING_METRIC = f"mrr@{MRR_DEPTH}"  # what the worst queries are chosen by
-
-
-class QueriesConfig(Config):
-    """Judged queries: pairs (relevance by text) or a BEIR folder (relevance by id). `split` is BEIR's."""
-
-    path: str
-    format: QueryFormat = "auto"
-    split: str = "test"
-
-
-class EvaluateConfig(Config):
-    """`raytower evaluate`. `query_prefix` null is the encoder's own; `fusion_weight` null is the reranker's own."""
-
-    encoder: str
-    index: str
-    queries: QueriesConfig
-    reranker: str | None = None
-    rerank_k: int = Field(default=100, ge=1)
-    fusion_weight: FractionField | None = None
-    query_prefix: str | None = None
-    k: list[int] = Field(default=[1, 5, 10, 20, 50], min_length=1)
-    output: str | None = None
-    """Folder of run.trec, report.json and report.html; null writes none."""
-    seed: int = Field(default=0, ge=0)
-    """Of the bootstrap."""
-    compute: QueryCompute = QueryCompute()
-
-    def model_post_init(self, context: Any) -> None:
-        if min(self.k) < 1 or len(set(self.k)) != len(self.k):
-            raise ValueError(f"k is {self.k}; cut-offs must be 1 or more, each given once")
 
 
 @dataclass(frozen=True)
@@ -109,14 +74,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     judgements = judge(queries, index)
     if judgements.num_missing:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
-    retriever = load_retriever(
-        engine,
-        index,
-        config.compute,
-        reranker=config.reranker,
-        fusion_weight=config.fusion_weight,
-        query_prefix=config.query_prefix,
-    )
+    retriever = load_retriever(engine, index, config)
     searching = time.perf_counter()
     measured = _measure(retriever, judgements, config)
     now = time.perf_counter()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-
-import pyarrow as pa
 
 from raytower.data.queries import QuerySet
 from raytower.index.reader import Index
+from raytower.retrieval.lookup import find_documents
 
 # No document id can begin with this: ids come from text files, whose readers refuse the character.
 _ABSENT = "\x00"
@@ -50,24 +48,6 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
         ]
         num_missing = sum(text not in ids for texts in queries.relevant_texts for text in texts)
     return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant)
-
-
-def find_documents(index: Index, column: str, values: Collection[str], wanted: str) -> dict[str, list[str]]:
-    """For each of `values` that occurs in `column`: the `wanted` column of the documents that have it.
-
-    Memory holds `values`, the matches and a batch of documents.
-    """
-    found: dict[str, list[str]] = {}
-    if not values:
-        return found
-    for batch in index.table.find(
-        column, pa.array(sorted(values), pa.string()), list(dict.fromkeys([column, wanted]))
-    ):
-        # Metadata, such as labels that are numbers, is compared as text.
-        keys = batch.column(column).cast(pa.string()).to_pylist()
-        for value, other in zip(keys, batch.column(wanted).to_pylist(), strict=True):
-            found.setdefault(value, []).append(other)
-    return found
 
 
 def absent_text(identifier: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Config of the index build (design 5)."""
+"""Config of the index build (docs/design.md, 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The document of an index version (design 3.4), and the names inside an index.
+"""The document of an index version (docs/design.md, 3.4), and the names inside an index.
 
 index/table.lance/                     the documents: the truth
 index/shards/<digest>/vectors.faiss    one FAISS index over some rows of the table; position i is row rows.npy[i]

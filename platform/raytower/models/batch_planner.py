@@ -16,11 +16,6 @@ class BatchPlan:
     num_tokens: int
     num_padded_tokens: int
 
-    @property
-    def padding_share(self) -> float:
-        """Share of the computed tokens that are padding, 0 to 1."""
-        return 1 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
-
 
 def plan_batches(
     lengths: list[int] | NDArray[np.int64],

@@ -11,24 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model
-from raytower.models.forward import (
-    TORCH_DTYPES,
-    ComputeDtype,
-    check_max_length,
-    default_device,
-    default_tokens_per_batch,
-)
 from raytower.models.fusion import Fusion
 from raytower.models.sequence_classifier import (
+    LogitsEngine,
     SequenceClassifier,
-    classify_rows,
     finished_config,
     load_classifier,
     recorded_max_length,
@@ -45,17 +37,8 @@ _ACTIVATIONS: dict[Activation, str] = {
 class CrossEncoder(SequenceClassifier):
     """A sequence classifier over (query, document) with one logit, or two read as their difference."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        info: Mapping[str, Any] | None = None,
-        activation: Activation = "sigmoid",
-    ) -> None:
-        """`activation`: what a reader puts on what `forward` gives; of two logits it is the sigmoid always."""
-        super().__init__(model, tokenizer, max_length, info)
-        self.activation = activation
+    activation: Activation = "sigmoid"
+    """What a reader puts on what `forward` gives; of two logits it is the sigmoid always."""
 
     @classmethod
     def load(cls, name: str | Path) -> CrossEncoder:
@@ -76,13 +59,10 @@ class CrossEncoder(SequenceClassifier):
             raise FormatError(
                 f"{str(path)!r} has {model.config.num_labels} labels; a reranker has 1 logit or 2 classes"
             )
-        return cls(
-            model,
-            load_tokenizer(path, model.config),
-            recorded_max_length(path, model),
-            read_info(path),
-            _read_activation(path, model.config),
-        ).eval()
+        tokenizer, max_length = load_tokenizer(path, model.config), recorded_max_length(path, model)
+        loaded = cls(model, tokenizer, max_length, read_info(path)).eval()
+        loaded.activation = _read_activation(path, model.config)
+        return loaded
 
     @classmethod
     def start_from(cls, name: str | Path, num_labels: int = 1) -> CrossEncoder:
@@ -103,7 +83,9 @@ class CrossEncoder(SequenceClassifier):
             )
         other = cls.load(path)
         # Its metric history and its fusion belong to the weights before this training.
-        return cls(other.model, other.tokenizer, other.max_length, None, other.activation)
+        started = cls(other.model, other.tokenizer, other.max_length)
+        started.activation = other.activation
+        return started
 
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory; `info` goes into raytower.json with the fingerprint."""
@@ -123,27 +105,13 @@ class CrossEncoder(SequenceClassifier):
         return Fusion.from_dict(values) if values else None
 
 
-class CrossScorer:
+class CrossScorer(LogitsEngine[CrossEncoder]):
     """Scores pairs with one cross-encoder at one precision on one device."""
 
-    def __init__(
-        self,
-        cross_encoder: CrossEncoder,
-        *,
-        dtype: ComputeDtype = "float32",
-        device: str | torch.device | None = None,
-        tokens_per_batch: int | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        """Raises InputError: `max_length` is beyond the model's positions."""
-        self.max_length = check_max_length(
-            max_length or cross_encoder.max_length, cross_encoder.max_positions
-        )
-        self.device = torch.device(device) if device is not None else default_device()
-        self.fusion = cross_encoder.fusion
-        self.fingerprint = cross_encoder.fingerprint
-        self.cross_encoder = cross_encoder.eval().to(self.device, TORCH_DTYPES[dtype])
-        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
+    @property
+    def fusion(self) -> Fusion | None:
+        """How to mix its logits with recall scores; None where it was never tuned."""
+        return self.model.fusion
 
     def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         """Raw relevance logits, float32 (n,), of the pairs (queries[i], documents[i]).
@@ -157,14 +125,14 @@ class CrossScorer:
             )
         if not len(queries):
             return np.zeros(0, dtype=np.float32)
-        rows = self.cross_encoder.tokenizer(
+        rows = self.model.tokenizer(
             list(queries),
             list(documents),
             truncation="longest_first",
             max_length=self.max_length,
             padding=False,
         )
-        logits_nC = classify_rows(self.cross_encoder, rows, self.tokens_per_batch)
+        logits_nC = self.logits(rows)
         return logits_nC[:, 0] if logits_nC.shape[1] == 1 else logits_nC[:, 1] - logits_nC[:, 0]
 
 

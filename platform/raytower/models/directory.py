@@ -13,12 +13,12 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from raytower.errors import FormatError, InputError, RaytowerError
@@ -163,6 +163,32 @@ def loading(path: Path, what: str) -> Iterator[None]:
         raise FormatError(
             f"model directory {str(path)!r} cannot be loaded: {what}: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def load_weights(kind: Any, path: Path, what: str, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model in fp32 from the safetensors of a directory, and the names of the weights that it lacks, sorted.
+
+    Args:
+        kind: an Auto class of transformers.
+        path: the directory.
+        what: what is loaded, for messages.
+        changes: what to change in the model's config.
+
+    Raises:
+        FormatError: whatever transformers raises.
+    """
+    with loading(path, what):
+        model, report = kind.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **changes,
+        )
+    # Position ids are computed where a directory does not hold them.
+    missing = [key for key in report.get("missing_keys", []) if "position_ids" not in key]
+    return cast(PreTrainedModel, model), sorted(missing)
 
 
 def _missing(name: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from raytower.models.directory import (
     hash_tokenizer,
     inside,
     load_tokenizer,
+    load_weights,
     loading,
     max_positions,
     new_digest,
@@ -208,6 +209,11 @@ class Encoder(nn.Module):
     def normalised(self) -> bool:
         return self.settings.normalise
 
+    def prepared(self, texts: Sequence[str], prefix: str = "") -> list[str]:
+        """What the tokenizer is given: each text behind its prefix, in lower case where the directory says so."""
+        joined = [prefix + text for text in texts] if prefix else list(texts)
+        return [text.lower() for text in joined] if self.settings.lower_case else joined
+
     def prefix_for(self, role: Literal["query", "document"]) -> str:
         """The prompt put before a query or a document; empty where the model names none."""
         names = ("query",) if role == "query" else ("document", "passage", "corpus")
@@ -260,23 +266,14 @@ def _is_outside_map(name: str) -> bool:
 
 
 def _load_backbone(path: Path) -> PreTrainedModel:
-    with loading(path, "its backbone"):
-        model, report = AutoModel.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    missing = [
-        key for key in report.get("missing_keys", []) if "pooler." not in key and "position_ids" not in key
-    ]
+    model, lacking = load_weights(AutoModel, path, "its backbone")
+    missing = [key for key in lacking if "pooler." not in key]
     if missing:
         raise FormatError(
-            f"model directory {str(path)!r} lacks {len(missing)} weights, {sorted(missing)[0]!r} among them; "
+            f"model directory {str(path)!r} lacks {len(missing)} weights, {missing[0]!r} among them; "
             "its safetensors do not belong to its config.json"
         )
-    return cast(PreTrainedModel, model)
+    return model
 
 
 def _read_prompts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:

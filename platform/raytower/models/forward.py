@@ -132,9 +132,7 @@ class ForwardEngine:
 
     def tokenise(self, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
         """Token ids of each text, special tokens included, cut to `max_length`."""
-        prepared = [prefix + text for text in texts] if prefix else list(texts)
-        if self.encoder.settings.lower_case:
-            prepared = [text.lower() for text in prepared]
+        prepared = self.encoder.prepared(texts, prefix)
         tokenizer = self.encoder.tokenizer
         # What a call of the tokenizer does, without building offsets, masks and a dict for each text.
         tokenizer.set_truncation_and_padding(

@@ -5,23 +5,11 @@ Source: Hu et al. 2021 (LoRA), by the library `peft`, an optional extra.
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytower.config import Config
 from raytower.errors import InputError, MissingExtraError
-
-
-class LoraConfig(Config):
-    """Size and place of the adapters."""
-
-    rank: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, ge=1)
-    """Adapters count alpha / rank times."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: list[str] | None = None
-    """Ends of the names of the linear layers that get an adapter; null takes every linear layer of the backbone."""
+from raytower.models.config import LoraConfig
 
 
 def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:

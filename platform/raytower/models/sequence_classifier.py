@@ -1,6 +1,6 @@
 """What the cross-encoder and the text classifier share: a transformer with a classification head, and its directory.
 
-Shape legend: B rows, L tokens, C logits a row.
+Shape legend: B rows of one forward call, n rows in all, L tokens, C logits a row.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from raytower.models.directory import (
     hash_config,
     hash_tensors,
     hash_tokenizer,
+    load_weights,
     loading,
     max_positions,
     new_digest,
@@ -37,6 +38,15 @@ from raytower.models.directory import (
     save_pretrained,
     write_json,
 )
+from raytower.models.forward import (
+    TORCH_DTYPES,
+    ComputeDtype,
+    check_max_length,
+    default_device,
+    default_tokens_per_batch,
+)
+
+ClassifierT = TypeVar("ClassifierT", bound="SequenceClassifier")
 
 
 class SequenceClassifier(nn.Module):
@@ -106,22 +116,13 @@ def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[s
     Raises:
         FormatError: the directory cannot be loaded, or lacks weights of its backbone.
     """
-    with loading(path, "its classifier"):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **changes,
-        )
-    missing = sorted(key for key in report.get("missing_keys", []) if "position_ids" not in key)
+    model, missing = load_weights(AutoModelForSequenceClassification, path, "its classifier", **changes)
     # The head is what lies outside the backbone, and the pooler, which many encoders are published without.
     backbone = f"{model.base_model_prefix}."
     body = [key for key in missing if key.startswith(backbone) and "pooler" not in key]
     if body:
         raise FormatError(f"{str(path)!r} lacks weights of its backbone, {body[0]!r} among them")
-    return cast(PreTrainedModel, model), missing
+    return model, missing
 
 
 def finished_config(path: Path) -> PretrainedConfig | None:
@@ -142,6 +143,34 @@ def recorded_max_length(path: Path, model: PreTrainedModel) -> int:
             f"model directory {str(path)!r} states the length {stated!r}; it must be at least 1"
         )
     return int(min(stated, limit))
+
+
+class LogitsEngine(Generic[ClassifierT]):
+    """Computes the logits of one sequence classifier at one precision on one device."""
+
+    def __init__(
+        self,
+        model: ClassifierT,
+        *,
+        dtype: ComputeDtype = "float32",
+        device: str | torch.device | None = None,
+        tokens_per_batch: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Take the model over: its weights are cast to `dtype` and moved to `device`.
+
+        Raises:
+            InputError: `max_length` is beyond the model's positions.
+        """
+        self.max_length = check_max_length(max_length or model.max_length, model.max_positions)
+        self.device = torch.device(device) if device is not None else default_device()
+        self.fingerprint = model.fingerprint  # before the cast: it names the model, not the precision
+        self.model = model.eval().to(self.device, TORCH_DTYPES[dtype])
+        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
+
+    def logits(self, rows: Mapping[str, list[list[int]]]) -> NDArray[np.float32]:
+        """Logits, float32 (n, C), of n tokenised rows."""
+        return classify_rows(self.model, rows, self.tokens_per_batch)
 
 
 @torch.inference_mode()

@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.directory import load_tokenizer, read_info, resolve_model
-from raytower.models.forward import (
-    TORCH_DTYPES,
-    ComputeDtype,
-    check_max_length,
-    default_device,
-    default_tokens_per_batch,
-)
 from raytower.models.sequence_classifier import (
+    LogitsEngine,
     SequenceClassifier,
-    classify_rows,
     finished_config,
     load_classifier,
     recorded_max_length,
@@ -108,34 +100,20 @@ class TextClassifier(SequenceClassifier):
         return str(digest.hexdigest())
 
 
-class ClassifierEngine:
+class ClassifierEngine(LogitsEngine[TextClassifier]):
     """Classifies texts with one classifier at one precision on one device."""
 
-    def __init__(
-        self,
-        classifier: TextClassifier,
-        *,
-        dtype: ComputeDtype = "float32",
-        device: str | torch.device | None = None,
-        tokens_per_batch: int | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        """Raises InputError: `max_length` is beyond the model's positions."""
-        self.max_length = check_max_length(max_length or classifier.max_length, classifier.max_positions)
-        self.device = torch.device(device) if device is not None else default_device()
-        self.labels = classifier.labels
-        self.fingerprint = classifier.fingerprint
-        self.classifier = classifier.eval().to(self.device, TORCH_DTYPES[dtype])
-        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The C labels, in the order of the logits."""
+        return self.model.labels
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 (n, C), in the order of `labels`; each row sums to 1."""
         if not len(texts):
             return np.zeros((0, len(self.labels)), dtype=np.float32)
-        rows = self.classifier.tokenizer(
-            list(texts), truncation=True, max_length=self.max_length, padding=False
-        )
-        logits_nC = classify_rows(self.classifier, rows, self.tokens_per_batch)
+        rows = self.model.tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
+        logits_nC = self.logits(rows)
         powers_nC = np.exp(logits_nC - logits_nC.max(axis=1, keepdims=True))
         return cast("NDArray[np.float32]", powers_nC / powers_nC.sum(axis=1, keepdims=True))
 

@@ -49,11 +49,8 @@ class TwoTower(nn.Module):
 
     def tokenise(self, texts: Sequence[str], prefix: str) -> TokenIds:
         """Ids of each text with its prefix, cut to `max_length`."""
-        prepared = [prefix + text for text in texts]
-        if self.encoder.settings.lower_case:
-            prepared = [text.lower() for text in prepared]
         ids: TokenIds = self.encoder.tokenizer(
-            prepared,
+            self.encoder.prepared(texts, prefix),
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=False,

@@ -23,82 +23,66 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from raytower.config import Config
+from raytower.collectives import gather_constants, world_size
 from raytower.errors import InputError
-from raytower.objectives.gather import gather_constants, world_size
-
-ClassWeights = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None
-"""balanced: n / (C·n_c), from the counts of the training rows. A mapping: label to weight, 1 for labels left out."""
+from raytower.objectives.config import CrossEntropy, Focal
 
 
-class _WeightedClasses(Config):
-    formats: ClassVar[tuple[str, ...]] = ("labelled",)
+def cross_entropy(
+    settings: CrossEntropy, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None
+) -> Tensor:
+    """This worker's loss, a scalar.
 
-    class_weights: ClassWeights = None
+    Args:
+        settings: not read; cross-entropy has class weights alone, and they come as `weights_C`.
+        logits_BC: (B, C).
+        classes_B: (B,) int64, each in 0..C-1.
+        weights_C: (C,), from `weights_of`.
 
-    def weights_of(self, labels: Sequence[str], counts: Sequence[int]) -> Tensor | None:
-        """The weight (C,) of each class, or None without class weights.
-
-        Args:
-            labels: of the classes, in the order of the logits.
-            counts: training rows of each class. A class without any weighs 1 under "balanced": no row uses it.
-
-        Raises:
-            InputError: class_weights names a label that is none.
-        """
-        if self.class_weights is None:
-            return None
-        if self.class_weights == "balanced":
-            share = sum(counts) / len(labels)
-            return torch.tensor([share / count if count else 1.0 for count in counts])
-        for label in self.class_weights:
-            if label not in labels:
-                nearest = difflib.get_close_matches(label, labels, n=1, cutoff=0.0)[0]
-                raise InputError(
-                    f"objective.class_weights names {label!r}, which is none of the {len(labels)} labels; the "
-                    f"nearest is {nearest!r}"
-                )
-        return torch.tensor([self.class_weights.get(label, 1.0) for label in labels])
+    Raises:
+        InputError: a class lies outside 0..C-1.
+    """
+    return _weighted_mean(_log_loss(logits_BC, classes_B), classes_B, weights_C)
 
 
-class CrossEntropy(_WeightedClasses):
-    """Cross-entropy over the classes, weighted by class where `class_weights` says so."""
-
-    name: Literal["cross_entropy"] = "cross_entropy"
-
-    def __call__(self, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
-        """This worker's loss, a scalar.
-
-        Args:
-            logits_BC: (B, C).
-            classes_B: (B,) int64, each in 0..C-1.
-            weights_C: (C,), from `weights_of`.
-
-        Raises:
-            InputError: a class lies outside 0..C-1.
-        """
-        return _weighted_mean(_log_loss(logits_BC, classes_B), classes_B, weights_C)
+def focal(settings: Focal, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
+    """This worker's loss, a scalar. Arguments and errors as for `cross_entropy`."""
+    log_loss_B = _log_loss(logits_BC, classes_B)
+    # 1 - p without cancellation. Where p rounds to 1, a power below 1 would have an infinite slope at 0 and make
+    # the gradient NaN; the floor ends it.
+    miss_B = (-torch.expm1(-log_loss_B)).clamp(min=torch.finfo(logits_BC.dtype).eps ** 2)
+    return _weighted_mean(miss_B**settings.gamma * log_loss_B, classes_B, weights_C)
 
 
-class Focal(_WeightedClasses):
-    """Focal loss; the larger `gamma`, the less a text counts that is classified right already."""
+def weights_of(settings: CrossEntropy | Focal, labels: Sequence[str], counts: Sequence[int]) -> Tensor | None:
+    """The weight (C,) of each class, or None without class weights.
 
-    name: Literal["focal"] = "focal"
-    gamma: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    Args:
+        settings: `class_weights` says what the weights are.
+        labels: of the classes, in the order of the logits.
+        counts: training rows of each class. A class without any weighs 1 under "balanced": no row uses it.
 
-    def __call__(self, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
-        """This worker's loss, a scalar. Arguments and errors as for CrossEntropy."""
-        log_loss_B = _log_loss(logits_BC, classes_B)
-        # 1 - p without cancellation. Where p rounds to 1, a power below 1 would have an infinite slope at 0 and make
-        # the gradient NaN; the floor ends it.
-        miss_B = (-torch.expm1(-log_loss_B)).clamp(min=torch.finfo(logits_BC.dtype).eps ** 2)
-        return _weighted_mean(miss_B**self.gamma * log_loss_B, classes_B, weights_C)
+    Raises:
+        InputError: class_weights names a label that is none.
+    """
+    given = settings.class_weights
+    if given is None:
+        return None
+    if given == "balanced":
+        share = sum(counts) / len(labels)
+        return torch.tensor([share / count if count else 1.0 for count in counts])
+    for label in given:
+        if label not in labels:
+            nearest = difflib.get_close_matches(label, labels, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"objective.class_weights names {label!r}, which is none of the {len(labels)} labels; the "
+                f"nearest is {nearest!r}"
+            )
+    return torch.tensor([given.get(label, 1.0) for label in labels])
 
 
 def _log_loss(logits_BC: Tensor, classes_B: Tensor) -> Tensor:

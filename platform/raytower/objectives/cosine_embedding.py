@@ -20,38 +20,28 @@ Shape legend: B pairs of this worker, D embedding dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from raytower.config import Config
 from raytower.errors import InputError
+from raytower.objectives.config import CosineEmbedding
 from raytower.objectives.targets import Targets, needed
 
 
-class CosineEmbedding(Config):
-    """The objective with its margin, a cosine."""
+def cosine_embedding(settings: CosineEmbedding, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's pairs, a scalar.
 
-    formats: ClassVar[tuple[str, ...]] = ("scored",)
-
-    name: Literal["cosine_embedding"] = "cosine_embedding"
-    margin: float = Field(default=0.3, ge=-1, lt=1)
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's pairs, a scalar.
-
-        Raises:
-            InputError: a label is none of 1, 0 and -1.
-        """
-        left_BD, right_BD = columns
-        label_B = needed(targets.labels_B, "labels", self.name).to(left_BD.device)
-        wrong_B = (label_B != 1) & (label_B != 0) & (label_B != -1)
-        if bool(wrong_B.any()):
-            raise InputError(
-                f"label {float(label_B[wrong_B][0])} is none of 1, 0 and -1, which objective {self.name} takes; "
-                "use cosine_regression for graded scores"
-            )
-        cosine_B = (left_BD * right_BD).sum(-1)
-        return torch.where(label_B == 1, 1 - cosine_B, torch.relu(cosine_B - self.margin)).mean()
+    Raises:
+        InputError: a label is none of 1, 0 and -1.
+    """
+    left_BD, right_BD = columns
+    label_B = needed(targets.labels_B, "labels", settings.name).to(left_BD.device)
+    wrong_B = (label_B != 1) & (label_B != 0) & (label_B != -1)
+    if bool(wrong_B.any()):
+        raise InputError(
+            f"label {float(label_B[wrong_B][0])} is none of 1, 0 and -1, which objective {settings.name} takes; "
+            "use cosine_regression for graded scores"
+        )
+    cosine_B = (left_BD * right_BD).sum(-1)
+    return torch.where(label_B == 1, 1 - cosine_B, torch.relu(cosine_B - settings.margin)).mean()

@@ -17,33 +17,25 @@ Shape legend: B pairs of this worker, D embedding dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from raytower.config import Config
 from raytower.errors import InputError
+from raytower.objectives.config import CosineRegression
 from raytower.objectives.targets import Targets, needed
 
 
-class CosineRegression(Config):
-    """The objective; it has no settings."""
+def cosine_regression(settings: CosineRegression, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's pairs, a scalar.
 
-    formats: ClassVar[tuple[str, ...]] = ("scored",)
-
-    name: Literal["cosine_regression"] = "cosine_regression"
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's pairs, a scalar.
-
-        Raises:
-            InputError: a score lies outside -1..1.
-        """
-        left_BD, right_BD = columns
-        score_B = needed(targets.labels_B, "scores", self.name).to(left_BD.device, left_BD.dtype)
-        wrong_B = ~(score_B.abs() <= 1)  # so written, NaN is wrong too
-        if bool(wrong_B.any()):
-            raise InputError(
-                f"score {float(score_B[wrong_B][0])} is outside -1..1, where cosines lie; scale the scores into it"
-            )
-        return nn.functional.mse_loss((left_BD * right_BD).sum(-1), score_B)
+    Raises:
+        InputError: a score lies outside -1..1.
+    """
+    left_BD, right_BD = columns
+    score_B = needed(targets.labels_B, "scores", settings.name).to(left_BD.device, left_BD.dtype)
+    wrong_B = ~(score_B.abs() <= 1)  # so written, NaN is wrong too
+    if bool(wrong_B.any()):
+        raise InputError(
+            f"score {float(score_B[wrong_B][0])} is outside -1..1, where cosines lie; scale the scores into it"
+        )
+    return nn.functional.mse_loss((left_BD * right_BD).sum(-1), score_B)

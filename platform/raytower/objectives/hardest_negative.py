@@ -21,33 +21,23 @@ Shape legend: B queries of this worker, C documents of all workers, D embedding 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from raytower.config import Config
-from raytower.objectives.gather import gather_rows
+from raytower.collectives import gather_rows
+from raytower.objectives.config import HardestNegative
 from raytower.objectives.keys import known_relevant
 from raytower.objectives.targets import Targets, needed
 
 
-class HardestNegative(Config):
-    """The objective with its margin, a difference of cosines."""
-
-    formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "labelled")
-
-    name: Literal["hardest_negative"] = "hardest_negative"
-    margin: float = Field(default=0.2, gt=0, le=2)
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's queries, a scalar."""
-        query_BD, *documents = columns
-        keys = needed(targets.keys, "the keys of its texts", self.name).to(query_BD.device)
-        document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])
-        cosine_BC = query_BD @ document_CD.T
-        positive_B = (query_BD * documents[0]).sum(-1)
-        # Without any negative the maximum is -inf and the hinge 0, with gradient 0.
-        hardest_B = cosine_BC.masked_fill(known_relevant(keys), -torch.inf).amax(-1)
-        return torch.relu(self.margin - positive_B + hardest_B).mean()
+def hardest_negative(settings: HardestNegative, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's queries, a scalar."""
+    query_BD, *documents = columns
+    keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
+    document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])
+    cosine_BC = query_BD @ document_CD.T
+    positive_B = (query_BD * documents[0]).sum(-1)
+    # Without any negative the maximum is -inf and the hinge 0, with gradient 0.
+    hardest_B = cosine_BC.masked_fill(known_relevant(keys), -torch.inf).amax(-1)
+    return torch.relu(settings.margin - positive_B + hardest_B).mean()

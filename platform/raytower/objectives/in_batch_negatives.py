@@ -23,46 +23,37 @@ Shape legend: B queries of this worker, N queries of all workers, C documents of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from raytower.config import Config
-from raytower.objectives.gather import gather_rows
+from raytower.collectives import gather_rows
+from raytower.objectives.config import InBatchNegatives
 from raytower.objectives.keys import BatchKeys, known_relevant, own_places
 from raytower.objectives.targets import Targets, needed
 
 
-class InBatchNegatives(Config):
-    """The objective with its settings. Cosines differ by at most 2, so a margin lies in 0..2."""
+def in_batch_negatives(settings: InBatchNegatives, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's queries, a scalar."""
+    query_BD, *documents = columns
+    keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
+    loss = _one_direction(settings, query_BD, documents, keys)
+    if not settings.symmetric:
+        return loss
+    exchanged = BatchKeys(query=keys.documents[0], documents=(keys.query,))
+    return (loss + _one_direction(settings, documents[0], [query_BD], exchanged)) / 2
 
-    formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "labelled")
 
-    name: Literal["in_batch_negatives"] = "in_batch_negatives"
-    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
-    margin: float = Field(default=0.0, ge=0, le=2)
-    symmetric: bool = False
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's queries, a scalar."""
-        query_BD, *documents = columns
-        keys = needed(targets.keys, "the keys of its texts", self.name).to(query_BD.device)
-        loss = self._one_direction(query_BD, documents, keys)
-        if not self.symmetric:
-            return loss
-        exchanged = BatchKeys(query=keys.documents[0], documents=(keys.query,))
-        return (loss + self._one_direction(documents[0], [query_BD], exchanged)) / 2
-
-    def _one_direction(self, query_BD: Tensor, documents: Sequence[Tensor], keys: BatchKeys) -> Tensor:
-        """Mean cross-entropy of finding each query's first document among the documents of all workers."""
-        document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])
-        cosine_BC = query_BD @ document_CD.T
-        rows_B, positive_B = torch.arange(len(query_BD), device=query_BD.device), own_places(query_BD)
-        known_BC = known_relevant(keys)
-        known_BC[rows_B, positive_B] = False
-        margin_BC = torch.zeros_like(cosine_BC)
-        margin_BC[rows_B, positive_B] = self.margin
-        logits_BC = self.scale * (cosine_BC - margin_BC)
-        return nn.functional.cross_entropy(logits_BC.masked_fill(known_BC, -torch.inf), positive_B)
+def _one_direction(
+    settings: InBatchNegatives, query_BD: Tensor, documents: Sequence[Tensor], keys: BatchKeys
+) -> Tensor:
+    """Mean cross-entropy of finding each query's first document among the documents of all workers."""
+    document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])
+    cosine_BC = query_BD @ document_CD.T
+    rows_B, positive_B = torch.arange(len(query_BD), device=query_BD.device), own_places(query_BD)
+    known_BC = known_relevant(keys)
+    known_BC[rows_B, positive_B] = False
+    margin_BC = torch.zeros_like(cosine_BC)
+    margin_BC[rows_B, positive_B] = settings.margin
+    logits_BC = settings.scale * (cosine_BC - margin_BC)
+    return nn.functional.cross_entropy(logits_BC.masked_fill(known_BC, -torch.inf), positive_B)

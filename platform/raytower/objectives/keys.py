@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytower.objectives.gather import gather_constants, rank
+from raytower.collectives import gather_constants, rank
 
 NO_KEY = 0
 

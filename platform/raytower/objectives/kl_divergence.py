@@ -21,35 +21,23 @@ Shape legend: B queries of this worker, K documents of each, D embedding dimensi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from raytower.config import Config
-from raytower.objectives.targets import Targets, candidate_cosines, teacher_scores
+from raytower.objectives.config import KLDivergence
+from raytower.objectives.targets import Targets, distilled
 
 
-class KLDivergence(Config):
-    """The objective with the student's scale and the teacher's temperature."""
+def kl_divergence(settings: KLDivergence, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's queries, a scalar.
 
-    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
-
-    name: Literal["kl_divergence"] = "kl_divergence"
-    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's queries, a scalar.
-
-        Raises:
-            InputError: fewer than two documents, or no finite teacher score for each.
-        """
-        cosine_BK = candidate_cosines(columns, self.name)
-        teacher_BK = teacher_scores(targets, cosine_BK, self.name)
-        return nn.functional.kl_div(
-            (self.scale * cosine_BK).log_softmax(-1),
-            (teacher_BK / self.temperature).log_softmax(-1),
-            log_target=True,
-            reduction="batchmean",
-        )
+    Raises:
+        InputError: fewer than two documents, or no finite teacher score for each.
+    """
+    cosine_BK, teacher_BK = distilled(columns, targets, settings.name)
+    return nn.functional.kl_div(
+        (settings.scale * cosine_BK).log_softmax(-1),
+        (teacher_BK / settings.temperature).log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )

@@ -16,38 +16,19 @@ Shape legend: B queries of this worker, K documents of each.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 from torch import Tensor, nn
 
-from raytower.config import Config
-from raytower.errors import InputError
+from raytower.objectives.config import ListwiseSoftmax
+from raytower.objectives.targets import refuse_single_documents
 
 
-class ListwiseSoftmax(Config):
-    """The objective; it has no settings."""
+def listwise_softmax(settings: ListwiseSoftmax, logits_BK: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Mean loss, a scalar, of logits (B, K) whose first column is of the relevant documents; `labels` are not read.
 
-    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
-    num_labels: ClassVar[int] = 1
-    activation: ClassVar[Literal["sigmoid", "identity"]] = "identity"
-
-    name: Literal["listwise_softmax"] = "listwise_softmax"
-
-    def __call__(self, logits_BK: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean loss, a scalar.
-
-        Args:
-            logits_BK: (B, K) of each query's documents, the relevant one first; K at least 2.
-            labels: not read; the order of the columns says which document is relevant.
-
-        Raises:
-            InputError: K is 1.
-        """
-        if logits_BK.shape[1] < 2:
-            raise InputError(
-                f"each query has {logits_BK.shape[1]} document; objective {self.name} compares at least 2: "
-                "give a negative for each query"
-            )
-        first_B = torch.zeros(len(logits_BK), dtype=torch.long, device=logits_BK.device)
-        return nn.functional.cross_entropy(logits_BK, first_B)
+    Raises:
+        InputError: K is 1.
+    """
+    refuse_single_documents(logits_BK, settings.name)
+    first_B = torch.zeros(len(logits_BK), dtype=torch.long, device=logits_BK.device)
+    return nn.functional.cross_entropy(logits_BK, first_B)

@@ -20,30 +20,19 @@ Shape legend: B queries of this worker, K documents of each, D embedding dimensi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from raytower.config import Config
-from raytower.objectives.targets import Targets, candidate_cosines, teacher_scores
+from raytower.objectives.config import MarginMSE
+from raytower.objectives.targets import Targets, distilled
 
 
-class MarginMSE(Config):
-    """The objective with the scale that brings cosines to the teacher's range."""
+def margin_mse(settings: MarginMSE, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's queries, a scalar.
 
-    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
-
-    name: Literal["margin_mse"] = "margin_mse"
-    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's queries, a scalar.
-
-        Raises:
-            InputError: fewer than two documents, or no finite teacher score for each.
-        """
-        cosine_BK = candidate_cosines(columns, self.name)
-        teacher_BK = teacher_scores(targets, cosine_BK, self.name)
-        student_margins = self.scale * (cosine_BK[:, :1] - cosine_BK[:, 1:])  # (B, K-1)
-        return nn.functional.mse_loss(student_margins, teacher_BK[:, :1] - teacher_BK[:, 1:])
+    Raises:
+        InputError: fewer than two documents, or no finite teacher score for each.
+    """
+    cosine_BK, teacher_BK = distilled(columns, targets, settings.name)
+    student_margins = settings.scale * (cosine_BK[:, :1] - cosine_BK[:, 1:])  # (B, K-1)
+    return nn.functional.mse_loss(student_margins, teacher_BK[:, :1] - teacher_BK[:, 1:])

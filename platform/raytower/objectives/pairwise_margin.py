@@ -16,39 +16,18 @@ Shape legend: B queries of this worker, K documents of each.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from pydantic import Field
 from torch import Tensor
 
-from raytower.config import Config
-from raytower.errors import InputError
+from raytower.objectives.config import PairwiseMargin
+from raytower.objectives.targets import refuse_single_documents
 
 
-class PairwiseMargin(Config):
-    """The objective; `margin` is a difference of two scores in 0..1."""
+def pairwise_margin(settings: PairwiseMargin, logits_BK: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Mean loss, a scalar, of logits (B, K) whose first column is of the relevant documents; `labels` are not read.
 
-    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
-    num_labels: ClassVar[int] = 1
-    activation: ClassVar[Literal["sigmoid", "identity"]] = "sigmoid"
-
-    name: Literal["pairwise_margin"] = "pairwise_margin"
-    margin: float = Field(default=0.1, gt=0, le=1)
-
-    def __call__(self, logits_BK: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean loss, a scalar.
-
-        Args:
-            logits_BK: (B, K) of each query's documents, the relevant one first; K at least 2.
-            labels: not read; the order of the columns says which document is relevant.
-
-        Raises:
-            InputError: K is 1.
-        """
-        if logits_BK.shape[1] < 2:
-            raise InputError(
-                f"each query has {logits_BK.shape[1]} document; objective {self.name} compares at least 2: "
-                "give a negative for each query"
-            )
-        scores_BK = logits_BK.sigmoid()
-        return (self.margin - scores_BK[:, :1] + scores_BK[:, 1:]).clamp(min=0).mean()
+    Raises:
+        InputError: K is 1.
+    """
+    refuse_single_documents(logits_BK, settings.name)
+    scores_BK = logits_BK.sigmoid()
+    return (settings.margin - scores_BK[:, :1] + scores_BK[:, 1:]).clamp(min=0).mean()

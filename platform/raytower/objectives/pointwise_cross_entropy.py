@@ -15,41 +15,28 @@ Shape legend: B pairs of this worker.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from raytower.config import Config
 from raytower.errors import InputError
+from raytower.objectives.config import PointwiseCrossEntropy
 
 
-class PointwiseCrossEntropy(Config):
-    """The objective; raise `positive_weight` where negatives far outnumber positives."""
+def pointwise_cross_entropy(settings: PointwiseCrossEntropy, logits_B2: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean loss, a scalar.
 
-    formats: ClassVar[tuple[str, ...]] = ("scored", "triples", "candidates")
-    num_labels: ClassVar[int] = 2
-    activation: ClassVar[Literal["sigmoid", "identity"]] = "sigmoid"  # of z₁ - z₀: the softmax of the two
+    Args:
+        logits_B2: (B, 2), the class irrelevant first.
+        labels_B: (B,), each 0 or 1.
 
-    name: Literal["pointwise_cross_entropy"] = "pointwise_cross_entropy"
-    positive_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-
-    def __call__(self, logits_B2: Tensor, labels_B: Tensor) -> Tensor:
-        """Mean loss, a scalar.
-
-        Args:
-            logits_B2: (B, 2), the class irrelevant first.
-            labels_B: (B,), each 0 or 1.
-
-        Raises:
-            InputError: a label is neither.
-        """
-        wrong_B = (labels_B != 0) & (labels_B != 1)
-        if bool(wrong_B.any()):
-            raise InputError(
-                f"label {float(labels_B[wrong_B][0]):g} is neither 0 nor 1, which objective {self.name} needs; "
-                "train graded labels with pointwise_regression"
-            )
-        losses_B = nn.functional.cross_entropy(logits_B2, labels_B.long(), reduction="none")
-        return torch.where(labels_B == 1, self.positive_weight * losses_B, losses_B).mean()
+    Raises:
+        InputError: a label is neither.
+    """
+    wrong_B = (labels_B != 0) & (labels_B != 1)
+    if bool(wrong_B.any()):
+        raise InputError(
+            f"label {float(labels_B[wrong_B][0]):g} is neither 0 nor 1, which objective {settings.name} needs; "
+            "train graded labels with pointwise_regression"
+        )
+    losses_B = nn.functional.cross_entropy(logits_B2, labels_B.long(), reduction="none")
+    return torch.where(labels_B == 1, settings.positive_weight * losses_B, losses_B).mean()

@@ -21,36 +21,26 @@ Shape legend: B queries of this worker, N rows of all workers, D embedding dimen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from raytower.config import Config
-from raytower.objectives.gather import gather_rows
+from raytower.collectives import gather_rows
+from raytower.objectives.config import RandomNegative
 from raytower.objectives.keys import known_relevant, own_places
 from raytower.objectives.targets import Targets, needed
 
 
-class RandomNegative(Config):
-    """The objective with its margin, a difference of cosines."""
-
-    formats: ClassVar[tuple[str, ...]] = ("pairs", "labelled")
-
-    name: Literal["random_negative"] = "random_negative"
-    margin: float = Field(default=0.2, gt=0, le=2)
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's queries, a scalar."""
-        query_BD, document_BD = columns
-        keys = needed(targets.keys, "the keys of its texts", self.name).to(query_BD.device)
-        document_ND = gather_rows(document_BD)
-        num_rows = len(document_ND)
-        rows_N = torch.arange(num_rows, device=query_BD.device)
-        # How many rows each document comes after the query's own; the documents that may not be taken come last.
-        steps_BN = (rows_N[None] - own_places(query_BD)[:, None]) % num_rows
-        nearest_B, negative_B = steps_BN.masked_fill(known_relevant(keys), num_rows).min(-1)
-        positive_B = (query_BD * document_BD).sum(-1)
-        hinge_B = torch.relu(self.margin - positive_B + (query_BD * document_ND[negative_B]).sum(-1))
-        return torch.where(nearest_B < num_rows, hinge_B, 0.0).mean()
+def random_negative(settings: RandomNegative, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's queries, a scalar."""
+    query_BD, document_BD = columns
+    keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
+    document_ND = gather_rows(document_BD)
+    num_rows = len(document_ND)
+    rows_N = torch.arange(num_rows, device=query_BD.device)
+    # How many rows each document comes after the query's own; the documents that may not be taken come last.
+    steps_BN = (rows_N[None] - own_places(query_BD)[:, None]) % num_rows
+    nearest_B, negative_B = steps_BN.masked_fill(known_relevant(keys), num_rows).min(-1)
+    positive_B = (query_BD * document_BD).sum(-1)
+    hinge_B = torch.relu(settings.margin - positive_B + (query_BD * document_ND[negative_B]).sum(-1))
+    return torch.where(nearest_B < num_rows, hinge_B, 0.0).mean()

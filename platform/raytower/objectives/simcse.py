@@ -19,26 +19,16 @@ Shape legend: B texts of this worker, D embedding dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from raytower.config import Config
-from raytower.objectives.in_batch_negatives import InBatchNegatives
+from raytower.objectives.config import InBatchNegatives, SimCSE
+from raytower.objectives.in_batch_negatives import in_batch_negatives
 from raytower.objectives.targets import Targets, needed
 
 
-class SimCSE(Config):
-    """The objective with its scale."""
-
-    formats: ClassVar[tuple[str, ...]] = ("lines",)
-
-    name: Literal["simcse"] = "simcse"
-    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
-
-    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Mean loss over this worker's texts, a scalar."""
-        needed(targets.keys, "the keys of its texts", self.name)
-        first_BD, second_BD = columns
-        return InBatchNegatives(scale=self.scale)([first_BD, second_BD], targets)
+def simcse(settings: SimCSE, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Mean loss over this worker's texts, a scalar."""
+    needed(targets.keys, "the keys of its texts", settings.name)
+    first_BD, second_BD = columns
+    return in_batch_negatives(InBatchNegatives(scale=settings.scale), [first_BD, second_BD], targets)

@@ -57,6 +57,25 @@ def candidate_cosines(columns: Sequence[Tensor], objective: str) -> Tensor:
     return (query_BD[:, None] * torch.stack(list(documents), dim=1)).sum(-1)
 
 
+def refuse_single_documents(logits_BK: Tensor, objective: str) -> None:
+    """Raises InputError where there is one document a query: an objective over lists compares at least two."""
+    if logits_BK.shape[1] < 2:
+        raise InputError(
+            f"each query has {logits_BK.shape[1]} document; objective {objective} compares at least 2: "
+            "give a negative for each query"
+        )
+
+
+def distilled(columns: Sequence[Tensor], targets: Targets, objective: str) -> tuple[Tensor, Tensor]:
+    """The student's cosines and the teacher's scores, both (B, K), of each query's documents.
+
+    Raises:
+        InputError: fewer than two documents, or no finite teacher score for each.
+    """
+    cosine_BK = candidate_cosines(columns, objective)
+    return cosine_BK, teacher_scores(targets, cosine_BK, objective)
+
+
 def teacher_scores(targets: Targets, cosine_BK: Tensor, objective: str) -> Tensor:
     """The teacher's scores beside the student's. Raises InputError where one is missing or not finite."""
     teacher_BK = needed(targets.teacher_BK, "a teacher's score of each document", objective).to(cosine_BK)

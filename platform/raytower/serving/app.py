@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from raytower.evaluation.recall import Hit
+from raytower.retrieval.retriever import Hit
 from raytower.serving.config import ServeConfig
 from raytower.serving.page import load_page
 from raytower.serving.schemas import (
@@ -67,6 +67,17 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchCall:
+    """What a search asks for: `k` documents of each query; where it reranks, the first `recall_k` are reranked."""
+
+    queries: list[str]
+    k: int
+    recall_k: int
+    rerank: bool
+    filter: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class SearchAnswer:
     """Hits of each query, all from one index version; `partial` where a shard is missing from them."""
@@ -107,16 +118,8 @@ class Engine(Protocol):
     def index_version(self) -> str | None:
         """The version that is served now; None while nothing is loaded."""
 
-    def search(
-        self,
-        queries: list[str],
-        k: int,
-        recall_k: int,
-        rerank: bool,
-        deadline: Deadline,
-        filter: Mapping[str, Any] | None = None,
-    ) -> SearchAnswer:
-        """Recall among the documents that `filter` lets through, and rerank."""
+    def search(self, call: SearchCall, deadline: Deadline) -> SearchAnswer:
+        """Recall among the documents that the call's filter lets through, and rerank."""
 
     def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
         """Vectors of `texts` with the prefix of `role` ("query", "document" or None for no prefix)."""
@@ -159,10 +162,14 @@ def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig, gate: Wo
     async def search(body: SearchRequest) -> Response:
         body.check(limits)
         deadline = begin(body.timeout_ms)
-        texts, recall_k = body.texts(), body.depth(limits)
-        answer = await gate.run(
-            lambda: engine.search(texts, body.k, recall_k, body.rerank, deadline, body.filter), deadline
+        call = SearchCall(
+            queries=body.texts(),
+            k=body.k,
+            recall_k=body.depth(limits),
+            rerank=body.rerank,
+            filter=body.filter,
         )
+        answer = await gate.run(lambda: engine.search(call, deadline), deadline)
         return _json(_search_response(answer, deadline))
 
     @app.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=_ERRORS)

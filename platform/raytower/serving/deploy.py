@@ -26,12 +26,13 @@ from ray.serve.context import _get_global_client
 from raytower.ending import Terminated
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
 from raytower.index.manifest import IndexManifest
+from raytower.index.reader import check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended, log
 from raytower.serving.config import ServeConfig
-from raytower.serving.engine import check_fingerprint, encoder_for
+from raytower.serving.engine import encoder_for
 from raytower.serving.graph import QUIET, build_application, needed_cpus
 from raytower.serving.ports import PROXY_ENVIRONMENT
 
@@ -200,7 +201,7 @@ def check_parts(config: ServeConfig, version: str | None) -> IndexManifest:
     name = encoder_for(config, manifest.encoder)
     # Models that others made carry no record; loading one here is dearer, but tells before anything runs.
     fingerprint = read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint
-    check_fingerprint(config.index, manifest.version, manifest.fingerprint, name, str(fingerprint))
+    check_fingerprint(manifest, str(fingerprint))
     if config.reranker:
         resolve_model(config.reranker)
     return manifest

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
-from raytower.evaluation.recall import Candidate, Retriever, Vectors
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
-from raytower.models.encoder import Encoder, former_words
+from raytower.models.encoder import Encoder
 from raytower.models.forward import ComputeDtype, ForwardEngine
 from raytower.models.fusion import Fusion
-from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer
+from raytower.retrieval.retriever import Candidate, Retriever, Vectors
+from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, SearchCall
 from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotConfiguredError, NotReadyError, UnprocessableError
 from raytower.serving.work import Deadline, MicroBatcher
@@ -30,6 +30,7 @@ from raytower.serving.work import Deadline, MicroBatcher
 _TEXTS_PER_FORWARD = 128
 _PAIRS_PER_FORWARD = 128
 _LOAD_TIMEOUT_MS = 60_000
+_WARM_UP = SearchCall(queries=["warm up"], k=1, recall_k=1, rerank=True)
 
 
 class ServedIndex(Protocol):
@@ -46,6 +47,9 @@ class ServedIndex(Protocol):
 
     @property
     def dim(self) -> int: ...
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises FormatError where an encoder with this fingerprint did not make the vectors."""
 
     def check_filter(self, filter: Mapping[str, Any]) -> None:
         """Raises InputError where it does not fit the documents' columns."""
@@ -153,25 +157,17 @@ class SearchEngine:
                 query_prefix=encoder.prefixes["query"] if prefix is None else prefix,
             )
             # The first forward of a model is slow; it should not be a user's.
-            self._search(snapshot, ["warm up"], 1, 1, True, Deadline.after(_LOAD_TIMEOUT_MS))
+            self._search(snapshot, _WARM_UP, Deadline.after(_LOAD_TIMEOUT_MS))
             self._snapshot = snapshot
             return index.version
 
-    def search(
-        self,
-        queries: list[str],
-        k: int,
-        recall_k: int,
-        rerank: bool,
-        deadline: Deadline,
-        filter: Mapping[str, Any] | None = None,
-    ) -> SearchAnswer:
-        """Recall `recall_k` candidates and rerank them, or recall `k`, among the documents that `filter` lets through.
+    def search(self, call: SearchCall, deadline: Deadline) -> SearchAnswer:
+        """Recall and rerank as the call asks, among the documents that its filter lets through.
 
         Raises:
             UnprocessableError: a filter that does not fit the documents' columns. OutOfTimeError, NotReadyError.
         """
-        return self._search(self._current(), queries, k, recall_k, rerank, deadline, filter)
+        return self._search(self._current(), call, deadline)
 
     def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
         """Vectors of `texts`, after the prefix of `role` if one is given. Raises OutOfTimeError, NotReadyError."""
@@ -194,26 +190,18 @@ class SearchEngine:
         return self._snapshot
 
     @staticmethod
-    def _search(
-        snapshot: Snapshot,
-        queries: list[str],
-        k: int,
-        recall_k: int,
-        rerank: bool,
-        deadline: Deadline,
-        filter: Mapping[str, Any] | None = None,
-    ) -> SearchAnswer:
+    def _search(snapshot: Snapshot, call: SearchCall, deadline: Deadline) -> SearchAnswer:
         partial = False
-        if filter is not None:
+        if call.filter is not None:
             try:
-                snapshot.index.check_filter(filter)
+                snapshot.index.check_filter(call.filter)
             except InputError as error:
                 raise UnprocessableError(str(error)) from error
 
         def recall(vectors: Vectors, depth: int) -> list[list[Candidate]]:
             nonlocal partial
             deadline.check()
-            candidates, partial = snapshot.index.recall(vectors, depth, deadline, filter)
+            candidates, partial = snapshot.index.recall(vectors, depth, deadline, call.filter)
             return candidates
 
         retriever = Retriever(
@@ -223,7 +211,7 @@ class SearchEngine:
             query_prefix=snapshot.query_prefix,
             recall=recall,
         )
-        found = retriever.search(queries, k=k, recall_k=recall_k, rerank=rerank)
+        found = retriever.search(call.queries, k=call.k, recall_k=call.recall_k, rerank=call.rerank)
         return SearchAnswer(snapshot.index.version, partial, found.reranked, found.hits, found.timings_ms)
 
     def _encoder_of(self, index: ServedIndex, before: Snapshot | None) -> SharedEncoder:
@@ -231,7 +219,7 @@ class SearchEngine:
             return before.encoder
         name = encoder_for(self._config, index.encoder)
         encoder = SharedEncoder(name, self._config.dtype)
-        check_fingerprint(self._config.index, index.version, index.fingerprint, name, encoder.fingerprint)
+        index.check_fingerprint(encoder.fingerprint)
         if encoder.dim != index.dim:
             raise FormatError(f"encoder {name!r} gives vectors of {encoder.dim}, the index holds {index.dim}")
         return encoder
@@ -275,16 +263,6 @@ def encoder_for(config: ServeConfig, recorded: str | None) -> str:
             f"index {config.index!r} records no encoder; name the one it was made with as `encoder`"
         )
     return name
-
-
-def check_fingerprint(index: str, version: str, made_by: str, encoder: str, fingerprint: str) -> None:
-    """Raises FormatError where an index was made by another encoder than the one given."""
-    if made_by != fingerprint:
-        raise FormatError(
-            f"index {index!r} version {version!r} was made by the encoder with fingerprint {made_by}, but "
-            f"{encoder!r} has {fingerprint}; serve the encoder that the corpus was encoded with, or encode it again"
-            f"{former_words(made_by, encoder)}"
-        )
 
 
 def choose_fusion(scorer: SharedScorer | None, weight: float | None) -> Fusion | None:

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,7 +24,7 @@ from raytower.serving.config import ServeConfig
 from raytower.serving.engine import SearchEngine, encoder_for
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, shard_deployment_name
-from raytower.storage import Location
+from raytower.storage import absolute_if_local
 
 INGRESS_NAME = "search"
 # Room beside the requests that the application admits itself, so that it is the one to answer 429 and health checks.
@@ -76,7 +75,7 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
     Raises:
         InputError: the variable that should hold the API key is unset or empty, or no encoder is named.
     """
-    settings = _from_anywhere(config, manifest).model_dump(mode="json")
+    settings = config_for_replicas(config, manifest).model_dump(mode="json")
     digest = config.api_key_sha256()
     key = digest.hex() if digest else None
     kept = {name: value for name, value in settings.items() if name not in _OUTSIDE_KEYS}
@@ -115,20 +114,12 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
     return ingress.options(**common).bind({**settings, "api_key_env": None}, key, *shards)
 
 
-def _from_anywhere(config: ServeConfig, manifest: IndexManifest) -> ServeConfig:
-    """Local paths made absolute and the encoder named: replicas need not run in the caller's folder."""
-    encoder = encoder_for(config, manifest.encoder)
-    names = {"encoder": _absolute(encoder)}
+def config_for_replicas(config: ServeConfig, manifest: IndexManifest) -> ServeConfig:
+    """The config with its encoder named, and with names by which every replica finds the same index and models."""
+    names = {"index": config.index, "encoder": encoder_for(config, manifest.encoder)}
     if config.reranker:
-        names["reranker"] = _absolute(config.reranker)
-    if "://" not in config.index:
-        names["index"] = str(Location.of(config.index))
-    return config.model_copy(update=names)
-
-
-def _absolute(model: str) -> str:
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
+        names["reranker"] = config.reranker
+    return config.model_copy(update={key: absolute_if_local(name) for key, name in names.items()})
 
 
 def needed_cpus(config: ServeConfig, num_shards: int) -> float:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from raytower.errors import RaytowerError
-from raytower.evaluation.recall import Candidate, Vectors, index_recall
 from raytower.index.filters import to_sql
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index
+from raytower.index.reader import Index, check_fingerprint
 from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest
+from raytower.retrieval.retriever import Candidate, Vectors, index_recall
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
@@ -43,6 +43,10 @@ class _OneVersion:
     def check_filter(self, filter: Mapping[str, Any]) -> None:
         """Raises InputError where it does not fit the documents' columns."""
         to_sql(filter, self._documents_schema)
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises FormatError where an encoder with this fingerprint did not make the vectors."""
+        check_fingerprint(self.manifest, fingerprint)
 
     @property
     def version(self) -> str:

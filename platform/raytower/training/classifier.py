@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -18,15 +18,16 @@ from raytower.data.sources import NamedInput
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
 from raytower.models.forward import check_max_length
+from raytower.models.logits_model import LogitsModel
 from raytower.models.sequence_classifier import classify_rows
 from raytower.models.text_classifier import TextClassifier
+from raytower.objectives.classification import weights_of
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
 from raytower.training.config import TrainClassifierConfig
-from raytower.training.inputs import ROWS_PER_PIECE, survey_training, tables
-from raytower.training.logits_model import LogitsModel
-from raytower.training.runner import describe_plan, fit
+from raytower.training.inputs import survey_training, tables
+from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
@@ -45,11 +46,23 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         super().__init__(config, start)
         self.labels = tuple(labels)
         self.classes = {label: number for number, label in enumerate(labels)}
-        self.weights_C = config.objective.weights_of(self.labels, [counts[label] for label in self.labels])
+        self.weights_C = weights_of(config.objective, self.labels, [counts[label] for label in self.labels])
         self.dev_texts: list[str] = []
         self.dev_labels: list[str] = []
         if config.dev is not None:
             self.dev_texts, self.dev_labels = _load_dev(config.dev.path, self.classes)
+
+    @classmethod
+    def survey(cls, config: TrainClassifierConfig) -> Survey:
+        return survey_training(
+            config, config.train.path, "labelled", config.objective.formats, config.objective.name
+        )
+
+    @classmethod
+    def prepare(cls, config: TrainClassifierConfig, surveyed: Survey) -> Self:
+        labels, counts = _labels(config, surveyed)
+        _load_start(config, config.start, labels)
+        return cls(config, absolute_if_local(config.start), labels, counts)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)
@@ -103,23 +116,13 @@ def train_classifier(config: TrainClassifierConfig) -> dict[str, Any]:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model, fewer than
             two labels, or a label that is not in the list of labels.
     """
-
-    surveyed = survey_classifier(config)
-    return fit(config, surveyed, lambda: make_classifier_task(config, surveyed))
-
-
-def make_classifier_task(config: TrainClassifierConfig, surveyed: Survey) -> ClassifierTask:
-    """The task, once model, rows and labels are known to fit together; raises InputError where they do not."""
-    labels, counts = _labels(config, surveyed)
-    _load_start(config, config.start, labels)
-    return ClassifierTask(config, absolute_if_local(config.start), labels, counts)
+    return fit(ClassifierTask, config)
 
 
 def plan_train_classifier(config: TrainClassifierConfig) -> dict[str, Any]:
     """The plan for --dry-run: makes every check that training would make, and trains nothing."""
-    surveyed = survey_classifier(config)
-    task = make_classifier_task(config.model_copy(update={"compile": False}), surveyed)
-    return {**describe_plan(config, surveyed, task.build(None)), "labels": len(task.labels)}
+    plan, task = plan_training(ClassifierTask, config)
+    return {**plan, "labels": len(task.labels)}
 
 
 def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]) -> TextClassifier:
@@ -128,13 +131,6 @@ def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]
     model = TextClassifier.start_from(start, labels)
     model.max_length = check_max_length(config.max_length, model.max_positions)
     return model
-
-
-def survey_classifier(config: TrainClassifierConfig) -> Survey:
-    """Survey the training rows."""
-    return survey_training(
-        config, config.train.path, "labelled", config.objective.formats, config.objective.name
-    )
 
 
 def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str], Counter[str]]:
@@ -157,7 +153,7 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
 
 
 def _read_labels(path: str) -> list[str]:
-    surveyed = survey_input(NamedInput(path=path, format="lines"), "lines", rows_per_piece=ROWS_PER_PIECE)
+    surveyed = survey_input(NamedInput(path=path, format="lines"), "lines")
     labels = [text.strip() for table in tables(surveyed) for text in table["text"].to_pylist()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
@@ -168,7 +164,7 @@ def _read_labels(path: str) -> list[str]:
 def _load_dev(path: str, classes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    surveyed = survey_input(NamedInput(path=path), "labelled", rows_per_piece=ROWS_PER_PIECE)
+    surveyed = survey_input(NamedInput(path=path), "labelled")
     for table in tables(surveyed):
         texts += table["text"].to_pylist()
         labels += table["label"].to_pylist()

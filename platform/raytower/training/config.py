@@ -8,21 +8,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField, OnError
-from raytower.models.lora import LoraConfig
-from raytower.objectives.classification import CrossEntropy, Focal
-from raytower.objectives.cosine_embedding import CosineEmbedding
-from raytower.objectives.cosine_regression import CosineRegression
-from raytower.objectives.hardest_negative import HardestNegative
-from raytower.objectives.in_batch_negatives import InBatchNegatives
-from raytower.objectives.kl_divergence import KLDivergence
-from raytower.objectives.listwise_softmax import ListwiseSoftmax
-from raytower.objectives.margin_mse import MarginMSE
-from raytower.objectives.matryoshka import Matryoshka
-from raytower.objectives.pairwise_margin import PairwiseMargin
-from raytower.objectives.pointwise_cross_entropy import PointwiseCrossEntropy
-from raytower.objectives.pointwise_regression import PointwiseRegression
-from raytower.objectives.random_negative import RandomNegative
-from raytower.objectives.simcse import SimCSE
+from raytower.models.config import LoraConfig
+from raytower.objectives.config import (
+    CosineEmbedding,
+    CosineRegression,
+    CrossEntropy,
+    Focal,
+    HardestNegative,
+    InBatchNegatives,
+    KLDivergence,
+    ListwiseSoftmax,
+    MarginMSE,
+    Matryoshka,
+    PairwiseMargin,
+    PointwiseCrossEntropy,
+    PointwiseRegression,
+    RandomNegative,
+    SimCSE,
+)
 
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
@@ -177,7 +180,7 @@ class RetrieverDevConfig(DevConfig):
 
 
 class TrainRetrieverConfig(TrainJobConfig):
-    """`raytower train-retriever` (design 5)."""
+    """`raytower train-retriever`."""
 
     train: RetrieverTrainInput
     dev: RetrieverDevConfig | None = None

@@ -15,17 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raytower.collectives import gather_constants
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.sources import InputConfig, NamedInput
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine
-from raytower.objectives.gather import gather_constants
 from raytower.training.config import RetrieverDevConfig
 from raytower.training.shares import gather_rows_in_order, own_rows
-
-_ROWS_PER_PIECE = 8192
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def load_dev_set(config: RetrieverDevConfig) -> DevSet:
             places.setdefault(document, len(places))
     if config.corpus is not None:
         source = NamedInput(path=config.corpus)
-        surveyed = survey_input(source, "corpus", rows_per_piece=_ROWS_PER_PIECE)
+        surveyed = survey_input(source, "corpus")
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):
             if text not in places and _position(text) < wanted:
@@ -105,7 +103,7 @@ def _rank_documents(
 def _rows(
     source: InputConfig, kind: Literal["pairs", "corpus"], names: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
-    yield from _survey_rows(survey_input(source, kind, rows_per_piece=_ROWS_PER_PIECE), names)
+    yield from _survey_rows(survey_input(source, kind), names)
 
 
 def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:

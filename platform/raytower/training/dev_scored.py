@@ -12,7 +12,6 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.sources import NamedInput
 from raytower.errors import InputError
 from raytower.metrics import accuracy_f1, auc, best_threshold, spearman
-from raytower.training.inputs import ROWS_PER_PIECE
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def load_scored_pairs(path: str, metric: str) -> ScoredPairs:
     queries: list[str] = []
     documents: list[str] = []
     labels: list[float] = []
-    for piece in survey_input(NamedInput(path=path), "scored", rows_per_piece=ROWS_PER_PIECE).pieces:
+    for piece in survey_input(NamedInput(path=path), "scored").pieces:
         table = read_piece(piece)
         queries += table["query"].to_pylist()
         documents += table["document"].to_pylist()

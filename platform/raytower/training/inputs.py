@@ -20,8 +20,6 @@ from raytower.runtime import log
 from raytower.storage import Location
 from raytower.training.config import TrainJobConfig
 
-ROWS_PER_PIECE = 8192
-
 
 def survey_training(
     config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
@@ -49,9 +47,7 @@ def survey_training(
     reasons = []
     for kind in candidates:
         try:
-            return survey_input(
-                source, kind, rows_per_piece=ROWS_PER_PIECE, on_error=config.on_error, quarantine=quarantine
-            )
+            return survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
         except InputError as error:
             if len(candidates) == 1:
                 raise

@@ -213,20 +213,25 @@ def _data_parallel(model: nn.Module) -> nn.Module:
     )
 
 
-def probe_storage(storage: Location, rank: int) -> None:
-    """Write and remove a file from this worker, so that a place it cannot write is found before training.
+def probe_storage(storage: Location, rank: int | None = None) -> None:
+    """Write and remove a file from this process, so that a place it cannot write is found before training.
+
+    Args:
+        storage: the folder that the output and the checkpoints go to.
+        rank: of the worker that this process is; None for the driver.
 
     Raises:
-        InputError: naming the worker's machine.
+        InputError: naming the process and its machine.
     """
-    probe = storage / f".probe-{rank}"
+    writer = "driver" if rank is None else "worker"
+    probe = storage / f".probe-{writer if rank is None else rank}"
     try:
         storage.make_dir()
         probe.write_bytes(b"probe")
         probe.delete()
     except OSError as error:
         raise InputError(
-            f"the folder of output, {storage}, cannot be written by the worker on {socket.gethostname()}: {error}; "
+            f"the folder of output, {storage}, cannot be written by the {writer} on {socket.gethostname()}: {error}; "
             "choose a place that every worker can write, such as a shared file system or s3://"
         ) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from raytower.data.pieces import Survey
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.forward import check_max_length
+from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
@@ -20,8 +21,7 @@ from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
-from raytower.training.logits_model import LogitsModel
-from raytower.training.runner import describe_plan, fit
+from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
@@ -40,6 +40,23 @@ class RerankerTask(Task[TrainRerankerConfig]):
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None:
             self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+
+    @classmethod
+    def survey(cls, config: TrainRerankerConfig) -> Survey:
+        return survey_training(
+            config, config.train.path, config.train.format, config.objective.formats, config.objective.name
+        )
+
+    @classmethod
+    def prepare(cls, config: TrainRerankerConfig, surveyed: Survey) -> Self:
+        _load_start(config, config.start)
+        names, shape = surveyed.schema.names, config.objective.num_labels
+        count = count_documents(surveyed, config.train.num_documents)
+        if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
+            check_labels(
+                surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels), count
+            )
+        return cls(config, absolute_if_local(config.start), count)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))
@@ -97,28 +114,12 @@ def train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model, or labels
             that the objective does not take.
     """
-
-    surveyed = survey_reranker(config)
-    return fit(config, surveyed, lambda: make_reranker_task(config, surveyed))
-
-
-def make_reranker_task(config: TrainRerankerConfig, surveyed: Survey) -> RerankerTask:
-    """The task, once model, rows and objective are known to fit together; raises InputError where they do not."""
-    _load_start(config, config.start)
-    names, shape = surveyed.schema.names, config.objective.num_labels
-    count = count_documents(surveyed, config.train.num_documents)
-    if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
-        check_labels(
-            surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels), count
-        )
-    return RerankerTask(config, absolute_if_local(config.start), count)
+    return fit(RerankerTask, config)
 
 
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     """The plan for --dry-run: makes every check that training would make, and trains nothing."""
-    surveyed = survey_reranker(config)
-    task = make_reranker_task(config.model_copy(update={"compile": False}), surveyed)
-    return describe_plan(config, surveyed, task.build(None))
+    return plan_training(RerankerTask, config)[0]
 
 
 def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
@@ -129,10 +130,3 @@ def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
     model.activation = config.objective.activation
     model.max_length = check_max_length(config.max_length, model.max_positions)
     return model
-
-
-def survey_reranker(config: TrainRerankerConfig) -> Survey:
-    """Survey the training rows as the kind that the objective trains from."""
-    return survey_training(
-        config, config.train.path, config.train.format, config.objective.formats, config.objective.name
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder, Projection
 from raytower.models.forward import ForwardEngine, check_max_length
 from raytower.models.two_tower import Chunk, TwoTower, split_columns
+from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
@@ -24,7 +25,7 @@ from raytower.training.config import TrainRetrieverConfig
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, refuse_single_text, survey_training
-from raytower.training.runner import describe_plan, fit
+from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
@@ -54,6 +55,30 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         elif config.dev is not None:
             self.recall_dev = load_dev_set(config.dev)
         self._teacher: CrossScorer | None = None
+
+    @classmethod
+    def survey(cls, config: TrainRetrieverConfig) -> Survey:
+        return survey_training(
+            config, config.train.path, config.train.format, config.objective.formats, config.objective.name
+        )
+
+    @classmethod
+    def prepare(cls, config: TrainRetrieverConfig, surveyed: Survey) -> Self:
+        prepare_backbone(
+            _load_start(config, config.start).backbone, config.model_copy(update={"compile": False})
+        )
+        _check_rows(config, surveyed)
+        count = count_documents(surveyed, config.train.num_documents)
+        teacher = None if config.teacher is None else absolute_if_local(config.teacher)
+        if teacher is not None:
+            CrossEncoder.load(teacher)  # a mistyped one is refused here, not by every worker
+        task = cls(config, absolute_if_local(config.start), count, teacher)
+        if config.sampler == "no_duplicates":
+            names = surveyed.schema.names
+            # The label of a text tells; that of a scored pair is 0 or 1 and tells nothing.
+            telling = [*_TELLING_COLUMNS, *(["label"] if "text" in names else [])]
+            task.distinct_columns = tuple(name for name in telling if name in names)
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         config = self.config
@@ -123,7 +148,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
 
 def make_objective(config: TrainRetrieverConfig) -> EncoderObjective:
     """The config's objective, over several dimensions where `matryoshka` asks for them."""
-    return config.matryoshka.wrap(config.objective) if config.matryoshka else config.objective
+    return over_dimensions(config.matryoshka, config.objective) if config.matryoshka else config.objective
 
 
 def train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
@@ -133,33 +158,12 @@ def train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
         InputError: bad rows, fewer rows than a batch, an output made by another config, an unknown model, or data
             that the objective cannot train from.
     """
-
-    surveyed = survey_retriever(config)
-    return fit(config, surveyed, lambda: make_retriever_task(config, surveyed))
-
-
-def make_retriever_task(config: TrainRetrieverConfig, surveyed: Survey) -> RetrieverTask:
-    """The task, once model, rows and objective are known to fit together; raises InputError where they do not."""
-    prepare_backbone(_load_start(config, config.start).backbone, config.model_copy(update={"compile": False}))
-    _check_rows(config, surveyed)
-    count = count_documents(surveyed, config.train.num_documents)
-    teacher = None if config.teacher is None else absolute_if_local(config.teacher)
-    if teacher is not None:
-        CrossEncoder.load(teacher)  # a mistyped one is refused here, not by every worker
-    task = RetrieverTask(config, absolute_if_local(config.start), count, teacher)
-    if config.sampler == "no_duplicates":
-        names = surveyed.schema.names
-        # The label of a text tells; that of a scored pair is 0 or 1 and tells nothing.
-        telling = [*_TELLING_COLUMNS, *(["label"] if "text" in names else [])]
-        task.distinct_columns = tuple(name for name in telling if name in names)
-    return task
+    return fit(RetrieverTask, config)
 
 
 def plan_train_retriever(config: TrainRetrieverConfig) -> dict[str, Any]:
     """The plan for --dry-run: makes every check that training would make, and trains nothing."""
-    surveyed = survey_retriever(config)
-    task = make_retriever_task(config.model_copy(update={"compile": False}), surveyed)
-    return describe_plan(config, surveyed, task.build(None))
+    return plan_training(RetrieverTask, config)[0]
 
 
 def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
@@ -219,13 +223,6 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
 def _loss_of_equal_vectors(config: TrainRetrieverConfig, labels_B: Tensor) -> Tensor:
     vectors_BD = torch.ones(len(labels_B), 1)
     return config.objective([vectors_BD, vectors_BD], Targets(labels_B=labels_B))
-
-
-def survey_retriever(config: TrainRetrieverConfig) -> Survey:
-    """Survey the training rows as the kind that the objective trains from."""
-    return survey_training(
-        config, config.train.path, config.train.format, config.objective.formats, config.objective.name
-    )
 
 
 def _prefixes(encoder: Encoder) -> tuple[str, str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -23,12 +22,25 @@ from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import TrainJobConfig
 from raytower.training.inputs import content_hash
-from raytower.training.loop import TrainingPlan, train_worker
+from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
 
+TaskT = TypeVar("TaskT", bound=Task[Any])
 
-def describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> dict[str, Any]:
+
+def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict[str, Any], TaskT]:
+    """The plan for --dry-run and the task: makes every check that training would make, and trains nothing.
+
+    Raises:
+        InputError: as `fit`.
+    """
+    surveyed = task_class.survey(config)
+    task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
+    return _describe_plan(config, surveyed, task.build(None)), task
+
+
+def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> dict[str, Any]:
     """What --dry-run prints: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker.
 
     `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
@@ -113,12 +125,15 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     )
 
 
-def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task[Any]]) -> dict[str, Any]:
+def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     """Train and publish; a finished run is not repeated, a killed one continues from its last checkpoint.
+
+    The model is loaded and checked against the rows only where there is something to train.
 
     Raises:
         InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
     """
+    survey = task_class.survey(config)
     output = Location.of(config.output)
     identity = run_identity(config, survey)
     run_folder = _run_folder(output, identity)
@@ -128,9 +143,9 @@ def fit(config: TrainJobConfig, survey: Survey, make_task: Callable[[], Task[Any
         # A kill between publishing and cleaning up leaves the checkpoints behind.
         run_folder.delete()
         return done
-    _probe_writable(output)
+    probe_storage(output.parent)
     _name_other_runs(output, run_folder)
-    plan = _make_plan(config, survey, make_task())
+    plan = _make_plan(config, survey, task_class.prepare(config, survey))
     ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
     _compare_with_cluster(config)
     result = _run_trainer(plan, run_folder.name)
@@ -264,14 +279,3 @@ def _compare_with_cluster(config: TrainJobConfig) -> None:
 
 def _count_steps(config: TrainJobConfig, survey: Survey) -> int:
     return count_steps(survey.num_rows, config.batch_size * config.accumulate_batches, config.epochs)
-
-
-def _probe_writable(output: Location) -> None:
-    probe = output.parent / f".{output.name}.probe"
-    try:
-        probe.write_bytes(b"probe")
-        probe.delete()
-    except OSError as error:
-        raise InputError(
-            f"output {output} cannot be written: {error}; choose a place that every worker can"
-        ) from error

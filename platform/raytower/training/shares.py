@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raytower.objectives.gather import gather_constants, rank, world_size
+from raytower.collectives import gather_constants, rank, world_size
 
 
 def own_rows(num_rows: int) -> NDArray[np.int64]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from raytower.collectives import gather_constants, rank
 from raytower.errors import RaytowerError
-from raytower.objectives.gather import gather_constants, rank
 from raytower.objectives.gradient_cache import backward_cached
 
 BatchT = TypeVar("BatchT")

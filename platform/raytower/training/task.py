@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from raytower.data.pieces import Survey
 from raytower.training.batches import Rows
 from raytower.training.config import DevConfig, TrainJobConfig
 from raytower.training.step import TrainingStep
@@ -28,6 +29,24 @@ class Task(ABC, Generic[ConfigT]):
         """`start` is config.start, absolute where it is a directory here: workers run in folders of their own."""
         self.config = config
         self.start = start
+
+    @classmethod
+    @abstractmethod
+    def survey(cls, config: ConfigT) -> Survey:
+        """Survey the training rows as the kind that the objective trains from.
+
+        Raises:
+            InputError: bad rows under on_error fail, or rows of another kind.
+        """
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, config: ConfigT, surveyed: Survey) -> Self:
+        """The task, once model, rows and objective are known to fit together.
+
+        Raises:
+            InputError: they do not, or there is no such model.
+        """
 
     @property
     def dev(self) -> DevConfig | None:

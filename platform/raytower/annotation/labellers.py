@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from raytower.errors import InputError
-from raytower.evaluation.judgements import find_documents
-from raytower.evaluation.recall import Candidate, index_recall
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine
+from raytower.retrieval.lookup import find_documents
+from raytower.retrieval.retriever import Candidate, index_recall
 
 
 @dataclass(frozen=True, slots=True)

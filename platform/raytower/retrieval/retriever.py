@@ -6,6 +6,7 @@ Shape legend: Q queries, D embedding dimension, K candidates a query.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,41 +145,25 @@ class Retriever:
         Raises:
             InputError: `k` or `recall_k` is below 1, or there is no way of recall.
         """
-        start = time.perf_counter()
-        vectors = self.encode(queries)
-        encode_ms = _ms_since(start)
-        result = self.search_vectors(vectors, queries, k=k, recall_k=recall_k, rerank=rerank, recall=recall)
-        timings = {"encode": encode_ms, **result.timings_ms, "total": _ms_since(start)}
-        return SearchResult(result.hits, result.reranked, timings)
-
-    def search_vectors(
-        self,
-        vectors: Vectors,
-        queries: Sequence[str],
-        *,
-        k: int = 10,
-        recall_k: int = 100,
-        rerank: bool = True,
-        recall: Recall | None = None,
-    ) -> SearchResult:
-        """`search` for queries encoded before: `vectors` is float32 [Q, D], `queries` the texts for the reranker."""
         if k < 1 or recall_k < 1:
             raise InputError(f"k is {k} and recall_k is {recall_k}; both must be 1 or more")
-        if len(vectors) != len(queries):
-            raise InputError(
-                f"{len(vectors)} vectors given for {len(queries)} queries; there must be as many"
-            )
         reranks = rerank and self.scorer is not None
-        start = time.perf_counter()
+        times = [time.perf_counter()]
+        vectors = self.encode(queries)
+        times.append(time.perf_counter())
         candidates = self.recall(vectors, max(k, recall_k) if reranks else k, recall)
-        timings = {"recall": _ms_since(start)}
+        times.append(time.perf_counter())
+        if reranks:
+            ranked = self.rerank(queries, candidates, recall_k)
+        else:
+            ranked = [recall_order(items) for items in candidates]
+        times.append(time.perf_counter())
+        stages = zip(("encode", "recall", "rerank"), itertools.pairwise(times), strict=True)
+        timings = {name: (end - start) * 1000 for name, (start, end) in stages}
         if not reranks:
-            return SearchResult(
-                [recall_order(items)[:k] for items in candidates], False, {**timings, "rerank": 0.0}
-            )
-        middle = time.perf_counter()
-        hits = self.rerank(queries, candidates, recall_k)
-        return SearchResult([items[:k] for items in hits], True, {**timings, "rerank": _ms_since(middle)})
+            timings["rerank"] = 0.0
+        timings["total"] = (times[-1] - times[0]) * 1000
+        return SearchResult([hits[:k] for hits in ranked], reranks, timings)
 
     def encode(self, queries: Sequence[str]) -> Vectors:
         """Query vectors, float32 [Q, D], with the query prefix put before each text."""
@@ -242,7 +227,3 @@ def recall_order(candidates: Sequence[Candidate]) -> list[Hit]:
 
 def _hit(item: Candidate, rank: int, score: float, rerank_score: float | None = None) -> Hit:
     return Hit(item.id, item.text, item.metadata, item.score, rerank_score, score, rank)
-
-
-def _ms_since(start: float) -> float:
-    return (time.perf_counter() - start) * 1000

@@ -8,20 +8,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 
 from raytower.config import to_json
-from raytower.errors import FormatError, InputError
+from raytower.errors import InputError
 from raytower.storage import Location
 
 RUN_NAME = "run.trec"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 _UNSAFE_IN_ID = re.compile(r"[\s%]")
-_RUN_COLUMNS = 6
 _SHOWN_CHARACTERS = 400
 
 
@@ -53,35 +51,10 @@ class RunWriter:
 def open_run(place: Location, tag: str = "raytower") -> Iterator[RunWriter]:
     """A writer of a run file; the file appears when the block ends well.
 
-    The format parts columns by white space, so white space and `%` inside ids are written percent-encoded (`%20`);
-    `read_run` turns them back.
+    The format parts columns by white space, so white space and `%` inside ids are written percent-encoded (`%20`).
     """
     with place.open_write() as stream:
         yield RunWriter(stream, tag)
-
-
-def read_run(place: Location) -> dict[str, list[tuple[str, float]]]:
-    """Documents with scores of each query, best score first; equal scores keep the order of the file.
-
-    Raises:
-        InputError: there is no such file.
-        FormatError: a line has not six columns, or its score is no number.
-    """
-    run: dict[str, list[tuple[str, float]]] = {}
-    for number, line in enumerate(place.read_bytes().decode().split("\n"), start=1):
-        if not line:
-            continue
-        columns = line.split()
-        if len(columns) != _RUN_COLUMNS:
-            raise FormatError(f"{place}:{number} has {len(columns)} columns; a run line has {_RUN_COLUMNS}")
-        try:
-            score = float(columns[4])
-        except ValueError as error:
-            raise FormatError(f"{place}:{number}: the score {columns[4]!r} is no number") from error
-        run.setdefault(unquote(columns[0]), []).append((unquote(columns[2]), score))
-    for ranked in run.values():
-        ranked.sort(key=lambda item: -item[1])
-    return run
 
 
 def write_reports(output: Location, report: Mapping[str, Any]) -> None:

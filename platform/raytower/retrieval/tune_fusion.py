@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raytower.errors import InputError
-from raytower.evaluation.recall import Retriever
 from raytower.metrics import MRR_DEPTH, reciprocal_rank
 from raytower.models.directory import INFO_NAME
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import Retriever
 from raytower.storage import Location
 
 # Twentieths, so that 0, 0.05 … 1 are each the float nearest to what is written.
@@ -57,7 +57,19 @@ def tune_fusion(
     Raises:
         InputError: there are no candidates, or the three disagree in number.
     """
-    return _tune(_pad(recall_scores, rerank_logits, relevance))
+    padded = _pad(recall_scores, rerank_logits, relevance)
+    recall, rerank = padded.recall[padded.exists], padded.rerank[padded.exists]
+    base = Fusion(
+        weight=0.0,
+        recall_mean=float(recall.mean()),
+        recall_std=_deviation(recall),
+        rerank_mean=float(rerank.mean()),
+        rerank_std=_deviation(rerank),
+    )
+    # max() keeps the first of equals, and the weights rise; rounding, or the order of a sum would break ties.
+    return max(
+        (replace(base, weight=weight) for weight in WEIGHTS), key=lambda item: round(_mrr(item, padded), 12)
+    )
 
 
 def fused_mrr(
@@ -91,13 +103,13 @@ def tune_on_queries(
         for items, judged in zip(candidates, relevant[start : start + len(batch)], strict=True):
             recall_scores.append([item.score for item in items])
             relevance.append([judged.get(item.id, 0.0) for item in items])
-    padded = _pad(recall_scores, logits, relevance)
-    fusion = _tune(padded)
+    found = recall_scores, logits, relevance
+    fusion = tune_fusion(*found)
     return TunedFusion(
         fusion=fusion,
-        recall_mrr=_mrr(replace(fusion, weight=0.0), padded),
-        rerank_mrr=_mrr(replace(fusion, weight=1.0), padded),
-        fused_mrr=_mrr(fusion, padded),
+        recall_mrr=fused_mrr(replace(fusion, weight=0.0), *found),
+        rerank_mrr=fused_mrr(replace(fusion, weight=1.0), *found),
+        fused_mrr=fused_mrr(fusion, *found),
     )
 
 
@@ -114,21 +126,6 @@ def store_fusion(reranker: str | Location, tuned: Fusion | TunedFusion) -> None:
     if isinstance(tuned, TunedFusion):
         info["fusion_tuning"] = {key: value for key, value in tuned.to_dict().items() if key != "fusion"}
     place.write_json(info)
-
-
-def _tune(padded: _Padded) -> Fusion:
-    recall, rerank = padded.recall[padded.exists], padded.rerank[padded.exists]
-    base = Fusion(
-        weight=0.0,
-        recall_mean=float(recall.mean()),
-        recall_std=_deviation(recall),
-        rerank_mean=float(rerank.mean()),
-        rerank_std=_deviation(rerank),
-    )
-    # max() keeps the first of equals, and the weights rise; rounding, or the order of a sum would break ties.
-    return max(
-        (replace(base, weight=weight) for weight in WEIGHTS), key=lambda item: round(_mrr(item, padded), 12)
-    )
 
 
 def _mrr(fusion: Fusion, padded: _Padded) -> float:

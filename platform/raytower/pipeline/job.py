@@ -11,11 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
-
-from raytower.cli import COMMANDS, Command, find_reference
+from raytower.commands import COMMANDS, Command, find_reference
 from raytower.config import Config, make_config
 from raytower.errors import InputError
+from raytower.pipeline.config import PipelineConfig, StepConfig
 from raytower.runtime import log
 from raytower.storage import Location
 
@@ -30,20 +29,6 @@ STEP_JOBS = (
     "classify",
     "similarity",
 )
-
-
-class StepConfig(Config):
-    """One step: the job's name as on the command line, and its config."""
-
-    job: str
-    config: dict[str, Any]
-
-
-class PipelineConfig(Config):
-    """`state` is the file that remembers finished steps."""
-
-    steps: list[StepConfig] = Field(min_length=1)
-    state: str
 
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
-from raytower.config import Config, FractionField
-from raytower.evaluation.recall import index_recall
-from raytower.evaluation.settings import QueryCompute, load_engine, load_retriever, plan_rows
 from raytower.index.reader import Index, check_fingerprint
 from raytower.index.versions import open_manifest
+from raytower.retrieval.config import SearchConfig
+from raytower.retrieval.load import load_engine, load_retriever
+from raytower.retrieval.plans import plan_rows
+from raytower.retrieval.retriever import index_recall
 
 _SHOWN_CHARACTERS = 200
-
-
-class SearchConfig(Config):
-    """`raytower search`. `encoder` null is the one that the index's manifest names.
-
-    `filter` is a condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text.
-    """
-
-    index: str
-    query: str
-    k: int = Field(default=10, ge=1)
-    encoder: str | None = None
-    reranker: str | None = None
-    rerank_k: int = Field(default=100, ge=1)
-    fusion_weight: FractionField | None = None
-    query_prefix: str | None = None
-    filter: dict[str, Any] | str | None = None
-    compute: QueryCompute = QueryCompute()
-
-    def model_post_init(self, context: Any) -> None:
-        if not self.query.strip():
-            raise ValueError("the query is empty; give a text to search for")
 
 
 def search(config: SearchConfig) -> dict[str, Any]:
@@ -49,14 +26,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
     index = Index.open(config.index)
     engine = load_engine(config.encoder or index.manifest.encoder, config.compute)
     index.check_fingerprint(engine.fingerprint)
-    retriever = load_retriever(
-        engine,
-        index,
-        config.compute,
-        reranker=config.reranker,
-        fusion_weight=config.fusion_weight,
-        query_prefix=config.query_prefix,
-    )
+    retriever = load_retriever(engine, index, config)
     recall = index_recall(index, config.filter)
     found = retriever.search([config.query], k=config.k, recall_k=config.rerank_k, recall=recall)
     results = [

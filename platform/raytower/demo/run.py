@@ -15,23 +15,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from raytower.config import Config, make_config
+from raytower.annotation.config import MineConfig
+from raytower.annotation.mine import mine
+from raytower.config import make_config
 from raytower.data.queries import read_queries
-from raytower.demo_data import DemoFiles, SampleSizes, find_demo_model, require_package, write_sample
+from raytower.demo.config import DemoConfig
+from raytower.demo.sample import DemoFiles, SampleSizes, find_demo_model, require_package, write_sample
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
-from raytower.evaluation.evaluate import EvaluateConfig, evaluate
-from raytower.evaluation.fusion import TunedFusion, store_fusion, tune_on_queries
-from raytower.evaluation.mine import MineConfig, mine
-from raytower.evaluation.recall import Retriever
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.evaluate import evaluate
 from raytower.index.build import build_index
 from raytower.index.config import IndexBuildConfig
 from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
+from raytower.retrieval.retriever import Retriever
+from raytower.retrieval.tune_fusion import TunedFusion, store_fusion, tune_on_queries
 from raytower.runtime import ensure_ray, log
 from raytower.serving.config import ServeConfig
 from raytower.serving.deploy import DIRECT, start, stop
@@ -59,17 +60,6 @@ _MAX_LENGTH = 128
 _PROMOTION_METRIC = "mrr@10"
 _SAMPLE = SampleSizes(train=900, dev=200, test=300, corpus=3000)
 _EVERYTHING = SampleSizes(train=None, dev=None, test=None, corpus=None)
-
-
-class DemoConfig(Config):
-    """`work_dir` null uses a temporary folder, removed at the end; `port` is where the demo serves."""
-
-    work_dir: str | None = None
-    full: bool = False
-    keep_serving: bool = False
-    seed: int = Field(default=0, ge=0)
-    port: int = Field(default=8000, ge=0, le=65535)
-    rerank_k: int = Field(default=10, ge=1)
 
 
 def plan_demo(config: DemoConfig) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import pyarrow as pa
 
+from raytower.annotation.config import RowFormat
 from raytower.errors import InputError
 from raytower.storage import Location
-
-RowFormat = Literal["tsv", "jsonl"]
 
 
 class RowWriter:

@@ -7,84 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
-from raytower.config import Config, OnError
-from raytower.data.pieces import Survey
-from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig, refuse_output_inside
-from raytower.evaluation.labellers import ClassifierLabeller, IndexLabeller, Labeller, Prediction, shown
-from raytower.evaluation.progress import Progress
-from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
-from raytower.evaluation.settings import (
-    ROWS_PER_PIECE,
-    QueryCompute,
-    load_classifier,
-    load_engine,
-    open_index_manifest,
-    own_or,
-    plan_classifier_rows,
-    plan_rows,
-    quarantine_place,
-    row_batches,
-)
+from raytower.annotation.config import ClassifyConfig
+from raytower.annotation.labellers import ClassifierLabeller, IndexLabeller, Labeller, Prediction, shown
+from raytower.annotation.rows_in import row_batches, survey_rows
+from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.index.reader import Index
 from raytower.metrics import ClassScores, bootstrap_interval
+from raytower.progress import Progress
+from raytower.retrieval.load import load_classifier, load_engine, open_index_manifest, own_or
+from raytower.retrieval.plans import plan_classifier_rows, plan_rows
 from raytower.storage import Location
 
 HIT_CUTOFFS = (5, 10, 20)
 _COLUMNS = ("text", "label", "score")
-_OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
-
-
-class ClassifyConfig(Config):
-    """`raytower classify`. Modes labels and votes need `encoder` and `index`, mode classifier needs `classifier`.
-
-    A document's label is its `label_field` where it has one; in mode labels else its text.
-    """
-
-    encoder: str | None = None
-    index: str | None = None
-    classifier: str | None = None
-    """Mode classifier: a directory that train-classifier wrote, or any Hugging Face text classifier."""
-    input: InputConfig
-    output: str
-    mode: Literal["labels", "votes", "classifier"] = "labels"
-    labelled: bool = True
-    """Whether the input holds labels to compare with (`text <tab> label`); false reads texts alone."""
-    label_field: str = "label"
-    k: int = Field(default=10, ge=1)
-    """Modes labels and classifier: labels listed in JSON lines. Mode votes: neighbours that vote."""
-    temperature: float = Field(default=0.05, gt=0)
-    """Mode votes: a neighbour's vote weighs exp(score / temperature); small trusts the nearest, large counts heads."""
-    format: RowFormat = "tsv"
-    query_prefix: str | None = None
-    seed: int = Field(default=0, ge=0)
-    """Of the bootstrap."""
-    on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
-
-    def model_post_init(self, context: Any) -> None:
-        by_classifier = self.mode == "classifier"
-        needed, unread = (
-            (("classifier",), _OF_RETRIEVAL) if by_classifier else (("encoder", "index"), ("classifier",))
-        )
-        for key in needed:
-            if getattr(self, key) is None:
-                other = "labels or votes" if by_classifier else "classifier"
-                raise ValueError(
-                    f"mode {self.mode} needs {key}, which is not given; set it, or set mode to {other}"
-                )
-        for key in unread:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is {getattr(self, key)!r}, which mode {self.mode} does not read; leave it out, or set "
-                    "another mode"
-                )
 
 
 def classify(config: ClassifyConfig) -> dict[str, Any]:
@@ -102,7 +42,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
             field in mode votes, or, for a TSV, a text with a tab.
     """
     start = time.perf_counter()
-    survey = _survey(config)
+    survey = survey_rows(config, "labelled" if config.labelled else "lines")
     labeller = _load_labeller(config)
     tally = _Tally(config)
     progress = Progress("classified", "texts", survey.num_rows)
@@ -125,7 +65,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
 
 def plan_classify(config: ClassifyConfig) -> dict[str, Any]:
     """Texts, batches and predicted memory; surveys the input."""
-    survey = _survey(config)
+    survey = survey_rows(config, "labelled" if config.labelled else "lines")
     rejected = {"rejected_rows": survey.num_rejected}
     if config.mode == "classifier":
         assert config.classifier is not None  # the config refused it otherwise
@@ -193,10 +133,3 @@ def _load_labeller(config: ClassifyConfig) -> Labeller:
 def _depth(config: ClassifyConfig) -> int:
     # Only the neighbours vote; labels are ranked as deep as the deepest metric looks.
     return config.k if config.mode == "votes" else max(config.k, *HIT_CUTOFFS)
-
-
-def _survey(config: ClassifyConfig) -> Survey:
-    kind: Literal["labelled", "lines"] = "labelled" if config.labelled else "lines"
-    refuse_output_inside(config.output, config.input.path)
-    place = quarantine_place(config.output, config.on_error)
-    return survey_input(config.input, kind, ROWS_PER_PIECE, config.on_error, place)

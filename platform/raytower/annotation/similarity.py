@@ -7,48 +7,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
-from raytower.config import Config, OnError
-from raytower.data.pieces import Survey
-from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig, refuse_output_inside
-from raytower.evaluation.progress import Progress
-from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
-from raytower.evaluation.settings import (
-    ROWS_PER_PIECE,
-    QueryCompute,
-    cosines,
-    load_engine,
-    own_or,
-    plan_rows,
-    quarantine_place,
-    row_batches,
-)
+from raytower.annotation.config import SimilarityConfig
+from raytower.annotation.cosines import cosines
+from raytower.annotation.rows_in import row_batches, survey_rows
+from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.metrics import Floats, accuracy_f1, auc, best_threshold, spearman
 from raytower.models.forward import ForwardEngine
+from raytower.progress import Progress
+from raytower.retrieval.load import load_engine, own_or
+from raytower.retrieval.plans import plan_rows
 from raytower.runtime import log
 from raytower.storage import Location
-
-
-class SimilarityConfig(Config):
-    """`raytower similarity`. Prefixes null are the encoder's own: the first text a query, the second a document.
-
-    Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
-    """
-
-    encoder: str
-    input: InputConfig
-    output: str
-    labelled: bool = True
-    """Whether the input holds labels (`query title label`); false reads pairs alone."""
-    threshold: float = Field(default=0.8, ge=-1, le=1)
-    """A pair counts as similar from this cosine on."""
-    format: RowFormat = "tsv"
-    query_prefix: str | None = None
-    document_prefix: str | None = None
-    on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
 
 
 def similarity(config: SimilarityConfig) -> dict[str, Any]:
@@ -61,7 +31,7 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
         InputError: bad rows under on_error fail, or, for a TSV, a text with a tab.
     """
     start = time.perf_counter()
-    survey = _survey(config)
+    survey = survey_rows(config, "scored" if config.labelled else "pairs")
     engine = load_engine(config.encoder, config.compute)
     columns = ("query", "title", "label", "score") if config.labelled else ("query", "title", "score")
     scores: list[Floats] = []
@@ -88,7 +58,7 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
 
 def plan_similarity(config: SimilarityConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
-    survey = _survey(config)
+    survey = survey_rows(config, "scored" if config.labelled else "pairs")
     plan = plan_rows(survey.num_rows, config.compute, config.encoder, candidates=1)
     return {**plan, "rejected_rows": survey.num_rejected}
 
@@ -139,10 +109,3 @@ def _write(writer: RowWriter, table: pa.Table, scores: Floats, labelled: bool) -
             # Labels come as floats; 1 is shown as it was given.
             values[2] = int(values[2]) if values[2].is_integer() else values[2]
         writer.write(*values, score)
-
-
-def _survey(config: SimilarityConfig) -> Survey:
-    kind: Literal["scored", "pairs"] = "scored" if config.labelled else "pairs"
-    refuse_output_inside(config.output, config.input.path)
-    place = quarantine_place(config.output, config.on_error)
-    return survey_input(config.input, kind, ROWS_PER_PIECE, config.on_error, place)

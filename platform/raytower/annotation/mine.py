@@ -10,34 +10,23 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raytower.config import Config, OnError
-from raytower.data.pieces import Survey
-from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig, refuse_output_inside
+from raytower.annotation.config import MineConfig
+from raytower.annotation.cosines import cosines
+from raytower.annotation.rows_in import row_batches, survey_rows
+from raytower.annotation.rows_out import RowWriter, open_rows
+from raytower.data.pieces import Survey, read_pieces
 from raytower.errors import InputError
-from raytower.evaluation.progress import Progress
-from raytower.evaluation.recall import Candidate, PairScorer, Vectors, index_recall
-from raytower.evaluation.rows_out import RowFormat, RowWriter, open_rows
-from raytower.evaluation.settings import (
-    ROWS_PER_PIECE,
-    QueryCompute,
-    cosines,
-    load_engine,
-    load_reranker,
-    open_index_manifest,
-    own_or,
-    plan_rows,
-    quarantine_place,
-    row_batches,
-)
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
+from raytower.progress import Progress
+from raytower.retrieval.load import load_engine, load_reranker, open_index_manifest, own_or
+from raytower.retrieval.plans import plan_rows
+from raytower.retrieval.retriever import Candidate, PairScorer, Vectors, index_recall
 from raytower.runtime import log
 from raytower.storage import Location
 
@@ -46,48 +35,6 @@ _COLUMNS = {
     "scored": ("query", "title", "label"),
     "candidates": ("query", "documents", "scores"),
 }
-
-
-class MineConfig(Config):
-    """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
-
-    encoder: str
-    index: str
-    input: InputConfig
-    output: str
-    kind: Literal["triples", "scored", "candidates"] = "triples"
-    format: RowFormat = "tsv"
-    """Kind candidates is written as jsonl alone: its lists do not fit a TSV."""
-    teacher: str | None = None
-    """Cross-encoder directory or hub id whose logits are the labels or scores; null: 1 for the pair's own, else 0."""
-    depth: int = Field(default=50, ge=1)
-    """Documents recalled for each query."""
-    skip_top: int = Field(default=0, ge=0)
-    """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
-    num_negatives: int = Field(default=1, ge=1)
-    """Sampled for each pair, without replacement; fewer where fewer remain."""
-    max_score_ratio: float | None = Field(default=None, gt=0)
-    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
-    query_prefix: str | None = None
-    seed: int = Field(default=0, ge=0)
-    on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
-
-    def model_post_init(self, context: Any) -> None:
-        if self.skip_top + self.num_negatives > self.depth:
-            raise ValueError(
-                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than depth {self.depth}; "
-                "raise depth"
-            )
-        if self.kind == "candidates" and self.format != "jsonl":
-            raise ValueError(
-                f"kind is candidates, whose lists of documents do not fit format {self.format}; set format to jsonl"
-            )
-        if self.teacher is not None and self.kind == "triples":
-            raise ValueError(
-                f"teacher is {self.teacher!r}, but triples hold no scores; set kind to candidates or scored, or "
-                "teacher to null"
-            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +75,7 @@ class KnownPositives:
     @staticmethod
     def read(survey: Survey) -> KnownPositives:
         parts = []
-        for table in row_batches(survey, ROWS_PER_PIECE):
+        for table in read_pieces(survey.pieces):
             columns = (table[name].to_pylist() for name in ("query", "document", "document_id"))
             keys = []
             for query, document, document_id in zip(*columns, strict=True):
@@ -163,7 +110,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
             teacher that gives a score that is no number.
     """
     start = time.perf_counter()
-    survey = _survey(config)
+    survey = survey_rows(config, "pairs")
     engine = load_engine(config.encoder, config.compute)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
     teacher = None if config.teacher is None else load_reranker(config.teacher, config.compute, None)[0]
@@ -186,7 +133,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
 
 def plan_mine(config: MineConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
-    survey = _survey(config)
+    survey = survey_rows(config, "pairs")
     plan = plan_rows(survey.num_rows, config.compute, config.encoder, config.depth, config.teacher)
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     # Up to two keys a pair, held twice while they are sorted.
@@ -314,12 +261,6 @@ class Miner:
                 writer.write(pair.query, text, score)
         elif documents:
             writer.write(pair.query, documents, scores)
-
-
-def _survey(config: MineConfig) -> Survey:
-    refuse_output_inside(config.output, config.input.path)
-    place = quarantine_place(config.output, config.on_error)
-    return survey_input(config.input, "pairs", ROWS_PER_PIECE, config.on_error, place)
 
 
 def _pair_batches(survey: Survey, rows_per_batch: int) -> Iterator[list[Pair]]:

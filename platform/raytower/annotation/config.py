@@ -1,0 +1,125 @@
+"""Configs of `raytower mine`, `classify` and `similarity`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from raytower.config import Config, OnError
+from raytower.data.sources import InputConfig
+from raytower.retrieval.config import QueryCompute
+
+RowFormat = Literal["tsv", "jsonl"]
+_OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
+
+
+class MineConfig(Config):
+    """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
+
+    encoder: str
+    index: str
+    input: InputConfig
+    output: str
+    kind: Literal["triples", "scored", "candidates"] = "triples"
+    format: RowFormat = "tsv"
+    """Kind candidates is written as jsonl alone: its lists do not fit a TSV."""
+    teacher: str | None = None
+    """Cross-encoder directory or hub id whose logits are the labels or scores; null: 1 for the pair's own, else 0."""
+    depth: int = Field(default=50, ge=1)
+    """Documents recalled for each query."""
+    skip_top: int = Field(default=0, ge=0)
+    """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
+    num_negatives: int = Field(default=1, ge=1)
+    """Sampled for each pair, without replacement; fewer where fewer remain."""
+    max_score_ratio: float | None = Field(default=None, gt=0)
+    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
+    query_prefix: str | None = None
+    seed: int = Field(default=0, ge=0)
+    on_error: OnError = "fail"
+    compute: QueryCompute = QueryCompute()
+
+    def model_post_init(self, context: Any) -> None:
+        if self.skip_top + self.num_negatives > self.depth:
+            raise ValueError(
+                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than depth {self.depth}; "
+                "raise depth"
+            )
+        if self.kind == "candidates" and self.format != "jsonl":
+            raise ValueError(
+                f"kind is candidates, whose lists of documents do not fit format {self.format}; set format to jsonl"
+            )
+        if self.teacher is not None and self.kind == "triples":
+            raise ValueError(
+                f"teacher is {self.teacher!r}, but triples hold no scores; set kind to candidates or scored, or "
+                "teacher to null"
+            )
+
+
+class ClassifyConfig(Config):
+    """`raytower classify`. Modes labels and votes need `encoder` and `index`, mode classifier needs `classifier`.
+
+    A document's label is its `label_field` where it has one; in mode labels else its text.
+    """
+
+    encoder: str | None = None
+    index: str | None = None
+    classifier: str | None = None
+    """Mode classifier: a directory that train-classifier wrote, or any Hugging Face text classifier."""
+    input: InputConfig
+    output: str
+    mode: Literal["labels", "votes", "classifier"] = "labels"
+    labelled: bool = True
+    """Whether the input holds labels to compare with (`text <tab> label`); false reads texts alone."""
+    label_field: str = "label"
+    k: int = Field(default=10, ge=1)
+    """Modes labels and classifier: labels listed in JSON lines. Mode votes: neighbours that vote."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Mode votes: a neighbour's vote weighs exp(score / temperature); small trusts the nearest, large counts heads."""
+    format: RowFormat = "tsv"
+    query_prefix: str | None = None
+    seed: int = Field(default=0, ge=0)
+    """Of the bootstrap."""
+    on_error: OnError = "fail"
+    compute: QueryCompute = QueryCompute()
+
+    def model_post_init(self, context: Any) -> None:
+        by_classifier = self.mode == "classifier"
+        needed, unread = (
+            (("classifier",), _OF_RETRIEVAL) if by_classifier else (("encoder", "index"), ("classifier",))
+        )
+        for key in needed:
+            if getattr(self, key) is None:
+                other = "labels or votes" if by_classifier else "classifier"
+                raise ValueError(
+                    f"mode {self.mode} needs {key}, which is not given; set it, or set mode to {other}"
+                )
+        for key in unread:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, which mode {self.mode} does not read; leave it out, or set "
+                    "another mode"
+                )
+
+
+class SimilarityConfig(Config):
+    """`raytower similarity`. Prefixes null are the encoder's own: the first text a query, the second a document.
+
+    Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
+    """
+
+    encoder: str
+    input: InputConfig
+    output: str
+    labelled: bool = True
+    """Whether the input holds labels (`query title label`); false reads pairs alone."""
+    threshold: float = Field(default=0.8, ge=-1, le=1)
+    """A pair counts as similar from this cosine on."""
+    format: RowFormat = "tsv"
+    query_prefix: str | None = None
+    document_prefix: str | None = None
+    on_error: OnError = "fail"
+    compute: QueryCompute = QueryCompute()
+
+
+AnnotationConfig = MineConfig | ClassifyConfig | SimilarityConfig

@@ -1,0 +1,35 @@
+"""Reading the rows that are annotated: surveyed once, then a bounded number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pyarrow as pa
+
+from raytower.annotation.config import AnnotationConfig
+from raytower.data.pieces import Survey, read_pieces
+from raytower.data.pieces import survey as survey_input
+from raytower.data.sources import refuse_output_inside
+from raytower.storage import Location
+
+
+def survey_rows(config: AnnotationConfig, kind: Literal["pairs", "scored", "labelled", "lines"]) -> Survey:
+    """Survey a job's input as rows of `kind`; rejected rows go beside the output, under its name.
+
+    Raises:
+        InputError: no such input, bad rows under on_error fail, or an output inside the input.
+    """
+    refuse_output_inside(config.output, config.input.path)
+    quarantine = None
+    if config.on_error == "quarantine":
+        output = Location.of(config.output)
+        quarantine = output.parent / f"{output.name}.quarantine"
+    return survey_input(config.input, kind, on_error=config.on_error, quarantine=quarantine)
+
+
+def row_batches(survey: Survey, rows_per_batch: int) -> Iterator[pa.Table]:
+    """The good rows of an input in file order, a bounded number at a time; one piece is held at once."""
+    for table in read_pieces(survey.pieces):
+        for start in range(0, table.num_rows, rows_per_batch):
+            yield table.slice(start, rows_per_batch)

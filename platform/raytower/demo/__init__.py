@@ -1,0 +1,1 @@
+"""The whole way on a sample of real data, in one command."""

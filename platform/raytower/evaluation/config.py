@@ -1,0 +1,41 @@
+"""The config of `raytower evaluate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from raytower.config import Config, FractionField
+from raytower.data.queries import QueryFormat
+from raytower.retrieval.config import QueryCompute
+
+
+class QueriesConfig(Config):
+    """Judged queries: pairs (relevance by text) or a BEIR folder (relevance by id). `split` is BEIR's."""
+
+    path: str
+    format: QueryFormat = "auto"
+    split: str = "test"
+
+
+class EvaluateConfig(Config):
+    """`raytower evaluate`. `query_prefix` null is the encoder's own; `fusion_weight` null is the reranker's own."""
+
+    encoder: str
+    index: str
+    queries: QueriesConfig
+    reranker: str | None = None
+    rerank_k: int = Field(default=100, ge=1)
+    fusion_weight: FractionField | None = None
+    query_prefix: str | None = None
+    k: list[int] = Field(default=[1, 5, 10, 20, 50], min_length=1)
+    output: str | None = None
+    """Folder of run.trec, report.json and report.html; null writes none."""
+    seed: int = Field(default=0, ge=0)
+    """Of the bootstrap."""
+    compute: QueryCompute = QueryCompute()
+
+    def model_post_init(self, context: Any) -> None:
+        if min(self.k) < 1 or len(set(self.k)) != len(self.k):
+            raise ValueError(f"k is {self.k}; cut-offs must be 1 or more, each given once")

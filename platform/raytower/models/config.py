@@ -1,0 +1,28 @@
+"""Configs of models: low-rank adapters, and `raytower export`. Imports no library of models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from raytower.config import Config
+
+
+class LoraConfig(Config):
+    """Size and place of the adapters."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    """Adapters count alpha / rank times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    """Ends of the names of the linear layers that get an adapter; null takes every linear layer of the backbone."""
+
+
+class ExportConfig(Config):
+    """`raytower export`. `encoder` is a directory, a hub id or a URI; `output` a new directory in the same layout."""
+
+    encoder: str
+    output: str
+    dtype: Literal["float32", "int8"] = "float32"

@@ -1,0 +1,226 @@
+"""Settings of the objectives: `objective: {name: ..., ...}` of a training config. Imports no torch.
+
+The settings of an objective are called as its loss, a function of the same name in a module of the same name: the loss
+of `MarginMSE`, whose name is margin_mse, is `margin_mse` in objectives/margin_mse.py. `computed_in` names another
+module: `CrossEntropy` and `Focal` have theirs in objectives/classification.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from raytower.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raytower.objectives.targets import Targets
+
+ClassWeights = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None
+
+
+class ObjectiveSettings(Config):
+    """Base of all settings. `formats` are the kinds of rows that the objective trains from."""
+
+    formats: ClassVar[tuple[str, ...]]
+    computed_in: ClassVar[str | None] = None
+
+    name: str
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """The loss, a function of these settings and a batch; imports torch."""
+        module = importlib.import_module(f"{__package__}.{self.computed_in or self.name}")
+        function: Callable[..., Tensor] = getattr(module, self.name)
+        return function
+
+
+class EncoderSettings(ObjectiveSettings):
+    """Of embeddings: one column of queries, then columns of documents."""
+
+    def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Mean loss over this worker's rows, a scalar, of unit-length embeddings (B, D) of each column."""
+        return self.loss_function(self, columns, targets)
+
+
+class RerankerSettings(ObjectiveSettings):
+    """Of a cross-encoder's logits, `num_labels` for each pair; `activation` is what a reader puts on what comes out."""
+
+    num_labels: ClassVar[int] = 1
+
+    def __call__(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Mean loss, a scalar, of logits (B, num_labels) of pairs or (B, K) of each query's documents."""
+        return self.loss_function(self, logits, labels)
+
+
+class ClassifierSettings(ObjectiveSettings):
+    """Of a classifier's logits; `class_weights` says what a text of each class counts."""
+
+    formats: ClassVar[tuple[str, ...]] = ("labelled",)
+    computed_in: ClassVar[str | None] = "classification"
+
+    class_weights: ClassWeights = None
+
+    def __call__(self, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
+        """This worker's loss, a scalar, of logits (B, C), classes (B,) and the weights (C,) of the classes."""
+        return self.loss_function(self, logits_BC, classes_B, weights_C)
+
+
+class InBatchNegatives(EncoderSettings):
+    """The objective with its settings. Cosines differ by at most 2, so a margin lies in 0..2."""
+
+    formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "labelled")
+
+    name: Literal["in_batch_negatives"] = "in_batch_negatives"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    margin: float = Field(default=0.0, ge=0, le=2)
+    symmetric: bool = False
+
+
+class HardestNegative(EncoderSettings):
+    """The objective with its margin, a difference of cosines."""
+
+    formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "labelled")
+
+    name: Literal["hardest_negative"] = "hardest_negative"
+    margin: float = Field(default=0.2, gt=0, le=2)
+
+
+class RandomNegative(EncoderSettings):
+    """The objective with its margin, a difference of cosines."""
+
+    formats: ClassVar[tuple[str, ...]] = ("pairs", "labelled")
+
+    name: Literal["random_negative"] = "random_negative"
+    margin: float = Field(default=0.2, gt=0, le=2)
+
+
+class SimCSE(EncoderSettings):
+    """The objective with its scale."""
+
+    formats: ClassVar[tuple[str, ...]] = ("lines",)
+
+    name: Literal["simcse"] = "simcse"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+
+
+class CosineEmbedding(EncoderSettings):
+    """The objective with its margin, a cosine."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored",)
+
+    name: Literal["cosine_embedding"] = "cosine_embedding"
+    margin: float = Field(default=0.3, ge=-1, lt=1)
+
+
+class CosineRegression(EncoderSettings):
+    """The objective; it has no settings."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored",)
+
+    name: Literal["cosine_regression"] = "cosine_regression"
+
+
+class MarginMSE(EncoderSettings):
+    """The objective with the scale that brings cosines to the teacher's range."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+
+    name: Literal["margin_mse"] = "margin_mse"
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class KLDivergence(EncoderSettings):
+    """The objective with the student's scale and the teacher's temperature."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+
+    name: Literal["kl_divergence"] = "kl_divergence"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class PointwiseCrossEntropy(RerankerSettings):
+    """The objective; raise `positive_weight` where negatives far outnumber positives."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored", "triples", "candidates")
+    num_labels: ClassVar[int] = 2
+    activation: ClassVar[Literal["sigmoid", "identity"]] = "sigmoid"  # of z₁ - z₀: the softmax of the two
+
+    name: Literal["pointwise_cross_entropy"] = "pointwise_cross_entropy"
+    positive_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class PointwiseRegression(RerankerSettings):
+    """The objective; `positive_weight` scales the relevant side of bce, where negatives outnumber positives."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored", "triples", "candidates")
+
+    name: Literal["pointwise_regression"] = "pointwise_regression"
+    loss: Literal["bce", "mse"] = "bce"
+    positive_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def model_post_init(self, context: Any) -> None:
+        if self.loss == "mse" and self.positive_weight != 1:
+            raise ValueError(
+                f"positive_weight is {self.positive_weight}, but loss mse knows no positives; set loss to bce, or "
+                "leave positive_weight out"
+            )
+
+    @property
+    def activation(self) -> Literal["sigmoid", "identity"]:
+        """What a reader puts on the logit."""
+        return "sigmoid" if self.loss == "bce" else "identity"
+
+
+class PairwiseMargin(RerankerSettings):
+    """The objective; `margin` is a difference of two scores in 0..1."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+    activation: ClassVar[Literal["sigmoid", "identity"]] = "sigmoid"
+
+    name: Literal["pairwise_margin"] = "pairwise_margin"
+    margin: float = Field(default=0.1, gt=0, le=1)
+
+
+class ListwiseSoftmax(RerankerSettings):
+    """The objective; it has no settings."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+    activation: ClassVar[Literal["sigmoid", "identity"]] = "identity"
+
+    name: Literal["listwise_softmax"] = "listwise_softmax"
+
+
+class CrossEntropy(ClassifierSettings):
+    """Cross-entropy over the classes, weighted by class where `class_weights` says so."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+
+class Focal(ClassifierSettings):
+    """Focal loss; the larger `gamma`, the less a text counts that is classified right already."""
+
+    name: Literal["focal"] = "focal"
+    gamma: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+
+
+class Matryoshka(Config):
+    """The dimensions, each smaller than the one before, and the weight of each."""
+
+    dims: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        if any(later >= earlier for earlier, later in pairwise(self.dims)):
+            raise ValueError(f"dims are {list(self.dims)}; write each once, from the largest to the smallest")
+        if self.weights is not None and len(self.weights) != len(self.dims):
+            raise ValueError(
+                f"there are {len(self.weights)} weights for {len(self.dims)} dims; give one for each, or leave "
+                "weights out for 1 each"
+            )

@@ -1,0 +1,1 @@
+"""Several jobs from one file, one after the other."""

@@ -1,0 +1,23 @@
+"""The config of `raytower pipeline`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from raytower.config import Config
+
+
+class StepConfig(Config):
+    """One step: the job's name as on the command line, and its config."""
+
+    job: str
+    config: dict[str, Any]
+
+
+class PipelineConfig(Config):
+    """`state` is the file that remembers finished steps."""
+
+    steps: list[StepConfig] = Field(min_length=1)
+    state: str

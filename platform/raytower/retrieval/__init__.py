@@ -1,0 +1,1 @@
+"""Encode, recall, rerank: what the jobs and the server share, and the command that asks one question."""

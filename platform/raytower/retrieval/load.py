@@ -1,0 +1,86 @@
+"""Loading what a retrieval job works with: encoder, classifier, reranker, retriever, an index's manifest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from raytower.errors import InputError
+from raytower.index.manifest import IndexManifest
+from raytower.index.reader import Index, check_fingerprint
+from raytower.index.versions import open_manifest
+from raytower.models.cross_encoder import CrossEncoder, CrossScorer
+from raytower.models.encoder import Encoder
+from raytower.models.forward import ForwardEngine
+from raytower.models.fusion import Fusion
+from raytower.models.text_classifier import ClassifierEngine, TextClassifier
+from raytower.retrieval.config import QueryCompute, RetrieverSettings
+from raytower.retrieval.retriever import Retriever
+
+
+def load_engine(name: str, compute: QueryCompute) -> ForwardEngine:
+    """The encoder of a job, ready to encode."""
+    return ForwardEngine(Encoder.load(name), **compute.engine_settings)
+
+
+def load_classifier(name: str, compute: QueryCompute) -> ClassifierEngine:
+    """The text classifier of a job, ready to classify."""
+    return ClassifierEngine(TextClassifier.load(name), **compute.engine_settings)
+
+
+def load_reranker(
+    name: str, compute: QueryCompute, fusion_weight: float | None
+) -> tuple[CrossScorer, Fusion | None]:
+    """A reranker and how its logits mix with recall scores.
+
+    Args:
+        name: reranker directory or hub id.
+        compute: precision and batch size.
+        fusion_weight: replaces the weight stored with the reranker; null keeps it. A reranker without a stored
+            fusion orders by its logit alone.
+
+    Raises:
+        InputError: a weight is given and the reranker has no stored means and deviations to use it with.
+    """
+    settings = {**compute.engine_settings, "max_length": compute.rerank_max_length}
+    scorer = CrossScorer(CrossEncoder.load(name), **settings)
+    stored = scorer.fusion
+    if fusion_weight is None:
+        return scorer, stored
+    if stored is None:
+        if fusion_weight == 1:
+            return scorer, None
+        raise InputError(
+            f"fusion_weight is {fusion_weight}, but reranker {name!r} stores no fusion, so the scales of recall and "
+            "rerank scores are unknown; tune one on dev queries, or set fusion_weight to null (rerank scores alone)"
+        )
+    return scorer, replace(stored, weight=fusion_weight)
+
+
+def load_retriever(engine: ForwardEngine, index: Index, settings: RetrieverSettings) -> Retriever:
+    """Encoder, index and, where one is named, a reranker, put together as a job's config says.
+
+    Raises:
+        InputError: a fusion weight without a reranker, or one that cannot be used (see `load_reranker`).
+    """
+    prefix = own_or(settings.query_prefix, engine.encoder, "query")
+    if settings.reranker is None:
+        if settings.fusion_weight is not None:
+            raise InputError(
+                f"fusion_weight is {settings.fusion_weight}, but there is no reranker; name one, or set it to null"
+            )
+        return Retriever(engine, index, query_prefix=prefix)
+    scorer, fusion = load_reranker(settings.reranker, settings.compute, settings.fusion_weight)
+    return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
+
+
+def open_index_manifest(uri: str, fingerprint: str) -> IndexManifest:
+    """The published version's manifest, for plans. Raises FormatError where another encoder made the index."""
+    manifest = open_manifest(uri)
+    check_fingerprint(manifest, fingerprint)
+    return manifest
+
+
+def own_or(prefix: str | None, encoder: Encoder, role: Literal["query", "document"]) -> str:
+    """The configured prefix, or the encoder's own where it is null."""
+    return encoder.prefix_for(role) if prefix is None else prefix

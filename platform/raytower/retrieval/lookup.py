@@ -1,0 +1,27 @@
+"""Finding documents of an index by the value of a column."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pyarrow as pa
+
+from raytower.index.reader import Index
+
+
+def find_documents(index: Index, column: str, values: Collection[str], wanted: str) -> dict[str, list[str]]:
+    """For each of `values` that occurs in `column`: the `wanted` column of the documents that have it.
+
+    Memory holds `values`, the matches and a batch of documents.
+    """
+    found: dict[str, list[str]] = {}
+    if not values:
+        return found
+    for batch in index.table.find(
+        column, pa.array(sorted(values), pa.string()), list(dict.fromkeys([column, wanted]))
+    ):
+        # Metadata, such as labels that are numbers, is compared as text.
+        keys = batch.column(column).cast(pa.string()).to_pylist()
+        for value, other in zip(keys, batch.column(wanted).to_pylist(), strict=True):
+            found.setdefault(value, []).append(other)
+    return found
