@@ -8,16 +8,16 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/raytower demo $(ARGS)
 
-# A file's tests stay in one process. Most time passes in waiting, so two processes do well even on two busy cores.
-PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# `make test PROCESSES=2` runs the files in two pytest processes; the tests of a file stay together.
+PROCESSES ?= 0
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n $(PROCESSES) $(ARGS)
 
 # What needs no Ray and no other process that imports all of raytower.
 quick: $(STAMP)
-	$(PYTEST) -m 'not slow and not processes' $(ARGS)
+	$(PYTEST) -n 2 -m 'not slow and not processes' $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check platform jobs tests benchmarks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def one_thread() -> None:
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_ray_by_accident(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Many of Ray's functions start Ray where none runs: a test that does so must say it, by `ray_cluster`."""
+    before = _runs_ray()
+    yield
+    if not before and "processes" not in request.node.keywords:
+        assert not _runs_ray(), "this test has started Ray; let it use `ray_cluster`"
+
+
+def _runs_ray() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[1]
 REMOTE_HOME = "/home/ubuntu"
 
@@ -132,7 +134,6 @@ class TestDescription:
         assert profiles == {"head": "raytower-head", **workers}
         assert [volume["Encrypted"] for volume in volumes] == [True] * len(instances)
 
-    @pytest.mark.processes
     def test_every_node_installs_what_it_is_for(self, user_home: Path, tmp_path: Path) -> None:
         """pip runs as printed, but for what it would fetch: the mounted files are enough, the extras exist."""
         config = ray_config()
@@ -271,7 +272,6 @@ print("driver:", pathlib.Path.home().name, "task:", ray.get(task), "nodes:", len
 """
 
 
-@pytest.mark.processes
 class TestComesUp:
     @pytest.mark.parametrize(
         ("options", "driver"), [((), "head"), (("--entrypoint-num-cpus=8",), "cpu_worker")]

@@ -186,6 +186,7 @@ def test_a_storage_without_locks_is_written_with_a_warning(
     assert "cannot be locked; start no second job" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("encoded")
 def test_the_number_of_workers_never_matters_to_a_resume(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 3000)
     values = (build_tiny_encoder(tmp_path / "encoder"), tmp_path / "corpus.jsonl", tmp_path / "out")
