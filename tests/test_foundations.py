@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import FileInfo, FileSelector, LocalFileSystem
 
@@ -144,6 +144,7 @@ class TestStorage:
         with pytest.raises(FormatError, match="not valid JSON"):
             Location.of(tmp_path / "bad.json").read_json()
 
+    @settings(deadline=None)  # it waits for the disk
     @given(content=st.binary(max_size=1000))
     def test_sha256_is_the_standard_one(
         self, tmp_path_factory: pytest.TempPathFactory, content: bytes

@@ -167,7 +167,7 @@ class TestPlaces:
         for name in ("b", "a", "deep/er/c"):
             s3.put("bucket", f"{prefix}/{name}", name.encode())
         assert [child.name for child in place.children()] == ["a", "b", "deep"]
-        recursive = [child.path for child in place.children(recursive=True) if child.is_file()]
+        recursive = [info.path for info in place.infos(recursive=True) if info.is_file]
         assert recursive == [f"bucket/{prefix}/{name}" for name in ("a", "b", "deep/er/c")]
         assert ((place / "deep").is_dir(), (place / "a").is_dir()) == (True, False)
         assert (place / "deep" / "er" / "c").size_bytes() == 9

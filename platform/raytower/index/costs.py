@@ -115,17 +115,17 @@ def _assign_bytes(rows: int, nlist: int) -> int:
 
 def fill_seconds(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int], threads: int) -> float:
     """Seconds of a task that reads a shard's rows, adds them and writes the files; only adding uses all threads."""
-    return rows * (_stream_us(dim) + _add_us(kind, rows, dim, parameters) / threads) / 1e6
+    return check_seconds(rows, dim) + rows * _add_us(kind, rows, dim, parameters) / threads / 1e6
 
 
 def check_seconds(rows: int, dim: int) -> float:
     """Seconds that one core takes to read the embeddings once and prove checksums, ids and vectors."""
-    return rows * _stream_us(dim) / 1e6
+    return rows * (3.0 + 0.012 * dim) / 1e6
 
 
 def train_seconds(kind: BuiltKind, train_rows: int, dim: int, parameters: Mapping[str, int]) -> float:
     """Seconds that one core takes to train centroids and codebooks."""
-    seconds = train_rows * _stream_us(dim) / 1e6
+    seconds = check_seconds(train_rows, dim)
     if kind.startswith("ivf"):
         seconds += _LIST_ROUNDS * train_rows * _product_us(parameters["nlist"], dim) / 1e6
     if kind == "ivf_pq":
@@ -147,10 +147,6 @@ def query_ms(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]
     scanned = rows * min(_NPROBE / nlist, 1.0)
     to_lists = nlist * dim * _FLOAT_BYTES / _SCAN_BYTES_PER_MS
     return to_lists + scanned * _score_us(kind, dim, parameters) / 1e3
-
-
-def _stream_us(dim: int) -> float:
-    return 3.0 + 0.012 * dim
 
 
 def _add_us(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> float:

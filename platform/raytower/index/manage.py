@@ -62,18 +62,15 @@ def index_list(config: IndexListConfig) -> dict[str, Any]:
 
 def _described(manifest: IndexManifest, curve: bool) -> dict[str, Any]:
     measured = manifest.measured
-    last = {"recall": measured.recall, "version": measured.version} if measured else None
-    points = (
-        {"curve": measured.curve, "placement_curve": measured.placement_curve} if curve and measured else {}
-    )
+    own = ("version", "operation", "parent", "kind", "rows", "recall", "recall_target", "target_reached")
+    curves = ("curve", "placement_curve") if curve and measured else ()
     return {
-        **{name: getattr(manifest, name) for name in ("version", "operation", "parent", "kind", "rows")},
+        **{name: getattr(manifest, name) for name in own},
         "shards": len(manifest.shards),
-        **{name: getattr(manifest, name) for name in ("recall", "recall_target", "target_reached")},
-        "last_measured": last,
+        "last_measured": {"recall": measured.recall, "version": measured.version} if measured else None,
         "search_parameters": manifest.search_parameters,
         "fingerprint": manifest.fingerprint,
-        **points,
+        **{name: getattr(measured, name) for name in curves},
     }
 
 

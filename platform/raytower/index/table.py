@@ -247,8 +247,6 @@ class DocumentTable:
     def _with_column(self, field: pa.Field, known: pa.Field | None) -> DocumentTable:
         if known is None:
             return self._changed(lambda dataset: dataset.add_columns(field.with_nullable(True)))
-        if pa.types.is_null(known.type):
-            return self._without_column(field.name)._with_column(field, None)
         if pa.types.is_integer(known.type) and pa.types.is_floating(field.type):
             name = f"`{field.name}`"
             lost = int(self._dataset.count_rows(f"{name} > {_EXACT_FLOAT} OR {name} < -{_EXACT_FLOAT}"))
@@ -264,12 +262,10 @@ class DocumentTable:
         def widened(batch: pa.RecordBatch) -> pa.RecordBatch:
             return pa.record_batch([batch.column(0).cast(field.type)], schema=pa.schema([copy]))
 
-        table = self._changed(lambda dataset: dataset.add_columns(widened, read_columns=[field.name]))
         renamed: Any = {"path": copy.name, "name": field.name}
-        return table._without_column(field.name)._changed(lambda dataset: dataset.alter_columns(renamed))
-
-    def _without_column(self, name: str) -> DocumentTable:
-        return self._changed(lambda dataset: dataset.drop_columns([name]))
+        table = self._changed(lambda dataset: dataset.add_columns(widened, read_columns=[field.name]))
+        table = table._changed(lambda dataset: dataset.drop_columns([field.name]))
+        return table._changed(lambda dataset: dataset.alter_columns(renamed))
 
     def appended(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> DocumentTable:
         """With more documents. Raises what `batches` raises."""

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ray
+
 from raytower.errors import RaytowerError, find_cause
 from raytower.index.config import IndexWorkersConfig
-from raytower.runtime import log
+from raytower.runtime import ensure_ray, log
 
 ResultT = TypeVar("ResultT")
 
@@ -35,9 +37,7 @@ class Run:
         """
         if self.workers is None:
             return self.threads
-        import ray
-
-        _start(self.workers)
+        ensure_ray(self.workers.num_cpus)
         cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         wanted = int(self.workers.max * self.workers.num_cpus)
         return max(min(wanted, int(max(cores, default=0))), self.threads)
@@ -58,9 +58,7 @@ class Run:
         """
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
-        import ray
-
-        _start(self.workers)
+        ensure_ray(self.workers.num_cpus)
         task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus)(function)
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
@@ -90,9 +88,3 @@ class Run:
 
 def on_ray(workers: IndexWorkersConfig) -> Run:
     return Run(workers.num_threads, workers.max, workers.num_gpus, workers)
-
-
-def _start(workers: IndexWorkersConfig) -> None:
-    from raytower.runtime import ensure_ray
-
-    ensure_ray(workers.num_cpus)

@@ -123,9 +123,9 @@ class Location:
     def size_bytes(self) -> int:
         return int(self.info().size)
 
-    def children(self, recursive: bool = False) -> list[Location]:
+    def children(self) -> list[Location]:
         """Entries of this directory in name order; empty where it does not exist."""
-        return [Location(self.filesystem, info.path) for info in self.infos(recursive)]
+        return [Location(self.filesystem, info.path) for info in self.infos()]
 
     def infos(self, recursive: bool = False) -> list[pafs.FileInfo]:
         """As `children`, with size and time of each."""
