@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import pyarrow as pa
 
 RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "labelled", "lines"]
-RECORD_KINDS: tuple[RecordKind, ...] = get_args(RecordKind)
 
 FieldType = Literal["text", "id", "number", "category", "texts", "numbers"]
 """text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text.
