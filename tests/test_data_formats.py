@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytower.data.records import RECORD_KINDS, RecordKind, canonical_schema
+from raytower.data.records import RecordKind, canonical_schema
 from raytower.errors import InputError
 from tests.data_files import read, survey_of, write, write_jsonl
 
@@ -250,7 +251,7 @@ def test_compressed_text(tmp_path: Path, suffix: str) -> None:
         assert read(path, "corpus", rows_per_piece=rows_per_piece) == expected
 
 
-@pytest.mark.parametrize("kind", RECORD_KINDS)
+@pytest.mark.parametrize("kind", get_args(RecordKind))
 def test_tables_have_the_canonical_columns(tmp_path: Path, kind: RecordKind) -> None:
     row = {"text": "t", "query": "q", "document": "d"}
     row |= {"negative": "n"} if kind == "triples" else {}

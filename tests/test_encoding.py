@@ -26,7 +26,7 @@ from raytower.config import make_config
 from raytower.data.pieces import read_piece, survey
 from raytower.data.sources import InputConfig
 from raytower.encoding import job
-from raytower.encoding.config import ComputeConfig, EncodeConfig
+from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode, plan
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.plan import (
@@ -38,7 +38,7 @@ from raytower.encoding.plan import (
     plan_encode,
 )
 from raytower.encoding.progress import ProgressBoard, progress_line
-from raytower.encoding.worker import PieceEncoder, WorkerSettings, read_answer
+from raytower.encoding.worker import PieceEncoder, read_answer
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.export import export
 from raytower.models.config import ExportConfig
@@ -103,15 +103,15 @@ class TestPlan:
 
     def test_disk_and_batches_are_counted(self) -> None:
         made = plan_encode(self.CORPUS, self.MODEL, self.SHAPE)
-        assert made.predicted_disk_bytes == 1_000_000 * 768 * 4 + 10**8
-        assert made.estimated_tokens == 30_000_000
-        assert made.estimated_batches == 14_649  # 30,000,000 / 2,048, rounded up
-        assert made.workers == 4
-        assert plan_encode(replace(self.CORPUS, files=3), self.MODEL, self.SHAPE).workers == 3
+        assert made["predicted_disk_bytes"] == 1_000_000 * 768 * 4 + 10**8
+        assert made["estimated_tokens"] == 30_000_000
+        assert made["estimated_batches"] == 14_649  # 30,000,000 / 2,048, rounded up
+        assert made["workers"] == 4
+        assert plan_encode(replace(self.CORPUS, files=3), self.MODEL, self.SHAPE)["workers"] == 3
 
     def test_a_large_file_costs_its_texts_and_not_its_vectors(self) -> None:
         def memory(corpus: CorpusSize, shape: WorkerShape = self.SHAPE) -> int:
-            return plan_encode(corpus, self.MODEL, shape).predicted_memory_bytes_per_worker
+            return plan_encode(corpus, self.MODEL, shape)["predicted_memory_bytes_per_worker"]
 
         small = memory(replace(self.CORPUS, rows_per_file=8192))
         # 57,344 more rows of 100 bytes, a few times over; their vectors would be 176 MB.
@@ -122,8 +122,8 @@ class TestPlan:
 
     def test_weights_and_batches_of_a_gpu_are_on_the_device(self) -> None:
         made = plan_encode(self.CORPUS, self.MODEL, replace(self.SHAPE, on_gpu=True, dtype="bfloat16"))
-        assert made.predicted_device_bytes_per_worker > 110_000_000 * 2
-        assert plan_encode(self.CORPUS, self.MODEL, self.SHAPE).predicted_device_bytes_per_worker == 0
+        assert made["predicted_device_bytes_per_worker"] > 110_000_000 * 2
+        assert plan_encode(self.CORPUS, self.MODEL, self.SHAPE)["predicted_device_bytes_per_worker"] == 0
 
     def test_the_job_plans_without_encoding(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
         write_corpus(tmp_path / "corpus.jsonl", 100)
@@ -462,18 +462,12 @@ class TestRuns:
     ) -> None:
         write_corpus(tmp_path / "corpus.jsonl", 3)
         pieces = survey(InputConfig(path=str(tmp_path / "corpus.jsonl")), "corpus", 10).pieces
-        settings = WorkerSettings(
+        config = EncodeConfig(
             encoder=str(dummy_encoder_dir),
-            fingerprint="0123456789abcdef",
+            input=InputConfig(path=str(tmp_path / "corpus.jsonl")),
             output=str(tmp_path / "out"),
-            prefix="",
-            max_length=64,
-            embedding_dtype="float32",
-            compute=ComputeConfig(),
-            num_threads=1,
-            use_gpu=False,
         )
-        worker = PieceEncoder(settings, ray.put(list(pieces)))
+        worker = PieceEncoder(config, "0123456789abcdef", "", ray.put(list(pieces)))
         (answer,) = worker({"piece": np.array([0])})["answer"]
         with pytest.raises(
             InputError, match="0123456789ab where the job started; every node must see the same"

@@ -18,7 +18,7 @@ from raytower.encoding.job import _content_hash, encode, plan
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.parts import open_part, part_name
 from raytower.encoding.records import write_record
-from raytower.encoding.worker import EncodedPiece, PieceSeconds
+from raytower.encoding.worker import EncodedPiece
 from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location, writer_lease
 from tests.test_encoding import encode_config, write_corpus
@@ -30,16 +30,18 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the parts that were encoded so far."""
     names: list[str] = []
 
-    def run(job: Any, missing: Sequence[Piece], totals: Any) -> None:
+    def run(job: Any, missing: Sequence[Piece]) -> list[EncodedPiece]:
+        answers = []
         for piece in missing:
             table = read_piece(piece)
             with open_part(job.output / part_name(piece), "float32") as part:
                 part.write(table, np.ones((len(table), job.encoder.dim), np.float32))
                 figures = part.finish(len(table), len(table))
             write_record(job.output, figures)
-            seconds = PieceSeconds(total=1, reading=0, tokenising=0, forward=1, writing=0)
-            totals.add(EncodedPiece(part=figures, seconds=seconds, started_at=0.0, tokens_per_batch=1))
+            seconds = {"total": 1.0, "reading": 0.0, "tokenising": 0.0, "forward": 1.0, "writing": 0.0}
+            answers.append(EncodedPiece(part=figures, seconds=seconds, started_at=0.0, tokens_per_batch=1))
             names.append(part_name(piece))
+        return answers
 
     monkeypatch.setattr(job_module, "_run", run)
     monkeypatch.setattr(job_module, "ensure_ray", lambda: None)
@@ -163,9 +165,10 @@ def test_a_job_that_lost_its_lease_finishes_nothing(
 ) -> None:
     output, stand_in = Path(config.output), job_module._run
 
-    def run(*arguments: Any) -> None:
-        stand_in(*arguments)
+    def run(*arguments: Any) -> list[EncodedPiece]:
+        answers = stand_in(*arguments)
         (output / ".encode.lock").unlink()
+        return answers
 
     monkeypatch.setattr(job_module, "_run", run)
     (output / "manifest.json").unlink()

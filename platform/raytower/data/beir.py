@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from raytower.data.layouts import Layout, Source, read_head, split_first_line
+from raytower.data.parquet import open_reader
 from raytower.data.records import RecordField, RecordKind, canonical_schema, fields_of
 from raytower.data.rejects import Rejects
 from raytower.data.row_batch import Chunk, Rejection
 from raytower.data.rows import parse_slice
-from raytower.data.scanning import open_reader
 from raytower.data.slices import RangeReader, Slice
 from raytower.data.sources import COMPRESSION_SUFFIXES, InputConfig, SourceFile, is_glob, single_file
 from raytower.errors import InputError
@@ -168,7 +168,7 @@ def survey_pairs(
         else:
             good.append(judgement)
     for chunk in open_reader(qrels).scan(_CHUNK_ROWS) if unknown else ():
-        lines = [line for line in chunk.rows.lines.tolist() if line in unknown]
+        lines = [line for line in chunk.lines.tolist() if line in unknown]
         rejects.add(qrels.file, [Rejection(line, unknown[line]) for line in lines], chunk.raw)
     for start in range(0, len(good), rows_per_piece):
         query_ids, document_ids, _, _ = zip(*good[start : start + rows_per_piece], strict=True)
@@ -217,9 +217,9 @@ def _judgements(source: Source, rejects: Rejects) -> Iterator[_Judgement]:
 def _rows(source: Source, columns: Sequence[str], rejects: Rejects) -> Iterator[tuple[Any, ...]]:
     """Every good row: its chunk, its values in `columns`, and its line."""
     for chunk in open_reader(source).scan(_CHUNK_ROWS):
-        rejects.add(source.file, chunk.rows.rejections, chunk.raw)
-        values = [chunk.rows.columns[name].to_pylist() for name in columns]
-        yield from zip(itertools.repeat(chunk), *values, chunk.rows.lines.tolist())
+        for rows in chunk.batches:
+            rejects.add(source.file, rows.rejections, chunk.raw)
+        yield from zip(itertools.repeat(chunk), *map(chunk.values, columns), chunk.lines.tolist())
 
 
 def _first_of_each(
@@ -267,10 +267,7 @@ def _fetch(source: Source, ids: Sequence[str], spans: np.ndarray) -> list[str]:
     texts = dict(zip(found["id"].to_pylist(), found["text"].to_pylist(), strict=True))
     missing = next((identifier for identifier in ids if identifier not in texts), None)
     if missing is not None:
-        raise InputError(
-            f"{source.file} has changed since it was surveyed: id {missing!r} is no longer where it was; run the job "
-            "again while the file stays as it is"
-        )
+        raise source.file.changed(f"id {missing!r} is no longer where it was")
     return [texts[identifier] for identifier in ids]
 
 

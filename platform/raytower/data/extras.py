@@ -95,8 +95,7 @@ class ExtraTypes:
                     f"them ({', '.join(_OWN_NAMES)} are names of the index's own)"
                 )
             seen = self._columns.setdefault(name, _Seen(original))
-            for values, lines in _chunks(column, batch.lines):
-                seen.observe(values, lines, file)
+            seen.observe(column, batch.lines, file)
         refuse_too_many(sum(seen.count for seen in self._columns.values()), file)
 
     @property
@@ -122,16 +121,7 @@ def build_table(batch: RowBatch, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _chunks(column: Column, lines: np.ndarray) -> Iterator[tuple[pa.Array | list[Any], np.ndarray]]:
-    start = 0
-    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        yield chunk, lines[start : start + len(chunk)]
-        start += len(chunk)
-
-
-def _of_type(column: Column, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
-    if isinstance(column, pa.ChunkedArray):
-        return pa.chunked_array([cast_exactly(chunk, kind) for chunk in column.chunks], kind)
+def _of_type(column: Column, kind: pa.DataType) -> pa.Array:
     if isinstance(column, pa.Array):
         return cast_exactly(column, kind)
     if pa.types.is_null(kind):
@@ -166,7 +156,7 @@ class _Seen:
             return pa.struct(members) if members else pa.null()  # Parquet has no object without members
         return kind
 
-    def observe(self, values: pa.Array | list[Any], lines: np.ndarray, file: SourceFile) -> None:
+    def observe(self, values: Column, lines: np.ndarray, file: SourceFile) -> None:
         """Take in values with the line of each. Raises InputError where no type holds these and earlier ones."""
         groups = _alike(values, lines) if isinstance(values, list) else [(values, lines)]
         shown: list[tuple[int, Trait]] = []
@@ -227,7 +217,7 @@ def _unified(traits: Set[Trait]) -> pa.DataType | None:
     return None
 
 
-def _alike(values: list[Any], lines: np.ndarray) -> list[tuple[pa.Array | list[Any], np.ndarray]]:
+def _alike(values: list[Any], lines: np.ndarray) -> list[tuple[Column, np.ndarray]]:
     """JSON values by their kind, scalars as Arrow; null, and NaN, are left out."""
     groups: dict[object, tuple[list[Any], list[int]]] = {}
     for value, line in zip(values, lines.tolist(), strict=True):
@@ -244,9 +234,7 @@ def _alike(values: list[Any], lines: np.ndarray) -> list[tuple[pa.Array | list[A
     ]
 
 
-def _members(
-    values: pa.Array | list[Any], lines: np.ndarray
-) -> Iterator[tuple[str | None, pa.Array | list[Any], np.ndarray]]:
+def _members(values: Column, lines: np.ndarray) -> Iterator[tuple[str | None, Column, np.ndarray]]:
     """The members of objects by key, or the elements of lists under None, each with their lines."""
     if isinstance(values, list) and type(values[0]) is dict:
         for key in dict.fromkeys(itertools.chain.from_iterable(values)):
@@ -260,7 +248,7 @@ def _members(
         yield None, values.flatten(), parents(values, lines)
 
 
-def _base_trait(values: pa.Array | list[Any]) -> Trait | None:
+def _base_trait(values: Column) -> Trait | None:
     if isinstance(values, list):
         return "struct" if type(values[0]) is dict else "list"
     if pa.types.is_decimal(values.type):
@@ -270,7 +258,7 @@ def _base_trait(values: pa.Array | list[Any]) -> Trait | None:
     return _BASES.get(values.type.id)
 
 
-def _traits(values: pa.Array | list[Any], base: Trait | None) -> Iterator[tuple[Trait, pa.Array]]:
+def _traits(values: Column, base: Trait | None) -> Iterator[tuple[Trait, pa.Array]]:
     """The traits that such values may have, each with the rows that show it."""
     if base is None:
         return

@@ -22,7 +22,7 @@ _JSON_TYPES = {str: "string", int: "number", float: "number", bool: "boolean", l
 def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> RowBatch:
     """`lines`, the line numbers of which are `numbers`, as rows with a column for each field."""
     layout = source.layout
-    columns: dict[str, list[Any]] = {wanted.name: [] for wanted in layout.fields}
+    records: list[list[Any]] = []
     num_positives: list[int] = []
     kept: list[int] = []
     extra: list[dict[str, Any]] = []
@@ -37,15 +37,17 @@ def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> R
             rejections.append(Rejection(number, str(error)))
             continue
         if layout.kind == "pairs":
-            refuse_other_kind(f"{source.file}:{number}", "pairs", tuple(row))
-        for column, value in zip(columns.values(), record, strict=True):
-            column.append(value)
+            refuse_other_kind(f"{source.file}:{number}", "pairs", row)
+        records.append(record)
         num_positives.append(positives)
         kept.append(number)
         if layout.passes_columns_through:
-            taken = text_names | {name_among(layout.fields[0], tuple(row))}
+            taken = text_names | {name_among(layout.fields[0], row)}
             extra.append({key: value for key, value in row.items() if key not in taken})
-    arrays = {f.name: pa.array(columns[f.name], f.read_type) for f in layout.fields}
+    arrays = {
+        wanted.name: pa.array([record[i] for record in records], wanted.read_type)
+        for i, wanted in enumerate(layout.fields)
+    }
     if layout.kind == "candidates":
         arrays[NUM_POSITIVES] = pa.array(num_positives, pa.int64())
     return RowBatch(np.array(kept, dtype=np.int64), arrays, _columns(extra, source), rejections)
@@ -96,25 +98,18 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def _json_value(row: dict[str, Any], wanted: RecordField) -> Any:
     """The field's value: text, or for a list field a list of texts or of floats; None where it may be missing."""
-    for name in wanted.names:
-        if name in row:
-            value = row[name]
-            break
-    else:
+    name = name_among(wanted, row)
+    if name is None:
         if wanted.required:
             raise BadRowError(f"missing key {' or '.join(map(repr, wanted.names))}")
         return None
+    value = row[name]
     if wanted.is_list:
         return _json_list(name, value, "string" if wanted.type == "texts" else "number")
-    if type(value) is str:
+    if type(value) is str or (value is None and not wanted.required):
         return value
-    if value is None:
-        if wanted.required:
-            raise BadRowError(f"{name!r} is null, must be a {wanted.expected}")
-        return None
-    if wanted.type == "text" or (
-        type(value) is not int and (type(value) is not float or wanted.type == "id")
-    ):
+    others: dict[str, tuple[type, ...]] = {"text": (), "id": (int,)}
+    if type(value) not in others.get(wanted.type, (int, float)):
         raise BadRowError(f"{name!r} {_found(value)}, must be a {wanted.expected}")
     return str(value)
 

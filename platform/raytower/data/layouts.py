@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -81,7 +82,7 @@ class Source:
     layout: Layout
 
 
-def name_among(field: RecordField, columns: Sequence[str]) -> str | None:
+def name_among(field: RecordField, columns: Container[str]) -> str | None:
     """The best of the field's names that is one of `columns`, or None."""
     return next((name for name in field.names if name in columns), None)
 
@@ -100,27 +101,27 @@ def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> La
         if FORMAT_BY_SUFFIX.get(file.suffix) in ("parquet", "arrow"):
             raise InputError(f"{file} is no readable {file.suffix[1:]} file: it has no byte; write it again")
         return None
-    fields = fields_of(kind, tuple(config.text_fields), config.id_field)
     file_format = _detect_format(file, kind, config, head)
-    if file_format in ("parquet", "arrow"):
-        return Layout(kind, file_format, fields)
+    layout = Layout(kind, file_format, fields_of(kind, tuple(config.text_fields), config.id_field))
+    if layout.is_columnar:
+        return layout
     refuse_other_text(file, head)
+    layout = dataclasses.replace(layout, body_start=split_first_line(head)[1])
     if file_format in ("jsonl", "json"):
-        return Layout(kind, file_format, fields, body_start=len(_BOM) if head.startswith(_BOM) else 0)
-    if any(field.is_list for field in fields):
+        return layout
+    if any(field.is_list for field in layout.fields):
         raise InputError(
             f"{file}: {kind} records hold lists, which format {file_format} cannot carry; give JSON lines or Parquet"
         )
-    if file_format == "lines":
-        if not is_corpus_like(kind):
-            raise InputError(
-                f"{file}: format lines holds one text a row, and {kind} records need more; give TSV, CSV, JSON lines "
-                "or Parquet"
-            )
-        _, body_start, _ = split_first_line(head)
-        layout = Layout(kind, "lines", fields, (config.text_fields[-1],), body_start=body_start)
+    if file_format != "lines":
+        layout = _table_layout(file, config, layout, head)
+    elif is_corpus_like(kind):
+        layout = dataclasses.replace(layout, columns=(config.text_fields[-1],))
     else:
-        layout = _table_layout(file, kind, config, file_format, fields, head)
+        raise InputError(
+            f"{file}: format lines holds one text a row, and {kind} records need more; give TSV, CSV, JSON lines "
+            "or Parquet"
+        )
     if config.id_field and is_corpus_like(kind) and not layout.has_ids:
         raise InputError(
             f"{file}: input.id_field is {config.id_field!r}, but the file has no such column "
@@ -136,27 +137,21 @@ def refuse_repeated(file: SourceFile, columns: Sequence[str]) -> None:
             raise InputError(f"{file}: two columns are named {name!r}; give each a name of its own")
 
 
-def _table_layout(
-    file: SourceFile,
-    kind: RecordKind,
-    config: InputConfig,
-    file_format: FileFormat,
-    fields: tuple[RecordField, ...],
-    head: bytes,
-) -> Layout:
+def _table_layout(file: SourceFile, config: InputConfig, layout: Layout, head: bytes) -> Layout:
     """TSV or CSV: its delimiter, quoting, columns, and whether the first line names them."""
-    line, body_start, after_line = split_first_line(head)
-    delimiter = _delimiter(line) if file_format == "csv" else "\t"
-    quoted = delimiter != "\t" or _is_quoted(head)
-    if quoted:
-        after_line = next((int(end) for end in row_ends(head, "quoted") if end > body_start), len(head))
-        line = head[body_start:after_line].decode("utf-8", errors="replace").rstrip("\r\n")
-    first = tuple(next(csv.reader([line], delimiter=delimiter), [])) if quoted else tuple(line.split("\t"))
-    columns, has_header = _table_columns(file, kind, config, first, fields)
-    if is_corpus_like(kind) and not has_header and len(columns) > 1:
-        _refuse_labels(file, config, head[body_start:])
-    start, number = (after_line, 2) if has_header else (body_start, 1)
-    return Layout(kind, "csv" if quoted else "tsv", fields, columns, delimiter, start, number)
+    line, start, after_line = split_first_line(head)
+    delimiter = _delimiter(line) if layout.format == "csv" else "\t"
+    first = tuple(line.split("\t"))
+    file_format: FileFormat = "csv" if delimiter != "\t" or _is_quoted(head) else "tsv"
+    if file_format == "csv":
+        after_line = next((int(end) for end in row_ends(head, "quoted") if end > start), len(head))
+        line = head[start:after_line].decode("utf-8", errors="replace").rstrip("\r\n")
+        first = tuple(next(csv.reader([line], delimiter=delimiter), []))
+    columns, has_header = _table_columns(file, config, layout, first)
+    if is_corpus_like(layout.kind) and not has_header and len(columns) > 1:
+        _refuse_labels(file, config, head[start:])
+    start, number = (after_line, 2) if has_header else (start, 1)
+    return Layout(layout.kind, file_format, layout.fields, columns, delimiter, start, number)
 
 
 def _delimiter(line: str) -> str:
@@ -203,7 +198,7 @@ def _refuse_labels(file: SourceFile, config: InputConfig, head: bytes) -> None:
         )
 
 
-def refuse_other_kind(place: str, kind: RecordKind, columns: Sequence[str]) -> None:
+def refuse_other_kind(place: str, kind: RecordKind, columns: Container[str]) -> None:
     """Raise InputError where pairs are asked for and the columns say that the file holds judged texts."""
     if kind != "pairs":
         return
@@ -279,16 +274,13 @@ def split_first_line(head: bytes) -> tuple[str, int, int]:
 
 
 def _table_columns(
-    file: SourceFile,
-    kind: RecordKind,
-    config: InputConfig,
-    first: tuple[str, ...],
-    fields: tuple[RecordField, ...],
+    file: SourceFile, config: InputConfig, layout: Layout, first: tuple[str, ...]
 ) -> tuple[tuple[str, ...], bool]:
     """The columns of a TSV or CSV whose first line is `first`, and whether that line is a header."""
+    kind, fields = layout.kind, layout.fields
     refuse_other_kind(f"{file}:1", kind, first if len(first) > 2 else ())
     if is_corpus_like(kind):
-        return _corpus_columns(file, config, first, fields)
+        return _corpus_columns(file, config, fields, first)
     expected = EXPECTED_HEADER.get(kind)
     required = [name_among(field, first) for field in fields if field.required]
     known = {name_among(field, first) for field in fields}
@@ -305,7 +297,7 @@ def _table_columns(
 
 
 def _corpus_columns(
-    file: SourceFile, config: InputConfig, first: tuple[str, ...], fields: tuple[RecordField, ...]
+    file: SourceFile, config: InputConfig, fields: tuple[RecordField, ...], first: tuple[str, ...]
 ) -> tuple[tuple[str, ...], bool]:
     identifier, *texts = fields
     named_texts = [field for field in texts if name_among(field, first) is not None]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from raytower.data.layouts import Source, parquet_columns
 from raytower.data.row_batch import Chunk, RowBatch
-from raytower.data.rows import to_records
+from raytower.data.rows import TextReader, to_records
 from raytower.data.slices import MAX_SLICE_BYTES, Extent
 from raytower.errors import InputError
 
@@ -60,7 +60,7 @@ class RowGroupReader:
         for batch in batches:
             parts.append(self._parse(batch, first_row))
             first_row += len(batch)
-        return Chunk(extent, RowBatch.joined(parts), pa.Table.from_batches(batches))
+        return Chunk(extent, parts, pa.Table.from_batches(batches))
 
     def _batches_of(self, extent: Extent) -> list[pa.RecordBatch]:
         group = extent.row_group or 0
@@ -145,3 +145,8 @@ class _ArrowFile:
     def _open(self) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
         self._stream.seek(0)
         return pa.ipc.open_file(self._stream) if self._is_file else pa.ipc.open_stream(self._stream)
+
+
+def open_reader(source: Source) -> TextReader | RowGroupReader:
+    """Raises InputError where the file cannot be opened, or lacks a column that the records need."""
+    return RowGroupReader(source) if source.layout.is_columnar else TextReader(source)

@@ -19,10 +19,10 @@ from raytower.config import OnError
 from raytower.data import beir
 from raytower.data.extras import ExtraTypes, build_table
 from raytower.data.layouts import Source, detect_layout
+from raytower.data.parquet import open_reader
 from raytower.data.records import RecordKind, canonical_schema, is_corpus_like
 from raytower.data.rejects import Rejects
 from raytower.data.row_batch import Chunk, Rejection
-from raytower.data.scanning import open_reader
 from raytower.data.slices import Extent
 from raytower.data.sources import InputConfig, find_files
 from raytower.errors import InputError
@@ -129,15 +129,13 @@ def read_piece(piece: Piece) -> pa.Table:
         return pa.concat_tables(read_pieces(piece.parts))
     if isinstance(piece.source, beir.JudgedPairs):
         return beir.read_judged_pairs(piece.source)
-    rows = _read_chunk(piece).rows
-    table = build_table(rows, piece.schema)
+    chunk = _read_chunk(piece)
+    table = pa.concat_tables([build_table(rows, piece.schema) for rows in chunk.batches])
     if piece.left_out:
-        table = table.filter(pa.array(~np.isin(rows.lines, piece.left_out)))
+        table = table.filter(pa.array(~np.isin(chunk.lines, piece.left_out)))
     if len(table) != piece.num_rows:
-        raise InputError(
-            f"{piece.source.file} has changed since it was surveyed: {len(table)} good rows from line "
-            f"{piece.extent.first_line} on, expected {piece.num_rows}; run the job again while the file stays as it is"
-        )
+        rule = f"{len(table)} good rows from line {piece.extent.first_line} on, expected {piece.num_rows}"
+        raise piece.source.file.changed(rule)
     return table
 
 
@@ -179,16 +177,15 @@ def _survey_sources(
     drafts: list[Piece] = []
     for source in sources:
         for chunk in open_reader(source).scan(rows_per_piece):
-            rows = chunk.rows
-            rejects.add(source.file, rows.rejections, chunk.raw)
-            types.observe(rows, source.file)
-            derived_ids |= rows.derived_ids
-            if len(rows.lines):
-                drafts.append(Piece(source, 0, chunk.extent, 0, len(rows.lines), canonical_schema(kind)))
+            for rows in chunk.batches:
+                rejects.add(source.file, rows.rejections, chunk.raw)
+                types.observe(rows, source.file)
+                derived_ids |= rows.derived_ids
+            if num_rows := len(chunk.lines):
+                drafts.append(Piece(source, 0, chunk.extent, 0, num_rows, canonical_schema(kind)))
                 if have_ids:
                     # Python's keyed hash of a string is the same all through this one process.
-                    ids = map(hash, rows.columns["id"].to_pylist())
-                    hashes.append(np.fromiter(ids, np.int64, len(rows.lines)))
+                    hashes.append(np.fromiter(map(hash, chunk.values("id")), np.int64, num_rows))
     drafts = list(_without_duplicates(drafts, hashes, rejects)) if hashes else drafts
     surveyed = _finish(drafts, types.schema(kind), sources, rejects)
     if not surveyed.pieces:
@@ -214,8 +211,8 @@ def _without_duplicates(
             chunk = _read_chunk(draft)
             assert isinstance(draft.source, Source)
             file = draft.source.file
-            ids = chunk.rows.columns["id"].take(pa.array(suspects)).to_pylist()
-            for line, identifier in zip(chunk.rows.lines[suspects].tolist(), ids, strict=True):
+            ids, lines = chunk.values("id"), chunk.lines.tolist()
+            for identifier, line in ((ids[position], lines[position]) for position in suspects):
                 first = first_places.setdefault(identifier, f"{file}:{line}")
                 if first != f"{file}:{line}":
                     reason = f"id {identifier!r} is already the id of {first}; ids must be unique"

@@ -52,18 +52,18 @@ def _read_beir(path: str, split: str) -> QuerySet:
         raise InputError(
             f"{path}: qrels of split {split!r} judge query-id {unknown!r}, which queries.jsonl does not have"
         )
-    relevant = {
-        query: {doc: score for doc, score in judged.items() if score > 0} for query, judged in qrels.items()
-    }
-    ids = [identifier for identifier in texts if relevant.get(identifier)]
-    if not ids:
+    judged = [
+        (query, {doc: score for doc, score in qrels.get(query, {}).items() if score > 0}) for query in texts
+    ]
+    relevant = {query: documents for query, documents in judged if documents}
+    if not relevant:
         raise InputError(f"{path}: no judgement of split {split!r} has a score above 0; give another split")
     return QuerySet(
-        ids=ids,
-        texts=[texts[identifier] for identifier in ids],
-        relevant=[relevant[identifier] for identifier in ids],
+        ids=list(relevant),
+        texts=[texts[query] for query in relevant],
+        relevant=list(relevant.values()),
         relevant_texts=None,
-        num_without_relevant=len(qrels) - len(ids),
+        num_without_relevant=len(qrels) - len(relevant),
     )
 
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import pyarrow as pa
 
 RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "labelled", "lines"]
-RECORD_KINDS: tuple[RecordKind, ...] = get_args(RecordKind)
 
 FieldType = Literal["text", "id", "number", "category", "texts", "numbers"]
 """text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text.
 texts, numbers: a list of such."""
-_EXPECTED: dict[FieldType, str] = {
-    "text": "string",
-    "id": "string or an integer",
-    "number": "number",
-    "category": "string or a number",
-    "texts": "list of strings",
-    "numbers": "list of numbers",
-}
-_LIST_TYPES: dict[FieldType, pa.DataType] = {
-    "texts": pa.list_(pa.string()),
-    "numbers": pa.list_(pa.float64()),
+_TYPES: dict[FieldType, tuple[str, pa.DataType]] = {
+    "text": ("string", pa.string()),
+    "id": ("string or an integer", pa.string()),
+    "number": ("number", pa.string()),
+    "category": ("string or a number", pa.string()),
+    "texts": ("list of strings", pa.list_(pa.string())),
+    "numbers": ("list of numbers", pa.list_(pa.float64())),
 }
 
 
@@ -40,16 +35,16 @@ class RecordField:
     @property
     def expected(self) -> str:
         """What a value must be, for messages."""
-        return _EXPECTED[self.type]
-
-    @property
-    def is_list(self) -> bool:
-        return self.type in _LIST_TYPES
+        return _TYPES[self.type][0]
 
     @property
     def read_type(self) -> pa.DataType:
         """The Arrow type in which values come to the checks; a single number comes as its text."""
-        return _LIST_TYPES.get(self.type, pa.string())
+        return _TYPES[self.type][1]
+
+    @property
+    def is_list(self) -> bool:
+        return pa.types.is_list(self.read_type)
 
     @property
     def record_type(self) -> pa.DataType:
@@ -104,18 +99,12 @@ def fields_of(
     """
     if not is_corpus_like(kind):
         return _FIELDS[kind]
-    identifier = RecordField(
-        "id", (id_field,) if id_field else ("id", "_id"), "id", required=id_field is not None
-    )
+    names = (id_field,) if id_field else ("id", "_id")
+    identifier = RecordField("id", names, "id", required=id_field is not None)
     last = len(text_fields) - 1
     texts = [
-        RecordField(
-            f"text_{number}",
-            (name,),
-            required=number == last,
-            may_be_blank=number < last or text_may_be_blank,
-        )
-        for number, name in enumerate(text_fields)
+        RecordField(f"text_{i}", (name,), required=i == last, may_be_blank=i < last or text_may_be_blank)
+        for i, name in enumerate(text_fields)
     ]
     return (identifier, *texts)
 

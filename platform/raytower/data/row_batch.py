@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from raytower.data.slices import Extent, Slice
 
-Column: TypeAlias = pa.Array | pa.ChunkedArray | list[Any]
+Column: TypeAlias = pa.Array | list[Any]
 """Values of a column that passes through; of JSON as Python has them, for one row may differ in type from the next."""
 
 
@@ -37,7 +37,7 @@ class RowBatch:
 
     lines: np.ndarray
     """The line of each row; a line of candidates with several positives gives as many rows."""
-    columns: dict[str, pa.Array | pa.ChunkedArray]
+    columns: dict[str, pa.Array]
     extra: dict[str, Column] = field(default_factory=dict)
     """Columns passed through, by the names that the file gives them."""
     rejections: list[Rejection] = field(default_factory=list)
@@ -58,33 +58,21 @@ class RowBatch:
             for name, column in self.extra.items()
         }
 
-    @staticmethod
-    def joined(parts: Sequence[RowBatch]) -> RowBatch:
-        """Parts that follow one another, as chunks: put into one array, their texts might be too long for it."""
-        if len(parts) == 1:
-            return parts[0]
-        types = {name: column.type for part in parts for name, column in part.extra.items()}  # type: ignore[union-attr]
-        return RowBatch(
-            np.concatenate([part.lines for part in parts]),
-            {name: pa.chunked_array([part.columns[name] for part in parts]) for name in parts[0].columns},
-            {
-                name: pa.chunked_array(
-                    [part.extra.get(name, pa.nulls(len(part.lines), kind)) for part in parts]
-                )
-                for name, kind in types.items()
-            },
-            [rejection for part in parts for rejection in part.rejections],
-            any(part.derived_ids for part in parts),
-        )
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """One extent with its rows parsed."""
+    """One extent with its rows parsed, in batches: put into one array, the texts of all might be too long for it."""
 
     extent: Extent
-    rows: RowBatch
+    batches: Sequence[RowBatch]
     content: Slice | pa.Table
+
+    @property
+    def lines(self) -> np.ndarray:
+        return np.concatenate([rows.lines for rows in self.batches])
+
+    def values(self, column: str) -> list[Any]:
+        return [value for rows in self.batches for value in rows.columns[column].to_pylist()]
 
     def raw(self, line: int) -> bytes:
         """The row's bytes as they stand in the file; for Parquet the row as JSON."""

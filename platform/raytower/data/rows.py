@@ -7,7 +7,9 @@ looked at one by one.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +20,39 @@ from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
-from raytower.data.row_batch import Rejection, RowBatch, mask_of
-from raytower.data.slices import MAX_LINE_BYTES, Slice
+from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
+from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, iter_slices
 from raytower.data.visible import describe_unseen, shows_nothing
 
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 # A text is as long as its row may be.
 csv.field_size_limit(MAX_LINE_BYTES)
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
+
+
+@dataclass
+class TextReader:
+    """Reads extents of a text file; in file order each byte is read once, compressed or not."""
+
+    source: Source
+
+    @cached_property
+    def _bytes(self) -> RangeReader:
+        return RangeReader(self.source.file)
+
+    def read(self, extent: Extent) -> Chunk:
+        """Raises InputError where the file can no longer be read."""
+        data = self._bytes.read(extent.start, extent.end - extent.start)
+        return self._chunk(Slice(extent.start, extent.first_line, data, self.source.layout.cut))
+
+    def scan(self, rows_per_chunk: int) -> Iterator[Chunk]:
+        """Every row, parsed. Raises InputError where the file cannot be read."""
+        file, layout = self.source.file, self.source.layout
+        cut = iter_slices(file, layout.body_start, layout.first_line, rows_per_chunk, layout.cut)
+        return map(self._chunk, cut)
+
+    def _chunk(self, content: Slice) -> Chunk:
+        return Chunk(content.extent, [parse_slice(content, self.source)], content)
 
 
 def parse_slice(piece: Slice, source: Source) -> RowBatch:

@@ -99,6 +99,12 @@ class SourceFile:
     def __str__(self) -> str:
         return str(self.location)
 
+    def changed(self, what: str) -> InputError:
+        """The error for a file that is not as it was when it was surveyed; `what` says in what."""
+        return InputError(
+            f"{self} has changed since it was surveyed: {what}; run the job again while the file stays as it is"
+        )
+
     def open(self) -> pa.NativeFile:
         """A stream of the file's bytes, decompressed; seekable only where the file is not compressed.
 
@@ -111,10 +117,7 @@ class SourceFile:
         except OSError as error:
             raise InputError(f"{self} cannot be read: {error}") from error
         if size_bytes != self.size_bytes:
-            raise InputError(
-                f"{self} has changed since it was surveyed: {size_bytes} bytes, {self.size_bytes} before; run the job "
-                "again while the file stays as it is"
-            )
+            raise self.changed(f"{size_bytes} bytes, {self.size_bytes} before")
         return pa.CompressedInputStream(stream, self.compression) if self.compression else stream
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,16 +37,15 @@ from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
 from raytower.encoding.parts import PartFigures, part_name
 from raytower.encoding.plan import (
     CorpusSize,
-    EncodePlan,
     ModelSize,
     WorkerShape,
     choose_rows_per_file,
     join_pieces,
     plan_encode,
 )
-from raytower.encoding.progress import Progress
+from raytower.encoding.progress import progress
 from raytower.encoding.records import collect_records, find_parts, remove_left_overs
-from raytower.encoding.worker import EncodedPiece, PieceEncoder, PieceSeconds, WorkerSettings, read_answer
+from raytower.encoding.worker import EncodedPiece, PieceEncoder, read_answer
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
@@ -70,6 +69,7 @@ _SURVEY_ROWS = 1024
 # Ray Data keeps some state for each block; a folder of very many small files gives several to one.
 _MAX_BLOCKS = 4096
 _READING_THREADS = 8
+_TIMED = ("reading", "tokenising", "forward", "writing")
 _SAMPLE_PIECES = 4
 _SAMPLE_TEXTS = 256
 
@@ -90,39 +90,6 @@ class _Job:
         return Location.of(self.config.output)
 
 
-@dataclass
-class _Totals:
-    """What this run encoded, added up as workers answer."""
-
-    files: dict[str, PartFigures] = field(default_factory=dict)
-    rows: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    first_start: float = float("inf")
-    """Epoch seconds."""
-    tokens_per_batch: int | None = None
-    """The smallest budget that a worker ended with."""
-    seconds: PieceSeconds = field(
-        default_factory=lambda: PieceSeconds(total=0, reading=0, tokenising=0, forward=0, writing=0)
-    )
-
-    def add(self, piece: EncodedPiece) -> None:
-        self.files[piece.part.file.name] = piece.part
-        self.rows += piece.part.file.rows
-        self.tokens += piece.part.tokens
-        self.padded_tokens += piece.part.padded_tokens
-        self.first_start = min(self.first_start, piece.started_at)
-        self.tokens_per_batch = min(self.tokens_per_batch or piece.tokens_per_batch, piece.tokens_per_batch)
-        before, more = asdict(self.seconds), asdict(piece.seconds)
-        self.seconds = PieceSeconds(**{name: before[name] + more[name] for name in before})
-
-    def shares(self) -> dict[str, float]:
-        """Share of the workers' time by what it was spent on; tokenising and writing run beside the forward."""
-        values = asdict(self.seconds)
-        total = values.pop("total")
-        return {f"{name}_share": round(value / total, 4) if total else 0.0 for name, value in values.items()}
-
-
 def encode(config: EncodeConfig) -> dict[str, Any]:
     """Encode the corpus; files that an earlier, killed run of the same job finished are kept.
 
@@ -138,7 +105,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         RaytowerError: vectors that are not finite, no memory or no room left, or workers that failed.
     """
     started_at, started = time.time(), time.perf_counter()
-    totals = _Totals()
+    answers: list[EncodedPiece] = []
     with _surveyed(config) as job, _only_job(job) as lease:
         _claim(job)
         _publish_quarantine(job)
@@ -153,31 +120,35 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
             log(f"{len(kept)} of {len(job.pieces)} files are finished already")
         if missing:
             remove_left_overs(job.output, records=False)
-            _prepare_graph(job)
+            if config.compute.engine == "onnx":
+                # Now, for workers to find it: what goes wrong is said once.
+                graph_for(job.encoder, config.compute.dtype, resolve_model(config.encoder))
             ensure_ray()
-            _run(job, missing, totals)
+            answers = _run(job, missing)
         if lease is not None:
             lease.check()
-        tokens = _finish(job, {**kept, **totals.files})
+        encoded = {answer.part.file.name: answer.part for answer in answers}
+        tokens_of_all = _finish(job, {**kept, **encoded})
     seconds = time.perf_counter() - started
+    startup = min((answer.started_at for answer in answers), default=started_at) - started_at
+    tokens = sum(part.tokens for part in encoded.values())
+    padded_tokens = sum(part.padded_tokens for part in encoded.values())
     figures = {
         "rows": job.survey.num_rows,
-        "tokens": tokens,
+        "tokens": tokens_of_all,
         "seconds": round(seconds, 3),
-        "startup_seconds": round(max(min(totals.first_start - started_at, seconds), 0.0), 3)
-        if missing
-        else 0.0,
+        "startup_seconds": round(max(min(startup, seconds), 0.0), 3),
         "output": config.output,
         "fingerprint": job.encoder.fingerprint,
-        "texts_per_second": round(totals.rows / seconds, 1),
-        "tokens_per_second": round(totals.tokens / seconds, 1),
-        "padding_share": round(1 - totals.tokens / totals.padded_tokens, 4) if totals.padded_tokens else 0.0,
-        **totals.shares(),
-        "tokens_per_batch": totals.tokens_per_batch,
-        "files_encoded": len(totals.files),
+        "texts_per_second": round(sum(part.file.rows for part in encoded.values()) / seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "padding_share": round(1 - tokens / padded_tokens, 4) if padded_tokens else 0.0,
+        **_time_shares(answers),
+        "tokens_per_batch": min((answer.tokens_per_batch for answer in answers), default=None),
+        "files_encoded": len(encoded),
         "rejected_rows": job.survey.num_rejected,
     }
-    if totals.files:
+    if answers:
         log(_summary(figures))
     return figures
 
@@ -185,9 +156,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 def plan(config: EncodeConfig) -> dict[str, Any]:
     """The plan for --dry-run: rows, files, batches, predicted memory and disk. Nothing is written."""
     with _surveyed(config) as job:
-        made: EncodePlan = plan_encode(_corpus_size(job), _model_size(job.encoder), _worker_shape(job))
+        made = plan_encode(_corpus_size(job), _model_size(job.encoder), _worker_shape(job))
     return {
-        **asdict(made),
+        **made,
         "fingerprint": job.encoder.fingerprint,
         "rejected_rows": job.survey.num_rejected,
     }
@@ -304,18 +275,25 @@ def _publish_quarantine(job: _Job) -> None:
         (job.output / _QUARANTINE / source.name).write_bytes(source.read_bytes())
 
 
+def _what_makes_vectors(job: _Job) -> dict[str, Any]:
+    """What job.json and the manifest both say of the vectors."""
+    return {
+        "fingerprint": job.encoder.fingerprint,
+        "prefix": job.prefix,
+        "query_prefix": job.encoder.prefix_for("query"),
+        "similarity": job.encoder.settings.similarity,
+        "max_length": job.config.max_length,
+        "engine": job.config.compute.engine,
+        "compute_dtype": job.config.compute.dtype,
+    }
+
+
 def _job_spec(job: _Job) -> dict[str, Any]:
     """What decides the content of the files; a second run must match it."""
     config = job.config
     return {
         "format_version": JOB_FORMAT,
-        "fingerprint": job.encoder.fingerprint,
-        "prefix": job.prefix,
-        "query_prefix": job.encoder.prefix_for("query"),
-        "similarity": job.encoder.settings.similarity,
-        "max_length": config.max_length,
-        "engine": config.compute.engine,
-        "compute_dtype": config.compute.dtype,
+        **_what_makes_vectors(job),
         "embedding_dtype": config.embedding_dtype,
         "input": config.input.model_dump(mode="json"),
         "input_rows": job.survey.num_rows,
@@ -350,29 +328,28 @@ def _content_hash(pieces: Sequence[Piece]) -> str:
 # --- doing it ------------------------------------------------------------------------------------------------------
 
 
-def _run(job: _Job, missing: Sequence[Piece], totals: _Totals) -> None:
-    """Encode the pieces in `missing`, adding to `totals` as files are finished."""
-    numbers = {piece.index: number for number, piece in enumerate(job.pieces)}
-    items = [{"piece": numbers[piece.index]} for piece in missing]
+def _run(job: _Job, missing: Sequence[Piece]) -> list[EncodedPiece]:
+    """Encode the pieces in `missing`."""
+    config = job.config
+    paths = {name: absolute_if_local(getattr(config, name)) for name in ("encoder", "output")}
     pieces = ray.put(list(job.pieces))
     try:
-        with Progress(sum(piece.num_rows for piece in missing)) as progress:
-            dataset = ray.data.from_items(
-                items, override_num_blocks=min(len(items), _MAX_BLOCKS)
-            ).map_batches(
+        with progress(sum(piece.num_rows for piece in missing)) as board:
+            items = ray.data.from_items(
+                [{"piece": piece.index} for piece in missing],
+                override_num_blocks=min(len(missing), _MAX_BLOCKS),
+            )
+            dataset = items.map_batches(
                 PieceEncoder,
                 batch_size=1,
-                compute=_pool(job.config.workers, len(items)),
-                num_cpus=job.config.workers.num_cpus,
-                num_gpus=job.config.workers.num_gpus or None,
-                fn_constructor_kwargs={
-                    "settings": _worker_settings(job),
-                    "pieces": pieces,
-                    "board": progress.board,
-                },
-            )
-            for row in dataset.iter_rows():
-                totals.add(read_answer(row["answer"]))
+                compute=_pool(config.workers, len(missing)),
+                num_cpus=config.workers.num_cpus,
+                num_gpus=config.workers.num_gpus or None,
+                fn_constructor_args=(
+                    config.model_copy(update=paths), job.encoder.fingerprint, job.prefix, pieces, board
+                ),
+            )  # fmt: skip
+            return [read_answer(row["answer"]) for row in dataset.iter_rows()]
     except RayError as error:
         raise RaytowerError(f"encoding failed: {error}") from error
 
@@ -389,45 +366,17 @@ def _pool(workers: WorkersConfig, num_pieces: int) -> ray.data.ActorPoolStrategy
     )
 
 
-def _worker_settings(job: _Job) -> WorkerSettings:
-    config = job.config
-    return WorkerSettings(
-        encoder=absolute_if_local(config.encoder),
-        fingerprint=job.encoder.fingerprint,
-        output=absolute_if_local(config.output),
-        prefix=job.prefix,
-        max_length=config.max_length,
-        embedding_dtype=config.embedding_dtype,
-        compute=config.compute,
-        num_threads=max(int(config.workers.num_cpus), 1),
-        use_gpu=config.workers.num_gpus > 0,
-    )
-
-
-def _prepare_graph(job: _Job) -> None:
-    """Export the ONNX graph before workers start: they find it in the cache, and what goes wrong is said once."""
-    compute = job.config.compute
-    if compute.engine == "onnx":
-        graph_for(job.encoder, compute.dtype, resolve_model(job.config.encoder))
-
-
 def _finish(job: _Job, figures: dict[str, PartFigures]) -> int:
     """Write the manifest, every file being there; returns the tokens of the folder."""
     parts = [figures[part_name(piece)] for piece in job.pieces]
     tokens = sum(part.tokens for part in parts)
     config = job.config
     manifest = EmbeddingsManifest(
-        fingerprint=job.encoder.fingerprint,
+        **_what_makes_vectors(job),
         encoder=absolute_if_local(config.encoder),
         dim=job.encoder.dim,
         dtype=config.embedding_dtype,
         normalised=job.encoder.normalised,
-        similarity=job.encoder.settings.similarity,
-        prefix=job.prefix,
-        query_prefix=job.encoder.prefix_for("query"),
-        max_length=config.max_length,
-        engine=config.compute.engine,
-        compute_dtype=config.compute.dtype,
         rows=job.survey.num_rows,
         tokens=tokens,
         derived_ids=job.survey.derived_ids,
@@ -447,10 +396,15 @@ def _is_written(manifest: EmbeddingsManifest, output: Location) -> bool:
         return False
 
 
+def _time_shares(answers: Sequence[EncodedPiece]) -> dict[str, float]:
+    """Share of the workers' time by what it was spent on; tokenising and writing run beside the forward."""
+    total = sum(answer.seconds["total"] for answer in answers) or float("inf")
+    spent = {name: sum(answer.seconds[name] for answer in answers) for name in _TIMED}
+    return {f"{name}_share": round(seconds / total, 4) for name, seconds in spent.items()}
+
+
 def _summary(figures: dict[str, Any]) -> str:
-    shares = ", ".join(
-        f"{name} {figures[f'{name}_share']:.1%}" for name in ("reading", "tokenising", "forward", "writing")
-    )
+    shares = ", ".join(f"{name} {figures[f'{name}_share']:.1%}" for name in _TIMED)
     return (
         f"encoded {figures['files_encoded']:,} files in {figures['seconds']:,.0f} s; "
         f"padding {figures['padding_share']:.1%} of the tokens computed; "
@@ -478,21 +432,14 @@ def _corpus_size(job: _Job) -> CorpusSize:
 
 def _mean_tokens(job: _Job) -> float:
     """Tokens of a text, from the first texts of a few pieces spread over the corpus."""
-    lengths = [len(ids) for texts in _sample(job) for ids in _tokenise(job, texts)]
+    max_length = job.config.max_length
+    lengths: list[int] = []
+    for piece in job.pieces[:: max(len(job.pieces) // _SAMPLE_PIECES, 1)][:_SAMPLE_PIECES]:
+        texts = read_piece(piece)["text"].slice(0, _SAMPLE_TEXTS).to_pylist()
+        prepared = [job.prefix + text[: max_length * CHARACTERS_PER_TOKEN] for text in texts]
+        batch = job.encoder.tokenizer(prepared, truncation=True, max_length=max_length)
+        lengths += map(len, batch["input_ids"])
     return float(np.mean(lengths))
-
-
-def _sample(job: _Job) -> Iterator[list[str]]:
-    step = max(len(job.pieces) // _SAMPLE_PIECES, 1)
-    for piece in job.pieces[::step][:_SAMPLE_PIECES]:
-        yield read_piece(piece)["text"].slice(0, _SAMPLE_TEXTS).to_pylist()
-
-
-def _tokenise(job: _Job, texts: list[str]) -> list[list[int]]:
-    prepared = [job.prefix + text[: job.config.max_length * CHARACTERS_PER_TOKEN] for text in texts]
-    batch = job.encoder.tokenizer(prepared, truncation=True, max_length=job.config.max_length)
-    ids: list[list[int]] = batch["input_ids"]
-    return ids
 
 
 def _model_size(encoder: Encoder) -> ModelSize:

@@ -41,18 +41,25 @@ class PartFigures:
     tokens: int
     padded_tokens: int
 
+    @staticmethod
+    def of(values: dict[str, Any]) -> PartFigures:
+        """The figures again that `asdict` made `values` of."""
+        return PartFigures(**{**values, "file": EmbeddingsFile(**values["file"])})
+
 
 class PartWriter:
     """Takes blocks of rows with their vectors; each is written in a thread while the next is computed."""
 
-    def __init__(self, name: str, sink: IO[bytes] | pa.NativeFile, dtype: str) -> None:
+    def __init__(
+        self, name: str, sink: IO[bytes] | pa.NativeFile, dtype: str, thread: ThreadPoolExecutor
+    ) -> None:
         self.seconds = 0.0
         self._name = name
         self._sink = _HashingSink(sink)
         self._dtype = dtype
         self._writer: pq.ParquetWriter | None = None
         self._rows = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._thread = thread
         self._pending: Future[None] | None = None
 
     def write(self, table: pa.Table, vectors: NDArray[np.float32]) -> None:
@@ -72,10 +79,6 @@ class PartWriter:
         )
         return PartFigures(file=file, tokens=tokens, padded_tokens=padded_tokens)
 
-    def stop(self) -> None:
-        """End the thread, whether or not the part was finished."""
-        self._thread.shutdown()
-
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -94,12 +97,8 @@ class PartWriter:
 @contextmanager
 def open_part(place: Location, dtype: str) -> Iterator[PartWriter]:
     """A writer for the file at `place`, with vectors as `dtype`; the file appears when the block ends well."""
-    with place.open_write() as sink:
-        writer = PartWriter(place.name, sink, dtype)
-        try:
-            yield writer
-        finally:
-            writer.stop()
+    with place.open_write() as sink, ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as thread:
+        yield PartWriter(place.name, sink, dtype, thread)
 
 
 def write_part(place: Location, table: pa.Table, vectors: NDArray[Any], metadata: dict[bytes, bytes]) -> None:

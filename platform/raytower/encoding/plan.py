@@ -59,23 +59,6 @@ class WorkerShape:
     pieces_in_flight: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodePlan:
-    """What an encoding run will do; printed by --dry-run."""
-
-    rows: int
-    files: int
-    rows_per_file: int
-    workers: int
-    block_rows: int
-    tokens_per_batch: int
-    estimated_tokens: int
-    estimated_batches: int
-    predicted_disk_bytes: int
-    predicted_memory_bytes_per_worker: int
-    predicted_device_bytes_per_worker: int
-
-
 def choose_rows_per_file(num_rows: int, num_workers: int) -> int:
     """Rows of one output file: enough files that workers finish together, few enough that a folder stays listable.
 
@@ -121,8 +104,8 @@ def _as_one(index: int, runs: Sequence[Piece]) -> Piece:
     return dataclasses.replace(runs[0], index=index, num_rows=num_rows, left_out=(), parts=tuple(runs))
 
 
-def plan_encode(corpus: CorpusSize, model: ModelSize, shape: WorkerShape) -> EncodePlan:
-    """Predict batches, disk, and the memory of one worker, weights and blocks counted."""
+def plan_encode(corpus: CorpusSize, model: ModelSize, shape: WorkerShape) -> dict[str, int]:
+    """What --dry-run prints: batches, disk, and the memory of one worker, weights and blocks counted."""
     tokens = round(corpus.rows * corpus.tokens_per_text)
     vector_bytes = model.dim * shape.vector_bytes
     weights = _weight_bytes(model, shape)
@@ -130,19 +113,19 @@ def plan_encode(corpus: CorpusSize, model: ModelSize, shape: WorkerShape) -> Enc
     on_device = weights + activations if shape.on_gpu else 0
     # A GPU's weights pass through host memory on their way.
     on_host = model.parameters * PARAMETER_BYTES["float32"] if shape.on_gpu else weights + activations
-    return EncodePlan(
-        rows=corpus.rows,
-        files=corpus.files,
-        rows_per_file=corpus.rows_per_file,
-        workers=min(shape.workers, corpus.files),
-        block_rows=shape.block_rows,
-        tokens_per_batch=shape.tokens_per_batch,
-        estimated_tokens=tokens,
-        estimated_batches=-(-tokens // shape.tokens_per_batch),
-        predicted_disk_bytes=corpus.rows * vector_bytes + corpus.text_bytes,
-        predicted_memory_bytes_per_worker=_PROCESS_BYTES + on_host + _text_bytes(corpus, model, shape),
-        predicted_device_bytes_per_worker=on_device,
-    )
+    return {
+        "rows": corpus.rows,
+        "files": corpus.files,
+        "rows_per_file": corpus.rows_per_file,
+        "workers": min(shape.workers, corpus.files),
+        "block_rows": shape.block_rows,
+        "tokens_per_batch": shape.tokens_per_batch,
+        "estimated_tokens": tokens,
+        "estimated_batches": -(-tokens // shape.tokens_per_batch),
+        "predicted_disk_bytes": corpus.rows * vector_bytes + corpus.text_bytes,
+        "predicted_memory_bytes_per_worker": _PROCESS_BYTES + on_host + _text_bytes(corpus, model, shape),
+        "predicted_device_bytes_per_worker": on_device,
+    }
 
 
 def _fits(last: Piece, piece: Piece, rows: int) -> bool:
@@ -163,9 +146,7 @@ def _weight_bytes(model: ModelSize, shape: WorkerShape) -> int:
     """At the peak, which is while the model is loaded: float32 weights beside what they become."""
     loaded = model.parameters * PARAMETER_BYTES["float32"]
     if shape.engine == "torch":
-        return (
-            loaded if shape.dtype == "float32" else loaded + model.parameters * PARAMETER_BYTES[shape.dtype]
-        )
+        return loaded + (model.parameters * PARAMETER_BYTES[shape.dtype] if shape.dtype != "float32" else 0)
     tables = model.embedding_parameters * PARAMETER_BYTES["float32"]
     matrices = (model.parameters - model.embedding_parameters) * PARAMETER_BYTES[shape.dtype]
     # ONNX Runtime holds the graph as read and its own copy, matrices packed.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -33,49 +34,44 @@ class ProgressBoard:
     def totals(self) -> tuple[int, int, float]:
         """Rows and tokens of all pieces, and the seconds since the first of them was begun."""
         counts = list(self._pieces.values())
-        return sum(rows for rows, _ in counts), sum(tokens for _, tokens in counts), self._seconds()
-
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._started if self._pieces else 0.0
+        seconds = time.perf_counter() - self._started if counts else 0.0
+        return sum(rows for rows, _ in counts), sum(tokens for _, tokens in counts), seconds
 
 
-class Progress:
-    """Logs texts and tokens a second and the time left, every few seconds while the block runs, and once at its end.
+@contextmanager
+def progress(total_rows: int) -> Iterator[Any]:
+    """Log texts and tokens a second and the time left, every few seconds while the block runs, and once at its end.
 
-    `board` is given to the workers. Rates count from the first text: starting workers is not encoding.
+    The block gets the board that its workers write to. Rates count from the first text: starting workers is not
+    encoding.
     """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+    stop = threading.Event()
 
-    def __init__(self, total_rows: int) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.board: Any = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
-        self._total = total_rows
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-
-    def __enter__(self) -> Progress:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        if kind is None:
-            self._log()
-        ray.kill(self.board)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_LOG_EVERY_SECONDS):
-            self._log()
-
-    def _log(self) -> None:
+    def log_totals() -> None:
         try:
-            rows, tokens, seconds = ray.get(self.board.totals.remote(), timeout=_ANSWER_WITHIN_SECONDS)
+            rows, tokens, seconds = ray.get(board.totals.remote(), timeout=_ANSWER_WITHIN_SECONDS)
         except RayError:  # a line less, no reason to stop encoding
             return
         if rows:
-            log(progress_line(rows, self._total, tokens, seconds))
+            log(progress_line(rows, total_rows, tokens, seconds))
+
+    def watch() -> None:
+        while not stop.wait(_LOG_EVERY_SECONDS):
+            log_totals()
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        try:
+            yield board
+        finally:
+            stop.set()
+            thread.join()
+        log_totals()
+    finally:
+        ray.kill(board)
 
 
 def progress_line(rows: int, total_rows: int, tokens: int, seconds: float) -> str:

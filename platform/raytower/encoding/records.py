@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from raytower.encoding.manifest import EmbeddingsFile
 from raytower.encoding.parts import PartFigures, is_left_over
 from raytower.storage import Location
 
 _THREADS = 8
 _KEY = "parts"
-
-
-@dataclass(frozen=True)
-class _Record:
-    figures: PartFigures
-    written_ns: int
 
 
 def write_record(output: Location, figures: PartFigures) -> None:
@@ -43,23 +36,17 @@ def find_parts(job_file: Location, rows: Mapping[str, int]) -> dict[str, PartFig
     there = {info.base_name: info for info in output.infos()}
     collected = {item["file"]["name"]: item for item in job_file.read_json().get(_KEY, [])}
 
-    def record_of(name: str) -> _Record | None:
-        own = there.get(_record_name(name))
-        values = (output / own.base_name).read_json() if own else collected.get(name)
-        if values is None:
-            return None
-        figures = PartFigures(**{**values, "file": EmbeddingsFile(**values["file"])})
-        return _Record(figures, (own or there[job_file.name]).mtime_ns or 0)
-
     def sound(name: str) -> PartFigures | None:
-        record, info = record_of(name), there.get(name)
-        if record is None or info is None:
+        own, info = there.get(_record_name(name)), there.get(name)
+        values = (output / own.base_name).read_json() if own else collected.get(name)
+        if values is None or info is None:
             return None
-        file = record.figures.file
-        if info.size != file.bytes or file.rows != rows[name]:
+        figures = PartFigures.of(values)
+        if info.size != figures.file.bytes or figures.file.rows != rows[name]:
             return None
-        is_older = info.mtime_ns is not None and info.mtime_ns < record.written_ns
-        return record.figures if is_older or (output / name).sha256() == file.sha256 else None
+        recorded_ns = (own or there[job_file.name]).mtime_ns or 0
+        is_older = info.mtime_ns is not None and info.mtime_ns < recorded_ns
+        return figures if is_older or (output / name).sha256() == figures.file.sha256 else None
 
     with ThreadPoolExecutor(_THREADS) as threads:
         found = zip(rows, threads.map(sound, rows), strict=True)
@@ -69,13 +56,10 @@ def find_parts(job_file: Location, rows: Mapping[str, int]) -> dict[str, PartFig
 def remove_left_overs(output: Location, *, records: bool) -> None:
     """Remove what killed workers had begun to write and, of a finished folder, the records."""
     for child in output.children():
-        if is_left_over(child.name) or (records and _is_record(child.name)):
+        is_record = child.name.startswith(".part-") and child.name.endswith(".json")
+        if is_left_over(child.name) or (records and is_record):
             child.delete()
 
 
 def _record_name(name: str) -> str:
     return f".{name}.json"
-
-
-def _is_record(name: str) -> bool:
-    return name.startswith(".part-") and name.endswith(".json")

@@ -19,8 +19,7 @@ import ray
 from numpy.typing import NDArray
 
 from raytower.data.pieces import Piece, read_piece
-from raytower.encoding.config import ComputeConfig
-from raytower.encoding.manifest import EmbeddingsFile
+from raytower.encoding.config import EncodeConfig
 from raytower.encoding.parts import PartFigures, open_part, part_name
 from raytower.encoding.records import write_record
 from raytower.errors import FormatError, InputError, RaytowerError
@@ -31,40 +30,15 @@ from raytower.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerSettings:
-    """What every encoding worker needs besides the pieces."""
+class EncodedPiece:
+    """What a worker answers for one piece. `started_at` is in epoch seconds.
 
-    encoder: str
-    fingerprint: str
-    output: str
-    prefix: str
-    max_length: int
-    embedding_dtype: str
-    compute: ComputeConfig
-    num_threads: int
-    use_gpu: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceSeconds:
-    """Where the time of a piece went, without waiting for another piece's forward.
-
-    Tokenising and writing run beside the forward, so that the parts may exceed the whole.
+    `seconds` say where its time went, in total, reading, tokenising, forward and writing, without waiting for another
+    piece's forward. Tokenising and writing run beside the forward, so that the parts may exceed the whole.
     """
 
-    total: float
-    reading: float
-    tokenising: float
-    forward: float
-    writing: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedPiece:
-    """What a worker answers for one piece. `started_at` is in epoch seconds."""
-
     part: PartFigures
-    seconds: PieceSeconds
+    seconds: dict[str, float]
     started_at: float
     tokens_per_batch: int
 
@@ -76,25 +50,32 @@ class PieceEncoder:
     """
 
     def __init__(
-        self, settings: WorkerSettings, pieces: ray.ObjectRef[Sequence[Piece]], board: Any = None
+        self,
+        config: EncodeConfig,
+        fingerprint: str,
+        prefix: str,
+        pieces: ray.ObjectRef[Sequence[Piece]],
+        board: Any = None,
     ) -> None:
-        set_num_threads(settings.num_threads)
+        num_threads = max(int(config.workers.num_cpus), 1)
+        set_num_threads(num_threads)
         # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
-        os.environ["RAYON_NUM_THREADS"] = str(settings.num_threads)
-        self.settings = settings
-        self.pieces = ray.get(pieces)
+        os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+        self._config = config
+        self._prefix = prefix
+        self._pieces = ray.get(pieces)
         self._board = board
         self._device = threading.Lock()
         self._failure: RaytowerError | None = None
         try:
-            self.output = Location.of(settings.output)
-            self.engine = load_engine(settings)
+            self._output = Location.of(config.output)
+            self._engine = load_engine(config, fingerprint)
         except RaytowerError as error:
             self._failure = error
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[str]]:
         """One row an answer (see `read_answer`)."""
-        return {"answer": [self._answer(self.pieces[int(number)]) for number in batch["piece"]]}
+        return {"answer": [self._answer(self._pieces[int(number)]) for number in batch["piece"]]}
 
     def _answer(self, piece: Piece) -> str:
         # Raised in a worker an error would lose its class and gain a traceback on its way through Ray Data.
@@ -118,36 +99,36 @@ class PieceEncoder:
         table = read_piece(piece)
         reading = time.perf_counter() - started
         stats = ForwardStats()
-        blocks = _split(table, self.engine.block_rows)
-        texts = (block["text"].to_pylist() for block in _split(table, self.engine.block_rows))
+        blocks = _split(table, self._engine.block_rows)
+        texts = (block["text"].to_pylist() for block in _split(table, self._engine.block_rows))
         with (
-            self.engine.tokenise_ahead(texts, self.settings.prefix) as tokenised,
-            open_part(self.output / part_name(piece), self.settings.embedding_dtype) as part,
+            self._engine.tokenise_ahead(texts, self._prefix) as tokenised,
+            open_part(self._output / part_name(piece), self._config.embedding_dtype) as part,
         ):
             ready = time.perf_counter()
             with self._device:
                 waiting = time.perf_counter() - ready
                 for rows, tokens in zip(blocks, tokenised, strict=True):
-                    vectors = self.engine.forward_block(tokens, stats)
+                    vectors = self._engine.forward_block(tokens, stats)
                     _refuse_broken_vectors(vectors, rows)
                     part.write(rows, vectors)
                     self._report(piece, stats)
             figures = part.finish(stats.tokens, stats.padded_tokens)
             finished = time.perf_counter()
-        write_record(self.output, figures)
+        write_record(self._output, figures)
         ended = time.perf_counter()  # flushed to disk and named
-        seconds = PieceSeconds(
-            total=ended - started - waiting,
-            reading=reading,
-            tokenising=tokenised.seconds,
-            forward=stats.forward_seconds,
-            writing=part.seconds + ended - finished,
-        )
+        seconds = {
+            "total": ended - started - waiting,
+            "reading": reading,
+            "tokenising": tokenised.seconds,
+            "forward": stats.forward_seconds,
+            "writing": part.seconds + ended - finished,
+        }
         return EncodedPiece(
             part=figures,
             seconds=seconds,
             started_at=started_at,
-            tokens_per_batch=self.engine.tokens_per_batch,
+            tokens_per_batch=self._engine.tokens_per_batch,
         )
 
     def _report(self, piece: Piece, stats: ForwardStats) -> None:
@@ -160,33 +141,25 @@ def read_answer(answer: str) -> EncodedPiece:
     values: dict[str, Any] = json.loads(answer)
     if "error" in values:
         raise (InputError if values["is_input_error"] else RaytowerError)(values["error"])
-    part = values["part"]
-    return EncodedPiece(
-        part=PartFigures(
-            file=EmbeddingsFile(**part["file"]), tokens=part["tokens"], padded_tokens=part["padded_tokens"]
-        ),
-        seconds=PieceSeconds(**values["seconds"]),
-        started_at=values["started_at"],
-        tokens_per_batch=values["tokens_per_batch"],
-    )
+    return EncodedPiece(**{**values, "part": PartFigures.of(values["part"])})
 
 
-def load_engine(settings: WorkerSettings) -> ForwardEngine:
+def load_engine(config: EncodeConfig, fingerprint: str) -> ForwardEngine:
     """The encoder on this worker's device. Raises FormatError where it is another than the job started with."""
-    encoder = Encoder.load(settings.encoder)
-    if encoder.fingerprint != settings.fingerprint:
+    encoder = Encoder.load(config.encoder)
+    if encoder.fingerprint != fingerprint:
         raise FormatError(
-            f"encoder {settings.encoder!r} has fingerprint {encoder.fingerprint[:12]} on this worker and "
-            f"{settings.fingerprint[:12]} where the job started; every node must see the same model"
+            f"encoder {config.encoder!r} has fingerprint {encoder.fingerprint[:12]} on this worker and "
+            f"{fingerprint[:12]} where the job started; every node must see the same model"
         )
     return ForwardEngine(
         encoder,
-        engine=settings.compute.engine,
-        dtype=settings.compute.dtype,
-        device="cuda" if settings.use_gpu else "cpu",
-        tokens_per_batch=settings.compute.tokens_per_batch,
-        max_length=settings.max_length,
-        directory=resolve_model(settings.encoder),
+        engine=config.compute.engine,
+        dtype=config.compute.dtype,
+        device="cuda" if config.workers.num_gpus > 0 else "cpu",
+        tokens_per_batch=config.compute.tokens_per_batch,
+        max_length=config.max_length,
+        directory=resolve_model(config.encoder),
     )
 
 
