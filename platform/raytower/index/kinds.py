@@ -99,7 +99,7 @@ def parameter_grid(
 
     Where candidates are rescored with stored vectors, the whole range of nprobe comes with the smallest k_factor, then
     again with each larger one. FAISS never walks with an efSearch below the number of hits asked, so smaller values
-    would measure the same; one of several shards may be asked for fewer than k (see `search.hits_per_shard`).
+    would measure the same; one of several shards may be asked for fewer than k (see `Index._depths`).
     """
     if kind == "flat":
         return [{}]
@@ -178,25 +178,46 @@ def search_index(
 
     Safe for concurrent calls on one index.
     """
-    total = int(index.ntotal)
-    if allowed is not None and len(allowed.mask) != total:
-        raise ValueError(f"the mask of allowed rows has {len(allowed.mask)} rows, the index has {total}")
-    if exact is not None and exact.shape != (total, index.d):
-        raise ValueError(f"the stored vectors have shape {exact.shape}, the index has {(total, index.d)}")
-    if kind == "ivf_rabitq" and exact is None:
-        raise ValueError(
-            "one bit a dimension ranks too coarsely without the stored vectors; give them as `exact`"
-        )
-    count = total if allowed is None else allowed.count
-    depth = min(k, count)
-    if depth == 0 or len(queries) == 0:
-        shape = (len(queries), depth)
-        return np.empty(shape, np.float32), np.empty(shape, np.int64)
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
-    way = _way(kind, index, parameters, exact, gpu)
-    if allowed is None or count == total:
-        return way.search(queries, depth)
-    return _search_allowed(way, queries, depth, allowed)
+    return Searchable(kind, index, exact, gpu).search(queries, k, parameters, allowed)
+
+
+class Searchable:
+    """An index opened for `search_index`: it holds what is the same for every query. Safe for concurrent calls."""
+
+    def __init__(
+        self, kind: BuiltKind, index: Any, exact: NDArray[Any] | None = None, gpu: GpuIndex | None = None
+    ) -> None:
+        self._total = int(index.ntotal)
+        if exact is not None and exact.shape != (self._total, index.d):
+            raise ValueError(
+                f"the stored vectors have shape {exact.shape}, the index has {(self._total, index.d)}"
+            )
+        if kind == "ivf_rabitq" and exact is None:
+            raise ValueError(
+                "one bit a dimension ranks too coarsely without the stored vectors; give them as `exact`"
+            )
+        self._kind = kind
+        self._index = _Parts.of(index) if kind == "hnsw" else index
+        self._exact = exact
+        self._gpu = gpu
+
+    def search(
+        self, queries: Vectors, k: int, parameters: Mapping[str, int], allowed: AllowedRows | None = None
+    ) -> Found:
+        """As `search_index`."""
+        total = self._total
+        if allowed is not None and len(allowed.mask) != total:
+            raise ValueError(f"the mask of allowed rows has {len(allowed.mask)} rows, the index has {total}")
+        count = total if allowed is None else allowed.count
+        depth = min(k, count)
+        if depth == 0 or len(queries) == 0:
+            shape = (len(queries), depth)
+            return np.empty(shape, np.float32), np.empty(shape, np.int64)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        way = _way(self._kind, self._index, parameters, self._exact, self._gpu)
+        if allowed is None or count == total:
+            return way.search(queries, depth)
+        return _search_allowed(way, queries, depth, allowed)
 
 
 def _search_allowed(way: _Way, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
@@ -260,7 +281,7 @@ def _way(
     if kind == "flat":
         return _Flat(index, gpu)
     if kind == "hnsw":
-        return _Graph(index, parameters["efSearch"])
+        return _Graph(index if isinstance(index, _Parts) else _Parts.of(index), parameters["efSearch"])
     k_factor = parameters.get("k_factor", _K_FACTORS[kind][0])
     filtered = k_factor * _FILTERED_FACTOR.get(kind, 1)
     return _Lists(index, parameters["nprobe"], k_factor, filtered, exact, gpu)
@@ -305,53 +326,75 @@ class _Flat:
 def _walk(width: int, candidates: int, depth: int) -> Any:
     """Making these takes as long as a walk over some thousand rows; searches only read them."""
     faiss = import_faiss()
+    # Either queue gives the same hits; FAISS's default takes 5 % longer in narrow walks and as long in wide ones.
+    walk = faiss.SearchParametersHNSW(efSearch=width, bounded_queue=False)
     # FAISS truncates depth * k_factor to a whole number, in 32-bit floats.
-    return faiss.IndexRefineSearchParameters(
-        k_factor=(candidates + 0.5) / depth, base_index_params=faiss.SearchParametersHNSW(efSearch=width)
-    )
+    return faiss.IndexRefineSearchParameters(k_factor=(candidates + 0.5) / depth, base_index_params=walk)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A graph and what belongs to it: to look these up takes longer than some searches."""
+
+    index: Any
+    walked: Any
+    flat: _Flat
+    copies: Copies | None
+    total: int
+    edges: int  # of a row
+
+    @classmethod
+    def of(cls, index: Any) -> _Parts:
+        faiss = import_faiss()
+        return cls(
+            index=index,
+            walked=faiss.downcast_index(index.base_index),
+            flat=_Flat(faiss.downcast_index(index.refine_index)),
+            copies=copies_of(index),
+            total=int(index.ntotal),
+            edges=graph_of(index).hnsw.nb_neighbors(0),
+        )
 
 
 @dataclass(frozen=True)
 class _Graph:
-    index: Any
+    parts: _Parts
     ef_search: int
 
     def search(self, queries: Vectors, depth: int) -> Found:
         width = max(self.ef_search, depth)
-        candidates = min(width, _HNSW_RESCORED * depth, int(self.index.ntotal))
-        scores, rows = self.index.search(queries, depth, params=_walk(width, candidates, depth))
-        copies = self._copies
-        if copies is not None:
-            self._add_copies(queries, copies, scores, rows)
-        short = np.flatnonzero((rows < 0).any(axis=1))
-        if len(short):
+        candidates = min(width, _HNSW_RESCORED * depth, self.parts.total)
+        scores, rows = self.parts.index.search(queries, depth, params=_walk(width, candidates, depth))
+        if self.parts.copies is not None:
+            self._add_copies(queries, self.parts.copies, scores, rows)
+        short = rows[:, -1] < 0
+        if short.any():
             # Rows that no walk reaches are found by scoring every full vector.
-            scores[short], rows[short] = self._flat.search(queries[short], depth)
+            scores[short], rows[short] = self.parts.flat.search(queries[short], depth)
         return scores, rows
 
     def exactly(self, queries: Vectors, depth: int, allowed: AllowedRows) -> Found:
-        return self._flat.exactly(queries, depth, allowed)
+        return self.parts.flat.exactly(queries, depth, allowed)
 
     def exact_cost(self, allowed: AllowedRows, num_queries: int) -> float:
-        return self._flat.exact_cost(allowed, num_queries)
+        return self.parts.flat.exact_cost(allowed, num_queries)
 
     def widely(self, queries: Vectors, depth: int, allowed: AllowedRows, reach: int) -> tuple[Found, Mask]:
         width = self._width(depth, reach)
         walk = import_faiss().SearchParametersHNSW(efSearch=width)
         candidates = np.empty((len(queries), _HNSW_RESCORED * depth), np.int64)
         sure = np.empty(len(queries), np.bool_)
-        copies = self._copies
+        copies = self.parts.copies
         for block in _blocks(len(queries), _RANKED_AT_ONCE // width):
-            _, ranking = self._walked.search(queries[block], width, params=walk)
+            _, ranking = self.parts.walked.search(queries[block], width, params=walk)
             if copies is not None:
                 ranking = copies.expanded(ranking, width)
             candidates[block], places = _first_allowed(ranking, allowed, candidates.shape[1])
             sure[block] = places[:, depth - 1] < reach
-        return _rescored(self._flat.vectors, queries, candidates, depth), sure
+        return _rescored(self.parts.flat.vectors, queries, candidates, depth), sure
 
     def width_cost(self, depth: int, allowed: AllowedRows, reach: int) -> float:
-        edges = graph_of(self.index).hnsw.nb_neighbors(0)
-        return _GRAPH_ROUNDS * self._width(depth, reach) * edges * _EDGE_COST
+        return _GRAPH_ROUNDS * self._width(depth, reach) * self.parts.edges * _EDGE_COST
 
     def _add_copies(self, queries: Vectors, copies: Copies, scores: Vectors, rows: NDArray[np.int64]) -> None:
         """Let the copies of hits be hits too, in place."""
@@ -361,22 +404,10 @@ class _Graph:
         if len(lines):
             depth = rows.shape[1]
             candidates = copies.expanded(rows[lines], _HNSW_RESCORED * depth)
-            scores[lines], rows[lines] = _rescored(self._flat.vectors, queries[lines], candidates, depth)
+            scores[lines], rows[lines] = _rescored(self.parts.flat.vectors, queries[lines], candidates, depth)
 
     def _width(self, depth: int, reach: int) -> int:
-        return min(math.ceil(reach * max(self.ef_search, depth) / depth), int(self.index.ntotal))
-
-    @property
-    def _copies(self) -> Copies | None:
-        return copies_of(self.index)
-
-    @property
-    def _walked(self) -> Any:
-        return import_faiss().downcast_index(self.index.base_index)
-
-    @property
-    def _flat(self) -> _Flat:
-        return _Flat(import_faiss().downcast_index(self.index.refine_index))
+        return min(math.ceil(reach * max(self.ef_search, depth) / depth), self.parts.total)
 
 
 @dataclass(frozen=True)

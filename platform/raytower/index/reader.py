@@ -49,9 +49,12 @@ class Index:
         self.shards = list(shards)
         self._placement = placement
         # A version that is being measured is searched as it will be searched once it is published.
-        self._measured = set(
+        measured = set(
             manifest.measured.shards if manifest.measured else (entry.digest for entry in manifest.shards)
         )
+        self._num_measured = len(measured)
+        self._is_measured = [shard.digest in measured for shard in self.shards]
+        self._counts = [shard.num_live for shard in self.shards]
         self._filters: OrderedDict[str, list[AllowedRows]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -208,7 +211,7 @@ class Index:
         self, prepared: Vectors, k: int, parameters: Mapping[str, int], visits: NDArray[np.bool_]
     ) -> Hits:
         """Only the placed shards that each query visits (Q, S), and all that were not placed."""
-        depth = min(k, sum(shard.num_live for shard in self.shards))
+        depth = min(k, sum(self._counts))
         best = empty_hits(len(prepared), depth)
         for number, shard in enumerate(self.shards):
             placed = number < visits.shape[1]
@@ -236,13 +239,15 @@ class Index:
         than their share (Vespa bounds its searches of several nodes so, by top-k-probability); how they really lie is
         what recall is measured on, so shards that were added later give k.
         """
+        whole = [k] * len(self.shards)
         if self.manifest.kind != "hnsw" or self._placement is not None:
-            return [k] * len(self.shards)
-        depth = min(k, max(parameters["efSearch"], -(-k // max(len(self._measured), 1))))
-        depths = [depth if shard.digest in self._measured else k for shard in self.shards]
-        counts = [shard.num_live for shard in self.shards]
-        enough = sum(map(min, depths, counts)) >= min(k, sum(counts))
-        return depths if enough else [k] * len(self.shards)
+            return whole
+        depth = min(k, max(parameters["efSearch"], -(-k // max(self._num_measured, 1))))
+        if depth == k:
+            return whole
+        depths = [depth if measured else k for measured in self._is_measured]
+        enough = sum(map(min, depths, self._counts)) >= min(k, sum(self._counts))
+        return depths if enough else whole
 
     @property
     def _num_placed(self) -> int:

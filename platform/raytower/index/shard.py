@@ -19,7 +19,7 @@ from raytower.index.config import BuiltKind
 from raytower.index.faiss_import import import_faiss
 from raytower.index.faiss_index import GpuIndex
 from raytower.index.hits import Hits
-from raytower.index.kinds import Vectors, search_index
+from raytower.index.kinds import Searchable, Vectors
 from raytower.index.manifest import EXACT_NAME, ROWS_NAME, SHARDS_NAME, VECTORS_NAME, FileEntry, ShardEntry
 from raytower.index.rowmap import RowMap, Rows
 from raytower.storage import Location, cache_dir
@@ -46,7 +46,8 @@ class Shard:
         self.digest = digest
         self._index = index
         self._exact = exact
-        self._gpu: GpuIndex | None = None
+        self._searchable = Searchable(kind, index, exact)
+        self._numbers = np.asarray(rows)  # indexing a memmap goes through its slow subclass
         live = row_map.live_mask(rows)
         self._live = None if live is None else AllowedRows.of(live)
 
@@ -103,27 +104,22 @@ class Shard:
         self, vectors: Vectors, k: int, parameters: Mapping[str, int], allowed: AllowedRows | None = None
     ) -> Hits:
         """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made."""
-        scores, positions = search_index(
-            self.kind,
-            self._index,
-            vectors,
-            k,
-            parameters,
-            allowed=allowed or self._live,
-            exact=self._exact,
-            gpu=self._gpu,
-        )
-        if positions.size and positions.max() >= len(self.rows):
+        scores, positions = self._searchable.search(vectors, k, parameters, allowed or self._live)
+        # One look finds -1, which is the largest then, and positions beyond the end.
+        if positions.size == 0 or positions.view(np.uint64).max() < len(self._numbers):
+            return Hits(scores, self._numbers.take(positions))
+        if positions.max() >= len(self._numbers):
             raise FormatError(
                 f"shard {self.digest} gave position {positions.max()} of {len(self.rows)} rows: its file is damaged; "
                 "compact the index, or build it again"
             )
-        return Hits(scores, np.where(positions >= 0, np.asarray(self.rows)[positions], -1))
+        return Hits(scores, np.where(positions >= 0, self._numbers[positions], -1))
 
     def use_gpu(self) -> bool:
         """Put a copy on the GPU that FAISS sees, where it can hold one; says whether it does."""
-        self._gpu = GpuIndex.of(self.kind, self._index)
-        return self._gpu is not None
+        gpu = GpuIndex.of(self.kind, self._index)
+        self._searchable = Searchable(self.kind, self._index, self._exact, gpu)
+        return gpu is not None
 
     @cached_property
     def _is_range(self) -> bool:
