@@ -1024,6 +1024,23 @@ class TestCompact:
         else:
             assert faiss.extract_index_ivf(files).nlist == kept["nlist"]
 
+    def test_codes_that_were_set_at_the_build_are_kept_by_a_fold(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index = tmp_path / "index"
+        vectors = clustered_vectors(900)
+        asked = {"nlist": 30, "pq_m": 2}
+        build(index, embeddings_of(tmp_path / "e", vectors[:400]), kind="ivf_pq", ivf=asked)
+        monkeypatch.setattr(fold, "TAIL_ROWS", 10)
+        monkeypatch.setattr(fold, "FLAT_ROWS", 10)
+        monkeypatch.setattr(fold, "_TIER", 0)
+        more = embeddings_of(tmp_path / "more", vectors[400:], first=400)
+        add_to_index(IndexAddConfig(index=str(index), embeddings=more))
+        entries = open_manifest(index).shards
+        assert [entry.rows for entry in entries] == [400, 500]
+        file = faiss.read_index(str(index / "shards" / entries[1].digest / "vectors.faiss"))
+        assert faiss.downcast_index(faiss.extract_index_ivf(file)).pq.M == 2
+
     def test_lists_that_were_set_are_fewer_only_while_there_are_fewer_rows(self, tmp_path: Path) -> None:
         index = tmp_path / "index"
         vectors = clustered_vectors(140)

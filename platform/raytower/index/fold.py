@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from raytower.index.build import run_shard_tasks
-from raytower.index.config import BuiltKind, HnswConfig
+from raytower.index.build import run_shard_tasks, settings_of
+from raytower.index.config import BuiltKind
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
 from raytower.index.plan import IndexRequest
 from raytower.index.reader import shard_rows
@@ -108,7 +108,8 @@ def _build(
     """Shards over some rows. Each set is trained on its own rows: those of the index may have been few, or others."""
     exactly = TAIL_ROWS if manifest.kind == "hnsw" else FLAT_ROWS
     kind: BuiltKind = "flat" if len(rows) <= exactly else manifest.kind
-    links = manifest.parameters if kind == "hnsw" else {}
+    # Lists are planned even where the build's were set: few rows in as many lists need a larger nprobe than was measured.
+    hnsw, ivf = settings_of(manifest, kind, len(rows))
     plan = IndexRequest(
         rows=len(rows),
         dim=manifest.dim,
@@ -117,7 +118,8 @@ def _build(
         memory_bytes=_MEMORY_BYTES,
         rescore="auto" if manifest.exact_dtype else False,
         vector_dtype=manifest.vector_dtype,
-        hnsw=HnswConfig(m=links.get("M"), ef_construction=links.get("efConstruction")),
+        hnsw=hnsw,
+        ivf=ivf.model_copy(update={"nlist": None}),
     ).plan()
 
     def source(first: int, last: int) -> TableRows:

@@ -348,9 +348,12 @@ def _tail(
 
 
 def shard_rows(index: Location, entry: ShardEntry) -> Rows:
-    """The rising rows that a shard holds, mapped."""
+    """The rising rows that a shard holds, mapped. Raises FormatError where their file is damaged."""
     path = local_file(index / SHARDS_NAME / entry.digest / ROWS_NAME, entry.files[ROWS_NAME])
-    rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise FormatError(f"{path} is damaged: {error}; build the index again") from error
     return rows
 
 
