@@ -108,7 +108,7 @@ def _build(
     """Shards over some rows. Each set is trained on its own rows: those of the index may have been few, or others."""
     exactly = TAIL_ROWS if manifest.kind == "hnsw" else FLAT_ROWS
     kind: BuiltKind = "flat" if len(rows) <= exactly else manifest.kind
-    # Lists are planned even where the build's were set: few rows in as many lists need a larger nprobe than was measured.
+    # Lists are planned even where the build's were set: few rows in as many lists need a larger nprobe.
     hnsw, ivf = settings_of(manifest, kind, len(rows))
     plan = IndexRequest(
         rows=len(rows),
