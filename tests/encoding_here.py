@@ -15,7 +15,7 @@ from raytower.data.pieces import Piece
 from raytower.encoding import job as job_module
 from raytower.encoding import worker as worker_module
 from raytower.encoding.config import EncodeConfig
-from raytower.encoding.worker import PieceEncoder, read_answer
+from raytower.encoding.worker import EncodedPiece, PieceEncoder, read_answer
 
 
 def encode_here(config: EncodeConfig) -> dict[str, Any]:
@@ -36,9 +36,9 @@ def no_ray() -> Iterator[None]:
         yield
 
 
-def _run(job: Any, missing: Sequence[Piece], totals: Any) -> None:
-    worker = PieceEncoder(job_module._worker_settings(job), list(job.pieces))  # type: ignore[arg-type]
+def _run(job: Any, missing: Sequence[Piece]) -> list[EncodedPiece]:
+    pieces: Any = list(job.pieces)
+    worker = PieceEncoder(job.config, job.encoder.fingerprint, job.prefix, pieces)
     numbers = {piece.index: number for number, piece in enumerate(job.pieces)}
-    for piece in missing:
-        (answer,) = worker({"piece": np.array([numbers[piece.index]])})["answer"]
-        totals.add(read_answer(answer))
+    answers = [worker({"piece": np.array([numbers[piece.index]])})["answer"] for piece in missing]
+    return [read_answer(answer) for (answer,) in answers]

@@ -338,6 +338,8 @@ def test_a_full_disk_stops_the_job_which_goes_on_once_there_is_room(
     values = run_values(dummy_encoder_dir, corpus, small_disk / "out")
     with pytest.raises(RaytowerError, match=r"^no space is left for \S*part-\d+\.parquet"):
         encode(make_config(EncodeConfig, values))
+    # One that is being ended may still have room for its file.
+    wait_for(lambda: not encoding_workers(psutil.Process()), "the end of the workers")
     kept = parts_in(small_disk / "out")
     assert 0 < len(kept) < NUM_FILES
     assert not (small_disk / "out" / "manifest.json").exists()
