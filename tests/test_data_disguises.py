@@ -281,3 +281,17 @@ def test_an_index_below_the_input_is_no_input(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "versions" / "000002.json", [{"text": "b"}])
     write(tmp_path / "index" / "versions" / "000001.json", '{"format_version": 3, "fingerprint": "f"}')
     assert [row["text"] for row in read(tmp_path, "corpus")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_damaged_arrow_file_is_refused_by_name(tmp_path: Path, is_stream: bool) -> None:
+    path = tmp_path / "docs.arrow"
+    table = pa.table({"text": [f"text {i}" for i in range(40)]})
+    with (pa.ipc.new_stream if is_stream else pa.ipc.new_file)(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    whole = path.read_bytes()
+    # The schema stays whole: only reading the batches behind it tells.
+    middle = len(whole) // 2
+    path.write_bytes(whole[:-100] if is_stream else whole[:300] + b"\xff" * (middle - 300) + whole[middle:])
+    with pytest.raises(InputError, match=r"docs\.arrow is no readable Arrow file"):
+        read(path, "corpus")

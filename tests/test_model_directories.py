@@ -286,3 +286,18 @@ def test_an_index_of_the_older_formula_is_explained(tmp_path: Path) -> None:
             with pytest.raises(FormatError) as caught:
                 check()
             assert ("by the older formula" in str(caught.value)) is is_explained
+
+
+def test_a_server_explains_by_the_encoder_that_it_is_given(tmp_path: Path) -> None:
+    given = build_tiny_encoder(tmp_path / "here")
+    embeddings = write_embeddings(
+        tmp_path / "in",
+        ["a"],
+        unit_vectors(1),
+        fingerprint=Encoder.load(given).former_fingerprint,
+        encoder=str(tmp_path / "where it was encoded"),
+    )
+    build(tmp_path / "index", embeddings)
+    with pytest.raises(FormatError, match="by the older formula") as caught:
+        check_parts(ServeConfig(index=str(tmp_path / "index"), encoder=str(given)), None)
+    assert str(given) in str(caught.value)

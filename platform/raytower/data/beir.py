@@ -271,19 +271,5 @@ def _fetch(source: Source, ids: Sequence[str], spans: np.ndarray) -> list[str]:
     return [texts[identifier] for identifier in ids]
 
 
-def _runs(spans: np.ndarray) -> Iterator[np.ndarray]:
-    """Cut sorted spans into runs that are near enough to each other to be fetched by one read."""
-    begin = 0
-    for number in range(1, len(spans) + 1):
-        is_last = number == len(spans)
-        if (
-            is_last
-            or spans[number, 0] - spans[number - 1, 1] > _GAP_BYTES
-            or spans[number, 1] - spans[begin, 0] > _RUN_BYTES
-        ):
-            yield spans[begin:number]
-            begin = number
-
-
 def _names_of(name: str) -> tuple[str, ...]:
     return (name, *(name + suffix for suffix in COMPRESSION_SUFFIXES))

@@ -42,8 +42,14 @@ class RowGroupReader:
 
     def scan(self, rows_per_chunk: int) -> Iterator[Chunk]:
         """Every row, parsed; chunks end with row groups. Raises InputError where the file cannot be read."""
+        try:
+            counts = self._file.row_counts()
+        except (pa.ArrowInvalid, OSError) as error:  # of Arrow's stream only reading all of it tells
+            raise InputError(
+                f"{self.source.file} is no readable Arrow file: {error}; write it again"
+            ) from error
         first_row = 1
-        for group, num_rows in enumerate(self._file.row_counts()):
+        for group, num_rows in enumerate(counts):
             for start in range(0, num_rows, rows_per_chunk):
                 yield self.read(
                     Extent(start, min(start + rows_per_chunk, num_rows), first_row + start, group)

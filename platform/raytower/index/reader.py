@@ -321,15 +321,15 @@ def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
     return prepared
 
 
-def check_fingerprint(manifest: IndexManifest, fingerprint: str) -> None:
-    """Raises FormatError naming both sides."""
+def check_fingerprint(manifest: IndexManifest, fingerprint: str, encoder: str | None = None) -> None:
+    """Raises FormatError naming both sides. `encoder` is the name of the one given, where it is at hand."""
     if manifest.fingerprint != fingerprint:
         from raytower.models.encoder import former_words  # torch, which building and reading do without
 
         raise FormatError(
             f"index version {manifest.version} was made by the encoder with fingerprint {manifest.fingerprint} "
-            f"({manifest.encoder}), the encoder given has {fingerprint}; use that encoder, or encode and build again"
-            f"{former_words(manifest.fingerprint, manifest.encoder)}"
+            f"({manifest.encoder}), the encoder given{f' ({encoder})' if encoder else ''} has {fingerprint}; use that "
+            f"encoder, or encode and build again{former_words(manifest.fingerprint, encoder or manifest.encoder)}"
         )
 
 

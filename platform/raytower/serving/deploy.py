@@ -201,7 +201,7 @@ def check_parts(config: ServeConfig, version: str | None) -> IndexManifest:
     name = encoder_for(config, manifest.encoder)
     # Models that others made carry no record; loading one here is dearer, but tells before anything runs.
     fingerprint = read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint
-    check_fingerprint(manifest, str(fingerprint))
+    check_fingerprint(manifest, str(fingerprint), name)
     if config.reranker:
         resolve_model(config.reranker)
     return manifest
