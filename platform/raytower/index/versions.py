@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from raytower.errors import InputError, RaytowerError
 from raytower.index.manifest import (
     PLACEMENTS_NAME,
@@ -23,7 +21,7 @@ from raytower.index.manifest import (
     Operation,
     ShardEntry,
 )
-from raytower.index.shard import Shard, local_file
+from raytower.index.shard import Shard, local_file, open_array
 from raytower.index.table import DocumentTable
 from raytower.storage import Lease, Location, writer_lease
 
@@ -111,8 +109,8 @@ def _is_as_it_was(index: Location, entry: ShardEntry, dim: int, sizes: Mapping[s
     try:
         with open((place / VECTORS_NAME).local_path, "rb") as stream:
             head = _HEAD.unpack(stream.read(_HEAD.size))
-        lengths = {np.load(path, mmap_mode="r", allow_pickle=False).shape[:1] for path in arrays}
-    except (struct.error, ValueError, EOFError, OSError):
+        lengths = {open_array(path).shape[:1] for path in arrays}
+    except (struct.error, ValueError, OSError):
         return False
     return head == (dim, entry.rows) and lengths == {(entry.rows,)}
 
