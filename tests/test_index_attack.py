@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -153,6 +154,18 @@ class TestAttack:
         hits = Index.open(index).search(unit_vectors(1), 300, search_parameters={"nprobe": 100}).rows[0]
         assert sorted(hits.tolist()) == list(range(220))
 
+    @pytest.mark.parametrize("distinct", [1, 2])
+    def test_fewer_distinct_vectors_than_placed_shards_make_fewer_shards(
+        self, tmp_path: Path, distinct: int
+    ) -> None:
+        index = tmp_path / "index"
+        vectors = unit_vectors(distinct)[np.arange(30) % distinct]
+        embeddings = write_embeddings(tmp_path / "embeddings", [f"a{n}" for n in range(30)], vectors)
+        build(index, embeddings, shards=3, placement="cluster")
+        assert len(open_manifest(str(index)).shards) == distinct
+        hits = Index.open(str(index)).search(vectors[:1], 30).rows[0]
+        assert sorted(hits.tolist()) == list(range(30))
+
     @pytest.mark.parametrize("head", [False, True], ids=["numbers", "head"])
     def test_nothing_is_published_over_a_damaged_list_of_rows(self, tmp_path: Path, head: bool) -> None:
         index = tmp_path / "index"
@@ -160,7 +173,7 @@ class TestAttack:
         (path,) = index.glob("shards/*/rows.npy")
         content = bytearray(path.read_bytes())
         # NumPy reads a head that opens a bracket too many as Python source without an end.
-        content[60:61] = b"(" if head else content[60:61]
+        content[100:101] = b"(" if head else content[100:101]
         content[500:] = content[500:] if head else bytes(len(content) - 500)
         path.write_bytes(content)
         for change in (
