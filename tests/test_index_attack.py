@@ -28,6 +28,7 @@ from raytower.index.manage import IndexRollbackConfig, index_rollback
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from tests.index_cases import HERE, build, unit_vectors, write_embeddings
+from tests.s3_server import s3_server
 
 
 def _embeddings(folder: Path, prefix: str, count: int, **columns: Any) -> str:
@@ -184,6 +185,21 @@ class TestAttack:
             with pytest.raises(FormatError, match="array does" if head else "do not rise"):
                 change()
         assert open_manifest(str(index)).version == "000001"
+
+    @pytest.mark.parametrize("folder", ["shards", "placement"])
+    def test_what_only_a_cache_still_holds_is_missed_before_anything_is_published(
+        self, tmp_path: Path, folder: str
+    ) -> None:
+        with s3_server(tmp_path) as s3:
+            s3.client.create_bucket(Bucket="bucket")
+            index = s3.uri("bucket/index")
+            build(index, _embeddings(tmp_path, "a", 100), shards=2, placement="cluster")
+            Index.open(index)
+            (key, *_) = (key for key in s3.keys("bucket", f"index/{folder}") if not key.endswith(".json"))
+            s3.client.delete_object(Bucket="bucket", Key=key)
+            with pytest.raises(FormatError, match="is missing"):
+                delete_from_index(IndexDeleteConfig(index=index, ids=["a1"]))
+            assert open_manifest(index).version == "000001"
 
     def test_a_set_that_was_made_before_publishes_nothing(self, tmp_path: Path) -> None:
         index = str(tmp_path / "index")

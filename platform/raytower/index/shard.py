@@ -133,15 +133,19 @@ def local_file(place: Location, file: FileEntry) -> Path:
     if not place.is_local:
         return place.fetch(cache_dir(), file.sha256, file.bytes)
     path = place.local_path
-    if not path.is_file():
-        raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")
-    if path.stat().st_size != file.bytes:
-        raise FormatError(
-            f"{place} has {path.stat().st_size} bytes, the version says {file.bytes}: it was "
-            "truncated or changed; roll "
-            "back or build it again"
-        )
+    check_size(place, path.stat().st_size if path.is_file() else None, file)
     return path
+
+
+def check_size(place: Location, found: int | None, file: FileEntry) -> None:
+    """Raises FormatError where a file is missing (its size None) or of another size than a version says."""
+    if found is None:
+        raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")
+    if found != file.bytes:
+        raise FormatError(
+            f"{place} has {found} bytes, the version says {file.bytes}: it was truncated or changed; roll back or "
+            "build it again"
+        )
 
 
 def open_array(path: Path) -> NDArray[Any]:
