@@ -13,7 +13,7 @@ from raytower.index.config import IndexKind, IndexWorkersConfig, Placing
 from raytower.index.fold import folded
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, IndexRequest
-from raytower.index.reader import shard_rows
+from raytower.index.shard import shard_rows
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import Run, on_ray
@@ -62,11 +62,14 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
     with changing(index, "index compact") as writer:
         newest, table = writer.manifest, writer.table.tidied()
         # Shards are derived: those of changes published since stand beside the new ones, over the newest table.
-        # One that was folded from rows of before would hold them a second time: its rows are folded anew.
+        # One that was folded from rows of before would hold them a second time, and one of another kind than the new
+        # ones is searched by other parameters: the rows of these are folded anew.
         later = tuple(
             entry
             for entry in newest.shards
-            if entry not in before.shards and int(shard_rows(index, entry)[0]) >= before.next_row
+            if entry not in before.shards
+            and entry.kind in ("flat", anew["kind"])
+            and int(shard_rows(index, entry)[0]) >= before.next_row
         )
         draft = following(
             newest,

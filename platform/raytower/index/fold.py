@@ -17,8 +17,8 @@ from raytower.index.build import run_shard_tasks, settings_of
 from raytower.index.config import BuiltKind
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest, ShardEntry
 from raytower.index.plan import IndexRequest
-from raytower.index.reader import shard_rows
 from raytower.index.rowmap import Rows
+from raytower.index.shard import shard_rows
 from raytower.index.shard_build import ShardTask, TableRows, train_template
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import Run

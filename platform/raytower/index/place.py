@@ -33,7 +33,8 @@ def place_rows(shards: ShardPlan, run: Run) -> tuple[PlacementEntry, list[Rows]]
     parts = run(
         _assign, [(shards.rows(*bounds), placement) for bounds in ranges], progress="placed {} of {} parts"
     )
-    listed = [np.concatenate([part[number] for part in parts]) for number in range(num_shards)]
+    # Fewer shards than asked where the sample has fewer distinct vectors.
+    listed = [np.concatenate(parts_of) for parts_of in zip(*parts, strict=True)]
     counts = np.array([len(rows_of) for rows_of in listed], np.int64)
     placement = placement.without_empty(counts)
     listed = [rows_of for rows_of in listed if len(rows_of)]

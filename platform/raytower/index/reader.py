@@ -19,10 +19,10 @@ from raytower.index.allowed import AllowedRows
 from raytower.index.filters import to_sql
 from raytower.index.hits import Hits, empty_hits, merge_hits, spread_hits
 from raytower.index.kinds import SHARDS_PROBE, Vectors, check_parameters, parameters_for
-from raytower.index.manifest import PLACEMENTS_NAME, ROWS_NAME, SHARDS_NAME, IndexManifest, ShardEntry
+from raytower.index.manifest import PLACEMENTS_NAME, IndexManifest
 from raytower.index.placement import Placement
 from raytower.index.rowmap import Rows
-from raytower.index.shard import Shard, local_file
+from raytower.index.shard import Shard, local_file, shard_rows
 from raytower.index.table import Document, DocumentTable
 from raytower.index.versions import open_manifest
 from raytower.storage import Location
@@ -345,16 +345,6 @@ def _tail(
     if not len(rows):
         return None
     return Shard.in_memory(table.vectors(rows, unit=manifest.metric == "cosine"), rows, table.row_map)
-
-
-def shard_rows(index: Location, entry: ShardEntry) -> Rows:
-    """The rising rows that a shard holds, mapped. Raises FormatError where their file is damaged."""
-    path = local_file(index / SHARDS_NAME / entry.digest / ROWS_NAME, entry.files[ROWS_NAME])
-    try:
-        rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise FormatError(f"{path} is damaged: {error}; build the index again") from error
-    return rows
 
 
 def _open_placement(index: Location, manifest: IndexManifest) -> Placement | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -63,11 +64,9 @@ class Shard:
         faiss = import_faiss()
         try:
             vectors = faiss.read_index(str(paths[VECTORS_NAME]), faiss.IO_FLAG_MMAP_IFC)
-            rows = np.load(paths[ROWS_NAME], mmap_mode="r", allow_pickle=False)
-            exact = (
-                np.load(paths[EXACT_NAME], mmap_mode="r", allow_pickle=False) if entry.exact_dtype else None
-            )
-        except (KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
+            rows = open_array(paths[ROWS_NAME])
+            exact = open_array(paths[EXACT_NAME]) if entry.exact_dtype else None
+        except (KeyError, RuntimeError, ValueError, OSError) as error:
             raise FormatError(f"shard {place} cannot be read: {error}; build the index again") from error
         _check_content(place, entry, vectors, rows, exact, dim)
         return cls(entry.kind, vectors, rows, row_map, exact, entry.digest)
@@ -134,31 +133,60 @@ def local_file(place: Location, file: FileEntry) -> Path:
     if not place.is_local:
         return place.fetch(cache_dir(), file.sha256, file.bytes)
     path = place.local_path
-    if not path.is_file():
-        raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")
-    if path.stat().st_size != file.bytes:
-        raise FormatError(
-            f"{place} has {path.stat().st_size} bytes, the version says {file.bytes}: it was "
-            "truncated or changed; roll "
-            "back or build it again"
-        )
+    check_size(place, path.stat().st_size if path.is_file() else None, file)
     return path
+
+
+def check_size(place: Location, found: int | None, file: FileEntry) -> None:
+    """Raises FormatError where a file is missing (its size None) or of another size than a version says."""
+    if found is None:
+        raise FormatError(f"{place} is missing; the index is damaged: roll back or build it again")
+    if found != file.bytes:
+        raise FormatError(
+            f"{place} has {found} bytes, the version says {file.bytes}: it was truncated or changed; roll back or "
+            "build it again"
+        )
+
+
+def open_array(path: Path) -> NDArray[Any]:
+    """An array of a shard, mapped. Raises ValueError or OSError where it is damaged."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, TokenError) as error:  # NumPy reads the head as Python source
+        raise ValueError(f"{path.name} does not begin as an array does: {error}") from error
+    return array
+
+
+def shard_rows(index: Location, entry: ShardEntry) -> Rows:
+    """The rising rows that a shard holds, mapped. Raises FormatError where their file is damaged."""
+    path = local_file(index / SHARDS_NAME / entry.digest / ROWS_NAME, entry.files[ROWS_NAME])
+    try:
+        rows = open_array(path)
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path} is damaged: {error}; build the index again") from error
+    _check_rows(index / SHARDS_NAME / entry.digest, entry, rows)
+    return rows
 
 
 def _check_content(
     place: Location, entry: ShardEntry, index: Any, rows: NDArray[Any], exact: NDArray[Any] | None, dim: int
 ) -> None:
-    if index.ntotal != entry.rows or rows.shape != (entry.rows,) or rows.dtype != np.int64:
-        raise FormatError(
-            f"shard {place} has {index.ntotal} vectors and row numbers {rows.dtype} {rows.shape}; its version says "
-            f"{entry.rows} rows"
-        )
+    if index.ntotal != entry.rows:
+        raise FormatError(f"shard {place} has {index.ntotal} vectors; its version says {entry.rows} rows")
+    _check_rows(place, entry, rows)
     if index.d != dim:
         raise FormatError(f"shard {place} has dimension {index.d}; its version says {dim}")
     if exact is not None and (exact.shape != (entry.rows, dim) or exact.dtype != entry.exact_dtype):
         raise FormatError(
             f"shard {place} has exact vectors {exact.dtype} {exact.shape}, its version says {entry.exact_dtype} "
             f"{(entry.rows, dim)}"
+        )
+
+
+def _check_rows(place: Location, entry: ShardEntry, rows: NDArray[Any]) -> None:
+    if rows.shape != (entry.rows,) or rows.dtype != np.int64:
+        raise FormatError(
+            f"shard {place} has row numbers {rows.dtype} {rows.shape}; its version says {entry.rows} rows"
         )
     if (rows[:1] < 0).any() or (rows[1:] <= rows[:-1]).any():
         raise FormatError(f"shard {place} has row numbers that do not rise; build the index again")

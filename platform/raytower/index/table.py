@@ -255,15 +255,37 @@ class DocumentTable:
                     f"column {field.name!r} is {known.type} in the index and {field.type} in the addition, and {lost} "
                     "integers of the index are too large for that; give it one type, or another name"
                 )
-        # Lance does not alter an integer column to a float one: a copy takes its place.
-        copy = pa.field(f"_{field.name}_widened", field.type)
+        return self._with_cast_copy(field, known)
+
+    def _with_cast_copy(self, field: pa.Field, known: pa.Field) -> DocumentTable:
+        """With a copy of a column, cast to another type, in its place: Lance alters no integer column to a float one.
+
+        Raises InputError for values that the other type does not hold.
+        """
+        name = f"_{field.name}_widened"
+        while name in self._dataset.schema.names:
+            name = f"_{name}"
+        copy = pa.field(name, field.type)
+        failed: list[pa.ArrowInvalid] = []
 
         @lance.batch_udf(output_schema=pa.schema([copy]))
         def widened(batch: pa.RecordBatch) -> pa.RecordBatch:
-            return pa.record_batch([batch.column(0).cast(field.type)], schema=pa.schema([copy]))
+            try:
+                return pa.record_batch([batch.column(0).cast(field.type)], schema=pa.schema([copy]))
+            except pa.ArrowInvalid as error:  # which Lance would hide behind an error of its own
+                failed.append(error)
+                raise
 
         renamed: Any = {"path": copy.name, "name": field.name}
-        table = self._changed(lambda dataset: dataset.add_columns(widened, read_columns=[field.name]))
+        try:
+            table = self._changed(lambda dataset: dataset.add_columns(widened, read_columns=[field.name]))
+        except RaytowerError as error:
+            if not failed:
+                raise
+            raise InputError(
+                f"column {field.name!r} is {known.type} in the index and cannot become {field.type}, as in the "
+                f"addition: {failed[0]}; give it one type, or another name"
+            ) from error
         table = table._changed(lambda dataset: dataset.drop_columns([field.name]))
         return table._changed(lambda dataset: dataset.alter_columns(renamed))
 

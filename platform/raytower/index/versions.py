@@ -6,12 +6,10 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from raytower.errors import InputError, RaytowerError
 from raytower.index.manifest import (
@@ -23,7 +21,7 @@ from raytower.index.manifest import (
     Operation,
     ShardEntry,
 )
-from raytower.index.shard import Shard, local_file
+from raytower.index.shard import Shard, check_size, open_array
 from raytower.index.table import DocumentTable
 from raytower.storage import Lease, Location, writer_lease
 
@@ -95,24 +93,24 @@ def refuse_damaged(index: Location, manifest: IndexManifest, table: DocumentTabl
     """
     sizes = {info.path: info.size for info in (index / SHARDS_NAME).infos(recursive=True)}
     for entry in manifest.shards:
-        if not _is_as_it_was(index, entry, manifest.dim, sizes):
+        place = index / SHARDS_NAME / entry.digest
+        # Not asked of a cache, which may hold a file that is gone.
+        for name, file in entry.files.items():
+            check_size(place / name, sizes.get((place / name).path), file)
+        if place.is_local and not _begins_as_it_must(place, entry, manifest.dim):
             Shard.open(index, entry, manifest.dim, table.row_map)
     if manifest.placement is not None:
-        local_file(index / PLACEMENTS_NAME / f"{manifest.placement.digest}.npz", manifest.placement.file)
+        place = index / PLACEMENTS_NAME / f"{manifest.placement.digest}.npz"
+        check_size(place, place.info().size, manifest.placement.file)
 
 
-def _is_as_it_was(index: Location, entry: ShardEntry, dim: int, sizes: Mapping[str, int]) -> bool:
-    place = index / SHARDS_NAME / entry.digest
-    if any(sizes.get((place / name).path) != file.bytes for name, file in entry.files.items()):
-        return False
-    if not place.is_local:
-        return True
+def _begins_as_it_must(place: Location, entry: ShardEntry, dim: int) -> bool:
     arrays = [(place / name).local_path for name in entry.files if name != VECTORS_NAME]
     try:
         with open((place / VECTORS_NAME).local_path, "rb") as stream:
             head = _HEAD.unpack(stream.read(_HEAD.size))
-        lengths = {np.load(path, mmap_mode="r", allow_pickle=False).shape[:1] for path in arrays}
-    except (struct.error, ValueError, EOFError, OSError):
+        lengths = {open_array(path).shape[:1] for path in arrays}
+    except (struct.error, ValueError, OSError):
         return False
     return head == (dim, entry.rows) and lengths == {(entry.rows,)}
 
