@@ -208,6 +208,21 @@ class TestAttack:
             set_in_index(IndexSetConfig(index=index, values={"price": 9}, filter={"id": "a1"}))
         assert open_manifest(index).version == "000002"
 
+    @pytest.mark.parametrize("value", [["p", "it's"], [], [None, "p"], None])
+    def test_a_filter_sets_lists(self, tmp_path: Path, value: list[str | None] | None) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 2, tags=pa.array([["x"], ["y"]])))
+        set_in_index(IndexSetConfig(index=index, values={"tags": value}, filter={"id": "a0"}))
+        found = {document.id: document.metadata["tags"] for document in _documents(index)}
+        assert found == {"a0": value, "a1": ["y"]}
+
+    def test_a_list_column_takes_no_single_value(self, tmp_path: Path) -> None:
+        index = str(tmp_path / "index")
+        build(index, _embeddings(tmp_path, "a", 2, tags=pa.array([["x"], ["y"]])))
+        with pytest.raises(InputError, match=r"values\.tags is \"z\"; column 'tags' holds lists"):
+            set_in_index(IndexSetConfig(index=index, values={"tags": "z"}, filter={"id": "a0"}))
+        assert open_manifest(index).version == "000001"
+
     def test_moments_at_the_ends_of_time_filter(self, tmp_path: Path) -> None:
         index = str(tmp_path / "index")
         build(index, _embeddings(tmp_path, "a", 1, at=pa.array([0], pa.timestamp("us", "UTC"))))

@@ -71,16 +71,44 @@ def to_sql(value: object, schema: pa.Schema) -> str:
     return _Parser(schema).filter(value, "filter", 0)
 
 
+# What DataFusion's arrow_cast calls the types of a list's members.
+_ARROW_NAMES = {
+    pa.string(): "Utf8",
+    pa.bool_(): "Boolean",
+    pa.int64(): "Int64",
+    pa.int32(): "Int32",
+    pa.float64(): "Float64",
+    pa.float32(): "Float32",
+}
+
+
 def sql_literal(field: pa.Field, value: object, where: str) -> str:
     """A JSON value as an SQL literal of a column's type. Raises InputError where it does not fit."""
     if value is None:
         return "NULL"
+    if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
+        return _list_literal(field, value, where)
     literal = _literal(field, value, where)
     if isinstance(literal, int):
         raise InputError(
             f"{where} is {_shown(value)}, which is beyond the range of column {field.name!r} ({field.type})"
         )
     return literal
+
+
+def _list_literal(field: pa.Field, value: object, where: str) -> str:
+    if not isinstance(value, list):
+        raise InputError(
+            f"{where} is {_shown(value)}; column {field.name!r} holds lists ({field.type}): give a list"
+        )
+    member = pa.field(field.name, field.type.value_type)
+    members = [sql_literal(member, item, f"{where}[{number}]") for number, item in enumerate(value)]
+    # The cast gives an empty list its type.
+    name = _ARROW_NAMES.get(member.type)
+    if name is None and not members:
+        raise InputError(f"{where} is an empty list of {member.type}; set it by a file of ids and values")
+    array = f"make_array({', '.join(members)})"
+    return array if name is None else f"arrow_cast({array}, 'List({name})')"
 
 
 class _Parser:
