@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/raytower demo $(ARGS)
 
-# `make test PROCESSES=2` runs the files in two pytest processes; the tests of a file stay together.
-PROCESSES ?= 0
+# The files are run by two pytest processes, since many tests wait for processes to start; `PROCESSES=0` runs one.
+# The tests of a file stay together.
+PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
