@@ -88,6 +88,29 @@ def test_what_is_missing_or_damaged_is_encoded_again(
     assert encode(config)["files_encoded"] == 0
 
 
+def test_what_killed_writers_had_begun_is_gone_in_the_end(config: EncodeConfig, encoded: list[str]) -> None:
+    output = Path(config.output)
+    name = "part-00000001.parquet"
+    before = {path.name for path in output.iterdir()}
+    (output / name).unlink()
+
+    def begun(name: str) -> None:
+        with pytest.raises(KeyboardInterrupt), Location.of(output / name).open_write() as sink:
+            sink.write(b"half")
+            (temporary,) = (path for path in output.iterdir() if path.name.endswith(".tmp"))
+            kept.append((temporary.name, temporary.read_bytes()))
+            raise KeyboardInterrupt
+
+    kept: list[tuple[str, bytes]] = []
+    begun(name)
+    begun(f".{name}.json")
+    for temporary, content in kept:
+        (output / temporary).write_bytes(content)
+    assert encode(config)["files_encoded"] == 1
+    assert encoded == [name]
+    assert {path.name for path in output.iterdir()} == before
+
+
 def test_a_damaged_manifest_is_written_again(config: EncodeConfig, encoded: list[str]) -> None:
     place = Path(config.output) / "manifest.json"
     intact = place.read_bytes()

@@ -29,8 +29,8 @@ def part_name(piece: Piece) -> str:
 
 
 def is_left_over(name: str) -> bool:
-    """Whether a file of this name is what a killed writer of a part left behind."""
-    return name.startswith(".part-") and name.endswith(".tmp")
+    """Whether a file of this name is what a killed writer of a part, or of its record, left behind."""
+    return name.startswith((".part-", "..part-")) and name.endswith(".tmp")
 
 
 @dataclass(frozen=True, kw_only=True)
