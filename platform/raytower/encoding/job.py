@@ -128,23 +128,13 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         if lease is not None:
             lease.check()
         encoded = {answer.part.file.name: answer.part for answer in answers}
-        tokens_of_all = _finish(job, {**kept, **encoded})
-    seconds = time.perf_counter() - started
-    startup = min((answer.started_at for answer in answers), default=started_at) - started_at
-    tokens = sum(part.tokens for part in encoded.values())
-    padded_tokens = sum(part.padded_tokens for part in encoded.values())
+        tokens = _finish(job, {**kept, **encoded})
     figures = {
         "rows": job.survey.num_rows,
-        "tokens": tokens_of_all,
-        "seconds": round(seconds, 3),
-        "startup_seconds": round(max(min(startup, seconds), 0.0), 3),
+        "tokens": tokens,
+        **_speeds(answers, started_at, time.perf_counter() - started),
         "output": config.output,
         "fingerprint": job.encoder.fingerprint,
-        "texts_per_second": round(sum(part.file.rows for part in encoded.values()) / seconds, 1),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "padding_share": round(1 - tokens / padded_tokens, 4) if padded_tokens else 0.0,
-        **_time_shares(answers),
-        "tokens_per_batch": min((answer.tokens_per_batch for answer in answers), default=None),
         "files_encoded": len(encoded),
         "rejected_rows": job.survey.num_rejected,
     }
@@ -394,6 +384,23 @@ def _is_written(manifest: EmbeddingsManifest, output: Location) -> bool:
         return EmbeddingsManifest.read(output) == manifest
     except FormatError:  # none, or a damaged one
         return False
+
+
+def _speeds(answers: Sequence[EncodedPiece], started_at: float, seconds: float) -> dict[str, Any]:
+    """What this run of `seconds`, begun at epoch second `started_at`, did in its time."""
+    parts = [answer.part for answer in answers]
+    tokens = sum(part.tokens for part in parts)
+    padded_tokens = sum(part.padded_tokens for part in parts)
+    startup = min((answer.started_at for answer in answers), default=started_at) - started_at
+    return {
+        "seconds": round(seconds, 3),
+        "startup_seconds": round(max(min(startup, seconds), 0.0), 3),
+        "texts_per_second": round(sum(part.file.rows for part in parts) / seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "padding_share": round(1 - tokens / padded_tokens, 4) if padded_tokens else 0.0,
+        **_time_shares(answers),
+        "tokens_per_batch": min((answer.tokens_per_batch for answer in answers), default=None),
+    }
 
 
 def _time_shares(answers: Sequence[EncodedPiece]) -> dict[str, float]:
