@@ -15,7 +15,6 @@ from raytower.config import (
     WorkersConfig,
     load_config,
     make_config,
-    parse_overrides,
     to_json,
 )
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
@@ -27,8 +26,16 @@ class Nested(Config):
     memory: ByteSize = ByteSize(1)
 
 
+class Source(Config):
+    shorthand = "path"
+
+    path: str
+    split: str = "test"
+
+
 class Example(Config):
     name: str
+    source: Source | None = None
     nested: Nested = Nested()
     workers: WorkersConfig = WorkersConfig()
     maybe: Nested | None = None
@@ -72,19 +79,11 @@ class TestConfig:
         with pytest.raises(InputError, match="holds a list"):
             load_config(Example, tmp_path / "list.yaml")
 
-    def test_overrides_are_read_as_values(self) -> None:
-        given_ = ["--name=x", "--nested.rate", "1e-5", "--maybe", "null", "--workers.max=3"]
-        config = load_config(Example, None, parse_overrides(given_))
-        assert (config.nested.rate, config.maybe, config.workers.max) == (1e-5, None, 3)
-
-    @pytest.mark.parametrize("text", ["123", "yes", "what is: this", "[x", "null", "", "-"])
-    def test_plain_text_stays_as_it_was_typed(self, text: str) -> None:
-        assert load_config(Example, None, parse_overrides(["--name", text])).name == text
-
-    @pytest.mark.parametrize("given_", [["oops"], ["--key"], ["--"]])
-    def test_malformed_overrides(self, given_: list[str]) -> None:
-        with pytest.raises(InputError):
-            parse_overrides(given_)
+    def test_a_single_value_stands_for_a_section(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text("name: x\nsource: corpus.tsv\n", encoding="utf-8")
+        assert load_config(Example, tmp_path / "c.yaml").source == Source(path="corpus.tsv")
+        laid_over = load_config(Example, tmp_path / "c.yaml", {"source.split": "dev"})
+        assert laid_over.source == Source(path="corpus.tsv", split="dev")
 
     def test_json_has_no_nan(self) -> None:
         assert to_json({"a": float("nan"), "b": [1, "中"]}) == '{"a": null, "b": [1, "中"]}'

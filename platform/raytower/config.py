@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.types import ByteSize as ByteSize
 
 from raytower.errors import InputError
@@ -25,7 +26,19 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 class Config(BaseModel):
     """Base of every config: frozen, validated when made, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
+
+    shorthand: ClassVar[str | None] = None
+    """The key that a single value in place of the section means: `input: FILE` is `input: {path: FILE}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_shorthand(cls, values: Any) -> Any:
+        if cls.shorthand is not None and isinstance(values, (str, os.PathLike)):
+            return {cls.shorthand: os.fspath(values)}
+        return values
 
 
 class WorkersConfig(Config):
@@ -52,7 +65,7 @@ def load_config(
     path: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> ConfigT:
-    """Read `path` (YAML or JSON), lay `overrides` (dotted key → value) over it and validate.
+    """Read `path` (YAML or JSON), lay `overrides` (nested or dotted keys) over it and validate.
 
     Raises:
         InputError: the file is missing or no mapping, a key is unknown, or a value breaks its rule.
@@ -74,11 +87,8 @@ def load_config(
                 f"config file {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping of keys to values"
             )
         values = loaded or {}
-    for key, value in (overrides or {}).items():
-        if isinstance(value, str) and not _is_text(config_class, key, value):
-            value = _parse_scalar(value)
-        _set_dotted(values, key, value)
-    return make_config(config_class, values, source=str(path) if path else "the command line")
+    merged = _lay_over(config_class, values, _nested(overrides or {}))
+    return make_config(config_class, merged, source=str(path) if path else "the command line")
 
 
 def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
@@ -89,31 +99,6 @@ def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: 
     except ValidationError as error:
         lines = [_describe(detail, source) for detail in error.errors()]
         raise InputError("\n".join(lines)) from error
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Turn `--section.key value` and `--section.key=value` into dotted keys and their texts.
-
-    `load_config` reads a text as YAML unless its key holds plain text.
-
-    Raises:
-        InputError: an argument is no `--key`, or has no value.
-    """
-    overrides: dict[str, str] = {}
-    position = 0
-    while position < len(arguments):
-        argument = arguments[position]
-        if not argument.startswith("--") or len(argument) == 2:
-            raise InputError(f"unexpected argument {argument!r}; overrides are written --section.key VALUE")
-        key, has_value, text = argument[2:].partition("=")
-        if not has_value:
-            position += 1
-            if position >= len(arguments):
-                raise InputError(f"--{key} has no value; write --{key} VALUE")
-            text = arguments[position]
-        overrides[key.replace("-", "_")] = text
-        position += 1
-    return overrides
 
 
 def dump_config(config: BaseModel) -> str:
@@ -138,43 +123,36 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def _parse_scalar(text: str) -> Any:
-    # YAML reads "1e-5" as a string (its float needs a dot); a practitioner means the number.
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) else value
-        except ValueError:
-            return text
-    if value is None:
-        return None if text.strip() in ("null", "~", "None") else text
-    return value if isinstance(value, (bool, int, float, list, dict)) else text
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with dotted keys (`section.key`) taken apart into sections."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, leaf = str(key).split(".")
+        node = nested
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[leaf] = value
+    return nested
 
 
-def _is_text(config_class: type[Config], key: str, value: str) -> bool:
-    """Whether a dotted key holds plain text, so that a query like `123` or `what is: this` stays as it was typed."""
-    head, _, rest = key.partition(".")
-    field = config_class.model_fields.get(head)
-    if field is None:
-        return False
-    if rest:
-        return any(_is_text(nested, rest, value) for nested in nested_configs(field.annotation))
-    return field.annotation is str or (field.annotation == str | None and value != "null")
-
-
-def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    node = values
-    for parent in parents:
-        child = node.get(parent)
-        if not isinstance(child, dict):
-            child = {}
-        node[parent] = child = dict(child)
-        node = child
-    node[leaf] = value
+def _lay_over(
+    config_class: type[Config], below: Mapping[str, Any], above: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`above` over `below`: sections key by key, all other values whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        field = config_class.model_fields.get(key)
+        sections = nested_configs(field.annotation) if field else []
+        if sections and isinstance(value, Mapping):
+            under = merged.get(key)
+            if not isinstance(under, Mapping):
+                shorthand = sections[0].shorthand
+                under = {} if under is None or shorthand is None else {shorthand: under}
+            value = _lay_over(sections[0], under, value)
+        merged[key] = value
+    return merged
 
 
 def nested_configs(annotation: Any) -> list[type[Config]]:
@@ -211,16 +189,26 @@ def _refuse_unknown_keys(
 ) -> None:
     fields = config_class.model_fields
     for key, value in values.items():
-        dotted = ".".join((*prefix, str(key)))
         if key not in fields:
-            known = _known_keys(config_class, prefix)
-            nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)
-            hint = f"; the nearest known key is {nearest[0]!r}" if nearest else ""
-            raise InputError(f"{source}: unknown key {dotted!r}{hint}")
+            raise InputError(f"{source}: {describe_unknown(config_class, str(key), prefix)}")
         if isinstance(value, Mapping):
             nested = _nested_config(fields[key].annotation, fields[key].default, value)
             if nested is not None:
                 _refuse_unknown_keys(nested, value, (*prefix, str(key)), source)
+
+
+def describe_unknown(config_class: type[Config], key: str, prefix: tuple[str, ...] = ()) -> str:
+    """What is wrong with a (dotted) key that a config has not, and which one may be meant."""
+    dotted = ".".join((*prefix, key))
+    above, _, below = dotted.rpartition(".")
+    known = _known_keys(config_class, prefix)
+    if above in known and not any(other.startswith(f"{above}.") for other in known):
+        return (
+            f"unknown key {dotted!r}: {above} is one value; a mapping is given whole, {above}: {{{below}: …}}"
+        )
+    nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
+    hint = f"the nearest known key is {nearest[0]!r}" if nearest else f"known are {', '.join(known)}"
+    return f"unknown key {dotted!r}; {hint}"
 
 
 def _describe(detail: Any, source: str) -> str:

@@ -1,0 +1,152 @@
+"""The command line: one table of commands, one way to run each of them.
+
+`raytower NAME --config FILE --section.key value --dry-run`; jobs/*.py call `run_command` with the same names.
+Results go to stdout: tables on a terminal, elsewhere and with --json one JSON object as the last line. Progress goes
+to stderr.
+Exit codes: 0 done, 2 bad input or configuration, 1 failure, 130 ended by Ctrl-C, 143 ended by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raytower import __version__
+from raytower.cli import help
+from raytower.cli.about import ABOUT
+from raytower.cli.arguments import read_arguments
+from raytower.commands import COMMANDS, find_reference
+from raytower.config import Config, dump_config, load_config, to_json
+from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending
+from raytower.errors import InputError, RaytowerError, find_cause
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `raytower`; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        _show(help.usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"raytower {__version__}")
+        return 0
+    if given[0] == "help":
+        return main([*given[1:], "--help"])
+    if given[0] in ABOUT:
+        return _run(lambda: _show(ABOUT[given[0]].tell(given[1:])))
+    name, rest = _split_name(given)
+    if name in COMMANDS:
+        return run_command(name, rest)
+    if help.names_below(name) and (not rest or rest[0] in ("-h", "--help")):
+        _show(help.usage(name))
+        return 0 if rest else 2
+    print(f"raytower: {help.describe_unknown_command(name, rest)}", file=sys.stderr)
+    return 2
+
+
+def _split_name(given: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name, which may have two words, and its arguments."""
+    for words in (2, 1):
+        name = " ".join(given[:words])
+        if name in COMMANDS:
+            return name, list(given[words:])
+    return given[0], list(given[1:])
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None, default_config: Path | None = None) -> int:
+    """Run one command with its arguments (default: the process's) and return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return _run(lambda: _execute(name, _decode(given), default_config))
+
+
+def _run(work: Callable[[], None]) -> int:
+    """Do `work` and return the exit code; what it raises is said on stderr."""
+    try:
+        with bounded_ending():
+            work()
+    except (KeyboardInterrupt, SystemExit) as end:
+        # While it starts, Ray answers SIGTERM by SystemExit(15); while it trains, Ctrl-C by SystemExit(0).
+        if isinstance(end, SystemExit) and end.code in (TERMINATED, signal.SIGTERM):
+            print("raytower: ended by SIGTERM", file=sys.stderr)
+            return TERMINATED
+        print("raytower: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return _explain(error)
+    return 0
+
+
+def _execute(name: str, given: Sequence[str], default_config: Path | None) -> None:
+    command = COMMANDS[name]
+    config_class: type[Config] = find_reference(command.config)
+    arguments = read_arguments(config_class, command.positions, given)
+    if arguments.help:
+        _show(help.command_help(name))
+        return
+    path = arguments.config_path or (str(default_config) if default_config else None)
+    config = load_config(config_class, path, arguments.overrides)
+    if arguments.dry_run:
+        plan = find_reference(command.plan)(config) if command.plan else {}
+        _show(dump_config(config).rstrip("\n"))
+        _show_json({"plan": plan})
+        return
+    result = find_reference(command.run)(config)
+    if command.render and not arguments.as_json:
+        _show(find_reference(command.render)(result))
+    else:
+        _show_json(result)
+
+
+def _show_json(value: Any) -> None:
+    """One line of JSON, with escapes for what the terminal's encoding (GBK, ASCII) does not have."""
+    text = to_json(value)
+    _show(text if _holds(text) else json.dumps(json.loads(text)))
+
+
+def _show(text: str) -> None:
+    """Print `text`; characters that the terminal's encoding does not have are shown by their codes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text if _holds(text) else text.encode(encoding, errors="backslashreplace").decode(encoding))
+
+
+def _holds(text: str) -> bool:
+    """Whether standard output can carry `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong: one message for the user's mistakes, the traceback for ours."""
+    cause = find_cause(error)
+    if isinstance(cause, InputError):
+        print(f"raytower: {cause}", file=sys.stderr)
+        return 2
+    if isinstance(cause, RaytowerError):
+        print(f"raytower: {cause}", file=sys.stderr)
+        return 1
+    traceback.print_exception(error)
+    return 1
+
+
+def _decode(given: list[str]) -> list[str]:
+    """The arguments as UTF-8, whatever the locale; Python keeps bytes that it cannot decode as lone surrogates."""
+    decoded = []
+    for argument in given:
+        raw = argument.encode("utf-8", "surrogateescape")
+        try:
+            decoded.append(raw.decode("utf-8"))
+        except UnicodeError:
+            raise InputError(
+                f"the argument {raw.decode('utf-8', errors='backslashreplace')} is not valid UTF-8; "
+                "set the terminal to "
+                "UTF-8, rename a file whose name is in another encoding (GBK, say), or give a text in a --config file"
+            ) from None
+    return decoded

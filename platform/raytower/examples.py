@@ -1,0 +1,214 @@
+"""An example config of every command: what `raytower config` starts from, and what jobs/*.yaml hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """The keys that an example sets, and what its rows look like."""
+
+    values: dict[str, Any]
+    comment: str = ""
+
+
+_BACKBONE = "hfl/chinese-macbert-base"
+
+EXAMPLES: dict[str, Example] = {
+    "demo": Example({"full": False, "keep_serving": False}, "Nothing has to be set."),
+    "train-retriever": Example(
+        {
+            "model": _BACKBONE,
+            "train": {"path": "data/train.tsv", "format": "pairs"},
+            "dev": {"path": "data/dev.tsv", "corpus": "data/corpus.tsv", "metric": "recall@10"},
+            "output": "runs/encoder",
+            "objective": {"name": "in_batch_negatives", "scale": 20.0, "margin": 0.0},
+            "optimizer": {"lr": 2.0e-5},
+            "batch_size": 64,
+            "epochs": 1,
+            "max_length": 64,
+            "dtype": "bfloat16",
+            "workers": {"num": 2, "num_cpus": 1, "num_gpus": 0},
+        },
+        "Rows of pairs: `text <tab> similar text`, one a line.",
+    ),
+    "train-reranker": Example(
+        {
+            "model": "runs/encoder",
+            "train": {"path": "runs/negatives.tsv", "format": "triples"},
+            "output": "runs/reranker",
+            "objective": {"name": "pointwise_regression", "loss": "bce"},
+            "optimizer": {"lr": 2.0e-5},
+            "batch_size": 32,
+            "epochs": 1,
+            "max_length": 128,
+            "workers": {"num": 2, "num_cpus": 1, "num_gpus": 0},
+        },
+        "Triples have a header, `query title neg_title`, as `raytower mine` writes it.",
+    ),
+    "train-classifier": Example(
+        {
+            "model": _BACKBONE,
+            "train": {"path": "data/labelled_train.tsv"},
+            "dev": {"path": "data/labelled_dev.tsv", "metric": "accuracy"},
+            "output": "runs/classifier",
+            "objective": {"name": "cross_entropy"},
+            "optimizer": {"lr": 2.0e-5},
+            "batch_size": 32,
+            "epochs": 3,
+            "max_length": 128,
+            "workers": {"num": 2, "num_cpus": 1, "num_gpus": 0},
+        },
+        'Rows: `text <tab> label`, or JSON lines {"text", "label"}.',
+    ),
+    "encode": Example(
+        {
+            "encoder": "runs/encoder",
+            "input": {"path": "data/corpus.tsv"},
+            "output": "runs/embeddings",
+            "max_length": 256,
+            "engine": "torch",
+            "dtype": "bfloat16",
+            "workers": {"min": 1, "num": 2, "num_cpus": 1, "num_gpus": 0},
+        },
+        "Texts one a line, `id <tab> text`, JSON lines, CSV, a BEIR folder or Parquet.",
+    ),
+    "export": Example(
+        {"encoder": "runs/encoder", "output": "runs/encoder-onnx", "graph_dtype": "float32"},
+        "float32 gives the same vectors, int8 vectors nearby in a third of the time.",
+    ),
+    "index build": Example(
+        {
+            "embeddings": "runs/embeddings",
+            "output": "runs/index",
+            "kind": "auto",
+            "shards": "auto",
+            "target": {"recall": 0.95, "k": 10, "memory": "8GiB"},
+            "workers": {"num": 2, "num_cpus": 1, "num_gpus": 0},
+        }
+    ),
+    "index sync": Example(
+        {
+            "index": "runs/index",
+            "input": {"path": "data/corpus"},
+            "gone": "delete",
+            "max_gone": 0.5,
+            "workers": {"min": 1, "num": 2, "num_cpus": 1, "num_gpus": 0},
+        },
+        "Only what is new or changed is encoded.",
+    ),
+    "index add": Example({"index": "runs/index", "embeddings": "runs/more_embeddings", "upsert": True}),
+    "index delete": Example(
+        {"index": "runs/index", "input": {"path": "runs/deleted_ids.txt"}, "on_unknown": "fail"},
+        "The file has an id a line.",
+    ),
+    "index set": Example(
+        {"index": "runs/index", "input": {"path": "runs/values.jsonl"}, "on_unknown": "fail"},
+        "Each row of the file has an id and the columns to change.",
+    ),
+    "index compact": Example(
+        {
+            "index": "runs/index",
+            "target": {"memory": "8GiB"},
+            "workers": {"num": 2, "num_cpus": 1, "num_gpus": 0},
+        }
+    ),
+    "index convert": Example({"index": "runs/index"}),
+    "index gc": Example({"index": "runs/index", "keep": 2}),
+    "index list": Example({"index": "runs/index"}),
+    "index verify": Example({"index": "runs/index"}),
+    "index rollback": Example({"index": "runs/index", "to": "000001"}),
+    "search": Example({"index": "runs/index", "query": "怎么才能开通微粒贷", "k": 5}),
+    "mine": Example(
+        {
+            "encoder": "runs/encoder",
+            "index": "runs/index",
+            "input": {"path": "data/train.tsv"},
+            "output": "runs/negatives.tsv",
+            "recall_k": 50,
+            "skip_top": 5,
+            "num_negatives": 1,
+        }
+    ),
+    "evaluate": Example(
+        {
+            "encoder": "runs/encoder",
+            "index": "runs/index",
+            "queries": {"path": "data/dev.tsv", "format": "pairs"},
+            "reranker": None,
+            "k": [1, 5, 10, 20, 50],
+            "output": "runs/report",
+        },
+        "With a reranker both stages are measured.",
+    ),
+    "classify": Example(
+        {
+            "encoder": "runs/encoder",
+            "index": "runs/label-index",
+            "input": {"path": "data/dev.txt"},
+            "output": "runs/predictions.tsv",
+            "mode": "labels",
+            "k": 10,
+        },
+        "Mode labels: the index is built over label texts, and the nearest one is the prediction.",
+    ),
+    "similarity": Example(
+        {
+            "encoder": "runs/encoder",
+            "input": {"path": "data/pairs.tsv"},
+            "output": "runs/similarity.tsv",
+            "threshold": 0.8,
+        },
+        "Pairs have a header, `query title label`, or are JSON lines.",
+    ),
+    "serve": Example(
+        {
+            "index": "runs/index",
+            "reranker": None,
+            "host": "127.0.0.1",
+            "port": 8000,
+            "layout": "together",
+            "replicas": 1,
+        },
+        "Loopback unless told otherwise; set api_key_env before opening it to others.",
+    ),
+    "pipeline": Example(
+        {
+            "state": "runs/pipeline.json",
+            "steps": [
+                {
+                    "job": "train-retriever",
+                    "config": {
+                        "model": _BACKBONE,
+                        "train": {"path": "data/train.tsv", "format": "pairs"},
+                        "output": "runs/encoder",
+                        "batch_size": 64,
+                        "max_length": 64,
+                    },
+                },
+                {
+                    "job": "encode",
+                    "config": {
+                        "encoder": "runs/encoder",
+                        "input": {"path": "data/corpus.tsv"},
+                        "output": "runs/embeddings",
+                        "dtype": "bfloat16",
+                    },
+                },
+                {"job": "index build", "config": {"embeddings": "runs/embeddings", "output": "runs/index"}},
+                {
+                    "job": "evaluate",
+                    "config": {
+                        "encoder": "runs/encoder",
+                        "index": "runs/index",
+                        "queries": {"path": "data/dev.tsv", "format": "pairs"},
+                        "output": "runs/report",
+                    },
+                },
+            ],
+        },
+        "Run it again after a change, and only what depends on the change runs.",
+    ),
+}

@@ -1,0 +1,246 @@
+"""The command line: how arguments are read, what help says, and the configs to start from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from raytower.cli import main
+from raytower.cli.arguments import read_arguments
+from raytower.cli.keys import keys_of
+from raytower.cli.starting import starting_config
+from raytower.commands import COMMANDS, find_reference
+from raytower.config import ByteSize, Config, load_config, make_config
+from raytower.errors import InputError
+from raytower.examples import EXAMPLES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Source(Config):
+    shorthand = "path"
+
+    path: str
+    """Where the rows are."""
+    split: str | None = None
+
+
+class Squared(Config):
+    name: Literal["squared"] = "squared"
+    margin: float = Field(default=0.5, ge=0)
+
+
+class Ranked(Config):
+    name: Literal["ranked"] = "ranked"
+    depth: int = 3
+
+
+class Example(Config):
+    text: str
+    source: Source | None = None
+    loss: Squared | Ranked = Squared()
+    k: list[int] = Field(default=[10])
+    names: list[str] = Field(default_factory=list)
+    values: dict[str, Any] = Field(default_factory=dict)
+    where: dict[str, Any] | str | None = None
+    max_length: int | None = Field(default=None, ge=1)
+    memory: ByteSize = ByteSize(2**30)
+    full: bool = False
+    rescore: Literal["auto"] | bool = "auto"
+
+
+def read(*given: str) -> Example:
+    arguments = read_arguments(Example, ("text",), given)
+    return make_config(Example, arguments.overrides)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("given", "key", "value"),
+        [
+            (["--k", "5"], "k", [5]),
+            (["--k=5", "--k", "7"], "k", [5, 7]),
+            (["--k", "[5, 7]"], "k", [5, 7]),
+            (["--k", "5,7"], "k", [5, 7]),
+            (["--names", '["a, b", "c"]'], "names", ["a, b", "c"]),
+            (["--max-length", "8"], "max_length", 8),
+            (["--max_length=8"], "max_length", 8),
+            (["--max-length", "null"], "max_length", None),
+            (["--memory", "3GiB"], "memory", 3 * 2**30),
+            (["--source", "a.tsv"], "source", Source(path="a.tsv")),
+            (["--source", '{"path": "a.tsv", "split": "dev"}'], "source", Source(path="a.tsv", split="dev")),
+            (["--source", "a.tsv", "--source.split", "dev"], "source", Source(path="a.tsv", split="dev")),
+            (["--source", "null"], "source", None),
+            (["--source.path", "null"], "source", Source(path="null")),
+            (["--values", '{"a": 1, "b": [true, null]}'], "values", {"a": 1, "b": [True, None]}),
+            (["--where", '{"year": {"$gte": 2020}}'], "where", {"year": {"$gte": 2020}}),
+            (["--where", "year > 3 AND name IN ('a', 'b')"], "where", "year > 3 AND name IN ('a', 'b')"),
+            (["--full"], "full", True),
+            (["--full", "false"], "full", False),
+            (["--full=true"], "full", True),
+            (["--no-full"], "full", False),
+            (["--rescore", "false"], "rescore", False),
+            (["--loss", "ranked", "--loss.depth", "2"], "loss", Ranked(depth=2)),
+            (["--loss.name", "squared", "--loss.margin", "1e-5"], "loss", Squared(margin=1e-5)),
+            (["--loss.margin=-0"], "loss", Squared(margin=0)),
+        ],
+        ids=str,
+    )
+    def test_what_is_written_is_what_is_meant(self, given: list[str], key: str, value: object) -> None:
+        assert getattr(read("--text", "x", *given), key) == value
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "123",
+            "yes",
+            "what is: this",
+            "[x",
+            '{"a": 1}',
+            '"quoted"',
+            "null",
+            "",
+            "-",
+            "-5 degrees",
+            "a,b",
+            "\0",
+        ],
+    )
+    def test_plain_text_stays_as_it_was_typed(self, text: str) -> None:
+        assert read("--text", text).text == text
+        assert read(f"--text={text}").text == text
+
+    def test_positions_stand_anywhere(self) -> None:
+        assert read("x", "--k", "5").text == read("--k", "5", "x").text == read("--full", "x").text == "x"
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["--textt", "x"], "unknown key 'textt'; the nearest known key is 'text'"),
+            (["--textt=x"], "nearest known key is 'text'"),
+            (["--source.pth", "x"], "nearest known key is 'source.path'"),
+            (["--zzzz", "x"], "unknown key 'zzzz'; known are text, "),
+            (["--values.a", "1"], "values is one value; a mapping is given whole"),
+            (["--text"], "--text has no value; write --text VALUE"),
+            (["--text", "--k", "3"], "--text has no value"),
+            (["--config"], "--config has no value"),
+            (["x", "y"], "unexpected argument 'y'"),
+            (["x", "--text", "y"], "text is given by position and by name"),
+            (["--text", "x", "--values", "{a"], "written as JSON"),
+            (["--text", "x", "--k", "five"], r"k\.0 is 'five'"),
+            (["--tex", "x"], "nearest known key is 'text'"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_meant_is_refused(self, given: list[str], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            read(*given)
+
+    def test_a_file_lies_below_the_command_line(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text(
+            "text: x\nsource: a.tsv\nvalues: {a: 1}\nk: [1, 2]\n", encoding="utf-8"
+        )
+        given = [
+            "--config",
+            str(tmp_path / "c.yaml"),
+            "--source.split",
+            "dev",
+            "--values",
+            '{"b": 2}',
+            "--k",
+            "3",
+        ]
+        arguments = read_arguments(Example, (), given)
+        config = load_config(Example, arguments.config_path, arguments.overrides)
+        assert config.source == Source(path="a.tsv", split="dev")
+        assert (config.values, config.k) == ({"b": 2}, [3])
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_every_key_has_a_meaning(self, name: str) -> None:
+        keys = list(keys_of(find_reference(COMMANDS[name].config)))
+        assert [key.path for key in keys if not key.meaning] == []
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_the_example_of_a_command_is_one(self, name: str) -> None:
+        import shlex
+
+        command = COMMANDS[name]
+        given = shlex.split(command.example.replace("jobs/", f"{ROOT}/jobs/"))
+        arguments = read_arguments(find_reference(command.config), command.positions, given)
+        assert load_config(find_reference(command.config), arguments.config_path, arguments.overrides)
+
+    def test_help_shows_type_choices_unit_and_default(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["index", "build", "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "--target.memory SIZE  (default 8GiB)" in out
+        assert "--kind auto|flat|hnsw|ivf_flat|ivf_rabitq|ivf_sq8|ivf_pq  (default auto)" in out
+        assert "--embeddings TEXT  (required)" in out
+        assert "example: raytower index build --embeddings" in out
+
+    def test_a_group_lists_its_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["index", "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "raytower index build" in out
+        assert "raytower search" not in out
+        assert main(["index"]) == 2
+
+    @pytest.mark.parametrize(
+        ("given", "nearest"),
+        [(["serv"], "serve"), (["index", "bild"], "index build"), (["train_retriever"], "train-retriever")],
+    )
+    def test_the_nearest_command_is_named(
+        self, given: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(given) == 2
+        assert f"did you mean {nearest!r}?" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh"])
+    def test_completion_is_a_script_that_the_shell_reads(
+        self, shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "--target.recall" in script
+        assert "--embeddings" in script
+        if shell == "bash":
+            (tmp_path / "completion").write_text(script, encoding="utf-8")
+            subprocess.run(["bash", "-n", str(tmp_path / "completion")], check=True)
+
+    def test_completion_of_another_shell_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["completion", "dos"]) == 2
+        assert "bash" in capsys.readouterr().err
+
+
+class TestStartingConfigs:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_it_holds_the_example(self, name: str) -> None:
+        assert yaml.safe_load(starting_config(name)) == json.loads(json.dumps(EXAMPLES[name].values))
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_switched_on_whole_it_is_still_a_config_with_known_keys(self, name: str) -> None:
+        """Every commented key can be taken in by taking its mark away."""
+        known = {key.path for key in keys_of(find_reference(COMMANDS[name].config))}
+        for line in starting_config(name).splitlines():
+            bare = line.lstrip("# ")
+            if line.lstrip().startswith("# ") and ": " in bare and bare.partition(":")[0].isidentifier():
+                assert any(path.rpartition(".")[2] == bare.partition(":")[0] for path in known), line
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_the_configs_beside_the_jobs_are_these(self, path: Path) -> None:
+        import re
+
+        match = re.search(r'run_command\("([^"]+)"', path.with_suffix(".py").read_text(encoding="utf-8"))
+        assert match is not None
+        assert path.read_text(encoding="utf-8") == starting_config(match.group(1))
+
+    def test_an_unknown_command_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["config", "encod"]) == 2
+        assert "there are" in capsys.readouterr().err
