@@ -18,7 +18,8 @@ class Command:
     config: str
     run: str
     plan: str | None = None
-    render: str | None = None  # how a person sees the result, where that is more than the JSON line
+    render: str | None = None  # what a person sees, where that is not any result's table
+    always_rendered: bool = False  # where the output is no terminal, too
     positions: tuple[str, ...] = ()  # keys that may be given without their names, in this order
     example: str = ""  # arguments, as help shows them
 
@@ -138,6 +139,7 @@ COMMANDS: dict[str, Command] = {
         "list the versions of an index",
         "raytower.index.manage:IndexListConfig",
         "raytower.index.manage:index_list",
+        render="raytower.cli.tables:render_versions",
         positions=("index",),
         example="runs/index",
     ),
@@ -164,6 +166,7 @@ COMMANDS: dict[str, Command] = {
         "raytower.retrieval.search:search",
         "raytower.retrieval.search:plan_search",
         "raytower.retrieval.search:render_search",
+        always_rendered=True,
         positions=(
             "index",
             "query",
@@ -182,6 +185,7 @@ COMMANDS: dict[str, Command] = {
         "raytower.evaluation.config:EvaluateConfig",
         "raytower.evaluation.evaluate:evaluate",
         "raytower.evaluation.evaluate:plan_evaluate",
+        "raytower.cli.tables:render_evaluation",
         example="--encoder runs/encoder --index runs/index --queries data/dev.tsv --output runs/report",
     ),
     "classify": Command(

@@ -96,10 +96,11 @@ def _execute(name: str, given: Sequence[str], default_config: Path | None) -> No
         _show_json({"plan": plan})
         return
     result = find_reference(command.run)(config)
-    if command.render and not arguments.as_json:
-        _show(find_reference(command.render)(result))
-    else:
+    if arguments.as_json or not (command.always_rendered or sys.stdout.isatty()):
         _show_json(result)
+    else:
+        render = find_reference(command.render or "raytower.cli.tables:render_result")
+        _show(render(result))
 
 
 def _show_json(value: Any) -> None:

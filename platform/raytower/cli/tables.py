@@ -1,0 +1,128 @@
+"""Results as tables, for people at a terminal; programs get JSON."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_MAX_WIDTH = 120
+
+
+def render_result(result: Mapping[str, Any]) -> str:
+    """Single values as a list of names and values, lists of records as a table each."""
+    single: dict[str, Any] = {}
+    tables: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
+    for name, value in result.items():
+        if isinstance(value, Sequence) and not isinstance(value, str) and _is_table(value):
+            tables.append((name, value))
+        else:
+            single |= _flat(name, value)
+    parts = [_draw(_pairs(single))] if single else []
+    parts += [f"{name}\n{_draw(_records(rows))}" for name, rows in tables]
+    return "\n\n".join(parts)
+
+
+def render_evaluation(result: Mapping[str, Any]) -> str:
+    """A line a metric: its value, its 95 % interval and, after a reranker, what the first stage alone has."""
+    first = result["recall_stage"] or {}
+    rows = [
+        {
+            "metric": name,
+            "value": result[name],
+            "95 % interval": f"{low:.4f} to {high:.4f}",
+            **({"first stage alone": first.get(name)} if first else {}),
+        }
+        for name, (low, high) in result["intervals"].items()
+    ]
+    shown = {*result["intervals"], "intervals", "recall_stage"}
+    rest = {name: value for name, value in result.items() if name not in shown}
+    return f"{_draw(_records(rows))}\n\n{render_result(rest)}"
+
+
+def render_versions(result: Mapping[str, Any]) -> str:
+    """A line a version, the newest last and marked; `index list --json` has the rest."""
+    rows = [
+        {
+            "": "→" if version["version"] == result["current"] else "",
+            **{name: version[name] for name in ("version", "operation", "kind", "rows", "shards", "recall")},
+            "target": version["recall_target"],
+            "search parameters": " ".join(
+                f"{k}={v}" for k, v in _widest(version["search_parameters"]).items()
+            ),
+        }
+        for version in result["versions"]
+    ]
+    missed = [version["version"] for version in result["versions"] if version["target_reached"] is False]
+    warning = f"\n\nversions that miss their recall target: {', '.join(missed)}" if missed else ""
+    return _draw(_records(rows)) + warning
+
+
+def _widest(parameters: Any) -> Mapping[str, Any]:
+    """Search parameters by k: those of the largest k; else the parameters themselves."""
+    if (
+        isinstance(parameters, Mapping)
+        and parameters
+        and all(isinstance(v, Mapping) for v in parameters.values())
+    ):
+        return dict(list(parameters.values())[-1])
+    return parameters if isinstance(parameters, Mapping) else {}
+
+
+def _is_table(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for inner, item in value.items():
+        flat |= _flat(f"{name}.{inner}", item)
+    return flat
+
+
+def _pairs(values: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(Text(name), Text(_shown(value)))
+    return table
+
+
+def _records(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        numbers = all(isinstance(row.get(name), (int, float)) for row in rows)
+        table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_shown(row.get(name))) for name in names))
+    return table
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    return str(value)
+
+
+def _draw(table: Table) -> str:
+    out = io.StringIO()
+    width = min(shutil.get_terminal_size().columns, _MAX_WIDTH)
+    Console(file=out, width=width, force_terminal=True, color_system="standard").print(table)
+    return out.getvalue().rstrip("\n")
