@@ -26,9 +26,10 @@ import raytower.index.build as build_module
 import raytower.index.compact as compact_module
 from raytower.cli import main
 from raytower.errors import FormatError
-from raytower.index.change import IndexAddConfig, IndexDeleteConfig, add_to_index, delete_from_index
-from raytower.index.collect import IndexGcConfig, collect_garbage
-from raytower.index.manage import IndexVerifyConfig, index_verify
+from raytower.index.change import add_to_index, delete_from_index
+from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig, IndexGcConfig, IndexVerifyConfig
+from raytower.index.collect import collect_garbage
+from raytower.index.manage import index_verify
 from raytower.index.reader import Index
 from raytower.index.table import DocumentTable
 from raytower.index.versions import version_names

@@ -1,4 +1,4 @@
-"""Config of the index build (docs/design.md, 5)."""
+"""Configs of what builds shards: `raytower index build | compact | convert`. Imports neither FAISS nor Lance."""
 
 from __future__ import annotations
 
@@ -89,3 +89,23 @@ class IndexBuildConfig(Config):
     target: TargetConfig = TargetConfig()
     workers: IndexWorkersConfig = IndexWorkersConfig()
     seed: int = Field(default=0, ge=0)
+
+
+class IndexCompactConfig(Config):
+    """`raytower index compact`. `kind`, `placement`, `recall` and `recall_k` null are the newest version's own."""
+
+    index: str
+    kind: IndexKind | None = None
+    shards: Literal["auto"] | int = "auto"
+    placement: Placing | None = None
+    recall: float | None = Field(default=None, gt=0, le=1)
+    recall_k: int | None = Field(default=None, ge=1)
+    memory: ByteSize = ByteSize(8 * 2**30)
+    workers: IndexWorkersConfig = IndexWorkersConfig()
+    seed: int = Field(default=0, ge=0)
+
+
+class IndexConvertConfig(IndexCompactConfig):
+    """`raytower index convert`. `remove_old` takes the files of format 2 away once the index is of format 3."""
+
+    remove_old: bool = False

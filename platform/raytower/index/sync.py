@@ -16,9 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raytower.config import Config, OnError, WorkersConfig
 from raytower.data.pieces import Survey, read_pieces, survey
 from raytower.data.sources import InputConfig
 from raytower.encoding.config import ComputeConfig, EncodeConfig
@@ -26,6 +24,7 @@ from raytower.encoding.job import encode
 from raytower.errors import InputError
 from raytower.index.build import figures
 from raytower.index.change import publish_change, refuse_other_origin, with_documents
+from raytower.index.change_config import IndexSyncConfig
 from raytower.index.config import IndexWorkersConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.manifest import IndexManifest
@@ -45,25 +44,6 @@ _BLOCK_ROWS = 1_024
 _HASH_KEYS = ("raytower-sync-01", "raytower-sync-02")
 # Ids, and what is compared, as two hashes each: 128 bits never meet by chance.
 _Hashes = NDArray[np.uint64]
-
-
-class IndexSyncConfig(Config):
-    """`raytower index sync`: what is new in `input` is added, what changed is replaced, what is gone is deleted.
-
-    A text that changed is encoded again; where only other columns changed, they are set. `gone: keep` leaves documents
-    that the input no longer has. More than the share `max_gone` of the index is deleted only if that is raised: a
-    folder that was half delivered looks like one from which half was deleted. `encoder` null is the one that the
-    index names.
-    """
-
-    index: str
-    input: InputConfig
-    encoder: str | None = None
-    gone: Literal["delete", "keep"] = "delete"
-    max_gone: float = Field(default=0.5, ge=0, le=1)
-    tokens_per_batch: int | None = Field(default=None, ge=1)
-    workers: WorkersConfig = WorkersConfig()
-    on_error: OnError = "fail"
 
 
 @dataclass
