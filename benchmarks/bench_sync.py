@@ -47,7 +47,7 @@ def main() -> None:
     settings |= {
         "prefix": "query: ",
         "compute": {"dtype": "bfloat16"},
-        "workers": {"min": CORES, "max": CORES},
+        "workers": {"min": CORES, "num": CORES},
     }
     ensure_ray()  # its start is neither side's
     full = clock(lambda: encode(make_config(EncodeConfig, settings)))

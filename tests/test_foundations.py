@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pyarrow.fs import FileInfo, FileSelector, LocalFileSystem
 
 from raytower.config import (
+    AutoscalingWorkersConfig,
     ByteSize,
     Config,
-    WorkersConfig,
     load_config,
     make_config,
     parse_overrides,
@@ -30,15 +30,15 @@ class Nested(Config):
 class Example(Config):
     name: str
     nested: Nested = Nested()
-    workers: WorkersConfig = WorkersConfig()
+    workers: AutoscalingWorkersConfig = AutoscalingWorkersConfig()
     maybe: Nested | None = None
 
 
 class TestConfig:
     def test_file_and_overrides(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_text("name: 中文\nnested: {rate: 2, memory: 8GiB}\n", encoding="utf-8")
-        config = load_config(Example, tmp_path / "c.yaml", {"nested.rate": 1e-5, "workers.max": 9})
-        assert (config.name, config.nested.rate, config.workers.max) == ("中文", 1e-5, 9)
+        config = load_config(Example, tmp_path / "c.yaml", {"nested.rate": 1e-5, "workers.num": 9})
+        assert (config.name, config.nested.rate, config.workers.num) == ("中文", 1e-5, 9)
         assert int(config.nested.memory) == 8 * 2**30
 
     @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ class TestConfig:
             ),
             ({}, "name is required and not given"),
             ({"name": "x", "nested": {"rate": "fast"}}, "nested.rate is 'fast'"),
-            ({"name": "x", "workers": {"min": 3, "max": 2}}, "more than workers.max 2"),
+            ({"name": "x", "workers": {"min": 3, "num": 2}}, "more than workers.num 2"),
         ],
     )
     def test_refusals_name_key_value_and_rule(self, values: dict[str, object], message: str) -> None:
@@ -73,9 +73,9 @@ class TestConfig:
             load_config(Example, tmp_path / "list.yaml")
 
     def test_overrides_are_read_as_values(self) -> None:
-        given_ = ["--name=x", "--nested.rate", "1e-5", "--maybe", "null", "--workers.max=3"]
+        given_ = ["--name=x", "--nested.rate", "1e-5", "--maybe", "null", "--workers.num=3"]
         config = load_config(Example, None, parse_overrides(given_))
-        assert (config.nested.rate, config.maybe, config.workers.max) == (1e-5, None, 3)
+        assert (config.nested.rate, config.maybe, config.workers.num) == (1e-5, None, 3)
 
     @pytest.mark.parametrize("text", ["123", "yes", "what is: this", "[x", "null", "", "-"])
     def test_plain_text_stays_as_it_was_typed(self, text: str) -> None:

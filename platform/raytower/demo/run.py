@@ -172,7 +172,7 @@ class _Demo:
                         "output": str(self.folder / f"embeddings-{name}"),
                         "max_length": _MAX_LENGTH,
                         "compute": {"dtype": "bfloat16"},
-                        "workers": {"min": 2, "max": 2},
+                        "workers": {"min": 2, "num": 2},
                     },
                 )
             )

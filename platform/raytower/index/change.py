@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raytower.config import WorkersConfig
 from raytower.errors import InputError
 from raytower.index.build import figures, measured
 from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig, IndexSetConfig
-from raytower.index.config import IndexWorkersConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.filters import sql_literal, to_sql
 from raytower.index.fold import folded
@@ -425,5 +425,5 @@ def _shown(names: list[str]) -> str:
     return ", ".join(map(repr, names[:_NAMES_SHOWN])) + (" and others" if len(names) > _NAMES_SHOWN else "")
 
 
-def _run(rows: int, workers: IndexWorkersConfig) -> Run:
+def _run(rows: int, workers: WorkersConfig) -> Run:
     return on_ray(workers) if rows > _ROWS_IN_PROCESS else Run(threads=max(int(np.ceil(workers.num_cpus)), 1))

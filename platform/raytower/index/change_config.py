@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raytower.config import Config, OnError, WorkersConfig
+from raytower.config import AutoscalingWorkersConfig, Config, OnError, WorkersConfig
 from raytower.data.sources import InputConfig
-from raytower.index.config import IndexWorkersConfig
 
 
 class IndexAddConfig(Config):
@@ -25,7 +24,7 @@ class IndexAddConfig(Config):
     embeddings: str
     upsert: bool = False
     again: bool = False
-    workers: IndexWorkersConfig = IndexWorkersConfig()
+    workers: WorkersConfig = WorkersConfig()
 
 
 class IndexDeleteConfig(Config):
@@ -40,7 +39,7 @@ class IndexDeleteConfig(Config):
     path: str | None = None
     filter: dict[str, Any] | str | None = None
     on_unknown: Literal["fail", "ignore"] = "fail"
-    workers: IndexWorkersConfig = IndexWorkersConfig()
+    workers: WorkersConfig = WorkersConfig()
 
     def model_post_init(self, context: Any) -> None:
         if not self.ids and self.path is None and self.filter is None:
@@ -84,7 +83,7 @@ class IndexSyncConfig(Config):
     gone: Literal["delete", "keep"] = "delete"
     max_gone: float = Field(default=0.5, ge=0, le=1)
     tokens_per_batch: int | None = Field(default=None, ge=1)
-    workers: WorkersConfig = WorkersConfig()
+    workers: AutoscalingWorkersConfig = AutoscalingWorkersConfig()
     on_error: OnError = "fail"
 
 

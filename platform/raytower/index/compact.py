@@ -131,7 +131,7 @@ def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
         shards=config.shards,
         recall=config.recall or before.recall_target,
         memory_bytes=int(config.memory),
-        num_workers=config.workers.max,
+        num_workers=config.workers.num,
         rescore="auto" if config.kind not in (None, before.kind) or before.exact_dtype else False,
         vector_dtype=before.vector_dtype,
         hnsw=hnsw,

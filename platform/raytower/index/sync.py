@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raytower.config import WorkersConfig
 from raytower.data.pieces import Survey, read_pieces, survey
 from raytower.data.sources import InputConfig
 from raytower.encoding.config import ComputeConfig, EncodeConfig
@@ -25,7 +26,6 @@ from raytower.errors import InputError
 from raytower.index.build import figures
 from raytower.index.change import publish_change, refuse_other_origin, with_documents
 from raytower.index.change_config import IndexSyncConfig
-from raytower.index.config import IndexWorkersConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
@@ -110,7 +110,8 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
                     table = table.with_values(_typed(values.drop_columns(["text"]), table.schema))
             if len(difference.gone):
                 table = table.without(difference.gone)
-            workers = IndexWorkersConfig(max=config.workers.max, num_cpus=config.workers.num_cpus)
+            # GPUs are for encoding.
+            workers = WorkersConfig(num=config.workers.num, num_cpus=config.workers.num_cpus)
             run = on_ray(workers) if came > 10 * _TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})
             went = replaced + len(difference.gone)

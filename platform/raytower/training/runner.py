@@ -188,7 +188,7 @@ def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> Train
         task=task,
         stream=stream,
         num_steps=num_steps,
-        num_threads=max(int(config.workers.num_cpus), 1),
+        num_threads=config.workers.num_threads,
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
     )
