@@ -40,12 +40,8 @@ from synthetic import Vectors, blocks_of, clustered, write_embeddings
 
 from raytower.config import make_config
 from raytower.index.build import build_index
-from raytower.index.change import (
-    IndexAddConfig,
-    IndexDeleteConfig,
-    add_to_index,
-    delete_from_index,
-)
+from raytower.index.change import add_to_index, delete_from_index
+from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig
 from raytower.index.config import IndexBuildConfig
 from raytower.index.kinds import parameter_grid
 from raytower.index.reader import Index

@@ -183,7 +183,7 @@ def job(folder: Path, embeddings: Path, kind: str, workers: int, shards: int = 2
         "output": str(folder / "index"),
         "kind": kind,
         "shards": shards,
-        "workers": {"max": workers, "num_cpus": 1},
+        "workers": {"num": workers, "num_cpus": 1},
     }
     return build_index(make_config(IndexBuildConfig, values))
 

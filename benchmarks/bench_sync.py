@@ -20,8 +20,9 @@ from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.index.build import build_index
+from raytower.index.change_config import IndexSyncConfig
 from raytower.index.config import IndexBuildConfig
-from raytower.index.sync import IndexSyncConfig, sync_index
+from raytower.index.sync import sync_index
 from raytower.runtime import ensure_ray
 
 CORES = os.cpu_count() or 1
@@ -46,7 +47,7 @@ def main() -> None:
     settings |= {
         "prefix": "query: ",
         "compute": {"dtype": "bfloat16"},
-        "workers": {"min": CORES, "max": CORES},
+        "workers": {"min": CORES, "num": CORES},
     }
     ensure_ray()  # its start is neither side's
     full = clock(lambda: encode(make_config(EncodeConfig, settings)))

@@ -101,7 +101,7 @@ def measure(name: str, encoder: str, arguments: argparse.Namespace) -> dict[str,
                 "prefix": arguments.prefix,
                 "max_length": 64,
                 "compute": {"dtype": "bfloat16"},
-                "workers": {"min": 2, "max": 2},
+                "workers": {"min": 2, "num": 2},
             },
         )
     )

@@ -64,7 +64,7 @@ def encode_config(encoder: Path, corpus: Path, output: Path, **changes: object) 
         "output": str(output),
         "max_length": 64,
         "rows_per_file": 16,
-        "workers": {"min": 1, "max": 2, "num_cpus": 0.5},
+        "workers": {"min": 1, "num": 2, "num_cpus": 0.5},
     }
     return make_config(EncodeConfig, {**values, **changes})
 
@@ -432,7 +432,7 @@ class TestRuns:
         corpus = tmp_path / "corpus.jsonl"
         encode_here(encode_config(dummy_encoder_dir, corpus, tmp_path / "one"))
         monkeypatch.setattr(job, "pieces_in_flight", lambda _: 2)
-        workers = {"min": 1, "max": 1, "num_cpus": 0.5}
+        workers = {"min": 1, "num": 1, "num_cpus": 0.5}
         encode(encode_config(dummy_encoder_dir, corpus, tmp_path / "two", workers=workers))
         assert read_folder(tmp_path / "two").equals(read_folder(tmp_path / "one"))
 

@@ -217,8 +217,8 @@ def test_a_storage_without_locks_is_written_with_a_warning(
 def test_the_number_of_workers_never_matters_to_a_resume(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 3000)
     values = (build_tiny_encoder(tmp_path / "encoder"), tmp_path / "corpus.jsonl", tmp_path / "out")
-    encode(encode_config(*values, rows_per_file=None, workers={"max": 1}))
-    assert encode(encode_config(*values, rows_per_file=None, workers={"max": 8}))["files_encoded"] == 0
+    encode(encode_config(*values, rows_per_file=None, workers={"num": 1}))
+    assert encode(encode_config(*values, rows_per_file=None, workers={"num": 8}))["files_encoded"] == 0
     chosen = json.loads((tmp_path / "out" / "job.json").read_text())["rows_per_file"]
     assert encode(encode_config(*values, rows_per_file=chosen))["files_encoded"] == 0
 

@@ -19,7 +19,8 @@ from raytower.data.queries import QuerySet
 from raytower.errors import InputError
 from raytower.evaluation.judgements import absent_text, judge
 from raytower.evaluation.reports import open_run, render_page, write_reports
-from raytower.index.change import IndexDeleteConfig, delete_from_index
+from raytower.index.change import delete_from_index
+from raytower.index.change_config import IndexDeleteConfig
 from raytower.index.reader import Index
 from raytower.metrics import ranking_metrics
 from raytower.retrieval.lookup import find_documents

@@ -25,7 +25,8 @@ from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError
 from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.evaluate import evaluate, plan_evaluate
-from raytower.index.change import IndexDeleteConfig, delete_from_index
+from raytower.index.change import delete_from_index
+from raytower.index.change_config import IndexDeleteConfig
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pyarrow.fs import FileInfo, FileSelector, LocalFileSystem
 
 from raytower.config import (
+    AutoscalingWorkersConfig,
     ByteSize,
     Config,
-    WorkersConfig,
     load_config,
     make_config,
     to_json,
@@ -37,15 +37,15 @@ class Example(Config):
     name: str
     source: Source | None = None
     nested: Nested = Nested()
-    workers: WorkersConfig = WorkersConfig()
+    workers: AutoscalingWorkersConfig = AutoscalingWorkersConfig()
     maybe: Nested | None = None
 
 
 class TestConfig:
     def test_file_and_overrides(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_text("name: 中文\nnested: {rate: 2, memory: 8GiB}\n", encoding="utf-8")
-        config = load_config(Example, tmp_path / "c.yaml", {"nested.rate": 1e-5, "workers.max": 9})
-        assert (config.name, config.nested.rate, config.workers.max) == ("中文", 1e-5, 9)
+        config = load_config(Example, tmp_path / "c.yaml", {"nested.rate": 1e-5, "workers.num": 9})
+        assert (config.name, config.nested.rate, config.workers.num) == ("中文", 1e-5, 9)
         assert int(config.nested.memory) == 8 * 2**30
 
     @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ class TestConfig:
             ),
             ({}, "name is required and not given"),
             ({"name": "x", "nested": {"rate": "fast"}}, "nested.rate is 'fast'"),
-            ({"name": "x", "workers": {"min": 3, "max": 2}}, "more than workers.max 2"),
+            ({"name": "x", "workers": {"min": 3, "num": 2}}, "more than workers.num 2"),
         ],
     )
     def test_refusals_name_key_value_and_rule(self, values: dict[str, object], message: str) -> None:

@@ -21,29 +21,22 @@ import raytower.index.compact as compact
 import raytower.index.fold as fold
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.build import plan_build
-from raytower.index.change import (
+from raytower.index.change import add_to_index, delete_from_index, plan_add, plan_delete, set_in_index
+from raytower.index.change_config import (
     IndexAddConfig,
     IndexDeleteConfig,
-    IndexSetConfig,
-    add_to_index,
-    delete_from_index,
-    plan_add,
-    plan_delete,
-    set_in_index,
-)
-from raytower.index.collect import IndexGcConfig, collect_garbage, plan_gc
-from raytower.index.compact import IndexCompactConfig, compact_index, plan_compact
-from raytower.index.config import IndexBuildConfig
-from raytower.index.fold import Held, plan_fold
-from raytower.index.hits import Hits, merge_hits
-from raytower.index.manage import (
+    IndexGcConfig,
     IndexListConfig,
     IndexRollbackConfig,
+    IndexSetConfig,
     IndexVerifyConfig,
-    index_list,
-    index_rollback,
-    index_verify,
 )
+from raytower.index.collect import collect_garbage, plan_gc
+from raytower.index.compact import compact_index, plan_compact
+from raytower.index.config import IndexBuildConfig, IndexCompactConfig
+from raytower.index.fold import Held, plan_fold
+from raytower.index.hits import Hits, merge_hits
+from raytower.index.manage import index_list, index_rollback, index_verify
 from raytower.index.plan import IndexRequest, split_rows
 from raytower.index.reader import Index, resolve_parameters
 from raytower.index.rowmap import RowMap

@@ -14,17 +14,18 @@ import raytower.index.build as build_module
 import raytower.index.compact as compact
 import raytower.index.fold as fold
 from raytower.errors import FormatError, InputError
-from raytower.index.change import (
+from raytower.index.change import add_to_index, delete_from_index, set_in_index
+from raytower.index.change_config import (
     IndexAddConfig,
     IndexDeleteConfig,
+    IndexGcConfig,
+    IndexRollbackConfig,
     IndexSetConfig,
-    add_to_index,
-    delete_from_index,
-    set_in_index,
 )
-from raytower.index.collect import IndexGcConfig, collect_garbage
-from raytower.index.compact import IndexCompactConfig, compact_index
-from raytower.index.manage import IndexRollbackConfig, index_rollback
+from raytower.index.collect import collect_garbage
+from raytower.index.compact import compact_index
+from raytower.index.config import IndexCompactConfig
+from raytower.index.manage import index_rollback
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from tests.index_cases import HERE, build, unit_vectors, write_embeddings

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 import raytower.index.convert as convert_module
 from raytower.cli import main
 from raytower.errors import FormatError, InputError
-from raytower.index.convert import IndexConvertConfig, convert_index, plan_convert
-from raytower.index.manage import IndexVerifyConfig, index_verify
+from raytower.index.change_config import IndexVerifyConfig
+from raytower.index.config import IndexConvertConfig
+from raytower.index.convert import convert_index, plan_convert
+from raytower.index.manage import index_verify
 from raytower.index.reader import Index
 from raytower.runtime import worker_environment
 from raytower.storage import Location
@@ -323,7 +325,8 @@ def test_an_index_on_object_storage_becomes_format_3_there(tmp_path: Path) -> No
 DIES = """
 import os, signal, sys
 import raytower.index.{module} as module
-from raytower.index.convert import IndexConvertConfig, convert_index
+from raytower.index.convert import convert_index
+from raytower.index.config import IndexConvertConfig
 from raytower.index.tasks import Run
 
 kept, left = module.{step}, [{times}]

@@ -26,9 +26,10 @@ import raytower.index.build as build_module
 import raytower.index.compact as compact_module
 from raytower.cli import main
 from raytower.errors import FormatError
-from raytower.index.change import IndexAddConfig, IndexDeleteConfig, add_to_index, delete_from_index
-from raytower.index.collect import IndexGcConfig, collect_garbage
-from raytower.index.manage import IndexVerifyConfig, index_verify
+from raytower.index.change import add_to_index, delete_from_index
+from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig, IndexGcConfig, IndexVerifyConfig
+from raytower.index.collect import collect_garbage
+from raytower.index.manage import index_verify
 from raytower.index.reader import Index
 from raytower.index.table import DocumentTable
 from raytower.index.versions import version_names
@@ -247,7 +248,7 @@ class TestKilledBuilds:
     def test_a_build_killed_half_way_keeps_what_is_finished(self, tmp_path: Path) -> None:
         index = tmp_path / "index"
         embeddings = embeddings_of(tmp_path / "e", 0, 1200)
-        builder = self._build(embeddings, index, "--kind", "flat", "--shards", "40", "--workers.max", "1")
+        builder = self._build(embeddings, index, "--kind", "flat", "--shards", "40", "--workers.num", "1")
         builder.start()
         while len(list((index / "shards").glob("[0-9a-f]*/shard.json"))) < 2:
             assert builder.is_running, builder.result()
@@ -283,7 +284,7 @@ class TestKilledBuilds:
         """The task to kill is found by the file that it is writing. Ray starts it again."""
         index = tmp_path / "index"
         embeddings = embeddings_of(tmp_path / "e", 0, 8000)
-        builder = self._build(embeddings, index, "--kind", "hnsw", "--shards", "2", "--workers.max", "1")
+        builder = self._build(embeddings, index, "--kind", "hnsw", "--shards", "2", "--workers.num", "1")
         builder.start()
         while not _kill_writer_below(index / "shards"):
             assert builder.is_running, builder.result()

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
 from raytower.index import placement as placement_module
-from raytower.index.change import IndexAddConfig, add_to_index
-from raytower.index.compact import IndexCompactConfig, compact_index
+from raytower.index.change import add_to_index
+from raytower.index.change_config import IndexAddConfig
+from raytower.index.compact import compact_index
+from raytower.index.config import IndexCompactConfig
 from raytower.index.placement import Placement, sample_rows_for, train_placement
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
+from raytower.config import WorkersConfig
 from raytower.errors import InputError
 from raytower.index import costs
-from raytower.index.config import BuiltKind, HnswConfig, IndexWorkersConfig, IvfConfig
+from raytower.index.config import BuiltKind, HnswConfig, IvfConfig
 from raytower.index.faiss_index import fill, new_index, reserve, train
 from raytower.index.plan import IndexPlan, IndexRequest
 from raytower.index.tasks import on_ray
@@ -132,7 +133,7 @@ def test_a_lone_task_takes_what_the_workers_would_on_one_node(
     gone = {"Alive": False, "Resources": {"CPU": 64.0}}
     monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
     monkeypatch.setattr("raytower.index.tasks.ensure_ray", lambda num_cpus: None)
-    assert on_ray(IndexWorkersConfig(max=4, num_cpus=2)).threads_alone == expected
+    assert on_ray(WorkersConfig(num=4, num_cpus=2)).threads_alone == expected
 
 
 class TestLatency:

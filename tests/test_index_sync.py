@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 
 from raytower.errors import FormatError, InputError
-from raytower.index.change import IndexDeleteConfig, delete_from_index
+from raytower.index.change import delete_from_index
+from raytower.index.change_config import IndexDeleteConfig, IndexSyncConfig
 from raytower.index.reader import Index
-from raytower.index.sync import IndexSyncConfig, plan_sync, sync_index
+from raytower.index.sync import plan_sync, sync_index
 from raytower.index.versions import open_manifest, version_names
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine

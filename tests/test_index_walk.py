@@ -23,17 +23,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import raytower.index.change as change
 import raytower.index.fold as fold
 from raytower.errors import InputError
-from raytower.index.change import (
+from raytower.index.change import add_to_index, delete_from_index, set_in_index
+from raytower.index.change_config import (
     IndexAddConfig,
     IndexDeleteConfig,
+    IndexGcConfig,
+    IndexRollbackConfig,
     IndexSetConfig,
-    add_to_index,
-    delete_from_index,
-    set_in_index,
+    IndexVerifyConfig,
 )
-from raytower.index.collect import IndexGcConfig, collect_garbage
-from raytower.index.compact import IndexCompactConfig, compact_index
-from raytower.index.manage import IndexRollbackConfig, IndexVerifyConfig, index_rollback, index_verify
+from raytower.index.collect import collect_garbage
+from raytower.index.compact import compact_index
+from raytower.index.config import IndexCompactConfig
+from raytower.index.manage import index_rollback, index_verify
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest, version_names
 from raytower.storage import Location

@@ -23,23 +23,24 @@ import pyarrow as pa
 import pytest
 
 from raytower.cli import main
-from raytower.config import make_config
+from raytower.config import WorkersConfig, make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.index.change import (
+from raytower.index.change import add_to_index, delete_from_index, set_in_index
+from raytower.index.change_config import (
     IndexAddConfig,
     IndexDeleteConfig,
+    IndexGcConfig,
+    IndexRollbackConfig,
     IndexSetConfig,
-    add_to_index,
-    delete_from_index,
-    set_in_index,
+    IndexVerifyConfig,
 )
-from raytower.index.collect import IndexGcConfig, collect_garbage
-from raytower.index.compact import IndexCompactConfig, compact_index
-from raytower.index.config import IndexWorkersConfig
-from raytower.index.manage import IndexRollbackConfig, IndexVerifyConfig, index_rollback, index_verify
+from raytower.index.collect import collect_garbage
+from raytower.index.compact import compact_index
+from raytower.index.config import IndexCompactConfig
+from raytower.index.manage import index_rollback, index_verify
 from raytower.index.reader import Index
 from raytower.index.tasks import on_ray
 from raytower.index.versions import open_manifest, version_names
@@ -525,7 +526,7 @@ class TestFailures:
         def write(uri: str) -> None:
             Location.of(uri).write_bytes(b"1")
 
-        workers = IndexWorkersConfig(num_cpus=0.5)
+        workers = WorkersConfig(num_cpus=0.5)
         with pytest.raises(InputError, match=r"^s3://no-such-bucket\S* is in a bucket that does not exist"):
             on_ray(workers)(write, [(s3.uri("no-such-bucket/x"),)])
         with pytest.raises(RaytowerError, match=r"^s3://bucket/x\S* cannot be reached") as failed:
@@ -567,7 +568,7 @@ class TestIndex:
             "output": f"{root}/embeddings",
             "max_length": 64,
             "rows_per_file": 16,
-            "workers": {"min": 1, "max": 2, "num_cpus": 0.5},
+            "workers": {"min": 1, "num": 2, "num_cpus": 0.5},
         }
         assert encode(make_config(EncodeConfig, values))["rows"] == 60
         assert encode(make_config(EncodeConfig, values))["files_encoded"] == 0
@@ -596,7 +597,7 @@ class TestIndex:
             .equals(read_folder(tmp_path / "out").drop_columns(["id"]))
         )
 
-        settings = ["--workers.num_cpus", "0.5", "--workers.max", "2", "--shards", "2"]
+        settings = ["--workers.num_cpus", "0.5", "--workers.num", "2", "--shards", "2"]
         command = ["index", "build", "--embeddings", f"{root}/embeddings", "--output", f"{root}/index"]
         assert main([*command, *settings]) == 0
         assert main(["index", "verify", "--index", f"{root}/index"]) == 0

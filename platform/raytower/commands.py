@@ -75,7 +75,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index sync": Command(
         "make an index equal to a folder of texts, encoding only what is new or changed",
-        "raytower.index.sync:IndexSyncConfig",
+        "raytower.index.change_config:IndexSyncConfig",
         "raytower.index.sync:sync_index",
         "raytower.index.sync:plan_sync",
         positions=(
@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index add": Command(
         "add documents; --upsert replaces those with the same id",
-        "raytower.index.change:IndexAddConfig",
+        "raytower.index.change_config:IndexAddConfig",
         "raytower.index.change:add_to_index",
         "raytower.index.change:plan_add",
         positions=(
@@ -97,7 +97,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index delete": Command(
         "delete documents by id or by filter",
-        "raytower.index.change:IndexDeleteConfig",
+        "raytower.index.change_config:IndexDeleteConfig",
         "raytower.index.change:delete_from_index",
         "raytower.index.change:plan_delete",
         positions=("index",),
@@ -105,7 +105,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index set": Command(
         "change columns of documents, by id or by filter, without encoding anything",
-        "raytower.index.change:IndexSetConfig",
+        "raytower.index.change_config:IndexSetConfig",
         "raytower.index.change:set_in_index",
         "raytower.index.change:plan_set",
         positions=("index",),
@@ -113,7 +113,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index compact": Command(
         "build shards over all documents anew",
-        "raytower.index.compact:IndexCompactConfig",
+        "raytower.index.config:IndexCompactConfig",
         "raytower.index.compact:compact_index",
         "raytower.index.compact:plan_compact",
         positions=("index",),
@@ -121,7 +121,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index convert": Command(
         "make an index of format 2 one of format 3",
-        "raytower.index.convert:IndexConvertConfig",
+        "raytower.index.config:IndexConvertConfig",
         "raytower.index.convert:convert_index",
         "raytower.index.convert:plan_convert",
         positions=("index",),
@@ -129,7 +129,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index gc": Command(
         "remove old versions and shards that none needs",
-        "raytower.index.collect:IndexGcConfig",
+        "raytower.index.change_config:IndexGcConfig",
         "raytower.index.collect:collect_garbage",
         "raytower.index.collect:plan_gc",
         positions=("index",),
@@ -137,7 +137,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index list": Command(
         "list the versions of an index",
-        "raytower.index.manage:IndexListConfig",
+        "raytower.index.change_config:IndexListConfig",
         "raytower.index.manage:index_list",
         render="raytower.cli.tables:render_versions",
         positions=("index",),
@@ -145,14 +145,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "index verify": Command(
         "read an index again and prove its checksums, counts and ids",
-        "raytower.index.manage:IndexVerifyConfig",
+        "raytower.index.change_config:IndexVerifyConfig",
         "raytower.index.manage:index_verify",
         positions=("index",),
         example="runs/index",
     ),
     "index rollback": Command(
         "publish a version that equals an earlier one",
-        "raytower.index.manage:IndexRollbackConfig",
+        "raytower.index.change_config:IndexRollbackConfig",
         "raytower.index.manage:index_rollback",
         positions=(
             "index",

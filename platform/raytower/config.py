@@ -24,7 +24,11 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, validated when made, unknown keys refused."""
+    """Base of every config: frozen, validated when made, unknown keys refused.
+
+    `renamed` maps what keys were called before to their names, both counted from the class and dotted where they lie in
+    a section. A key that was renamed is refused with its name of now.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
@@ -40,19 +44,36 @@ class Config(BaseModel):
             return {cls.shorthand: os.fspath(values)}
         return values
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+
 
 class WorkersConfig(Config):
-    """How many workers a Ray Data or Ray task stage may use, and what each of them holds."""
+    """Processes that a job's work is shared out to, and what each of them holds while it works."""
+
+    renamed = {"max": "num"}
+
+    num: int = Field(default=2, ge=1)
+    """How many there are; of an index, how many shards are built at once."""
+    num_cpus: float = Field(default=1, gt=0)
+    """Of each; it computes with as many threads."""
+    num_gpus: float = Field(default=0, ge=0)
+    """Of each."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a worker computes with."""
+        return max(int(self.num_cpus), 1)
+
+
+class AutoscalingWorkersConfig(WorkersConfig):
+    """Workers that come and go: never fewer than `min` where there are so many parts of work, never more than `num`."""
 
     min: int = Field(default=1, ge=1)
-    max: int = Field(default=2, ge=1)
-    num_cpus: float = Field(default=1, gt=0)
-    num_gpus: float = Field(default=0, ge=0)
 
     def model_post_init(self, context: Any) -> None:
-        if self.min > self.max:
+        if self.min > self.num:
             raise ValueError(
-                f"workers.min is {self.min}, more than workers.max {self.max}; lower min or raise max"
+                f"workers.min is {self.min}, more than workers.num {self.num}; lower min or raise num"
             )
 
 
@@ -184,9 +205,37 @@ def _known_keys(config_class: type[Config], prefix: tuple[str, ...] = ()) -> lis
     return list(dict.fromkeys(keys))
 
 
+def former_keys(config_class: type[Config]) -> dict[str, str]:
+    """What keys of a class and of its bases were called before they were renamed, each with its name of now."""
+    classes = reversed(config_class.__mro__)
+    return {old: new for part in classes for old, new in vars(part).get("renamed", {}).items()}
+
+
+def _refuse_former_keys(
+    config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: str
+) -> None:
+    given = [names for names in former_keys(config_class).items() if _holds(values, names[0])]
+    if given:
+        raise InputError(
+            "\n".join(
+                f"{source}: unknown key {'.'.join((*prefix, old))!r}: it is called {'.'.join((*prefix, new))!r} now"
+                for old, new in given
+            )
+        )
+
+
+def _holds(values: Any, key: str) -> bool:
+    """Whether a dotted key is given in nested values."""
+    head, _, rest = key.partition(".")
+    if not isinstance(values, Mapping) or head not in values:
+        return False
+    return not rest or _holds(values[head], rest)
+
+
 def _refuse_unknown_keys(
     config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: str
 ) -> None:
+    _refuse_former_keys(config_class, values, prefix, source)
     fields = config_class.model_fields
     for key, value in values.items():
         if key not in fields:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raytower.config import Config, OnError, WorkersConfig
+from raytower.config import AutoscalingWorkersConfig, Config, OnError
 from raytower.data.sources import InputConfig
 from raytower.models.compute import Engine, EngineDtype, check_compute
 
@@ -36,7 +36,7 @@ class EncodeConfig(Config):
     embedding_dtype: Literal["float32", "float16"] = "float32"
     rows_per_file: int | None = Field(default=None, ge=1)
     compute: ComputeConfig = ComputeConfig()
-    workers: WorkersConfig = WorkersConfig()
+    workers: AutoscalingWorkersConfig = AutoscalingWorkersConfig()
     on_error: OnError = "fail"
 
     def model_post_init(self, context: Any) -> None:

@@ -27,7 +27,7 @@ import ray.data
 import torch
 from ray.exceptions import RayError
 
-from raytower.config import WorkersConfig
+from raytower.config import AutoscalingWorkersConfig, WorkersConfig
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
@@ -56,7 +56,8 @@ from raytower.models.forward import (
     default_tokens_per_batch,
 )
 from raytower.models.onnx_export import graph_for
-from raytower.runtime import ensure_ray, log
+from raytower.progress import log
+from raytower.runtime import ensure_ray
 from raytower.storage import Lease, Location, StorageError, absolute_if_local, writer_lease
 
 JOB_NAME = "job.json"
@@ -197,7 +198,7 @@ def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Pie
     rows = config.rows_per_file or _recorded_rows_per_file(Location.of(config.output))
     found = read(rows or _SURVEY_ROWS)
     if rows is None:
-        rows = choose_rows_per_file(found.num_rows, config.workers.max)
+        rows = choose_rows_per_file(found.num_rows, config.workers.num)
         found = found if rows >= _SURVEY_ROWS else read(rows)
     return found, join_pieces(found.pieces, rows), rows
 
@@ -344,8 +345,8 @@ def _run(job: _Job, missing: Sequence[Piece]) -> list[EncodedPiece]:
         raise RaytowerError(f"encoding failed: {error}") from error
 
 
-def _pool(workers: WorkersConfig, num_pieces: int) -> ray.data.ActorPoolStrategy:
-    size = min(workers.max, num_pieces)
+def _pool(workers: AutoscalingWorkersConfig, num_pieces: int) -> ray.data.ActorPoolStrategy:
+    size = min(workers.num, num_pieces)
     in_flight = pieces_in_flight(workers)
     # Never a fixed pool: one that can hold every surviving CPU hangs after a node is lost.
     return ray.data.ActorPoolStrategy(
@@ -466,7 +467,7 @@ def _worker_shape(job: _Job) -> WorkerShape:
     config = job.config
     device = torch.device("cuda" if config.workers.num_gpus > 0 else "cpu")
     return WorkerShape(
-        workers=config.workers.max,
+        workers=config.workers.num,
         engine=config.compute.engine,
         dtype=config.compute.dtype,
         tokens_per_batch=config.compute.tokens_per_batch or default_tokens_per_batch(device),

@@ -57,7 +57,7 @@ class PieceEncoder:
         pieces: ray.ObjectRef[Sequence[Piece]],
         board: Any = None,
     ) -> None:
-        num_threads = max(int(config.workers.num_cpus), 1)
+        num_threads = config.workers.num_threads
         set_num_threads(num_threads)
         # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
         os.environ["RAYON_NUM_THREADS"] = str(num_threads)

@@ -85,7 +85,7 @@ from raytower.index.versions import (
     refuse_damaged,
     writing,
 )
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 WORK_NAME = "work"
@@ -571,7 +571,7 @@ def _plan(config: IndexBuildConfig, source: Embeddings) -> IndexPlan:
         recall=config.target.recall,
         memory_bytes=int(config.target.memory),
         latency_ms=config.target.latency_ms,
-        num_workers=config.workers.max,
+        num_workers=config.workers.num,
         threads_per_task=config.workers.num_threads,
         text_bytes=source.text_bytes,
         rescore=config.rescore,

@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raytower.config import Config
+from raytower.config import WorkersConfig
 from raytower.errors import InputError
 from raytower.index.build import figures, measured
-from raytower.index.config import IndexWorkersConfig
+from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig, IndexSetConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.filters import sql_literal, to_sql
 from raytower.index.fold import folded
@@ -38,7 +37,7 @@ from raytower.index.versions import (
     publish,
     refuse_damaged,
 )
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 # A change of more rows runs on Ray's workers.
@@ -47,61 +46,6 @@ _ROWS_IN_PROCESS = 100_000
 _MEASURED_SHARE = 0.1
 _SAME_ORIGIN = ("fingerprint", "metric", "dim", "prefix", "max_length", "engine", "compute_dtype")
 _NAMES_SHOWN = 3
-
-
-class IndexAddConfig(Config):
-    """`raytower index add`: documents of an embeddings folder into `index`.
-
-    `upsert` lets a document replace the one with its id; without it an id that is there already is refused. An addition
-    that was made before is not made again, unless `again` is true.
-    """
-
-    index: str
-    embeddings: str
-    upsert: bool = False
-    again: bool = False
-    workers: IndexWorkersConfig = IndexWorkersConfig()
-
-
-class IndexDeleteConfig(Config):
-    """`raytower index delete`: by `ids`, by a file at `path`, or by a `filter` on the documents' columns.
-
-    The file is text with an id a line; or JSONL or Parquet with a key or column `id`, for ids of any characters.
-    `on_unknown` ignore lets ids pass that the index does not hold; they are counted. `filter` is JSON, or SQL text.
-    """
-
-    index: str
-    ids: list[str] = Field(default_factory=list)
-    path: str | None = None
-    filter: dict[str, Any] | str | None = None
-    on_unknown: Literal["fail", "ignore"] = "fail"
-    workers: IndexWorkersConfig = IndexWorkersConfig()
-
-    def model_post_init(self, context: Any) -> None:
-        if not self.ids and self.path is None and self.filter is None:
-            raise ValueError("there is nothing to delete: give ids, path (a file of ids), or filter")
-        if self.filter is not None and (self.ids or self.path is not None):
-            raise ValueError("filter stands beside ids or path; give one of them")
-
-
-class IndexSetConfig(Config):
-    """`raytower index set`: other values in columns of documents, without encoding anything.
-
-    Either `values` is written wherever `filter` holds; or `path`, JSONL or Parquet, has an `id` and the columns to be
-    changed in each row. The text and the id cannot be set: they belong to the vector.
-    """
-
-    index: str
-    values: dict[str, Any] = Field(default_factory=dict)
-    filter: dict[str, Any] | str | None = None
-    path: str | None = None
-    on_unknown: Literal["fail", "ignore"] = "fail"
-
-    def model_post_init(self, context: Any) -> None:
-        if (self.path is None) == (self.filter is None) or bool(self.values) != (self.filter is not None):
-            raise ValueError(
-                "give values and the filter that they are for, or path, a file of ids and values"
-            )
 
 
 def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
@@ -481,5 +425,5 @@ def _shown(names: list[str]) -> str:
     return ", ".join(map(repr, names[:_NAMES_SHOWN])) + (" and others" if len(names) > _NAMES_SHOWN else "")
 
 
-def _run(rows: int, workers: IndexWorkersConfig) -> Run:
+def _run(rows: int, workers: WorkersConfig) -> Run:
     return on_ray(workers) if rows > _ROWS_IN_PROCESS else Run(threads=max(int(np.ceil(workers.num_cpus)), 1))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pydantic import Field
-
-from raytower.config import Config
 from raytower.index.build import WORK_NAME, work_pin
+from raytower.index.change_config import IndexGcConfig
 from raytower.index.manifest import PLACEMENTS_NAME, QUERIES_NAME, SHARDS_NAME, IndexManifest
 from raytower.index.shard_build import SHARD_NAME
 from raytower.index.table import DocumentTable
@@ -17,18 +15,6 @@ from raytower.storage import Location
 
 # What a build that runs now has written is in no version yet.
 _FRESH_SECONDS = 24 * 3600
-
-
-class IndexGcConfig(Config):
-    """`raytower index gc`: the newest `keep` versions stay.
-
-    What no version needs is taken away once it is a day old, since a build may be at work on it; `unfinished`
-    takes it at once, and with it what a killed build could go on from.
-    """
-
-    index: str
-    keep: int = Field(default=2, ge=1)
-    unfinished: bool = False
 
 
 def collect_garbage(config: IndexGcConfig) -> dict[str, Any]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from raytower.config import ByteSize, Config
 from raytower.index.build import NLIST_SET, ShardPlan, build_shards, figures, measured, settings_of
-from raytower.index.config import IndexKind, IndexWorkersConfig, Placing
+from raytower.index.config import IndexCompactConfig, Placing
 from raytower.index.fold import folded
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
 from raytower.index.plan import IndexPlan, IndexRequest
@@ -18,22 +15,8 @@ from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, following, open_manifest, publish
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
-
-
-class IndexCompactConfig(Config):
-    """`raytower index compact`. `kind`, `placement`, `recall` and `recall_k` null are the newest version's own."""
-
-    index: str
-    kind: IndexKind | None = None
-    shards: Literal["auto"] | int = "auto"
-    placement: Placing | None = None
-    recall: float | None = Field(default=None, gt=0, le=1)
-    recall_k: int | None = Field(default=None, ge=1)
-    memory: ByteSize = ByteSize(8 * 2**30)
-    workers: IndexWorkersConfig = IndexWorkersConfig()
-    seed: int = Field(default=0, ge=0)
 
 
 def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[str, Any]:
@@ -148,7 +131,7 @@ def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
         shards=config.shards,
         recall=config.recall or before.recall_target,
         memory_bytes=int(config.memory),
-        num_workers=config.workers.max,
+        num_workers=config.workers.num,
         rescore="auto" if config.kind not in (None, before.kind) or before.exact_dtype else False,
         vector_dtype=before.vector_dtype,
         hnsw=hnsw,

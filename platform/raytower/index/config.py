@@ -1,4 +1,4 @@
-"""Config of the index build (docs/design.md, 5)."""
+"""Configs of what builds shards: `raytower index build | compact | convert`. Imports neither FAISS nor Lance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from raytower.config import ByteSize, Config
+from raytower.config import ByteSize, Config, WorkersConfig
 
 BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 Placing = Literal["rows", "cluster"]
@@ -49,23 +49,6 @@ class IvfConfig(Config):
     pq_m: int | None = Field(default=None, ge=1)
 
 
-class IndexWorkersConfig(Config):
-    """How many shards are built at once, and what each build task holds; FAISS uses `num_cpus` threads in it.
-
-    What runs alone, training and measuring recall, uses the threads of all workers, as far as one node has cores.
-    `num_gpus` is held by the task that trains centroids and codebooks, and by those that fill lists; with the gpu extra
-    they run there.
-    """
-
-    max: int = Field(default=2, ge=1)
-    num_cpus: float = Field(default=1, gt=0)
-    num_gpus: float = Field(default=0, ge=0)
-
-    @property
-    def num_threads(self) -> int:
-        return max(int(self.num_cpus), 1)
-
-
 class IndexBuildConfig(Config):
     """`raytower index build`.
 
@@ -87,5 +70,28 @@ class IndexBuildConfig(Config):
     indexed: list[str] = Field(default_factory=list)
     replace: bool = False
     target: TargetConfig = TargetConfig()
-    workers: IndexWorkersConfig = IndexWorkersConfig()
+    workers: WorkersConfig = WorkersConfig()
+    """Each builds one shard at a time. What runs alone, training and measuring recall, uses the threads of all of them,
+    as far as one node has cores. `num_gpus` is held by the tasks that train centroids and codebooks and fill lists,
+    which run there with the gpu extra."""
     seed: int = Field(default=0, ge=0)
+
+
+class IndexCompactConfig(Config):
+    """`raytower index compact`. `kind`, `placement`, `recall` and `recall_k` null are the newest version's own."""
+
+    index: str
+    kind: IndexKind | None = None
+    shards: Literal["auto"] | int = "auto"
+    placement: Placing | None = None
+    recall: float | None = Field(default=None, gt=0, le=1)
+    recall_k: int | None = Field(default=None, ge=1)
+    memory: ByteSize = ByteSize(8 * 2**30)
+    workers: WorkersConfig = WorkersConfig()
+    seed: int = Field(default=0, ge=0)
+
+
+class IndexConvertConfig(IndexCompactConfig):
+    """`raytower index convert`. `remove_old` takes the files of format 2 away once the index is of format 3."""
+
+    remove_old: bool = False

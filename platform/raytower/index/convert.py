@@ -21,8 +21,8 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 
 from raytower.errors import FormatError, InputError
 from raytower.index.build import figures, ingest, measured, remove_work
-from raytower.index.compact import IndexCompactConfig, plan_anew, shards_anew
-from raytower.index.config import BuiltKind, ExactDtype
+from raytower.index.compact import plan_anew, shards_anew
+from raytower.index.config import BuiltKind, ExactDtype, IndexConvertConfig
 from raytower.index.faiss_import import import_faiss
 from raytower.index.manifest import (
     EXACT_NAME,
@@ -45,18 +45,12 @@ from raytower.index.versions import (
     published_version,
     writing,
 )
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 _DOCUMENTS_NAME = "documents.arrow"
 _BATCH_ROWS = 4_096
 _Name = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]  # becomes a path
-
-
-class IndexConvertConfig(IndexCompactConfig):
-    """`raytower index convert`. `remove_old` takes the files of format 2 away once the index is of format 3."""
-
-    remove_old: bool = False
 
 
 class _Deleted(BaseModel):

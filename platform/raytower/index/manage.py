@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from raytower.config import Config
 from raytower.errors import FormatError
 from raytower.index.build import refuse_duplicate_ids
+from raytower.index.change_config import IndexListConfig, IndexRollbackConfig, IndexVerifyConfig
 from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, IndexManifest
 from raytower.index.reader import Index
 from raytower.index.shard_build import digest_of
@@ -17,31 +17,6 @@ from raytower.index.tasks import Run
 from raytower.index.versions import changing, next_version, open_manifest, publish, version_names
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
-
-
-class IndexListConfig(Config):
-    """`raytower index list`; `curve` adds every measured point of each version."""
-
-    index: str
-    curve: bool = False
-
-
-class IndexVerifyConfig(Config):
-    """`raytower index verify`; `version` null verifies the newest.
-
-    `encoder` null is the one that the index names, whose fingerprint is compared where it is on this machine.
-    """
-
-    index: str
-    version: str | None = None
-    encoder: str | None = None
-
-
-class IndexRollbackConfig(Config):
-    """`raytower index rollback`: a new version that equals version `to`."""
-
-    index: str
-    to: str
 
 
 def index_list(config: IndexListConfig) -> dict[str, Any]:

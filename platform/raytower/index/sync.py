@@ -16,9 +16,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raytower.config import Config, OnError, WorkersConfig
+from raytower.config import WorkersConfig
 from raytower.data.pieces import Survey, read_pieces, survey
 from raytower.data.sources import InputConfig
 from raytower.encoding.config import ComputeConfig, EncodeConfig
@@ -26,7 +25,7 @@ from raytower.encoding.job import encode
 from raytower.errors import InputError
 from raytower.index.build import figures
 from raytower.index.change import publish_change, refuse_other_origin, with_documents
-from raytower.index.config import IndexWorkersConfig
+from raytower.index.change_config import IndexSyncConfig
 from raytower.index.embeddings import Embeddings
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
@@ -36,7 +35,7 @@ from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, open_manifest
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 # So few texts are encoded in this process in less time than workers take to start.
@@ -45,25 +44,6 @@ _BLOCK_ROWS = 1_024
 _HASH_KEYS = ("raytower-sync-01", "raytower-sync-02")
 # Ids, and what is compared, as two hashes each: 128 bits never meet by chance.
 _Hashes = NDArray[np.uint64]
-
-
-class IndexSyncConfig(Config):
-    """`raytower index sync`: what is new in `input` is added, what changed is replaced, what is gone is deleted.
-
-    A text that changed is encoded again; where only other columns changed, they are set. `gone: keep` leaves documents
-    that the input no longer has. More than the share `max_gone` of the index is deleted only if that is raised: a
-    folder that was half delivered looks like one from which half was deleted. `encoder` null is the one that the
-    index names.
-    """
-
-    index: str
-    input: InputConfig
-    encoder: str | None = None
-    gone: Literal["delete", "keep"] = "delete"
-    max_gone: float = Field(default=0.5, ge=0, le=1)
-    tokens_per_batch: int | None = Field(default=None, ge=1)
-    workers: WorkersConfig = WorkersConfig()
-    on_error: OnError = "fail"
 
 
 @dataclass
@@ -130,7 +110,8 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
                     table = table.with_values(_typed(values.drop_columns(["text"]), table.schema))
             if len(difference.gone):
                 table = table.without(difference.gone)
-            workers = IndexWorkersConfig(max=config.workers.max, num_cpus=config.workers.num_cpus)
+            # GPUs are for encoding.
+            workers = WorkersConfig(num=config.workers.num, num_cpus=config.workers.num_cpus)
             run = on_ray(workers) if came > 10 * _TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})
             went = replaced + len(difference.gone)

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import ray
 
+from raytower.config import WorkersConfig
 from raytower.errors import RaytowerError, find_cause
-from raytower.index.config import IndexWorkersConfig
-from raytower.runtime import ensure_ray, log
+from raytower.progress import log
+from raytower.runtime import ensure_ray
 
 ResultT = TypeVar("ResultT")
 
@@ -26,7 +27,7 @@ class Run:
     threads: int = 1
     at_once: int = 1
     num_gpus: float = 0
-    workers: IndexWorkersConfig | None = None
+    workers: WorkersConfig | None = None
 
     @property
     def threads_alone(self) -> int:
@@ -39,7 +40,7 @@ class Run:
             return self.threads
         ensure_ray(self.workers.num_cpus)
         cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        wanted = int(self.workers.max * self.workers.num_cpus)
+        wanted = int(self.workers.num * self.workers.num_cpus)
         return max(min(wanted, int(max(cores, default=0))), self.threads)
 
     def __call__(
@@ -86,5 +87,5 @@ class Run:
         return [results[number] for number in range(len(calls))]
 
 
-def on_ray(workers: IndexWorkersConfig) -> Run:
-    return Run(workers.num_threads, workers.max, workers.num_gpus, workers)
+def on_ray(workers: WorkersConfig) -> Run:
+    return Run(workers.num_threads, workers.num, workers.num_gpus, workers)

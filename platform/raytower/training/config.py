@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raytower.config import Config, FractionField, OnError
+from raytower.config import Config, FractionField, OnError, WorkersConfig
 from raytower.models.config import LoraConfig
 from raytower.objectives.config import (
     CosineEmbedding,
@@ -53,14 +53,6 @@ class OptimizerConfig(Config):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
-class TrainWorkersConfig(Config):
-    """Ray Train workers; `batch_size` is shared out evenly over them."""
-
-    num: int = Field(default=2, ge=1)
-    num_cpus: float = Field(default=1, gt=0)
-    num_gpus: float = Field(default=0, ge=0)
-
-
 class DevConfig(Config):
     """Measuring during training: how often, and when to stop."""
 
@@ -103,7 +95,8 @@ class TrainJobConfig(Config):
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    workers: TrainWorkersConfig = TrainWorkersConfig()
+    workers: WorkersConfig = WorkersConfig()
+    """`batch_size` is shared out evenly over them."""
     on_error: OnError = "fail"
     shuffle_rows: int = Field(default=100_000, ge=1)
     """Rows that are shuffled together; a worker holds a few times as many."""

@@ -1,0 +1,48 @@
+"""Keys that were renamed: an old one is refused with its name of now, in every command that had it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raytower.commands import COMMANDS, find_reference
+from raytower.config import Config, load_config
+from raytower.errors import InputError
+
+# Old key → new key, and the commands that had it.
+RENAMED = [
+    ("workers.max", "workers.num", ("encode", "index build", "index add", "index delete", "index sync")),
+    ("workers.max", "workers.num", ("index compact", "index convert")),
+]
+CASES = [(command, old, new) for old, new, commands in RENAMED for command in commands]
+
+
+def config_of(command: str) -> type[Config]:
+    found: type[Config] = find_reference(COMMANDS[command].config)
+    return found
+
+
+def nested(key: str, value: object) -> dict[str, object]:
+    head, _, rest = key.partition(".")
+    return {head: nested(rest, value) if rest else value}
+
+
+@pytest.mark.parametrize(("command", "old", "new"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_a_former_key_is_refused_with_its_name_of_now(
+    command: str, old: str, new: str, tmp_path: Path
+) -> None:
+    message = f"unknown key '{old}': it is called '{new}' now"
+    with pytest.raises(InputError) as raised:
+        load_config(config_of(command), None, {old: "8"})
+    assert str(raised.value) == f"the command line: {message}"
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(nested(old, 8)))
+    with pytest.raises(InputError) as raised:
+        load_config(config_of(command), file)
+    assert str(raised.value) == f"{file}: {message}"
+    # The name of now is known: what is missing besides is another message.
+    with pytest.raises(InputError) as raised:
+        load_config(config_of(command), None, {new: "null"})
+    assert "unknown key" not in str(raised.value)
