@@ -60,6 +60,37 @@ print(json.dumps({
 }))
 """
 
+# A worker that writes until its job is gone; `signalled` is written when the job has had its signal.
+TALKATIVE = """
+import os, signal, sys, threading, time
+import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from raytower.ending import Terminated, bounded_ending
+from raytower.runtime import ensure_ray
+
+ensure_ray()
+seen = threading.Event()
+global_worker_stdstream_dispatcher.add_handler("test", lambda data: seen.set())
+
+@ray.remote
+def talk():
+    while True:
+        print("still there", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+
+talking = talk.remote()
+seen.wait(60)
+time.sleep(0.5)
+try:
+    with bounded_ending():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+except Terminated:
+    sys.stderr.write("signalled\\n")
+    sys.stderr.flush()
+    time.sleep(2)
+"""
+
 
 def clean_environment(**more: str) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -102,6 +133,13 @@ def started(short_folder: Path) -> dict[str, Any]:
         "started_in": str(folder),
         "stderr": done.stderr,
     }
+
+
+@pytest.mark.processes
+def test_nothing_that_workers_write_is_shown_after_a_signal() -> None:
+    before, _, after = run(TALKATIVE).stderr.partition("signalled\n")
+    assert "still there" in before
+    assert after == ""
 
 
 @pytest.mark.processes

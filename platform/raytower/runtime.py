@@ -72,6 +72,7 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
     if private.parent != Path(tempfile.gettempdir()):
         spilled = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER))
         ending.remove_at_end(spilled)
+    ending.call_at_signal(_silence_workers)
     ending.call_at_end(_shut_down)  # before the folders go: what runs at exit runs in reverse
     environment = {
         "env_vars": worker_environment(),
@@ -88,6 +89,11 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
             # Not the private folder itself: Ray makes this one, and all below it, writable for everybody.
             _temp_dir=str(private / _RAY_FOLDER),
         )
+
+
+def _silence_workers() -> None:
+    """Stop showing what workers write: one that is killed while it starts dumps its native stack."""
+    ray._private.worker._worker_logs_enabled = False
 
 
 def _shut_down() -> None:
