@@ -36,6 +36,7 @@ def job(config):
 raytower.cli.bounded_ending = partial(raytower.ending.bounded_ending, 1.0)
 raytower.cli.find_reference = lambda reference: job
 raytower.cli.load_config = lambda *arguments: None
+raytower.cli.read_arguments = lambda *arguments: raytower.cli.arguments.Arguments()
 sys.exit(raytower.cli.run_command("mine", []))
 """
 

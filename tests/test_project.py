@@ -22,6 +22,7 @@ PACKAGE = ROOT / "platform" / "raytower"
 FLOORS = [
     {"__init__", "errors"},
     {"collectives", "config", "ending", "metrics", "progress", "storage"},
+    {"worker_output"},
     {"runtime"},
     {"data"},
     {"models"},
@@ -33,7 +34,7 @@ FLOORS = [
     {"evaluation", "annotation"},
     {"serving"},
     {"export"},
-    {"commands"},
+    {"commands", "examples"},
     {"cli", "pipeline"},
     {"demo"},
 ]
@@ -47,7 +48,10 @@ RAY_FREE = [
     "storage",
     "metrics",
     "progress",
+    "worker_output",
     "commands",
+    "examples",
+    "cli",
 ]
 HEAVY = ["torch", "transformers", "faiss", "ray", "lance"]
 

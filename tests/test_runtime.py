@@ -66,6 +66,7 @@ import os, signal, sys, threading, time
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from raytower.ending import Terminated, bounded_ending
+from raytower.progress import log
 from raytower.runtime import ensure_ray
 
 ensure_ray()
@@ -75,7 +76,7 @@ global_worker_stdstream_dispatcher.add_handler("test", lambda data: seen.set())
 @ray.remote
 def talk():
     while True:
-        print("still there", file=sys.stderr, flush=True)
+        log("still there")
         time.sleep(0.05)
 
 talking = talk.remote()

@@ -33,7 +33,6 @@ class _Ending:
 
     code: int | None = None
     descendants: list[psutil.Process] = field(default_factory=list)
-    at_signal: list[Callable[[], None]] = field(default_factory=list)
 
 
 _ending = _Ending()
@@ -93,11 +92,6 @@ def call_at_end(function: Callable[[], None], grace_s: float = GRACE_S) -> None:
     atexit.register(_call, function, grace_s)
 
 
-def call_at_signal(function: Callable[[], None]) -> None:
-    """Have `function` called when the first signal comes, in its handler: it must take no lock and return at once."""
-    _ending.at_signal.append(function)
-
-
 def _call(function: Callable[[], None], grace_s: float) -> None:
     def on_signal(number: int, frame: FrameType | None) -> None:
         _first_signal(number, grace_s)
@@ -128,8 +122,6 @@ def _first_signal(number: int, grace_s: float) -> None:
     for later in (signal.SIGINT, signal.SIGTERM):
         signal.signal(later, signal.SIG_IGN)
     _ending.code = 128 + number
-    for function in _ending.at_signal:
-        function()
     # Now, while they can be found: children of one that has ended are nobody's descendants.
     _ending.descendants = psutil.Process().children(recursive=True)
     _leave_later(grace_s)

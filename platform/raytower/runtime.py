@@ -14,14 +14,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
 from raytower.errors import InputError
 from raytower.progress import log
+from raytower.worker_output import OUTPUT
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
 SIGNALLED_S = 1.0
@@ -35,7 +39,7 @@ _RAY_FOLDER = "ray"
 _JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
 
 
-def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = ()) -> None:
+def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_workers: bool = False) -> None:
     """Join the cluster that RAY_ADDRESS or a Ray job names, or start a closed one on this machine.
 
     A local start listens on loopback (SECURITY.md names what does not), and answers only who knows the token that
@@ -43,7 +47,8 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = ()) -> Non
     or RAY_AUTH_MODE say otherwise. Its sockets and logs lie in a folder for this user alone, removed at exit; its
     processes get the environment without `secret_variables`, and its workers import nothing from the current
     folder. Telemetry and the dashboard stay off. It asks for at least four logical CPUs: workers that hold every
-    logical CPU would leave none for the tasks that feed them.
+    logical CPU would leave none for the tasks that feed them. Of what workers write only the lines of `progress.log`
+    are shown, unless `show_workers`.
 
     Raises:
         InputError: RAY_AUTH_MODE was changed after Ray had read it, or no folder is short enough for Ray's sockets.
@@ -61,6 +66,7 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = ()) -> Non
                 ray.init(logging_level=logging.WARNING, log_to_driver=True)
         else:
             _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
+    _take_worker_output(show_workers)
 
 
 def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
@@ -72,7 +78,6 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
     if private.parent != Path(tempfile.gettempdir()):
         spilled = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER))
         ending.remove_at_end(spilled)
-    ending.call_at_signal(_silence_workers)
     ending.call_at_end(_shut_down)  # before the folders go: what runs at exit runs in reverse
     environment = {
         "env_vars": worker_environment(),
@@ -91,9 +96,18 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
         )
 
 
-def _silence_workers() -> None:
-    """Stop showing what workers write: one that is killed while it starts dumps its native stack."""
-    ray._private.worker._worker_logs_enabled = False
+def _take_worker_output(show_all: bool) -> None:
+    """Have the driver hand over what workers write, rather than print it."""
+
+    def take(data: dict[str, Any]) -> None:
+        if data.get("pid") == "autoscaler":  # whose whole log comes this way
+            data = {**data, "lines": list(filter_autoscaler_events(data["lines"]))}
+        OUTPUT.take(data)
+
+    OUTPUT.show_all = show_all
+    for name in ("ray_print_logs", "raytower"):
+        global_worker_stdstream_dispatcher.remove_handler(name)
+    global_worker_stdstream_dispatcher.add_handler("raytower", take)
 
 
 def _shut_down() -> None:

@@ -24,6 +24,7 @@ from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, dump_config, load_config, to_json
 from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending
 from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.worker_output import OUTPUT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,8 +133,11 @@ def _explain(error: Exception) -> int:
         return 2
     if isinstance(cause, RaytowerError):
         print(f"raytower: {cause}", file=sys.stderr)
-        return 1
-    traceback.print_exception(error)
+    else:
+        traceback.print_exception(error)
+    kept = OUTPUT.keep()
+    if kept is not None:
+        print(f"raytower: what Ray and its workers wrote is in {kept}", file=sys.stderr)
     return 1
 
 

@@ -68,7 +68,7 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
         raise InputError(f"unexpected argument {argument!r}; keys are written --key VALUE")
     by_position = {key: value for key in positions if (value := said.pop(POSITION + key)) is not None}
     try:
-        overrides = source(parsed_args=said)()  # type: ignore[operator] # its overloads name no mapping of Any
+        overrides = source(parsed_args=said)()
     except (SettingsError, ValueError) as error:
         raise InputError(f"the command line: {error}; a list or a mapping is written as JSON") from error
     twice = by_position.keys() & overrides.keys()

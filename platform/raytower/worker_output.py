@@ -1,0 +1,68 @@
+"""What Ray's workers write: our own lines are shown as they are, the rest is kept for the case that the job fails.
+
+Knows no Ray: the runtime hands over what Ray's driver has received from its workers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raytower import ending
+from raytower.progress import MARK
+
+_KEPT_LINES = 10_000
+
+
+class WorkerOutput:
+    """Takes the lines of all workers; `show_all` shows other lines than ours too, behind the name of their process."""
+
+    def __init__(self) -> None:
+        self.show_all = False
+        self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._lock = threading.Lock()
+
+    def take(self, data: Mapping[str, Any]) -> None:
+        """One message of Ray's log monitor: `lines`, `pid`, and the `actor_name` or `task_name` of a worker.
+
+        Nothing is shown after a signal: a worker that is killed while it starts dumps its native stack.
+        """
+        name = data.get("actor_name") or data.get("task_name") or ""
+        source = f"{name} {data.get('pid')}".strip()
+        for line in data["lines"]:
+            if line.startswith(MARK):
+                shown: str | None = line.removeprefix(MARK)
+            elif _is_of_note(data.get("pid"), line):
+                shown = f"({source}) {line}"
+            else:
+                with self._lock:
+                    self._kept.append(f"({source}) {line}\n")
+                shown = f"({source}) {line}" if self.show_all and data.get("pid") != "raylet" else None
+            if shown is not None and not ending.has_begun():
+                sys.stderr.write(f"{shown}\n")
+        sys.stderr.flush()
+
+    def keep(self) -> Path | None:
+        """Write what was not shown to a file that only its owner reads; None where there is nothing."""
+        with self._lock:
+            lines = list(self._kept)
+        if not lines:
+            return None
+        number, name = tempfile.mkstemp(prefix="raytower-workers-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+        return Path(name)
+
+
+def _is_of_note(pid: object, line: str) -> bool:
+    """Whether a line that Ray itself writes tells what a user can do something about: memory, or nodes that lack."""
+    return pid == "autoscaler" or (pid == "raylet" and "memory" in line.lower())
+
+
+OUTPUT = WorkerOutput()
