@@ -35,7 +35,7 @@ FLOORS = [
     {"serving"},
     {"export"},
     {"commands", "examples"},
-    {"cli", "pipeline"},
+    {"cli", "pipeline", "up"},
     {"demo"},
 ]
 RAY_FREE = [

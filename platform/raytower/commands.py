@@ -25,6 +25,14 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "up": Command(
+        "texts in, a served search page out: encode, index and serve; again, and only what changed is encoded",
+        "raytower.up.config:UpConfig",
+        "raytower.up.job:up",
+        "raytower.up.job:plan_up",
+        positions=("input",),
+        example="questions.txt --model intfloat/multilingual-e5-small",
+    ),
     "demo": Command(
         "the whole way on a sample: train, encode, index, evaluate, rerank, serve",
         "raytower.demo.config:DemoConfig",

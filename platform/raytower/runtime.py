@@ -19,7 +19,6 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
@@ -59,6 +58,7 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _take_worker_output(show_workers)
     with _sigterm_kept():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             # The submitted job brings its own runtime environment; it must not be set twice.
@@ -66,7 +66,6 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
                 ray.init(logging_level=logging.WARNING, log_to_driver=True)
         else:
             _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
-    _take_worker_output(show_workers)
 
 
 def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
@@ -97,17 +96,15 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
 
 
 def _take_worker_output(show_all: bool) -> None:
-    """Have the driver hand over what workers write, rather than print it."""
+    """Have Ray hand over what workers write and what it has to say of them, rather than print it (errors to stdout)."""
 
-    def take(data: dict[str, Any]) -> None:
+    def take(data: dict[str, Any], ignore_prefix: bool = False) -> None:
         if data.get("pid") == "autoscaler":  # whose whole log comes this way
             data = {**data, "lines": list(filter_autoscaler_events(data["lines"]))}
         OUTPUT.take(data)
 
     OUTPUT.show_all = show_all
-    for name in ("ray_print_logs", "raytower"):
-        global_worker_stdstream_dispatcher.remove_handler(name)
-    global_worker_stdstream_dispatcher.add_handler("raytower", take)
+    ray._private.worker.print_to_stdstream = take
 
 
 def _shut_down() -> None:

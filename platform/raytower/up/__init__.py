@@ -1,0 +1,1 @@
+"""`raytower up`: from texts to a served search page in one command."""
