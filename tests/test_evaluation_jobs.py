@@ -123,7 +123,7 @@ QUERY_IDS |= {"queries:6": "candle river"}
 
 
 def test_evaluate_agrees_with_brute_force_and_trec_eval(world: World, tmp_path: Path) -> None:
-    result = _evaluate(world, tmp_path, compute={"rows_per_batch": 2})
+    result = _evaluate(world, tmp_path, rows_per_batch=2)
     assert (result["queries"], result["relevant_missing"], result["queries_without_relevant"]) == (5, 1, 0)
     run = read_run(Location.of(tmp_path / "out" / "run.trec"))
     assert list(run) == list(QUERY_IDS)
@@ -149,7 +149,7 @@ def test_evaluate_agrees_with_brute_force_and_trec_eval(world: World, tmp_path: 
 def test_evaluate_does_not_depend_on_the_batch(world: World, tmp_path: Path) -> None:
     for name, rows in (("one", 1), ("all", 256)):
         (tmp_path / name).mkdir()
-        _evaluate(world, tmp_path / name, compute={"rows_per_batch": rows})
+        _evaluate(world, tmp_path / name, rows_per_batch=rows)
     one, every = (
         json.loads((tmp_path / name / "out" / "report.json").read_text()) for name in ("one", "all")
     )
@@ -293,8 +293,8 @@ def test_mined_negatives_are_the_nearest_that_are_no_positives(world: World, tmp
 def test_mining_samples_by_seed_and_place_and_not_by_batch(world: World, tmp_path: Path) -> None:
     pairs = [(text, "a positive") for text in TEXTS]
     settings = {"depth": 20, "num_negatives": 2}
-    _, first = _mine(world, tmp_path, pairs, **settings, compute={"rows_per_batch": 3})
-    _, second = _mine(world, tmp_path, pairs, **settings, compute={"rows_per_batch": 256})
+    _, first = _mine(world, tmp_path, pairs, **settings, rows_per_batch=3)
+    _, second = _mine(world, tmp_path, pairs, **settings, rows_per_batch=256)
     _, other = _mine(world, tmp_path, pairs, **settings, seed=1)
     assert first == second
     assert first != other
@@ -412,7 +412,7 @@ def test_a_teacher_scores_the_mined_candidates(
     world: World, tmp_path: Path, dummy_reranker_dir: Path
 ) -> None:
     pairs = [("tiger lemons", "own document"), ("candle river", TEXTS[4]), (TEXTS[0], TEXTS[1])]
-    settings = {"depth": 8, "num_negatives": 3, "compute": {"rows_per_batch": 2}}
+    settings = {"depth": 8, "num_negatives": 3, "rows_per_batch": 2}
     _, plain = _mine_lists(world, tmp_path, pairs, **CANDIDATES, **settings)
     teacher = {"teacher": str(dummy_reranker_dir)}
     _, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, **settings, **teacher)
@@ -587,7 +587,7 @@ SCORED = [
 
 
 def test_similarity_is_the_cosine_and_auc_its_order(world: World, tmp_path: Path) -> None:
-    result, lines = _similarity(world, tmp_path, SCORED, threshold=0.999, compute={"rows_per_batch": 2})
+    result, lines = _similarity(world, tmp_path, SCORED, threshold=0.999, rows_per_batch=2)
     assert lines[0] == "query\ttitle\tlabel\tscore"
     assert [line.split("\t")[2] for line in lines[1:]] == ["1", "0", "0"]
     for line in lines[1:]:
@@ -640,7 +640,7 @@ def test_search_one_question(world: World, dummy_reranker_dir: Path) -> None:
 def test_plans_count_and_do_nothing(world: World, tmp_path: Path, dummy_reranker_dir: Path) -> None:
     pairs = _write(tmp_path / "pairs.tsv", QUERIES)
     scored = _write(tmp_path / "scored.tsv", SCORED)
-    base = {"encoder": world.encoder, "index": world.index, "compute": {"rows_per_batch": 2}}
+    base = {"encoder": world.encoder, "index": world.index, "rows_per_batch": 2}
     output = str(tmp_path / "output")
     queries = {"queries": {"path": pairs}, "reranker": str(dummy_reranker_dir), "rerank_k": 7}
     plan = plan_evaluate(make_config(EvaluateConfig, {**base, **queries, "output": output}))

@@ -12,7 +12,15 @@ from raytower.config import Config, load_config
 from raytower.errors import InputError
 
 # Old key → new key, and the commands that had it.
+_ANNOTATING = ("evaluate", "mine", "classify", "similarity")
 RENAMED = [
+    ("compute.engine", "engine", ("encode",)),
+    ("compute.dtype", "dtype", ("encode", "search", *_ANNOTATING)),
+    ("compute.tokens_per_batch", "tokens_per_batch", ("encode", "search", *_ANNOTATING)),
+    ("compute.max_length", "max_length", ("search", *_ANNOTATING)),
+    ("compute.rerank_max_length", "rerank_max_length", ("search", "evaluate", "mine")),
+    ("compute.rows_per_batch", "rows_per_batch", _ANNOTATING),
+    ("dtype", "graph_dtype", ("export",)),
     ("workers.max", "workers.num", ("encode", "index build", "index add", "index delete", "index sync")),
     ("workers.max", "workers.num", ("index compact", "index convert")),
 ]
@@ -46,3 +54,21 @@ def test_a_former_key_is_refused_with_its_name_of_now(
     with pytest.raises(InputError) as raised:
         load_config(config_of(command), None, {new: "null"})
     assert "unknown key" not in str(raised.value)
+
+
+def test_all_former_keys_of_a_section_are_named_at_once() -> None:
+    with pytest.raises(InputError) as raised:
+        load_config(config_of("search"), None, {"compute.dtype": "bfloat16", "compute.max_length": "64"})
+    assert str(raised.value).splitlines() == [
+        "the command line: unknown key 'compute.dtype': it is called 'dtype' now",
+        "the command line: unknown key 'compute.max_length': it is called 'max_length' now",
+    ]
+
+
+@pytest.mark.parametrize("command", ["search", *_ANNOTATING])
+def test_a_command_has_its_own_keys_before_those_that_it_shares(command: str) -> None:
+    """Required ones stand in front in help and in a dumped config, which go by the order of the fields."""
+    fields = list(config_of(command).model_fields.items())
+    required = [name for name, field in fields if field.is_required()]
+    names = [name for name, _ in fields]
+    assert max(map(names.index, required)) < names.index("dtype") < names.index("tokens_per_batch")

@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raytower.config import Config, OnError
+from raytower.config import OnError
 from raytower.data.sources import InputConfig
-from raytower.retrieval.config import QueryCompute
+from raytower.retrieval.config import BatchConfig, RerankConfig
 
 RowFormat = Literal["tsv", "jsonl"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
 
 
-class MineConfig(Config):
+class MineConfig(RerankConfig, BatchConfig):
     """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
 
     encoder: str
@@ -37,7 +37,6 @@ class MineConfig(Config):
     query_prefix: str | None = None
     seed: int = Field(default=0, ge=0)
     on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
 
     def model_post_init(self, context: Any) -> None:
         if self.skip_top + self.num_negatives > self.depth:
@@ -56,7 +55,7 @@ class MineConfig(Config):
             )
 
 
-class ClassifyConfig(Config):
+class ClassifyConfig(BatchConfig):
     """`raytower classify`. Modes labels and votes need `encoder` and `index`, mode classifier needs `classifier`.
 
     A document's label is its `label_field` where it has one; in mode labels else its text.
@@ -81,7 +80,6 @@ class ClassifyConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""
     on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
 
     def model_post_init(self, context: Any) -> None:
         by_classifier = self.mode == "classifier"
@@ -102,7 +100,7 @@ class ClassifyConfig(Config):
                 )
 
 
-class SimilarityConfig(Config):
+class SimilarityConfig(BatchConfig):
     """`raytower similarity`. Prefixes null are the encoder's own: the first text a query, the second a document.
 
     Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
@@ -119,7 +117,6 @@ class SimilarityConfig(Config):
     query_prefix: str | None = None
     document_prefix: str | None = None
     on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
 
 
 AnnotationConfig = MineConfig | ClassifyConfig | SimilarityConfig

@@ -110,12 +110,12 @@ def mine(config: MineConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     survey = survey_rows(config, "pairs")
-    engine = load_engine(config.encoder, config.compute)
+    engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
-    teacher = None if config.teacher is None else load_reranker(config.teacher, config.compute, None)[0]
+    teacher = None if config.teacher is None else load_reranker(config.teacher, config, None)[0]
     miner = Miner(config, engine, index, KnownPositives.read(survey), teacher)
     with open_rows(Location.of(config.output), config.format, _COLUMNS[config.kind]) as writer:
-        miner.run(_pair_batches(survey, config.compute.rows_per_batch), survey.num_rows, writer)
+        miner.run(_pair_batches(survey, config.rows_per_batch), survey.num_rows, writer)
     counts = miner.counts
     if counts.pairs_without_negatives:
         log(
@@ -133,7 +133,14 @@ def mine(config: MineConfig) -> dict[str, Any]:
 def plan_mine(config: MineConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
     survey = survey_rows(config, "pairs")
-    plan = plan_rows(survey.num_rows, config.compute, config.encoder, config.depth, config.teacher)
+    plan = plan_rows(
+        survey.num_rows,
+        config,
+        config.encoder,
+        rows_per_batch=config.rows_per_batch,
+        candidates=config.depth,
+        reranker=config.teacher,
+    )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     # Up to two keys a pair, held twice while they are sorted.
     plan["predicted_memory_bytes"] += survey.num_rows * 2 * 8 * 2
@@ -162,8 +169,8 @@ class Miner:
         # A positive is compared with candidates, so it is encoded as they were.
         self._document_engine = ForwardEngine(
             engine.encoder,
-            dtype=config.compute.dtype,
-            tokens_per_batch=config.compute.tokens_per_batch,
+            dtype=config.dtype,
+            tokens_per_batch=config.tokens_per_batch,
             max_length=index.manifest.max_length,
         )
         self._positives = positives
@@ -206,7 +213,7 @@ class Miner:
         if len(bad):
             raise InputError(
                 f"teacher {self._config.teacher!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
-                "must be finite; set compute.dtype to float32, or name another teacher"
+                "must be finite; set dtype to float32, or name another teacher"
             )
         ends = np.cumsum([len(documents) for documents in lists])[:-1]
         return [part.tolist() for part in np.split(logits, ends)]

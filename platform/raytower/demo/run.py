@@ -171,7 +171,7 @@ class _Demo:
                         "input": {"path": str(files.corpus)},
                         "output": str(self.folder / f"embeddings-{name}"),
                         "max_length": _MAX_LENGTH,
-                        "compute": {"dtype": "bfloat16"},
+                        "dtype": "bfloat16",
                         "workers": {"min": 2, "num": 2},
                     },
                 )
@@ -202,7 +202,9 @@ class _Demo:
             "queries": {"path": str(files.beir), "format": "beir", "split": split},
             "rerank_k": self.config.rerank_k,
             "k": [1, 5, 10, 20, 50],
-            "compute": {"dtype": "bfloat16", "max_length": _MAX_LENGTH, "rerank_max_length": _MAX_LENGTH},
+            "dtype": "bfloat16",
+            "max_length": _MAX_LENGTH,
+            "rerank_max_length": _MAX_LENGTH,
             "output": str(self.folder / "reports" / f"{(row or index).replace(' ', '-')}-{split}"),
             **changes,
         }

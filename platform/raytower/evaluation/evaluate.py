@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
-    engine = load_engine(config.encoder, config.compute)
+    engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
     if on_gpu := index.use_gpu():
         log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
@@ -101,7 +101,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def plan_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
-    plan = plan_rows(len(queries), config.compute, config.encoder, _depth(config), config.reranker)
+    plan = plan_rows(
+        len(queries),
+        config,
+        config.encoder,
+        rows_per_batch=config.rows_per_batch,
+        candidates=_depth(config),
+        reranker=config.reranker,
+    )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     return {
         **plan,
@@ -121,8 +128,8 @@ def _measure(retriever: Retriever, judgements: Judgements, config: EvaluateConfi
         run = None
         if config.output is not None:
             run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
-        for start in range(0, total, config.compute.rows_per_batch):
-            part = slice(start, start + config.compute.rows_per_batch)
+        for start in range(0, total, config.rows_per_batch):
+            part = slice(start, start + config.rows_per_batch)
             ranked = _search(retriever, judgements, part, config, measured)
             for place, hits in enumerate(ranked, start=start):
                 if run is not None:

@@ -24,7 +24,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
             the index.
     """
     index = Index.open(config.index)
-    engine = load_engine(config.encoder or index.manifest.encoder, config.compute)
+    engine = load_engine(config.encoder or index.manifest.encoder, config)
     index.check_fingerprint(engine.fingerprint)
     retriever = load_retriever(engine, index, config)
     recall = index_recall(index, config.filter)
@@ -48,7 +48,8 @@ def plan_search(config: SearchConfig) -> dict[str, Any]:
     """What the search will hold in memory, and the index version it will ask."""
     manifest = open_manifest(config.index)
     depth = max(config.k, config.rerank_k) if config.reranker else config.k
-    plan = plan_rows(1, config.compute, config.encoder or manifest.encoder, depth, config.reranker)
+    encoder = config.encoder or manifest.encoder
+    plan = plan_rows(1, config, encoder, rows_per_batch=1, candidates=depth, reranker=config.reranker)
     check_fingerprint(manifest, plan["fingerprint"])
     return {**plan, "index_version": manifest.version, "index_rows": manifest.rows}
 

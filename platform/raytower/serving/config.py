@@ -28,6 +28,12 @@ class ServeConfig(Config):
     )
     query_prefix: str | None = Field(default=None, description="null: the encoder's own query prompt")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: int | None = Field(
+        default=None, ge=1, description="tokens of a text; null: the encoder's own limit"
+    )
+    rerank_max_length: int | None = Field(
+        default=None, ge=1, description="tokens of a (query, document) pair; null: the reranker's own limit"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
     replicas: int = Field(default=1, ge=1)
