@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from raytower.config import make_config
+from raytower.data.config import InputConfig
 from raytower.data.pieces import read_piece, survey
-from raytower.data.sources import InputConfig
 from raytower.encoding import job
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode, plan

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from raytower.config import OnError
-from raytower.data.sources import InputConfig
+from raytower.data.config import InputConfig
 from raytower.retrieval.config import BatchConfig, RerankConfig
 
 RowFormat = Literal["tsv", "jsonl"]

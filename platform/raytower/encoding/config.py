@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from raytower.config import AutoscalingWorkersConfig, Config, OnError
-from raytower.data.sources import InputConfig
+from raytower.data.config import InputConfig
 from raytower.models.compute import Engine, EngineDtype, check_compute
 
 

@@ -6,17 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from raytower.config import Config
-from raytower.data.queries import QueryFormat
+from raytower.data.config import QueriesConfig
 from raytower.retrieval.config import BatchConfig, RetrieverConfig
-
-
-class QueriesConfig(Config):
-    """Judged queries: pairs (relevance by text) or a BEIR folder (relevance by id). `split` is BEIR's."""
-
-    path: str
-    format: QueryFormat = "auto"
-    split: str = "test"
 
 
 class EvaluateConfig(RetrieverConfig, BatchConfig):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from raytower.config import AutoscalingWorkersConfig, Config, OnError, WorkersConfig
-from raytower.data.sources import InputConfig
+from raytower.data.config import InputConfig
 
 
 class IndexAddConfig(Config):

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raytower.config import WorkersConfig
+from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_pieces, survey
-from raytower.data.sources import InputConfig
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.errors import InputError
