@@ -26,6 +26,8 @@ RENAMED = [
     ("compute.rerank_max_length", "rerank_max_length", ("search", "evaluate", "mine")),
     ("compute.rows_per_batch", "rows_per_batch", _ANNOTATING),
     ("dtype", "graph_dtype", ("export",)),
+    ("rerank_k", "recall_k", ("search", "evaluate", "demo")),
+    ("depth", "recall_k", ("mine",)),
     ("recall", "target.recall", ("index compact", "index convert")),
     ("recall_k", "target.k", ("index compact", "index convert")),
     ("memory", "target.memory", ("index compact", "index convert")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix
 class MineConfig(RerankConfig, BatchConfig):
     """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
 
+    renamed: ClassVar = {"depth": "recall_k"}
+
     encoder: str
     index: str
     input: InputConfig
@@ -26,8 +28,8 @@ class MineConfig(RerankConfig, BatchConfig):
     """Kind candidates is written as jsonl alone: its lists do not fit a TSV."""
     teacher: str | None = None
     """Cross-encoder directory or hub id whose logits are the labels or scores; null: 1 for the pair's own, else 0."""
-    depth: int = Field(default=50, ge=1)
-    """Documents recalled for each query."""
+    recall_k: int = Field(default=50, ge=1)
+    """Documents that the first stage recalls for each query; negatives are sampled among them."""
     skip_top: int = Field(default=0, ge=0)
     """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
     num_negatives: int = Field(default=1, ge=1)
@@ -39,10 +41,10 @@ class MineConfig(RerankConfig, BatchConfig):
     on_error: OnError = "fail"
 
     def model_post_init(self, context: Any) -> None:
-        if self.skip_top + self.num_negatives > self.depth:
+        if self.skip_top + self.num_negatives > self.recall_k:
             raise ValueError(
-                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than depth {self.depth}; "
-                "raise depth"
+                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than recall_k "
+                f"{self.recall_k}; raise recall_k"
             )
         if self.kind == "candidates" and self.format != "jsonl":
             raise ValueError(

@@ -119,7 +119,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
     counts = miner.counts
     if counts.pairs_without_negatives:
         log(
-            f"{counts.pairs_without_negatives:,} pairs have no negative left and are not written; raise depth"
+            f"{counts.pairs_without_negatives:,} pairs have no negative left and are not written; raise recall_k"
         )
     return {
         **asdict(counts),
@@ -138,7 +138,7 @@ def plan_mine(config: MineConfig) -> dict[str, Any]:
         config,
         config.encoder,
         rows_per_batch=config.rows_per_batch,
-        candidates=config.depth,
+        candidates=config.recall_k,
         reranker=config.teacher,
     )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
@@ -193,7 +193,7 @@ class Miner:
         """The sampled negatives of each pair, nearest first."""
         queries = list(dict.fromkeys(pair.query for pair in batch))
         vectors = self._engine.encode(queries, self._prefix)
-        recalled = dict(zip(queries, self._recall(vectors, self._config.depth), strict=True))
+        recalled = dict(zip(queries, self._recall(vectors, self._config.recall_k), strict=True))
         limits = self._limits(batch, vectors, {query: row for row, query in enumerate(queries)})
         return [
             self._sample(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)

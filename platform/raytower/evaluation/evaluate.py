@@ -113,7 +113,7 @@ def plan_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return {
         **plan,
         "queries": len(queries),
-        "reranked_pairs": len(queries) * min(config.rerank_k, manifest.rows) if config.reranker else 0,
+        "reranked_pairs": len(queries) * min(config.recall_k, manifest.rows) if config.reranker else 0,
         "index_version": manifest.version,
         "index_rows": manifest.rows,
     }
@@ -153,7 +153,7 @@ def _search(
     by_recall = [recall_order(items) for items in candidates]
     final = by_recall
     if retriever.scorer is not None:
-        final = retriever.rerank(texts, candidates, config.rerank_k)
+        final = retriever.rerank(texts, candidates, config.recall_k)
         measured.recall.append(_metrics(by_recall, relevant, config.k))
     times.append(time.perf_counter())
     measured.final.append(_metrics(final, relevant, config.k))
@@ -170,7 +170,7 @@ def _metrics(
 
 def _depth(config: EvaluateConfig) -> int:
     deepest = max(*config.k, MRR_DEPTH, NDCG_DEPTH)
-    return max(deepest, config.rerank_k) if config.reranker else deepest
+    return max(deepest, config.recall_k) if config.reranker else deepest
 
 
 def _keep_worst(heap: list[_WorstQuery], item: _WorstQuery) -> None:

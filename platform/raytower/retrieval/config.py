@@ -12,7 +12,7 @@ from raytower.config import Config, FractionField
 # The order of the keys that commands share, behind those of their own.
 _SHARED = (
     "reranker",
-    "rerank_k",
+    "recall_k",
     "fusion_weight",
     "query_prefix",
     "dtype",
@@ -74,9 +74,13 @@ class BatchConfig(EngineConfig):
 class RetrieverConfig(RerankConfig):
     """Keys of every command whose retriever is put together by its config."""
 
+    renamed: ClassVar = {"rerank_k": "recall_k"}
+
     reranker: str | None = None
     """Cross-encoder directory or hub id that puts the recalled documents in order; null leaves them as recalled."""
-    rerank_k: int = Field(default=100, ge=1)
+    recall_k: int = Field(default=100, ge=1)
+    """Documents that the first stage recalls for each query; all of them are reranked. Without a reranker as many are
+    recalled as are asked for."""
     fusion_weight: FractionField | None = None
     """Of the rerank score beside the recall score; null is the weight stored with the reranker."""
     query_prefix: str | None = None
