@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import raytower.index.compact as compact
 import raytower.index.fold as fold
 from raytower.config import make_config
+from raytower.data.config import PathConfig
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.build import plan_build
 from raytower.index.change import add_to_index, delete_from_index, plan_add, plan_delete, set_in_index
@@ -727,9 +728,9 @@ class TestDelete:
         }  # fmt: skip
         (tmp_path / "gone.txt").write_bytes(b"id 2\r\nid 3\n")
         assert (
-            delete_from_index(IndexDeleteConfig(index=str(folder), path=str(tmp_path / "gone.txt")))[
-                "deleted"
-            ]
+            delete_from_index(
+                IndexDeleteConfig(index=str(folder), input=PathConfig(path=str(tmp_path / "gone.txt")))
+            )["deleted"]
             == 2
         )
         config = IndexDeleteConfig(index=str(folder), filter={"year": {"$gte": 2290}})
@@ -745,7 +746,9 @@ class TestDelete:
         (tmp_path / "gone.txt").write_text("\n".join(odd[:3]) + "\n", newline="")
         assert (
             delete_from_index(
-                IndexDeleteConfig(index=str(tmp_path / "index"), path=str(tmp_path / "gone.txt"))
+                IndexDeleteConfig(
+                    index=str(tmp_path / "index"), input=PathConfig(path=str(tmp_path / "gone.txt"))
+                )
             )["deleted"]
             == 3
         )
@@ -753,7 +756,9 @@ class TestDelete:
         (tmp_path / "gone.jsonl").write_text(lines)
         assert (
             delete_from_index(
-                IndexDeleteConfig(index=str(tmp_path / "index"), path=str(tmp_path / "gone.jsonl"))
+                IndexDeleteConfig(
+                    index=str(tmp_path / "index"), input=PathConfig(path=str(tmp_path / "gone.jsonl"))
+                )
             )["deleted"]
             == 3
         )
@@ -804,7 +809,7 @@ class TestSet:
         )
         assert changed["changed"] == 3
         (tmp_path / "values.jsonl").write_text('{"id": "id 9", "year": 1}\n{"id": "id 8", "year": 2}\n')
-        config = IndexSetConfig(index=str(folder), path=str(tmp_path / "values.jsonl"))
+        config = IndexSetConfig(index=str(folder), input=PathConfig(path=str(tmp_path / "values.jsonl")))
         assert set_in_index(config)["changed"] == 2
         index = Index.open(folder)
         years = {
