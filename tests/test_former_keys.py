@@ -28,6 +28,7 @@ RENAMED = [
     ("dtype", "graph_dtype", ("export",)),
     ("rerank_k", "recall_k", ("search", "evaluate", "demo")),
     ("depth", "recall_k", ("mine",)),
+    ("placement", "layout", ("serve",)),
     ("path", "input.path", ("index delete", "index set")),
     ("recall", "target.recall", ("index compact", "index convert")),
     ("recall_k", "target.k", ("index compact", "index convert")),
