@@ -341,7 +341,7 @@ def test_mining_drops_positives_by_their_id(world: World, tmp_path: Path) -> Non
         "output": str(tmp_path / "mined.jsonl"),
         "recall_k": 3,
         "num_negatives": 3,
-        "format": "jsonl",
+        "file_type": "jsonl",
     }
     result = mine(make_config(MineConfig, config))
     rows = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
@@ -353,14 +353,14 @@ def test_mining_drops_positives_by_their_id(world: World, tmp_path: Path) -> Non
 def test_scored_pairs_and_pairs_without_a_negative(world: World, tmp_path: Path) -> None:
     nearest = CORPUS[world.nearest("tiger lemons", 1)[0]]
     pairs = [("tiger lemons", nearest), ("candle river", "some positive")]
-    result, (header, *rows) = _mine(world, tmp_path, pairs, kind="scored", recall_k=1)
+    result, (header, *rows) = _mine(world, tmp_path, pairs, format="scored", recall_k=1)
     assert header == ["query", "title", "label"]
     negative = CORPUS[world.nearest("candle river", 1)[0]]
     assert rows == [["candle river", "some positive", "1"], ["candle river", negative, "0"]]
     assert (result["pairs"], result["negatives"], result["pairs_without_negatives"]) == (2, 1, 1)
 
 
-CANDIDATES = {"kind": "candidates", "format": "jsonl"}
+CANDIDATES = {"format": "candidates", "file_type": "jsonl"}
 
 
 def _mine_lists(
@@ -372,7 +372,7 @@ def _mine_lists(
         "input": {"path": _write(tmp_path / "pairs.tsv", pairs)},
     }
     output = tmp_path / "mined.jsonl"
-    result = mine(make_config(MineConfig, {**values, "output": str(output), "format": "jsonl", **more}))
+    result = mine(make_config(MineConfig, {**values, "output": str(output), "file_type": "jsonl", **more}))
     return result, [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -425,7 +425,7 @@ def test_a_teacher_scores_the_mined_candidates(
     read_back = read(tmp_path / "mined.jsonl", "candidates")
     assert [row["scores"] for row in read_back] == [sorted(row["scores"], reverse=True) for row in rows]
 
-    _, scored = _mine_lists(world, tmp_path, pairs, kind="scored", **settings, **teacher)
+    _, scored = _mine_lists(world, tmp_path, pairs, format="scored", **settings, **teacher)
     assert [row["title"] for row in scored] == [text for row in rows for text in row["documents"]]
     labels = [row["label"] for row in scored]
     np.testing.assert_allclose(labels, [score for scores in logits for score in scores], atol=1e-5)
@@ -444,8 +444,8 @@ def test_mining_refuses_a_teacher_whose_logits_are_no_numbers(world: World, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"kind": "candidates"}, "kind is candidates, .* do not fit format tsv; set format to jsonl"),
-        ({"teacher": "t"}, "teacher is 't', but triples hold no scores; set kind to candidates or scored"),
+        ({"format": "candidates"}, "format is candidates, .* fit file_type tsv; set file_type to jsonl"),
+        ({"teacher": "t"}, "teacher is 't', but triples hold no scores; set format to candidates or scored"),
     ],
 )
 def test_mining_refuses_settings_that_do_not_go_together(more: dict[str, str], message: str) -> None:
@@ -462,7 +462,7 @@ def test_mining_into_tsv_refuses_tabs(world: World, tmp_path: Path) -> None:
         "index": world.index,
         "input": {"path": str(tmp_path / "pairs.jsonl")},
     }
-    with pytest.raises(InputError, match="set format to jsonl"):
+    with pytest.raises(InputError, match="set file_type to jsonl"):
         mine(make_config(MineConfig, {**values, "output": str(tmp_path / "mined.tsv")}))
     assert not (tmp_path / "mined.tsv").exists()
 
@@ -528,7 +528,7 @@ def test_votes_of_labelled_texts(world: World, tmp_path: Path) -> None:
 
 def test_votes_are_counted_over_the_k_nearest(world: World, tmp_path: Path) -> None:
     rows = [("tiger lemons", "things##tiger")]
-    _, lines = _classify(world, tmp_path, rows, mode="votes", k=7, temperature=0.2, format="jsonl")
+    _, lines = _classify(world, tmp_path, rows, mode="votes", k=7, temperature=0.2, file_type="jsonl")
     row = json.loads(lines[0])
     places = world.nearest("tiger lemons", 7)
     scores = (world.vectors @ world.encode(["tiger lemons"])[0])[places]
@@ -599,7 +599,9 @@ def test_similarity_is_the_cosine_and_auc_its_order(world: World, tmp_path: Path
 
 
 def test_similarity_prefixes_change_what_is_encoded(world: World, tmp_path: Path) -> None:
-    _, lines = _similarity(world, tmp_path, SCORED, query_prefix="a ", document_prefix="b ", format="jsonl")
+    _, lines = _similarity(
+        world, tmp_path, SCORED, query_prefix="a ", document_prefix="b ", file_type="jsonl"
+    )
     left, right = world.encode([f"a {TEXTS[0]}", f"b {TEXTS[20]}"])
     assert json.loads(lines[1])["score"] == pytest.approx(left @ right, abs=1e-6)
 

@@ -28,6 +28,8 @@ RENAMED = [
     ("dtype", "graph_dtype", ("export",)),
     ("rerank_k", "recall_k", ("search", "evaluate", "demo")),
     ("depth", "recall_k", ("mine",)),
+    ("kind", "format", ("mine",)),
+    ("format", "file_type", ("classify", "similarity")),
     ("placement", "layout", ("serve",)),
     ("path", "input.path", ("index delete", "index set")),
     ("recall", "target.recall", ("index compact", "index convert")),
@@ -66,6 +68,16 @@ def test_a_former_key_is_refused_with_its_name_of_now(
     with pytest.raises(InputError) as raised:
         load_config(config_of(command), None, {new: "null"})
     assert "unknown key" not in str(raised.value)
+
+
+@pytest.mark.parametrize("file_type", ["tsv", "jsonl"])
+def test_a_key_with_another_meaning_names_what_it_was(file_type: str) -> None:
+    """mine had `kind` for what train.format means and `format` for the type of the file."""
+    given = {"encoder": "e", "index": "i", "input.path": "p", "output": "o", "format": file_type}
+    with pytest.raises(InputError) as raised:
+        load_config(config_of("mine"), None, given)
+    assert f"format is '{file_type}': it is the kind of rows now" in str(raised.value)
+    assert "the type of the file is called 'file_type'" in str(raised.value)
 
 
 def test_all_former_keys_of_a_section_are_named_at_once() -> None:

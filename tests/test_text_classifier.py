@@ -250,7 +250,7 @@ class TestJob:
         assert 0 < result["f1_macro"] < 1
 
     def test_json_lines_list_the_first_k_labels(self, classifier_dir: Path, tmp_path: Path) -> None:
-        _, written = self.run(classifier_dir, tmp_path, f"{TEXTS[3]}\tsports", format="jsonl", k=2)
+        _, written = self.run(classifier_dir, tmp_path, f"{TEXTS[3]}\tsports", file_type="jsonl", k=2)
         row = json.loads(written[0])
         (peer,) = peer_scores(classifier_dir, [TEXTS[3]])
         assert [label for label, _ in row["labels"]] == [

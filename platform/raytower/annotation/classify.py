@@ -46,7 +46,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
     labeller = _load_labeller(config)
     tally = _Tally(config)
     progress = Progress("classified", "texts", survey.num_rows)
-    with open_rows(Location.of(config.output), config.format, _COLUMNS) as writer:
+    with open_rows(Location.of(config.output), config.file_type, _COLUMNS) as writer:
         for table in row_batches(survey, config.rows_per_batch):
             tally.add(table, labeller.label(table["text"].to_pylist()), writer)
             progress.advance(table.num_rows)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raytower.config import OnError
 from raytower.data.config import InputConfig
 from raytower.retrieval.config import BatchConfig, RerankConfig
 
-RowFormat = Literal["tsv", "jsonl"]
+FileType = Literal["tsv", "jsonl"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
 
 
 class MineConfig(RerankConfig, BatchConfig):
     """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
 
-    renamed: ClassVar = {"depth": "recall_k"}
+    renamed: ClassVar = {"depth": "recall_k", "kind": "format"}
 
     encoder: str
     index: str
     input: InputConfig
     output: str
-    kind: Literal["triples", "scored", "candidates"] = "triples"
-    format: RowFormat = "tsv"
-    """Kind candidates is written as jsonl alone: its lists do not fit a TSV."""
+    format: Literal["triples", "scored", "candidates"] = "triples"
+    """Kind of the rows that are written, as train.format reads them."""
+    file_type: FileType = "tsv"
+    """Candidates are written as jsonl alone: their lists do not fit a TSV."""
     teacher: str | None = None
     """Cross-encoder directory or hub id whose logits are the labels or scores; null: 1 for the pair's own, else 0."""
     recall_k: int = Field(default=50, ge=1)
@@ -40,19 +41,29 @@ class MineConfig(RerankConfig, BatchConfig):
     seed: int = Field(default=0, ge=0)
     on_error: OnError = "fail"
 
+    @field_validator("format", mode="before")
+    @classmethod
+    def _refuse_file_type(cls, value: Any) -> Any:
+        if value in get_args(FileType):
+            raise ValueError(
+                "it is the kind of rows now (triples, scored or candidates); the type of the file is called 'file_type'"
+            )
+        return value
+
     def model_post_init(self, context: Any) -> None:
         if self.skip_top + self.num_negatives > self.recall_k:
             raise ValueError(
                 f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than recall_k "
                 f"{self.recall_k}; raise recall_k"
             )
-        if self.kind == "candidates" and self.format != "jsonl":
+        if self.format == "candidates" and self.file_type != "jsonl":
             raise ValueError(
-                f"kind is candidates, whose lists of documents do not fit format {self.format}; set format to jsonl"
+                f"format is candidates, whose lists of documents do not fit file_type {self.file_type}; set file_type "
+                "to jsonl"
             )
-        if self.teacher is not None and self.kind == "triples":
+        if self.teacher is not None and self.format == "triples":
             raise ValueError(
-                f"teacher is {self.teacher!r}, but triples hold no scores; set kind to candidates or scored, or "
+                f"teacher is {self.teacher!r}, but triples hold no scores; set format to candidates or scored, or "
                 "teacher to null"
             )
 
@@ -62,6 +73,8 @@ class ClassifyConfig(BatchConfig):
 
     A document's label is its `label_field` where it has one; in mode labels else its text.
     """
+
+    renamed: ClassVar = {"format": "file_type"}
 
     encoder: str | None = None
     index: str | None = None
@@ -77,7 +90,7 @@ class ClassifyConfig(BatchConfig):
     """Modes labels and classifier: labels listed in JSON lines. Mode votes: neighbours that vote."""
     temperature: float = Field(default=0.05, gt=0)
     """Mode votes: a neighbour's vote weighs exp(score / temperature); small trusts the nearest, large counts heads."""
-    format: RowFormat = "tsv"
+    file_type: FileType = "tsv"
     query_prefix: str | None = None
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""
@@ -108,6 +121,8 @@ class SimilarityConfig(BatchConfig):
     Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
     """
 
+    renamed: ClassVar = {"format": "file_type"}
+
     encoder: str
     input: InputConfig
     output: str
@@ -115,7 +130,7 @@ class SimilarityConfig(BatchConfig):
     """Whether the input holds labels (`query title label`); false reads pairs alone."""
     threshold: float = Field(default=0.8, ge=-1, le=1)
     """A pair counts as similar from this cosine on."""
-    format: RowFormat = "tsv"
+    file_type: FileType = "tsv"
     query_prefix: str | None = None
     document_prefix: str | None = None
     on_error: OnError = "fail"

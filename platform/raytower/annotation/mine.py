@@ -114,7 +114,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
     teacher = None if config.teacher is None else load_reranker(config.teacher, config, None)[0]
     miner = Miner(config, engine, index, KnownPositives.read(survey), teacher)
-    with open_rows(Location.of(config.output), config.format, _COLUMNS[config.kind]) as writer:
+    with open_rows(Location.of(config.output), config.file_type, _COLUMNS[config.format]) as writer:
         miner.run(_pair_batches(survey, config.rows_per_batch), survey.num_rows, writer)
     counts = miner.counts
     if counts.pairs_without_negatives:
@@ -259,10 +259,10 @@ class Miner:
         self.counts.negatives += num_negatives
         self.counts.pairs_without_negatives += not num_negatives
         self.counts.pairs_with_fewer += 0 < num_negatives < self._config.num_negatives
-        if self._config.kind == "triples":
+        if self._config.format == "triples":
             for text in documents[1:]:
                 writer.write(pair.query, pair.document, text)
-        elif self._config.kind == "scored":
+        elif self._config.format == "scored":
             for text, score in zip(documents, scores, strict=True):
                 writer.write(pair.query, text, score)
         elif documents:

@@ -36,7 +36,7 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
     scores: list[Floats] = []
     labels: list[Floats] = []
     progress = Progress("scored", "pairs", survey.num_rows)
-    with open_rows(Location.of(config.output), config.format, columns) as writer:
+    with open_rows(Location.of(config.output), config.file_type, columns) as writer:
         for table in row_batches(survey, config.rows_per_batch):
             scores.append(_score(engine, table, config))
             if config.labelled:
