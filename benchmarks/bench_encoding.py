@@ -191,7 +191,7 @@ def ray_overhead(arguments: argparse.Namespace) -> None:
             "encoder": str(find_minilm()),
             "input": {"path": str(corpus)},
             "rows_per_file": ROWS_PER_FILE,
-            "compute": {"dtype": "bfloat16"},
+            "dtype": "bfloat16",
             "workers": {"min": arguments.workers, "num": arguments.workers},
         }
         for repeat in range(arguments.repeats):

@@ -46,7 +46,7 @@ def main() -> None:
     settings = {"encoder": arguments.model, "input": source, "output": str(embeddings), "max_length": 64}
     settings |= {
         "prefix": "query: ",
-        "compute": {"dtype": "bfloat16"},
+        "dtype": "bfloat16",
         "workers": {"min": CORES, "num": CORES},
     }
     ensure_ray()  # its start is neither side's

@@ -100,7 +100,7 @@ def measure(name: str, encoder: str, arguments: argparse.Namespace) -> dict[str,
                 "output": str(work / f"embeddings-{name}"),
                 "prefix": arguments.prefix,
                 "max_length": 64,
-                "compute": {"dtype": "bfloat16"},
+                "dtype": "bfloat16",
                 "workers": {"min": 2, "num": 2},
             },
         )
@@ -120,7 +120,8 @@ def measure(name: str, encoder: str, arguments: argparse.Namespace) -> dict[str,
                 "queries": {"path": str(work / "dev.tsv"), "format": "pairs"},
                 "query_prefix": arguments.prefix,
                 "output": str(work / f"report-{name}"),
-                "compute": {"dtype": "bfloat16", "max_length": 64},
+                "dtype": "bfloat16",
+                "max_length": 64,
             },
         )
     )

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_piece, survey
 from raytower.data.records import RecordKind
-from raytower.data.sources import InputConfig
 
 Row = dict[str, Any]
 

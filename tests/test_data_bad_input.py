@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytower.data.config import InputConfig
 from raytower.data.pieces import read_piece, survey
 from raytower.data.records import RecordKind
-from raytower.data.sources import InputConfig
 from raytower.errors import InputError
 from tests.data_files import quarantined, read, rows_of, survey_of, write, write_jsonl
 

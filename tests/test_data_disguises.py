@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytower.data.config import InputConfig, NamedInput
 from raytower.data.pieces import read_piece, survey
-from raytower.data.sources import InputConfig, NamedInput, _split_options, find_files, refuse_output_inside
+from raytower.data.sources import _split_options, find_files, refuse_output_inside
 from raytower.encoding.plan import join_pieces
 from raytower.errors import InputError
 from raytower.models.forward import _encode_beginnings

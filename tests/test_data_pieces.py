@@ -20,8 +20,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from raytower.data import slices
+from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_piece, read_pieces, survey
-from raytower.data.sources import InputConfig, find_files
+from raytower.data.sources import find_files
 from raytower.errors import InputError
 from tests.data_files import rows_of, survey_of, write, write_jsonl
 

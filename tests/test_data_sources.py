@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytower.data.sources import InputConfig, find_files
+from raytower.data.config import InputConfig
+from raytower.data.sources import find_files
 from raytower.errors import InputError
 from tests.data_files import read, survey_of, write
 

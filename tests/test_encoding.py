@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from raytower.config import make_config
+from raytower.data.config import InputConfig
 from raytower.data.pieces import read_piece, survey
-from raytower.data.sources import InputConfig
 from raytower.encoding import job
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode, plan
@@ -441,11 +441,10 @@ class TestRuns:
     ) -> None:
         # A directory with a graph of its own: workers of this Ray would else export into the user's cache.
         encoder = tmp_path / "encoder"
-        export(ExportConfig(encoder=str(dummy_encoder_dir), output=str(encoder), dtype="int8"))
+        export(ExportConfig(encoder=str(dummy_encoder_dir), output=str(encoder), graph_dtype="int8"))
         texts = write_corpus(tmp_path / "corpus.jsonl", 40)
         corpus, output = tmp_path / "corpus.jsonl", tmp_path / "out"
-        compute = {"engine": "onnx", "dtype": "int8"}
-        encode(encode_config(encoder, corpus, output, compute=compute))
+        encode(encode_config(encoder, corpus, output, engine="onnx", dtype="int8"))
         manifest = EmbeddingsManifest.read(Location.of(output))
         assert (manifest.engine, manifest.compute_dtype) == ("onnx", "int8")
         assert manifest.fingerprint == Encoder.load(dummy_encoder_dir).fingerprint

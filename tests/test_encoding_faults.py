@@ -69,7 +69,7 @@ def run_values(encoder: Path, corpus: Path, output: Path) -> dict[str, Any]:
         "output": str(output),
         "max_length": 64,
         "rows_per_file": ROWS_PER_FILE,
-        "compute": {"tokens_per_batch": 1},
+        "tokens_per_batch": 1,
         "workers": {"min": 1, "num": 2, "num_cpus": 1},
     }
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raytower.data.config import InputConfig
 from raytower.data.pieces import Piece, read_piece, survey
-from raytower.data.sources import InputConfig
 from raytower.encoding import job as job_module
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import _content_hash, encode, plan

@@ -162,7 +162,7 @@ def test_a_tsv_refuses_what_it_cannot_carry_and_leaves_nothing(tmp_path: Path, t
             writer.write("fine")
             writer.write(text)
 
-    with pytest.raises(InputError, match=r"tab or a line break.*set format to jsonl"):
+    with pytest.raises(InputError, match=r"tab or a line break.*set file_type to jsonl"):
         write()
     assert list(tmp_path.iterdir()) == []
 

@@ -135,7 +135,7 @@ def test_tuning_on_queries_and_storing(tmp_path: Path) -> None:
     index = ListIndex(encoder, {"1": "red", "2": "red red blue", "3": "blue"})
     # The answer to "red" is document 2, which recall puts second and the reranker first.
     retriever = Retriever(encoder, index, TableScorer({"red": -4.0, "red red blue": 4.0, "blue": -4.0}))
-    tuned = tune_on_queries(retriever, ["red", "blue"], [{"2": 1.0}, {"3": 1.0}], rerank_k=3)
+    tuned = tune_on_queries(retriever, ["red", "blue"], [{"2": 1.0}, {"3": 1.0}], recall_k=3)
     assert (tuned.recall_mrr, tuned.rerank_mrr, tuned.fused_mrr) == (0.75, 0.75, 1.0)
     assert 0 < tuned.fusion.weight < 1
 
@@ -153,6 +153,6 @@ def test_tuning_does_not_follow_the_fusion_already_there() -> None:
     encoder = WordEncoder(["red", "blue"])
     index = ListIndex(encoder, {"1": "red", "2": "red red blue", "3": "blue"})
     scorer = TableScorer({"red": -4.0, "red red blue": 4.0, "blue": -4.0})
-    without = tune_on_queries(Retriever(encoder, index, scorer), ["red"], [{"2": 1.0}], rerank_k=3)
+    without = tune_on_queries(Retriever(encoder, index, scorer), ["red"], [{"2": 1.0}], recall_k=3)
     stale = Retriever(encoder, index, scorer, Fusion(weight=0.0))
-    assert tune_on_queries(stale, ["red"], [{"2": 1.0}], rerank_k=3) == without
+    assert tune_on_queries(stale, ["red"], [{"2": 1.0}], recall_k=3) == without

@@ -123,7 +123,7 @@ QUERY_IDS |= {"queries:6": "candle river"}
 
 
 def test_evaluate_agrees_with_brute_force_and_trec_eval(world: World, tmp_path: Path) -> None:
-    result = _evaluate(world, tmp_path, compute={"rows_per_batch": 2})
+    result = _evaluate(world, tmp_path, rows_per_batch=2)
     assert (result["queries"], result["relevant_missing"], result["queries_without_relevant"]) == (5, 1, 0)
     run = read_run(Location.of(tmp_path / "out" / "run.trec"))
     assert list(run) == list(QUERY_IDS)
@@ -149,7 +149,7 @@ def test_evaluate_agrees_with_brute_force_and_trec_eval(world: World, tmp_path: 
 def test_evaluate_does_not_depend_on_the_batch(world: World, tmp_path: Path) -> None:
     for name, rows in (("one", 1), ("all", 256)):
         (tmp_path / name).mkdir()
-        _evaluate(world, tmp_path / name, compute={"rows_per_batch": rows})
+        _evaluate(world, tmp_path / name, rows_per_batch=rows)
     one, every = (
         json.loads((tmp_path / name / "out" / "report.json").read_text()) for name in ("one", "all")
     )
@@ -196,7 +196,7 @@ def test_evaluate_a_beir_folder_with_grades(world: World, tmp_path: Path) -> Non
 def test_reranking_is_the_scorers_order_over_the_recalled(
     world: World, dummy_reranker_dir: Path, tmp_path: Path
 ) -> None:
-    result = _evaluate(world, tmp_path, reranker=str(dummy_reranker_dir), rerank_k=5)
+    result = _evaluate(world, tmp_path, reranker=str(dummy_reranker_dir), recall_k=5)
     run = read_run(Location.of(tmp_path / "out" / "run.trec"))
     scorer = CrossScorer(CrossEncoder.load(dummy_reranker_dir))
     recalled = world.nearest("tiger lemons", 10)
@@ -278,7 +278,7 @@ def test_mined_negatives_are_the_nearest_that_are_no_positives(world: World, tmp
     distinct = list(dict.fromkeys(near))
     # The two nearest texts are positives of the query in different rows: neither may come back for either row.
     pairs = [(query, distinct[0]), (query, distinct[1]), (TEXTS[9], distinct[0])]
-    result, (header, *rows) = _mine(world, tmp_path, pairs, depth=6, num_negatives=6)
+    result, (header, *rows) = _mine(world, tmp_path, pairs, recall_k=6, num_negatives=6)
     assert header == ["query", "title", "neg_title"]
     expected = [text for text in dict.fromkeys(near[:6]) if text not in distinct[:2]]
     assert [row[2] for row in rows if row[:2] == [query, distinct[0]]] == expected
@@ -292,9 +292,9 @@ def test_mined_negatives_are_the_nearest_that_are_no_positives(world: World, tmp
 
 def test_mining_samples_by_seed_and_place_and_not_by_batch(world: World, tmp_path: Path) -> None:
     pairs = [(text, "a positive") for text in TEXTS]
-    settings = {"depth": 20, "num_negatives": 2}
-    _, first = _mine(world, tmp_path, pairs, **settings, compute={"rows_per_batch": 3})
-    _, second = _mine(world, tmp_path, pairs, **settings, compute={"rows_per_batch": 256})
+    settings = {"recall_k": 20, "num_negatives": 2}
+    _, first = _mine(world, tmp_path, pairs, **settings, rows_per_batch=3)
+    _, second = _mine(world, tmp_path, pairs, **settings, rows_per_batch=256)
     _, other = _mine(world, tmp_path, pairs, **settings, seed=1)
     assert first == second
     assert first != other
@@ -308,7 +308,7 @@ def test_mining_samples_by_seed_and_place_and_not_by_batch(world: World, tmp_pat
 def test_mining_skips_the_top_and_what_scores_too_high(world: World, tmp_path: Path) -> None:
     query, positive = "tiger lemons", TEXTS[3]
     near = world.nearest(query, 12)
-    settings = {"depth": 12, "num_negatives": 9}
+    settings = {"recall_k": 12, "num_negatives": 9}
     _, (_, *rows) = _mine(world, tmp_path, [(query, positive)], **settings, skip_top=3)
     expected = dict.fromkeys(CORPUS[place] for place in near[3:])
     assert [row[2] for row in rows] == [text for text in expected if text != positive]
@@ -316,7 +316,7 @@ def test_mining_skips_the_top_and_what_scores_too_high(world: World, tmp_path: P
     vector = world.encode([query, positive])
     limit = float(vector[0] @ vector[1]) * 0.9
     result, (_, *rows) = _mine(
-        world, tmp_path, [(query, positive)], depth=32, num_negatives=32, max_score_ratio=0.9
+        world, tmp_path, [(query, positive)], recall_k=32, num_negatives=32, max_score_ratio=0.9
     )
     scores = world.vectors @ vector[0]
     left = {text for text, score in zip(CORPUS, scores, strict=True) if score <= limit}
@@ -339,9 +339,9 @@ def test_mining_drops_positives_by_their_id(world: World, tmp_path: Path) -> Non
     config = {
         **values,
         "output": str(tmp_path / "mined.jsonl"),
-        "depth": 3,
+        "recall_k": 3,
         "num_negatives": 3,
-        "format": "jsonl",
+        "file_type": "jsonl",
     }
     result = mine(make_config(MineConfig, config))
     rows = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
@@ -353,14 +353,14 @@ def test_mining_drops_positives_by_their_id(world: World, tmp_path: Path) -> Non
 def test_scored_pairs_and_pairs_without_a_negative(world: World, tmp_path: Path) -> None:
     nearest = CORPUS[world.nearest("tiger lemons", 1)[0]]
     pairs = [("tiger lemons", nearest), ("candle river", "some positive")]
-    result, (header, *rows) = _mine(world, tmp_path, pairs, kind="scored", depth=1)
+    result, (header, *rows) = _mine(world, tmp_path, pairs, format="scored", recall_k=1)
     assert header == ["query", "title", "label"]
     negative = CORPUS[world.nearest("candle river", 1)[0]]
     assert rows == [["candle river", "some positive", "1"], ["candle river", negative, "0"]]
     assert (result["pairs"], result["negatives"], result["pairs_without_negatives"]) == (2, 1, 1)
 
 
-CANDIDATES = {"kind": "candidates", "format": "jsonl"}
+CANDIDATES = {"format": "candidates", "file_type": "jsonl"}
 
 
 def _mine_lists(
@@ -372,7 +372,7 @@ def _mine_lists(
         "input": {"path": _write(tmp_path / "pairs.tsv", pairs)},
     }
     output = tmp_path / "mined.jsonl"
-    result = mine(make_config(MineConfig, {**values, "output": str(output), "format": "jsonl", **more}))
+    result = mine(make_config(MineConfig, {**values, "output": str(output), "file_type": "jsonl", **more}))
     return result, [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -389,7 +389,7 @@ def _logits(reranker: Path, query: str, documents: list[str]) -> list[float]:
 def test_mined_candidates_hold_the_pair_first_and_read_back(world: World, tmp_path: Path) -> None:
     query, nearest = "tiger lemons", CORPUS[world.nearest("tiger lemons", 1)[0]]
     pairs = [(query, "own document"), ("candle river", "another"), (query, nearest)]
-    result, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, depth=3, num_negatives=3)
+    result, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, recall_k=3, num_negatives=3)
     expected = []
     for asked, document in pairs:
         own = {text for other, text in pairs if other == asked}
@@ -403,7 +403,7 @@ def test_mined_candidates_hold_the_pair_first_and_read_back(world: World, tmp_pa
     assert counts == (3, sum(len(row["documents"]) - 1 for row in expected), 0)
     assert read(tmp_path / "mined.jsonl", "candidates") == expected
     # The one document recalled for the first query is a positive of it: nothing to compare, so nothing is written.
-    result, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, depth=1)
+    result, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, recall_k=1)
     assert [row["query"] for row in rows] == ["candle river"]
     assert (result["pairs_without_negatives"], result["negatives"]) == (2, 1)
 
@@ -412,7 +412,7 @@ def test_a_teacher_scores_the_mined_candidates(
     world: World, tmp_path: Path, dummy_reranker_dir: Path
 ) -> None:
     pairs = [("tiger lemons", "own document"), ("candle river", TEXTS[4]), (TEXTS[0], TEXTS[1])]
-    settings = {"depth": 8, "num_negatives": 3, "compute": {"rows_per_batch": 2}}
+    settings = {"recall_k": 8, "num_negatives": 3, "rows_per_batch": 2}
     _, plain = _mine_lists(world, tmp_path, pairs, **CANDIDATES, **settings)
     teacher = {"teacher": str(dummy_reranker_dir)}
     _, rows = _mine_lists(world, tmp_path, pairs, **CANDIDATES, **settings, **teacher)
@@ -425,7 +425,7 @@ def test_a_teacher_scores_the_mined_candidates(
     read_back = read(tmp_path / "mined.jsonl", "candidates")
     assert [row["scores"] for row in read_back] == [sorted(row["scores"], reverse=True) for row in rows]
 
-    _, scored = _mine_lists(world, tmp_path, pairs, kind="scored", **settings, **teacher)
+    _, scored = _mine_lists(world, tmp_path, pairs, format="scored", **settings, **teacher)
     assert [row["title"] for row in scored] == [text for row in rows for text in row["documents"]]
     labels = [row["label"] for row in scored]
     np.testing.assert_allclose(labels, [score for scores in logits for score in scores], atol=1e-5)
@@ -444,8 +444,8 @@ def test_mining_refuses_a_teacher_whose_logits_are_no_numbers(world: World, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"kind": "candidates"}, "kind is candidates, .* do not fit format tsv; set format to jsonl"),
-        ({"teacher": "t"}, "teacher is 't', but triples hold no scores; set kind to candidates or scored"),
+        ({"format": "candidates"}, "format is candidates, .* fit file_type tsv; set file_type to jsonl"),
+        ({"teacher": "t"}, "teacher is 't', but triples hold no scores; set format to candidates or scored"),
     ],
 )
 def test_mining_refuses_settings_that_do_not_go_together(more: dict[str, str], message: str) -> None:
@@ -462,15 +462,15 @@ def test_mining_into_tsv_refuses_tabs(world: World, tmp_path: Path) -> None:
         "index": world.index,
         "input": {"path": str(tmp_path / "pairs.jsonl")},
     }
-    with pytest.raises(InputError, match="set format to jsonl"):
+    with pytest.raises(InputError, match="set file_type to jsonl"):
         mine(make_config(MineConfig, {**values, "output": str(tmp_path / "mined.tsv")}))
     assert not (tmp_path / "mined.tsv").exists()
 
 
 def test_mining_refuses_a_depth_that_cannot_do() -> None:
     values = {"encoder": "e", "index": "i", "input": {"path": "p"}, "output": "o"}
-    with pytest.raises(InputError, match="raise depth"):
-        make_config(MineConfig, {**values, "depth": 10, "skip_top": 8, "num_negatives": 3})
+    with pytest.raises(InputError, match="raise recall_k"):
+        make_config(MineConfig, {**values, "recall_k": 10, "skip_top": 8, "num_negatives": 3})
 
 
 def test_votes_and_ranked_labels_by_hand() -> None:
@@ -528,7 +528,7 @@ def test_votes_of_labelled_texts(world: World, tmp_path: Path) -> None:
 
 def test_votes_are_counted_over_the_k_nearest(world: World, tmp_path: Path) -> None:
     rows = [("tiger lemons", "things##tiger")]
-    _, lines = _classify(world, tmp_path, rows, mode="votes", k=7, temperature=0.2, format="jsonl")
+    _, lines = _classify(world, tmp_path, rows, mode="votes", k=7, temperature=0.2, file_type="jsonl")
     row = json.loads(lines[0])
     places = world.nearest("tiger lemons", 7)
     scores = (world.vectors @ world.encode(["tiger lemons"])[0])[places]
@@ -587,7 +587,7 @@ SCORED = [
 
 
 def test_similarity_is_the_cosine_and_auc_its_order(world: World, tmp_path: Path) -> None:
-    result, lines = _similarity(world, tmp_path, SCORED, threshold=0.999, compute={"rows_per_batch": 2})
+    result, lines = _similarity(world, tmp_path, SCORED, threshold=0.999, rows_per_batch=2)
     assert lines[0] == "query\ttitle\tlabel\tscore"
     assert [line.split("\t")[2] for line in lines[1:]] == ["1", "0", "0"]
     for line in lines[1:]:
@@ -599,7 +599,9 @@ def test_similarity_is_the_cosine_and_auc_its_order(world: World, tmp_path: Path
 
 
 def test_similarity_prefixes_change_what_is_encoded(world: World, tmp_path: Path) -> None:
-    _, lines = _similarity(world, tmp_path, SCORED, query_prefix="a ", document_prefix="b ", format="jsonl")
+    _, lines = _similarity(
+        world, tmp_path, SCORED, query_prefix="a ", document_prefix="b ", file_type="jsonl"
+    )
     left, right = world.encode([f"a {TEXTS[0]}", f"b {TEXTS[20]}"])
     assert json.loads(lines[1])["score"] == pytest.approx(left @ right, abs=1e-6)
 
@@ -640,9 +642,9 @@ def test_search_one_question(world: World, dummy_reranker_dir: Path) -> None:
 def test_plans_count_and_do_nothing(world: World, tmp_path: Path, dummy_reranker_dir: Path) -> None:
     pairs = _write(tmp_path / "pairs.tsv", QUERIES)
     scored = _write(tmp_path / "scored.tsv", SCORED)
-    base = {"encoder": world.encoder, "index": world.index, "compute": {"rows_per_batch": 2}}
+    base = {"encoder": world.encoder, "index": world.index, "rows_per_batch": 2}
     output = str(tmp_path / "output")
-    queries = {"queries": {"path": pairs}, "reranker": str(dummy_reranker_dir), "rerank_k": 7}
+    queries = {"queries": {"path": pairs}, "reranker": str(dummy_reranker_dir), "recall_k": 7}
     plan = plan_evaluate(make_config(EvaluateConfig, {**base, **queries, "output": output}))
     assert (plan["queries"], plan["batches"], plan["reranked_pairs"], plan["index_rows"]) == (
         5,

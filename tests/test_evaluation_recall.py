@@ -67,7 +67,7 @@ def test_fused_scores_by_hand(encoder: WordEncoder) -> None:
 def test_what_is_not_reranked_follows_in_recall_order_with_falling_scores() -> None:
     items = candidates({"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.4})
     retriever = Retriever(WordEncoder(["x"]), scorer=TableScorer({"a": -3.0, "b": 4.0}))
-    hits = retriever.rerank(["q"], [items], rerank_k=2)[0]
+    hits = retriever.rerank(["q"], [items], recall_k=2)[0]
     assert [hit.id for hit in hits] == ["b", "a", "c", "d"]
     assert [hit.score for hit in hits] == pytest.approx([4.0, -3.0, -3.1, -3.4])
     assert [hit.rerank_score for hit in hits] == [4.0, -3.0, None, None]

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import raytower.index.compact as compact
 import raytower.index.fold as fold
+from raytower.config import make_config
+from raytower.data.config import PathConfig
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.build import plan_build
 from raytower.index.change import add_to_index, delete_from_index, plan_add, plan_delete, set_in_index
@@ -726,9 +728,9 @@ class TestDelete:
         }  # fmt: skip
         (tmp_path / "gone.txt").write_bytes(b"id 2\r\nid 3\n")
         assert (
-            delete_from_index(IndexDeleteConfig(index=str(folder), path=str(tmp_path / "gone.txt")))[
-                "deleted"
-            ]
+            delete_from_index(
+                IndexDeleteConfig(index=str(folder), input=PathConfig(path=str(tmp_path / "gone.txt")))
+            )["deleted"]
             == 2
         )
         config = IndexDeleteConfig(index=str(folder), filter={"year": {"$gte": 2290}})
@@ -744,7 +746,9 @@ class TestDelete:
         (tmp_path / "gone.txt").write_text("\n".join(odd[:3]) + "\n", newline="")
         assert (
             delete_from_index(
-                IndexDeleteConfig(index=str(tmp_path / "index"), path=str(tmp_path / "gone.txt"))
+                IndexDeleteConfig(
+                    index=str(tmp_path / "index"), input=PathConfig(path=str(tmp_path / "gone.txt"))
+                )
             )["deleted"]
             == 3
         )
@@ -752,7 +756,9 @@ class TestDelete:
         (tmp_path / "gone.jsonl").write_text(lines)
         assert (
             delete_from_index(
-                IndexDeleteConfig(index=str(tmp_path / "index"), path=str(tmp_path / "gone.jsonl"))
+                IndexDeleteConfig(
+                    index=str(tmp_path / "index"), input=PathConfig(path=str(tmp_path / "gone.jsonl"))
+                )
             )["deleted"]
             == 3
         )
@@ -803,7 +809,7 @@ class TestSet:
         )
         assert changed["changed"] == 3
         (tmp_path / "values.jsonl").write_text('{"id": "id 9", "year": 1}\n{"id": "id 8", "year": 2}\n')
-        config = IndexSetConfig(index=str(folder), path=str(tmp_path / "values.jsonl"))
+        config = IndexSetConfig(index=str(folder), input=PathConfig(path=str(tmp_path / "values.jsonl")))
         assert set_in_index(config)["changed"] == 2
         index = Index.open(folder)
         years = {
@@ -984,6 +990,45 @@ class TestCompact:
 
     def test_another_kind_may_be_asked_for(self, small: tuple[Path, np.ndarray]) -> None:
         assert compact_index(IndexCompactConfig(index=str(small[0]), kind="hnsw"), run=HERE)["kind"] == "hnsw"
+
+    def test_another_target_is_reached_and_recorded(self, tmp_path: Path) -> None:
+        index = tmp_path / "index"
+        build(
+            index, embeddings_of(tmp_path / "e", clustered_vectors(600)), kind="hnsw", target={"recall": 0.5}
+        )
+        asked = {"recall": 0.99, "k": 7}
+        compacted(index, target=asked)
+        manifest = open_manifest(index)
+        assert (manifest.recall_target, manifest.recall_k) == (0.99, 7)
+        assert manifest.measured is not None
+        assert (manifest.measured.version, manifest.measured.target, manifest.measured.k) == (
+            "000002",
+            0.99,
+            7,
+        )
+        # Asked for again it is there already, and what is not asked for is the version's own.
+        for target in (asked, {}, {"k": 7}):
+            config = make_config(IndexCompactConfig, {"index": str(index), "target": target})
+            assert plan_compact(config) == {"parent": "000002", "compacted": False}
+            assert compact_index(config, run=HERE)["compacted"] is False
+
+    def test_a_target_that_is_missed_is_kept_back_where_asked(self, tmp_path: Path) -> None:
+        index = tmp_path / "index"
+        embeddings = embeddings_of(tmp_path / "e", clustered_vectors(2000))
+        build(index, embeddings, kind="ivf_pq", rescore=False)
+        config = make_config(
+            IndexCompactConfig, {"index": str(index), "target": {"recall": 1.0, "on_target_missed": "keep"}}
+        )
+        with pytest.raises(InputError, match=r"below target\.recall 1\.0.* nothing was published"):
+            compact_index(config, run=HERE)
+        assert version_names(Location.of(index)) == ["000001"]
+        assert delete_from_index(IndexDeleteConfig(index=str(index), ids=["id 0"]))["rows"] == 1999
+
+    def test_the_time_of_a_query_decides_the_kind(self, tmp_path: Path) -> None:
+        index = tmp_path / "index"
+        build(index, embeddings_of(tmp_path / "e", clustered_vectors(600)), kind="flat")
+        compacted(index, kind="auto", target={"latency_ms": 2.5})
+        assert "within target.latency_ms 2.5" in open_manifest(index).kind_reason
 
     def test_codes_alone_can_be_compacted_since_the_table_has_the_vectors(self, tmp_path: Path) -> None:
         embeddings = embeddings_of(tmp_path / "e", clustered_vectors(600))

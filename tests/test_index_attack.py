@@ -13,6 +13,7 @@ import pytest
 import raytower.index.build as build_module
 import raytower.index.compact as compact
 import raytower.index.fold as fold
+from raytower.data.config import PathConfig
 from raytower.errors import FormatError, InputError
 from raytower.index.change import add_to_index, delete_from_index, set_in_index
 from raytower.index.change_config import (
@@ -86,7 +87,7 @@ class TestAttack:
         path = tmp_path / "values.jsonl"
         path.write_text('{"id": "a1", "price": 9}\n{"id": "a2", "year": 9}\n')
         with pytest.raises(InputError, match="line 2 has the keys"):
-            set_in_index(IndexSetConfig(index=index, path=str(path)))
+            set_in_index(IndexSetConfig(index=index, input=PathConfig(path=str(path))))
         assert [document.metadata["price"] for document in _documents(index)] == [0, 1, 2]
 
     def test_lists_of_integers_take_floats(self, tmp_path: Path) -> None:

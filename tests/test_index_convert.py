@@ -26,6 +26,7 @@ from raytower.index.config import IndexConvertConfig
 from raytower.index.convert import convert_index, plan_convert
 from raytower.index.manage import index_verify
 from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
 from raytower.runtime import worker_environment
 from raytower.storage import Location
 from tests.index_cases import HERE, unit_vectors
@@ -200,6 +201,15 @@ def test_converting_again_changes_nothing_and_old_files_go_when_asked(
     assert [path.name for path in (tmp_path / "versions").iterdir()] == ["000001.json"]
     assert convert(tmp_path, remove_old=True)["converted"] is False
     assert Index.open(tmp_path).num_rows == 157
+
+
+def test_another_target_is_recorded_with_what_was_measured_for_it(tmp_path: Path) -> None:
+    write_format_2(tmp_path, "hnsw")
+    convert(tmp_path, target={"recall": 0.75, "k": 4})
+    manifest = open_manifest(tmp_path)
+    assert manifest.measured is not None
+    assert (manifest.recall_target, manifest.recall_k) == (0.75, 4)
+    assert (manifest.measured.target, manifest.measured.k) == (0.75, 4)
 
 
 def test_old_files_that_the_index_was_not_made_of_are_kept(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class TestKilledChanges:
         return {
             "index": index,
             "add": (["index", "add", *named, "--embeddings", more], set(range(420))),
-            "delete": (["index", "delete", *named, "--path", str(gone)], set(range(50, 300))),
+            "delete": (["index", "delete", *named, "--input.path", str(gone)], set(range(50, 300))),
             "sync": (["index", "sync", *named, "--input.path", str(corpus)], set(range(40, 300))),
         }
 

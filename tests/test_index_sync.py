@@ -10,16 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from raytower.config import make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig, IndexSyncConfig
+from raytower.index.compact import compact_index, plan_compact
+from raytower.index.config import IndexCompactConfig
 from raytower.index.reader import Index
 from raytower.index.sync import plan_sync, sync_index
 from raytower.index.versions import open_manifest, version_names
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
-from tests.index_cases import build, write_embeddings
+from tests.index_cases import HERE, build, write_embeddings
 from tests.tiny_models import build_tiny_encoder
 
 Rows = dict[str, dict[str, Any]]
@@ -188,6 +191,32 @@ def test_recall_is_measured_with_real_queries(
     assert manifest.measured is not None
     assert manifest.queries is not None
     assert (manifest.measured.queries, figures["recall_target_reached"]) == (3, True)
+    again = build(tmp_path / "measured", str(tmp_path / "embeddings"), kind="hnsw", target=target)
+    assert again["version"] == "000001", "a build that is there already is not made again"
     vectors = np.load(tmp_path / "measured" / "queries" / f"{manifest.queries.sha256}.npy")
     expected = ForwardEngine(Encoder.load(str(encoder_dir))).encode(["bright sun", "the moon", "月亮"])
     assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_compaction_measures_with_other_queries_where_asked(
+    index: Path, tmp_path: Path, encoder_dir: Path
+) -> None:
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl").write_text('{"_id": "d1", "text": "moon 1"}\n', encoding="utf-8")
+    (beir / "queries.jsonl").write_text(
+        '{"_id": "q1", "text": "the moon"}\n{"_id": "q2", "text": "a star"}\n', encoding="utf-8"
+    )
+    (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td1\t1\n", encoding="utf-8")
+    queries = {"path": str(beir), "format": "beir", "split": "dev"}
+    config = make_config(IndexCompactConfig, {"index": str(index), "target": {"queries": queries}})
+    assert plan_compact(config)["compacted"] is True
+    assert compact_index(config, run=HERE)["compacted"] is True
+    manifest = open_manifest(index)
+    assert manifest.queries is not None
+    assert manifest.measured is not None
+    assert (manifest.measured.queries, manifest.measured.version) == (1, "000002")
+    (vector,) = np.load(index / "queries" / f"{manifest.queries.sha256}.npy")
+    (expected,) = ForwardEngine(Encoder.load(str(encoder_dir))).encode(["a star"])
+    assert np.allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
+    assert compact_index(config, run=HERE)["compacted"] is False, "these queries are the index's own by now"

@@ -39,7 +39,7 @@ class TestCommandLine:
     def test_help_of_a_command_lists_its_keys(self) -> None:
         done = run_cli("encode", "--help")
         assert done.returncode == 0
-        assert "compute.dtype" in done.stdout
+        assert "  dtype  (default" in done.stdout
         assert "encoder  (required)" in done.stdout
 
     @pytest.mark.processes

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, DistilBertConfig, MPNetConfig, PreTrainedModel, RobertaConfig
 
 from raytower.config import make_config
-from raytower.encoding.config import ComputeConfig, EncodeConfig
+from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError, MissingExtraError, RaytowerError
 from raytower.export import export, plan_export
 from raytower.models import onnx_export
@@ -171,7 +171,7 @@ class TestExport:
     ) -> None:
         output = tmp_path / "out"
         config = make_config(
-            ExportConfig, {"encoder": str(dummy_encoder_dir), "output": str(output), "dtype": dtype}
+            ExportConfig, {"encoder": str(dummy_encoder_dir), "output": str(output), "graph_dtype": dtype}
         )
         assert plan_export(config)["parameters"] > 10_000
         assert not output.exists()
@@ -212,7 +212,10 @@ class TestExport:
         second = export(config)
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
-        for values in ({"dtype": "int8"}, {"encoder": str(build_tiny_encoder(tmp_path / "other", seed=2))}):
+        for values in (
+            {"graph_dtype": "int8"},
+            {"encoder": str(build_tiny_encoder(tmp_path / "other", seed=2))},
+        ):
             with pytest.raises(InputError, match=r"exists and is no .* export of this encoder"):
                 export(config.model_copy(update=values))
         with pytest.raises(InputError, match="choose a new output"):
@@ -245,6 +248,8 @@ class TestExport:
 
 
 class TestRefusals:
+    VALUES: ClassVar = {"encoder": "e", "input": {"path": "p"}, "output": "o"}
+
     @pytest.mark.parametrize(
         ("engine", "dtype", "message"),
         [
@@ -257,14 +262,13 @@ class TestRefusals:
         with pytest.raises(InputError, match=message):
             check_compute(engine, dtype)
         with pytest.raises(InputError):
-            make_config(ComputeConfig, {"engine": engine, "dtype": dtype})
+            make_config(EncodeConfig, {**self.VALUES, "engine": engine, "dtype": dtype})
 
     def test_the_config_names_the_remedy(self) -> None:
-        values = {"encoder": "e", "input": {"path": "p"}, "output": "o"}
         with pytest.raises(InputError, match="set engine to onnx"):
-            make_config(EncodeConfig, {**values, "compute": {"dtype": "int8"}})
-        with pytest.raises(InputError, match=r"set workers.num_gpus to 0, or compute.engine to torch"):
-            make_config(EncodeConfig, {**values, "compute": {"engine": "onnx"}, "workers": {"num_gpus": 1}})
+            make_config(EncodeConfig, {**self.VALUES, "dtype": "int8"})
+        with pytest.raises(InputError, match=r"set workers.num_gpus to 0, or engine to torch"):
+            make_config(EncodeConfig, {**self.VALUES, "engine": "onnx", "workers": {"num_gpus": 1}})
 
     def test_onnx_on_a_gpu(self, dummy_encoder_dir: Path) -> None:
         with pytest.raises(InputError, match="engine onnx computes on CPUs, not on cuda"):

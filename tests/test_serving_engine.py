@@ -116,6 +116,26 @@ def test_rerank_scores_are_the_cross_encoder_s(index: MemoryIndex, dummy_reranke
     assert scored.model == "reranker"
 
 
+def test_texts_and_pairs_are_cut_to_the_lengths_of_the_config(
+    index: MemoryIndex, dummy_encoder_dir: Path, dummy_reranker_dir: Path
+) -> None:
+    engine = make_engine(index, reranker=str(dummy_reranker_dir), max_length=8, rerank_max_length=12)
+    engine.load()
+    peer = SentenceTransformer(str(dummy_encoder_dir), device="cpu")
+    peer.max_seq_length = 8
+    answer = engine.embed(TEXTS, None, Deadline.after(SOON))
+    assert np.abs(answer.vectors - peer.encode(TEXTS)).max() < 1e-5
+    # A token a character and two special ones; all texts but the two Chinese ones (3 and 3) are longer.
+    assert answer.num_tokens == 4 * 8 + 2 * 5
+    pairs = [("time is up", text) for text in TEXTS]
+    cut, whole = (CrossEncoder(str(dummy_reranker_dir), device="cpu", max_length=size) for size in (12, None))
+    expected = cut.predict(pairs, activation_fn=_identity)
+    assert np.abs(expected - whole.predict(pairs, activation_fn=_identity)).max() > 1e-3
+    assert engine.score("time is up", TEXTS, Deadline.after(SOON)).logits == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(InputError, match="max_length is 9999"):
+        make_engine(index, max_length=9999).load()
+
+
 def test_the_fusion_weight_of_the_config_wins(index: MemoryIndex, dummy_reranker_dir: Path) -> None:
     engine = make_engine(index, reranker=str(dummy_reranker_dir), fusion_weight=0.25)
     engine.load()

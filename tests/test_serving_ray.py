@@ -1,4 +1,4 @@
-"""The server under Ray Serve, over HTTP: both placements, a new version under load, a killed shard. Loopback only."""
+"""The server under Ray Serve, over HTTP: both layouts, a new version under load, a killed shard. Loopback only."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_together_serves_swaps_and_stops(
 
 
 def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, index_dir: Path) -> None:
-    config, url = served(make_config(index_dir, placement="apart", shard_timeout_ms=5000))
+    config, url = served(make_config(index_dir, layout="apart", shard_timeout_ms=5000))
     assert len(replica_names()) == 3
     queries = ["moon 3", "大地 1", "sun"]
     status, whole = ask(url, queries=queries, k=50, rerank=False)
@@ -282,7 +282,7 @@ def test_the_plan_says_what_would_run(index_dir: Path) -> None:
     assert together["rows"] == 50
     assert together["index_bytes_per_process"] == together["index_bytes"] == size
     assert (together["processes"], together["cpus"]) == (2, 4)
-    apart = deploy.plan_serve(make_config(index_dir, placement="apart", num_cpus=1, shard_num_cpus=2))
+    apart = deploy.plan_serve(make_config(index_dir, layout="apart", num_cpus=1, shard_num_cpus=2))
     assert (apart["processes"], apart["cpus"]) == (3, 5)
     assert apart["index_bytes_per_process"] == size // 2
 

@@ -226,7 +226,7 @@ class TestJob:
         # The right label is the first, the first, the second, the last, and one that the classifier does not know.
         expected = [peer[0][0], peer[1][0], peer[2][1], peer[3][3], {"label": "un##known"}]
         lines = [f"{text}\t{item['label']}" for text, item in zip(texts, expected, strict=True)]
-        result, written = self.run(classifier_dir, tmp_path, "\n".join(lines), compute={"rows_per_batch": 2})
+        result, written = self.run(classifier_dir, tmp_path, "\n".join(lines), rows_per_batch=2)
         assert written[0] == "text\tlabel\tscore"
         for text, row, line in zip(texts, peer, written[1:], strict=True):
             first, label, score = line.split("\t")
@@ -250,7 +250,7 @@ class TestJob:
         assert 0 < result["f1_macro"] < 1
 
     def test_json_lines_list_the_first_k_labels(self, classifier_dir: Path, tmp_path: Path) -> None:
-        _, written = self.run(classifier_dir, tmp_path, f"{TEXTS[3]}\tsports", format="jsonl", k=2)
+        _, written = self.run(classifier_dir, tmp_path, f"{TEXTS[3]}\tsports", file_type="jsonl", k=2)
         row = json.loads(written[0])
         (peer,) = peer_scores(classifier_dir, [TEXTS[3]])
         assert [label for label, _ in row["labels"]] == [
@@ -271,7 +271,7 @@ class TestJob:
             "classifier": str(classifier_dir),
             "input": {"path": str(tmp_path / "texts.tsv")},
             "output": str(tmp_path / "out"),
-            "compute": {"rows_per_batch": 2},
+            "rows_per_batch": 2,
         }
         plan = plan_classify(make_config(ClassifyConfig, values))
         classifier = TextClassifier.load(classifier_dir)
@@ -281,7 +281,7 @@ class TestJob:
         assert 8 * parameters < plan["predicted_memory_bytes"] < 8 * parameters + 100_000
         assert sorted(place.name for place in tmp_path.iterdir()) == ["texts.tsv"]
         with pytest.raises(InputError, match="max_length is 65"):
-            plan_classify(make_config(ClassifyConfig, {**values, "compute": {"max_length": 65}}))
+            plan_classify(make_config(ClassifyConfig, {**values, "max_length": 65}))
 
     @pytest.mark.parametrize(
         ("values", "message"),

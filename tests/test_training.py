@@ -21,8 +21,8 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from torch import nn
 
 from raytower.config import make_config
+from raytower.data.config import InputConfig
 from raytower.data.pieces import survey
-from raytower.data.sources import InputConfig
 from raytower.errors import InputError, RaytowerError
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine

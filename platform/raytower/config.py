@@ -50,7 +50,7 @@ class Config(BaseModel):
 class WorkersConfig(Config):
     """Processes that a job's work is shared out to, and what each of them holds while it works."""
 
-    renamed = {"max": "num"}
+    renamed: ClassVar = {"max": "num"}
 
     num: int = Field(default=2, ge=1)
     """How many there are; of an index, how many shards are built at once."""

@@ -20,11 +20,12 @@ _RESULTS = ("least_cosine", "mean_cosine", "bytes")
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write `output`: the encoder, and its backbone as a graph in `onnx/`; it appears when it is whole.
 
-    The directory loads as before with either library. `raytower encode` with compute.engine onnx takes the graph from
+    The directory loads as before with either library. `raytower encode` with engine onnx takes the graph from
     it, and SentenceTransformer(output, backend="onnx") finds `onnx/model.onnx` (int8: name the file model_int8.onnx).
 
     Returns:
-        output, dtype, fingerprint, file, bytes, least_cosine and mean_cosine to torch over built-in texts, seconds.
+        output, graph_dtype, fingerprint, file, bytes, least_cosine and mean_cosine to torch over built-in texts,
+        seconds.
 
     Raises:
         InputError: no such encoder, or an output that holds something else.
@@ -40,10 +41,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
         log(f"{config.output} is finished; nothing to do")
     else:
         with publish_directory(output) as folder:
-            results = export_graph(encoder, config.dtype, folder / GRAPH_FOLDER)
+            results = export_graph(encoder, config.graph_dtype, folder / GRAPH_FOLDER)
             files = checksums(folder / GRAPH_FOLDER)
             results["bytes"] = sum((folder / GRAPH_FOLDER / name).stat().st_size for name in files)
-            record = {config.dtype: {"files": files, **results}}
+            record = {config.graph_dtype: {"files": files, **results}}
             encoder.save(folder, {**read_info(source), INFO_KEY: record})
     return {
         **_plan(config, encoder),
@@ -63,9 +64,9 @@ def plan_export(config: ExportConfig) -> dict[str, Any]:
 def _plan(config: ExportConfig, encoder: Encoder) -> dict[str, Any]:
     return {
         "output": config.output,
-        "dtype": config.dtype,
+        "graph_dtype": config.graph_dtype,
         "fingerprint": encoder.fingerprint,
-        "file": f"{GRAPH_FOLDER}/{GRAPH_NAMES[config.dtype]}",
+        "file": f"{GRAPH_FOLDER}/{GRAPH_NAMES[config.graph_dtype]}",
     }
 
 
@@ -75,9 +76,9 @@ def _earlier_results(config: ExportConfig, output: Location, fingerprint: str) -
         return None
     place = output / INFO_NAME
     info = place.read_json() if place.is_file() else {}
-    if info.get("fingerprint") == fingerprint and config.dtype in info.get(INFO_KEY, {}):
-        return dict(info[INFO_KEY][config.dtype])
+    if info.get("fingerprint") == fingerprint and config.graph_dtype in info.get(INFO_KEY, {}):
+        return dict(info[INFO_KEY][config.graph_dtype])
     raise InputError(
-        f"output {config.output!r} exists and is no {config.dtype} export of this encoder; choose a new output, "
+        f"output {config.output!r} exists and is no {config.graph_dtype} export of this encoder; choose a new output, "
         "or remove the old one"
     )

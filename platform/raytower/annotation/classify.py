@@ -46,8 +46,8 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
     labeller = _load_labeller(config)
     tally = _Tally(config)
     progress = Progress("classified", "texts", survey.num_rows)
-    with open_rows(Location.of(config.output), config.format, _COLUMNS) as writer:
-        for table in row_batches(survey, config.compute.rows_per_batch):
+    with open_rows(Location.of(config.output), config.file_type, _COLUMNS) as writer:
+        for table in row_batches(survey, config.rows_per_batch):
             tally.add(table, labeller.label(table["text"].to_pylist()), writer)
             progress.advance(table.num_rows)
     result: dict[str, Any] = {
@@ -69,10 +69,19 @@ def plan_classify(config: ClassifyConfig) -> dict[str, Any]:
     rejected = {"rejected_rows": survey.num_rejected}
     if config.mode == "classifier":
         assert config.classifier is not None  # the config refused it otherwise
-        return {**plan_classifier_rows(survey.num_rows, config.compute, config.classifier), **rejected}
+        plan = plan_classifier_rows(
+            survey.num_rows, config, config.classifier, rows_per_batch=config.rows_per_batch
+        )
+        return {**plan, **rejected}
     assert config.encoder is not None
     assert config.index is not None
-    plan = plan_rows(survey.num_rows, config.compute, config.encoder, _depth(config))
+    plan = plan_rows(
+        survey.num_rows,
+        config,
+        config.encoder,
+        rows_per_batch=config.rows_per_batch,
+        candidates=_depth(config),
+    )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     return {**plan, **rejected, "index_rows": manifest.rows}
 
@@ -115,10 +124,10 @@ class _Tally:
 def _load_labeller(config: ClassifyConfig) -> Labeller:
     if config.mode == "classifier":
         assert config.classifier is not None  # the config refused it otherwise
-        return ClassifierLabeller(load_classifier(config.classifier, config.compute), _depth(config))
+        return ClassifierLabeller(load_classifier(config.classifier, config), _depth(config))
     assert config.encoder is not None
     assert config.index is not None
-    engine = load_engine(config.encoder, config.compute)
+    engine = load_engine(config.encoder, config)
     return IndexLabeller(
         engine,
         Index.open(config.index, encoder_fingerprint=engine.fingerprint),

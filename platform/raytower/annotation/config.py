@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from raytower.config import Config, OnError
-from raytower.data.sources import InputConfig
-from raytower.retrieval.config import QueryCompute
+from raytower.config import OnError
+from raytower.data.config import InputConfig
+from raytower.retrieval.config import BatchConfig, RerankConfig
 
-RowFormat = Literal["tsv", "jsonl"]
+FileType = Literal["tsv", "jsonl"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
 
 
-class MineConfig(Config):
+class MineConfig(RerankConfig, BatchConfig):
     """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
+
+    renamed: ClassVar = {"depth": "recall_k", "kind": "format"}
 
     encoder: str
     index: str
     input: InputConfig
     output: str
-    kind: Literal["triples", "scored", "candidates"] = "triples"
-    format: RowFormat = "tsv"
-    """Kind candidates is written as jsonl alone: its lists do not fit a TSV."""
+    format: Literal["triples", "scored", "candidates"] = "triples"
+    """Kind of the rows that are written, as train.format reads them."""
+    file_type: FileType = "tsv"
+    """Candidates are written as jsonl alone: their lists do not fit a TSV."""
     teacher: str | None = None
     """Cross-encoder directory or hub id whose logits are the labels or scores; null: 1 for the pair's own, else 0."""
-    depth: int = Field(default=50, ge=1)
-    """Documents recalled for each query."""
+    recall_k: int = Field(default=50, ge=1)
+    """Documents that the first stage recalls for each query; negatives are sampled among them."""
     skip_top: int = Field(default=0, ge=0)
     """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
     num_negatives: int = Field(default=1, ge=1)
@@ -37,30 +40,41 @@ class MineConfig(Config):
     query_prefix: str | None = None
     seed: int = Field(default=0, ge=0)
     on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _refuse_file_type(cls, value: Any) -> Any:
+        if value in get_args(FileType):
+            raise ValueError(
+                "it is the kind of rows now (triples, scored or candidates); the type of the file is called 'file_type'"
+            )
+        return value
 
     def model_post_init(self, context: Any) -> None:
-        if self.skip_top + self.num_negatives > self.depth:
+        if self.skip_top + self.num_negatives > self.recall_k:
             raise ValueError(
-                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than depth {self.depth}; "
-                "raise depth"
+                f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than recall_k "
+                f"{self.recall_k}; raise recall_k"
             )
-        if self.kind == "candidates" and self.format != "jsonl":
+        if self.format == "candidates" and self.file_type != "jsonl":
             raise ValueError(
-                f"kind is candidates, whose lists of documents do not fit format {self.format}; set format to jsonl"
+                f"format is candidates, whose lists of documents do not fit file_type {self.file_type}; set file_type "
+                "to jsonl"
             )
-        if self.teacher is not None and self.kind == "triples":
+        if self.teacher is not None and self.format == "triples":
             raise ValueError(
-                f"teacher is {self.teacher!r}, but triples hold no scores; set kind to candidates or scored, or "
+                f"teacher is {self.teacher!r}, but triples hold no scores; set format to candidates or scored, or "
                 "teacher to null"
             )
 
 
-class ClassifyConfig(Config):
+class ClassifyConfig(BatchConfig):
     """`raytower classify`. Modes labels and votes need `encoder` and `index`, mode classifier needs `classifier`.
 
     A document's label is its `label_field` where it has one; in mode labels else its text.
     """
+
+    renamed: ClassVar = {"format": "file_type"}
 
     encoder: str | None = None
     index: str | None = None
@@ -76,12 +90,11 @@ class ClassifyConfig(Config):
     """Modes labels and classifier: labels listed in JSON lines. Mode votes: neighbours that vote."""
     temperature: float = Field(default=0.05, gt=0)
     """Mode votes: a neighbour's vote weighs exp(score / temperature); small trusts the nearest, large counts heads."""
-    format: RowFormat = "tsv"
+    file_type: FileType = "tsv"
     query_prefix: str | None = None
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""
     on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
 
     def model_post_init(self, context: Any) -> None:
         by_classifier = self.mode == "classifier"
@@ -102,11 +115,13 @@ class ClassifyConfig(Config):
                 )
 
 
-class SimilarityConfig(Config):
+class SimilarityConfig(BatchConfig):
     """`raytower similarity`. Prefixes null are the encoder's own: the first text a query, the second a document.
 
     Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
     """
+
+    renamed: ClassVar = {"format": "file_type"}
 
     encoder: str
     input: InputConfig
@@ -115,11 +130,10 @@ class SimilarityConfig(Config):
     """Whether the input holds labels (`query title label`); false reads pairs alone."""
     threshold: float = Field(default=0.8, ge=-1, le=1)
     """A pair counts as similar from this cosine on."""
-    format: RowFormat = "tsv"
+    file_type: FileType = "tsv"
     query_prefix: str | None = None
     document_prefix: str | None = None
     on_error: OnError = "fail"
-    compute: QueryCompute = QueryCompute()
 
 
 AnnotationConfig = MineConfig | ClassifyConfig | SimilarityConfig

@@ -110,16 +110,16 @@ def mine(config: MineConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     survey = survey_rows(config, "pairs")
-    engine = load_engine(config.encoder, config.compute)
+    engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
-    teacher = None if config.teacher is None else load_reranker(config.teacher, config.compute, None)[0]
+    teacher = None if config.teacher is None else load_reranker(config.teacher, config, None)[0]
     miner = Miner(config, engine, index, KnownPositives.read(survey), teacher)
-    with open_rows(Location.of(config.output), config.format, _COLUMNS[config.kind]) as writer:
-        miner.run(_pair_batches(survey, config.compute.rows_per_batch), survey.num_rows, writer)
+    with open_rows(Location.of(config.output), config.file_type, _COLUMNS[config.format]) as writer:
+        miner.run(_pair_batches(survey, config.rows_per_batch), survey.num_rows, writer)
     counts = miner.counts
     if counts.pairs_without_negatives:
         log(
-            f"{counts.pairs_without_negatives:,} pairs have no negative left and are not written; raise depth"
+            f"{counts.pairs_without_negatives:,} pairs have no negative left and are not written; raise recall_k"
         )
     return {
         **asdict(counts),
@@ -133,7 +133,14 @@ def mine(config: MineConfig) -> dict[str, Any]:
 def plan_mine(config: MineConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
     survey = survey_rows(config, "pairs")
-    plan = plan_rows(survey.num_rows, config.compute, config.encoder, config.depth, config.teacher)
+    plan = plan_rows(
+        survey.num_rows,
+        config,
+        config.encoder,
+        rows_per_batch=config.rows_per_batch,
+        candidates=config.recall_k,
+        reranker=config.teacher,
+    )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     # Up to two keys a pair, held twice while they are sorted.
     plan["predicted_memory_bytes"] += survey.num_rows * 2 * 8 * 2
@@ -162,8 +169,8 @@ class Miner:
         # A positive is compared with candidates, so it is encoded as they were.
         self._document_engine = ForwardEngine(
             engine.encoder,
-            dtype=config.compute.dtype,
-            tokens_per_batch=config.compute.tokens_per_batch,
+            dtype=config.dtype,
+            tokens_per_batch=config.tokens_per_batch,
             max_length=index.manifest.max_length,
         )
         self._positives = positives
@@ -186,7 +193,7 @@ class Miner:
         """The sampled negatives of each pair, nearest first."""
         queries = list(dict.fromkeys(pair.query for pair in batch))
         vectors = self._engine.encode(queries, self._prefix)
-        recalled = dict(zip(queries, self._recall(vectors, self._config.depth), strict=True))
+        recalled = dict(zip(queries, self._recall(vectors, self._config.recall_k), strict=True))
         limits = self._limits(batch, vectors, {query: row for row, query in enumerate(queries)})
         return [
             self._sample(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)
@@ -206,7 +213,7 @@ class Miner:
         if len(bad):
             raise InputError(
                 f"teacher {self._config.teacher!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
-                "must be finite; set compute.dtype to float32, or name another teacher"
+                "must be finite; set dtype to float32, or name another teacher"
             )
         ends = np.cumsum([len(documents) for documents in lists])[:-1]
         return [part.tolist() for part in np.split(logits, ends)]
@@ -252,10 +259,10 @@ class Miner:
         self.counts.negatives += num_negatives
         self.counts.pairs_without_negatives += not num_negatives
         self.counts.pairs_with_fewer += 0 < num_negatives < self._config.num_negatives
-        if self._config.kind == "triples":
+        if self._config.format == "triples":
             for text in documents[1:]:
                 writer.write(pair.query, pair.document, text)
-        elif self._config.kind == "scored":
+        elif self._config.format == "scored":
             for text, score in zip(documents, scores, strict=True):
                 writer.write(pair.query, text, score)
         elif documents:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from raytower.annotation.config import RowFormat
+from raytower.annotation.config import FileType
 from raytower.errors import InputError
 from raytower.storage import Location
 
@@ -18,13 +18,13 @@ class RowWriter:
     """Writes rows of one set of columns. Made by `open_rows`."""
 
     def __init__(
-        self, stream: pa.NativeFile | IO[bytes], row_format: RowFormat, columns: Sequence[str]
+        self, stream: pa.NativeFile | IO[bytes], file_type: FileType, columns: Sequence[str]
     ) -> None:
         self._stream = stream
-        self._format = row_format
+        self._file_type = file_type
         self._columns = tuple(columns)
         self.num_rows = 0
-        if row_format == "tsv":
+        if file_type == "tsv":
             self._write_line("\t".join(self._columns))
 
     def write(self, *values: Any, **more: Any) -> None:
@@ -34,7 +34,7 @@ class RowWriter:
             InputError: a value cannot stand in a TSV, because it holds a tab or a line break.
         """
         row = dict(zip(self._columns, values, strict=True))
-        if self._format == "jsonl":
+        if self._file_type == "jsonl":
             self._write_line(json.dumps({**row, **more}, ensure_ascii=False, allow_nan=False))
         else:
             self._write_line("\t".join(_tsv_cell(name, value) for name, value in row.items()))
@@ -45,10 +45,10 @@ class RowWriter:
 
 
 @contextmanager
-def open_rows(place: Location, row_format: RowFormat, columns: Sequence[str]) -> Iterator[RowWriter]:
+def open_rows(place: Location, file_type: FileType, columns: Sequence[str]) -> Iterator[RowWriter]:
     """A writer of `place`; nothing appears there if the block fails."""
     with place.open_write() as stream:
-        yield RowWriter(stream, row_format, columns)
+        yield RowWriter(stream, file_type, columns)
 
 
 def _tsv_cell(name: str, value: Any) -> str:
@@ -56,6 +56,6 @@ def _tsv_cell(name: str, value: Any) -> str:
     if any(mark in text for mark in "\t\n\r"):
         raise InputError(
             f"{name} {text[:80]!r} holds a tab or a line break, which a TSV cannot carry (it has no quoting); "
-            "set format to jsonl"
+            "set file_type to jsonl"
         )
     return text

@@ -31,13 +31,13 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     survey = survey_rows(config, "scored" if config.labelled else "pairs")
-    engine = load_engine(config.encoder, config.compute)
+    engine = load_engine(config.encoder, config)
     columns = ("query", "title", "label", "score") if config.labelled else ("query", "title", "score")
     scores: list[Floats] = []
     labels: list[Floats] = []
     progress = Progress("scored", "pairs", survey.num_rows)
-    with open_rows(Location.of(config.output), config.format, columns) as writer:
-        for table in row_batches(survey, config.compute.rows_per_batch):
+    with open_rows(Location.of(config.output), config.file_type, columns) as writer:
+        for table in row_batches(survey, config.rows_per_batch):
             scores.append(_score(engine, table, config))
             if config.labelled:
                 labels.append(table["label"].to_numpy())
@@ -58,7 +58,9 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
 def plan_similarity(config: SimilarityConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
     survey = survey_rows(config, "scored" if config.labelled else "pairs")
-    plan = plan_rows(survey.num_rows, config.compute, config.encoder, candidates=1)
+    plan = plan_rows(
+        survey.num_rows, config, config.encoder, rows_per_batch=config.rows_per_batch, candidates=1
+    )
     return {**plan, "rejected_rows": survey.num_rejected}
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from raytower.data.config import InputConfig
 from raytower.data.layouts import Layout, Source, read_head, split_first_line
 from raytower.data.parquet import open_reader
 from raytower.data.records import RecordField, RecordKind, canonical_schema, fields_of
@@ -23,7 +24,7 @@ from raytower.data.rejects import Rejects
 from raytower.data.row_batch import Chunk, Rejection
 from raytower.data.rows import parse_slice
 from raytower.data.slices import RangeReader, Slice
-from raytower.data.sources import COMPRESSION_SUFFIXES, InputConfig, SourceFile, is_glob, single_file
+from raytower.data.sources import COMPRESSION_SUFFIXES, SourceFile, is_glob, single_file
 from raytower.errors import InputError
 from raytower.storage import Location
 

@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 import pyarrow as pa
 
+from raytower.data.config import InputConfig
 from raytower.data.first_bytes import binary_format, refuse_other_file, refuse_other_text
 from raytower.data.records import (
     EXPECTED_HEADER,
@@ -21,7 +22,7 @@ from raytower.data.records import (
     is_corpus_like,
 )
 from raytower.data.slices import Cut, RangeReader, Slice, row_ends
-from raytower.data.sources import FORMAT_BY_SUFFIX, InputConfig, SourceFile
+from raytower.data.sources import FORMAT_BY_SUFFIX, SourceFile
 from raytower.errors import InputError
 
 FileFormat = Literal["lines", "tsv", "csv", "jsonl", "json", "parquet", "arrow"]

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from raytower.config import OnError
 from raytower.data import beir
+from raytower.data.config import InputConfig
 from raytower.data.extras import ExtraTypes, build_table
 from raytower.data.layouts import Source, detect_layout
 from raytower.data.parquet import open_reader
@@ -24,7 +25,7 @@ from raytower.data.records import RecordKind, canonical_schema, is_corpus_like
 from raytower.data.rejects import Rejects
 from raytower.data.row_batch import Chunk, Rejection
 from raytower.data.slices import Extent
-from raytower.data.sources import InputConfig, find_files
+from raytower.data.sources import find_files
 from raytower.errors import InputError
 from raytower.storage import Location
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from raytower.data import beir
+from raytower.data.config import InputConfig, NamedInput, QueryFormat
 from raytower.data.layouts import Source
 from raytower.data.pieces import read_pieces, survey
-from raytower.data.sources import InputConfig, NamedInput
 from raytower.errors import InputError
-
-QueryFormat = Literal["auto", "pairs", "beir"]
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
-from pydantic import Field, model_validator
 
-from raytower.config import Config
 from raytower.errors import InputError
 from raytower.storage import Location
 
-InputFormat = Literal["auto", "lines", "tsv", "csv", "jsonl", "beir", "parquet", "arrow"]
 Compression = Literal["gzip", "zstd"]
 
 # What an extension means under format auto. Text is looked at more closely once the record kind is known.
@@ -50,35 +47,6 @@ _ABOUT = _OUR_FILES | {
 _INDEX_VERSION = re.compile(r"/versions/[0-9]{6,}\.json$")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-
-
-class InputConfig(Config):
-    """Where records come from. `path` is a file, a folder or a glob, local or by URI; a string alone is a path."""
-
-    path: str
-    format: InputFormat = "auto"
-    text_fields: list[str] = Field(default=["title", "text"], min_length=1)
-    """Columns or keys that make up a corpus text, joined by one space; the last is required, the others are not."""
-    id_field: str | None = None
-    """The column or key that holds a corpus row's id; null takes `id` or `_id` where there is one."""
-    split: str | None = None
-    """Which qrels/<split>.tsv of a BEIR folder to read; null means train."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    def remedy(self, text: str) -> str:
-        """`text`, which advises to set keys of this section, as the end of a message."""
-        return f"; {text}"
-
-
-class NamedInput(InputConfig):
-    """An input that a command names by its path alone: it has no other key that a message could advise to set."""
-
-    def remedy(self, text: str) -> str:
-        return ""
 
 
 @dataclass(frozen=True)

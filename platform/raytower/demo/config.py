@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from raytower.config import Config
@@ -10,9 +12,12 @@ from raytower.config import Config
 class DemoConfig(Config):
     """`work_dir` null uses a temporary folder, removed at the end; `port` is where the demo serves."""
 
+    renamed: ClassVar = {"rerank_k": "recall_k"}
+
     work_dir: str | None = None
     full: bool = False
     keep_serving: bool = False
     seed: int = Field(default=0, ge=0)
     port: int = Field(default=8000, ge=0, le=65535)
-    rerank_k: int = Field(default=10, ge=1)
+    recall_k: int = Field(default=10, ge=1)
+    """Documents that the first stage recalls for each question; all of them are reranked."""

@@ -171,7 +171,7 @@ class _Demo:
                         "input": {"path": str(files.corpus)},
                         "output": str(self.folder / f"embeddings-{name}"),
                         "max_length": _MAX_LENGTH,
-                        "compute": {"dtype": "bfloat16"},
+                        "dtype": "bfloat16",
                         "workers": {"min": 2, "num": 2},
                     },
                 )
@@ -200,9 +200,11 @@ class _Demo:
             "encoder": encoder,
             "index": str(self.folder / f"index-{index}"),
             "queries": {"path": str(files.beir), "format": "beir", "split": split},
-            "rerank_k": self.config.rerank_k,
+            "recall_k": self.config.recall_k,
             "k": [1, 5, 10, 20, 50],
-            "compute": {"dtype": "bfloat16", "max_length": _MAX_LENGTH, "rerank_max_length": _MAX_LENGTH},
+            "dtype": "bfloat16",
+            "max_length": _MAX_LENGTH,
+            "rerank_max_length": _MAX_LENGTH,
             "output": str(self.folder / "reports" / f"{(row or index).replace(' ', '-')}-{split}"),
             **changes,
         }
@@ -224,7 +226,7 @@ class _Demo:
                         "output": str(negatives),
                         # Negatives a little below the top: the hardest are often right, and a cross-encoder
                         # that starts from scratch learns nothing from them in a minute.
-                        "depth": 200,
+                        "recall_k": 200,
                         "skip_top": 10,
                         "num_negatives": 1,
                         "seed": self.config.seed,
@@ -263,7 +265,7 @@ class _Demo:
         )
         queries = read_queries(str(files.beir), "beir", "dev")
         assert queries.relevant is not None, "a BEIR folder judges by id"
-        return tune_on_queries(retriever, queries.texts, queries.relevant, rerank_k=self.config.rerank_k)
+        return tune_on_queries(retriever, queries.texts, queries.relevant, recall_k=self.config.recall_k)
 
     def _serve(self, encoder: str, index: str, reranker: str | None) -> str:
         values = {
@@ -274,7 +276,7 @@ class _Demo:
         }
         with _timed(self.seconds, "serve"):
             base = start(make_config(ServeConfig, values))
-            lines = [line for question in QUESTIONS for line in _ask(base, question, self.config.rerank_k)]
+            lines = [line for question in QUESTIONS for line in _ask(base, question, self.config.recall_k)]
         if self.config.keep_serving:
             _wait(base)
         stop()

@@ -102,7 +102,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
     Raises:
         InputError: bad rows under on_error=fail, duplicate ids, an output of another job, an unknown model.
-        MissingExtraError: compute.engine onnx without ONNX Runtime.
+        MissingExtraError: engine onnx without ONNX Runtime.
         RaytowerError: vectors that are not finite, no memory or no room left, or workers that failed.
     """
     started_at, started = time.time(), time.perf_counter()
@@ -121,9 +121,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
             log(f"{len(kept)} of {len(job.pieces)} files are finished already")
         if missing:
             remove_left_overs(job.output, records=False)
-            if config.compute.engine == "onnx":
+            if config.engine == "onnx":
                 # Now, for workers to find it: what goes wrong is said once.
-                graph_for(job.encoder, config.compute.dtype, resolve_model(config.encoder))
+                graph_for(job.encoder, config.dtype, resolve_model(config.encoder))
             ensure_ray()
             answers = _run(job, missing)
         if lease is not None:
@@ -274,8 +274,8 @@ def _what_makes_vectors(job: _Job) -> dict[str, Any]:
         "query_prefix": job.encoder.prefix_for("query"),
         "similarity": job.encoder.settings.similarity,
         "max_length": job.config.max_length,
-        "engine": job.config.compute.engine,
-        "compute_dtype": job.config.compute.dtype,
+        "engine": job.config.engine,
+        "compute_dtype": job.config.dtype,
     }
 
 
@@ -468,9 +468,9 @@ def _worker_shape(job: _Job) -> WorkerShape:
     device = torch.device("cuda" if config.workers.num_gpus > 0 else "cpu")
     return WorkerShape(
         workers=config.workers.num,
-        engine=config.compute.engine,
-        dtype=config.compute.dtype,
-        tokens_per_batch=config.compute.tokens_per_batch or default_tokens_per_batch(device),
+        engine=config.engine,
+        dtype=config.dtype,
+        tokens_per_batch=config.tokens_per_batch or default_tokens_per_batch(device),
         block_rows=default_block_rows(device),
         vector_bytes=np.dtype(config.embedding_dtype).itemsize,
         on_gpu=device.type == "cuda",

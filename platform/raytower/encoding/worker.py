@@ -154,10 +154,10 @@ def load_engine(config: EncodeConfig, fingerprint: str) -> ForwardEngine:
         )
     return ForwardEngine(
         encoder,
-        engine=config.compute.engine,
-        dtype=config.compute.dtype,
+        engine=config.engine,
+        dtype=config.dtype,
         device="cuda" if config.workers.num_gpus > 0 else "cpu",
-        tokens_per_batch=config.compute.tokens_per_batch,
+        tokens_per_batch=config.tokens_per_batch,
         max_length=config.max_length,
         directory=resolve_model(config.encoder),
     )
@@ -174,5 +174,5 @@ def _refuse_broken_vectors(vectors: NDArray[np.float32], table: pa.Table) -> Non
         name = table["id"][int(np.flatnonzero(broken)[0])].as_py()
         raise RaytowerError(
             f"the encoder gave {int(broken.sum())} vectors that are not finite, the first for id {name!r}; "
-            "try compute.dtype float32, or check the model's weights"
+            "try dtype float32, or check the model's weights"
         )

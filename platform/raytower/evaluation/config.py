@@ -6,35 +6,21 @@ from typing import Any
 
 from pydantic import Field
 
-from raytower.config import Config, FractionField
-from raytower.data.queries import QueryFormat
-from raytower.retrieval.config import QueryCompute
+from raytower.data.config import QueriesConfig
+from raytower.retrieval.config import BatchConfig, RetrieverConfig
 
 
-class QueriesConfig(Config):
-    """Judged queries: pairs (relevance by text) or a BEIR folder (relevance by id). `split` is BEIR's."""
-
-    path: str
-    format: QueryFormat = "auto"
-    split: str = "test"
-
-
-class EvaluateConfig(Config):
-    """`raytower evaluate`. `query_prefix` null is the encoder's own; `fusion_weight` null is the reranker's own."""
+class EvaluateConfig(RetrieverConfig, BatchConfig):
+    """`raytower evaluate`."""
 
     encoder: str
     index: str
     queries: QueriesConfig
-    reranker: str | None = None
-    rerank_k: int = Field(default=100, ge=1)
-    fusion_weight: FractionField | None = None
-    query_prefix: str | None = None
     k: list[int] = Field(default=[1, 5, 10, 20, 50], min_length=1)
     output: str | None = None
     """Folder of run.trec, report.json and report.html; null writes none."""
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""
-    compute: QueryCompute = QueryCompute()
 
     def model_post_init(self, context: Any) -> None:
         if min(self.k) < 1 or len(set(self.k)) != len(self.k):

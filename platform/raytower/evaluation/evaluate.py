@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
-    engine = load_engine(config.encoder, config.compute)
+    engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
     if on_gpu := index.use_gpu():
         log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
@@ -101,12 +101,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def plan_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
-    plan = plan_rows(len(queries), config.compute, config.encoder, _depth(config), config.reranker)
+    plan = plan_rows(
+        len(queries),
+        config,
+        config.encoder,
+        rows_per_batch=config.rows_per_batch,
+        candidates=_depth(config),
+        reranker=config.reranker,
+    )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
     return {
         **plan,
         "queries": len(queries),
-        "reranked_pairs": len(queries) * min(config.rerank_k, manifest.rows) if config.reranker else 0,
+        "reranked_pairs": len(queries) * min(config.recall_k, manifest.rows) if config.reranker else 0,
         "index_version": manifest.version,
         "index_rows": manifest.rows,
     }
@@ -121,8 +128,8 @@ def _measure(retriever: Retriever, judgements: Judgements, config: EvaluateConfi
         run = None
         if config.output is not None:
             run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
-        for start in range(0, total, config.compute.rows_per_batch):
-            part = slice(start, start + config.compute.rows_per_batch)
+        for start in range(0, total, config.rows_per_batch):
+            part = slice(start, start + config.rows_per_batch)
             ranked = _search(retriever, judgements, part, config, measured)
             for place, hits in enumerate(ranked, start=start):
                 if run is not None:
@@ -146,7 +153,7 @@ def _search(
     by_recall = [recall_order(items) for items in candidates]
     final = by_recall
     if retriever.scorer is not None:
-        final = retriever.rerank(texts, candidates, config.rerank_k)
+        final = retriever.rerank(texts, candidates, config.recall_k)
         measured.recall.append(_metrics(by_recall, relevant, config.k))
     times.append(time.perf_counter())
     measured.final.append(_metrics(final, relevant, config.k))
@@ -163,7 +170,7 @@ def _metrics(
 
 def _depth(config: EvaluateConfig) -> int:
     deepest = max(*config.k, MRR_DEPTH, NDCG_DEPTH)
-    return max(deepest, config.rerank_k) if config.reranker else deepest
+    return max(deepest, config.recall_k) if config.reranker else deepest
 
 
 def _keep_worst(heap: list[_WorstQuery], item: _WorstQuery) -> None:

@@ -8,8 +8,6 @@ fragments of the table and shards, is found again by what it was made of.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytower.data.queries import read_queries
+from raytower.data.config import QueriesConfig
 from raytower.errors import FormatError, InputError
 from raytower.index.config import (
     ExactDtype,
@@ -29,7 +27,7 @@ from raytower.index.config import (
     IndexKind,
     IvfConfig,
     Placing,
-    TargetConfig,
+    RebuildTargetConfig,
 )
 from raytower.index.embeddings import Embeddings
 from raytower.index.faiss_import import import_faiss
@@ -37,8 +35,6 @@ from raytower.index.faiss_index import GPU_LISTS
 from raytower.index.kinds import parameter_grid
 from raytower.index.manifest import (
     FORMAT_VERSION,
-    QUERIES_NAME,
-    FileEntry,
     IndexManifest,
     Measured,
     Origin,
@@ -46,7 +42,6 @@ from raytower.index.manifest import (
     ShardEntry,
 )
 from raytower.index.measure import (
-    NUM_QUERIES,
     ExactHits,
     HeldOut,
     exact_hits,
@@ -58,7 +53,6 @@ from raytower.index.measure import (
 from raytower.index.place import place_rows
 from raytower.index.plan import IndexPlan, IndexRequest, human_bytes, split_rows
 from raytower.index.reader import Index
-from raytower.index.shard import local_file
 from raytower.index.shard_build import (
     ShardTask,
     TableRows,
@@ -76,6 +70,7 @@ from raytower.index.table import (
     table_schema,
     write_fragments,
 )
+from raytower.index.target_queries import kept_queries, opened_queries
 from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import (
     next_version,
@@ -179,11 +174,12 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
         made_of={"format": FORMAT_VERSION, "rows": source.identity(), "first_row": first_row},
     )
     entries, placement = build_shards(shards, run)
-    queries = _kept_queries(index, source, config.target.queries) if config.target.queries else None
+    asked = config.target.queries
+    queries = None if asked is None else kept_queries(index, source.origin, asked)
     draft = _draft(config, shards, before, identity, first_row)
     draft = draft.model_copy(update={"shards": entries, "placement": placement, "queries": queries})
     manifest = measured(index, draft, run, config.seed)
-    _refuse_missed_target(manifest, config.target)
+    refuse_missed_target(manifest, config.target)
     _publish(index, manifest, table)
     remove_work(index, digest_of(source.identity()))
     return figures(manifest, started, config.output)
@@ -330,7 +326,7 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
     unit = draft.metric == "cosine"
     rows = TableRows(index=index, table_version=draft.table_version, unit=unit, last=draft.rows)
     ks = measured_ks(draft.recall_k, draft.rows)
-    queries = _queries_of(index, draft) or run(hold_out, [(rows, seed)])[0]
+    queries = opened_queries(index, draft) or run(hold_out, [(rows, seed)])[0]
     parts = [
         dataclasses.replace(rows, first=first, last=last)
         for first, last in split_rows(draft.rows, min(max(run.at_once, 1), draft.rows))
@@ -338,44 +334,6 @@ def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> 
     found = run(exact_hits, [(part, queries, ks[-1]) for part in parts])
     exact = merge_exact(found, ks[-1])
     return run(_measure, [(index, draft, queries, exact, ks, run.threads_alone)])[0]
-
-
-def _kept_queries(index: Location, source: Embeddings, path: str) -> FileEntry:
-    """Up to 256 queries of a file as vectors in the index, made by the encoder of its documents.
-
-    Raises:
-        InputError: bad queries, or an encoder that is not on this machine. FormatError: another encoder of that name.
-    """
-    from raytower.models.encoder import Encoder
-    from raytower.models.forward import ForwardEngine
-
-    made = source.manifest
-    texts = read_queries(path).texts
-    encoder = Encoder.load(made.encoder)
-    if encoder.fingerprint != made.fingerprint:
-        raise FormatError(
-            f"target.queries cannot be encoded: {made.encoder!r} has fingerprint {encoder.fingerprint}, the embeddings "
-            f"were made with {made.fingerprint}"
-        )
-    chosen = texts[:: -(-len(texts) // NUM_QUERIES)]
-    vectors = ForwardEngine(encoder, max_length=made.max_length).encode(chosen, made.query_prefix)
-    if source.origin.metric == "cosine":
-        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    stream = io.BytesIO()
-    np.save(stream, vectors.astype(np.float32), allow_pickle=False)
-    content = stream.getvalue()
-    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-    (index / QUERIES_NAME / f"{entry.sha256}.npy").put_if_absent(content)
-    return entry
-
-
-def _queries_of(index: Location, draft: IndexManifest) -> HeldOut | None:
-    """The queries of an index, none of them a row of it."""
-    if draft.queries is None:
-        return None
-    path = local_file(index / QUERIES_NAME / f"{draft.queries.sha256}.npy", draft.queries)
-    vectors = np.load(path, allow_pickle=False)
-    return HeldOut(np.full(len(vectors), -1, np.int64), vectors)
 
 
 def _measure(
@@ -546,11 +504,16 @@ def remove_work(index: Location, digest: str) -> None:
 def _identity(config: IndexBuildConfig, source: Embeddings, plan: IndexPlan) -> str:
     """What names this build: rows, what shards are made of them, and the recall that they must reach."""
     settings = config.model_dump(mode="json", exclude={"embeddings", "output", "workers", "replace"})
+    queries = config.target.queries
+    if queries is not None and queries == QueriesConfig(path=queries.path):
+        # An index knows its builds of a time when queries were a path.
+        settings["target"]["queries"] = queries.path
     content = {"rows": source.identity(), "origin": source.origin.model_dump(), "settings": settings}
     return digest_of(json.loads(json.dumps({**content, "kind": plan.kind, "parameters": plan.parameters})))
 
 
-def _refuse_missed_target(manifest: IndexManifest, target: TargetConfig) -> None:
+def refuse_missed_target(manifest: IndexManifest, target: RebuildTargetConfig) -> None:
+    """Raises InputError where a version that is not published yet misses its recall and is to be kept back."""
     if manifest.target_reached is not False:
         return
     what = (

@@ -141,7 +141,7 @@ def set_in_index(config: IndexSetConfig) -> dict[str, Any]:
     index = Location.of(config.index)
     with changing(index, "index set") as writer:
         table, unknown = writer.table, 0
-        if config.path is None:
+        if config.input is None:
             _refuse_fixed(config.values, table)
             assert config.filter is not None
             condition = _condition(config.filter, table)
@@ -153,7 +153,7 @@ def set_in_index(config: IndexSetConfig) -> dict[str, Any]:
             table = table.with_value_where(literals, condition) if changed else table
             identity = digest_of({"set": config.values, "filter": config.filter})
         else:
-            values = read_values(config.path, table)
+            values = read_values(config.input.path, table)
             identity = digest_of({"set": values.to_pylist()})
             ids = values["id"].to_pylist()
             found = _found_ids(table, ids)
@@ -198,8 +198,8 @@ def plan_set(config: IndexSetConfig) -> dict[str, Any]:
     manifest = open_manifest(config.index)
     table = DocumentTable.open(Location.of(config.index), manifest.table_version)
     if config.filter is None:
-        assert config.path is not None
-        return {"parent": manifest.version, "rows": read_values(config.path, table).num_rows}
+        assert config.input is not None
+        return {"parent": manifest.version, "rows": read_values(config.input.path, table).num_rows}
     _refuse_fixed(config.values, table)
     return {"parent": manifest.version, "matching": len(table.matching(_condition(config.filter, table)))}
 
@@ -401,9 +401,10 @@ def _condition(filter: Mapping[str, Any] | str, table: DocumentTable) -> str:
 
 def _given_ids(config: IndexDeleteConfig) -> list[str]:
     """All ids to delete; those of a file are read. Raises InputError where neither ids nor a filter name documents."""
-    given = [*config.ids, *(read_ids(config.path) if config.path is not None else ())]
+    given = [*config.ids, *(read_ids(config.input.path) if config.input is not None else ())]
     if config.filter is None and not given:
-        raise InputError(f"{config.path!r} holds no ids; there is nothing to delete")
+        assert config.input is not None
+        raise InputError(f"{config.input.path!r} holds no ids; there is nothing to delete")
     return given
 
 

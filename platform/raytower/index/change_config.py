@@ -5,12 +5,12 @@ Imports neither FAISS nor Lance.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from raytower.config import AutoscalingWorkersConfig, Config, OnError, WorkersConfig
-from raytower.data.sources import InputConfig
+from raytower.data.config import InputConfig, PathConfig
 
 
 class IndexAddConfig(Config):
@@ -28,43 +28,46 @@ class IndexAddConfig(Config):
 
 
 class IndexDeleteConfig(Config):
-    """`raytower index delete`: by `ids`, by a file at `path`, or by a `filter` on the documents' columns.
+    """`raytower index delete`: by `ids`, by a file of ids at `input`, or by a `filter` on the documents' columns."""
 
-    The file is text with an id a line; or JSONL or Parquet with a key or column `id`, for ids of any characters.
-    `on_unknown` ignore lets ids pass that the index does not hold; they are counted. `filter` is JSON, or SQL text.
-    """
+    renamed: ClassVar = {"path": "input.path"}
 
     index: str
     ids: list[str] = Field(default_factory=list)
-    path: str | None = None
+    input: PathConfig | None = None
+    """A text with an id a line; or JSONL or Parquet with a key or column `id`, for ids of any characters."""
     filter: dict[str, Any] | str | None = None
+    """JSON, or SQL text."""
     on_unknown: Literal["fail", "ignore"] = "fail"
+    """Ignore lets ids pass that the index does not hold; they are counted."""
     workers: WorkersConfig = WorkersConfig()
 
     def model_post_init(self, context: Any) -> None:
-        if not self.ids and self.path is None and self.filter is None:
-            raise ValueError("there is nothing to delete: give ids, path (a file of ids), or filter")
-        if self.filter is not None and (self.ids or self.path is not None):
-            raise ValueError("filter stands beside ids or path; give one of them")
+        if not self.ids and self.input is None and self.filter is None:
+            raise ValueError("there is nothing to delete: give ids, input (a file of ids), or filter")
+        if self.filter is not None and (self.ids or self.input is not None):
+            raise ValueError("filter stands beside ids or input; give one of them")
 
 
 class IndexSetConfig(Config):
     """`raytower index set`: other values in columns of documents, without encoding anything.
 
-    Either `values` is written wherever `filter` holds; or `path`, JSONL or Parquet, has an `id` and the columns to be
+    Either `values` is written wherever `filter` holds; or `input`, JSONL or Parquet, has an `id` and the columns to be
     changed in each row. The text and the id cannot be set: they belong to the vector.
     """
+
+    renamed: ClassVar = {"path": "input.path"}
 
     index: str
     values: dict[str, Any] = Field(default_factory=dict)
     filter: dict[str, Any] | str | None = None
-    path: str | None = None
+    input: PathConfig | None = None
     on_unknown: Literal["fail", "ignore"] = "fail"
 
     def model_post_init(self, context: Any) -> None:
-        if (self.path is None) == (self.filter is None) or bool(self.values) != (self.filter is not None):
+        if (self.input is None) == (self.filter is None) or bool(self.values) != (self.filter is not None):
             raise ValueError(
-                "give values and the filter that they are for, or path, a file of ids and values"
+                "give values and the filter that they are for, or input, a file of ids and values"
             )
 
 

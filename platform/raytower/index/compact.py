@@ -5,7 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from raytower.index.build import NLIST_SET, ShardPlan, build_shards, figures, measured, settings_of
+from raytower.index.build import (
+    NLIST_SET,
+    ShardPlan,
+    build_shards,
+    figures,
+    measured,
+    refuse_missed_target,
+    settings_of,
+)
 from raytower.index.config import IndexCompactConfig, Placing
 from raytower.index.fold import folded
 from raytower.index.manifest import FORMAT_VERSION, IndexManifest
@@ -13,6 +21,7 @@ from raytower.index.plan import IndexPlan, IndexRequest
 from raytower.index.shard import shard_rows
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
+from raytower.index.target_queries import kept_queries
 from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, following, open_manifest, publish
 from raytower.progress import log
@@ -28,13 +37,16 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
         what `index build` returns, and compacted, shards_before.
 
     Raises:
-        InputError: what does not fit. FormatError: damaged files. RaytowerError: a task failed.
+        InputError: what does not fit, a target that is missed under on_target_missed keep, bad target.queries.
+        FormatError: damaged files. RaytowerError: a task failed.
     """
     started = time.perf_counter()
     index = Location.of(config.index)
     before = open_manifest(index)
     shown = {"shards_before": len(before.shards)}
-    if not _needs_compaction(config, before):
+    target = config.target
+    queries = None if target.queries is None else kept_queries(index, before.origin, target.queries)
+    if not _needs_compaction(config, before) and queries in (None, before.queries):
         log(
             f"version {before.version} of {index} has no changes since its shards were built; nothing to compact"
         )
@@ -60,11 +72,13 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
             digest_of({"compact": [entry.digest for entry in entries]}),
             table_version=table.version,
             **(anew | {"shards": (*entries, *later)}),
-            recall_k=config.recall_k or newest.recall_k,
-            recall_target=config.recall or newest.recall_target,
+            recall_k=target.k or newest.recall_k,
+            recall_target=target.recall or newest.recall_target,
+            queries=queries or newest.queries,
         )
         draft = draft.model_copy(update={"shards": folded(index, draft, table, run)})
         manifest = measured(index, draft, run, config.seed)
+        refuse_missed_target(manifest, target)
         writer.lease.check()
         publish(index, manifest, table)
     return {**figures(manifest, started, config.index), **shown, "compacted": True}
@@ -99,7 +113,8 @@ def shards_anew(config: IndexCompactConfig, before: IndexManifest, run: Run) -> 
 def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     """The plan for --dry-run. Raises as `compact_index`."""
     before = open_manifest(config.index)
-    if not _needs_compaction(config, before):
+    # Whether queries that are asked for are the version's own is known once they are encoded.
+    if not _needs_compaction(config, before) and config.target.queries is None:
         return {"parent": before.version, "compacted": False}
     plan = plan_anew(config, before)
     shown = ("rows", "kind", "shards", "predicted_build_memory_bytes_per_task", "predicted_disk_bytes")
@@ -117,8 +132,14 @@ def _needs_compaction(config: IndexCompactConfig, before: IndexManifest) -> bool
         or any(entry.kind != before.kind for entry in before.shards)
         or before.changed_rows > 0
     )
-    other_kind = config.kind not in (None, before.kind)
-    return changed or other_kind or _placing(config, before) != _placed(before) or config.shards != "auto"
+    return (
+        changed
+        or config.shards != "auto"
+        or config.kind not in (None, before.kind)
+        or _placing(config, before) != _placed(before)
+        or config.target.recall not in (None, before.recall_target)
+        or config.target.k not in (None, before.recall_k)
+    )
 
 
 def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
@@ -129,8 +150,9 @@ def plan_anew(config: IndexCompactConfig, before: IndexManifest) -> IndexPlan:
         dim=before.dim,
         kind=kind,
         shards=config.shards,
-        recall=config.recall or before.recall_target,
-        memory_bytes=int(config.memory),
+        recall=config.target.recall or before.recall_target,
+        memory_bytes=int(config.target.memory),
+        latency_ms=config.target.latency_ms,
         num_workers=config.workers.num,
         rescore="auto" if config.kind not in (None, before.kind) or before.exact_dtype else False,
         vector_dtype=before.vector_dtype,

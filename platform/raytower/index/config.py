@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from raytower.config import ByteSize, Config, WorkersConfig
+from raytower.data.config import QueriesConfig
 
 BuiltKind = Literal["flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 Placing = Literal["rows", "cluster"]
@@ -15,21 +16,28 @@ ExactDtype = Literal["float16", "float32"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
 
 
-class TargetConfig(Config):
-    """Recall@k against exact search to reach, memory to keep, and the time that a query may take.
+class RebuildTargetConfig(Config):
+    """What shards that are built anew should reach, as `TargetConfig`. Null is the newest version's own."""
 
-    `memory` bounds both one process that searches all shards and the build tasks that run at once. `latency_ms` is one
-    query's time on one core, as the planner predicts it; it decides between the kinds that fit the memory.
-    `queries` names real queries to measure with, a file of pairs or a BEIR folder; null takes documents as queries.
-    `on_target_missed` publishes an index that misses the recall, with a warning, or keeps it back.
-    """
+    recall: float | None = Field(default=None, gt=0, le=1)
+    """Recall@k against exact search."""
+    k: int | None = Field(default=None, ge=1)
+    memory: ByteSize = ByteSize(8 * 2**30)
+    """Bounds both one process that searches all shards and the build tasks that run at once."""
+    latency_ms: float | None = Field(default=None, gt=0)
+    """Milliseconds of a query on one core, as the planner predicts them; kind auto chooses by it among the kinds that
+    fit the memory. Null asks for none."""
+    on_target_missed: Literal["publish", "keep"] = "publish"
+    """Publish an index that misses the recall, with a warning, or keep it back."""
+    queries: QueriesConfig | None = None
+    """Real queries to measure recall with."""
+
+
+class TargetConfig(RebuildTargetConfig):
+    """Recall to reach, memory to keep, the time that a query may take. `queries` null takes documents as queries."""
 
     recall: float = Field(default=0.95, gt=0, le=1)
     k: int = Field(default=10, ge=1)
-    memory: ByteSize = ByteSize(8 * 2**30)
-    latency_ms: float | None = Field(default=None, gt=0)
-    on_target_missed: Literal["publish", "keep"] = "publish"
-    queries: str | None = None
 
 
 class HnswConfig(Config):
@@ -78,15 +86,15 @@ class IndexBuildConfig(Config):
 
 
 class IndexCompactConfig(Config):
-    """`raytower index compact`. `kind`, `placement`, `recall` and `recall_k` null are the newest version's own."""
+    """`raytower index compact`. `kind` and `placement` null are the newest version's own."""
+
+    renamed: ClassVar = {"recall": "target.recall", "recall_k": "target.k", "memory": "target.memory"}
 
     index: str
     kind: IndexKind | None = None
     shards: Literal["auto"] | int = "auto"
     placement: Placing | None = None
-    recall: float | None = Field(default=None, gt=0, le=1)
-    recall_k: int | None = Field(default=None, ge=1)
-    memory: ByteSize = ByteSize(8 * 2**30)
+    target: RebuildTargetConfig = RebuildTargetConfig()
     workers: WorkersConfig = WorkersConfig()
     seed: int = Field(default=0, ge=0)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 from raytower.errors import FormatError, InputError
-from raytower.index.build import figures, ingest, measured, remove_work
+from raytower.index.build import figures, ingest, measured, refuse_missed_target, remove_work
 from raytower.index.compact import plan_anew, shards_anew
 from raytower.index.config import BuiltKind, ExactDtype, IndexConvertConfig
 from raytower.index.faiss_import import import_faiss
@@ -36,6 +36,7 @@ from raytower.index.manifest import (
 from raytower.index.shard import local_file
 from raytower.index.shard_build import digest_of
 from raytower.index.table import is_own
+from raytower.index.target_queries import kept_queries
 from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import (
     CURRENT_NAME,
@@ -207,7 +208,8 @@ def convert_index(config: IndexConvertConfig, run: Run | None = None) -> dict[st
         what `index build` returns, and converted.
 
     Raises:
-        InputError: what does not fit, as shards of codes only. FormatError: damage. RaytowerError: a task failed.
+        InputError: what does not fit, as shards of codes only, or a target that is missed under on_target_missed keep.
+        FormatError: damage. RaytowerError: a task failed.
     """
     started, index = time.perf_counter(), Location.of(config.index)
     done = _newest(index)
@@ -271,13 +273,20 @@ def _converted(config: IndexConvertConfig, former: Format2, run: Run) -> IndexMa
     config = config.model_copy(
         update={"placement": config.placement or ("cluster" if former.placement else "rows")}
     )
+    target = config.target
+    asked = {
+        "recall_k": target.k or draft.recall_k,
+        "recall_target": target.recall or draft.recall_target,
+        "queries": None if target.queries is None else kept_queries(index, draft.origin, target.queries),
+    }
     plan_anew(config, draft)  # what does not fit is said before work
     for old, new in former.renamed.items():
         log(f"column {old!r} becomes {new!r}: format 3 does not allow that name")
     table, _ = ingest(index, former, 0, [], run)
-    draft = draft.model_copy(update={"table_version": table.version})
+    draft = draft.model_copy(update={"table_version": table.version, **asked})
     draft = draft.model_copy(update=shards_anew(config, draft, run))
     manifest = measured(index, draft, run, config.seed)
+    refuse_missed_target(manifest, target)
     with writing(index, "index convert"):
         publish(index, manifest)
     remove_work(index, digest_of(former.identity()))

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raytower.config import WorkersConfig
+from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_pieces, survey
-from raytower.data.sources import InputConfig
-from raytower.encoding.config import ComputeConfig, EncodeConfig
+from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.errors import InputError
 from raytower.index.build import figures
@@ -246,10 +246,14 @@ def _encoded(
     config: IndexSyncConfig, manifest: IndexManifest, encoder: Encoder, tables: list[pa.Table], folder: Path
 ) -> tuple[pa.Schema, Iterator[tuple[pa.Table, NDArray[np.float32]]]]:
     """Documents with their vectors, made as those of the index were: here for few, by the encoding job for many."""
-    made_so = {"engine": manifest.engine, "dtype": manifest.compute_dtype}
-    compute = ComputeConfig.model_validate({**made_so, "tokens_per_batch": config.tokens_per_batch})
+    made_so: dict[str, Any] = {
+        "engine": manifest.engine,
+        "dtype": manifest.compute_dtype,
+        "max_length": manifest.max_length,
+        "tokens_per_batch": config.tokens_per_batch,
+    }
     if sum(table.num_rows for table in tables) <= _TEXTS_IN_PROCESS:
-        engine = ForwardEngine(encoder, max_length=manifest.max_length, **dict(compute))
+        engine = ForwardEngine(encoder, **made_so)
         return tables[0].schema, _encoded_here(engine, manifest, tables)
     corpus = folder / "corpus.parquet"
     with pq.ParquetWriter(corpus, tables[0].schema) as writer:
@@ -260,10 +264,9 @@ def _encoded(
         input=InputConfig(path=str(corpus), format="parquet", text_fields=["text"], id_field="id"),
         output=str(folder / "embeddings"),
         prefix=manifest.prefix,
-        max_length=manifest.max_length,
         embedding_dtype=manifest.vector_dtype,
-        compute=compute,
         workers=config.workers,
+        **made_so,
     )
     encode(made)
     source = Embeddings(Location.of(made.output))

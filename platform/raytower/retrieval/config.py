@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from inspect import get_annotations
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from raytower.config import Config, FractionField
 
+# The order of the keys that commands share, behind those of their own.
+_SHARED = (
+    "reranker",
+    "recall_k",
+    "fusion_weight",
+    "query_prefix",
+    "dtype",
+    "max_length",
+    "rerank_max_length",
+    "tokens_per_batch",
+    "rows_per_batch",
+)
 
-class QueryCompute(Config):
-    """How a job runs its models. Null chooses: tokens by device, lengths by model."""
+
+class EngineConfig(Config):
+    """Keys of every command that runs an encoder or a classifier over texts. A command's own keys stand before them."""
+
+    renamed: ClassVar = {f"compute.{name}": name for name in ("dtype", "max_length", "tokens_per_batch")}
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Precision of the models' forward passes."""
     max_length: int | None = Field(default=None, ge=1)
-    """Tokens of a query (or text); null is the encoder's own limit."""
-    rerank_max_length: int | None = Field(default=None, ge=1)
-    """Tokens of a (query, document) pair; null is the reranker's own limit."""
-    rows_per_batch: int = Field(default=256, ge=1)
-    """Queries in flight at once: encoded, searched and reranked together."""
+    """Tokens of a query or text; null is the encoder's own limit."""
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Padded tokens of a forward pass; null chooses by device."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **settings: Any) -> None:
+        # Pydantic puts a base's fields first. What must be given should be read first, in help and in a dumped config.
+        fields, own = cls.__pydantic_fields__, get_annotations(cls)
+        shared = sorted(fields.keys() - own.keys(), key=_SHARED.index)
+        cls.__pydantic_fields__ = {name: fields[name] for name in (*own, *shared) if name in fields}
+        cls.model_rebuild(force=True)
 
     @property
     def engine_settings(self) -> dict[str, Any]:
@@ -31,38 +53,50 @@ class QueryCompute(Config):
         }
 
 
-class RetrieverSettings(Protocol):
-    """The keys of a job's config that its retriever is put together by."""
+class RerankConfig(EngineConfig):
+    """Keys of every command that may also run a reranker."""
 
-    @property
-    def reranker(self) -> str | None: ...
+    renamed: ClassVar = {"compute.rerank_max_length": "rerank_max_length"}
 
-    @property
-    def fusion_weight(self) -> float | None: ...
-
-    @property
-    def query_prefix(self) -> str | None: ...
-
-    @property
-    def compute(self) -> QueryCompute: ...
+    rerank_max_length: int | None = Field(default=None, ge=1)
+    """Tokens of a (query, document) pair; null is the reranker's own limit."""
 
 
-class SearchConfig(Config):
-    """`raytower search`. `encoder` null is the one that the index's manifest names.
+class BatchConfig(EngineConfig):
+    """Keys of every command that goes through many rows."""
 
-    `filter` is a condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text.
-    """
+    renamed: ClassVar = {"compute.rows_per_batch": "rows_per_batch"}
+
+    rows_per_batch: int = Field(default=256, ge=1)
+    """Rows in flight at once: encoded, searched and reranked together."""
+
+
+class RetrieverConfig(RerankConfig):
+    """Keys of every command whose retriever is put together by its config."""
+
+    renamed: ClassVar = {"rerank_k": "recall_k"}
+
+    reranker: str | None = None
+    """Cross-encoder directory or hub id that puts the recalled documents in order; null leaves them as recalled."""
+    recall_k: int = Field(default=100, ge=1)
+    """Documents that the first stage recalls for each query; all of them are reranked. Without a reranker as many are
+    recalled as are asked for."""
+    fusion_weight: FractionField | None = None
+    """Of the rerank score beside the recall score; null is the weight stored with the reranker."""
+    query_prefix: str | None = None
+    """Put before each query when it is encoded; null is the encoder's own."""
+
+
+class SearchConfig(RetrieverConfig):
+    """`raytower search`."""
 
     index: str
     query: str
     k: int = Field(default=10, ge=1)
     encoder: str | None = None
-    reranker: str | None = None
-    rerank_k: int = Field(default=100, ge=1)
-    fusion_weight: FractionField | None = None
-    query_prefix: str | None = None
+    """Null is the one that the index's manifest names."""
     filter: dict[str, Any] | str | None = None
-    compute: QueryCompute = QueryCompute()
+    """A condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text."""
 
     def model_post_init(self, context: Any) -> None:
         if not self.query.strip():

@@ -14,35 +14,35 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
-from raytower.retrieval.config import QueryCompute, RetrieverSettings
+from raytower.retrieval.config import EngineConfig, RerankConfig, RetrieverConfig
 from raytower.retrieval.retriever import Retriever
 
 
-def load_engine(name: str, compute: QueryCompute) -> ForwardEngine:
+def load_engine(name: str, config: EngineConfig) -> ForwardEngine:
     """The encoder of a job, ready to encode."""
-    return ForwardEngine(Encoder.load(name), **compute.engine_settings)
+    return ForwardEngine(Encoder.load(name), **config.engine_settings)
 
 
-def load_classifier(name: str, compute: QueryCompute) -> ClassifierEngine:
+def load_classifier(name: str, config: EngineConfig) -> ClassifierEngine:
     """The text classifier of a job, ready to classify."""
-    return ClassifierEngine(TextClassifier.load(name), **compute.engine_settings)
+    return ClassifierEngine(TextClassifier.load(name), **config.engine_settings)
 
 
 def load_reranker(
-    name: str, compute: QueryCompute, fusion_weight: float | None
+    name: str, config: RerankConfig, fusion_weight: float | None
 ) -> tuple[CrossScorer, Fusion | None]:
     """A reranker and how its logits mix with recall scores.
 
     Args:
         name: reranker directory or hub id.
-        compute: precision and batch size.
+        config: precision, length and batch size.
         fusion_weight: replaces the weight stored with the reranker; null keeps it. A reranker without a stored
             fusion orders by its logit alone.
 
     Raises:
         InputError: a weight is given and the reranker has no stored means and deviations to use it with.
     """
-    settings = {**compute.engine_settings, "max_length": compute.rerank_max_length}
+    settings = {**config.engine_settings, "max_length": config.rerank_max_length}
     scorer = CrossScorer(CrossEncoder.load(name), **settings)
     stored = scorer.fusion
     if fusion_weight is None:
@@ -57,20 +57,20 @@ def load_reranker(
     return scorer, replace(stored, weight=fusion_weight)
 
 
-def load_retriever(engine: ForwardEngine, index: Index, settings: RetrieverSettings) -> Retriever:
+def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig) -> Retriever:
     """Encoder, index and, where one is named, a reranker, put together as a job's config says.
 
     Raises:
         InputError: a fusion weight without a reranker, or one that cannot be used (see `load_reranker`).
     """
-    prefix = own_or(settings.query_prefix, engine.encoder, "query")
-    if settings.reranker is None:
-        if settings.fusion_weight is not None:
+    prefix = own_or(config.query_prefix, engine.encoder, "query")
+    if config.reranker is None:
+        if config.fusion_weight is not None:
             raise InputError(
-                f"fusion_weight is {settings.fusion_weight}, but there is no reranker; name one, or set it to null"
+                f"fusion_weight is {config.fusion_weight}, but there is no reranker; name one, or set it to null"
             )
         return Retriever(engine, index, query_prefix=prefix)
-    scorer, fusion = load_reranker(settings.reranker, settings.compute, settings.fusion_weight)
+    scorer, fusion = load_reranker(config.reranker, config, config.fusion_weight)
     return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
 
 

@@ -9,53 +9,64 @@ from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder
 from raytower.models.forward import check_max_length
 from raytower.models.text_classifier import TextClassifier
-from raytower.retrieval.config import QueryCompute
+from raytower.retrieval.config import EngineConfig
 
 # A text with its token ids and the objects around it, in flight; generous.
 _BYTES_PER_TEXT_IN_FLIGHT = 8_192
 
 
 def plan_rows(
-    rows: int, compute: QueryCompute, encoder_name: str, candidates: int = 0, reranker: str | None = None
+    rows: int,
+    config: EngineConfig,
+    encoder_name: str,
+    *,
+    rows_per_batch: int,
+    candidates: int = 0,
+    reranker: str | None = None,
 ) -> dict[str, Any]:
     """What a job over `rows` texts will do: batches, and the memory of weights and of one batch in flight.
 
     Args:
         rows: texts, queries or pairs.
-        compute: precision, length and rows in a batch.
+        config: precision and length.
         encoder_name: encoder directory or hub id; loaded to count its parameters.
+        rows_per_batch: rows in flight at once.
         candidates: recalled documents held for each row.
         reranker: reranker directory, or None.
     """
     encoder = Encoder.load(encoder_name)
-    if compute.max_length is not None:
-        check_max_length(compute.max_length, encoder.max_positions)
+    if config.max_length is not None:
+        check_max_length(config.max_length, encoder.max_positions)
     num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
     if reranker is not None:
         num_parameters += sum(parameter.numel() for parameter in CrossEncoder.load(reranker).parameters())
     per_row = _BYTES_PER_TEXT_IN_FLIGHT * (1 + candidates) + encoder.dim * 4
-    plan = _plan_memory(rows, compute, num_parameters, per_row)
+    plan = _plan_memory(rows, rows_per_batch, num_parameters, config.dtype, per_row)
     return {**plan, "fingerprint": encoder.fingerprint}
 
 
-def plan_classifier_rows(rows: int, compute: QueryCompute, name: str) -> dict[str, Any]:
+def plan_classifier_rows(
+    rows: int, config: EngineConfig, name: str, *, rows_per_batch: int
+) -> dict[str, Any]:
     """What classifying `rows` texts will do, like `plan_rows`; the classifier is loaded to count its parameters."""
     classifier = TextClassifier.load(name)
-    if compute.max_length is not None:
-        check_max_length(compute.max_length, classifier.max_positions)
+    if config.max_length is not None:
+        check_max_length(config.max_length, classifier.max_positions)
     num_parameters = sum(parameter.numel() for parameter in classifier.parameters())
     # A logit and a probability of each label.
     per_row = _BYTES_PER_TEXT_IN_FLIGHT + classifier.num_labels * 8
-    plan = _plan_memory(rows, compute, num_parameters, per_row)
+    plan = _plan_memory(rows, rows_per_batch, num_parameters, config.dtype, per_row)
     return {**plan, "labels": classifier.num_labels, "fingerprint": classifier.fingerprint}
 
 
-def _plan_memory(rows: int, compute: QueryCompute, num_parameters: int, bytes_per_row: int) -> dict[str, Any]:
-    in_flight = min(rows, compute.rows_per_batch)
+def _plan_memory(
+    rows: int, rows_per_batch: int, num_parameters: int, dtype: str, bytes_per_row: int
+) -> dict[str, Any]:
+    in_flight = min(rows, rows_per_batch)
     # While they are loaded, weights are held once as stored in fp32 and once as computed with.
-    weights = num_parameters * (4 + PARAMETER_BYTES[compute.dtype])
+    weights = num_parameters * (4 + PARAMETER_BYTES[dtype])
     return {
         "rows": rows,
-        "batches": -(-rows // compute.rows_per_batch),
+        "batches": -(-rows // rows_per_batch),
         "predicted_memory_bytes": weights + in_flight * bytes_per_row,
     }

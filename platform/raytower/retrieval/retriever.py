@@ -137,8 +137,8 @@ class Retriever:
         Args:
             queries: texts; none gives no lists.
             k: hits a query; fewer come back where the index holds fewer.
-            recall_k: how many candidates the reranker sees. Where it is below `k`, the rest of the `k` follow in
-                recall order. Without reranking only `k` are recalled.
+            recall_k: documents that the first stage recalls for each query; all of them are reranked. Where it is
+                below `k`, the rest of the `k` follow in recall order. Without reranking only `k` are recalled.
             rerank: False leaves the reranker out; so does a retriever without one.
             recall: the way of recall for this search alone, such as one bound to a filter.
 
@@ -177,17 +177,17 @@ class Retriever:
         return way(vectors, k) if len(vectors) else []
 
     def rerank(
-        self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]], rerank_k: int
+        self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]], recall_k: int
     ) -> list[list[Hit]]:
-        """All candidates of each query, the first `rerank_k` of them put in order by their new score.
+        """All candidates of each query, the first `recall_k` of them put in order by their new score.
 
-        What lies past `rerank_k` keeps its recall order below them; its score carries on from the lowest reranked
+        What lies past `recall_k` keeps its recall order below them; its score carries on from the lowest reranked
         one by the distance in recall score, so that scores fall along the list.
         """
-        heads = [items[:rerank_k] for items in candidates]
+        heads = [items[:recall_k] for items in candidates]
         logits = self.score(queries, heads)
         return [
-            self._order(head, items[rerank_k:], scores)
+            self._order(head, items[recall_k:], scores)
             for items, head, scores in zip(candidates, heads, logits, strict=True)
         ]
 

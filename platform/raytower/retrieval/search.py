@@ -24,11 +24,11 @@ def search(config: SearchConfig) -> dict[str, Any]:
             the index.
     """
     index = Index.open(config.index)
-    engine = load_engine(config.encoder or index.manifest.encoder, config.compute)
+    engine = load_engine(config.encoder or index.manifest.encoder, config)
     index.check_fingerprint(engine.fingerprint)
     retriever = load_retriever(engine, index, config)
     recall = index_recall(index, config.filter)
-    found = retriever.search([config.query], k=config.k, recall_k=config.rerank_k, recall=recall)
+    found = retriever.search([config.query], k=config.k, recall_k=config.recall_k, recall=recall)
     results = [
         {
             "rank": hit.rank,
@@ -47,8 +47,9 @@ def search(config: SearchConfig) -> dict[str, Any]:
 def plan_search(config: SearchConfig) -> dict[str, Any]:
     """What the search will hold in memory, and the index version it will ask."""
     manifest = open_manifest(config.index)
-    depth = max(config.k, config.rerank_k) if config.reranker else config.k
-    plan = plan_rows(1, config.compute, config.encoder or manifest.encoder, depth, config.reranker)
+    depth = max(config.k, config.recall_k) if config.reranker else config.k
+    encoder = config.encoder or manifest.encoder
+    plan = plan_rows(1, config, encoder, rows_per_batch=1, candidates=depth, reranker=config.reranker)
     check_fingerprint(manifest, plan["fingerprint"])
     return {**plan, "index_version": manifest.version, "index_rows": manifest.rows}
 

@@ -83,7 +83,7 @@ def fused_mrr(
 
 
 def tune_on_queries(
-    retriever: Retriever, queries: Sequence[str], relevant: Sequence[Mapping[str, float]], rerank_k: int = 100
+    retriever: Retriever, queries: Sequence[str], relevant: Sequence[Mapping[str, float]], recall_k: int = 100
 ) -> TunedFusion:
     """Recall and rerank `queries` with `retriever` (its own fusion plays no part) and tune on the candidates.
 
@@ -91,14 +91,14 @@ def tune_on_queries(
         retriever: must have a reranker.
         queries: dev queries, never the ones that are evaluated later.
         relevant: judgement by document id, for each query.
-        rerank_k: candidates a query.
+        recall_k: documents that are recalled for each query; all of them are reranked.
     """
     recall_scores: list[ArrayLike] = []
     logits: list[ArrayLike] = []
     relevance: list[ArrayLike] = []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         batch = list(queries[start : start + _QUERIES_AT_ONCE])
-        candidates = retriever.recall(retriever.encode(batch), rerank_k)
+        candidates = retriever.recall(retriever.encode(batch), recall_k)
         logits.extend(retriever.score(batch, candidates))
         for items, judged in zip(candidates, relevant[start : start + len(batch)], strict=True):
             recall_scores.append([item.score for item in items])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,9 +16,11 @@ from raytower.serving.schemas import Limits
 class ServeConfig(Config):
     """What is served, where, and with how much of the machine.
 
-    `placement: together` holds encoder, all shards and reranker in each replica: the fewest hops. `apart` gives each
-    index shard its own process, for an index that one machine's memory cannot hold.
+    `layout: together` holds encoder, all shards and reranker in each replica: the fewest hops. `apart` gives each index
+    shard its own process, for an index that one machine's memory cannot hold.
     """
+
+    renamed: ClassVar = {"placement": "layout"}
 
     index: str
     encoder: str | None = Field(default=None, description="null: the encoder recorded in the index manifest")
@@ -28,16 +30,20 @@ class ServeConfig(Config):
     )
     query_prefix: str | None = Field(default=None, description="null: the encoder's own query prompt")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: int | None = Field(
+        default=None, ge=1, description="tokens of a text; null: the encoder's own limit"
+    )
+    rerank_max_length: int | None = Field(
+        default=None, ge=1, description="tokens of a (query, document) pair; null: the reranker's own limit"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
     replicas: int = Field(default=1, ge=1)
-    placement: Literal["together", "apart"] = "together"
+    layout: Literal["together", "apart"] = "together"
     num_cpus: float = Field(default=1, ge=0, description="per replica")
     num_gpus: float = Field(default=0, ge=0, description="per replica")
-    shard_num_cpus: float = Field(default=1, ge=0, description="per shard process, placement apart")
-    shard_timeout_ms: int = Field(
-        default=500, ge=1, description="how long to wait for a shard, placement apart"
-    )
+    shard_num_cpus: float = Field(default=1, ge=0, description="per shard process, layout apart")
+    shard_timeout_ms: int = Field(default=500, ge=1, description="how long to wait for a shard, layout apart")
     max_ongoing_requests: int = Field(default=16, ge=1, description="worked on at once, per replica")
     max_queued_requests: int = Field(
         default=64, ge=0, description="waiting beyond those; more are answered 429"

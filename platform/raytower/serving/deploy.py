@@ -174,7 +174,7 @@ def plan_serve(config: ServeConfig) -> dict[str, Any]:
     """
     manifest = check_parts(config, None)
     config.api_key_sha256()
-    apart = config.placement == "apart"
+    apart = config.layout == "apart"
     num_bytes = sum(entry.bytes for entry in manifest.shards)
     return {
         "url": base_url(config),
@@ -185,7 +185,7 @@ def plan_serve(config: ServeConfig) -> dict[str, Any]:
         "index_bytes": num_bytes,
         "encoder": encoder_for(config, manifest.encoder),
         "reranker": config.reranker,
-        "placement": config.placement,
+        "layout": config.layout,
         "processes": config.replicas + (len(manifest.shards) if apart else 0),
         "index_bytes_per_process": num_bytes // len(manifest.shards) if apart else num_bytes,
         "cpus": needed_cpus(config, len(manifest.shards)),

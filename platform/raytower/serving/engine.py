@@ -67,13 +67,14 @@ OpenIndex = Callable[[str | None], ServedIndex]
 class SharedEncoder:
     """One encoder that concurrent requests use together: what waits is encoded in one forward."""
 
-    def __init__(self, name: str, dtype: ComputeDtype) -> None:
+    def __init__(self, name: str, dtype: ComputeDtype, max_length: int | None) -> None:
+        """`max_length` None is the encoder's own. Raises InputError: no such model, or too long for its positions."""
         encoder = Encoder.load(name)
         self.name = model_name(name)
         self.dim = encoder.dim
         self.fingerprint = encoder.fingerprint
         self.prefixes = {"query": encoder.prefix_for("query"), "document": encoder.prefix_for("document")}
-        self._engine = ForwardEngine(encoder, dtype=dtype)
+        self._engine = ForwardEngine(encoder, dtype=dtype, max_length=max_length)
         self._batcher = MicroBatcher(self._run, _TEXTS_PER_FORWARD)
 
     def encode(self, texts: Sequence[str], prefix: str, deadline: Deadline) -> tuple[Vectors, int]:
@@ -89,9 +90,10 @@ class SharedEncoder:
 class SharedScorer:
     """One reranker that concurrent requests use together."""
 
-    def __init__(self, name: str, dtype: ComputeDtype) -> None:
+    def __init__(self, name: str, dtype: ComputeDtype, max_length: int | None) -> None:
+        """`max_length` None is the reranker's own. Raises InputError as `SharedEncoder`."""
         self.name = model_name(name)
-        self._scorer = CrossScorer(CrossEncoder.load(name), dtype=dtype)
+        self._scorer = CrossScorer(CrossEncoder.load(name), dtype=dtype, max_length=max_length)
         self.fusion = self._scorer.fusion
         self._batcher = MicroBatcher[tuple[str, str], np.float32](self._run, _PAIRS_PER_FORWARD)
 
@@ -218,15 +220,17 @@ class SearchEngine:
         if before is not None and before.encoder.fingerprint == index.fingerprint:
             return before.encoder
         name = encoder_for(self._config, index.encoder)
-        encoder = SharedEncoder(name, self._config.dtype)
+        encoder = SharedEncoder(name, self._config.dtype, self._config.max_length)
         index.check_fingerprint(encoder.fingerprint)
         if encoder.dim != index.dim:
             raise FormatError(f"encoder {name!r} gives vectors of {encoder.dim}, the index holds {index.dim}")
         return encoder
 
     def _load_scorer(self) -> SharedScorer | None:
-        name = self._config.reranker
-        return SharedScorer(name, self._config.dtype) if name else None
+        config = self._config
+        if not config.reranker:
+            return None
+        return SharedScorer(config.reranker, config.dtype, config.rerank_max_length)
 
 
 @dataclass(frozen=True)

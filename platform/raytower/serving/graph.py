@@ -79,7 +79,7 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
     digest = config.api_key_sha256()
     key = digest.hex() if digest else None
     kept = {name: value for name, value in settings.items() if name not in _OUTSIDE_KEYS}
-    num_shards = len(manifest.shards) if config.placement == "apart" else 0
+    num_shards = len(manifest.shards) if config.layout == "apart" else 0
     # With an equal code version Serve changes running replicas in place through `reconfigure`; left to itself it
     # gives every run a random one and restarts them all.
     identity = json.dumps([__version__, kept, key, num_shards], sort_keys=True)
@@ -124,5 +124,5 @@ def config_for_replicas(config: ServeConfig, manifest: IndexManifest) -> ServeCo
 
 def needed_cpus(config: ServeConfig, num_shards: int) -> float:
     """Logical CPUs that all processes together ask Ray for."""
-    apart = num_shards if config.placement == "apart" else 0
+    apart = num_shards if config.layout == "apart" else 0
     return config.replicas * config.num_cpus + apart * config.shard_num_cpus

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytower.data.config import NamedInput
 from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import NamedInput
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
 from raytower.models.forward import check_max_length

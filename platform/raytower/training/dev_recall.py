@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.collectives import gather_constants
+from raytower.data.config import InputConfig, NamedInput
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import InputConfig, NamedInput
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine

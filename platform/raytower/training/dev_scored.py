@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from raytower.data.config import NamedInput
 from raytower.data.pieces import read_piece
 from raytower.data.pieces import survey as survey_input
-from raytower.data.sources import NamedInput
 from raytower.errors import InputError
 from raytower.metrics import accuracy_f1, auc, best_threshold, spearman
 

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from raytower.data.config import NamedInput
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
-from raytower.data.sources import NamedInput, find_files, refuse_output_inside
+from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.storage import Location

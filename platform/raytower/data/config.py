@@ -1,0 +1,56 @@
+"""Configs of what jobs read: rows, judged queries, a file. Imports no library of data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raytower.config import Config
+
+InputFormat = Literal["auto", "lines", "tsv", "csv", "jsonl", "beir", "parquet", "arrow"]
+QueryFormat = Literal["auto", "pairs", "beir"]
+
+
+class PathConfig(Config):
+    """Where something is read from, local or by URI; a string alone is a path."""
+
+    path: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class InputConfig(PathConfig):
+    """Where records come from. `path` is a file, a folder or a glob."""
+
+    format: InputFormat = "auto"
+    """Of the files; auto tells it by extension and first bytes."""
+    text_fields: list[str] = Field(default=["title", "text"], min_length=1)
+    """Columns or keys that make up a corpus text, joined by one space; the last is required, the others are not."""
+    id_field: str | None = None
+    """The column or key that holds a corpus row's id; null takes `id` or `_id` where there is one."""
+    split: str | None = None
+    """Of a BEIR folder: its pairs are those that qrels/<split>.tsv judges relevant. Null reads train."""
+
+    def remedy(self, text: str) -> str:
+        """`text`, which advises to set keys of this section, as the end of a message."""
+        return f"; {text}"
+
+
+class NamedInput(InputConfig):
+    """An input that a command names by its path alone: it has no other key that a message could advise to set."""
+
+    def remedy(self, text: str) -> str:
+        return ""
+
+
+class QueriesConfig(PathConfig):
+    """Judged queries: pairs (relevance by text) or a BEIR folder (relevance by id)."""
+
+    format: QueryFormat = "auto"
+    """Kind of the rows; auto takes a BEIR folder for one, and everything else for pairs."""
+    split: str = "test"
+    """Of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have none: all of them are queries."""
