@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
@@ -170,8 +172,6 @@ class TestHelp:
 
     @pytest.mark.parametrize("name", COMMANDS)
     def test_the_example_of_a_command_is_one(self, name: str) -> None:
-        import shlex
-
         command = COMMANDS[name]
         given = shlex.split(command.example.replace("jobs/", f"{ROOT}/jobs/"))
         arguments = read_arguments(find_reference(command.config), command.positions, given)
@@ -225,18 +225,28 @@ class TestStartingConfigs:
         assert yaml.safe_load(starting_config(name)) == json.loads(json.dumps(EXAMPLES[name].values))
 
     @pytest.mark.parametrize("name", COMMANDS)
-    def test_switched_on_whole_it_is_still_a_config_with_known_keys(self, name: str) -> None:
-        """Every commented key can be taken in by taking its mark away."""
-        known = {key.path for key in keys_of(find_reference(COMMANDS[name].config))}
+    def test_every_key_that_is_commented_out_can_be_switched_on(self, name: str) -> None:
+        config_class = find_reference(COMMANDS[name].config)
+        names = {key.name for key in keys_of(config_class)}
+        lines = []
         for line in starting_config(name).splitlines():
-            bare = line.lstrip("# ")
-            if line.lstrip().startswith("# ") and ": " in bare and bare.partition(":")[0].isidentifier():
-                assert any(path.rpartition(".")[2] == bare.partition(":")[0] for path in known), line
+            off = re.fullmatch(r"((?:  )*)# ((?:  )*)(\w+):(.*)", line)
+            if off is None or off[3] not in names:
+                lines.append(line)
+                continue
+            value = yaml.safe_load(off[4])  # a default is one YAML value
+            lines.append(f"{off[1]}{off[2]}{off[3]}:{' ' + json.dumps(value) if off[4] else ''}")
+        switched_on = yaml.safe_load("\n".join(lines))
+        assert set(switched_on) == set(config_class.model_fields)
+        for key in keys_of(config_class):
+            if key.chosen_by is None:
+                where = switched_on
+                for part in key.path.split("."):
+                    assert part in where, key.path
+                    where = where[part]
 
     @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
     def test_the_configs_beside_the_jobs_are_these(self, path: Path) -> None:
-        import re
-
         match = re.search(r'run_command\("([^"]+)"', path.with_suffix(".py").read_text(encoding="utf-8"))
         assert match is not None
         assert path.read_text(encoding="utf-8") == starting_config(match.group(1))

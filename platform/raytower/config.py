@@ -24,11 +24,7 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, validated when made, unknown keys refused.
-
-    `renamed` maps what keys were called before to their names, both counted from the class and dotted where they lie in
-    a section. A key that was renamed is refused with its name of now.
-    """
+    """Base of every config: frozen, validated when made, unknown keys refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
@@ -37,14 +33,16 @@ class Config(BaseModel):
     shorthand: ClassVar[str | None] = None
     """The key that a single value in place of the section means: `input: FILE` is `input: {path: FILE}`."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """What keys were called before, to their names of now, both dotted where they lie in a section. An old name is
+    refused with the new one."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_shorthand(cls, values: Any) -> Any:
         if cls.shorthand is not None and isinstance(values, (str, os.PathLike)):
             return {cls.shorthand: os.fspath(values)}
         return values
-
-    renamed: ClassVar[Mapping[str, str]] = {}
 
 
 class WorkersConfig(Config):
@@ -53,11 +51,11 @@ class WorkersConfig(Config):
     renamed: ClassVar = {"max": "num"}
 
     num: int = Field(default=2, ge=1)
-    """How many there are; of an index, how many shards are built at once."""
+    """How many there are, or how many shards are built at once."""
     num_cpus: float = Field(default=1, gt=0)
-    """Of each; it computes with as many threads."""
+    """CPUs of each, which computes with as many threads."""
     num_gpus: float = Field(default=0, ge=0)
-    """Of each."""
+    """GPUs of each."""
 
     @property
     def num_threads(self) -> int:
@@ -69,6 +67,7 @@ class AutoscalingWorkersConfig(WorkersConfig):
     """Workers that come and go: never fewer than `min` where there are so many parts of work, never more than `num`."""
 
     min: int = Field(default=1, ge=1)
+    """How many are kept where work is short."""
 
     def model_post_init(self, context: Any) -> None:
         if self.min > self.num:

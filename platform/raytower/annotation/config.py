@@ -20,9 +20,13 @@ class MineConfig(RerankConfig, BatchConfig):
     renamed: ClassVar = {"depth": "recall_k", "kind": "format"}
 
     encoder: str
+    """Encoder: a directory, a hub id or a URI."""
     index: str
+    """The index: a folder or a URI."""
     input: InputConfig
+    """Training pairs."""
     output: str
+    """File of rows with negatives."""
     format: Literal["triples", "scored", "candidates"] = "triples"
     """Kind of the rows that are written, as train.format reads them."""
     file_type: FileType = "tsv"
@@ -38,8 +42,12 @@ class MineConfig(RerankConfig, BatchConfig):
     max_score_ratio: float | None = Field(default=None, gt=0)
     """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
     query_prefix: str | None = None
+    """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
+    """Seed of what is drawn by chance; the same one gives the same result."""
     on_error: OnError = "fail"
+    """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
 
     @field_validator("format", mode="before")
     @classmethod
@@ -77,24 +85,34 @@ class ClassifyConfig(BatchConfig):
     renamed: ClassVar = {"format": "file_type"}
 
     encoder: str | None = None
+    """Modes labels and votes: a directory, a hub id or a URI."""
     index: str | None = None
+    """Modes labels and votes: an index of label texts, or of labelled texts."""
     classifier: str | None = None
     """Mode classifier: a directory that train-classifier wrote, or any Hugging Face text classifier."""
     input: InputConfig
+    """Texts to label."""
     output: str
+    """File of texts with labels."""
     mode: Literal["labels", "votes", "classifier"] = "labels"
+    """By the nearest label text, by votes of labelled texts, or by a trained classifier."""
     labelled: bool = True
     """Whether the input holds labels to compare with (`text <tab> label`); false reads texts alone."""
     label_field: str = "label"
+    """Column of a document that holds its label; in mode labels its text is the label where it has none."""
     k: int = Field(default=10, ge=1)
     """Modes labels and classifier: labels listed in JSON lines. Mode votes: neighbours that vote."""
     temperature: float = Field(default=0.05, gt=0)
     """Mode votes: a neighbour's vote weighs exp(score / temperature); small trusts the nearest, large counts heads."""
     file_type: FileType = "tsv"
+    """Type of the file that is written."""
     query_prefix: str | None = None
+    """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
-    """Of the bootstrap."""
+    """Seed of the bootstrap that intervals come from."""
     on_error: OnError = "fail"
+    """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
 
     def model_post_init(self, context: Any) -> None:
         by_classifier = self.mode == "classifier"
@@ -124,16 +142,24 @@ class SimilarityConfig(BatchConfig):
     renamed: ClassVar = {"format": "file_type"}
 
     encoder: str
+    """Encoder: a directory, a hub id or a URI."""
     input: InputConfig
+    """Pairs of texts."""
     output: str
+    """File of pairs with their cosines."""
     labelled: bool = True
     """Whether the input holds labels (`query title label`); false reads pairs alone."""
     threshold: float = Field(default=0.8, ge=-1, le=1)
     """A pair counts as similar from this cosine on."""
     file_type: FileType = "tsv"
+    """Type of the file that is written."""
     query_prefix: str | None = None
+    """Put before the first text; null is the encoder's own prompt for queries."""
     document_prefix: str | None = None
+    """Put before the second text; null is the encoder's own prompt for documents."""
     on_error: OnError = "fail"
+    """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
 
 
 AnnotationConfig = MineConfig | ClassifyConfig | SimilarityConfig

@@ -55,8 +55,14 @@ def keys_of(config_class: type[Config], prefix: str = "", chosen_by: str | None 
             yield _leaf(path, field, chosen_by)
             continue
         default = _default(field)
-        yield Key(path, "SECTION", _shown_section(field, default), _meaning(field), is_section=True,
-                  shorthand=nested[0].shorthand if len(nested) == 1 else "name")  # fmt: skip
+        yield Key(
+            path,
+            "SECTION",
+            _shown_section(field, default),
+            _meaning(field) or _first_sentence(nested[0]),
+            is_section=True,
+            shorthand=nested[0].shorthand if len(nested) == 1 else "name",
+        )
         if len(nested) == 1:
             yield from keys_of(nested[0], f"{path}.", chosen_by)
             continue
@@ -102,6 +108,12 @@ def _default(field: FieldInfo) -> Any:
 
 def _meaning(field: FieldInfo) -> str:
     return " ".join((field.description or "").split())
+
+
+def _first_sentence(config_class: type[Config]) -> str:
+    """What a section is, by its class."""
+    words = " ".join((config_class.__doc__ or "").split())
+    return words.partition(". ")[0].rstrip(".") + "."
 
 
 def _shown_section(field: FieldInfo, default: Any) -> str | None:

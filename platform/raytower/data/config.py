@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from raytower.config import Config
 
@@ -15,25 +15,23 @@ QueryFormat = Literal["auto", "pairs", "beir"]
 class PathConfig(Config):
     """Where something is read from, local or by URI; a string alone is a path."""
 
-    path: str
+    shorthand = "path"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+    path: str
+    """A file, a folder or a glob, local or by URI."""
 
 
 class InputConfig(PathConfig):
     """Where records come from. `path` is a file, a folder or a glob."""
 
     format: InputFormat = "auto"
-    """Of the files; auto tells it by extension and first bytes."""
+    """Format of the files; auto tells it by extension and first bytes."""
     text_fields: list[str] = Field(default=["title", "text"], min_length=1)
     """Columns or keys that make up a corpus text, joined by one space; the last is required, the others are not."""
     id_field: str | None = None
     """The column or key that holds a corpus row's id; null takes `id` or `_id` where there is one."""
     split: str | None = None
-    """Of a BEIR folder: its pairs are those that qrels/<split>.tsv judges relevant. Null reads train."""
+    """Split of a BEIR folder: its pairs are those that qrels/<split>.tsv judges relevant. Null reads train."""
 
     def remedy(self, text: str) -> str:
         """`text`, which advises to set keys of this section, as the end of a message."""
@@ -53,4 +51,4 @@ class QueriesConfig(PathConfig):
     format: QueryFormat = "auto"
     """Kind of the rows; auto takes a BEIR folder for one, and everything else for pairs."""
     split: str = "test"
-    """Of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have none: all of them are queries."""
+    """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have none: all of them are queries."""

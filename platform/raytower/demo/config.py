@@ -15,9 +15,14 @@ class DemoConfig(Config):
     renamed: ClassVar = {"rerank_k": "recall_k"}
 
     work_dir: str | None = None
+    """Folder for data, models and indexes, which stays; null uses a temporary one."""
     full: bool = False
+    """Take the whole data set rather than a sample."""
     keep_serving: bool = False
+    """Leave the server up until Ctrl-C."""
     seed: int = Field(default=0, ge=0)
+    """Seed of what is drawn by chance; the same one gives the same result."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port that the demo serves on; 0 picks a free one."""
     recall_k: int = Field(default=10, ge=1)
     """Documents that the first stage recalls for each question; all of them are reranked."""

@@ -17,8 +17,11 @@ class EncodeConfig(Config):
     renamed: ClassVar = {f"compute.{name}": name for name in ("engine", "dtype", "tokens_per_batch")}
 
     encoder: str
+    """Encoder: a directory, a hub id or a URI."""
     input: InputConfig
+    """Where the texts are."""
     output: str
+    """Folder of the vectors, local or by URI; a killed job goes on in it."""
     prefix: str | None = None
     """Put before each text; null is the encoder's own."""
     engine: Engine = "torch"
@@ -30,11 +33,14 @@ class EncodeConfig(Config):
     tokens_per_batch: int | None = Field(default=None, ge=1)
     """Padded tokens of a forward pass; null chooses by device. What does not fit into memory is halved."""
     embedding_dtype: Literal["float32", "float16"] = "float32"
-    """Of the vectors that are written."""
+    """Precision of the vectors that are written."""
     rows_per_file: int | None = Field(default=None, ge=1)
-    """Null chooses once, by size and workers."""
+    """Rows of an output file; null chooses once, by size and workers."""
     workers: AutoscalingWorkersConfig = AutoscalingWorkersConfig()
+    """Processes that encode side by side."""
     on_error: OnError = "fail"
+    """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
 
     def model_post_init(self, context: Any) -> None:
         check_compute(self.engine, self.dtype)

@@ -21,10 +21,15 @@ class IndexAddConfig(Config):
     """
 
     index: str
+    """The index: a folder or a URI."""
     embeddings: str
+    """Folder that encode wrote."""
     upsert: bool = False
+    """Let a document replace the one with its id; without it such an id is refused."""
     again: bool = False
+    """Add what was added before once more."""
     workers: WorkersConfig = WorkersConfig()
+    """Tasks that fold shards side by side."""
 
 
 class IndexDeleteConfig(Config):
@@ -33,14 +38,17 @@ class IndexDeleteConfig(Config):
     renamed: ClassVar = {"path": "input.path"}
 
     index: str
+    """The index: a folder or a URI."""
     ids: list[str] = Field(default_factory=list)
+    """Ids to delete."""
     input: PathConfig | None = None
     """A text with an id a line; or JSONL or Parquet with a key or column `id`, for ids of any characters."""
     filter: dict[str, Any] | str | None = None
-    """JSON, or SQL text."""
+    """A condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text."""
     on_unknown: Literal["fail", "ignore"] = "fail"
     """Ignore lets ids pass that the index does not hold; they are counted."""
     workers: WorkersConfig = WorkersConfig()
+    """Tasks that fold shards side by side."""
 
     def model_post_init(self, context: Any) -> None:
         if not self.ids and self.input is None and self.filter is None:
@@ -59,10 +67,15 @@ class IndexSetConfig(Config):
     renamed: ClassVar = {"path": "input.path"}
 
     index: str
+    """The index: a folder or a URI."""
     values: dict[str, Any] = Field(default_factory=dict)
+    """Columns and the values to write wherever the filter holds."""
     filter: dict[str, Any] | str | None = None
+    """A condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text."""
     input: PathConfig | None = None
+    """JSONL or Parquet with an `id` and the columns to change in each row."""
     on_unknown: Literal["fail", "ignore"] = "fail"
+    """ignore lets ids pass that the index does not hold; they are counted."""
 
     def model_post_init(self, context: Any) -> None:
         if (self.input is None) == (self.filter is None) or bool(self.values) != (self.filter is not None):
@@ -81,13 +94,22 @@ class IndexSyncConfig(Config):
     """
 
     index: str
+    """The index: a folder or a URI."""
     input: InputConfig
+    """Where the texts are; the index is made equal to them."""
     encoder: str | None = None
+    """Null is the one that the index names."""
     gone: Literal["delete", "keep"] = "delete"
+    """What happens with documents that the input no longer has."""
     max_gone: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of the index that may be deleted at once."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Padded tokens of a forward pass; null chooses by device."""
     workers: AutoscalingWorkersConfig = AutoscalingWorkersConfig()
+    """Processes that encode side by side."""
     on_error: OnError = "fail"
+    """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
 
 
 class IndexGcConfig(Config):
@@ -98,15 +120,20 @@ class IndexGcConfig(Config):
     """
 
     index: str
+    """The index: a folder or a URI."""
     keep: int = Field(default=2, ge=1)
+    """Newest versions that stay."""
     unfinished: bool = False
+    """Remove what no version needs at once, and with it what a killed build could go on from."""
 
 
 class IndexListConfig(Config):
     """`raytower index list`; `curve` adds every measured point of each version."""
 
     index: str
+    """The index: a folder or a URI."""
     curve: bool = False
+    """Add every measured point of each version."""
 
 
 class IndexVerifyConfig(Config):
@@ -116,12 +143,18 @@ class IndexVerifyConfig(Config):
     """
 
     index: str
+    """The index: a folder or a URI."""
     version: str | None = None
+    """Null verifies the newest."""
     encoder: str | None = None
+    """Encoder whose fingerprint is compared; null is the one that the index names, where it is on this
+    machine."""
 
 
 class IndexRollbackConfig(Config):
     """`raytower index rollback`: a new version that equals version `to`."""
 
     index: str
+    """The index: a folder or a URI."""
     to: str
+    """The version that the new one equals, such as 000003."""

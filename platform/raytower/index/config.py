@@ -22,6 +22,7 @@ class RebuildTargetConfig(Config):
     recall: float | None = Field(default=None, gt=0, le=1)
     """Recall@k against exact search."""
     k: int | None = Field(default=None, ge=1)
+    """Hits at which recall is measured and aimed at; null is the newest version's own."""
     memory: ByteSize = ByteSize(8 * 2**30)
     """Bounds both one process that searches all shards and the build tasks that run at once."""
     latency_ms: float | None = Field(default=None, gt=0)
@@ -37,52 +38,59 @@ class TargetConfig(RebuildTargetConfig):
     """Recall to reach, memory to keep, the time that a query may take. `queries` null takes documents as queries."""
 
     recall: float = Field(default=0.95, gt=0, le=1)
+    """Share of the exact nearest neighbours that a search has to find."""
     k: int = Field(default=10, ge=1)
+    """Hits at which recall is measured and aimed at."""
 
 
 class HnswConfig(Config):
-    """Links of a node (twice as many on the lowest level), and how widely neighbours are searched for while building.
-
-    Null is planned: 32 and 100.
-    """
+    """Settings of graphs."""
 
     m: int | None = Field(default=None, ge=2, le=512)
+    """Links of a node, twice as many on the lowest level; null is planned: 32."""
     ef_construction: int | None = Field(default=None, ge=1)
+    """How widely neighbours are searched for while building; null is planned: 100."""
 
 
 class IvfConfig(Config):
-    """Lists of a shard, and sub-vectors of a code of ivf_pq, which must divide the dimension. Null is planned."""
+    """Settings of lists."""
 
     nlist: int | None = Field(default=None, ge=1)
+    """Lists of a shard; null is planned."""
     pq_m: int | None = Field(default=None, ge=1)
+    """Sub-vectors of a code of ivf_pq, which must divide the dimension; null is planned."""
 
 
 class IndexBuildConfig(Config):
-    """`raytower index build`.
-
-    `placement` decides which shard a document goes to: by rows, or by its nearest cluster, so that a query need not
-    visit all shards. `indexed` names columns that filters ask often; each gets a scalar index. `replace` lets the
-    build take the place of an index that was changed since it was built. `rescore` keeps whole vectors beside the
-    codes of ivf_rabitq, ivf_sq8 and ivf_pq and scores the best candidates with them; auto does, and ivf_rabitq
-    needs it.
-    """
+    """`raytower index build`."""
 
     embeddings: str
+    """Folder that encode wrote."""
     output: str
+    """Folder or URI of the index."""
     kind: IndexKind = "auto"
+    """Kind of the shards; auto takes what the target allows and answers most quickly."""
     shards: Literal["auto"] | int = "auto"
+    """Number of shards; auto takes as many as build tasks need."""
     placement: Placing = "rows"
+    """Which shard a document goes to: by rows, or by its nearest cluster, so that a query need not visit all
+    shards."""
     rescore: Literal["auto"] | bool = "auto"
+    """Keep whole vectors beside codes and score the best candidates with them; auto does. ivf_rabitq needs it."""
     hnsw: HnswConfig = HnswConfig()
     ivf: IvfConfig = IvfConfig()
     indexed: list[str] = Field(default_factory=list)
+    """Columns that filters ask often; each gets a scalar index."""
     replace: bool = False
+    """Take the place of an index that was changed since it was built."""
     target: TargetConfig = TargetConfig()
+    """What the index has to reach."""
     workers: WorkersConfig = WorkersConfig()
     """Each builds one shard at a time. What runs alone, training and measuring recall, uses the threads of all of them,
     as far as one node has cores. `num_gpus` is held by the tasks that train centroids and codebooks and fill lists,
     which run there with the gpu extra."""
     seed: int = Field(default=0, ge=0)
+    """Seed of what is drawn by chance; the same one gives the same result."""
 
 
 class IndexCompactConfig(Config):
@@ -91,15 +99,23 @@ class IndexCompactConfig(Config):
     renamed: ClassVar = {"recall": "target.recall", "recall_k": "target.k", "memory": "target.memory"}
 
     index: str
+    """The index: a folder or a URI."""
     kind: IndexKind | None = None
+    """Kind of the shards; null is the newest version's own."""
     shards: Literal["auto"] | int = "auto"
+    """Number of shards; auto takes as many as build tasks need."""
     placement: Placing | None = None
+    """Which shard a document goes to, as index build has it; null is the newest version's own."""
     target: RebuildTargetConfig = RebuildTargetConfig()
+    """What the index has to reach."""
     workers: WorkersConfig = WorkersConfig()
+    """Tasks that build shards side by side."""
     seed: int = Field(default=0, ge=0)
+    """Seed of what is drawn by chance; the same one gives the same result."""
 
 
 class IndexConvertConfig(IndexCompactConfig):
     """`raytower index convert`. `remove_old` takes the files of format 2 away once the index is of format 3."""
 
     remove_old: bool = False
+    """Remove the files of format 2 once the index is of format 3."""

@@ -65,6 +65,8 @@ class ClassifierSettings(ObjectiveSettings):
     computed_in: ClassVar[str | None] = "classification"
 
     class_weights: ClassWeights = None
+    """What a text of each class counts: balanced weighs classes by how rare they are, a mapping names each, null
+    counts all alike."""
 
     def __call__(self, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
         """This worker's loss, a scalar, of logits (B, C), classes (B,) and the weights (C,) of the classes."""
@@ -78,8 +80,11 @@ class InBatchNegatives(EncoderSettings):
 
     name: Literal["in_batch_negatives"] = "in_batch_negatives"
     scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    """Cosines are multiplied by it before the softmax."""
     margin: float = Field(default=0.0, ge=0, le=2)
+    """Taken off the cosine of the positive."""
     symmetric: bool = False
+    """Learn from document to query too."""
 
 
 class HardestNegative(EncoderSettings):
@@ -89,6 +94,7 @@ class HardestNegative(EncoderSettings):
 
     name: Literal["hardest_negative"] = "hardest_negative"
     margin: float = Field(default=0.2, gt=0, le=2)
+    """By how much the positive's cosine has to exceed the hardest negative's."""
 
 
 class RandomNegative(EncoderSettings):
@@ -98,6 +104,7 @@ class RandomNegative(EncoderSettings):
 
     name: Literal["random_negative"] = "random_negative"
     margin: float = Field(default=0.2, gt=0, le=2)
+    """By how much the positive's cosine has to exceed the negative's."""
 
 
 class SimCSE(EncoderSettings):
@@ -107,6 +114,7 @@ class SimCSE(EncoderSettings):
 
     name: Literal["simcse"] = "simcse"
     scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    """Cosines are multiplied by it before the softmax."""
 
 
 class CosineEmbedding(EncoderSettings):
@@ -116,6 +124,7 @@ class CosineEmbedding(EncoderSettings):
 
     name: Literal["cosine_embedding"] = "cosine_embedding"
     margin: float = Field(default=0.3, ge=-1, lt=1)
+    """Cosine below which a pair that does not match costs nothing."""
 
 
 class CosineRegression(EncoderSettings):
@@ -133,6 +142,7 @@ class MarginMSE(EncoderSettings):
 
     name: Literal["margin_mse"] = "margin_mse"
     scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Brings differences of cosines to the teacher's range."""
 
 
 class KLDivergence(EncoderSettings):
@@ -142,7 +152,9 @@ class KLDivergence(EncoderSettings):
 
     name: Literal["kl_divergence"] = "kl_divergence"
     scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    """The student's cosines are multiplied by it before the softmax."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """The teacher's scores are divided by it before the softmax."""
 
 
 class PointwiseCrossEntropy(RerankerSettings):
@@ -154,6 +166,7 @@ class PointwiseCrossEntropy(RerankerSettings):
 
     name: Literal["pointwise_cross_entropy"] = "pointwise_cross_entropy"
     positive_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What a relevant pair counts; raise it where negatives far outnumber positives."""
 
 
 class PointwiseRegression(RerankerSettings):
@@ -163,7 +176,9 @@ class PointwiseRegression(RerankerSettings):
 
     name: Literal["pointwise_regression"] = "pointwise_regression"
     loss: Literal["bce", "mse"] = "bce"
+    """bce for labels or probabilities, mse for scores of any range."""
     positive_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What the relevant side of bce counts."""
 
     def model_post_init(self, context: Any) -> None:
         if self.loss == "mse" and self.positive_weight != 1:
@@ -186,6 +201,7 @@ class PairwiseMargin(RerankerSettings):
 
     name: Literal["pairwise_margin"] = "pairwise_margin"
     margin: float = Field(default=0.1, gt=0, le=1)
+    """By how much the relevant document's score, in 0 to 1, has to exceed the other's."""
 
 
 class ListwiseSoftmax(RerankerSettings):
@@ -208,13 +224,16 @@ class Focal(ClassifierSettings):
 
     name: Literal["focal"] = "focal"
     gamma: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    """The larger, the less a text counts that is classified right already; 0 is cross-entropy."""
 
 
 class Matryoshka(Config):
     """The dimensions, each smaller than the one before, and the weight of each."""
 
     dims: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
+    """Lengths, each smaller than the one before."""
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+    """What each length counts; null counts all alike."""
 
     def model_post_init(self, context: Any) -> None:
         if any(later >= earlier for earlier, later in pairwise(self.dims)):

@@ -20,4 +20,6 @@ class PipelineConfig(Config):
     """`state` is the file that remembers finished steps."""
 
     steps: list[StepConfig] = Field(min_length=1)
+    """Jobs in their order, each `{job: NAME, config: {…}}`."""
     state: str
+    """File that remembers finished steps."""

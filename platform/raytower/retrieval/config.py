@@ -39,8 +39,9 @@ class EngineConfig(Config):
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:
         # Pydantic puts a base's fields first. What must be given should be read first, in help and in a dumped config.
         fields, own = cls.__pydantic_fields__, get_annotations(cls)
-        shared = sorted(fields.keys() - own.keys(), key=_SHARED.index)
-        cls.__pydantic_fields__ = {name: fields[name] for name in (*own, *shared) if name in fields}
+        shared = [name for name in _SHARED if name not in own]
+        names = dict.fromkeys((*own, *(name for name in fields if name not in shared), *shared))
+        cls.__pydantic_fields__ = {name: fields[name] for name in names if name in fields}
         cls.model_rebuild(force=True)
 
     @property
@@ -82,7 +83,7 @@ class RetrieverConfig(RerankConfig):
     """Documents that the first stage recalls for each query; all of them are reranked. Without a reranker as many are
     recalled as are asked for."""
     fusion_weight: FractionField | None = None
-    """Of the rerank score beside the recall score; null is the weight stored with the reranker."""
+    """Weight of the rerank score beside the recall score; null is the weight stored with the reranker."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own."""
 
@@ -91,10 +92,13 @@ class SearchConfig(RetrieverConfig):
     """`raytower search`."""
 
     index: str
+    """The index: a folder or a URI."""
     query: str
+    """The text to search for."""
     k: int = Field(default=10, ge=1)
+    """Hits to show."""
     encoder: str | None = None
-    """Null is the one that the index's manifest names."""
+    """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     filter: dict[str, Any] | str | None = None
     """A condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text."""
 

@@ -23,13 +23,23 @@ class ServeConfig(Config):
     renamed: ClassVar = {"placement": "layout"}
 
     index: str
-    encoder: str | None = Field(default=None, description="null: the encoder recorded in the index manifest")
-    reranker: str | None = None
-    fusion_weight: FractionField | None = Field(
-        default=None, description="null: the weight stored with the reranker"
+    """The index: a folder or a URI."""
+    encoder: str | None = Field(
+        default=None,
+        description="Encoder: a directory, a hub id or a URI; null is the one that the index names.",
     )
-    query_prefix: str | None = Field(default=None, description="null: the encoder's own query prompt")
+    reranker: str | None = None
+    """Cross-encoder directory, hub id or URI; null serves without one."""
+    fusion_weight: FractionField | None = Field(
+        default=None,
+        description="Weight of the rerank score beside the recall score; null is the one stored with the reranker.",
+    )
+    query_prefix: str | None = Field(
+        default=None,
+        description="Put before each query when it is encoded; null is the encoder's own prompt.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the models' forward passes."""
     max_length: int | None = Field(
         default=None, ge=1, description="tokens of a text; null: the encoder's own limit"
     )
@@ -37,26 +47,38 @@ class ServeConfig(Config):
         default=None, ge=1, description="tokens of a (query, document) pair; null: the reranker's own limit"
     )
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535, description="0 picks a free port")
+    """Address to listen on; another than loopback opens the server to others."""
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     replicas: int = Field(default=1, ge=1)
+    """Copies of the server, which share its requests."""
     layout: Literal["together", "apart"] = "together"
-    num_cpus: float = Field(default=1, ge=0, description="per replica")
-    num_gpus: float = Field(default=0, ge=0, description="per replica")
-    shard_num_cpus: float = Field(default=1, ge=0, description="per shard process, layout apart")
-    shard_timeout_ms: int = Field(default=500, ge=1, description="how long to wait for a shard, layout apart")
-    max_ongoing_requests: int = Field(default=16, ge=1, description="worked on at once, per replica")
-    max_queued_requests: int = Field(
-        default=64, ge=0, description="waiting beyond those; more are answered 429"
+    """together holds encoder, shards and reranker in each replica; apart gives each shard a process of its
+    own."""
+    num_cpus: float = Field(default=1, ge=0, description="CPUs of a replica.")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs of a replica.")
+    shard_num_cpus: float = Field(default=1, ge=0, description="CPUs of a shard's process; layout apart.")
+    shard_timeout_ms: int = Field(
+        default=500, ge=1, description="Milliseconds to wait for a shard; layout apart."
     )
-    timeout_ms: int = Field(default=2000, ge=1, description="where the request names none")
+    max_ongoing_requests: int = Field(
+        default=16, ge=1, description="Requests of a replica that are worked on at once."
+    )
+    max_queued_requests: int = Field(
+        default=64, ge=0, description="Requests of a replica that wait beyond those; more are answered 429."
+    )
+    timeout_ms: int = Field(
+        default=2000, ge=1, description="Milliseconds that a request may take where it names none."
+    )
     start_timeout_s: float = Field(
-        default=180, gt=0, description="for loading index and models on all replicas"
+        default=180, gt=0, description="Seconds for loading index and models on all replicas."
     )
     api_key_env: str | None = Field(
-        default=None, description="environment variable that holds the key to ask for"
+        default=None, description="Environment variable that holds the key to ask for; null asks for none."
     )
     limits: Limits = Limits()
+    """Bounds of a request."""
     page_title: str = Field(default="Search", min_length=1)
+    """Title of the search page."""
 
     def model_post_init(self, context: Any) -> None:
         if self.timeout_ms > self.limits.max_timeout_ms:

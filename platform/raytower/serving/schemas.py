@@ -22,14 +22,23 @@ class Limits(Config):
     """What one request may ask for. Longer texts and bodies are answered 413, larger counts 422."""
 
     max_body_bytes: ByteSize = Field(default=ByteSize(4 * 1024 * 1024), ge=1024)
+    """Bytes of a request's body."""
     max_query_characters: int = Field(default=8192, ge=1)
+    """Characters of a query."""
     max_queries: int = Field(default=64, ge=1)
+    """Queries of a request."""
     max_k: int = Field(default=1000, ge=1)
+    """Hits that may be asked for."""
     max_recall_k: int = Field(default=1000, ge=1)
+    """Documents that the first stage may be asked to recall."""
     max_inputs: int = Field(default=256, ge=1)
+    """Texts of an embeddings request."""
     max_documents: int = Field(default=1000, ge=1)
+    """Documents of a rerank request."""
     max_document_characters: int = Field(default=65536, ge=1)
+    """Characters of a document."""
     max_timeout_ms: int = Field(default=60_000, ge=1)
+    """Milliseconds that a request may ask for."""
 
 
 # --- requests -------------------------------------------------------------------------------------------------

@@ -48,17 +48,26 @@ class OptimizerConfig(Config):
     """AdamW with linear warm-up and linear decay to zero; no weight decay on biases and norms."""
 
     lr: float = Field(default=2.0e-5, gt=0)
+    """Peak learning rate, reached after warm-up."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of AdamW."""
     warmup_ratio: FractionField = 0.1
+    """Share of the steps in which the learning rate rises."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
 
 
 class DevConfig(Config):
     """Measuring during training: how often, and when to stop."""
 
+    shorthand = "path"
+
     path: str
+    """Dev rows: a file, a folder or a glob, local or by URI."""
     metric: str
+    """What is measured; higher is better."""
     every_steps: int = Field(default=200, ge=1)
+    """Steps between two measurements."""
     patience: int = Field(default=3, ge=1)
     """Evaluations in a row without a better value before training stops."""
 
@@ -66,26 +75,34 @@ class DevConfig(Config):
 class TrainInput(Config):
     """Where the training rows are."""
 
+    shorthand = "path"
+
     path: str
+    """Training rows: a file, a folder or a glob, local or by URI."""
 
 
 class TrainJobConfig(Config):
     """Keys that every training job has."""
 
     train: TrainInput
+    """Where the training rows are."""
 
     model: str | None = None
     """Any Hugging Face encoder directory or hub id."""
     init_from: str | None = None
     """A directory that an earlier training wrote, to continue from; it takes the place of `model`."""
     output: str
+    """Directory of the trained model, which appears when training is through."""
     dev: DevConfig | None = None
+    """Measuring during training; null measures nothing and keeps the last weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW with linear warm-up and linear decay."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of a batch over all workers; in-batch objectives find their negatives among these."""
     accumulate_batches: int = Field(default=1, ge=1)
     """Batches whose gradients are averaged into one optimizer step."""
     epochs: float = Field(default=1, gt=0)
+    """Passes over the training rows; 0.5 takes half of them."""
     dtype: TrainDtype = "bfloat16"
     """Precision of forward passes; weights, gradients and optimizer stay in float32."""
     recompute: bool = False
@@ -95,15 +112,20 @@ class TrainJobConfig(Config):
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of what is drawn by chance; the same one gives the same result."""
     workers: WorkersConfig = WorkersConfig()
     """`batch_size` is shared out evenly over them."""
     on_error: OnError = "fail"
+    """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
     shuffle_rows: int = Field(default=100_000, ge=1)
     """Rows that are shuffled together; a worker holds a few times as many."""
     log_every_steps: int = Field(default=10, ge=1)
+    """Steps between two lines of progress."""
     log_dir: str | None = None
     """TensorBoard's event files; null is `<output>.tensorboard`."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
+    """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest."""
     max_failures: int = Field(default=2, ge=0)
@@ -130,11 +152,14 @@ class TrainJobConfig(Config):
 
 
 def _with_default_name(name: str) -> Any:
-    """Let `objective: {margin: 0.2}` mean the default objective: overrides of single keys need no name."""
+    """Let `objective: {margin: 0.2}` mean the default objective, and `objective: simcse` the one of that name."""
 
     def fill(values: Any) -> Any:
-        if isinstance(values, Mapping) and isinstance(values.get("objective"), Mapping):
-            return {**values, "objective": {"name": name, **values["objective"]}}
+        objective = values.get("objective") if isinstance(values, Mapping) else None
+        if isinstance(objective, str):
+            return {**values, "objective": {"name": objective}}
+        if isinstance(objective, Mapping):
+            return {**values, "objective": {"name": name, **objective}}
         return values
 
     return fill
@@ -142,6 +167,7 @@ def _with_default_name(name: str) -> Any:
 
 class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
+    """Kind of the rows; auto tells it by the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
 
@@ -151,11 +177,13 @@ class RetrieverDevConfig(DevConfig):
     metrics auc, accuracy, f1 and spearman, the cosines of scored dev pairs."""
 
     corpus: str | None = None
+    """Texts to search among; null takes the dev documents themselves."""
     corpus_rows: int = Field(default=20_000, ge=1)
     """Corpus texts that are searched: all relevant ones, and a fixed sample of the others."""
     metric: str = Field(
         default="recall@10", pattern=r"^((recall|hit)@[1-9]\d*|(mrr|ndcg)@10|auc|accuracy|f1|spearman)$"
     )
+    """recall@k, hit@k, mrr@10 or ndcg@10 of dev pairs; auc, accuracy, f1 or spearman of scored ones."""
     threshold: float | None = None
     """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
 
@@ -176,9 +204,13 @@ class TrainRetrieverConfig(TrainJobConfig):
     """`raytower train-retriever`."""
 
     train: RetrieverTrainInput
+    """Where the training rows are."""
     dev: RetrieverDevConfig | None = None
+    """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[RetrieverObjective, Field(discriminator="name")] = InBatchNegatives()
+    """What is learnt: the loss and its settings. A name alone takes its defaults."""
     matryoshka: Matryoshka | None = None
+    """Train several prefix lengths of an embedding at once; null trains the whole one."""
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None
@@ -188,14 +220,18 @@ class TrainRetrieverConfig(TrainJobConfig):
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
     max_length: int = Field(default=64, ge=1)
+    """Tokens of a text."""
     query_prefix: str | None = None
+    """Put before each query when it is encoded; null is the encoder's own prompt."""
     document_prefix: str | None = None
+    """Put before each document when it is encoded; null is the encoder's own prompt."""
 
     _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
 
 
 class RerankerTrainInput(TrainInput):
     format: Literal["auto", RerankerFormat] = "auto"
+    """Kind of the rows; auto tells it by the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
 
@@ -204,6 +240,7 @@ class RerankerDevConfig(DevConfig):
     """Judged pairs, scored during training."""
 
     metric: Literal["auc", "accuracy", "f1"] = "auc"
+    """What is measured of the scores of judged pairs."""
     threshold: float | None = None
     """accuracy and f1: a score above this is a match; null takes the threshold that suits the dev set best."""
 
@@ -212,10 +249,15 @@ class TrainRerankerConfig(TrainJobConfig):
     """`raytower train-reranker`."""
 
     train: RerankerTrainInput
+    """Where the training rows are."""
     dev: RerankerDevConfig | None = None
+    """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[RerankerObjective, Field(discriminator="name")] = PointwiseRegression()
+    """What is learnt: the loss and its settings. A name alone takes its defaults."""
     batch_size: int = Field(default=32, ge=1)
+    """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
+    """Tokens of a (query, document) pair."""
 
     _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
 
@@ -224,6 +266,7 @@ class ClassifierDevConfig(DevConfig):
     """Labelled dev texts; f1 is the mean over labels (macro)."""
 
     metric: Literal["accuracy", "f1"] = "accuracy"
+    """What is measured; f1 is the mean over labels."""
 
 
 class TrainClassifierConfig(TrainJobConfig):
@@ -232,8 +275,12 @@ class TrainClassifierConfig(TrainJobConfig):
     labels: str | None = None
     """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
     dev: ClassifierDevConfig | None = None
+    """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[ClassifierObjective, Field(discriminator="name")] = CrossEntropy()
+    """What is learnt: the loss and its settings. A name alone takes its defaults."""
     batch_size: int = Field(default=32, ge=1)
+    """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
+    """Tokens of a text."""
 
     _objective_name = model_validator(mode="before")(_with_default_name("cross_entropy"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from raytower.config import Config, OnError
-from raytower.data.sources import InputConfig
+from raytower.data.config import InputConfig
 
 
 class UpConfig(Config):
