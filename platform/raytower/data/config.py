@@ -51,4 +51,4 @@ class QueriesConfig(PathConfig):
     format: QueryFormat = "auto"
     """Kind of the rows; auto takes a BEIR folder for one, and everything else for pairs."""
     split: str = "test"
-    """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have none: all of them are queries."""
+    """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Of pairs all are queries."""

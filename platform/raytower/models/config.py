@@ -32,4 +32,4 @@ class ExportConfig(Config):
     output: str
     """A new directory in the same layout, with the graph in it."""
     graph_dtype: Literal["float32", "int8"] = "float32"
-    """Type of the weights in the graph: int8 keeps a byte of each and computes in a third of the time, vectors nearby."""
+    """Type of the weights in the graph: int8 keeps a byte of each and computes in a third of the time."""
