@@ -175,10 +175,14 @@ def test_partition_folders_are_columns(tmp_path: Path) -> None:
 def test_outputs_of_our_own_are_no_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     write(tmp_path / "emb" / "job.json", '{"fingerprint": "x"}')
-    write(tmp_path / "emb" / "quarantine" / "x.jsonl", '{"text": "no"}\n')
+    write(tmp_path / "emb" / "old" / "x.jsonl", '{"text": "no"}\n')
+    write(tmp_path / "emb.quarantine" / "y.jsonl", '{"file": "a.jsonl", "line": 1}\n')
     for path in (tmp_path, f"{tmp_path}/**/*.jsonl"):
         assert [row["text"] for row in read(path, "corpus")] == ["a"]
-        assert "emb/quarantine/x.jsonl (it lies in an output of a raytower job)" in capfd.readouterr().err
+        passed_over = capfd.readouterr().err
+        assert "emb/old/x.jsonl (it lies in an output of a raytower job)" in passed_over
+        assert "emb.quarantine/y.jsonl (it lists rows that a raytower job rejected)" in passed_over
+    assert [file.location.name for file in find_files(f"{tmp_path}/emb.quarantine/*").files] == ["y.jsonl"]
     with pytest.raises(InputError, match="lies inside the input"):
         refuse_output_inside(str(tmp_path / "new"), str(tmp_path))
     refuse_output_inside(str(tmp_path / "new"), str(tmp_path / "a.jsonl"))

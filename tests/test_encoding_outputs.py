@@ -231,7 +231,9 @@ def test_rejected_rows_are_listed_only_by_the_job_that_owns_the_output(tmp_path:
     assert plan(made)["rejected_rows"] == 1
     assert not (tmp_path / "out").exists()
     encode(made)
-    (listed,) = (tmp_path / "out" / "quarantine").iterdir()
+    (listed,) = (tmp_path / "out.quarantine").iterdir()
+    assert listed.name.startswith("corpus.jsonl-corpus-")
+    assert not (tmp_path / "out" / "quarantine").exists()
     before = listed.read_bytes()
     (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "c"}\n')
     with pytest.raises(InputError, match="input_sha256"):

@@ -93,6 +93,15 @@ def test_what_is_equal_is_left_alone(index: Path, documents: Rows, tmp_path: Pat
     assert version_names(Location.of(index)) == ["000001"]
 
 
+def test_rejected_rows_are_listed_beside_the_index(index: Path, documents: Rows, tmp_path: Path) -> None:
+    source = write(tmp_path / "corpus", documents)
+    with open(tmp_path / "corpus" / "corpus.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"id": "without a text"}\n')
+    assert sync(index, source, on_error="quarantine")["rejected_rows"] == 1
+    (listed,) = (tmp_path / "index.quarantine").iterdir()
+    assert json.loads(listed.read_text())["line"] == 41
+
+
 def test_new_changed_and_gone_in_one_version(
     index: Path, documents: Rows, tmp_path: Path, encoder_dir: Path
 ) -> None:

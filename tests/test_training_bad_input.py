@@ -151,6 +151,7 @@ def test_bad_rows_go_to_quarantine_whatever_the_format(dummy_encoder_dir: Path, 
     }
     surveyed = RetrieverTask.survey(make_config(TrainRetrieverConfig, values))
     assert (surveyed.num_rows, surveyed.num_rejected) == (20, 1)
+    assert [path.parent.name for path in tmp_path.rglob("train.tsv-pairs-*.jsonl")] == ["out.quarantine"]
 
 
 @pytest.mark.parametrize("column", ["query", "document"])

@@ -10,8 +10,8 @@ import pyarrow as pa
 from raytower.annotation.config import AnnotationConfig
 from raytower.data.pieces import Survey, read_pieces
 from raytower.data.pieces import survey as survey_input
+from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
-from raytower.storage import Location
 
 
 def survey_rows(config: AnnotationConfig, kind: Literal["pairs", "scored", "labelled", "lines"]) -> Survey:
@@ -21,11 +21,7 @@ def survey_rows(config: AnnotationConfig, kind: Literal["pairs", "scored", "labe
         InputError: no such input, bad rows under on_error fail, or an output inside the input.
     """
     refuse_output_inside(config.output, config.input.path)
-    quarantine = None
-    if config.on_error == "quarantine":
-        output = Location.of(config.output)
-        quarantine = output.parent / f"{output.name}.quarantine"
-    return survey_input(config.input, kind, on_error=config.on_error, quarantine=quarantine)
+    return survey_input(config.input, kind, on_error=config.on_error, quarantine=quarantine_of(config.output))
 
 
 def row_batches(survey: Survey, rows_per_batch: int) -> Iterator[pa.Table]:

@@ -13,13 +13,19 @@ from pathlib import PurePosixPath
 
 from raytower.config import OnError
 from raytower.data.row_batch import Rejection
-from raytower.data.sources import SourceFile
+from raytower.data.sources import QUARANTINE_SUFFIX, SourceFile
 from raytower.errors import InputError
 from raytower.storage import Location
 
 _SPOOL_BYTES = 4 * 1024 * 1024
 _EXCERPT_CHARACTERS = 80
 _QUARANTINE_REMEDY = ", or set on_error: quarantine to leave such rows out and have them listed"
+
+
+def quarantine_of(output: str | Location) -> Location:
+    """The folder for the rows that a job with this output rejects: `<output>.quarantine`, beside it."""
+    place = Location.of(output)
+    return place.parent / f"{place.name}{QUARANTINE_SUFFIX}"
 
 
 class Rejects:

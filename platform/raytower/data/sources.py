@@ -44,6 +44,8 @@ _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ABOUT = _OUR_FILES | {
     _SAVED_DATASET, _SAVED_SPLITS, "dataset_info.json", "dataset_infos.json", "readme.txt", "license.txt"
 }  # fmt: skip
+# Behind the name of an output it names the folder of the rows that its job rejected.
+QUARANTINE_SUFFIX = ".quarantine"
 _INDEX_VERSION = re.compile(r"/versions/[0-9]{6,}\.json$")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -279,6 +281,8 @@ def _no_data_reason(
         return "its name or a folder's begins with . or _"
     if any(parts[:length] in outputs for length in range(1, len(parts))):
         return "it lies in an output of a raytower job"
+    if any(part.endswith(QUARANTINE_SUFFIX) for part in parts[:-1] if pattern is None or part not in pattern):
+        return "it lists rows that a raytower job rejected"
     if parts[-1].lower() in _ABOUT and (pattern is None or parts[-1] not in pattern):
         return "it is about other files"
     return None if is_data or pattern is not None else _UNKNOWN

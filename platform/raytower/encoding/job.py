@@ -31,6 +31,7 @@ from raytower.config import AutoscalingWorkersConfig, WorkersConfig
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
+from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
@@ -64,7 +65,6 @@ JOB_NAME = "job.json"
 # Counts up when the same settings would give other vectors, ids or files.
 JOB_FORMAT = 2
 _LOCK_NAME = ".encode.lock"
-_QUARANTINE = "quarantine"
 # Small pieces are parsed faster than large ones, and are joined to files of any size.
 _SURVEY_ROWS = 1024
 # Ray Data keeps some state for each block; a folder of very many small files gives several to one.
@@ -260,10 +260,10 @@ def _refuse_another_job(job: _Job, found: dict[str, Any], spec: dict[str, Any]) 
 
 
 def _publish_quarantine(job: _Job) -> None:
-    """Put the list of rejected rows, if there are any, into the output, now that it is known to be this job's."""
+    """Put the list of rejected rows, if there are any, beside the output, now that it is known to be this job's."""
     if job.survey.quarantine_file is not None:
         source = Location.of(job.survey.quarantine_file)
-        (job.output / _QUARANTINE / source.name).write_bytes(source.read_bytes())
+        (quarantine_of(job.output) / source.name).write_bytes(source.read_bytes())
 
 
 def _what_makes_vectors(job: _Job) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from raytower.config import WorkersConfig
 from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_pieces, survey
+from raytower.data.rejects import quarantine_of
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.errors import InputError
@@ -85,7 +86,7 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
     started = time.perf_counter()
     index = Location.of(config.index)
     encoder = _encoder(config, open_manifest(index))
-    found = survey(config.input, "corpus", on_error=config.on_error, quarantine=index / "quarantine")
+    found = survey(config.input, "corpus", on_error=config.on_error, quarantine=quarantine_of(index))
     with changing(index, "index sync") as writer:
         manifest = writer.manifest
         schema = unified(writer.table.schema, found.schema, config.input.path)

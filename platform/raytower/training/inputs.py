@@ -15,10 +15,10 @@ from raytower.data.config import NamedInput
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
+from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
-from raytower.storage import Location
 from raytower.training.config import TrainJobConfig
 
 
@@ -43,7 +43,7 @@ def survey_training(
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
         )
-    quarantine = _quarantine_place(Location.of(config.output)) if config.on_error == "quarantine" else None
+    quarantine = quarantine_of(config.output)
     candidates = cast(Sequence[RecordKind], kinds if wanted == "auto" else [wanted])
     reasons = []
     for kind in candidates:
@@ -136,8 +136,3 @@ def content_hash(path: str) -> str:
     for file in find_files(path).files:
         digest.update(f"{file.location.name} {file.location.sha256()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _quarantine_place(output: Location) -> Location:
-    """Where rejected rows of a training job go: beside its output directory."""
-    return output.parent / f"{output.name}.quarantine"
