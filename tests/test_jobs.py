@@ -39,8 +39,8 @@ class TestCommandLine:
     def test_help_of_a_command_lists_its_keys(self) -> None:
         done = run_cli("encode", "--help")
         assert done.returncode == 0
-        assert "  dtype  (default" in done.stdout
-        assert "encoder  (required)" in done.stdout
+        assert "--dtype float32|" in done.stdout
+        assert "--encoder TEXT  (required)" in done.stdout
 
     @pytest.mark.processes
     def test_dry_run_prints_config_and_plan_and_writes_nothing(
