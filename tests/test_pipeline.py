@@ -70,6 +70,56 @@ def test_every_step_is_checked_before_the_first_runs(dummy_encoder_dir: Path, tm
     assert not list(tmp_path.iterdir())
 
 
+# Written down by the raytower of before, whose keys were compute.dtype, workers.max, rerank_k, depth and so on.
+FORMER_KEYS = [
+    "0b78b71dcd63dbba",
+    "de793d3ad8339387",
+    "85671f7731bcc982",
+    "e1e3c7cc51bf4d72",
+    "bc4ef0145dabf71f",
+    "e4fa3cd67fe739b2",
+    "91db3fc08878d2d2",
+]
+
+
+def every_job(**evaluate: Any) -> PipelineConfig:
+    texts = {"encoder": "encoder", "index": "index", "input": {"path": "texts.tsv"}}
+    workers = {"min": 2, "num": 4}
+    target = {"memory": "1GiB", "queries": "dev.tsv"}
+    judged = {"index": "index", "queries": {"path": "dev.tsv"}, "reranker": "reranker", "recall_k": 20}
+    configs: dict[str, dict[str, Any]] = {
+        "train-retriever": {"model": "m", "train": {"path": "pairs.tsv"}, "output": "encoder"},
+        "encode": {"encoder": "encoder", "input": {"path": "corpus.txt"}, "output": "embeddings"}
+        | {"max_length": 64, "dtype": "bfloat16", "workers": workers},
+        "index build": {
+            "embeddings": "embeddings",
+            "output": "index",
+            "workers": {"num": 3},
+            "target": target,
+        },
+        "evaluate": {"encoder": "encoder", **judged, "rerank_max_length": 128, **evaluate},
+        "mine": {**texts, "input": {"path": "pairs.tsv"}, "output": "negatives.jsonl"}
+        | {"format": "candidates", "file_type": "jsonl", "recall_k": 30, "rows_per_batch": 16},
+        "classify": {**texts, "output": "labels.jsonl", "file_type": "jsonl", "max_length": 32},
+        "similarity": {"encoder": "encoder", "input": {"path": "scored.tsv"}, "output": "cosines.tsv"},
+    }
+    steps = [{"job": job, "config": config} for job, config in configs.items()]
+    return make_config(PipelineConfig, {"state": "state.json", "steps": steps})
+
+
+def test_steps_that_were_finished_before_keys_were_renamed_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in every_job().steps:
+        Path(step.config.get("output", "x")).touch()
+    Path("state.json").write_text(json.dumps({key: {"number": n} for n, key in enumerate(FORMER_KEYS)}))
+    steps = run_pipeline(every_job())["steps"]
+    assert [(step["skipped"], step["number"]) for step in steps] == [(True, n) for n in range(7)]
+    changed = plan_pipeline(every_job(recall_k=21))["steps"]
+    assert [step["skipped"] for step in changed] == [True, True, True, False, False, False, False]
+
+
 def test_the_demos_sample_judges_every_question_by_an_answer_of_its_corpus(tmp_path: Path) -> None:
     files = write_sample(tmp_path / "data", SampleSizes(train=20, dev=10, test=10, corpus=100), seed=1)
     corpus = [json.loads(line) for line in files.corpus.read_text(encoding="utf-8").splitlines()]

@@ -15,6 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from raytower.cli import COMMANDS, find_reference
+from raytower.config import load_config
+from raytower.pipeline.config import PipelineConfig
+from raytower.pipeline.job import plan_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform" / "raytower"
@@ -176,11 +179,20 @@ def test_every_command_of_the_readme_and_the_jobs_exists() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_job_has_a_config_that_its_command_accepts(path: Path) -> None:
-    from raytower.config import load_config
-
     match = re.search(r'run_command\("([^"]+)"', path.read_text(encoding="utf-8"))
     assert match is not None
-    assert load_config(find_reference(COMMANDS[match.group(1)].config), path.with_suffix(".yaml"))
+    config = load_config(find_reference(COMMANDS[match.group(1)].config), path.with_suffix(".yaml"))
+    if isinstance(config, PipelineConfig):
+        assert plan_pipeline(config)["steps"], "the configs of its steps are checked too"
+
+
+def test_the_configs_behind_published_results_are_accepted() -> None:
+    paths = sorted((ROOT / "docs" / "results" / "strategies").glob("*.yaml"))
+    for path in paths:
+        match = re.match(r"# raytower ((?:index )?[a-z-]+)", path.read_text(encoding="utf-8"))
+        assert match is not None, path
+        load_config(find_reference(COMMANDS[match.group(1)].config), path)
+    assert len(paths) >= 9
 
 
 def test_versions_are_pinned_once() -> None:

@@ -20,6 +20,11 @@ class PathConfig(Config):
     path: str
     """A file, a folder or a glob, local or by URI."""
 
+    @property
+    def path_alone(self) -> str | None:
+        """The path where it says everything, as nothing else is set; None where something is."""
+        return self.path if self == type(self)(path=self.path) else None
+
 
 class InputConfig(PathConfig):
     """Where records come from. `path` is a file, a folder or a glob."""

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytower.data.config import QueriesConfig
 from raytower.errors import FormatError, InputError
 from raytower.index.config import (
     ExactDtype,
@@ -505,9 +504,9 @@ def _identity(config: IndexBuildConfig, source: Embeddings, plan: IndexPlan) -> 
     """What names this build: rows, what shards are made of them, and the recall that they must reach."""
     settings = config.model_dump(mode="json", exclude={"embeddings", "output", "workers", "replace"})
     queries = config.target.queries
-    if queries is not None and queries == QueriesConfig(path=queries.path):
+    if queries is not None and queries.path_alone is not None:
         # An index knows its builds of a time when queries were a path.
-        settings["target"]["queries"] = queries.path
+        settings["target"]["queries"] = queries.path_alone
     content = {"rows": source.identity(), "origin": source.origin.model_dump(), "settings": settings}
     return digest_of(json.loads(json.dumps({**content, "kind": plan.kind, "parameters": plan.parameters})))
 

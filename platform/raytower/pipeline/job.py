@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from raytower.commands import COMMANDS, Command, find_reference
-from raytower.config import Config, make_config
+from raytower.config import Config, former_keys, make_config
 from raytower.errors import InputError
-from raytower.pipeline.config import PipelineConfig, StepConfig
+from raytower.index.config import IndexBuildConfig
+from raytower.pipeline.config import PipelineConfig
 from raytower.progress import log
 from raytower.storage import Location
 
@@ -31,6 +33,26 @@ STEP_JOBS = (
 )
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A step that may run, and what the state remembers it by."""
+
+    job: str
+    command: Command
+    config: Config
+    key: str
+    former_key: str
+    """Its key in a state that was written before keys of configs were renamed."""
+
+    def figures_in(self, finished: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The figures of this step where it is finished and its output is still there."""
+        output = getattr(self.config, "output", None)
+        if isinstance(output, str) and not Location.of(output).exists():
+            return None
+        found: dict[str, Any] | None = finished.get(self.key, finished.get(self.former_key))
+        return found
+
+
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     """Run what is not finished; returns the figures of every step.
 
@@ -41,15 +63,16 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     place = Location.of(config.state)
     finished: dict[str, Any] = place.read_json() if place.exists() else {}
     results = []
-    for number, (step, command, job_config, key) in enumerate(prepared, start=1):
+    for number, step in enumerate(prepared, start=1):
         name = f"step {number}/{len(prepared)} {step.job}"
-        if key in finished and _still_there(step.config):
+        before = step.figures_in(finished)
+        if before is not None:
             log(f"{name}: finished before, skipped")
-            results.append({"job": step.job, "skipped": True, **finished[key]})
+            results.append({"job": step.job, "skipped": True, **before})
             continue
         log(f"{name}: running")
-        figures = find_reference(command.run)(job_config)
-        finished[key] = json.loads(json.dumps(figures, default=str))
+        figures = find_reference(step.command.run)(step.config)
+        finished[step.key] = json.loads(json.dumps(figures, default=str))
         place.write_json(finished)
         results.append({"job": step.job, "skipped": False, **figures})
     return {"steps": results}
@@ -61,15 +84,14 @@ def plan_pipeline(config: PipelineConfig) -> dict[str, Any]:
     finished = place.read_json() if place.exists() else {}
     return {
         "steps": [
-            {"job": step.job, "skipped": key in finished and _still_there(step.config)}
-            for step, _, _, key in _prepare(config)
+            {"job": step.job, "skipped": step.figures_in(finished) is not None} for step in _prepare(config)
         ]
     }
 
 
-def _prepare(config: PipelineConfig) -> list[tuple[StepConfig, Command, Config, str]]:
+def _prepare(config: PipelineConfig) -> list[_Prepared]:
     prepared = []
-    key = ""
+    key = former_key = ""
     for number, step in enumerate(config.steps, start=1):
         if step.job not in STEP_JOBS:
             raise InputError(f"steps.{number}.job is {step.job!r}; it must be one of {', '.join(STEP_JOBS)}")
@@ -77,12 +99,37 @@ def _prepare(config: PipelineConfig) -> list[tuple[StepConfig, Command, Config, 
         job_config = make_config(
             find_reference(command.config), step.config, source=f"step {number} ({step.job})"
         )
-        content = json.dumps([key, step.job, job_config.model_dump(mode="json")], sort_keys=True)
-        key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        prepared.append((step, command, job_config, key))
+        key = _key_after(key, step.job, job_config.model_dump(mode="json"))
+        former_key = _key_after(former_key, step.job, _former_values(step.job, job_config))
+        prepared.append(_Prepared(step.job, command, job_config, key, former_key))
     return prepared
 
 
-def _still_there(values: Mapping[str, Any]) -> bool:
-    output = values.get("output")
-    return not isinstance(output, str) or Location.of(output).exists()
+def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
+    content = json.dumps([key, job, values], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _former_values(job: str, config: Config) -> dict[str, Any]:
+    """The config of a step as it was dumped before keys were renamed."""
+    if job.startswith("train-"):  # none of theirs
+        return config.model_dump(mode="json")
+    values = _under_former_keys(config)
+    if isinstance(config, IndexBuildConfig) and config.target.queries is not None:
+        values["target"]["queries"] = config.target.queries.path_alone
+    if job == "mine":  # whose key of this name means something else now
+        values["format"] = values.pop("file_type")
+    if job in ("classify", "similarity"):  # which never read it
+        values["compute"]["rerank_max_length"] = None
+    return values
+
+
+def _under_former_keys(config: Config) -> dict[str, Any]:
+    names = {new: old for old, new in former_keys(type(config)).items()}
+    dumped = config.model_dump(mode="json")
+    values: dict[str, Any] = {}
+    for name, value in config:
+        *section, last = names.get(name, name).split(".")
+        part = values.setdefault(section[0], {}) if section else values
+        part[last] = _under_former_keys(value) if isinstance(value, Config) else dumped[name]
+    return values
