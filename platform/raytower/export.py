@@ -11,7 +11,7 @@ from raytower.models.directory import INFO_NAME, read_info, resolve_model
 from raytower.models.encoder import Encoder
 from raytower.models.fetching import checksums
 from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, export_graph
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location, publish_directory
 
 _RESULTS = ("least_cosine", "mean_cosine", "bytes")

@@ -1,12 +1,18 @@
-"""Progress of a job that goes through rows, for people to read."""
+"""Lines of progress for people to read, and the progress of a job that goes through rows."""
 
 from __future__ import annotations
 
+import sys
 import time
 
-from raytower.runtime import log
-
 _LOG_EVERY_SECONDS = 5.0
+
+
+def log(message: str) -> None:
+    """A line of progress for people. It goes to stderr: stdout belongs to the result."""
+    # Not print(): Ray Train's workers patch it and show each line twice.
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
 
 
 class Progress:

@@ -21,6 +21,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 
 from raytower import ending
 from raytower.errors import InputError
+from raytower.progress import log
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
 SIGNALLED_S = 1.0
@@ -248,10 +249,3 @@ def quieten() -> None:
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(
         logging.ERROR
     )
-
-
-def log(message: str) -> None:
-    """A line of progress for people. It goes to stderr: stdout belongs to the result."""
-    # Not print(): Ray Train's workers patch it and show each line twice.
-    sys.stderr.write(f"{message}\n")
-    sys.stderr.flush()

@@ -23,11 +23,10 @@ from raytower.data.pieces import Survey, read_pieces
 from raytower.errors import InputError
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
-from raytower.progress import Progress
+from raytower.progress import Progress, log
 from raytower.retrieval.load import load_engine, load_reranker, open_index_manifest, own_or
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Candidate, PairScorer, Vectors, index_recall
-from raytower.runtime import log
 from raytower.storage import Location
 
 _COLUMNS = {

@@ -14,10 +14,9 @@ from raytower.annotation.rows_in import row_batches, survey_rows
 from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.metrics import Floats, accuracy_f1, auc, best_threshold, spearman
 from raytower.models.forward import ForwardEngine
-from raytower.progress import Progress
+from raytower.progress import Progress, log
 from raytower.retrieval.load import load_engine, own_or
 from raytower.retrieval.plans import plan_rows
-from raytower.runtime import log
 from raytower.storage import Location
 
 

@@ -31,9 +31,10 @@ from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
+from raytower.progress import log
 from raytower.retrieval.retriever import Retriever
 from raytower.retrieval.tune_fusion import TunedFusion, store_fusion, tune_on_queries
-from raytower.runtime import ensure_ray, log
+from raytower.runtime import ensure_ray
 from raytower.serving.config import ServeConfig
 from raytower.serving.deploy import DIRECT, start, stop
 from raytower.training.config import TrainRerankerConfig, TrainRetrieverConfig

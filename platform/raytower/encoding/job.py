@@ -56,7 +56,8 @@ from raytower.models.forward import (
     default_tokens_per_batch,
 )
 from raytower.models.onnx_export import graph_for
-from raytower.runtime import ensure_ray, log
+from raytower.progress import log
+from raytower.runtime import ensure_ray
 from raytower.storage import Lease, Location, StorageError, absolute_if_local, writer_lease
 
 JOB_NAME = "job.json"

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytower.runtime import log
+from raytower.progress import log
 
 _LOG_EVERY_SECONDS = 5.0
 _ANSWER_WITHIN_SECONDS = 5.0

@@ -17,12 +17,11 @@ from raytower.evaluation.judgements import Judgements, absent_text, judge
 from raytower.evaluation.reports import RUN_NAME, open_run, write_reports
 from raytower.index.reader import Index
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH, Floats, bootstrap_interval, ranking_metrics
-from raytower.progress import Progress
+from raytower.progress import Progress, log
 from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Hit, Retriever, recall_order
-from raytower.runtime import log
 from raytower.storage import Location
 
 _WORST_QUERIES = 20

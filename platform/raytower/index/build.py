@@ -85,7 +85,7 @@ from raytower.index.versions import (
     refuse_damaged,
     writing,
 )
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 WORK_NAME = "work"

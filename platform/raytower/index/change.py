@@ -38,7 +38,7 @@ from raytower.index.versions import (
     publish,
     refuse_damaged,
 )
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 # A change of more rows runs on Ray's workers.

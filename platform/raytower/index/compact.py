@@ -18,7 +18,7 @@ from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
 from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, following, open_manifest, publish
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 

@@ -45,7 +45,7 @@ from raytower.index.versions import (
     published_version,
     writing,
 )
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 _DOCUMENTS_NAME = "documents.arrow"

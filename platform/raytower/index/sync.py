@@ -36,7 +36,7 @@ from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import changing, open_manifest
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 # So few texts are encoded in this process in less time than workers take to start.

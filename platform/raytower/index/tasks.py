@@ -10,7 +10,8 @@ import ray
 
 from raytower.errors import RaytowerError, find_cause
 from raytower.index.config import IndexWorkersConfig
-from raytower.runtime import ensure_ray, log
+from raytower.progress import log
+from raytower.runtime import ensure_ray
 
 ResultT = TypeVar("ResultT")
 

@@ -15,7 +15,7 @@ from raytower.commands import COMMANDS, Command, find_reference
 from raytower.config import Config, make_config
 from raytower.errors import InputError
 from raytower.pipeline.config import PipelineConfig, StepConfig
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 
 STEP_JOBS = (

@@ -30,7 +30,8 @@ from raytower.index.reader import check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
-from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended, log
+from raytower.progress import log
+from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import encoder_for
 from raytower.serving.graph import QUIET, build_application, needed_cpus

@@ -16,7 +16,7 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.sources import NamedInput, find_files, refuse_output_inside
 from raytower.errors import InputError
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 from raytower.training.config import TrainJobConfig
 

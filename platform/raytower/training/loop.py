@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from raytower.errors import InputError
-from raytower.runtime import log
+from raytower.progress import log
 from raytower.storage import Location
 from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable

@@ -16,7 +16,8 @@ from torch import nn
 from raytower.data.pieces import Survey
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.directory import INFO_NAME, read_info
-from raytower.runtime import ensure_ray, log
+from raytower.progress import log
+from raytower.runtime import ensure_ray
 from raytower.storage import Location, publish_directory
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
