@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from raytower import errors
 from raytower.cli import COMMANDS, find_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,4 +201,66 @@ def test_versions_are_pinned_once() -> None:
         described["build-system"]["requires"],
     ]
     named = {canonicalize_name(Requirement(line).name) for requirements in lists for line in requirements}
-    assert named | {"pip"} <= pinned
+    assert (named - {"raytower"}) | {"pip"} <= pinned
+
+
+def requirements(extra: str | None = None) -> set[str]:
+    """Names of what is installed without extras, or of what an extra adds, extras that it names counted."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    found = set()
+    for requirement in map(Requirement, lines):
+        if requirement.name == "raytower":
+            found |= set().union(*(requirements(inner) for inner in requirement.extras))
+        else:
+            found.add(canonicalize_name(requirement.name))
+    return found
+
+
+def test_what_is_imported_is_declared() -> None:
+    """By raytower itself, not only by something that it depends on."""
+    modules = {name.partition(".")[0] for path in FILES.values() for name in imports_of(path)}
+    modules -= sys.stdlib_module_names | {"raytower"}
+    known = packages_distributions()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    declared = requirements().union(*(requirements(extra) for extra in extras if extra != "test"))
+    assert len(modules) >= 20
+    undeclared = [
+        module for module in modules if not declared & {canonicalize_name(name) for name in known[module]}
+    ]
+    assert undeclared == []
+
+
+def test_the_install_lines_bring_what_is_missing() -> None:
+    known = packages_distributions()
+    for module, (_, extra, _) in errors._EXTRAS.items():
+        brought = requirements(extra)
+        assert brought & {canonicalize_name(name) for name in known[module]}, module
+        assert not requirements() & {canonicalize_name(name) for name in known[module]}, module
+        assert f"pip install 'raytower[{extra}]'" in str(errors.missing_extra(module))
+
+
+def test_all_is_everything_that_goes_together() -> None:
+    for extra in ("ray", "train", "serve", "onnx", "lora"):
+        assert requirements(extra) <= requirements("all")
+    assert not requirements("all") & (requirements("cpu") | requirements("gpu"))
+    assert requirements("all") | requirements("aws") | requirements("demo") <= requirements("test")
+
+
+def test_a_missing_module_is_found_in_what_ray_wraps() -> None:
+    """As on a node where an extra was left out."""
+    try:
+        try:
+            raise ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
+        except ModuleNotFoundError as error:
+            raise RuntimeError("a task failed") from error
+    except RuntimeError as error:
+        cause = errors.find_cause(error)
+    assert isinstance(cause, errors.MissingExtraError)
+    assert str(cause) == "peft, which lora needs, is not installed: pip install 'raytower[lora]'"
+    unknown = ModuleNotFoundError("No module named 'something'", name="something")
+    assert errors.find_cause(unknown) is unknown
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        errors.import_extra("no_such_module")
