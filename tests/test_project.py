@@ -12,7 +12,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from raytower import errors
@@ -264,3 +266,33 @@ def test_a_missing_module_is_found_in_what_ray_wraps() -> None:
     assert errors.find_cause(unknown) is unknown
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         errors.import_extra("no_such_module")
+
+
+def test_the_forge_runs_what_there_is() -> None:
+    """Its targets are the Makefile's, its Pythons those that the package says it runs on."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = {found[1] for line in lines if (found := re.match(r"make (\w+)", line))}
+    assert targets == {"lint", "quick", "test"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [
+        re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in project["classifiers"]
+    ]
+    pythons = [found[1] for found in named if found]
+    matrices = [job["strategy"]["matrix"]["python"] for job in jobs.values() if "strategy" in job]
+    assert len(matrices) == 3
+    assert all(matrix == pythons for matrix in matrices)
+    allowed = SpecifierSet(project["requires-python"])
+    assert [f"3.{minor}" for minor in range(9, 20) if f"3.{minor}" in allowed] == pythons
+
+
+def test_hooks_before_a_commit_are_those_of_make_lint() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
+    for hook in hooks:
+        assert hook["entry"].removesuffix(" --fix") in makefile, hook["id"]

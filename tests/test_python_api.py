@@ -163,6 +163,7 @@ assert raytower.run("search", index=output, query="moon", k=1)["index_version"] 
 loaded = [name for name in extras if sys.modules.get(name) is not None]
 assert not loaded, loaded
 changed = {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+changed -= {"LANCE_LOG", "TORCHINDUCTOR_CACHE_DIR"}  # Lance's and torch's own
 assert not changed, changed
 """
 
@@ -175,6 +176,20 @@ def test_no_extra_is_imported_or_needed(
     """Encoding, indexing, changing and searching: without Ray and all else that comes by extras but FAISS."""
     places = str(encoder_dir), str(reranker_dir), str(tmp_path / "index")
     run_python(WITHOUT_RAY, *places, extras, *EXTRAS)
+
+
+def test_without_faiss_an_index_says_what_to_install(
+    encoder: raytower.Encoder, index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert encoder.encode(["sun"]).shape == (1, 32)
+    line = r"FAISS, .*, is not installed: pip install 'raytower\[cpu\]' \(or 'raytower\[gpu\]'"
+    for call in (
+        lambda: raytower.open_index(index_dir),
+        lambda: raytower.index_texts(TEXTS, encoder, tmp_path / "index"),
+    ):
+        with pytest.raises(MissingExtraError, match=line):
+            call()
 
 
 class TestEncoder:

