@@ -154,8 +154,8 @@ class TestDescription:
             )
             assert done.returncode == 0, done.stderr
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert set(known) >= {"cpu", "gpu", "aws"}
-        assert extras == {"head": "cpu,aws", "cpu_worker": "cpu", "gpu_worker": "gpu"}
+        assert set(known) >= {"cpu", "gpu", "all", "aws"}
+        assert extras == {"head": "cpu,all,aws", "cpu_worker": "cpu,all", "gpu_worker": "gpu,all"}
 
     def test_the_token_is_the_users_own_and_nobody_else_reads_it(self, user_home: Path) -> None:
         token = user_home / ".ray" / "auth_token"

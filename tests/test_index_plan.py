@@ -132,7 +132,7 @@ def test_a_lone_task_takes_what_the_workers_would_on_one_node(
     alive = [{"Alive": True, "Resources": {"CPU": cpus} if cpus else {}} for cpus in nodes]
     gone = {"Alive": False, "Resources": {"CPU": 64.0}}
     monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
-    monkeypatch.setattr("raytower.index.tasks.ensure_ray", lambda num_cpus: None)
+    monkeypatch.setattr("raytower.runtime.ensure_ray", lambda num_cpus: None)
     assert on_ray(WorkersConfig(num=4, num_cpus=2)).threads_alone == expected
 
 

@@ -8,12 +8,16 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from raytower import errors
 from raytower.cli import COMMANDS, find_reference
 from raytower.config import load_config
 from raytower.pipeline.config import PipelineConfig
@@ -38,7 +42,7 @@ FLOORS = [
     {"serving"},
     {"export"},
     {"commands", "examples"},
-    {"cli", "pipeline", "up"},
+    {"cli", "library", "pipeline", "up"},
     {"demo"},
 ]
 RAY_FREE = [
@@ -51,7 +55,8 @@ RAY_FREE = [
     "storage",
     "metrics",
     "progress",
-    "worker_output",
+    {"commands", "examples"},
+    {"cli", "library", "pipeline", "up"},
     "commands",
     "examples",
     "cli",
@@ -100,7 +105,8 @@ def test_a_lower_floor_never_imports_a_higher_one() -> None:
     seen = 0
     for path in FILES.values():
         part = part_of(path)
-        for name in imports_of(path) & FILES.keys():
+        # The package's own door names, for type checkers alone, what it loads from upstairs when it is asked for it.
+        for name in imports_of(path, for_types=part != "__init__") & FILES.keys():
             target = part_of(FILES[name])
             # The package itself is imported with every module of it.
             assert target == part or height[target] < height[part], f"{path} imports {name}"
@@ -210,4 +216,96 @@ def test_versions_are_pinned_once() -> None:
         described["build-system"]["requires"],
     ]
     named = {canonicalize_name(Requirement(line).name) for requirements in lists for line in requirements}
-    assert named | {"pip"} <= pinned
+    assert (named - {"raytower"}) | {"pip"} <= pinned
+
+
+def requirements(extra: str | None = None) -> set[str]:
+    """Names of what is installed without extras, or of what an extra adds, extras that it names counted."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    found = set()
+    for requirement in map(Requirement, lines):
+        if requirement.name == "raytower":
+            found |= set().union(*(requirements(inner) for inner in requirement.extras))
+        else:
+            found.add(canonicalize_name(requirement.name))
+    return found
+
+
+def test_what_is_imported_is_declared() -> None:
+    """By raytower itself, not only by something that it depends on."""
+    modules = {name.partition(".")[0] for path in FILES.values() for name in imports_of(path)}
+    modules -= sys.stdlib_module_names | {"raytower"}
+    known = packages_distributions()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    declared = requirements().union(*(requirements(extra) for extra in extras if extra != "test"))
+    assert len(modules) >= 20
+    undeclared = [
+        module for module in modules if not declared & {canonicalize_name(name) for name in known[module]}
+    ]
+    assert undeclared == []
+
+
+def test_the_install_lines_bring_what_is_missing() -> None:
+    known = packages_distributions()
+    for module, (_, extra, _) in errors._EXTRAS.items():
+        brought = requirements(extra)
+        assert brought & {canonicalize_name(name) for name in known[module]}, module
+        assert not requirements() & {canonicalize_name(name) for name in known[module]}, module
+        assert f"pip install 'raytower[{extra}]'" in str(errors.missing_extra(module))
+
+
+def test_all_is_everything_that_goes_together() -> None:
+    for extra in ("ray", "train", "serve", "onnx", "lora"):
+        assert requirements(extra) <= requirements("all")
+    assert not requirements("all") & (requirements("cpu") | requirements("gpu"))
+    assert requirements("all") | requirements("aws") | requirements("demo") <= requirements("test")
+
+
+def test_a_missing_module_is_found_in_what_ray_wraps() -> None:
+    """As on a node where an extra was left out."""
+    try:
+        try:
+            raise ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
+        except ModuleNotFoundError as error:
+            raise RuntimeError("a task failed") from error
+    except RuntimeError as error:
+        cause = errors.find_cause(error)
+    assert isinstance(cause, errors.MissingExtraError)
+    assert str(cause) == "peft, which lora needs, is not installed: pip install 'raytower[lora]'"
+    unknown = ModuleNotFoundError("No module named 'something'", name="something")
+    assert errors.find_cause(unknown) is unknown
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        errors.import_extra("no_such_module")
+
+
+def test_the_forge_runs_what_there_is() -> None:
+    """Its targets are the Makefile's, its Pythons those that the package says it runs on."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = {found[1] for line in lines if (found := re.match(r"make (\w+)", line))}
+    assert targets == {"lint", "quick", "test"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [
+        re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in project["classifiers"]
+    ]
+    pythons = [found[1] for found in named if found]
+    matrices = [job["strategy"]["matrix"]["python"] for job in jobs.values() if "strategy" in job]
+    assert len(matrices) == 3
+    assert all(matrix == pythons for matrix in matrices)
+    allowed = SpecifierSet(project["requires-python"])
+    assert [f"3.{minor}" for minor in range(9, 20) if f"3.{minor}" in allowed] == pythons
+
+
+def test_hooks_before_a_commit_are_those_of_make_lint() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
+    for hook in hooks:
+        assert hook["entry"].removesuffix(" --fix") in makefile, hook["id"]

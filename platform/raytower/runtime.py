@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -36,6 +37,9 @@ _LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_st
 _PRIVATE_FOLDER = "rtray-"
 _RAY_FOLDER = "ray"
 _JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
+# What each of Ray's processes finds in its environment, unless the user has set it: no telemetry; and no progress logs
+# of Ray Data's own, which would drown ours.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING"}
 
 
 def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_workers: bool = False) -> None:
@@ -52,20 +56,39 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     Raises:
         InputError: RAY_AUTH_MODE was changed after Ray had read it, or no folder is short enough for Ray's sockets.
     """
+    _make_quiet()
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _take_worker_output(show_workers)
     with _sigterm_kept():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-            # The submitted job brings its own runtime environment; it must not be set twice.
             with _loopback_for_this_node() if _listens_on_loopback_only() else nullcontext():
-                ray.init(logging_level=logging.WARNING, log_to_driver=True)
+                ray.init(
+                    logging_level=logging.WARNING, log_to_driver=True, runtime_env=_environment_in_cluster()
+                )
         else:
             _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
+
+
+def _make_quiet() -> None:
+    """Set `_QUIET` for this process and its children."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # Ray Data reads its level when it is imported, which may have happened before.
+    logging.getLogger("ray.data").setLevel(os.environ["RAY_DATA_LOG_LEVEL"])
+
+
+def _environment_in_cluster() -> dict[str, dict[str, str]]:
+    """`_QUIET` for workers of a cluster that was there before, which do not inherit from this process.
+
+    A submitted job brings an environment of its own, and Ray refuses a variable that is set twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    brought = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {"env_vars": {name: os.environ[name] for name in _QUIET if name not in brought}}
 
 
 def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:

@@ -20,9 +20,10 @@ from raytower.annotation.mine import mine
 from raytower.config import make_config
 from raytower.data.queries import read_queries
 from raytower.demo.config import DemoConfig
-from raytower.demo.sample import DemoFiles, SampleSizes, find_demo_model, require_package, write_sample
+from raytower.demo.sample import DemoFiles, SampleSizes, find_demo_model, write_sample
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
+from raytower.errors import import_extra
 from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.evaluate import evaluate
 from raytower.index.build import build_index
@@ -75,7 +76,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         MissingExtraError: the packages of the extra [demo] are not installed.
     """
-    find_demo_model(), require_package("insuranceqa_data")
+    find_demo_model(), import_extra("insuranceqa_data")
     folder = (
         Path(config.work_dir).absolute()
         if config.work_dir

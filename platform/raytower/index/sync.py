@@ -6,10 +6,10 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,7 @@ from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_pieces, survey
 from raytower.data.rejects import quarantine_of
 from raytower.encoding.config import EncodeConfig
-from raytower.encoding.job import encode
-from raytower.errors import InputError
+from raytower.errors import InputError, import_extra
 from raytower.index.build import figures
 from raytower.index.change import publish_change, refuse_other_origin, with_documents
 from raytower.index.change_config import IndexSyncConfig
@@ -40,11 +39,20 @@ from raytower.progress import log
 from raytower.storage import Location
 
 # So few texts are encoded in this process in less time than workers take to start.
-_TEXTS_IN_PROCESS = 10_000
+TEXTS_IN_PROCESS = 10_000
 _BLOCK_ROWS = 1_024
 _HASH_KEYS = ("raytower-sync-01", "raytower-sync-02")
 # Ids, and what is compared, as two hashes each: 128 bits never meet by chance.
 _Hashes = NDArray[np.uint64]
+
+
+class ReadyEncoder(Protocol):
+    """An encoder at work, such as a `ForwardEngine`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, texts: Sequence[str], prefix: str = "") -> NDArray[np.float32]: ...
 
 
 @dataclass
@@ -73,8 +81,11 @@ class Difference:
         return not self.encoded and not self.values and not len(self.gone)
 
 
-def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
+def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> dict[str, Any]:
     """Publish a version that equals the input; where it equals already, nothing is done.
+
+    `engine` is the encoder where this process has it at work, set up as it was for the vectors of the index; without
+    it the encoder is loaded.
 
     Returns:
         what `index build` returns, and added, changed (texts), set (other columns), deleted, encoded, rejected_rows.
@@ -85,7 +96,7 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     index = Location.of(config.index)
-    encoder = _encoder(config, open_manifest(index))
+    encoder = _encoder(config, open_manifest(index), engine)
     found = survey(config.input, "corpus", on_error=config.on_error, quarantine=quarantine_of(index))
     with changing(index, "index sync") as writer:
         manifest = writer.manifest
@@ -113,7 +124,7 @@ def sync_index(config: IndexSyncConfig) -> dict[str, Any]:
                 table = table.without(difference.gone)
             # GPUs are for encoding.
             workers = WorkersConfig(num=config.workers.num, num_cpus=config.workers.num_cpus)
-            run = on_ray(workers) if came > 10 * _TEXTS_IN_PROCESS else Run()
+            run = on_ray(workers) if came > 10 * TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})
             went = replaced + len(difference.gone)
             manifest = publish_change(writer, table, "sync", identity, came=came, went=went, run=run)
@@ -228,8 +239,10 @@ def _ids_of(table: DocumentTable, known: _Known) -> pa.Array:
     return pa.concat_arrays(parts)
 
 
-def _encoder(config: IndexSyncConfig, manifest: IndexManifest) -> Encoder:
-    encoder = Encoder.load(config.encoder or manifest.encoder)
+def _encoder(
+    config: IndexSyncConfig, manifest: IndexManifest, engine: ReadyEncoder | None = None
+) -> Encoder | ReadyEncoder:
+    encoder = engine or Encoder.load(config.encoder or manifest.encoder)
     check_fingerprint(manifest, encoder.fingerprint)
     return encoder
 
@@ -244,7 +257,11 @@ def _refuse_much_gone(config: IndexSyncConfig, difference: Difference, manifest:
 
 
 def _encoded(
-    config: IndexSyncConfig, manifest: IndexManifest, encoder: Encoder, tables: list[pa.Table], folder: Path
+    config: IndexSyncConfig,
+    manifest: IndexManifest,
+    encoder: Encoder | ReadyEncoder,
+    tables: list[pa.Table],
+    folder: Path,
 ) -> tuple[pa.Schema, Iterator[tuple[pa.Table, NDArray[np.float32]]]]:
     """Documents with their vectors, made as those of the index were: here for few, by the encoding job for many."""
     made_so: dict[str, Any] = {
@@ -253,9 +270,13 @@ def _encoded(
         "max_length": manifest.max_length,
         "tokens_per_batch": config.tokens_per_batch,
     }
-    if sum(table.num_rows for table in tables) <= _TEXTS_IN_PROCESS:
-        engine = ForwardEngine(encoder, **made_so)
-        return tables[0].schema, _encoded_here(engine, manifest, tables)
+    if sum(table.num_rows for table in tables) <= TEXTS_IN_PROCESS:
+        if isinstance(encoder, Encoder):
+            encoder = ForwardEngine(encoder, **made_so)
+        return tables[0].schema, _encoded_here(encoder, manifest, tables)
+    import_extra("ray")
+    from raytower.encoding.job import encode
+
     corpus = folder / "corpus.parquet"
     with pq.ParquetWriter(corpus, tables[0].schema) as writer:
         for table in tables:
@@ -277,7 +298,7 @@ def _encoded(
 
 
 def _encoded_here(
-    engine: ForwardEngine, manifest: IndexManifest, tables: list[pa.Table]
+    engine: ReadyEncoder, manifest: IndexManifest, tables: list[pa.Table]
 ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
     for table in tables:
         for start in range(0, table.num_rows, _BLOCK_ROWS):

@@ -1,4 +1,7 @@
-"""Running the steps of an index job: as Ray tasks, or one after the other in this process."""
+"""Running the steps of an index job: as Ray tasks, or one after the other in this process.
+
+Ray is imported by the first step that runs on it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import ray
-
 from raytower.config import WorkersConfig
-from raytower.errors import RaytowerError, find_cause
+from raytower.errors import RaytowerError, find_cause, import_extra
 from raytower.progress import log
-from raytower.runtime import ensure_ray
 
 ResultT = TypeVar("ResultT")
 
@@ -38,7 +38,7 @@ class Run:
         """
         if self.workers is None:
             return self.threads
-        ensure_ray(self.workers.num_cpus)
+        ray = _started_ray(self.workers)
         cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         wanted = int(self.workers.num * self.workers.num_cpus)
         return max(min(wanted, int(max(cores, default=0))), self.threads)
@@ -59,7 +59,7 @@ class Run:
         """
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
-        ensure_ray(self.workers.num_cpus)
+        ray = _started_ray(self.workers)
         task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus)(function)
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
@@ -89,3 +89,12 @@ class Run:
 
 def on_ray(workers: WorkersConfig) -> Run:
     return Run(workers.num_threads, workers.num, workers.num_gpus, workers)
+
+
+def _started_ray(workers: WorkersConfig) -> Any:
+    """The module, once Ray runs. Raises MissingExtraError with the install line where it is not installed."""
+    ray = import_extra("ray")
+    from raytower.runtime import ensure_ray
+
+    ensure_ray(workers.num_cpus)
+    return ray

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytower.errors import InputError, MissingExtraError
+from raytower.errors import InputError, import_extra
 from raytower.models.config import LoraConfig
 
 
@@ -19,10 +19,7 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
         MissingExtraError: `peft` is not installed.
         InputError: no layer has a name that ends in one of `target_modules`.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingExtraError("lora needs the library peft: pip install 'raytower[lora]'") from error
+    peft = import_extra("peft")
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

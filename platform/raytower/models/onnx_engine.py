@@ -9,18 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from raytower.errors import FormatError, MissingExtraError
-
-
-def import_onnxruntime() -> Any:
-    """The module. Raises MissingExtraError with the install line."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(
-            "engine onnx needs ONNX Runtime, which is not installed: pip install 'raytower[onnx]'"
-        ) from error
-    return onnxruntime
+from raytower.errors import FormatError, import_extra
 
 
 class OnnxBackbone(nn.Module):
@@ -39,7 +28,7 @@ class OnnxBackbone(nn.Module):
             MissingExtraError: ONNX Runtime is not installed.
             FormatError: the file is no ONNX graph that this ONNX Runtime can load.
         """
-        onnxruntime = import_onnxruntime()
+        onnxruntime = import_extra("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raytower.errors import FormatError, MissingExtraError, RaytowerError
+from raytower.errors import FormatError, RaytowerError, import_extra
 from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.models.fetching import is_intact, keep, sha256_of
-from raytower.models.onnx_engine import OnnxBackbone, import_onnxruntime
+from raytower.models.onnx_engine import OnnxBackbone
 from raytower.storage import cache_dir, locked
 
 GRAPH_NAMES = {"float32": "model.onnx", "int8": "model_int8.onnx"}
@@ -66,7 +66,7 @@ def graph_for(encoder: Encoder, dtype: str, directory: Path | None = None) -> Pa
         FormatError: the directory's graph is damaged, or belongs to other weights.
         RaytowerError: the exported graph does not compute what the backbone does.
     """
-    import_onnxruntime()
+    import_extra("onnxruntime")
     recorded = None if directory is None else _recorded_graph(directory, encoder, dtype)
     if recorded is not None:
         return recorded
@@ -90,7 +90,8 @@ def export_graph(encoder: Encoder, dtype: str, folder: Path) -> dict[str, float]
         MissingExtraError: the extra [onnx] is not installed.
         RaytowerError: the graph cannot be made, or its vectors are too far from torch's (`LEAST_COSINE`).
     """
-    import_onnxruntime()
+    for name in ("onnx", "onnxruntime"):
+        import_extra(name)
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / GRAPH_NAMES[dtype]
     if dtype == "float32":
@@ -179,8 +180,6 @@ def _trace(encoder: Encoder, place: Path) -> None:
                 output_names=["last_hidden_state"],
                 dynamic_axes=dict.fromkeys([*names, "last_hidden_state"], shape),
             )
-    except ImportError as error:
-        raise _missing_extra() from error
     except Exception as error:
         kind = getattr(encoder.backbone.config, "model_type", "this")
         raise RaytowerError(
@@ -195,10 +194,8 @@ def _quantise(source: Path, place: Path) -> None:
     float32: quantised they save disk and cost speed. The reduced range cannot overflow the 16-bit sums of processors
     without VNNI, so that all nodes of a cluster compute the same vectors.
     """
-    try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise _missing_extra() from error
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     size = sum(path.stat().st_size for path in source.parent.iterdir())
     with _without_preprocessing_hint():
         quantize_dynamic(
@@ -235,7 +232,3 @@ def _vectors(encoder: Encoder, texts: tuple[str, ...]) -> NDArray[np.float64]:
     )
     vector_BD: Any = encoder(batch["input_ids"], batch["attention_mask"])
     return np.asarray(vector_BD.double().cpu())
-
-
-def _missing_extra() -> MissingExtraError:
-    return MissingExtraError("ONNX export needs the libraries of an extra: pip install 'raytower[onnx]'")

@@ -1,0 +1,1 @@
+"""What `import raytower` offers to other programs: models, indexes and commands as Python objects."""

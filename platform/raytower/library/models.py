@@ -1,0 +1,365 @@
+"""Encoders, rerankers and text classifiers in this process, without Ray.
+
+Each of them may be used by any number of threads: their calls are computed one after another, and each answers as if it
+were alone. The functions that begin with `a` are for `await`: they wait in a thread of asyncio's own pool, so that the
+event loop goes on meanwhile; one that is cancelled is computed to its end all the same.
+
+Shape legend: N and M texts, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raytower.errors import InputError
+from raytower.library.inputs import texts_of
+from raytower.models.compute import Engine, EngineDtype, check_compute
+from raytower.models.cross_encoder import CrossEncoder, CrossScorer
+from raytower.models.directory import resolve_model
+from raytower.models.encoder import Encoder as EncoderModel
+from raytower.models.forward import ComputeDtype, ForwardEngine
+from raytower.models.fusion import Fusion
+from raytower.models.text_classifier import ClassifierEngine, TextClassifier
+from raytower.storage.errors import one_line
+
+Role = Literal["query", "document"]
+Vectors = NDArray[np.float32]
+
+
+class Ranked(NamedTuple):
+    """A text of `rank`: its position in the list that was given, and its score."""
+
+    index: int  # type: ignore[assignment]  # not the method of tuples, which nobody asks of a pair
+    score: float
+
+
+class Label(NamedTuple):
+    """A label and its probability."""
+
+    name: str
+    probability: float
+
+
+class Encoder:
+    """Texts to vectors; made by `load_encoder`. Safe for threads."""
+
+    def __init__(self, name: str, engine: ForwardEngine, compute: tuple[Engine, EngineDtype]) -> None:
+        self.name = name
+        """The directory, hub id or URI that it was loaded from."""
+        self.shared = _OneAtATime(engine)
+        """It for a `Retriever`: texts behind a prefix of the caller's."""
+        self.compute = compute
+        """What computes, and at which precision."""
+
+    @property
+    def engine(self) -> ForwardEngine:
+        """What computes; not safe for threads."""
+        return self.shared.engine
+
+    @property
+    def dim(self) -> int:
+        """D, the embedding dimension."""
+        return self.engine.dim
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over all that maps a text to a vector; an index knows its encoder by it."""
+        return self.engine.fingerprint
+
+    def prefix(self, role: Role) -> str:
+        """The model's own prompt for a query or a document; empty where it names none."""
+        return self.engine.encoder.prefix_for(role)
+
+    def encode(self, texts: str | Sequence[str], role: Role = "document") -> Vectors:
+        """Vectors of texts, each behind the model's own prompt for its role, as the jobs encode them.
+
+        Args:
+            texts: a list; or one text.
+            role: what the texts are; of e5 and its kin this chooses between `query: ` and `passage: `.
+
+        Returns:
+            float32 (N, D) in the order of the texts, of unit length where the model normalises; (D,) for one text.
+
+        Raises:
+            InputError: an element is no string, or another role.
+            RaytowerError: a text does not fit into memory.
+
+        >>> encoder = raytower.load_encoder(encoder_dir)
+        >>> encoder.encode(["How do I reset my password?", "Opening hours"]).shape
+        (2, 384)
+        >>> encoder.encode("Opening hours", role="query").shape
+        (384,)
+        """
+        if role not in ("query", "document"):
+            raise InputError(f"role is {role!r}; it must be 'query' or 'document'")
+        if isinstance(texts, str):
+            vector: Vectors = self.encode([texts], role)[0]
+            return vector
+        return self.shared.encode(texts_of(texts, "texts"), self.prefix(role))
+
+    def similarity(
+        self, queries: Sequence[str] | Vectors, documents: Sequence[str] | Vectors
+    ) -> NDArray[np.float32]:
+        """The cosine of each query with each document.
+
+        Args:
+            queries: N texts, which are encoded as queries; or their vectors, float32 (N, D).
+            documents: M texts, which are encoded as documents; or their vectors, float32 (M, D).
+
+        Returns:
+            float32 (N, M); 0 where a vector is all zeros.
+
+        Raises:
+            InputError: an element is no string, or vectors have another shape.
+
+        >>> encoder = raytower.load_encoder(encoder_dir)
+        >>> cosines = encoder.similarity(["pets"], ["cats and dogs", "the stock market"])
+        >>> bool(cosines[0, 0] > cosines[0, 1])
+        True
+        """
+        left = self._units(queries, "queries", "query")
+        return left @ self._units(documents, "documents", "document").T
+
+    async def aencode(self, texts: str | Sequence[str], role: Role = "document") -> Vectors:
+        """`encode`, for `await`."""
+        return await asyncio.to_thread(self.encode, texts, role)
+
+    def _units(self, given: Sequence[str] | Vectors, name: str, role: Role) -> Vectors:
+        if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+            vectors = given.astype(np.float32, copy=False)
+        else:
+            vectors = self.encode(texts_of(given, name), role)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise InputError(
+                f"{name} has the shape {vectors.shape}; vectors of this encoder are (N, {self.dim})"
+            )
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        units: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+        return units
+
+
+class Reranker:
+    """Texts in the order of their relevance to a query; made by `load_reranker`. Safe for threads."""
+
+    def __init__(self, name: str, engine: CrossScorer) -> None:
+        self.name = name
+        """The directory, hub id or URI that it was loaded from."""
+        self._engine = engine
+        self._lock = threading.Lock()
+
+    @property
+    def fusion(self) -> Fusion | None:
+        """How its logits mix with recall scores, as it was tuned; None where it never was."""
+        return self._engine.fusion
+
+    def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        """Raw relevance logits, float32 (N,), of the pairs (queries[i], documents[i]).
+
+        Raises:
+            InputError: the lists differ in length, or an element is no string.
+        """
+        pairs = texts_of(queries, "queries"), texts_of(documents, "documents")
+        with self._lock:
+            return self._engine.score(*pairs)
+
+    def rank(self, query: str, texts: Sequence[str], k: int | None = None) -> list[Ranked]:
+        """Texts by falling relevance to `query`; of equal scores the first text comes first.
+
+        Args:
+            query: one text.
+            texts: what is put in order.
+            k: how many come back; None for all.
+
+        Returns:
+            The score is the logit behind the directory's own activation (a sigmoid unless it says otherwise), as
+            `CrossEncoder.rank` of sentence-transformers gives it.
+
+        Raises:
+            InputError: an element is no string, or k is below 1.
+
+        >>> reranker = raytower.load_reranker(reranker_dir)
+        >>> ranked = reranker.rank("when are you open", ["a password", "opening hours"])
+        >>> best, other = ranked
+        >>> {best.index, other.index} == {0, 1} and 1 > best.score >= other.score > 0
+        True
+        """
+        _check_k(k)
+        if not isinstance(query, str):
+            raise InputError(f"query is {query!r}, of type {type(query).__name__}; it must be a string")
+        listed = texts_of(texts, "texts")
+        logits = self.score([query] * len(listed), listed).astype(np.float64)
+        model = self._engine.model
+        sigmoid = model.num_labels > 1 or model.activation == "sigmoid"
+        scores = 0.5 * (1 + np.tanh(logits / 2)) if sigmoid else logits
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [Ranked(int(place), float(scores[place])) for place in order]
+
+    async def arank(self, query: str, texts: Sequence[str], k: int | None = None) -> list[Ranked]:
+        """`rank`, for `await`."""
+        return await asyncio.to_thread(self.rank, query, texts, k)
+
+
+class Classifier:
+    """Texts to labels; made by `load_classifier`. Safe for threads."""
+
+    def __init__(self, name: str, engine: ClassifierEngine) -> None:
+        self.name = name
+        """The directory, hub id or URI that it was loaded from."""
+        self._engine = engine
+        self._lock = threading.Lock()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels, in the model's order."""
+        return self._engine.labels
+
+    def classify(self, texts: Sequence[str], k: int | None = None) -> list[list[Label]]:
+        """The `k` most probable labels of each text, the most probable first; None gives all.
+
+        Raises:
+            InputError: an element is no string, or k is below 1.
+
+        >>> classifier = raytower.load_classifier(classifier_dir)
+        >>> [[likely, unlikely]] = classifier.classify(["a refund, please"])
+        >>> {likely.name, unlikely.name} == {"delivery", "money"} and likely.probability >= 0.5
+        True
+        """
+        _check_k(k)
+        listed = texts_of(texts, "texts")
+        with self._lock:
+            names, probabilities = self._engine.classify(listed, k)
+        return [
+            [Label(*pair) for pair in zip(row, values, strict=True)]
+            for row, values in zip(names, probabilities.tolist(), strict=True)
+        ]
+
+    async def aclassify(self, texts: Sequence[str], k: int | None = None) -> list[list[Label]]:
+        """`classify`, for `await`."""
+        return await asyncio.to_thread(self.classify, texts, k)
+
+
+def load_encoder(
+    name: str | Path,
+    *,
+    engine: Engine = "torch",
+    dtype: EngineDtype = "float32",
+    device: str | None = None,
+    max_length: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> Encoder:
+    """An encoder, ready to encode in this process.
+
+    Args:
+        name: a directory, a hub id (`org/model`, `org/model@revision`), or a URI of remote storage.
+        engine: `torch`; or `onnx`, on CPUs, which needs the extra [onnx].
+        dtype: precision of the weights: float32, bfloat16 or float16 of torch, float32 or int8 of onnx.
+        device: such as `cpu` or `cuda:1`; None takes a GPU where there is one.
+        max_length: tokens that a text is cut to; None is the model's own limit.
+        tokens_per_batch: padded tokens that go through the model at once; None chooses by device.
+
+    Raises:
+        InputError: no such model, or a setting that it or this machine does not have.
+        FormatError: a directory without whole safetensors weights, or with modules that are not known.
+        MissingExtraError: engine onnx without ONNX Runtime.
+
+    >>> raytower.load_encoder(encoder_dir).dim
+    384
+    """
+    model = EncoderModel.load(name)
+    made = ForwardEngine(
+        model,
+        engine=engine,
+        dtype=dtype,
+        device=_checked_device(device),
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        directory=resolve_model(str(name)) if engine == "onnx" else None,
+    )
+    return Encoder(str(name), made, (engine, dtype))
+
+
+def load_reranker(
+    name: str | Path,
+    *,
+    dtype: ComputeDtype = "float32",
+    device: str | None = None,
+    max_length: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> Reranker:
+    """A cross-encoder, ready to score pairs in this process. Arguments and errors are those of `load_encoder`.
+
+    Raises:
+        FormatError: it has no trained head (an encoder is no reranker yet), or other than 1 or 2 logits.
+    """
+    settings = _settings(dtype, device, max_length, tokens_per_batch)
+    return Reranker(str(name), CrossScorer(CrossEncoder.load(name), **settings))
+
+
+def load_classifier(
+    name: str | Path,
+    *,
+    dtype: ComputeDtype = "float32",
+    device: str | None = None,
+    max_length: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> Classifier:
+    """A text classifier, ready to classify in this process. Arguments and errors are those of `load_encoder`.
+
+    Raises:
+        FormatError: it has no trained head, fewer than 2 labels, or labels of which several may hold at once.
+    """
+    settings = _settings(dtype, device, max_length, tokens_per_batch)
+    return Classifier(str(name), ClassifierEngine(TextClassifier.load(name), **settings))
+
+
+def _settings(dtype: str, device: str | None, max_length: int | None, tokens_per_batch: int | None) -> Any:
+    check_compute("torch", dtype)
+    return {
+        "dtype": dtype,
+        "device": _checked_device(device),
+        "max_length": max_length,
+        "tokens_per_batch": tokens_per_batch,
+    }
+
+
+def _checked_device(device: str | None) -> str | None:
+    try:
+        is_missing = torch.device(device or "cpu").type == "cuda" and not torch.cuda.is_available()
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}: {one_line(error)}; write 'cpu' or 'cuda:0'") from error
+    if is_missing:
+        raise InputError(
+            f"device is {device!r}, but PyTorch sees no GPU here; leave device out, or write 'cpu'"
+        )
+    return device
+
+
+def _check_k(k: int | None) -> None:
+    if k is not None and k < 1:
+        raise InputError(f"k is {k}; it must be 1 or more, or None for all")
+
+
+class _OneAtATime:
+    """An engine that threads use one after another."""
+
+    def __init__(self, engine: ForwardEngine) -> None:
+        self.engine = engine
+        self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """That of its encoder."""
+        return self.engine.fingerprint
+
+    def encode(self, texts: Sequence[str], prefix: str = "") -> Vectors:
+        """Vectors, float32 (N, D), of texts behind a prefix."""
+        with self._lock:
+            return self.engine.encode(texts, prefix)

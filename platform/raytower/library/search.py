@@ -1,0 +1,209 @@
+"""A published index, opened for search in this process, without Ray.
+
+Shape legend: Q queries, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+from numpy.typing import NDArray
+
+from raytower.errors import FormatError, InputError
+from raytower.index.reader import Filter, Index
+from raytower.library.inputs import texts_of
+from raytower.library.models import Encoder, Reranker, load_encoder, load_reranker
+from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_order
+
+# No Sequence, which a single string is too.
+Several = list[str] | tuple[str, ...]
+
+
+class _Settings(TypedDict, total=False):
+    filter: Filter | None
+    rerank: Reranker | str | Path | None
+    recall_k: int
+
+
+class SearchIndex:
+    """One version of an index; made by `open_index`.
+
+    It goes on answering with that version while newer ones are published: open the index again to see them. Safe for
+    threads: searches run side by side, only the models compute one call after another, and each search answers as if it
+    were alone.
+    """
+
+    def __init__(self, uri: str, index: Index, encoder: Encoder | None) -> None:
+        self.uri = uri
+        """Where the index lies."""
+        self._index = index
+        self._encoder = encoder
+        self._rerankers: dict[str, Reranker] = {}
+        self._loading = threading.Lock()
+
+    def __len__(self) -> int:
+        """Documents that can be found."""
+        return self._index.num_rows
+
+    @property
+    def version(self) -> str:
+        """The name of the version, such as `000003`."""
+        return self._index.version
+
+    @property
+    def dim(self) -> int:
+        """D, the embedding dimension."""
+        return self._index.dim
+
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes queries; unless it was given, it is loaded by the name in the index when it is first needed.
+
+        Raises:
+            InputError: there is no such model on this machine.
+            FormatError: it is another one than made the index.
+        """
+        with self._loading:
+            if self._encoder is None:
+                self._encoder = self._load_encoder()
+            return self._encoder
+
+    @overload
+    def search(self, queries: str, k: int = 10, **settings: Unpack[_Settings]) -> list[Hit]: ...
+
+    @overload
+    def search(self, queries: Several, k: int = 10, **settings: Unpack[_Settings]) -> list[list[Hit]]: ...
+
+    def search(
+        self,
+        queries: str | Several,
+        k: int = 10,
+        *,
+        filter: Filter | None = None,
+        rerank: Reranker | str | Path | None = None,
+        recall_k: int = 100,
+    ) -> list[Hit] | list[list[Hit]]:
+        """The best documents for a query, or for each of several, best first: what `raytower search` finds.
+
+        Args:
+            queries: one text; or a list, which is encoded, searched and reranked together.
+            k: hits a query; fewer come back where fewer documents match.
+            filter: which documents may be hits, by their columns: `{"year": {"$gte": 2020}}`, or an SQL condition.
+            rerank: puts the first `recall_k` in a new order; a reranker, or its name, which is loaded once. Its scores
+                are mixed with recall scores where that was tuned.
+            recall_k: how many documents the reranker sees of each query.
+
+        Returns:
+            hits with `id`, `text`, `metadata` (the other columns), `score` (what the order goes by), `recall_score`
+            (cosine or inner product), `rerank_score` (the reranker's logit, or None) and `rank` (from 1).
+
+        Raises:
+            InputError: a blank query, `k` or `recall_k` below 1, a filter that does not fit the columns, no such model.
+            FormatError: the encoder is another one than made the index.
+
+        >>> index = raytower.open_index(index_dir)
+        >>> hits = index.search("Can I get my money back?", k=2, filter={"topic": "money"})
+        >>> [(hit.id, hit.rank, hit.metadata) for hit in hits]
+        [('refund', 1, {'topic': 'money'})]
+        """
+        if isinstance(queries, str):
+            return self.search([queries], k, filter=filter, rerank=rerank, recall_k=recall_k)[0]
+        texts = texts_of(queries, "queries")
+        for place, text in enumerate(texts):
+            if not text.strip():
+                raise InputError(f"queries[{place}] is {text!r}, which is blank; give a text to search for")
+        scorer = self._reranker(rerank)
+        retriever = Retriever(
+            self.encoder.shared,
+            self._index,
+            scorer,
+            scorer.fusion if scorer is not None else None,
+            query_prefix=self.encoder.prefix("query"),
+        )
+        recall = index_recall(self._index, filter)
+        return retriever.search(texts, k=k, recall_k=recall_k, recall=recall).hits
+
+    def search_vectors(
+        self, vectors: NDArray[Any], k: int = 10, *, filter: Filter | None = None
+    ) -> list[list[Hit]]:
+        """The nearest documents to each of some query vectors, best first; no model is needed.
+
+        Args:
+            vectors: (Q, D), from the encoder that made the index, as queries.
+            k: hits a query.
+            filter: as of `search`.
+
+        Raises:
+            InputError: `k` below 1, another shape, values that are not finite, a filter that does not fit.
+
+        >>> index = raytower.open_index(index_dir)
+        >>> query = raytower.load_encoder(encoder_dir).encode(["opening times"], role="query")
+        >>> [[hit.id for hit in hits] for hits in index.search_vectors(query, k=1)]
+        [['hours']]
+        """
+        return [recall_order(found) for found in index_recall(self._index, filter)(vectors, k)]
+
+    @overload
+    async def asearch(self, queries: str, k: int = 10, **settings: Unpack[_Settings]) -> list[Hit]: ...
+
+    @overload
+    async def asearch(
+        self, queries: Several, k: int = 10, **settings: Unpack[_Settings]
+    ) -> list[list[Hit]]: ...
+
+    async def asearch(self, queries: Any, k: int = 10, **settings: Unpack[_Settings]) -> Any:
+        """`search`, for `await`: it waits in a thread of asyncio's own pool."""
+        return await asyncio.to_thread(lambda: self.search(queries, k, **settings))
+
+    def _load_encoder(self) -> Encoder:
+        name = self._index.encoder
+        try:
+            loaded = load_encoder(name)
+        except FormatError:
+            raise
+        except InputError as error:
+            raise InputError(
+                f"the encoder of {self.uri} cannot be loaded: {error}; name it: open_index(uri, encoder=...)"
+            ) from error
+        self._index.check_fingerprint(loaded.fingerprint)
+        return loaded
+
+    def _reranker(self, named: Reranker | str | Path | None) -> Reranker | None:
+        if named is None or isinstance(named, Reranker):
+            return named
+        with self._loading:
+            if str(named) not in self._rerankers:
+                self._rerankers[str(named)] = load_reranker(named)
+            return self._rerankers[str(named)]
+
+
+def open_index(
+    uri: str | Path, *, version: str | None = None, encoder: Encoder | str | Path | None = None
+) -> SearchIndex:
+    """Open an index for search.
+
+    Args:
+        uri: a folder or a URI, as `index_texts` or `raytower index build` wrote it. What lies remotely is fetched once.
+        version: which version; None is the newest.
+        encoder: what encodes queries, or its name; None is the one that the index names, loaded at the first search.
+
+    Raises:
+        InputError: no index there, no such version, or no such encoder.
+        FormatError: the encoder is another one than made the index, or a file is missing or damaged.
+        MissingExtraError: FAISS is not installed.
+
+    >>> index = raytower.open_index(index_dir)
+    >>> len(index), index.dim, index.version
+    (3, 384, '000001')
+    """
+    opened = Index.open(str(uri), version)
+    if encoder is None or isinstance(encoder, Encoder):
+        ready = encoder
+    else:
+        ready = load_encoder(encoder)
+    if ready is not None:
+        opened.check_fingerprint(ready.fingerprint)
+    return SearchIndex(str(uri), opened, ready)
