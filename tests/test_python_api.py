@@ -634,7 +634,7 @@ class TestRun:
         ("command", "config", "message"),
         [
             ("indx build", {}, "there is no command 'indx build'; the nearest is 'index build'"),
-            ("xyz", {}, "there is no command 'xyz'; there are demo, train-retriever"),
+            ("xyz", {}, "there is no command 'xyz'; there are up, demo, train-retriever"),
             ("search", {"index": "i", "qurey": "q"}, "run('search'): unknown key 'qurey'"),
             ("search", {"index": "i"}, "run('search'): query is required"),
             ("search", {"index": "i", "query": "q", "k": 0}, "run('search'): k is 0"),
