@@ -693,3 +693,65 @@ def test_bad_rows_fail_or_go_to_quarantine(world: World, tmp_path: Path, job: st
     assert "only one column" in "".join(
         place.read_text() for place in (tmp_path / "out.tsv.quarantine").rglob("*") if place.is_file()
     )
+
+
+class TestOutputs:
+    """What an output would destroy, or cannot become, is found before any work."""
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("id\ttext\n1\tmine\n", "exists and is no result of this job"),
+            ('{"id": 1, "text": "mine"}\n', "exists and is no result of this job"),
+            ("query\ttitle\tscore\n", None),
+            ("query\ttitle\tlabel\tscore\n", None),
+            ('{"query": "a", "title": "b", "score": 0.5, "more": 1}\n', None),
+            ("", None),
+        ],
+    )
+    @pytest.mark.parametrize("dry", [True, False])
+    def test_a_file_of_something_else_is_not_overwritten(
+        self, world: World, tmp_path: Path, content: str, message: str | None, dry: bool
+    ) -> None:
+        (tmp_path / "out").write_text(content)
+        values = {"encoder": world.encoder, "input": _write(tmp_path / "scored.tsv", SCORED)}
+        config = make_config(SimilarityConfig, {**values, "output": str(tmp_path / "out")})
+        work = plan_similarity if dry else similarity
+        if message is None:
+            assert work(config)
+        else:
+            with pytest.raises(InputError, match=message):
+                work(config)
+            assert (tmp_path / "out").read_text() == content
+
+    def test_the_input_is_not_overwritten(self, world: World, tmp_path: Path) -> None:
+        pairs = _write(tmp_path / "pairs.tsv", [(TEXTS[0], TEXTS[1])])
+        values = {"encoder": world.encoder, "index": world.index, "input": pairs, "output": pairs}
+        with pytest.raises(InputError, match="inside the input"):
+            mine(make_config(MineConfig, values))
+        assert Path(pairs).read_text() == f"{TEXTS[0]}\t{TEXTS[1]}\n"
+
+    @pytest.mark.parametrize(("output", "message"), [("", "is a folder"), ("file/out", "is no folder")])
+    def test_what_can_be_no_file_is_refused(
+        self, world: World, tmp_path: Path, output: str, message: str
+    ) -> None:
+        values = {"encoder": "/no/such/encoder", "input": _write(tmp_path / "scored.tsv", SCORED)}
+        (tmp_path / "file").touch()
+        with pytest.raises(InputError, match=message):
+            similarity(make_config(SimilarityConfig, {**values, "output": str(tmp_path / output)}))
+
+    def test_a_report_replaces_only_a_report(self, world: World, tmp_path: Path) -> None:
+        values = {
+            "encoder": "/no/such/encoder",
+            "index": world.index,
+            "queries": _write(tmp_path / "q.tsv", QUERIES),
+        }
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "notes").write_text("mine")
+        for output, message in (
+            (world.index, "holds no report"),
+            (tmp_path / "other", "'notes'"),
+            (tmp_path / "q.tsv", "a file"),
+        ):
+            with pytest.raises(InputError, match=message):
+                evaluate(make_config(EvaluateConfig, {**values, "output": str(output)}))

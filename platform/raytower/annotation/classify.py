@@ -42,7 +42,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
             field in mode votes, or, for a TSV, a text with a tab.
     """
     start = time.perf_counter()
-    survey = survey_rows(config, "labelled" if config.labelled else "lines")
+    survey = survey_rows(config, "labelled" if config.labelled else "lines", _COLUMNS)
     labeller = _load_labeller(config)
     tally = _Tally(config)
     progress = Progress("classified", "texts", survey.num_rows)
@@ -65,7 +65,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
 
 def plan_classify(config: ClassifyConfig) -> dict[str, Any]:
     """Texts, batches and predicted memory; surveys the input."""
-    survey = survey_rows(config, "labelled" if config.labelled else "lines")
+    survey = survey_rows(config, "labelled" if config.labelled else "lines", _COLUMNS)
     rejected = {"rejected_rows": survey.num_rejected}
     if config.mode == "classifier":
         assert config.classifier is not None  # the config refused it otherwise

@@ -109,7 +109,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
             teacher that gives a score that is no number.
     """
     start = time.perf_counter()
-    survey = survey_rows(config, "pairs")
+    survey = survey_rows(config, "pairs", *_COLUMNS.values())
     engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
     teacher = None if config.teacher is None else load_reranker(config.teacher, config, None)[0]
@@ -132,7 +132,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
 
 def plan_mine(config: MineConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
-    survey = survey_rows(config, "pairs")
+    survey = survey_rows(config, "pairs", *_COLUMNS.values())
     plan = plan_rows(
         survey.num_rows,
         config,

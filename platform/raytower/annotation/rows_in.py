@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import pyarrow as pa
 
 from raytower.annotation.config import AnnotationConfig
+from raytower.annotation.rows_out import check_rows_output
 from raytower.data.pieces import Survey, read_pieces
 from raytower.data.pieces import survey as survey_input
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 
 
-def survey_rows(config: AnnotationConfig, kind: Literal["pairs", "scored", "labelled", "lines"]) -> Survey:
+def survey_rows(
+    config: AnnotationConfig,
+    kind: Literal["pairs", "scored", "labelled", "lines"],
+    *written: Sequence[str],
+) -> Survey:
     """Survey a job's input as rows of `kind`; rejected rows go beside the output, under its name.
 
+    Args:
+        written: the sets of columns that the job writes.
+
     Raises:
-        InputError: no such input, bad rows under on_error fail, or an output inside the input.
+        InputError: no such input, bad rows under on_error fail, an output inside the input, one that cannot be written,
+            or a file that is no result of this job.
     """
     refuse_output_inside(config.output, config.input.path)
+    check_rows_output(config.output, *written)
     return survey_input(config.input, kind, on_error=config.on_error, quarantine=quarantine_of(config.output))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -12,6 +14,8 @@ import pyarrow as pa
 from raytower.annotation.config import FileType
 from raytower.errors import InputError
 from raytower.storage import Location
+
+_FIRST_LINE_BYTES = 2**20
 
 
 class RowWriter:
@@ -42,6 +46,45 @@ class RowWriter:
 
     def _write_line(self, line: str) -> None:
         self._stream.write(line.encode() + b"\n")
+
+
+def check_rows_output(output: str, *written: Sequence[str]) -> None:
+    """Find before any work that `output` cannot be written, or holds something that this job never writes.
+
+    Args:
+        written: the sets of columns that the job writes; a file that begins with one of them is an earlier result.
+
+    Raises:
+        InputError: it is a folder, a file of something else, or below a folder where nothing can be made.
+    """
+    place = Location.of(output)
+    if place.is_dir():
+        raise InputError(f"output {output!r} is a folder; name a file")
+    if place.exists():
+        with place.open_read() as stream:
+            first = stream.read(_FIRST_LINE_BYTES).split(b"\n")[0].decode("utf-8", errors="replace")
+        if first and not any(_begins_with(first, columns) for columns in written):
+            raise InputError(
+                f"output {output!r} exists and is no result of this job (it begins with {first[:60]!r}); remove it, or "
+                "name another file"
+            )
+    elif place.is_local:
+        above = next(folder for folder in Path(place.path).absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(
+                f"output {output!r} cannot be written: {above} is no folder that this user may write to"
+            )
+
+
+def _begins_with(line: str, columns: Sequence[str]) -> bool:
+    """Whether the first line of a file is a header of these columns, or a JSON object that has them all."""
+    if line.rstrip("\r") == "\t".join(columns):
+        return True
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row.keys() >= set(columns)
 
 
 @contextmanager

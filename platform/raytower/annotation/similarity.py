@@ -19,6 +19,9 @@ from raytower.retrieval.load import load_engine, own_or
 from raytower.retrieval.plans import plan_rows
 from raytower.storage import Location
 
+# By whether the input is labelled.
+_COLUMNS = {True: ("query", "title", "label", "score"), False: ("query", "title", "score")}
+
 
 def similarity(config: SimilarityConfig) -> dict[str, Any]:
     """Write `query title score` (with labels: `query title label score`) for each pair, and measure.
@@ -30,9 +33,9 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
         InputError: bad rows under on_error fail, or, for a TSV, a text with a tab.
     """
     start = time.perf_counter()
-    survey = survey_rows(config, "scored" if config.labelled else "pairs")
+    survey = survey_rows(config, "scored" if config.labelled else "pairs", *_COLUMNS.values())
     engine = load_engine(config.encoder, config)
-    columns = ("query", "title", "label", "score") if config.labelled else ("query", "title", "score")
+    columns = _COLUMNS[config.labelled]
     scores: list[Floats] = []
     labels: list[Floats] = []
     progress = Progress("scored", "pairs", survey.num_rows)
@@ -57,7 +60,7 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
 
 def plan_similarity(config: SimilarityConfig) -> dict[str, Any]:
     """Pairs, batches and predicted memory; surveys the input."""
-    survey = survey_rows(config, "scored" if config.labelled else "pairs")
+    survey = survey_rows(config, "scored" if config.labelled else "pairs", *_COLUMNS.values())
     plan = plan_rows(
         survey.num_rows, config, config.encoder, rows_per_batch=config.rows_per_batch, candidates=1
     )

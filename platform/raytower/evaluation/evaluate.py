@@ -14,7 +14,7 @@ import numpy as np
 from raytower.data.queries import read_queries
 from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.judgements import Judgements, absent_text, judge
-from raytower.evaluation.reports import RUN_NAME, open_run, write_reports
+from raytower.evaluation.reports import RUN_NAME, check_reports_output, open_run, write_reports
 from raytower.index.reader import Index
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH, Floats, bootstrap_interval, ranking_metrics
 from raytower.progress import Progress, log
@@ -65,6 +65,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         InputError: bad queries, an index that another encoder made, a fusion weight that cannot be used.
     """
     start = time.perf_counter()
+    if config.output is not None:
+        check_reports_output(config.output)
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
     engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
@@ -100,6 +102,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def plan_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
+    if config.output is not None:
+        check_reports_output(config.output)
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
     plan = plan_rows(
         len(queries),

@@ -57,6 +57,23 @@ def open_run(place: Location, tag: str = "raytower") -> Iterator[RunWriter]:
         yield RunWriter(stream, tag)
 
 
+def check_reports_output(output: str) -> None:
+    """Find before any work that `output` is a file, or a folder of something else.
+
+    Raises:
+        InputError: naming it, and what lies there.
+    """
+    place = Location.of(output)
+    if place.is_file():
+        raise InputError(f"output {output!r} is a file; name a folder for the three files of a report")
+    if place.is_dir() and not any((place / name).exists() for name in (RUN_NAME, REPORT_NAME)):
+        others = [child.name for child in place.children()]
+        if others:
+            raise InputError(
+                f"output {output!r} exists and holds no report, but {others[0]!r}; name another folder, or remove it"
+            )
+
+
 def write_reports(output: Location, report: Mapping[str, Any]) -> None:
     """report.html, then report.json: who finds the JSON finds all three files of this evaluation."""
     plain = json.loads(to_json(report))
