@@ -144,6 +144,22 @@ class TestArguments:
         with pytest.raises(InputError, match=message):
             read(*given)
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["search", "i", "x", "--rerank_k", "5"], "'rerank_k': it is called 'recall_k' now"),
+            (["search", "i", "x", "--compute.dtype=float16"], "'compute.dtype': it is called 'dtype' now"),
+            (["encode", "--workers.max", "3"], "'workers.max': it is called 'workers.num' now"),
+            (["index", "compact", "i", "--memory", "4GiB"], "'memory': it is called 'target.memory' now"),
+        ],
+        ids=str,
+    )
+    def test_a_key_of_before_is_refused_with_its_name_of_now(
+        self, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(given) == 2
+        assert message in capsys.readouterr().err
+
     def test_a_file_lies_below_the_command_line(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_text(
             "text: x\nsource: a.tsv\nvalues: {a: 1}\nk: [1, 2]\n", encoding="utf-8"

@@ -113,7 +113,7 @@ def load_config(
 
 def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
     """Validate `values` into `config_class`; errors become one InputError that names every offending key."""
-    _refuse_unknown_keys(config_class, values, (), source)
+    refuse_unknown_keys(config_class, values, source)
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -239,9 +239,10 @@ def _holds(values: Any, key: str) -> bool:
     return not rest or _holds(values[head], rest)
 
 
-def _refuse_unknown_keys(
-    config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: str
+def refuse_unknown_keys(
+    config_class: type[Config], values: Mapping[str, Any], source: str, prefix: tuple[str, ...] = ()
 ) -> None:
+    """Raise InputError where `values` have a key that the config has not, naming the one that may be meant."""
     _refuse_former_keys(config_class, values, prefix, source)
     fields = config_class.model_fields
     for key, value in values.items():
@@ -250,7 +251,7 @@ def _refuse_unknown_keys(
         if isinstance(value, Mapping):
             nested = _nested_config(fields[key].annotation, fields[key].default, value)
             if nested is not None:
-                _refuse_unknown_keys(nested, value, (*prefix, str(key)), source)
+                refuse_unknown_keys(nested, value, source, (*prefix, str(key)))
 
 
 def describe_unknown(config_class: type[Config], key: str, prefix: tuple[str, ...] = ()) -> str:

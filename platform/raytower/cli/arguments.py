@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from raytower.cli.keys import Key, keys_of
-from raytower.config import Config, describe_unknown
+from raytower.config import Config, describe_unknown, nested_keys, refuse_unknown_keys
 from raytower.errors import InputError
 
 # Stands for null in what pydantic-settings reads: a text key may hold the word itself.
@@ -64,6 +64,7 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
     for argument in unknown:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0].replace("-", "_")
+            refuse_unknown_keys(config_class, nested_keys({name: None}), "the command line")
             raise InputError(f"the command line: {describe_unknown(config_class, name)}")
         raise InputError(f"unexpected argument {argument!r}; keys are written --key VALUE")
     by_position = {key: value for key in positions if (value := said.pop(POSITION + key)) is not None}
