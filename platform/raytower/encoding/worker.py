@@ -78,7 +78,7 @@ class PieceEncoder:
         return {"answer": [self._answer(self._pieces[int(number)]) for number in batch["piece"]]}
 
     def _answer(self, piece: Piece) -> str:
-        # Raised in a worker an error would lose its class and gain a traceback on its way through Ray Data.
+        # An error is returned as data. Raised here, it would reach the driver as the text of a traceback, without its class.
         try:
             if self._failure is not None:
                 raise self._failure

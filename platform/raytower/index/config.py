@@ -86,8 +86,8 @@ class IndexBuildConfig(Config):
     target: TargetConfig = TargetConfig()
     """What the index has to reach."""
     workers: WorkersConfig = WorkersConfig()
-    """Each builds one shard at a time. What runs alone, training and measuring recall, uses the threads of all of them,
-    as far as one node has cores. `num_gpus` is held by the tasks that train centroids and codebooks and fill lists,
+    """Each builds one shard at a time. Training and measuring recall run as one task, which uses the threads of all of
+    them, up to the cores of one node. `num_gpus` is held by the tasks that train centroids and codebooks and fill lists,
     which run there with the gpu extra."""
     seed: int = Field(default=0, ge=0)
     """Seed of what is drawn by chance; the same one gives the same result."""

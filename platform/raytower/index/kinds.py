@@ -3,16 +3,15 @@
 Where only some rows are allowed, by a filter or because others are deleted, the way is chosen by what it costs:
 
     few rows allowed    Score each of them exactly. This finds every hit there is.
-    many                Search more widely than without a filter. Where a filter has nothing to do with the vectors, the
-                        first R rows of the ranking of all rows hold k allowed ones, R being k over the share of rows
-                        allowed, with a margin for chance; and a search R/k times as wide finds those R about as well
-                        as it finds the first k. Each answer is then checked, and what fails is asked again four times
-                        as widely, then exactly once that is cheaper:
-      a graph           is walked for all rows, and the first R of its ranking must hold k allowed ones. A query that
-                        fails lies where rows are seldom allowed: the filter goes by what the vectors tell too.
-      lists             are read for allowed rows only, and three of four lists must add no hits to the nearest fourth.
-                        That hits lie in the nearest lists is what a search of few lists relies on, and what does not
-                        hold once the k-th allowed row is farther off than the clusters are wide.
+    many                Search as if there were no filter, but R results deep: R is k over the share of rows allowed,
+                        with a margin for chance. Then keep the allowed ones. That is enough where the filter has
+                        nothing to do with the vectors: a search R/k times as wide finds the first R about as well as it
+                        finds the first k. A filter may have to do with them (one by language does), so each answer is
+                        checked. A query that fails is searched four times as widely, and exactly once that is cheaper.
+      a graph           is walked for all rows. Among the first R of its ranking there must be k allowed ones.
+      lists             are read for allowed rows only. The farther three quarters of the lists that are read must add
+                        no hits to the nearest quarter: a search of few lists relies on that, and it does not hold once
+                        the k-th allowed row is farther off than the clusters are wide.
 
 So k hits come back whenever k rows are allowed, and recall stays about what it is without a filter or above, as
 benchmarks/bench_filters.py measures. Codes without stored vectors can only rank as well as they were decoded. A search
@@ -237,7 +236,7 @@ def _search_allowed(way: _Way, queries: Vectors, depth: int, allowed: AllowedRow
 
 
 def _first_reach(depth: int, allowed: AllowedRows) -> int:
-    """How far down a ranking the depth-th allowed row stands, by chance at most: its mean and two standard deviations.
+    """Rank at which the depth-th allowed row is expected where rows are allowed by chance, and two standard deviations.
 
     Where each row is allowed with probability p, that place has mean depth/p and deviation sqrt(depth (1-p))/p (the
     negative binomial distribution).

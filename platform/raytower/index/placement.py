@@ -37,7 +37,8 @@ FORMAT_VERSION = 1
 # More follow the data more closely; each query is scored against all of them.
 _CLUSTERS_PER_SHARD = 64
 
-# So many times the mean are the largest and the smallest shard, where no cluster is heavier than _BALANCE - 1 of it.
+# The largest and the smallest shard, in multiples of the mean. They hold while each cluster has fewer rows than
+# (_BALANCE - 1) times the mean.
 _BALANCE = 1.25
 _LEAST = 0.5
 # FAISS asks for 39 training points a centroid and is content with more.
@@ -202,9 +203,9 @@ def train_placement(
     """Cluster a sample (N, D) and pack the clusters on shards; the same call gives the same placement.
 
     On the sample every shard holds between 0.5 and 1.25 times the mean as long as no cluster is heavier than a
-    quarter of the mean, and heavier ones are split as long as their rows can be told apart. Where more equal rows than
-    that occur they stay one cluster, and a shard may be as large as the mean plus that cluster: equal vectors on
-    several shards would have to be looked for on all of them.
+    quarter of the mean, and heavier ones are split as long as their rows can be told apart. Equal vectors
+    are never split, since a query for them would have to visit every shard that holds a copy; so a shard may be as
+    large as the mean plus its largest group of equal vectors.
 
     There are fewer shards than asked where the sample has fewer distinct vectors, down to one shard where all are
     equal. Under cosine the sample must have unit length.

@@ -233,11 +233,11 @@ class Index:
     def _depths(self, k: int, parameters: Mapping[str, int]) -> list[int]:
         """How many hits each shard is asked for; together they hold k wherever the index does.
 
-        It is k, but for a graph with an efSearch below k: FAISS walks at least as wide as the hits it is asked for, so
-        k of each of S shards would be S times the work for hits of which most are dropped. Such a shard gives efSearch
-        hits, or its share of k where that is more. Of k hits that lie on shards by chance, few shards hold many more
-        than their share (Vespa bounds its searches of several nodes so, by top-k-probability); how they really lie is
-        what recall is measured on, so shards that were added later give k.
+        Each shard is asked for k hits, except graphs whose efSearch is below k. FAISS explores at least as many
+        candidates as hits are asked for: k hits of each of S shards would cost S times the work, and the merge drops
+        most of them. Such a shard is asked for max(efSearch, ceil(k / S)) hits. If hits lie on shards by chance, few
+        shards hold many more than their share (Vespa bounds its searches of several nodes so, by top-k-probability).
+        Recall is measured with this rule; shards that were added after the measurement are asked for k.
         """
         whole = [k] * len(self.shards)
         if self.manifest.kind != "hnsw" or self._placement is not None:

@@ -134,8 +134,8 @@ class Location:
             return sorted(self._entries(selector), key=lambda info: info.path)
 
     def _entries(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        # pyarrow opens a directory and, where that fails, looks whether there is one: of a directory that another
-        # process makes in between it says that it is there and cannot be listed.
+        # A race in pyarrow: it opens the directory, and if that fails it looks whether the directory exists. If another
+        # process makes it in between, pyarrow says that it exists and cannot be listed. The next try succeeds.
         for _ in range(_LISTING_ATTEMPTS - 1):
             try:
                 return list(self.filesystem.get_file_info(selector))

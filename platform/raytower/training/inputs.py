@@ -88,7 +88,7 @@ def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
 
 
 def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_documents: int | None = None) -> None:
-    """Let the objective see every label once before training, so that a bad one is not found in its midst.
+    """Apply the objective to all labels once before training, so that a bad one fails now and not hours later.
 
     `apply` computes the objective for labels (B,) with some constant in place of a model's output, and raises
     InputError for a label that breaks the objective's rule. The labels of candidates are the scores of their best
