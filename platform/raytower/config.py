@@ -107,7 +107,7 @@ def load_config(
                 f"config file {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping of keys to values"
             )
         values = loaded or {}
-    merged = _lay_over(config_class, values, nested_keys(overrides or {}))
+    merged = lay_over(config_class, values, nested_keys(overrides or {}))
     return make_config(config_class, merged, source=str(path) if path else "the command line")
 
 
@@ -165,7 +165,7 @@ def nested_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _lay_over(
+def lay_over(
     config_class: type[Config], below: Mapping[str, Any], above: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`above` over `below`: sections key by key, all other values whole."""
@@ -178,7 +178,7 @@ def _lay_over(
             if not isinstance(under, Mapping):
                 shorthand = sections[0].shorthand
                 under = {} if under is None or shorthand is None else {shorthand: under}
-            value = _lay_over(sections[0], under, value)
+            value = lay_over(sections[0], under, value)
         merged[key] = value
     return merged
 

@@ -64,8 +64,8 @@ class MinedCounts:
 class KnownPositives:
     """Which documents are positives of a query, by text and by id; eight bytes for each.
 
-    Entries are kept as hashes of 64 bits. Of a thousand million lookups less than one is expected to find a wrong entry,
-    and such an error only drops one candidate.
+    Entries are kept as hashes of 64 bits. Of a thousand million lookups less than one is expected to find a wrong
+    entry, and such an error only drops one candidate.
     """
 
     def __init__(self, keys: NDArray[np.uint64]) -> None:

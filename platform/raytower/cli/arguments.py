@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from raytower.cli.keys import Key, keys_of
-from raytower.config import Config, describe_unknown, nested_keys, refuse_unknown_keys
+from raytower.config import Config, describe_unknown, lay_over, nested_keys, refuse_unknown_keys
 from raytower.errors import InputError
 
 # Stands for null in what pydantic-settings reads: a text key may hold the word itself.
@@ -56,7 +56,8 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
     """
     parser, source = make_parser(config_class, positions)
     keys = {key.path: key for key in keys_of(config_class)}
-    parsed, unknown = parser.parse_known_intermixed_args(_written_out(keys, given))
+    mappings: dict[str, Any] = {}
+    parsed, unknown = parser.parse_known_intermixed_args(_written_out(keys, given, mappings))
     said = vars(parsed)
     common = {name: said.pop(name) for name in _COMMON}
     if common["help"]:
@@ -75,7 +76,8 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
     twice = by_position.keys() & overrides.keys()
     if twice:
         raise InputError(f"the command line: {min(twice)} is given by position and by name; give it once")
-    return Arguments(common["config"], overrides | by_position, common["dry_run"], common["json"])
+    overrides = lay_over(config_class, overrides, nested_keys(mappings)) | by_position
+    return Arguments(common["config"], overrides, common["dry_run"], common["json"])
 
 
 def make_parser(
@@ -107,8 +109,12 @@ def _add_argument(parser: Any, *names: str, **options: Any) -> Any:
     return parser.add_argument(*dict.fromkeys((*names, *every)), **options)
 
 
-def _written_out(keys: dict[str, Key], given: Sequence[str]) -> list[str]:
-    """Every key with its value in one argument, switches with true or false, and a section's shorthand by its name."""
+def _written_out(keys: dict[str, Key], given: Sequence[str], mappings: dict[str, Any]) -> list[str]:
+    """Every key with its value in one argument, switches with true or false, and a section's shorthand by its name.
+
+    Keys that hold mappings go into `mappings` with their values: pydantic-settings would take the SQL text `a = 1` for
+    the mapping of a to 1.
+    """
     written: list[str] = []
     waiting = list(given)
     while waiting:
@@ -131,6 +137,9 @@ def _written_out(keys: dict[str, Key], given: Sequence[str]) -> list[str]:
                 written.append(argument)  # unknown, which is said before that it has no value
                 continue
             raise InputError(f"--{name} has no value; write --{name} VALUE")
+        if key is not None and key.is_mapping:
+            mappings[path] = _read_mapping(value)
+            continue
         written.append(f"--{_full_path(path, key, value)}={_read_null(key, value)}")
     return written
 
@@ -146,6 +155,11 @@ def _full_path(path: str, key: Key | None, value: str) -> str:
     if key is None or not key.is_section or key.shorthand is None or value == "null" or _is_mapping(value):
         return path
     return f"{path}.{key.shorthand}"
+
+
+def _read_mapping(value: str) -> Any:
+    """A mapping or null where the value is one in JSON; else the text, which the config takes or refuses."""
+    return None if value == "null" else json.loads(value) if _is_mapping(value) else value
 
 
 def _is_mapping(value: str) -> bool:

@@ -33,6 +33,8 @@ class Key:
     is_text: bool = False
     """Plain text: `null` and `123` mean themselves."""
     is_switch: bool = False
+    is_mapping: bool = False
+    """A mapping written as JSON, and perhaps a text besides."""
     shorthand: str | None = None
     """Of a section: the key that a single value means."""
     chosen_by: str | None = None
@@ -92,6 +94,7 @@ def _leaf(path: str, field: FieldInfo, chosen_by: str | None) -> Key:
         choices=_choices(field.annotation),
         is_text=field.annotation is str,
         is_switch=field.annotation is bool,
+        is_mapping="JSON" in kind_of(field.annotation),
         chosen_by=chosen_by,
     )
 

@@ -18,8 +18,8 @@ from raytower.data.row_batch import RowBatch, mask_of
 from raytower.data.visible import describe_unseen, shows_nothing
 
 NUM_POSITIVES = "num_positives"
-"""Column of a batch: how many of a row's first documents are positives. A row with 2 positives and 3 negatives becomes 2
-records of 4 documents, one positive and the negatives each. 0: the row gave scores itself and is one record."""
+"""Column of a batch: how many of a row's first documents are positives. A row with 2 positives and 3 negatives becomes
+2 records of 4 documents, one positive and the negatives each. 0: the row gave scores itself and is one record."""
 
 
 def make_candidates(batch: RowBatch) -> None:

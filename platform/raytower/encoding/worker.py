@@ -78,7 +78,8 @@ class PieceEncoder:
         return {"answer": [self._answer(self._pieces[int(number)]) for number in batch["piece"]]}
 
     def _answer(self, piece: Piece) -> str:
-        # An error is returned as data. Raised here, it would reach the driver as the text of a traceback, without its class.
+        # An error is returned as data: raised here, it would reach the driver as the text of a traceback, without its
+        # class.
         try:
             if self._failure is not None:
                 raise self._failure

@@ -87,8 +87,8 @@ class IndexBuildConfig(Config):
     """What the index has to reach."""
     workers: WorkersConfig = WorkersConfig()
     """Each builds one shard at a time. Training and measuring recall run as one task, which uses the threads of all of
-    them, up to the cores of one node. `num_gpus` is held by the tasks that train centroids and codebooks and fill lists,
-    which run there with the gpu extra."""
+    them, up to the cores of one node. `num_gpus` is held by the tasks that train centroids and codebooks and fill
+    lists, which run there with the gpu extra."""
     seed: int = Field(default=0, ge=0)
     """Seed of what is drawn by chance; the same one gives the same result."""
 
