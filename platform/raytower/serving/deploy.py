@@ -57,7 +57,8 @@ def start(config: ServeConfig, version: str | None = None) -> str:
     manifest = check_parts(config, version)
     config.api_key_sha256()
     secret = [config.api_key_env] if config.api_key_env else []
-    ensure_ray(needed_cpus(config, len(manifest.shards)) + 1, secret_variables=secret, show_workers=True)
+    cpus = needed_cpus(config, len(manifest.shards)) + 1
+    ensure_ray(min_cpus=cpus, secret_variables=secret, show_workers=True)
     if config.host not in ("127.0.0.1", "localhost", "::1") and config.api_key_env is None:
         log(f"warning: listening on {config.host} without a key; set api_key_env, or keep to 127.0.0.1")
     was_running = _is_running()
