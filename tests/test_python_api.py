@@ -178,6 +178,22 @@ def test_no_extra_is_imported_or_needed(
     run_python(WITHOUT_RAY, *places, extras, *EXTRAS)
 
 
+# In a process of its own: modules that are imported without Ray stay so.
+RUN_WITHOUT_RAY = """
+import re, sys
+sys.modules["ray"] = None
+import raytower, raytower.library.run
+raytower.library.run.make_config = lambda *_, **__: None
+for command in ("encode", "train-reranker", "serve"):
+    try:
+        raytower.run(command)
+    except raytower.MissingExtraError as error:
+        assert re.search(r"pip install 'raytower\\[ray\\]' \\('raytower\\[train\\]' if", str(error)), error
+    else:
+        raise AssertionError(command)
+"""
+
+
 def test_without_faiss_an_index_says_what_to_install(
     encoder: raytower.Encoder, index_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -646,22 +662,9 @@ class TestRun:
         with pytest.raises(InputError, match=re.escape(message)):
             raytower.run(command, **config)
 
-    @pytest.mark.parametrize("command", ["encode", "train-reranker", "serve"])
-    def test_what_needs_ray_says_so_where_there_is_none(
-        self, command: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
-            monkeypatch.delitem(sys.modules, name)
-        for name in [
-            name for name in sys.modules if re.match(r"raytower\.(encoding|training|serving|runtime)", name)
-        ]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, "ray", None)
-        monkeypatch.setattr("raytower.library.run.make_config", lambda *_, **__: None)
-        with pytest.raises(
-            MissingExtraError, match=r"pip install 'raytower\[ray\]' \('raytower\[train\]' if"
-        ):
-            raytower.run(command)
+    @pytest.mark.processes
+    def test_what_needs_ray_says_so_where_there_is_none(self) -> None:
+        run_python(RUN_WITHOUT_RAY)
 
 
 EXAMPLES = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raytower.cli.arguments import read_arguments
 from raytower.config import load_config, make_config
 from raytower.errors import InputError
 from raytower.storage import Location
@@ -312,14 +313,9 @@ def test_configs_that_name_what_does_not_exist(
 
 
 def test_plain_text_on_the_command_line_stays_as_typed() -> None:
-    overrides = {
-        "model": "2024",
-        "train.path": "x",
-        "output": "y",
-        "query_prefix": "query: ",
-        "teacher": "null",
-    }
-    config = load_config(TrainRetrieverConfig, None, overrides)
+    given = ["--model", "2024", "--train", "x", "--output", "y", "--query_prefix"]
+    arguments = read_arguments(TrainRetrieverConfig, (), [*given, "query: ", "--teacher", "null"])
+    config = load_config(TrainRetrieverConfig, None, arguments.overrides)
     assert (config.model, config.query_prefix, config.teacher) == ("2024", "query: ", None)
 
 
