@@ -87,14 +87,13 @@ def index_texts(
     ready = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
     job = _Job(ready, ready.prefix("document") if prefix is None else prefix, str(output))
     with tempfile.TemporaryDirectory(prefix="raytower-texts-") as name, _faiss_threads_kept() as num_threads:
-        folder = Path(name)
-        corpus = folder / "texts.parquet"
+        corpus = Path(name) / "texts.parquet"
         pq.write_table(documents, corpus)
         with _said_of_texts(corpus):
             if published_version(Location.of(job.output)) is not None:
                 _refuse_other_settings(job, kind, indexed)
                 return job.sync(corpus, gone, max_gone)
-            return job.build(corpus, folder / "embeddings", kind, indexed, num_threads)
+            return job.build(corpus, Path(name) / "embeddings", kind, indexed, num_threads)
 
 
 @dataclass(frozen=True)
