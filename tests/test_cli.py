@@ -152,7 +152,6 @@ class TestArguments:
         [
             (["search", "i", "x", "--rerank_k", "5"], "'rerank_k': it is called 'recall_k' now"),
             (["search", "i", "x", "--compute.dtype=float16"], "'compute.dtype': it is called 'dtype' now"),
-            (["encode", "--workers.max", "3"], "'workers.max': it is called 'workers.num' now"),
             (["index", "compact", "i", "--memory", "4GiB"], "'memory': it is called 'target.memory' now"),
         ],
         ids=str,
@@ -162,6 +161,22 @@ class TestArguments:
     ) -> None:
         assert main(given) == 2
         assert message in capsys.readouterr().err
+
+    def test_an_alias_is_its_key(self) -> None:
+        given = [
+            "--encoder",
+            "e",
+            "--input",
+            "i",
+            "--output",
+            "o",
+            "--workers.max",
+            "3",
+            "--workers.num_cpus=2",
+        ]
+        config_class = find_reference(COMMANDS["encode"].config)
+        config = load_config(config_class, None, read_arguments(config_class, (), given).overrides)
+        assert (config.workers.num, config.workers.num_cpus) == (3, 2)
 
     def test_a_file_lies_below_the_command_line(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_text(

@@ -35,8 +35,6 @@ RENAMED = [
     ("recall", "target.recall", ("index compact", "index convert")),
     ("recall_k", "target.k", ("index compact", "index convert")),
     ("memory", "target.memory", ("index compact", "index convert")),
-    ("workers.max", "workers.num", ("encode", "index build", "index add", "index delete", "index sync")),
-    ("workers.max", "workers.num", ("index compact", "index convert")),
 ]
 CASES = [(command, old, new) for old, new, commands in RENAMED for command in commands]
 
@@ -127,3 +125,14 @@ def test_an_index_knows_the_builds_that_it_holds_from_before(target: dict[str, A
     rows: Any = SimpleNamespace(identity=lambda: [["part", 3, "sha"]], origin=origin)
     plan: Any = SimpleNamespace(kind="flat", parameters={})
     assert _identity(config, rows, plan) == identity
+
+
+@pytest.mark.parametrize("command", ["encode", "index build", "index compact"])
+def test_how_many_workers_there_are_may_be_called_max_as_before(command: str, tmp_path: Path) -> None:
+    needed = {"encode": "encoder: e\ninput: i\noutput: o", "index build": "embeddings: e\noutput: o"}
+    file = tmp_path / "job.yaml"
+    file.write_text(needed.get(command, "index: i") + "\nworkers: {max: 3, num_cpus: 2}\n")
+    config: Any = load_config(config_of(command), file)
+    assert (config.workers.num, config.workers.num_cpus) == (3, 2)
+    config = load_config(config_of(command), file, {"workers.num": 5})
+    assert config.workers.num == 5

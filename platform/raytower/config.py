@@ -37,18 +37,24 @@ class Config(BaseModel):
     """What keys were called before, to their names of now, both dotted where they lie in a section. An old name is
     refused with the new one."""
 
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names under which keys are still taken, to their names. Where both are given, the key's own name counts."""
+
     @model_validator(mode="before")
     @classmethod
-    def _from_shorthand(cls, values: Any) -> Any:
+    def _own_names(cls, values: Any) -> Any:
         if cls.shorthand is not None and isinstance(values, (str, os.PathLike)):
             return {cls.shorthand: os.fspath(values)}
+        if isinstance(values, Mapping) and values.keys() & cls.aliases.keys():
+            own = {name: value for name, value in values.items() if name not in cls.aliases}
+            return {cls.aliases[name]: value for name, value in values.items() if name in cls.aliases} | own
         return values
 
 
 class WorkersConfig(Config):
     """Processes that a job's work is shared out to, and what each of them holds while it works."""
 
-    renamed: ClassVar = {"max": "num"}
+    aliases: ClassVar = {"max": "num"}
 
     num: int = Field(default=2, ge=1)
     """How many there are, or how many shards are built at once."""
@@ -215,13 +221,17 @@ def _known_keys(config_class: type[Config], prefix: tuple[str, ...] = ()) -> lis
 def former_keys(config_class: type[Config]) -> dict[str, str]:
     """What keys of a class and of its bases were called before they were renamed, each with its name of now."""
     classes = reversed(config_class.__mro__)
-    return {old: new for part in classes for old, new in vars(part).get("renamed", {}).items()}
+    renamed = {old: new for part in classes for old, new in vars(part).get("renamed", {}).items()}
+    return {**renamed, **config_class.aliases}
 
 
 def _refuse_former_keys(
     config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: str
 ) -> None:
-    given = [names for names in former_keys(config_class).items() if _holds(values, names[0])]
+    refused = former_keys(config_class).items() - config_class.aliases.items()
+    given = [
+        names for names in former_keys(config_class).items() if names in refused and _holds(values, names[0])
+    ]
     if given:
         raise InputError(
             "\n".join(
@@ -246,9 +256,9 @@ def refuse_unknown_keys(
     _refuse_former_keys(config_class, values, prefix, source)
     fields = config_class.model_fields
     for key, value in values.items():
-        if key not in fields:
+        if key not in fields and key not in config_class.aliases:
             raise InputError(f"{source}: {describe_unknown(config_class, str(key), prefix)}")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key in fields:
             nested = _nested_config(fields[key].annotation, fields[key].default, value)
             if nested is not None:
                 refuse_unknown_keys(nested, value, source, (*prefix, str(key)))

@@ -117,6 +117,11 @@ def _written_out(keys: dict[str, Key], given: Sequence[str], mappings: dict[str,
     """
     written: list[str] = []
     waiting = list(given)
+    aliases = {
+        f"{key.path}.{other}": f"{key.path}.{name}"
+        for key in keys.values()
+        for other, name in key.aliases.items()
+    }
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--") or argument in ("--dry-run", "--json", "--help"):
@@ -124,6 +129,7 @@ def _written_out(keys: dict[str, Key], given: Sequence[str], mappings: dict[str,
             continue
         name, has_value, value = argument[2:].partition("=")
         path = name.replace("-", "_")
+        path = aliases.get(path, path)
         key, positive = keys.get(path), keys.get(path.removeprefix("no_"))
         if key is None and positive is not None and positive.is_switch and not has_value:
             written.append(f"--{positive.path}=false")

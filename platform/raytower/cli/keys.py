@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import ByteSize
@@ -37,6 +37,8 @@ class Key:
     """A mapping written as JSON, and perhaps a text besides."""
     shorthand: str | None = None
     """Of a section: the key that a single value means."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Of a section: other names of its keys."""
     chosen_by: str | None = None
     """The `name` that gives a section this key, where a name chooses among several sets of keys."""
 
@@ -50,20 +52,21 @@ def keys_of(config_class: type[Config], prefix: str = "", chosen_by: str | None 
 
     A section whose `name` chooses among classes gives `name` once, then the keys of each class.
     """
-    for name, field in config_class.model_fields.items():
+    for name, info in config_class.model_fields.items():
         path = f"{prefix}{name}"
-        nested = nested_configs(field.annotation)
+        nested = nested_configs(info.annotation)
         if not nested:
-            yield _leaf(path, field, chosen_by)
+            yield _leaf(path, info, chosen_by)
             continue
-        default = _default(field)
+        default = _default(info)
         yield Key(
             path,
             "SECTION",
-            _shown_section(field, default),
-            _meaning(field) or _first_sentence(nested[0]),
+            _shown_section(info, default),
+            _meaning(info) or _first_sentence(nested[0]),
             is_section=True,
             shorthand=nested[0].shorthand if len(nested) == 1 else "name",
+            aliases=nested[0].aliases,
         )
         if len(nested) == 1:
             yield from keys_of(nested[0], f"{path}.", chosen_by)
