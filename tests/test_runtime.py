@@ -70,7 +70,9 @@ from raytower.runtime import ensure_ray
 
 ensure_ray()
 seen = threading.Event()
-global_worker_stdstream_dispatcher.add_handler("test", lambda data: seen.set())
+global_worker_stdstream_dispatcher.add_handler(
+    "test", lambda data: seen.set() if any("still there" in line for line in data["lines"]) else None
+)
 
 @ray.remote
 def talk():
