@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,12 @@ class TestArguments:
             (["--k", "[5, 7]"], "k", [5, 7]),
             (["--k", "5,7"], "k", [5, 7]),
             (["--names", '["a, b", "c"]'], "names", ["a, b", "c"]),
+            (["--names", r'["a\u4f60", "b\\c", "d\"e", "f\tg"]'], "names", ["a你", "b\\c", 'd"e', "f\tg"]),
+            (["--names", 'x"y', "--names", " a,b"], "names", ['x"y', " a,b"]),
+            (["--values", r'{"a": "x\\"}'], "values", {"a": "x\\"}),
+            (["--where", "id IN ('a,b') AND x >= 2"], "where", "id IN ('a,b') AND x >= 2"),
+            (["--where", '{"a": 1} x'], "where", '{"a": 1} x'),
+            (["--loss", "ranked"], "loss", Ranked()),
             (["--max-length", "8"], "max_length", 8),
             (["--max_length=8"], "max_length", 8),
             (["--max-length", "null"], "max_length", None),
@@ -121,6 +129,16 @@ class TestArguments:
         assert read("--text", text).text == text
         assert read(f"--text={text}").text == text
 
+    def test_two_dashes_are_a_text_too(self) -> None:
+        assert read("--text=--").text == "--"
+
+    def test_a_position_stands_beside_other_keys_of_its_section(self) -> None:
+        config_class = find_reference(COMMANDS["index sync"].config)
+        for given in (["i", "d.tsv", "--input.format", "tsv"], ["i", '{"path": "d.tsv", "format": "tsv"}']):
+            said = read_arguments(config_class, ("index", "input"), given).overrides
+            config = make_config(config_class, said)
+            assert (config.input.path, config.input.format) == ("d.tsv", "tsv")
+
     def test_positions_stand_anywhere(self) -> None:
         assert read("x", "--k", "5").text == read("--k", "5", "x").text == read("--full", "x").text == "x"
 
@@ -137,6 +155,7 @@ class TestArguments:
             (["--config"], "--config has no value"),
             (["x", "y"], "unexpected argument 'y'"),
             (["x", "--text", "y"], "text is given by position and by name"),
+            (["--text", "x", "--names", "[a"], "which is no JSON list"),
             (["--text", "x", "--values", "{a"], "values is '{a': Input should be a valid dictionary"),
             (["--text", "x", "--k", "five"], r"k\.0 is 'five'"),
             (["--tex", "x"], "nearest known key is 'text'"),
@@ -197,6 +216,18 @@ class TestArguments:
         assert config.source == Source(path="a.tsv", split="dev")
         assert (config.values, config.k) == ({"b": 2}, [3])
 
+    @pytest.mark.parametrize("below", ["ranked", {"name": "ranked", "depth": 9}])
+    def test_what_a_file_chose_stays_chosen(self, below: object, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"text": "x", "loss": below}))
+        assert load_config(Example, tmp_path / "c.yaml", {"loss.depth": "4"}).loss == Ranked(depth=4)
+        # Another choice begins with its own defaults.
+        assert load_config(Example, tmp_path / "c.yaml", {"loss.name": "squared"}).loss == Squared()
+
+    def test_a_config_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_bytes("text: 中文".encode("gbk"))
+        with pytest.raises(InputError, match="is not UTF-8"):
+            load_config(Example, tmp_path / "c.yaml")
+
 
 class TestHelp:
     @pytest.mark.parametrize("name", COMMANDS)
@@ -247,6 +278,17 @@ class TestHelp:
         if shell == "bash":
             (tmp_path / "completion").write_text(script, encoding="utf-8")
             subprocess.run(["bash", "-n", str(tmp_path / "completion")], check=True)
+
+    def test_who_reads_may_stop_reading(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+        command = f"{sys.executable} -m raytower.cli completion bash"
+        done = subprocess.run(
+            ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert (done.returncode, done.stderr) == (141, "")
 
     def test_completion_of_another_shell_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["completion", "dos"]) == 2

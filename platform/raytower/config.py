@@ -100,6 +100,8 @@ def load_config(
     if path is not None:
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"config file {str(path)!r} is not UTF-8: {error}; save it as UTF-8") from error
         except OSError as error:
             raise InputError(
                 f"config file {str(path)!r} cannot be read: {error.strerror or error}"
@@ -113,7 +115,7 @@ def load_config(
                 f"config file {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping of keys to values"
             )
         values = loaded or {}
-    merged = lay_over(config_class, values, nested_keys(overrides or {}))
+    merged = _lay_over(config_class, values, nested_keys(overrides or {}))
     return make_config(config_class, merged, source=str(path) if path else "the command line")
 
 
@@ -171,7 +173,7 @@ def nested_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def lay_over(
+def _lay_over(
     config_class: type[Config], below: Mapping[str, Any], above: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`above` over `below`: sections key by key, all other values whole."""
@@ -182,9 +184,11 @@ def lay_over(
         if sections and isinstance(value, Mapping):
             under = merged.get(key)
             if not isinstance(under, Mapping):
-                shorthand = sections[0].shorthand
+                shorthand = "name" if len(sections) > 1 else sections[0].shorthand
                 under = {} if under is None or shorthand is None else {shorthand: under}
-            value = lay_over(sections[0], under, value)
+            if len(sections) > 1 and value.get("name", under.get("name")) != under.get("name"):
+                under = {}  # the settings of another choice
+            value = _lay_over(sections[0], under, value)
         merged[key] = value
     return merged
 

@@ -60,7 +60,7 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # we have our own
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _take_worker_output(show_workers)
     with _sigterm_kept():
@@ -278,7 +278,15 @@ def set_up_worker() -> None:
     os.chdir(os.environ[_JOB_FOLDER])
     # Ray Train's monitor would look for the cluster among all that run on the machine, and fail where there are two.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    logging.getLogger("raytower").addHandler(_Marked(logging.WARNING))
     quieten()
+
+
+class _Marked(logging.Handler):
+    """Shows the warnings of our own loggers in the driver, as lines of `progress.log`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def quieten() -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,10 @@ from raytower import ending
 from raytower.progress import MARK
 
 _KEPT_LINES = 10_000
+# Of a line that Ray itself writes; some have a paragraph of advice behind what happened.
+_SHOWN_CHARACTERS = 300
+# Lines of a worker that failed come this much later than its failure.
+_LATE_SECONDS = 1.0
 
 
 class WorkerOutput:
@@ -39,7 +44,7 @@ class WorkerOutput:
             if line.startswith(MARK):
                 shown: str | None = line.removeprefix(MARK)
             elif _is_of_note(data.get("pid"), line):
-                shown = f"({source}) {line}"
+                shown = f"({source}) {line[:_SHOWN_CHARACTERS]}"
             else:
                 with self._lock:
                     self._kept.append(f"({source}) {line}\n")
@@ -50,6 +55,8 @@ class WorkerOutput:
 
     def keep(self) -> Path | None:
         """Write what was not shown to a file that only its owner reads; None where there is nothing."""
+        if "ray" in sys.modules:
+            time.sleep(_LATE_SECONDS)
         with self._lock:
             lines = list(self._kept)
         if not lines:

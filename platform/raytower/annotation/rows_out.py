@@ -62,7 +62,8 @@ def check_rows_output(output: str, *written: Sequence[str]) -> None:
         raise InputError(f"output {output!r} is a folder; name a file")
     if place.exists():
         with place.open_read() as stream:
-            first = stream.read(_FIRST_LINE_BYTES).split(b"\n")[0].decode("utf-8", errors="replace")
+            lines = stream.read(_FIRST_LINE_BYTES).decode("utf-8", errors="replace").split("\n")
+        first = next((line for line in lines if line.strip()), "")
         if first and not any(_begins_with(first, columns) for columns in written):
             raise InputError(
                 f"output {output!r} exists and is no result of this job (it begins with {first[:60]!r}); remove it, or "
@@ -82,7 +83,7 @@ def _begins_with(line: str, columns: Sequence[str]) -> bool:
         return True
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and row.keys() >= set(columns)
 

@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 bad input or configuration, 1 failure, 130 ended by Ctrl-C
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -26,13 +27,15 @@ from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.worker_output import OUTPUT
 
+# What a shell makes of SIGPIPE.
+_CLOSED_PIPE = 141
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `raytower`; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        _show(help.usage())
-        return 0 if given else 2
+        return _run(lambda: _show(help.usage())) or (0 if given else 2)
     if given[0] == "--version":
         print(f"raytower {__version__}")
         return 0
@@ -44,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in COMMANDS:
         return run_command(name, rest)
     if help.names_below(name) and (not rest or rest[0] in ("-h", "--help")):
-        _show(help.usage(name))
-        return 0 if rest else 2
+        return _run(lambda: _show(help.usage(name))) or (0 if rest else 2)
     print(f"raytower: {help.describe_unknown_command(name, rest)}", file=sys.stderr)
     return 2
 
@@ -70,6 +72,11 @@ def _run(work: Callable[[], None]) -> int:
     try:
         with bounded_ending():
             work()
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough (`| head`); what is left to be flushed at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
     except (KeyboardInterrupt, SystemExit) as end:
         # While it starts, Ray answers SIGTERM by SystemExit(15); while it trains, Ctrl-C by SystemExit(0).
         if isinstance(end, SystemExit) and end.code in (TERMINATED, signal.SIGTERM):

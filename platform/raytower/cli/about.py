@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 import shtab
 
-from raytower.cli.arguments import POSITION, make_parser
-from raytower.cli.keys import keys_of
+from raytower.cli.arguments import whole_parser
 from raytower.cli.starting import starting_config
 from raytower.commands import COMMANDS, Command, find_reference
-from raytower.config import Config
 from raytower.errors import InputError
 from raytower.examples import EXAMPLES
 
@@ -77,14 +75,9 @@ def _whole_parser() -> argparse.ArgumentParser:
 
 def _completed_parser(command: Command) -> argparse.ArgumentParser:
     """A command's parser that offers choices where there are some, and files where a place is named."""
-    config_class: type[Config] = find_reference(command.config)
-    parser, _ = make_parser(config_class, command.positions)
-    keys = {key.path: key for key in keys_of(config_class)}
+    parser = whole_parser(find_reference(command.config), command.positions)
     for action in parser._actions:
-        key = keys.get(action.dest)
-        if key is not None and key.choices:
-            action.choices = key.choices
-        elif action.dest.rpartition(".")[2].removeprefix(POSITION) in _PLACES:
+        if action.dest.rpartition(".")[2] in _PLACES:
             action.complete = shtab.FILE  # type: ignore[attr-defined] # read by shtab
     return parser
 

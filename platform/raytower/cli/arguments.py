@@ -1,29 +1,25 @@
-"""A command's arguments, read by pydantic-settings over the command's own config class.
+"""A command's arguments: which key each of them sets, and to what.
 
-pydantic-settings makes an argparse parser of the class and gives back only what was said, as nested keys, so that a
-config file can lie below it and everything is validated once. Tried on the same three commands: jsonargparse loses the
-`name` of a chosen section, cyclopts has no sections to choose from, and tyro makes subcommands of them.
+argparse takes the options that all commands share, positions and whatever is left; pydantic reads the values, by the
+command's own config class. Libraries that do both from the class were tried on the same three commands, and change
+what is said: pydantic-settings tears texts at `=`, `,` and backslashes wherever a mapping or a list is allowed,
+jsonargparse loses the `name` of a chosen section, cyclopts has no sections to choose from, tyro makes subcommands of
+them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NoReturn
 
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
-
 from raytower.cli.keys import Key, keys_of
-from raytower.config import Config, describe_unknown, lay_over, nested_keys, refuse_unknown_keys
+from raytower.config import Config, describe_unknown, nested_keys, refuse_unknown_keys
 from raytower.errors import InputError
 
-# Stands for null in what pydantic-settings reads: a text key may hold the word itself.
-_NULL = "\0null"
-POSITION = "position:"
-_COMMON = ("config", "dry_run", "json", "help")
+_FLAGS = ("--dry-run", "--json", "--help")
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,15 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
     """Read `given`; `positions` are keys that may be given by position, without their names.
 
     `--key value`, `--key=value`, `--section.key value`, `--section value` (its shorthand), `--switch`, `--no-switch`;
-    dashes and underscores in names are the same.
+    dashes and underscores in names are the same. A mapping is written as JSON; a list as JSON, by one argument an item,
+    or, of numbers, with commas.
 
     Raises:
         InputError: an unknown key (the nearest one is named), a key without a value, or an argument too many.
     """
-    parser, source = make_parser(config_class, positions)
-    keys = {key.path: key for key in keys_of(config_class)}
-    mappings: dict[str, Any] = {}
-    parsed, unknown = parser.parse_known_intermixed_args(_written_out(keys, given, mappings))
-    said = vars(parsed)
-    common = {name: said.pop(name) for name in _COMMON}
-    if common["help"]:
+    values = _Values(config_class)
+    parsed, unknown = _shared_parser(positions).parse_known_intermixed_args(values.take(given))
+    if parsed.help:
         return Arguments(help=True)
     for argument in unknown:
         if argument.startswith("--"):
@@ -68,86 +61,87 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
             refuse_unknown_keys(config_class, nested_keys({name: None}), "the command line")
             raise InputError(f"the command line: {describe_unknown(config_class, name)}")
         raise InputError(f"unexpected argument {argument!r}; keys are written --key VALUE")
-    by_position = {key: value for key in positions if (value := said.pop(POSITION + key)) is not None}
-    try:
-        overrides = source(parsed_args=said)()
-    except (SettingsError, ValueError) as error:
-        raise InputError(f"the command line: {error}; a list or a mapping is written as JSON") from error
-    twice = by_position.keys() & overrides.keys()
-    if twice:
-        raise InputError(f"the command line: {min(twice)} is given by position and by name; give it once")
-    overrides = lay_over(config_class, overrides, nested_keys(mappings)) | by_position
-    return Arguments(common["config"], overrides, common["dry_run"], common["json"])
+    for key in positions:
+        if (value := getattr(parsed, key)) is not None:
+            values.set_by_position(key, value)
+    return Arguments(parsed.config, nested_keys(values.said), parsed.dry_run, parsed.json)
 
 
-def make_parser(
-    config_class: type[Config], positions: Sequence[str] = ()
-) -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
-    """The parser of a command's arguments, and the source that turns what it parsed into nested keys."""
+def whole_parser(config_class: type[Config], positions: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser with an option for every key, for completion to be written from."""
+    parser = _shared_parser(positions)
+    for key in keys_of(config_class):
+        names = dict.fromkeys((f"--{key.path}", f"--{key.path.replace('_', '-')}"))
+        if not any(name in parser._option_string_actions for name in names):
+            words = (key.meaning or key.kind).replace("%", "%%")
+            parser.add_argument(*names, dest=key.path, help=words, choices=key.choices or None)
+    return parser
+
+
+def _shared_parser(positions: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="raytower", allow_abbrev=False, add_help=False)
     for key in positions:
-        parser.add_argument(POSITION + key, nargs="?", metavar=key.upper())
-    parser.add_argument("--config")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
-    settings = type(config_class.__name__, (config_class, BaseSettings), {"__module__": __name__})
-    source: CliSettingsSource[Any] = CliSettingsSource(
-        settings,
-        root_parser=parser,
-        cli_parse_none_str=_NULL,
-        add_argument_method=_add_argument,
-        parse_args_method=partial(argparse.ArgumentParser.parse_args),
-    )
-    return parser, source
+        parser.add_argument(key, nargs="?", metavar=key.upper())
+    parser.add_argument("--config", help="YAML or JSON with any of these keys")
+    parser.add_argument("--dry-run", action="store_true", help="show the config and what would be done")
+    parser.add_argument("--json", action="store_true", help="the result as one line of JSON")
+    parser.add_argument("-h", "--help", action="store_true", help="list all keys")
+    return parser
 
 
-def _add_argument(parser: Any, *names: str, **options: Any) -> Any:
-    """`-k` is `--k` too, and `--max-length` is `--max_length`; what is required is the config's to say."""
-    every = [name if name.startswith("--") or len(name) > 2 else f"-{name}" for name in names]
-    every += [name.replace("_", "-") for name in every if "_" in name]
-    return parser.add_argument(*dict.fromkeys((*names, *every)), **options)
+class _Values:
+    """What is said of a config's keys, by dotted path."""
 
+    def __init__(self, config_class: type[Config]) -> None:
+        self.said: dict[str, Any] = {}
+        self._keys = {key.path: key for key in keys_of(config_class)}
+        self._aliases = {
+            f"{key.path}.{other}": f"{key.path}.{name}"
+            for key in self._keys.values()
+            for other, name in key.aliases.items()
+        }
 
-def _written_out(keys: dict[str, Key], given: Sequence[str], mappings: dict[str, Any]) -> list[str]:
-    """Every key with its value in one argument, switches with true or false, and a section's shorthand by its name.
-
-    Keys that hold mappings go into `mappings` with their values: pydantic-settings would take the SQL text `a = 1` for
-    the mapping of a to 1.
-    """
-    written: list[str] = []
-    waiting = list(given)
-    aliases = {
-        f"{key.path}.{other}": f"{key.path}.{name}"
-        for key in keys.values()
-        for other, name in key.aliases.items()
-    }
-    while waiting:
-        argument = waiting.pop(0)
-        if not argument.startswith("--") or argument in ("--dry-run", "--json", "--help"):
-            written.append(argument)
-            continue
-        name, has_value, value = argument[2:].partition("=")
-        path = name.replace("-", "_")
-        path = aliases.get(path, path)
-        key, positive = keys.get(path), keys.get(path.removeprefix("no_"))
-        if key is None and positive is not None and positive.is_switch and not has_value:
-            written.append(f"--{positive.path}=false")
-            continue
-        if not has_value and waiting and _is_value(waiting[0], key):
-            has_value, value = "=", waiting.pop(0)
-        elif not has_value and key is not None and key.is_switch:
-            has_value, value = "=", "true"
-        if not has_value:
-            if key is None and path != "config":
-                written.append(argument)  # unknown, which is said before that it has no value
+    def take(self, given: Sequence[str]) -> list[str]:
+        """Take the config's keys out of `given`, each with its value; the rest comes back in order."""
+        rest: list[str] = []
+        waiting = list(given)
+        while waiting:
+            argument = waiting.pop(0)
+            if not argument.startswith("--") or argument in _FLAGS:
+                rest.append(argument)
                 continue
-            raise InputError(f"--{name} has no value; write --{name} VALUE")
-        if key is not None and key.is_mapping:
-            mappings[path] = _read_mapping(value)
-            continue
-        written.append(f"--{_full_path(path, key, value)}={_read_null(key, value)}")
-    return written
+            name, has_value, value = argument[2:].partition("=")
+            path = name.replace("-", "_")
+            path = self._aliases.get(path, path)
+            key, positive = self._keys.get(path), self._keys.get(path.removeprefix("no_"))
+            if key is None and positive is not None and positive.is_switch and not has_value:
+                self.said[positive.path] = "false"
+                continue
+            if not has_value and waiting and _is_value(waiting[0], key):
+                has_value, value = "=", waiting.pop(0)
+            elif not has_value and key is not None and key.is_switch:
+                has_value, value = "=", "true"
+            if not has_value and (key is not None or path == "config"):
+                raise InputError(f"--{name} has no value; write --{name} VALUE")
+            if key is None:  # --config, or one that is unknown
+                rest.append(f"--{path}={value}" if has_value else argument)
+            else:
+                self._set(key, value)
+        return rest
+
+    def set_by_position(self, path: str, value: str) -> None:
+        """Raises InputError where the key is given by its name too."""
+        key = self._keys[path]
+        full = _full_path(key, value)
+        if full in self.said:
+            raise InputError(f"the command line: {full} is given by position and by name; give it once")
+        self._set(key, value)
+
+    def _set(self, key: Key, value: str) -> None:
+        path = _full_path(key, value)
+        read = _read(self._keys[path], value)
+        before = self.said.get(path)
+        self.said[path] = before + read if isinstance(before, list) and isinstance(read, list) else read
 
 
 def _is_value(argument: str, key: Key | None) -> bool:
@@ -156,24 +150,36 @@ def _is_value(argument: str, key: Key | None) -> bool:
     return not argument.startswith("--")
 
 
-def _full_path(path: str, key: Key | None, value: str) -> str:
+def _full_path(key: Key, value: str) -> str:
     """The key that `--section VALUE` means: the section itself where the value is JSON or null."""
-    if key is None or not key.is_section or key.shorthand is None or value == "null" or _is_mapping(value):
-        return path
-    return f"{path}.{key.shorthand}"
+    if not key.is_section or key.shorthand is None or value == "null" or _mapping(value) is not None:
+        return key.path
+    return f"{key.path}.{key.shorthand}"
 
 
-def _read_mapping(value: str) -> Any:
-    """A mapping or null where the value is one in JSON; else the text, which the config takes or refuses."""
-    return None if value == "null" else json.loads(value) if _is_mapping(value) else value
+def _read(key: Key, value: str) -> Any:
+    """A value as pydantic is to see it: texts stay what was typed, mappings and lists are read."""
+    if value == "null" and not key.is_text:
+        return None
+    if key.is_section or key.is_mapping:
+        mapping = _mapping(value)
+        return value if mapping is None else mapping
+    if not key.kind.startswith("list of "):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            items = json.loads(value)
+        except ValueError as error:
+            raise InputError(
+                f'the command line: {key.path} is {value!r}, which is no JSON list ({error}); write \'["a", "b"]\''
+            ) from None
+        return items
+    return [value] if key.kind.startswith("list of TEXT") else value.split(",")
 
 
-def _is_mapping(value: str) -> bool:
+def _mapping(value: str) -> Mapping[str, Any] | None:
     try:
-        return isinstance(json.loads(value), dict)
-    except ValueError:
-        return False
-
-
-def _read_null(key: Key | None, value: str) -> str:
-    return _NULL if value == "null" and not (key is not None and key.is_text) else value
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return read if isinstance(read, dict) else None

@@ -261,7 +261,7 @@ def _start_proxy(config: ServeConfig) -> ServeConfig:
                 f"and port to those, or stop it first (asked for: {config.host}:{config.port})"
             )
         return config.model_copy(update={"port": running.port})
-    port = _check_port(config.host, config.port)
+    port = check_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what matters of it is logged here
     ray_serve.start(
         proxy_location="HeadOnly",
@@ -272,8 +272,12 @@ def _start_proxy(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"port": port})
 
 
-def _check_port(host: str, port: int) -> int:
-    """Bind the port and let it go; for 0 the port that the system picked."""
+def check_port(host: str, port: int) -> int:
+    """Bind the port and let it go; for 0 the port that the system picked.
+
+    Raises:
+        InputError: it is taken, or the host is no address of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from raytower.config import Config, OnError
+from raytower.config import Config, FractionField, OnError
 from raytower.data.config import InputConfig
 
 
@@ -17,6 +19,10 @@ class UpConfig(Config):
     is there already."""
     output: str | None = None
     """Folder of the vectors and the index; null is the input's own name with `.raytower` at its end."""
+    gone: Literal["delete", "keep"] = "delete"
+    """What happens with documents of the index that the input no longer has."""
+    max_gone: FractionField = 0.5
+    """Largest share of the index that may be deleted at once."""
     reranker: str | None = None
     """Cross-encoder that orders the best documents again; null serves without one."""
     host: str = "127.0.0.1"

@@ -15,9 +15,10 @@ from raytower.index.change_config import IndexSyncConfig
 from raytower.index.config import IndexBuildConfig
 from raytower.index.sync import plan_sync, sync_index
 from raytower.index.versions import version_names
+from raytower.models.directory import resolve_model
 from raytower.progress import log
 from raytower.serving.config import ServeConfig
-from raytower.serving.deploy import serve
+from raytower.serving.deploy import check_port, serve
 from raytower.storage import Location
 from raytower.up.config import UpConfig
 
@@ -36,6 +37,7 @@ def up(config: UpConfig) -> dict[str, Any]:
         InputError: bad rows under on_error fail, no such model, another encoder than that of the index, a port that is
             taken. RaytowerError: another job works on the same folder, or a worker was lost for good.
     """
+    _check_server(config)
     index = _index_of(config)
     if _is_built(index):
         done = sync_index(_sync_config(config, index))
@@ -49,10 +51,22 @@ def up(config: UpConfig) -> dict[str, Any]:
 
 def plan_up(config: UpConfig) -> dict[str, Any]:
     """What `up` would do first: `encode` all texts, or `sync` an index that is there."""
+    _check_server(config)
     index = _index_of(config)
     if _is_built(index):
         return {"step": "sync", "index": str(index), **plan_sync(_sync_config(config, index))}
     return {"step": "encode", "index": str(index), **encoding.plan(_encode_config(config))}
+
+
+def _check_server(config: UpConfig) -> None:
+    """Find what would keep the server from starting before the texts are encoded.
+
+    Raises:
+        InputError: the port is taken or the address is not this machine's, or there is no such reranker.
+    """
+    if config.reranker is not None:
+        resolve_model(config.reranker)
+    check_port(config.host, config.port)
 
 
 def _folder(config: UpConfig) -> Location:
@@ -88,7 +102,12 @@ def _build_config(config: UpConfig) -> IndexBuildConfig:
 
 def _sync_config(config: UpConfig, index: Location) -> IndexSyncConfig:
     return IndexSyncConfig(
-        index=str(index), input=config.input, encoder=config.model, on_error=config.on_error
+        index=str(index),
+        input=config.input,
+        encoder=config.model,
+        gone=config.gone,
+        max_gone=config.max_gone,
+        on_error=config.on_error,
     )
 
 
