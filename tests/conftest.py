@@ -93,7 +93,7 @@ def minilm_dir() -> Path:
 @pytest.fixture(scope="session")
 def dummy_encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random encoder of dimension 32."""
-    from tests.tiny_models import build_tiny_encoder
+    from tests.support.tiny_models import build_tiny_encoder
 
     return build_tiny_encoder(tmp_path_factory.mktemp("models") / "encoder")
 
@@ -101,7 +101,7 @@ def dummy_encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def still_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder without dropout, so that ways of training that draw other masks can be compared."""
-    from tests.tiny_models import build_tiny_encoder
+    from tests.support.tiny_models import build_tiny_encoder
 
     folder = build_tiny_encoder(tmp_path_factory.mktemp("models") / "still")
     config = json.loads((folder / "config.json").read_text())
@@ -113,7 +113,7 @@ def still_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dummy_reranker_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random reranker."""
-    from tests.tiny_models import build_tiny_reranker
+    from tests.support.tiny_models import build_tiny_reranker
 
     return build_tiny_reranker(tmp_path_factory.mktemp("models") / "reranker")
 

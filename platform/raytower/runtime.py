@@ -56,6 +56,7 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     Raises:
         InputError: RAY_AUTH_MODE was changed after Ray had read it, or no folder is short enough for Ray's sockets.
     """
+    OUTPUT.expect()
     _make_quiet()
     if ray.is_initialized():
         return

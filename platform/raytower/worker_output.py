@@ -26,12 +26,26 @@ _LATE_SECONDS = 1.0
 
 
 class WorkerOutput:
-    """Takes the lines of all workers; `show_all` shows other lines than ours too, behind the name of their process."""
+    """Takes the lines of all workers; `show_all` shows other lines than ours too, behind the name of their process.
+
+    One process may run several jobs on one Ray, whose lines come late: a job that asks for no Ray has none.
+    """
 
     def __init__(self) -> None:
         self.show_all = False
+        self._expected = False
         self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
         self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """A job begins: what the workers of an earlier one wrote is not its own."""
+        with self._lock:
+            self._expected = False
+            self._kept.clear()
+
+    def expect(self) -> None:
+        """The job has asked for Ray, so that what workers write from now on may tell why it fails."""
+        self._expected = True
 
     def take(self, data: Mapping[str, Any]) -> None:
         """One message of Ray's log monitor: `lines`, `pid`, and the `actor_name` or `task_name` of a worker.
@@ -55,8 +69,9 @@ class WorkerOutput:
 
     def keep(self) -> Path | None:
         """Write what was not shown to a file that only its owner reads; None where there is nothing."""
-        if "ray" in sys.modules:
-            time.sleep(_LATE_SECONDS)
+        if not self._expected:
+            return None
+        time.sleep(_LATE_SECONDS)
         with self._lock:
             lines = list(self._kept)
         if not lines:

@@ -69,6 +69,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, default_confi
 
 def _run(work: Callable[[], None]) -> int:
     """Do `work` and return the exit code; what it raises is said on stderr."""
+    OUTPUT.begin()
     try:
         with bounded_ending():
             work()

@@ -1,0 +1,119 @@
+"""Which files a path means, and the stems that line-derived ids start with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raytower.data.config import InputConfig
+from raytower.data.sources import find_files
+from raytower.errors import InputError
+from tests.support.data_files import read, survey_of, write
+
+
+def test_folder_takes_data_files_in_name_order_and_names_the_others(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "README.md", "_SUCCESS", ".hidden.txt", "_tmp/x.txt", "manifest.json"):
+        write(tmp_path / name, name)
+    assert [row["text"] for row in read(tmp_path, "corpus")] == ["a/z.txt", "b.txt"]
+    hidden = "its name or a folder's begins with . or _"
+    assert find_files(str(tmp_path)).ignored == (
+        f"{tmp_path}/.hidden.txt ({hidden})",
+        f"{tmp_path}/README.md (its extension is no data file's)",
+        f"{tmp_path}/_tmp/x.txt ({hidden})",
+        f"{tmp_path}/manifest.json (it is about other files)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.txt", ["top.txt"]),
+        ("*/part-?.txt", ["a/part-1.txt", "a/part-2.txt", "b/part-1.txt"]),
+        ("a/part-[2-9].*", ["a/part-2.txt"]),
+        ("**/part-1.txt", ["a/part-1.txt", "b/part-1.txt"]),
+        ("**/*.txt", ["a/part-1.txt", "a/part-2.txt", "b/part-1.txt", "top.txt"]),
+    ],
+)
+def test_globs(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    for name in ("a/part-1.txt", "a/part-2.txt", "b/part-1.txt", "top.txt"):
+        write(tmp_path / name, name)
+    found = find_files(f"{tmp_path}/{pattern}").files
+    assert [str(Path(str(file)).relative_to(tmp_path)) for file in found] == expected
+    uri = find_files(f"file://{tmp_path}/{pattern}").files
+    assert [file.location.path for file in uri] == [file.location.path for file in found]
+
+
+def test_a_file_whose_name_has_wildcards_is_that_file(tmp_path: Path) -> None:
+    write(tmp_path / "c1.txt", "other")
+    assert [row["text"] for row in read(write(tmp_path / "c[1].txt", "this"), "corpus")] == ["this"]
+
+
+def test_equal_stems_grow_until_ids_are_unique(tmp_path: Path) -> None:
+    for name in ("a/part.txt", "b/part.txt", "b/part.tsv", "alone.txt"):
+        write(tmp_path / name, "x\n")
+    assert [row["id"] for row in read(tmp_path, "corpus")] == [
+        "a/part:1",
+        "alone:1",
+        "b/part.tsv:1",
+        "b/part.txt:1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("corpus.tsv", "corpus"), ("corpus.tsv.gz", "corpus"), ("v1.2.txt", "v1.2"), ("plain", "plain")],
+)
+def test_stem_is_the_name_without_data_extensions(tmp_path: Path, name: str, stem: str) -> None:
+    (file,) = find_files(str(write(tmp_path / name, "x"))).files
+    assert file.stem == stem
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no file or folder at '.*nowhere'; check the path"):
+        survey_of(tmp_path / "nowhere", "corpus")
+    with pytest.raises(InputError, match=r"no file matches '.*\*\.txt'; check the pattern"):
+        survey_of(tmp_path / "*.txt", "corpus")
+
+
+def test_folder_without_data_files(tmp_path: Path) -> None:
+    write(tmp_path / "notes.md", "x")
+    with pytest.raises(InputError, match=r"holds no data file \(looked for .*\.jsonl.*glob"):
+        survey_of(tmp_path, "corpus")
+
+
+def test_mixed_formats_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "x"}\n')
+    write(tmp_path / "b.txt", "x\n")
+    with pytest.raises(
+        InputError, match=r"mixes formats: .*a\.jsonl is jsonl, .*b\.txt is lines; name the files"
+    ):
+        survey_of(tmp_path, "corpus")
+    assert [row["id"] for row in read(tmp_path, "corpus", format="jsonl")] == ["a:1"]
+
+
+def test_compressed_parquet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"compressed parquet file; such files compress inside"):
+        survey_of(write(tmp_path / "x.parquet.gz", b"x"), "corpus")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"a text\n", {"id": "data:1", "text": "a text"}), (b"i\tt\n", {"id": "i", "text": "t"})],
+)
+def test_files_without_extension_are_looked_at(
+    tmp_path: Path, content: bytes, expected: dict[str, str]
+) -> None:
+    assert read(write(tmp_path / "data", content), "corpus") == [expected]
+
+
+def test_json_and_parquet_without_extension(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "j", '{"id": "1", "text": "x"}'), "lines") == [{"id": "1", "text": "x"}]
+    pq.write_table(pa.table({"id": ["1"], "text": ["x"]}), tmp_path / "p")
+    assert read(tmp_path / "p", "lines") == [{"id": "1", "text": "x"}]
+
+
+def test_a_path_alone_is_an_input() -> None:
+    assert InputConfig.model_validate("corpus/*.tsv") == InputConfig(path="corpus/*.tsv")

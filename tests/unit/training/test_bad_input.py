@@ -1,0 +1,325 @@
+"""Bad input to training: one clear error each, before any worker starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytower.cli.arguments import read_arguments
+from raytower.config import load_config, make_config
+from raytower.errors import InputError
+from raytower.storage import Location
+from raytower.training.classifier import ClassifierTask, plan_train_classifier, train_classifier
+from raytower.training.config import (
+    TrainClassifierConfig,
+    TrainJobConfig,
+    TrainRerankerConfig,
+    TrainRetrieverConfig,
+)
+from raytower.training.loop import probe_storage
+from raytower.training.reranker import RerankerTask, plan_train_reranker, train_reranker
+from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
+from tests.support.tiny_training import (
+    write_candidates,
+    write_labelled,
+    write_lines,
+    write_pairs,
+    write_rows,
+    write_scored,
+    write_triples,
+)
+
+KINDS = {
+    "retriever": (TrainRetrieverConfig, RetrieverTask.survey, RetrieverTask.prepare),
+    "reranker": (TrainRerankerConfig, RerankerTask.survey, RerankerTask.prepare),
+    "classifier": (TrainClassifierConfig, ClassifierTask.survey, ClassifierTask.prepare),
+}
+
+
+def refused(kind: str, model: Path, rows: Path, **changes: Any) -> str:
+    """The message that a job of this kind ends with, before any worker starts."""
+    config_class, survey, make_task = KINDS[kind]
+    values = {
+        "model": str(model),
+        "train": {"path": str(rows)},
+        "output": str(rows.parent / "out"),
+        "batch_size": 8,
+        "max_length": 32,
+        "workers": {"num": 1},
+        **changes,
+    }
+    config: Any = make_config(config_class, values)
+
+    def check() -> None:
+        make_task(config, survey(config))
+
+    with pytest.raises(InputError) as caught:
+        check()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "label", "words"),
+    [
+        ({"name": "cosine_embedding"}, 0.5, "label 0.5 is none of 1, 0 and -1"),
+        ({"name": "cosine_regression"}, 5, "-1..1"),
+    ],
+)
+def test_labels_out_of_range_for_an_encoder(
+    dummy_encoder_dir: Path, tmp_path: Path, objective: dict[str, Any], label: float, words: str
+) -> None:
+    train = write_scored(tmp_path / "train.tsv", 32, low=label)
+    message = refused("retriever", dummy_encoder_dir, train, objective=objective)
+    assert words in message
+    assert "train.tsv" in message
+
+
+@pytest.mark.parametrize(
+    ("objective", "label", "words"),
+    [
+        ({"name": "pointwise_cross_entropy"}, 0.5, "label 0.5"),
+        ({"name": "pointwise_regression", "loss": "bce"}, 3, "label 3 is outside 0..1"),
+    ],
+)
+def test_labels_out_of_range_for_a_reranker(
+    dummy_encoder_dir: Path, tmp_path: Path, objective: dict[str, Any], label: float, words: str
+) -> None:
+    train = write_scored(tmp_path / "train.tsv", 32, low=label)
+    assert words in refused("reranker", dummy_encoder_dir, train, objective=objective)
+
+
+def test_scores_of_candidates_out_of_range_for_a_reranker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_candidates(tmp_path / "train.jsonl", 32)
+    message = refused("reranker", dummy_encoder_dir, train, objective={"name": "pointwise_cross_entropy"})
+    assert "label 2" in message
+
+
+def test_a_label_outside_the_list_of_labels(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_labelled(tmp_path / "train.tsv", 16)
+    labels = write_rows(tmp_path / "label.txt", [f"topics##{topic}" for topic in "abcdefg"])
+    message = refused("classifier", dummy_encoder_dir, train, labels=str(labels))
+    assert "label 'topics##h' is not in labels" in message
+    assert "2 rows" in message
+
+
+def test_a_dev_label_that_is_never_trained(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_labelled(tmp_path / "train.tsv", 16)
+    dev = write_rows(tmp_path / "dev.tsv", ["a text\tother##z"])
+    message = refused("classifier", dummy_encoder_dir, train, dev={"path": str(dev)})
+    assert "label 'other##z' is none of the 8 labels" in message
+
+
+def test_one_label_makes_no_classifier(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.tsv", [f"text {i}\tA##B" for i in range(16)])
+    assert "the only label is 'A##B'" in refused("classifier", dummy_encoder_dir, train)
+
+
+@pytest.mark.parametrize("kind", ["retriever", "reranker"])
+def test_one_class_of_dev_pairs_has_no_auc(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
+    train = write_scored(tmp_path / "train.tsv", 32)
+    dev = write_scored(tmp_path / "dev.tsv", 16, low=1)
+    objective = {"name": "cosine_embedding"} if kind == "retriever" else {"name": "pointwise_cross_entropy"}
+    changes = {"dev": {"path": str(dev), "metric": "auc"}, "objective": objective}
+    message = refused(kind, dummy_encoder_dir, train, **changes)
+    assert "all 16 labels are 1; dev.metric auc needs pairs of both classes" in message
+
+
+def test_graded_dev_labels_need_spearman(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_scored(tmp_path / "train.tsv", 32)
+    dev = write_scored(tmp_path / "dev.tsv", 16, low=0.5)
+    changes = {"dev": {"path": str(dev), "metric": "auc"}, "objective": {"name": "cosine_regression"}}
+    assert "use spearman for graded labels" in refused("retriever", dummy_encoder_dir, train, **changes)
+
+
+@pytest.mark.parametrize("rows", ["\u200b\u200d\tan answer", " \tan answer"])
+def test_a_text_that_is_empty_after_cleaning(dummy_encoder_dir: Path, tmp_path: Path, rows: str) -> None:
+    train = write_rows(tmp_path / "train.tsv", ["a question\tan answer", rows])
+    message = refused("retriever", dummy_encoder_dir, train)
+    assert "train.tsv" in message
+    assert "line 2" in message or ":2" in message
+
+
+def test_bad_rows_go_to_quarantine_whatever_the_format(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    rows = [*(f"question {i}\tanswer {i}" for i in range(20)), "no second column"]
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": str(write_rows(tmp_path / "train.tsv", rows))},
+        "output": str(tmp_path / "out"),
+        "on_error": "quarantine",
+    }
+    surveyed = RetrieverTask.survey(make_config(TrainRetrieverConfig, values))
+    assert (surveyed.num_rows, surveyed.num_rejected) == (20, 1)
+    assert [path.parent.name for path in tmp_path.rglob("train.tsv-pairs-*.jsonl")] == ["out.quarantine"]
+
+
+@pytest.mark.parametrize("column", ["query", "document"])
+def test_pairs_with_the_same_text_everywhere(dummy_encoder_dir: Path, tmp_path: Path, column: str) -> None:
+    rows = [f"question {i}\tthe same" if column == "document" else f"the same\tanswer {i}" for i in range(32)]
+    message = refused("retriever", dummy_encoder_dir, write_rows(tmp_path / "train.tsv", rows))
+    assert f"all 32 training rows have the same {column}, 'the same'" in message
+
+
+@pytest.mark.parametrize("kind", ["retriever", "reranker", "classifier"])
+def test_max_length_beyond_the_positions(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
+    write = {"retriever": write_pairs, "reranker": write_scored, "classifier": write_labelled}[kind]
+    train = write(tmp_path / "train.tsv", 16)
+    assert "max_length is 65; this model has positions for 1 to 64" in refused(
+        kind, dummy_encoder_dir, train, max_length=65
+    )
+
+
+@pytest.mark.parametrize("kind", ["retriever", "reranker", "classifier"])
+def test_fewer_rows_than_one_step(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
+    config_class, train_job, write = {
+        "retriever": (TrainRetrieverConfig, train_retriever, write_pairs),
+        "reranker": (TrainRerankerConfig, train_reranker, write_scored),
+        "classifier": (TrainClassifierConfig, train_classifier, write_labelled),
+    }[kind]
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": str(write(tmp_path / "train.tsv", 15))},
+        "output": str(tmp_path / "out"),
+        "batch_size": 8,
+        "accumulate_batches": 2,
+        "max_length": 32,
+    }
+    config: Any = make_config(config_class, values)
+    with pytest.raises(InputError, match="15 training rows are fewer than one batch of 16"):
+        train_job(config)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_training(
+    dummy_encoder_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": str(write_pairs(tmp_path / "train.tsv", 16))},
+        "output": str(tmp_path / "file" / "out"),
+        "batch_size": 8,
+        "max_length": 32,
+    }
+    with pytest.raises(InputError, match="cannot be written"):
+        train_retriever(make_config(TrainRetrieverConfig, values))
+    # And by each worker, which may see another file system than the driver.
+    with pytest.raises(InputError, match="cannot be written by the worker on"):
+        probe_storage(Location.of(tmp_path / "file"), 0)
+    probe_storage(Location.of(tmp_path / "new"), 0)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_simcse_without_dropout(still_encoder: Path, tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.txt", 16)
+    assert "both passes would be equal" in refused(
+        "retriever", still_encoder, train, objective={"name": "simcse"}
+    )
+
+
+def test_distillation_without_a_teacher(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_triples(tmp_path / "train.tsv", 16)
+    message = refused("retriever", dummy_encoder_dir, train, objective={"name": "margin_mse"})
+    assert "set teacher to a reranker directory" in message
+
+
+def test_a_teacher_that_does_not_exist(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_triples(tmp_path / "train.tsv", 16)
+    changes = {"objective": {"name": "margin_mse"}, "teacher": str(tmp_path / "nothing")}
+    assert "nothing" in refused("retriever", dummy_encoder_dir, train, **changes)
+
+
+def test_a_dry_run_makes_the_same_checks(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": str(write_triples(tmp_path / "train.tsv", 16))},
+        "output": str(tmp_path / "out"),
+        "batch_size": 8,
+        "max_length": 32,
+    }
+    distilled = {"objective": {"name": "margin_mse"}, "teacher": str(tmp_path / "nothing")}
+    with pytest.raises(InputError, match="nothing"):
+        plan_train_retriever(make_config(TrainRetrieverConfig, {**values, **distilled}))
+    assert plan_train_retriever(make_config(TrainRetrieverConfig, values))["steps"] == 2
+    assert plan_train_reranker(make_config(TrainRerankerConfig, values))["steps"] == 2
+    labelled = {"path": str(write_labelled(tmp_path / "labelled.tsv", 16))}
+    plan = plan_train_classifier(make_config(TrainClassifierConfig, {**values, "train": labelled}))
+    assert (plan["steps"], plan["labels"]) == (2, 8)
+
+
+def test_a_teacher_that_nobody_follows(
+    dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 16)
+    message = refused("retriever", dummy_encoder_dir, train, teacher=str(dummy_reranker_dir))
+    assert "objective in_batch_negatives follows none" in message
+
+
+def test_a_format_that_the_objective_does_not_train_from(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 16)
+    message = refused(
+        "retriever",
+        dummy_encoder_dir,
+        train,
+        train={"path": str(train), "format": "pairs"},
+        objective={"name": "simcse"},
+    )
+    assert "objective simcse trains from lines" in message
+
+
+def test_candidates_shorter_than_asked_for(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_candidates(tmp_path / "train.jsonl", 16, documents=3)
+    message = refused("retriever", dummy_encoder_dir, train, train={"path": str(train), "num_documents": 4})
+    assert "train.num_documents is 4, and a row has only 3" in message
+
+
+def test_matryoshka_beyond_the_embedding(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 16)
+    message = refused("retriever", dummy_encoder_dir, train, matryoshka={"dims": [64, 8]})
+    assert "matryoshka.dims asks for 64 dimensions, and the encoder has 32" in message
+
+
+def test_lora_layers_that_do_not_exist(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 16)
+    message = refused("retriever", dummy_encoder_dir, train, lora={"target_modules": ["wq"]})
+    assert "linear layers are" in message
+    assert "'query'" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": {"name": "in_batch"}}, "in_batch_negatives"),
+        (
+            {"objective": {"scal": 3}},
+            "unknown key 'objective.scal'; the nearest known key is 'objective.scale'",
+        ),
+        ({"objective": {"name": "simcse", "margin": 0.1}}, "unknown key 'objective.margin'"),
+        ({"model": None}, "name an encoder by model or by init_from"),
+        ({"dev": {"path": "x", "metric": "recal@10"}}, "dev.metric"),
+        ({"dev": {"path": "x", "metric": "auc", "corpus": "y"}}, "dev.metric auc searches none"),
+        ({"dev": {"path": "x", "threshold": 0.5}}, "dev.metric recall@10 has none"),
+        ({"seed": 2**32}, "seed"),
+    ],
+)
+def test_configs_that_name_what_does_not_exist(
+    dummy_encoder_dir: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    values = {"model": str(dummy_encoder_dir), "train": {"path": "x"}, "output": "y", **changes}
+    with pytest.raises(InputError) as caught:
+        make_config(TrainRetrieverConfig, json.loads(json.dumps(values)))
+    assert words in str(caught.value)
+
+
+def test_plain_text_on_the_command_line_stays_as_typed() -> None:
+    given = ["--model", "2024", "--train", "x", "--output", "y", "--query_prefix"]
+    arguments = read_arguments(TrainRetrieverConfig, (), [*given, "query: ", "--teacher", "null"])
+    config = load_config(TrainRetrieverConfig, None, arguments.overrides)
+    assert (config.model, config.query_prefix, config.teacher) == ("2024", "query: ", None)
+
+
+def test_every_job_config_is_frozen_and_shares_its_keys() -> None:
+    for config_class in (TrainRetrieverConfig, TrainRerankerConfig, TrainClassifierConfig):
+        assert issubclass(config_class, TrainJobConfig)
+        assert set(TrainJobConfig.model_fields) <= set(config_class.model_fields)

@@ -1,0 +1,359 @@
+"""Every objective from a config alone, and every setting of the step: trained in this process, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from sentence_transformers import SentenceTransformer
+
+from raytower.config import make_config
+from raytower.errors import RaytowerError
+from raytower.models.cross_encoder import CrossEncoder
+from raytower.models.encoder import Encoder
+from raytower.models.text_classifier import TextClassifier
+from raytower.models.two_tower import TwoTower
+from raytower.training.classifier import ClassifierTask
+from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.training.reranker import RerankerTask
+from raytower.training.retriever import RetrieverTask
+from tests.support.tiny_training import (
+    train_here,
+    write_candidates,
+    write_labelled,
+    write_lines,
+    write_pairs,
+    write_scored,
+    write_triples,
+)
+
+Trained = tuple[Any, Any, list[float]]
+
+
+def values_of(model: Path, train: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "train": {"path": str(train)},
+        "output": str(folder / "out"),
+        "batch_size": 16,
+        "max_length": 32,
+        "dtype": "float32",
+        "optimizer": {"lr": 2e-3},
+        "workers": {"num": 1},
+        **changes,
+    }
+
+
+def train_retriever_here(model: Path, train: Path, folder: Path, steps: int = 16, **changes: Any) -> Trained:
+    config = make_config(TrainRetrieverConfig, values_of(model, train, folder, changes))
+    surveyed = RetrieverTask.survey(config)
+    task = RetrieverTask.prepare(config, surveyed)
+    return (task, *train_here(task, config, surveyed, steps))
+
+
+def fell(losses: list[float], share: float = 0.9) -> bool:
+    """Whether the last quarter of the losses lies well below the first one."""
+    quarter = len(losses) // 4
+    return sum(losses[-quarter:]) < share * sum(losses[:quarter])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "settings"),
+    [
+        ("in_batch_negatives", write_pairs, {"scale": 30, "margin": 0.1}),
+        ("in_batch_negatives", write_pairs, {"symmetric": True}),
+        ("in_batch_negatives", write_triples, {}),
+        ("in_batch_negatives", write_candidates, {}),
+        ("in_batch_negatives", write_labelled, {}),
+        ("hardest_negative", write_pairs, {"margin": 0.2}),
+        ("random_negative", write_pairs, {}),
+        ("simcse", write_lines, {}),
+        ("cosine_embedding", write_scored, {"margin": 0.3}),
+        ("cosine_regression", write_scored, {}),
+        ("margin_mse", write_candidates, {"scale": 2.0}),
+        ("kl_divergence", write_candidates, {"scale": 10.0}),
+    ],
+)
+def test_every_encoder_objective_trains_from_a_config(
+    dummy_encoder_dir: Path,
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path, int], Path],
+    settings: dict[str, Any],
+) -> None:
+    suffix = {write_candidates: "jsonl", write_lines: "txt"}.get(write, "tsv")
+    train = write(tmp_path / f"train.{suffix}", 64)
+    task, model, losses = train_retriever_here(
+        dummy_encoder_dir, train, tmp_path, objective={"name": name, **settings}
+    )
+    assert fell(losses), losses
+    task.save(model, tmp_path / "saved", {})
+    before, after = (load_file(d / "model.safetensors") for d in (dummy_encoder_dir, tmp_path / "saved"))
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {key for key in before if "pooler" not in key}
+
+
+def test_a_teacher_scores_the_candidates(
+    dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    train = write_triples(tmp_path / "train.tsv", 32)
+    task, _, losses = train_retriever_here(
+        dummy_encoder_dir,
+        train,
+        tmp_path,
+        objective={"name": "margin_mse"},
+        teacher=str(dummy_reranker_dir),
+    )
+    assert fell(losses)
+    from raytower.training.columns import text_columns
+
+    columns = text_columns({"query": ["a", "b"], "document": ["c", "d"], "negative": ["e", "f"]})
+    teacher = PeerCrossEncoder(str(dummy_reranker_dir), device="cpu")
+    pairs = [("a", "c"), ("a", "e"), ("b", "d"), ("b", "f")]
+    expected = teacher.predict(pairs, activation_fn=torch.nn.Identity()).reshape(2, 2)
+    assert task._taught(columns).teacher_BK.numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_three_stages_continue_from_each_other(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """SimCSE, then in-batch negatives, then hard negatives: three configs, each started from the last one's output."""
+    stages = [
+        (write_lines(tmp_path / "texts.txt", 32), "simcse"),
+        (write_pairs(tmp_path / "pairs.tsv", 32), "in_batch_negatives"),
+        (write_triples(tmp_path / "triples.tsv", 32), "in_batch_negatives"),
+    ]
+    start = dummy_encoder_dir
+    for number, (train, name) in enumerate(stages):
+        task, model, _ = train_retriever_here(
+            dummy_encoder_dir,
+            train,
+            tmp_path,
+            steps=2,
+            init_from=str(start),
+            objective={"name": name},
+            projection_dim=8,
+        )
+        assert task.start == str(start)
+        if number:
+            assert task.build(None).encoder.compute_fingerprint() == Encoder.load(start).fingerprint
+        start = tmp_path / f"stage{number}"
+        task.save(model, start, {})
+        assert len(Encoder.load(start).projections) == 1
+
+
+def test_a_projection_is_saved_as_the_dense_module(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 32)
+    task, model, _ = train_retriever_here(
+        dummy_encoder_dir, train, tmp_path, steps=2, projection_dim=16, matryoshka={"dims": [16, 8]}
+    )
+    task.save(model, tmp_path / "saved", {})
+    peer = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(["what is aaa 0?"])
+    assert peer.shape == (1, 16)
+    tower = TwoTower(Encoder.load(tmp_path / "saved"), 32, 1024).eval()
+    (ours,) = tower(tower.plan_chunks([tower.tokenise(["what is aaa 0?"], "")]))
+    assert ours.detach().numpy() == pytest.approx(peer, abs=1e-5)
+
+
+class TestSettingsOfTheStep:
+    """Each setting gives what the plain step gives: the same losses, or the same within its precision."""
+
+    @pytest.fixture(scope="class")
+    def plain(self, dummy_encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+        folder = tmp_path_factory.mktemp("plain")
+        return self.losses(dummy_encoder_dir, folder)
+
+    def losses(self, model: Path, folder: Path, **changes: Any) -> list[float]:
+        train = write_pairs(folder / "train.tsv", 64)
+        return train_retriever_here(model, train, folder, steps=6, **changes)[2]
+
+    def test_the_same_seed_gives_the_same_curve_and_another_one_does_not(
+        self, plain: list[float], dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
+        assert self.losses(dummy_encoder_dir, tmp_path) == pytest.approx(plain, abs=1e-6)
+        other = self.losses(dummy_encoder_dir, tmp_path, seed=1)
+        assert max(abs(a - b) for a, b in zip(other, plain, strict=True)) > 1e-3
+
+    def test_recomputation_changes_nothing(
+        self, plain: list[float], dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
+        """With dropout on: the masks of the second forward pass are those of the first."""
+        assert self.losses(dummy_encoder_dir, tmp_path, recompute=True) == pytest.approx(plain, abs=1e-5)
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+    def test_mixed_precision_is_used_and_stays_close(
+        self, still_encoder: Path, tmp_path: Path, dtype: str, tolerance: float
+    ) -> None:
+        """Defect of an older system: a mixed-precision flag that was parsed and never used."""
+        exact = self.losses(still_encoder, tmp_path)
+        mixed = self.losses(still_encoder, tmp_path, dtype=dtype)
+        assert mixed == pytest.approx(exact, abs=tolerance)
+        assert mixed != pytest.approx(exact, abs=1e-6)
+
+    def test_accumulated_batches_are_averaged(self, still_encoder: Path, tmp_path: Path) -> None:
+        """Two batches accumulated: the loss is their mean, and the weights move as by the mean gradient."""
+        train = write_pairs(tmp_path / "train.tsv", 64)
+        _, _, accumulated = train_retriever_here(
+            still_encoder, train, tmp_path, steps=1, accumulate_batches=2
+        )
+        still = {"optimizer": {"lr": 1e-12}}
+        _, _, single = train_retriever_here(still_encoder, train, tmp_path, steps=2, **still)
+        assert accumulated[0] == pytest.approx(sum(single) / 2, abs=1e-5)
+
+    def test_gradients_of_accumulated_batches_are_the_mean(self, still_encoder: Path, tmp_path: Path) -> None:
+        train = write_scored(tmp_path / "train.tsv", 64)
+        mean = {"objective": {"name": "cosine_embedding"}, "optimizer": {"lr": 1e-2, "max_grad_norm": 1e9}}
+        # A loss that is a mean over pairs does not care how its rows are cut into batches.
+        _, whole, _ = train_retriever_here(still_encoder, train, tmp_path, steps=1, batch_size=32, **mean)
+        _, parts, _ = train_retriever_here(
+            still_encoder, train, tmp_path, steps=1, accumulate_batches=2, **mean
+        )
+        for (name, left), right in zip(whole.named_parameters(), parts.parameters(), strict=True):
+            if left.grad is not None:
+                assert right.grad is not None
+                assert torch.allclose(left.grad, right.grad, atol=1e-6), name
+
+    def test_lora_trains_adapters_only_and_saves_them_merged(
+        self, dummy_encoder_dir: Path, tmp_path: Path
+    ) -> None:
+        train = write_pairs(tmp_path / "train.tsv", 64)
+        task, model, losses = train_retriever_here(
+            dummy_encoder_dir, train, tmp_path, steps=24, lora={"rank": 4}, optimizer={"lr": 1e-2}
+        )
+        assert fell(losses)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained
+        assert all("lora_" in name for name in trained)
+        task.save(model, tmp_path / "saved", {})
+        before, after = (load_file(d / "model.safetensors") for d in (dummy_encoder_dir, tmp_path / "saved"))
+        assert before.keys() == after.keys()
+        assert not torch.equal(
+            before["encoder.layer.0.attention.self.query.weight"],
+            after["encoder.layer.0.attention.self.query.weight"],
+        )
+        assert torch.equal(
+            before["embeddings.word_embeddings.weight"], after["embeddings.word_embeddings.weight"]
+        )
+        model.eval()
+        saved = TwoTower(Encoder.load(tmp_path / "saved"), 32, 1024).eval()
+        chunks = saved.plan_chunks([saved.tokenise(["what is aaa 0?"], "")])
+        assert torch.allclose(model(chunks)[0], saved(chunks)[0], atol=1e-5)
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+    def test_a_compiled_backbone_gives_the_same_losses(self, still_encoder: Path, tmp_path: Path) -> None:
+        plain = self.losses(still_encoder, tmp_path)
+        assert self.losses(still_encoder, tmp_path, compile=True) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "write"),
+    [
+        ({"name": "pointwise_cross_entropy"}, write_scored),
+        ({"name": "pointwise_cross_entropy"}, write_triples),
+        ({"name": "pointwise_regression", "loss": "bce"}, write_scored),
+        ({"name": "pointwise_regression", "loss": "mse"}, write_scored),
+        ({"name": "pairwise_margin"}, write_triples),
+        ({"name": "listwise_softmax"}, write_triples),
+        ({"name": "listwise_softmax"}, write_candidates),
+    ],
+)
+def test_every_cross_encoder_objective_trains_from_a_config(
+    dummy_encoder_dir: Path, tmp_path: Path, objective: dict[str, Any], write: Callable[[Path, int], Path]
+) -> None:
+    train = write(tmp_path / ("train.jsonl" if write is write_candidates else "train.tsv"), 64)
+    changes = {"objective": objective, "optimizer": {"lr": 3e-3}}
+    config = make_config(TrainRerankerConfig, values_of(dummy_encoder_dir, train, tmp_path, changes))
+    surveyed = RerankerTask.survey(config)
+    task = RerankerTask.prepare(config, surveyed)
+    model, losses = train_here(task, config, surveyed, 80)
+    assert fell(losses, 0.97), losses
+    task.save(model, tmp_path / "saved", {})
+    saved = CrossEncoder.load(tmp_path / "saved")
+    assert saved.num_labels == (2 if objective["name"] == "pointwise_cross_entropy" else 1)
+    assert saved.activation == config.objective.activation
+    assert saved.max_length == 32
+
+
+def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
+    dummy_encoder_dir: Path, tmp_path: Path
+) -> None:
+    """The pooler is fresh where the encoder was published without one: frozen, it would stay random."""
+    train = write_scored(tmp_path / "train.tsv", 32)
+    values = values_of(dummy_encoder_dir, train, tmp_path, {"lora": {"rank": 2}})
+    config = make_config(TrainRerankerConfig, values)
+    model = RerankerTask.prepare(config, RerankerTask.survey(config)).build(None)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {
+        "inner.model.bert.pooler.dense.weight",
+        "inner.model.bert.pooler.dense.bias",
+        "inner.model.classifier.weight",
+        "inner.model.classifier.bias",
+    }
+
+
+def test_no_duplicates_looks_at_what_tells(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    def columns(rows: Path, **changes: Any) -> tuple[str, ...]:
+        changes |= {"sampler": "no_duplicates"}
+        config = make_config(TrainRetrieverConfig, values_of(dummy_encoder_dir, rows, tmp_path, changes))
+        return RetrieverTask.prepare(config, RetrieverTask.survey(config)).distinct_columns
+
+    scored = write_scored(tmp_path / "scored.tsv", 16)
+    assert columns(scored, objective={"name": "cosine_embedding"}) == ("query", "document")
+    assert columns(write_candidates(tmp_path / "c.jsonl", 16)) == ("query", "documents")
+    labelled = {"path": str(write_labelled(tmp_path / "labelled.tsv", 16)), "format": "labelled"}
+    assert columns(tmp_path / "labelled.tsv", train=labelled) == ("text", "label")
+
+
+@pytest.mark.parametrize("objective", [{"name": "cross_entropy"}, {"name": "focal", "gamma": 1.0}])
+@pytest.mark.parametrize("weights", [None, "balanced", {"topics##a": 2.0}])
+def test_classifiers_train_from_a_config(
+    dummy_encoder_dir: Path, tmp_path: Path, objective: dict[str, Any], weights: object
+) -> None:
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    changes = {
+        "objective": {**objective, "class_weights": weights},
+        "optimizer": {"lr": 5e-3},
+        "dev": {"path": str(train), "metric": "f1"},
+    }
+    config = make_config(TrainClassifierConfig, values_of(dummy_encoder_dir, train, tmp_path, changes))
+    surveyed = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, surveyed)
+    model, losses = train_here(task, config, surveyed, 48)
+    assert fell(losses)
+    model.eval()
+    measured = task.evaluate(model)
+    assert measured["accuracy"] > 0.5
+    assert 0 < measured["f1"] <= 1
+    task.save(model, tmp_path / "saved", {})
+    assert TextClassifier.load(tmp_path / "saved").labels == tuple(f"topics##{topic}" for topic in "abcdefgh")
+
+
+def test_scored_dev_pairs_measure_an_encoder(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_scored(tmp_path / "train.tsv", 64)
+    dev = {"path": str(train), "metric": "f1", "threshold": 0.5}
+    task, model, _ = train_retriever_here(
+        dummy_encoder_dir, train, tmp_path, steps=24, objective={"name": "cosine_embedding"}, dev=dev
+    )
+    model.eval()
+    measured = task.evaluate(model)
+    dev_pairs = task.scored_dev
+    tower = TwoTower(model.encoder, 32, 4096).eval()
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        return torch.cat([tower(tower.plan_chunks([tower.tokenise([text], "")]))[0] for text in texts])
+
+    left, right = embed(dev_pairs.queries), embed(dev_pairs.documents)
+    predicted = ((left * right).sum(1) >= 0.5).tolist()
+    right_ones = sum(p == bool(label) for p, label in zip(predicted, dev_pairs.labels, strict=True))
+    assert measured["accuracy"] == pytest.approx(right_ones / 64)
+    assert measured["threshold"] == 0.5
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_move(still_encoder: Path, tmp_path: Path) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 64)
+    with pytest.raises(RaytowerError, match=r"is (nan|inf)"):
+        train_retriever_here(still_encoder, train, tmp_path, steps=8, optimizer={"lr": 1e30})
