@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,9 @@ from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
 from tests.support.encoding_here import encode_here
 from tests.support.killed_jobs import kill_once
+from tests.support.processes import clean_environment, wait_for
 from tests.support.tiny_models import tiny_config, tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_TEXTS = 320
 ROWS_PER_FILE = 16
 NUM_FILES = NUM_TEXTS // ROWS_PER_FILE
@@ -96,13 +94,6 @@ def undisturbed(
     return table
 
 
-def wait_for(found: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not found():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.02)
-
-
 def parts_in(folder: Path) -> dict[str, int]:
     """Finished files with the time they were written."""
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
@@ -120,57 +111,47 @@ def command_of(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(
-    undisturbed: pa.Table, slow_encoder: Path, corpus: Path, tmp_path: Path
+def test_a_killed_job_continues_with_what_is_missing_and_replaces_a_killed_worker(
+    undisturbed: pa.Table,
+    slow_encoder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """The whole job is killed; where it goes on, a worker is killed."""
     output = tmp_path / "out"
-    finished_before: list[int] = []
-
-    def kill_one() -> None:
-        wait_for(lambda: len(parts_in(output)) >= 2, "a second file")
-        victim = encoding_workers(psutil.Process())[-1]
-        victim.send_signal(signal.SIGKILL)
-        finished_before.append(len(parts_in(output)))
-
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    figures = encode(make_config(EncodeConfig, run_values(slow_encoder, corpus, output)))
-    thread.join()
-    assert finished_before
-    assert finished_before[0] < NUM_FILES - 2, "the worker was killed when there was nothing left to do"
-    assert figures["rows"] == NUM_TEXTS
-    assert figures["files_encoded"] == NUM_FILES
-    assert read_folder(output).equals(undisturbed)
-
-
-def test_a_killed_job_continues_with_the_files_that_are_missing(
-    undisturbed: pa.Table, slow_encoder: Path, corpus: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
+    values = run_values(slow_encoder, corpus, output)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(run_values(slow_encoder, corpus, output)))
+    config.write_text(json.dumps(values))
     command = [sys.executable, "-m", "raytower.cli", "encode", "--config", str(config)]
-    kill_once(lambda: len(parts_in(output)) >= 3, command, clean_environment(), tmp_path / "first.log")
+    kill_once(
+        lambda: len(parts_in(output)) >= 3,
+        command,
+        clean_environment(RAY_AUTH_MODE="disabled"),
+        tmp_path / "first.log",
+    )
     kept = parts_in(output)
     assert 3 <= len(kept) < NUM_FILES
     assert not (output / "manifest.json").exists()
     # A worker that was killed while it wrote leaves a beginning that nobody takes for a part.
     (output / ".part-00000019.parquet.0123.tmp").write_bytes(b"PAR1 and then nothing")
-    second = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
-    assert second.returncode == 0, second.stderr
-    assert f"{len(kept)} of {NUM_FILES} files are finished already" in second.stderr
-    figures = json.loads(second.stdout.splitlines()[-1])
+    finished_at_kill: list[int] = []
+
+    def kill_one() -> None:
+        wait_for(lambda: len(parts_in(output)) >= len(kept) + 2, "a second file")
+        encoding_workers(psutil.Process())[-1].send_signal(signal.SIGKILL)
+        finished_at_kill.append(len(parts_in(output)))
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    figures = encode(make_config(EncodeConfig, values))
+    thread.join()
+    assert finished_at_kill[0] < NUM_FILES - 2, "the worker was killed when there was nothing left to do"
+    assert f"{len(kept)} of {NUM_FILES} files are finished already" in capfd.readouterr().err
     assert figures["files_encoded"] == NUM_FILES - len(kept)
     assert figures["rows"] == NUM_TEXTS
     assert {name: time for name, time in parts_in(output).items() if name in kept} == kept
     assert read_folder(output).equals(undisturbed)
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """For a process with a Ray of its own: the one of the suite must not be joined by what will be killed."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}", "RAY_AUTH_MODE": "disabled"}
-    return environment | {"RAY_USAGE_STATS_ENABLED": "0"} | more
 
 
 LOSE_A_NODE = """
@@ -181,7 +162,8 @@ from ray.cluster_utils import Cluster
 from raytower.config import load_config, to_json
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
-from tests.faults.test_encoding import encoding_workers, parts_in, wait_for
+from tests.faults.test_encoding import encoding_workers, parts_in
+from tests.support.processes import wait_for
 
 config = load_config(EncodeConfig, sys.argv[1])
 output = Path(config.output)
@@ -223,7 +205,7 @@ def test_a_lost_node_is_done_without(
     try:
         done = subprocess.run(
             [sys.executable, "-c", LOSE_A_NODE, str(config), str(tmp_path / "found.json")],
-            env=clean_environment(RAY_TMPDIR=session),
+            env=clean_environment(RAY_AUTH_MODE="disabled", RAY_TMPDIR=session),
             capture_output=True,
             text=True,
             timeout=400,

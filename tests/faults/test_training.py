@@ -1,15 +1,11 @@
-"""Training runs that are killed: of a worker, and of the whole job. Real kills, and curves that must not show them."""
+"""A training run that loses the whole job and then a worker. Real kills, and a curve that must not show them."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,9 @@ from raytower.config import make_config
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import train_retriever
 from tests.support.killed_jobs import kill_once
+from tests.support.processes import clean_environment, wait_for
 from tests.support.tiny_training import write_pairs
 
-ROOT = Path(__file__).resolve().parents[2]
 Curve = dict[int, float]
 
 
@@ -65,13 +61,6 @@ def undisturbed(
     return curve
 
 
-def wait_for(found: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not found():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.05)
-
-
 def registered_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints that Ray Train counts as whole."""
     steps = []
@@ -89,37 +78,20 @@ def train_workers() -> list[psutil.Process]:
     return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
-def test_a_killed_worker_leaves_no_trace_in_the_curve(
-    undisturbed: Curve, dummy_encoder_dir: Path, pairs: Path, tmp_path: Path
+def test_a_killed_job_continues_and_a_killed_worker_is_replaced_without_a_trace_in_the_curve(
+    undisturbed: Curve,
+    dummy_encoder_dir: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        wait_for(lambda: len(registered_steps(tmp_path)) >= 2, "a second checkpoint")
-        victim = train_workers()[-1]
-        killed.append(victim.pid)
-        victim.send_signal(signal.SIGKILL)
-
-    thread = threading.Thread(target=kill_one)
-    thread.start()
+    """The whole job is killed, with a checkpoint half written; where it goes on, a worker is killed."""
     output = tmp_path / "out"
-    figures = train_retriever(make_config(TrainRetrieverConfig, run_values(dummy_encoder_dir, pairs, output)))
-    thread.join()
-    assert killed
-    assert figures["steps"] == 50
-    assert curve_of(output) == pytest.approx(undisturbed, abs=1e-4)
-
-
-def test_a_killed_job_continues_and_a_half_written_checkpoint_does_not_count(
-    undisturbed: Curve, dummy_encoder_dir: Path, pairs: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
+    values = run_values(dummy_encoder_dir, pairs, output)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(run_values(dummy_encoder_dir, pairs, output)))
+    config.write_text(json.dumps(values))
     command = [sys.executable, "-m", "raytower.cli", "train-retriever", "--config", str(config)]
-    # A Ray of its own: the one of the suite must not be joined by a process that will be killed.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(ROOT / "platform"), "RAY_AUTH_MODE": "disabled"}
+    environment = clean_environment(RAY_AUTH_MODE="disabled")
     kill_once(lambda: len(registered_steps(tmp_path)) >= 2, command, environment, tmp_path / "first.log")
     assert not output.exists()
     reached = max(registered_steps(tmp_path))
@@ -128,12 +100,20 @@ def test_a_killed_job_continues_and_a_half_written_checkpoint_does_not_count(
     torn = folder / "checkpoint_2999-01-01_00-00-00.000000"
     (torn / "model").mkdir(parents=True)
     (torn / "state.json").write_text('{"progress": {"step": 4')
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert second.returncode == 0, second.stderr
-    assert f"continuing from step {reached} of 50" in second.stderr
-    assert json.loads(second.stdout.splitlines()[-1])["steps"] == 50
+    killed_at: list[int] = []
+
+    def kill_one() -> None:
+        wait_for(lambda: max(registered_steps(tmp_path), default=0) > reached, "another checkpoint")
+        train_workers()[-1].send_signal(signal.SIGKILL)
+        killed_at.append(max(registered_steps(tmp_path)))
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    figures = train_retriever(make_config(TrainRetrieverConfig, values))
+    thread.join()
+    told = capfd.readouterr().err
+    assert f"continuing from step {reached} of 50" in told
+    assert told.count("continuing from step") == 2
+    assert reached < killed_at[0] < 50
+    assert figures["steps"] == 50
     assert curve_of(output) == pytest.approx(undisturbed, abs=1e-4)
-    third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert third.returncode == 0
-    assert "is finished; nothing to do" in third.stderr
-    assert json.loads(third.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])

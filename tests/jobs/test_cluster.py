@@ -8,14 +8,11 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +22,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.processes import ROOT, free_port, wait_until_ok
+
 pytestmark = pytest.mark.processes
 
-ROOT = Path(__file__).resolve().parents[2]
 REMOTE_HOME = "/home/ubuntu"
 
 
@@ -232,35 +230,13 @@ def started_node(kind: str, user_home: Path, folder: Path, gcs_port: int, option
             ["bash", "-c", start], env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        wait_until_healthy(f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz", home, node, log)
+        token = (home / ".ray" / "auth_token").read_text()
+        wait_until_ok(f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz", node, log, token)
         yield
     finally:
         # A head drains for half a minute before it ends by itself; nothing here needs that.
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
-
-
-def wait_until_healthy(
-    url: str, home: Path, node: subprocess.Popen[bytes], log: Path, timeout_s: float = 120
-) -> None:
-    token = (home / ".ray" / "auth_token").read_text()
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        assert node.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"{url} did not answer within {timeout_s} s:\n{log.read_text()}")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 # Both nodes have this machine's address, so their homes tell them apart.

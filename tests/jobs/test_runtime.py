@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import ROOT, clean_environment, free_port, wait_until_ok
 
 START = """
 import ray
@@ -48,6 +49,7 @@ private = {str(folder) for socket in sockets for folder in Path(socket).parents
 environments = [member.environ() for member in family[1:]]
 print(json.dumps({
     "worker": seen,
+    "cpus": ray.cluster_resources()["CPU"],
     "mode": os.environ["RAY_AUTH_MODE"],
     "token": os.environ["RAY_AUTH_TOKEN"],
     "arguments": [member.cmdline() for member in family],
@@ -57,8 +59,28 @@ print(json.dumps({
     "sockets": sorted(sockets),
     "private": sorted(private),
     "folder": os.getcwd(),
+    "telemetry": look_everywhere(),
+    # Workers write their titles over what they were started with.
+    "told": [found.get("RAY_USAGE_STATS_ENABLED") for found in environments if "PATH" in found],
 }))
 """
+# What a driver, a task and an actor go by; Ray has been started before.
+LOOK_AT_TELEMETRY = """
+def look():
+    import logging, ray.data
+    from ray._common.usage.usage_lib import usage_stats_enabled
+    return {"tells": usage_stats_enabled(), "level": logging.getLevelName(logging.getLogger("ray.data").level)}
+
+class Looker:
+    def look(self):
+        return look()
+
+def look_everywhere():
+    import ray
+    seen = {"driver": look(), "task": ray.get(ray.remote(look).remote())}
+    return seen | {"actor": ray.get(ray.remote(Looker).remote().look.remote())}
+"""
+QUIET = {place: {"tells": False, "level": "WARNING"} for place in ("driver", "task", "actor")}
 
 # A worker that writes until its job is gone; `signalled` is written when the job has had its signal.
 TALKATIVE = """
@@ -95,14 +117,9 @@ except Terminated:
 """
 
 
-def clean_environment(**more: str) -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return environment | {"PYTHONPATH": str(ROOT / "platform"), "RAY_USAGE_STATS_ENABLED": "0"} | more
-
-
 def run(script: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-c", script],
+        [sys.executable, "-P", "-c", LOOK_AT_TELEMETRY + script],
         env=clean_environment(**environment),
         cwd=folder,
         capture_output=True,
@@ -121,15 +138,22 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def started(short_folder: Path) -> dict[str, Any]:
-    """What a local start in a folder with a `colorsys.py` of its own was like."""
+    """What a local start was like: in a folder with a `colorsys.py` of its own, beside what `ray start` had left."""
     folder, home, place = (short_folder / name for name in ("here", "home", "tmp"))
     for made in (folder, home, place):
         made.mkdir()
     (folder / "colorsys.py").write_text("raise ImportError('not the library')")
+    # Where Ray looks for a cluster to join; nothing listens there any more.
+    marker = place / "ray" / "ray_current_cluster"
+    marker.parent.mkdir()
+    marker.write_text("127.0.0.1:9")
     # The worker's task imports nothing; this shows what it would find.
     script = LOOK.replace('"path": sys.path', '"path": sys.path, "module": __import__("colorsys").__file__')
-    done = run(script, folder, HOME=str(home), TMPDIR=str(place), SEARCH_KEY="open sesame")
+    places = {"HOME": str(home), "TMPDIR": str(place), "RAY_TMPDIR": str(place)}
+    done = run(script, folder, SEARCH_KEY="open sesame", **places)
     assert done.returncode == 0, done.stderr
+    assert marker.read_text() == "127.0.0.1:9"
+    shutil.rmtree(marker.parent)
     left = [str(path) for made in (home, place) for path in made.rglob("*")]
     return json.loads(done.stdout.splitlines()[-1]) | {
         "left": left,
@@ -146,14 +170,19 @@ def test_nothing_that_workers_write_is_shown_after_a_signal() -> None:
 
 
 @pytest.mark.processes
-def test_a_cluster_that_was_left_on_the_machine_is_not_joined_unless_named(short_folder: Path) -> None:
-    # What `ray start` leaves in this file; nothing listens there any more.
-    marker = short_folder / "ray" / "ray_current_cluster"
-    marker.parent.mkdir()
-    marker.write_text("127.0.0.1:9")
-    done = run(START, RAY_TMPDIR=str(short_folder))
-    assert done.returncode == 0, done.stderr
-    assert "logical CPUs True" in done.stdout
+def test_a_cluster_that_was_left_on_the_machine_is_not_joined(started: dict[str, Any]) -> None:
+    assert started["cpus"] >= 4
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "fixture", ["started", "started_elsewhere"], ids=["raytower first", "Ray Data first"]
+)
+def test_no_process_tells_ray_s_makers_anything(fixture: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(fixture)
+    assert found["telemetry"] == QUIET
+    assert len(found["told"]) >= 2  # the control store and the raylet at least
+    assert set(found["told"]) == {"0"}
 
 
 @pytest.mark.processes
@@ -199,10 +228,10 @@ def test_a_secret_stays_with_the_job(started: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def started_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a start with a long TMPDIR was like, by a program that had imported Ray before."""
+    """What a start with a long TMPDIR was like, by a program that had imported Ray Data before."""
     place = tmp_path_factory.mktemp("place") / ("long" * 20)
     place.mkdir()
-    script = f"import ray\n{LOOK}" + (
+    script = f"import ray.data\n{LOOK}" + (
         "node = ray._private.worker.global_worker.node\n"
         "spilled = Path(node._ray_params.object_spilling_directory)\n"
         "print(spilled.parent, oct(spilled.stat().st_mode))\n"
@@ -309,3 +338,54 @@ def test_a_program_that_has_the_token_joins_by_the_address(ray_cluster: None) ->
     )
     assert done.returncode == 0, done.stderr
     assert "joined True" in done.stdout
+
+
+SUBMITTED = f"""
+import json
+from raytower.runtime import ensure_ray
+ensure_ray()
+{LOOK_AT_TELEMETRY}
+print(json.dumps(look_everywhere()))
+"""
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A head of somebody who has set nothing; yields the dashboard's address and the environment."""
+    # Short, because the names of Ray's sockets lie below it and may have 107 bytes at most.
+    session = tempfile.mkdtemp(prefix="rt")
+    gcs, dashboard, client, agent = (free_port() for _ in range(4))
+    environment = clean_environment(HOME=str(tmp_path), RAY_AUTH_MODE="disabled")
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    command = ["ray", "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    command += [f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true", f"--temp-dir={session}"]
+    log = tmp_path / "head.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        # The dashboard takes jobs once the node's agent, which starts later, answers too.
+        for url in (f"{address}/api/version", f"http://127.0.0.1:{agent}/api/local_raylet_healthz"):
+            wait_until_ok(url, process, log)
+        yield address, environment
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@pytest.mark.processes
+def test_a_submitted_job(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    """Workers of a cluster inherit from its nodes, not from the job: the job has to tell them."""
+    address, environment = head
+    (tmp_path / "look.py").write_text(SUBMITTED, encoding="utf-8")
+    runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT / "platform")}})
+    command = ["ray", "job", "submit", "--address", address, "--runtime-env-json", runtime]
+    command += ["--", sys.executable, str(tmp_path / "look.py")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"driver"')]
+    assert json.loads(line) == QUIET

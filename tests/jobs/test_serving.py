@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 from ray import serve
@@ -35,30 +34,13 @@ from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotReadyError, OutOfTimeError
 from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, merge_candidates
 from raytower.serving.work import Deadline
-from tests.support.index_cases import build, write_embeddings
+from tests.support.processes import free_port, wait_for
+from tests.support.served_index import TEXTS, write_version
 from tests.support.tiny_models import build_tiny_encoder
 
 Start = Callable[[ServeConfig], tuple[ServeConfig, str]]
-TEXTS = [f"{word} {number}" for number in range(10) for word in ("sun", "moon", "star", "月亮", "大地")]
 SOON = 20_000
 OLD, NEW = "000001", "000002"
-
-
-def write_version(
-    folder: Path, version: str, encoder_dir: Path, num_shards: int = 2, texts: list[str] = TEXTS
-) -> None:
-    """A flat index version, the next one of its folder. Ids carry the version, so that a mix would show."""
-    encoder = Encoder.load(str(encoder_dir))
-    embeddings = write_embeddings(
-        folder.with_name(f"{folder.name}-{version}"),
-        [f"{version}/{row}" for row in range(len(texts))],
-        ForwardEngine(encoder).encode(texts),
-        texts,
-        {"number": pa.array(range(len(texts)))},
-        fingerprint=encoder.fingerprint,
-        encoder=str(encoder_dir),
-    )
-    assert build(folder, embeddings, shards=num_shards, replace=True)["version"] == version
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +200,7 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
     assert answer["partial"] is True
     rows = {hit["metadata"]["number"] for hit in answer["results"][0]}
     assert rows == set(range(25)), "the other shard's rows, all of them"
-    wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, seconds=60)
+    wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, "the shard comes back", 60)
     assert versions_in(ask(url, query="moon 3", k=50)[1]) == {NEW}
 
 
@@ -489,12 +471,18 @@ def test_the_job_serves_until_it_is_told_to_stop(dummy_encoder_dir: Path, tmp_pa
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: deploy.served_version(url) == "000001" or process.poll() is not None, seconds=90)
+        wait_for(
+            lambda: deploy.served_version(url) == "000001" or process.poll() is not None,
+            "the server starts",
+            90,
+        )
         assert ask(url, query="moon", k=1)[0] == 200, (tmp_path / "stderr").read_text()
         write_version(index_dir, "000002", dummy_encoder_dir)
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: deploy.served_version(url) == "000002", seconds=30)
-        wait_for(lambda: "serving index version 000002" in (tmp_path / "stderr").read_text(), seconds=30)
+        wait_for(lambda: deploy.served_version(url) == "000002", "the new version is served", 30)
+        wait_for(
+            lambda: "serving index version 000002" in (tmp_path / "stderr").read_text(), "it is said", 30
+        )
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, (tmp_path / "stderr").read_text()
@@ -505,16 +493,3 @@ def test_the_job_serves_until_it_is_told_to_stop(dummy_encoder_dir: Path, tmp_pa
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)

@@ -22,8 +22,8 @@ import pytest
 from ray.serve.generated.serve_pb2 import ASGIRequest
 
 from raytower.serving import deploy, ports
-from tests.jobs.test_runtime import clean_environment
-from tests.jobs.test_serving import free_port, wait_for, write_version
+from tests.support.processes import clean_environment, free_port, wait_for
+from tests.support.served_index import write_version
 
 pytestmark = pytest.mark.processes
 
@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) ->
         )
     try:
         ready = lambda: (folder / "stderr").read_text().find("serving index version") >= 0  # noqa: E731
-        wait_for(lambda: ready() or process.poll() is not None, seconds=110)
+        wait_for(lambda: ready() or process.poll() is not None, "the server starts", 110)
         assert process.poll() is None, (folder / "stderr").read_text()
         yield Server(process, port, folder / "stderr")
     finally:

@@ -14,10 +14,12 @@ from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
 from raytower.encoding.parts import write_part
 from raytower.index.build import build_index
 from raytower.index.config import IndexBuildConfig
+from raytower.index.reader import Index
 from raytower.index.tasks import Run
 from raytower.storage import Location
 
 HERE = Run()
+DIM = 24
 
 
 def unit_vectors(count: int, dim: int = 8, seed: int = 0) -> NDArray[np.float32]:
@@ -70,3 +72,34 @@ def build(folder: Path | str, embeddings: str, **settings: Any) -> dict[str, Any
     """An index over an embeddings folder, built in this process."""
     config = {"kind": "flat", **settings, "embeddings": embeddings, "output": str(folder)}
     return build_index(IndexBuildConfig.model_validate(config), run=HERE)
+
+
+def clustered_vectors(rows: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
+    """Unit vectors around 20 centres that are the same for every seed, so that queries resemble documents."""
+    centres = np.random.default_rng(1).normal(size=(20, dim))
+    random = np.random.default_rng(seed)
+    vectors = centres[random.integers(0, 20, rows)] + 0.6 * random.normal(size=(rows, dim))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def embeddings_of(folder: Path, vectors: np.ndarray, first: int = 0, **changes: Any) -> str:
+    ids = changes.pop("ids", [f"id {row}" for row in range(first, first + len(vectors))])
+    years = pa.array([2000 + first + row for row in range(len(vectors))], pa.int64())
+    return write_embeddings(
+        folder,
+        ids,
+        vectors,
+        columns={"year": years, **changes.pop("columns", {})},
+        rows_per_file=100,
+        **changes,
+    )
+
+
+def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[str]]:
+    scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    return [[f"id {row}" for row in np.argsort(-line, kind="stable")[:k]] for line in scores]
+
+
+def found_ids(index: Index, queries: np.ndarray, k: int, **search: Any) -> list[list[str]]:
+    hits = index.search(queries, k, **search)
+    return [[document.id for document in index.documents(rows)] for rows in hits.rows]

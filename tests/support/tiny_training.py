@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytower.config import make_config
 from raytower.data.pieces import Survey
 from raytower.training.batches import Rows, cut_batches
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import TrainJobConfig, TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
@@ -108,3 +109,17 @@ def train_here(
     many = config.accumulate_batches
     losses = [step.run(number, list(islice(batches, many)), task.backward) for number in range(num_steps)]
     return model, losses
+
+
+def retriever_config(encoder: Path, pairs: Path, output: Path, **changes: object) -> TrainRetrieverConfig:
+    values = {
+        "model": str(encoder),
+        "train": {"path": str(pairs)},
+        "output": str(output),
+        "batch_size": 8,
+        "max_length": 32,
+        "dtype": "float32",
+        "optimizer": {"lr": 1e-3},
+        "workers": {"num": 1, "num_cpus": 0.5},
+    }
+    return make_config(TrainRetrieverConfig, {**values, **changes})

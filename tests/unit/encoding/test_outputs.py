@@ -22,7 +22,7 @@ from raytower.encoding.records import write_record
 from raytower.encoding.worker import EncodedPiece
 from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location, writer_lease
-from tests.jobs.test_encoding import encode_config, write_corpus
+from tests.support.encoding_here import encode_config, write_corpus
 from tests.support.tiny_models import build_tiny_encoder
 
 

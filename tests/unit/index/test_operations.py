@@ -45,41 +45,18 @@ from raytower.index.rowmap import RowMap
 from raytower.index.versions import open_manifest, publish, version_names
 from raytower.retrieval.lookup import find_documents
 from raytower.storage import Location
-from tests.support.index_cases import HERE, build, write_embeddings
+from tests.support.index_cases import (
+    DIM,
+    HERE,
+    brute_force,
+    build,
+    clustered_vectors,
+    embeddings_of,
+    found_ids,
+    write_embeddings,
+)
 
-DIM = 24
 ANYWHERE = {"hnsw": {"efSearch": 400}, "ivf_flat": {"nprobe": 10_000}, "flat": {}}
-
-
-def clustered_vectors(rows: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
-    """Unit vectors around 20 centres that are the same for every seed, so that queries resemble documents."""
-    centres = np.random.default_rng(1).normal(size=(20, dim))
-    random = np.random.default_rng(seed)
-    vectors = centres[random.integers(0, 20, rows)] + 0.6 * random.normal(size=(rows, dim))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-def embeddings_of(folder: Path, vectors: np.ndarray, first: int = 0, **changes: Any) -> str:
-    ids = changes.pop("ids", [f"id {row}" for row in range(first, first + len(vectors))])
-    years = pa.array([2000 + first + row for row in range(len(vectors))], pa.int64())
-    return write_embeddings(
-        folder,
-        ids,
-        vectors,
-        columns={"year": years, **changes.pop("columns", {})},
-        rows_per_file=100,
-        **changes,
-    )
-
-
-def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[str]]:
-    scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
-    return [[f"id {row}" for row in np.argsort(-line, kind="stable")[:k]] for line in scores]
-
-
-def found_ids(index: Index, queries: np.ndarray, k: int, **search: Any) -> list[list[str]]:
-    hits = index.search(queries, k, **search)
-    return [[document.id for document in index.documents(rows)] for rows in hits.rows]
 
 
 @pytest.fixture

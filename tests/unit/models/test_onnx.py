@@ -27,7 +27,7 @@ from raytower.models.encoder import Encoder, EncoderSettings, PoolingMode, Proje
 from raytower.models.forward import ForwardEngine
 from raytower.models.onnx_export import export_graph, graph_for
 from raytower.storage import StorageError
-from tests.jobs.test_command_lines import run_cli
+from tests.support.processes import run_cli
 from tests.support.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

@@ -50,12 +50,10 @@ from raytower.storage import Lease, Location, absolute_if_local, objects, publis
 from raytower.storage import location as storage_module
 from raytower.storage import s3 as s3_module
 from raytower.storage.errors import StorageError, StorageRefusedError
-from tests.jobs.test_encoding import read_folder, write_corpus
-from tests.support.encoding_here import encode_here
-from tests.support.index_cases import HERE, build
+from tests.support.encoding_here import encode_here, read_folder, write_corpus
+from tests.support.index_cases import HERE, brute_force, build, clustered_vectors, embeddings_of, found_ids
 from tests.support.s3_server import REGION, S3Server, s3_server
-from tests.unit.index.test_operations import brute_force, clustered_vectors, embeddings_of, found_ids
-from tests.unit.storage.test_storage import HOLD, line_of, race, start
+from tests.support.storage_races import HOLD, line_of, race, start
 
 MIB = 2**20
 ODD_KEYS = [

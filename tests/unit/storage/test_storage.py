@@ -6,57 +6,15 @@ import errno
 import fcntl
 import os
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from raytower.errors import InputError, RaytowerError
-from raytower.runtime import worker_environment
 from raytower.storage import Location, StorageRefusedError, local, publish_directory, writer_lease
 from raytower.storage import location as location_module
-
-RACE = (
-    "import sys\nfrom raytower.storage import Location\n"
-    "place = Location.of(sys.argv[1])\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-    "print(place.put_if_absent(sys.argv[2].encode() * 100_000), flush=True)\n"
-)
-HOLD = (
-    "import sys\nfrom raytower.storage import Location, writer_lease\n"
-    "with writer_lease(Location.of(sys.argv[1]), owner='first', seconds=float(sys.argv[2])):\n"
-    "    print('held', flush=True)\n    sys.stdin.readline()\n"
-)
-
-
-def start(script: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", script, *arguments]
-    environment = {**os.environ, **worker_environment()}
-    return subprocess.Popen(
-        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
-    )
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    assert process.stdout
-    return process.stdout.readline().strip()
-
-
-def race(uri: str) -> list[str]:
-    """What 8 processes that create one place at the same time say."""
-    processes = [start(RACE, uri, str(number)) for number in range(8)]
-    try:
-        assert [line_of(process) for process in processes] == ["ready"] * 8
-        for process in processes:
-            assert process.stdin
-            process.stdin.write("\n")
-            process.stdin.flush()
-        return [line_of(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+from tests.support.storage_races import HOLD, line_of, race, start
 
 
 def test_one_of_many_processes_creates_a_file(tmp_path: Path) -> None:
