@@ -156,11 +156,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if isinstance(key_node, yaml.ScalarNode) and lines.setdefault((key_node.tag, key), line) != line:
+            key, line = (key_node.tag, str(key_node.value)), key_node.start_mark.line + 1
+            if key in lines:
                 raise InputError(
-                    f"key {key!r} stands twice, in lines {lines[key_node.tag, key]} and {line}; keep one of them"
+                    f"key {key[1]!r} stands twice, in lines {lines[key]} and {line}; keep one of them"
                 )
+            lines[key] = line
         return super().construct_mapping(node, deep)
 
 
