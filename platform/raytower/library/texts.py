@@ -84,12 +84,8 @@ def index_texts(
     ('000002', 3, 1)
     """
     documents = _documents(texts)
-    output = name_of(output, "output", "a folder or a URI for the index")
-    if prefix is not None and not isinstance(prefix, str):
-        raise InputError(f"prefix is {shown(prefix)}; it must be a text, or None for the encoder's own")
     asked = texts_of(indexed, "indexed")
-    ready = encoder if isinstance(encoder, Encoder) else load_encoder(name_of(encoder, "encoder", ENCODER))
-    job = _Job(ready, ready.prefix("document") if prefix is None else prefix, output)
+    job = _job(encoder, prefix, output)
     with tempfile.TemporaryDirectory(prefix="raytower-texts-") as name, _faiss_threads_kept() as num_threads:
         corpus = Path(name) / "texts.parquet"
         pq.write_table(documents, corpus)
@@ -189,6 +185,15 @@ class _Job:
             "dtype": dtype,
         }
         return make_config(EncodeConfig, values, source="index_texts")
+
+
+def _job(encoder: Any, prefix: Any, output: Any) -> _Job:
+    """Raises InputError where one of them is of another kind than `index_texts` takes."""
+    place = name_of(output, "output", "a folder or a URI for the index")
+    if prefix is not None and not isinstance(prefix, str):
+        raise InputError(f"prefix is {shown(prefix)}; it must be a text, or None for the encoder's own")
+    ready = encoder if isinstance(encoder, Encoder) else load_encoder(name_of(encoder, "encoder", ENCODER))
+    return _Job(ready, ready.prefix("document") if prefix is None else prefix, place)
 
 
 def _input(corpus: Path) -> InputConfig:
