@@ -180,7 +180,8 @@ def _read_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{name} is not valid YAML: {error}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise InputError(f"{name} holds a {type(loaded).__name__}; it must be a mapping of keys to values")
-    return loaded or {}
+    values: dict[str, Any] = loaded or {}
+    return values
 
 
 def dump_config(config: BaseModel) -> str:
