@@ -121,7 +121,7 @@ class _Values:
             path = self._aliases.get(path, path)
             key, positive = self._keys.get(path), self._keys.get(path.removeprefix("no_"))
             if key is None and positive is not None and positive.is_switch and not has_value:
-                self.said[positive.path] = "false"
+                self._set(positive, "false")
                 continue
             if not has_value and waiting and _is_value(waiting[0], key):
                 has_value, value = "=", waiting.pop(0)
