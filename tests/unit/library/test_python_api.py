@@ -228,7 +228,7 @@ class TestEncoder:
         assert np.array_equal(encoder.encode("moon", "query"), encoder.encode(["moon"], "query")[0])
 
     @pytest.mark.parametrize(
-        "make", [tuple, iter, np.array, pd.Series, pa.array, lambda texts: dict.fromkeys(texts).keys()]
+        "make", [tuple, iter, np.array, pd.Series, pa.array, lambda texts: dict(enumerate(texts)).values()]
     )
     def test_texts_are_any_column_of_strings(self, make: Any, encoder: raytower.Encoder) -> None:
         assert np.array_equal(encoder.encode(make(["sun", "moon"])), encoder.encode(["sun", "moon"]))
@@ -260,7 +260,7 @@ class TestEncoder:
             (lambda e: e.encode(b"a"), r"texts is b'a' \(of type bytes\)"),
             (lambda e: e.encode(pd.DataFrame({"text": ["a"]})), r"pick one column of this DataFrame"),
             (lambda e: e.encode(pa.table({"text": ["a"]})), r"pick one column of this Table"),
-            (lambda e: e.encode(pd.Series(["a", None])), r"texts\[1\] is None \(of type NoneType\)"),
+            (lambda e: e.encode(pd.Series(["a", None])), r"texts\[1\] is (nan|None) \(of type"),
             (lambda e: e.encode(np.array(["a", 3], dtype=object)), r"texts\[1\] is 3 \(of type int\)"),
         ],
     )  # fmt: skip
