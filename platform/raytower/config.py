@@ -10,7 +10,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
@@ -18,16 +18,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.types import ByteSize as ByteSize
 
+from raytower.config_words import problems_of
 from raytower.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+# Where the value of a key came from, by the key's path.
+Source = Callable[[tuple[str, ...]], str]
+_COMMAND_LINE = "the command line"
 
 
 class Config(BaseModel):
     """Base of every config: frozen, validated when made, unknown keys refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
     shorthand: ClassVar[str | None] = None
@@ -96,37 +104,84 @@ def load_config(
     Raises:
         InputError: the file is missing or no mapping, a key is unknown, or a value breaks its rule.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"config file {str(path)!r} is not UTF-8: {error}; save it as UTF-8") from error
-        except OSError as error:
-            raise InputError(
-                f"config file {str(path)!r} cannot be read: {error.strerror or error}"
-            ) from error
-        try:
-            loaded = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise InputError(
-                f"config file {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping of keys to values"
-            )
-        values = loaded or {}
-    merged = _lay_over(config_class, values, nested_keys(overrides or {}))
-    return make_config(config_class, merged, source=str(path) if path else "the command line")
+    below = {} if path is None else _read_file(path)
+    above = nested_keys(overrides or {})
+    merged = _lay_over(config_class, below, above)
+    return _validated(config_class, merged, _source_of(str(path) if path else None, below, above))
 
 
 def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
     """Validate `values` into `config_class`; errors become one InputError that names every offending key."""
-    refuse_unknown_keys(config_class, values, source)
+    return _validated(config_class, values, lambda _: source)
+
+
+def _validated(config_class: type[ConfigT], values: Mapping[str, Any], source: Source) -> ConfigT:
+    _refuse_unknown(config_class, values, source)
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(detail, source) for detail in error.errors()]
-        raise InputError("\n".join(lines)) from error
+        problems = problems_of(config_class, error)
+        raise InputError("\n".join(f"{source(item.path)}: {item.message}" for item in problems)) from error
+
+
+def _source_of(file: str | None, below: Mapping[str, Any], above: Mapping[str, Any]) -> Source:
+    """Who has given a key: the command line, else the config file; of a section or the whole perhaps both."""
+
+    def source(path: tuple[str, ...]) -> str:
+        if file is None:
+            return _COMMAND_LINE
+        found = _value_at(above, path)
+        if found is None:
+            return file
+        is_shared = isinstance(found, Mapping) and _value_at(below, path) is not None
+        return f"{file} and {_COMMAND_LINE}" if is_shared else _COMMAND_LINE
+
+    return source
+
+
+def _value_at(values: Any, path: tuple[str, ...]) -> Any:
+    """What is given at a path, or above it as one value; None where nothing is. What is given as null is a text."""
+    for part in path:
+        if not isinstance(values, Mapping):
+            break
+        if part not in values:
+            return None
+        values = values[part]
+    return "null" if values is None else values or None if isinstance(values, Mapping) else values
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, which JSON is, and refuses a key that stands twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = (key_node.tag, str(key_node.value)), key_node.start_mark.line + 1
+            if key in lines:
+                raise InputError(
+                    f"key {key[1]!r} stands twice, in lines {lines[key]} and {line}; keep one of them"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
+    """A config file's keys and values, as they stand there."""
+    name = f"config file {str(path)!r}"
+    try:
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8: {error}; save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-13-45 is a ValueError
+        raise InputError(f"{name} is not valid YAML: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise InputError(f"{name} holds a {type(loaded).__name__}; it must be a mapping of keys to values")
+    values: dict[str, Any] = loaded or {}
+    return values
 
 
 def dump_config(config: BaseModel) -> str:
@@ -230,7 +285,7 @@ def former_keys(config_class: type[Config]) -> dict[str, str]:
 
 
 def _refuse_former_keys(
-    config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: str
+    config_class: type[Config], values: Mapping[str, Any], prefix: tuple[str, ...], source: Source
 ) -> None:
     refused = former_keys(config_class).items() - config_class.aliases.items()
     given = [
@@ -239,7 +294,8 @@ def _refuse_former_keys(
     if given:
         raise InputError(
             "\n".join(
-                f"{source}: unknown key {'.'.join((*prefix, old))!r}: it is called {'.'.join((*prefix, new))!r} now"
+                f"{source((*prefix, *old.split('.')))}: unknown key {'.'.join((*prefix, old))!r}: "
+                f"it is called {'.'.join((*prefix, new))!r} now"
                 for old, new in given
             )
         )
@@ -253,19 +309,24 @@ def _holds(values: Any, key: str) -> bool:
     return not rest or _holds(values[head], rest)
 
 
-def refuse_unknown_keys(
-    config_class: type[Config], values: Mapping[str, Any], source: str, prefix: tuple[str, ...] = ()
-) -> None:
+def refuse_unknown_keys(config_class: type[Config], values: Mapping[str, Any], source: str) -> None:
     """Raise InputError where `values` have a key that the config has not, naming the one that may be meant."""
+    _refuse_unknown(config_class, values, lambda _: source)
+
+
+def _refuse_unknown(
+    config_class: type[Config], values: Mapping[str, Any], source: Source, prefix: tuple[str, ...] = ()
+) -> None:
     _refuse_former_keys(config_class, values, prefix, source)
     fields = config_class.model_fields
     for key, value in values.items():
+        path = (*prefix, str(key))
         if key not in fields and key not in config_class.aliases:
-            raise InputError(f"{source}: {describe_unknown(config_class, str(key), prefix)}")
+            raise InputError(f"{source(path)}: {describe_unknown(config_class, str(key), prefix)}")
         if isinstance(value, Mapping) and key in fields:
             nested = _nested_config(fields[key].annotation, fields[key].default, value)
             if nested is not None:
-                refuse_unknown_keys(nested, value, source, (*prefix, str(key)))
+                _refuse_unknown(nested, value, source, path)
 
 
 def describe_unknown(config_class: type[Config], key: str, prefix: tuple[str, ...] = ()) -> str:
@@ -273,6 +334,12 @@ def describe_unknown(config_class: type[Config], key: str, prefix: tuple[str, ..
     dotted = ".".join((*prefix, key))
     above, _, below = dotted.rpartition(".")
     known = _known_keys(config_class, prefix)
+    if dotted in known:
+        head, *sections, last = key.split(".")
+        nested = f"{last}: …"
+        for section in reversed(sections):
+            nested = f"{section}: {{{nested}}}"
+        return f"unknown key {dotted!r}: in a file sections are nested; write {head}: {{{nested}}}"
     if above in known and not any(other.startswith(f"{above}.") for other in known):
         return (
             f"unknown key {dotted!r}: {above} is one value; a mapping is given whole, {above}: {{{below}: …}}"
@@ -280,15 +347,3 @@ def describe_unknown(config_class: type[Config], key: str, prefix: tuple[str, ..
     nearest = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
     hint = f"the nearest known key is {nearest[0]!r}" if nearest else f"known are {', '.join(known)}"
     return f"unknown key {dotted!r}; {hint}"
-
-
-def _describe(detail: Any, source: str) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
-    if not where:
-        return f"{source}: {message}"
-    if detail["type"] == "missing":
-        return (
-            f"{source}: {where} is required and not given; set it in the config file or with --{where} VALUE"
-        )
-    return f"{source}: {where} is {detail.get('input')!r}: {message}"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ import psutil
 
 # docker, and orchestrators like it, kill after 10 seconds.
 GRACE_S = 8.0
+_OWNER = "owner.json"
+_CLOCK_SECONDS = 60.0
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
@@ -78,10 +82,52 @@ def bounded_ending(grace_s: float = GRACE_S) -> Iterator[None]:
 
 
 def remove_at_end(folder: Path) -> None:
-    """Have `folder` removed when this process ends, or is ended by `bounded_ending`."""
+    """Have `folder` removed when this process ends, or is ended by `bounded_ending`.
+
+    It gets a file that names this process: after a SIGKILL another process may remove it by `remove_left_behind`.
+    """
     if not _folders:
         atexit.register(_remove_folders)
     _folders.append((os.getpid(), folder))
+    owner = {**_host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
+
+
+def remove_left_behind(place: Path, prefix: str) -> None:
+    """Remove this user's folders in `place` that `remove_at_end` was told of by processes that are gone."""
+    for folder in place.glob(f"{prefix}*"):
+        if _is_left_behind(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left_behind(folder: Path) -> bool:
+    try:
+        status = folder.lstat()  # of a link itself, whoever has set it
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        owner = json.loads((folder / _OWNER).read_text(encoding="utf-8"))
+        host = {name: owner[name] for name in _host()}
+        pid, started = int(owner["pid"]), float(owner["started"])
+    except (OSError, ValueError, KeyError, TypeError):  # being made or removed, or no folder of ours
+        return False
+    if host != _host():
+        return False
+    try:
+        # A clock that is set right moves the time of every start: only one well after the owner's is another process's.
+        return psutil.Process(pid).create_time() > started + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _host() -> dict[str, str]:
+    """What numbers processes here: the machine, and the container where there is one. Others may share the folder."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return {"node": os.uname().nodename, "namespace": namespace}
 
 
 def call_at_end(function: Callable[[], None], grace_s: float = GRACE_S) -> None:

@@ -25,6 +25,16 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# What Ray says of a lost process names log files of its own, and no remedy.
+_LOST = {
+    "WorkerCrashedError": "a worker process was killed, perhaps for want of memory",
+    "OutOfMemoryError": "Ray ended a worker because the memory of its node was nearly used up",
+    "NodeDiedError": "the node of a worker was lost",
+    "LocalRayletDiedError": "Ray's own process on this machine was killed, perhaps for want of memory",
+}
+_LOST_REMEDY = "run the command again, with fewer or smaller workers where memory is short"
+
+
 class RaytowerError(Exception):
     """A failure with a message meant for the user: what, which value, the rule and the remedy."""
 
@@ -66,8 +76,9 @@ def find_cause(error: BaseException) -> BaseException:
 
     Ray wraps what a worker raises in RayTaskError, UserCodeException and TrainingFailedError; the user's
     mistake lies at the bottom of that chain. A module that an extra brings and that is not there, here or on a
-    worker, becomes a MissingExtraError.
+    worker, becomes a MissingExtraError. A worker that was killed becomes a RaytowerError that says so.
     """
+    lost: RaytowerError | None = None
     seen: set[int] = set()
     queue: list[BaseException] = [error]
     while queue:
@@ -81,6 +92,8 @@ def find_cause(error: BaseException) -> BaseException:
             return current
         if isinstance(current, ModuleNotFoundError) and _is_of_an_extra(current.name):
             return missing_extra(current.name)
+        if type(current).__module__.startswith("ray.") and type(current).__name__ in _LOST:
+            lost = lost or RaytowerError(f"{_LOST[type(current).__name__]}; {_LOST_REMEDY}")
         for name in ("cause", "__cause__", "__context__"):
             inner = getattr(current, name, None)
             if isinstance(inner, BaseException):
@@ -89,4 +102,4 @@ def find_cause(error: BaseException) -> BaseException:
         workers = getattr(current, "worker_failures", None)
         if isinstance(workers, dict):
             queue.extend(value for value in workers.values() if isinstance(value, BaseException))
-    return error
+    return lost or error

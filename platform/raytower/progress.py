@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from raytower import escapes
+
 # In front of a line that a Ray worker logs: the driver shows these, and keeps what others write there.
 MARK = "raytower| "
 _LOG_EVERY_SECONDS = 5.0
@@ -16,7 +18,7 @@ def log(message: str) -> None:
     """A line of progress for people. It goes to stderr: stdout belongs to the result."""
     mark = MARK if _is_worker() else ""
     # Not print(): Ray Train's workers patch it and show each line twice.
-    sys.stderr.write("".join(f"{mark}{line}\n" for line in message.split("\n")))
+    sys.stderr.write("".join(f"{mark}{line}\n" for line in escapes.lines(message).split("\n")))
     sys.stderr.flush()
 
 

@@ -62,6 +62,7 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # we have our own
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of tasks given up after another has failed
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _take_worker_output(show_workers)
     with _sigterm_kept():
@@ -94,6 +95,8 @@ def _environment_in_cluster() -> dict[str, dict[str, str]]:
 
 def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
     _require_token()
+    for place in {_short_place(), tempfile.gettempdir()}:
+        ending.remove_left_behind(Path(place), _PRIVATE_FOLDER)
     private = Path(tempfile.mkdtemp(prefix=_PRIVATE_FOLDER, dir=_short_place()))
     ending.remove_at_end(private)
     # Objects that do not fit into memory go where the user wants large temporary files.

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raytower import ending
+from raytower import ending, escapes
 from raytower.progress import MARK
 
 _KEPT_LINES = 10_000
@@ -54,7 +54,7 @@ class WorkerOutput:
         """
         name = data.get("actor_name") or data.get("task_name") or ""
         source = f"{name} {data.get('pid')}".strip()
-        for line in data["lines"]:
+        for line in map(escapes.without_colours, data["lines"]):
             if line.startswith(MARK):
                 shown: str | None = line.removeprefix(MARK)
             elif _is_of_note(data.get("pid"), line):

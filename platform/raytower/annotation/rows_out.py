@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
 from raytower.annotation.config import FileType
 from raytower.errors import InputError
-from raytower.storage import Location
+from raytower.storage import Location, check_output
 
 _FIRST_LINE_BYTES = 2**20
 
@@ -55,26 +53,20 @@ def check_rows_output(output: str, *written: Sequence[str]) -> None:
         written: the sets of columns that the job writes; a file that begins with one of them is an earlier result.
 
     Raises:
-        InputError: it is a folder, a file of something else, or below a folder where nothing can be made.
+        InputError: it is a folder, a device, a link that leads nowhere, a file of something else, or below a folder
+            where nothing can be made.
     """
-    place = Location.of(output)
-    if place.is_dir():
-        raise InputError(f"output {output!r} is a folder; name a file")
-    if place.exists():
-        with place.open_read() as stream:
-            lines = stream.read(_FIRST_LINE_BYTES).decode("utf-8", errors="replace").split("\n")
-        first = next((line for line in lines if line.strip()), "")
-        if first and not any(_begins_with(first, columns) for columns in written):
-            raise InputError(
-                f"output {output!r} exists and is no result of this job (it begins with {first[:60]!r}); remove it, or "
-                "name another file"
-            )
-    elif place.is_local:
-        above = next(folder for folder in Path(place.path).absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise InputError(
-                f"output {output!r} cannot be written: {above} is no folder that this user may write to"
-            )
+    place = check_output(output, is_folder=False)
+    if not place.exists():
+        return
+    with place.open_read() as stream:
+        lines = stream.read(_FIRST_LINE_BYTES).decode("utf-8", errors="replace").split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    if first and not any(_begins_with(first, columns) for columns in written):
+        raise InputError(
+            f"output {output!r} exists and is no result of this job (it begins with {first[:60]!r}); remove it, or "
+            "name another file"
+        )
 
 
 def _begins_with(line: str, columns: Sequence[str]) -> bool:

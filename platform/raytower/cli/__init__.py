@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytower import __version__
+from raytower import __version__, escapes
 from raytower.cli import help
 from raytower.cli.about import ABOUT
 from raytower.cli.arguments import read_arguments
@@ -29,6 +29,7 @@ from raytower.worker_output import OUTPUT
 
 # What a shell makes of SIGPIPE.
 _CLOSED_PIPE = 141
+_OUTPUT_REMEDY = "the result goes there: lead it into a file on a disk with space left, or to /dev/null"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         return _run(lambda: _show(help.usage())) or (0 if given else 2)
     if given[0] == "--version":
-        print(f"raytower {__version__}")
-        return 0
+        return _run(lambda: _show(f"raytower {__version__}"))
     if given[0] == "help":
         return main([*given[1:], "--help"])
     if given[0] in ABOUT:
-        return _run(lambda: _show(ABOUT[given[0]].tell(given[1:])))
+        about = ABOUT[given[0]]
+        asks = {"-h", "--help"} & set(given[1:])
+        return _run(lambda: _show(about.explain(given[0]) if asks else about.tell(given[1:])))
     name, rest = _split_name(given)
     if name in COMMANDS:
         return run_command(name, rest)
@@ -70,13 +72,17 @@ def run_command(name: str, arguments: Sequence[str] | None = None, default_confi
 def _run(work: Callable[[], None]) -> int:
     """Do `work` and return the exit code; what it raises is said on stderr."""
     OUTPUT.begin()
+    if sys.stderr is None:  # closed by whoever started us, who wants to hear nothing
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     try:
         with bounded_ending():
+            if sys.stdout is None:
+                raise RaytowerError(f"standard output is closed; {_OUTPUT_REMEDY}")
             work()
-            sys.stdout.flush()
+            _write("")
     except BrokenPipeError:
-        # Whoever read has seen enough (`| head`); what is left to be flushed at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read has seen enough (`| head`).
+        _abandon_output()
         return _CLOSED_PIPE
     except (KeyboardInterrupt, SystemExit) as end:
         # While it starts, Ray answers SIGTERM by SystemExit(15); while it trains, Ctrl-C by SystemExit(0).
@@ -90,6 +96,25 @@ def _run(work: Callable[[], None]) -> int:
     return 0
 
 
+def _write(text: str) -> None:
+    """Write `text` and what was printed before. Raises RaytowerError where standard output takes nothing more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon_output()
+        raise RaytowerError(
+            f"standard output cannot be written: {error.strerror or error}; {_OUTPUT_REMEDY}"
+        ) from error
+
+
+def _abandon_output() -> None:
+    """Have what is left to be flushed at exit go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _execute(name: str, given: Sequence[str], default_config: Path | None) -> None:
     command = COMMANDS[name]
     config_class: type[Config] = find_reference(command.config)
@@ -101,7 +126,7 @@ def _execute(name: str, given: Sequence[str], default_config: Path | None) -> No
     config = load_config(config_class, path, arguments.overrides)
     if arguments.dry_run:
         plan = find_reference(command.plan)(config) if command.plan else {}
-        _show(dump_config(config).rstrip("\n"))
+        _show(escapes.lines(dump_config(config).rstrip("\n")))
         _show_json({"plan": plan})
         return
     result = find_reference(command.run)(config)
@@ -115,13 +140,14 @@ def _execute(name: str, given: Sequence[str], default_config: Path | None) -> No
 def _show_json(value: Any) -> None:
     """One line of JSON, with escapes for what the terminal's encoding (GBK, ASCII) does not have."""
     text = to_json(value)
-    _show(text if _holds(text) else json.dumps(json.loads(text)))
+    _show(escapes.in_json(text) if _holds(text) else json.dumps(json.loads(text)))
 
 
 def _show(text: str) -> None:
     """Print `text`; characters that the terminal's encoding does not have are shown by their codes."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text if _holds(text) else text.encode(encoding, errors="backslashreplace").decode(encoding))
+    shown = text if _holds(text) else text.encode(encoding, errors="backslashreplace").decode(encoding)
+    _write(f"{shown}\n")
 
 
 def _holds(text: str) -> bool:
@@ -137,10 +163,10 @@ def _explain(error: Exception) -> int:
     """Say what went wrong: one message for the user's mistakes, the traceback for ours."""
     cause = find_cause(error)
     if isinstance(cause, InputError):
-        print(f"raytower: {cause}", file=sys.stderr)
+        print(f"raytower: {escapes.lines(str(cause))}", file=sys.stderr)
         return 2
     if isinstance(cause, RaytowerError):
-        print(f"raytower: {cause}", file=sys.stderr)
+        print(f"raytower: {escapes.lines(str(cause))}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     kept = OUTPUT.keep()

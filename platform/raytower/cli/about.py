@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,15 @@ class About:
 
     help: str
     tell: Callable[[Sequence[str]], str]
+    takes: str
+    """Its argument, and what that may be."""
+
+    def explain(self, name: str) -> str:
+        """What `raytower NAME --help` says."""
+        words = textwrap.wrap(f"{self.takes}.", 100, initial_indent="  ", subsequent_indent="  ")
+        return "\n".join(
+            [f"raytower {name} {self.takes.partition(' ')[0]}", "", f"  {self.help}", "", *words]
+        )
 
 
 def _tell_config(given: Sequence[str]) -> str:
@@ -57,20 +67,29 @@ def _tell_completion(given: Sequence[str]) -> str:
 
 
 def _whole_parser() -> argparse.ArgumentParser:
-    """One parser of all commands, with groups such as `index` as commands of commands."""
+    """One parser of all commands, and of the commands about them."""
     root = argparse.ArgumentParser(prog="raytower")
     commands = root.add_subparsers()
+    _add_commands(commands, lambda command: [_completed_parser(command)])
+    config = commands.add_parser("config", help=ABOUT["config"].help)
+    _add_commands(config.add_subparsers(), lambda _: [])
+    completion = commands.add_parser("completion", help=ABOUT["completion"].help)
+    completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    return root
+
+
+def _add_commands(
+    place: argparse._SubParsersAction[argparse.ArgumentParser],
+    options: Callable[[Command], list[argparse.ArgumentParser]],
+) -> None:
+    """Every command with its options; groups such as `index` are commands of commands."""
     groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
     for name, command in COMMANDS.items():
         *group, last = name.split(" ")
         if group and group[0] not in groups:
-            groups[group[0]] = commands.add_parser(group[0], help=f"{group[0]} commands").add_subparsers()
-        place = groups[group[0]] if group else commands
-        parser = _completed_parser(command)
-        place.add_parser(last, help=command.help, parents=[parser], add_help=False)
-    for name in ABOUT:
-        commands.add_parser(name, help=ABOUT[name].help)
-    return root
+            groups[group[0]] = place.add_parser(group[0], help=f"{group[0]} commands").add_subparsers()
+        where = groups[group[0]] if group else place
+        where.add_parser(last, help=command.help, parents=options(command), add_help=False)
 
 
 def _completed_parser(command: Command) -> argparse.ArgumentParser:
@@ -83,6 +102,14 @@ def _completed_parser(command: Command) -> argparse.ArgumentParser:
 
 
 ABOUT: dict[str, About] = {
-    "config": About("print a command's config to start from, with the meaning of every key", _tell_config),
-    "completion": About("print completion for a shell: bash, zsh, fish or tcsh", _tell_completion),
+    "config": About(
+        "print a command's config to start from, with the meaning of every key",
+        _tell_config,
+        f"COMMAND is one of {', '.join(EXAMPLES)}",
+    ),
+    "completion": About(
+        "print completion for a shell, to be read by it",
+        _tell_completion,
+        f"SHELL is one of {', '.join(shtab.SUPPORTED_SHELLS)}",
+    ),
 }

@@ -19,7 +19,9 @@ from raytower.cli.keys import Key, keys_of
 from raytower.config import Config, describe_unknown, nested_keys, refuse_unknown_keys
 from raytower.errors import InputError
 
-_FLAGS = ("--dry-run", "--json", "--help")
+_FLAGS = ("dry_run", "json", "help")
+# What pydantic reads as true or false; 1 and 0 need `=`, since a position may be called so.
+_TRUTHS = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def read_arguments(config_class: type[Config], positions: Sequence[str], given: Sequence[str]) -> Arguments:
     """Read `given`; `positions` are keys that may be given by position, without their names.
 
+    A list grows by every argument that names it; all else may be given once.
     `--key value`, `--key=value`, `--section.key value`, `--section value` (its shorthand), `--switch`, `--no-switch`;
     dashes and underscores in names are the same. A mapping is written as JSON; a list as JSON, by one argument an item,
     or, of numbers, with commas.
@@ -107,15 +110,18 @@ class _Values:
         waiting = list(given)
         while waiting:
             argument = waiting.pop(0)
-            if not argument.startswith("--") or argument in _FLAGS:
-                rest.append(argument)
-                continue
             name, has_value, value = argument[2:].partition("=")
             path = name.replace("-", "_")
+            if not argument.startswith("--"):
+                rest.append(argument)
+                continue
+            if path in _FLAGS:
+                rest.append(f"--{path.replace('_', '-')}{has_value}{value}")
+                continue
             path = self._aliases.get(path, path)
             key, positive = self._keys.get(path), self._keys.get(path.removeprefix("no_"))
             if key is None and positive is not None and positive.is_switch and not has_value:
-                self.said[positive.path] = "false"
+                self._set(positive, "false")
                 continue
             if not has_value and waiting and _is_value(waiting[0], key):
                 has_value, value = "=", waiting.pop(0)
@@ -123,6 +129,10 @@ class _Values:
                 has_value, value = "=", "true"
             if not has_value and (key is not None or path == "config"):
                 raise InputError(f"--{name} has no value; write --{name} VALUE")
+            if path == "config" and any(other.startswith("--config=") for other in rest):
+                raise InputError(
+                    "the command line: --config is given twice; give one file, and other keys by name"
+                )
             if key is None:  # --config, or one that is unknown
                 rest.append(f"--{path}={value}" if has_value else argument)
             else:
@@ -141,12 +151,16 @@ class _Values:
         path = _full_path(key, value)
         read = _read(self._keys[path], value)
         before = self.said.get(path)
-        self.said[path] = before + read if isinstance(before, list) and isinstance(read, list) else read
+        if isinstance(before, list) and isinstance(read, list):
+            read = before + read
+        elif path in self.said:
+            raise InputError(f"the command line: {path} is given twice; give it once")
+        self.said[path] = read
 
 
 def _is_value(argument: str, key: Key | None) -> bool:
     if key is not None and key.is_switch:
-        return argument in ("true", "false")
+        return argument.lower() in _TRUTHS
     return not argument.startswith("--")
 
 
@@ -179,7 +193,18 @@ def _read(key: Key, value: str) -> Any:
 
 def _mapping(value: str) -> Mapping[str, Any] | None:
     try:
-        read = json.loads(value)
-    except (ValueError, RecursionError):
+        read = json.loads(value, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         return None
     return read if isinstance(read, dict) else None
+
+
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would take the last of two equal keys."""
+    read = dict(pairs)
+    for key in read:
+        if sum(other == key for other, _ in pairs) > 1:
+            raise InputError(f"the command line: key {key!r} stands twice in a mapping; keep one of them")
+    return read

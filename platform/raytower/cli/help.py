@@ -54,7 +54,7 @@ def describe_unknown_command(name: str, rest: Sequence[str]) -> str:
 def command_help(name: str) -> str:
     """What a command does, how it is written, and its keys."""
     command = COMMANDS[name]
-    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 110)
     positions = "".join(f" [{key.upper()}]" for key in command.positions)
     lines = [f"raytower {name}{positions} [--key VALUE …]", "", f"  {command.help}", ""]
     if command.example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -59,11 +60,13 @@ def keys_of(config_class: type[Config], prefix: str = "", chosen_by: str | None 
             yield _leaf(path, info, chosen_by)
             continue
         default = _default(info)
+        names = [str(choice.model_fields["name"].default) for choice in nested] if len(nested) > 1 else []
         yield Key(
             path,
             "SECTION",
             _shown_section(info, default),
             _meaning(info) or _first_sentence(nested[0]),
+            choices=tuple(names),
             is_section=True,
             shorthand=nested[0].shorthand if len(nested) == 1 else "name",
             aliases=nested[0].aliases,
@@ -71,7 +74,6 @@ def keys_of(config_class: type[Config], prefix: str = "", chosen_by: str | None 
         if len(nested) == 1:
             yield from keys_of(nested[0], f"{path}.", chosen_by)
             continue
-        names = [choice.model_fields["name"].default for choice in nested]
         named = str(getattr(default, "name", ""))
         yield Key(f"{path}.name", "|".join(names), named, "Which of these it is.", choices=tuple(names))
         for choice, chosen in zip(nested, names, strict=True):
@@ -103,8 +105,15 @@ def _leaf(path: str, field: FieldInfo, chosen_by: str | None) -> Key:
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    if typing.get_origin(annotation) is Literal:
-        return tuple(map(str, typing.get_args(annotation)))
+    """The values of a key that takes no others; none where it takes any."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return tuple(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        parts = [_choices(argument) for argument in arguments]
+        return tuple(itertools.chain(*parts)) if all(parts) else ()
+    if annotation is type(None):
+        return ("null",)
     return ("true", "false") if annotation is bool else ()
 
 

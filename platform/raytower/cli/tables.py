@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raytower import escapes
+
 _MAX_WIDTH = 120
+# What a column of text is folded to at least, and what stands between two columns.
+_NARROWEST = 12
+_GAP = 2
 
 
 def render_result(result: Mapping[str, Any]) -> str:
@@ -23,8 +30,8 @@ def render_result(result: Mapping[str, Any]) -> str:
             tables.append((name, value))
         else:
             single |= _flat(name, value)
-    parts = [_draw(_pairs(single))] if single else []
-    parts += [f"{name}\n{_draw(_records(rows))}" for name, rows in tables]
+    parts = [_pairs(single)] if single else []
+    parts += [f"{name}\n{_records(rows)}" for name, rows in tables]
     return "\n\n".join(parts)
 
 
@@ -42,7 +49,7 @@ def render_evaluation(result: Mapping[str, Any]) -> str:
     ]
     shown = {*result["intervals"], "intervals", "recall_stage"}
     rest = {name: value for name, value in result.items() if name not in shown}
-    return f"{_draw(_records(rows))}\n\n{render_result(rest)}"
+    return f"{_records(rows)}\n\n{render_result(rest)}"
 
 
 def render_versions(result: Mapping[str, Any]) -> str:
@@ -60,7 +67,7 @@ def render_versions(result: Mapping[str, Any]) -> str:
     ]
     missed = [version["version"] for version in result["versions"] if version["target_reached"] is False]
     warning = f"\n\nversions that miss their recall target: {', '.join(missed)}" if missed else ""
-    return _draw(_records(rows)) + warning
+    return _records(rows) + warning
 
 
 def _widest(parameters: Any) -> Mapping[str, Any]:
@@ -87,24 +94,37 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return flat
 
 
-def _pairs(values: Mapping[str, Any]) -> Table:
+def _pairs(values: Mapping[str, Any]) -> str:
+    """A line a value; a name above its value where the terminal is too narrow for both."""
+    names = [escapes.one_cell(name) for name in values]
+    shown = list(map(_shown, values.values()))
+    if max(map(cell_len, names)) + _GAP + _NARROWEST > _width():
+        return "\n".join(f"{name}\n  {value}" for name, value in zip(names, shown, strict=True))
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in values.items():
-        table.add_row(Text(name), Text(_shown(value)))
-    return table
+    for name, value in zip(names, shown, strict=True):
+        table.add_row(Text(name), Text(value))
+    return _draw(table)
 
 
-def _records(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _records(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a record; a list of pairs each where the terminal is too narrow for all columns."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, pad_edge=False, header_style="bold")
+    needed = 0
     for name in names:
         numbers = all(isinstance(row.get(name), (int, float)) for row in rows)
-        table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numbers else "left"
+        head = escapes.one_cell(name)
+        table.add_column(Text(head), justify=justify, overflow="fold", no_wrap=numbers)
+        widest = max(map(cell_len, [head, *(_shown(row.get(name)) for row in rows)]))
+        needed += (widest if numbers else min(widest, _NARROWEST)) + _GAP
+    if needed - _GAP > _width():
+        return "\n\n".join(_pairs({name: row.get(name) for name in names}) for row in rows)
     for row in rows:
         table.add_row(*(Text(_shown(row.get(name))) for name in names))
-    return table
+    return _draw(table)
 
 
 def _shown(value: Any) -> str:
@@ -118,11 +138,16 @@ def _shown(value: Any) -> str:
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_shown, value))
-    return str(value)
+    return escapes.one_cell(str(value))
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, _MAX_WIDTH)
 
 
 def _draw(table: Table) -> str:
     out = io.StringIO()
-    width = min(shutil.get_terminal_size().columns, _MAX_WIDTH)
-    Console(file=out, width=width, force_terminal=True, color_system="standard").print(table)
-    return out.getvalue().rstrip("\n")
+    is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in ("dumb", "unknown")
+    colours: Literal["standard"] | None = None if is_plain else "standard"
+    Console(file=out, width=_width(), force_terminal=not is_plain, color_system=colours).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip("\n").split("\n"))

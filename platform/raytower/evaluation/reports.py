@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from raytower.config import to_json
-from raytower.errors import InputError
-from raytower.storage import Location
+from raytower.errors import FormatError, InputError
+from raytower.storage import Location, check_output
 
 RUN_NAME = "run.trec"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 _UNSAFE_IN_ID = re.compile(r"[\s%]")
 _SHOWN_CHARACTERS = 400
+_FIRST_BYTES = 2**16
+_TITLE = "<title>raytower evaluation</title>"
 
 
 class RunWriter:
@@ -58,20 +60,45 @@ def open_run(place: Location, tag: str = "raytower") -> Iterator[RunWriter]:
 
 
 def check_reports_output(output: str) -> None:
-    """Find before any work that `output` is a file, or a folder of something else.
+    """Find before any work that `output` cannot be written, or holds something else than a report.
 
     Raises:
         InputError: naming it, and what lies there.
     """
-    place = Location.of(output)
-    if place.is_file():
-        raise InputError(f"output {output!r} is a file; name a folder for the three files of a report")
-    if place.is_dir() and not any((place / name).exists() for name in (RUN_NAME, REPORT_NAME)):
-        others = [child.name for child in place.children()]
-        if others:
+    place = check_output(output, is_folder=True)
+    names = [child.name for child in place.children()] if place.is_dir() else []
+    for name, is_ours in _OURS.items():
+        if name in names and not ((place / name).is_file() and is_ours(place / name)):
             raise InputError(
-                f"output {output!r} exists and holds no report, but {others[0]!r}; name another folder, or remove it"
+                f"output {output!r} holds a {name!r} that no evaluation has written, and which would be lost; name "
+                "another folder, or remove it"
             )
+    if names and not set(names) & _OURS.keys():
+        raise InputError(
+            f"output {output!r} exists and holds no report, but {names[0]!r}; name another folder, or remove it"
+        )
+
+
+def _is_run(place: Location) -> bool:
+    with place.open_read() as stream:
+        first = stream.read(_FIRST_BYTES).partition(b"\n")[0].split()
+    return not first or (len(first) == 6 and first[-1] == b"raytower")
+
+
+def _is_report(place: Location) -> bool:
+    try:
+        report = place.read_json()
+    except FormatError:
+        return False
+    return isinstance(report, dict) and report.keys() >= {"counts", "stages", "settings", "worst_queries"}
+
+
+def _is_page(place: Location) -> bool:
+    with place.open_read() as stream:
+        return _TITLE.encode() in stream.read(_FIRST_BYTES)
+
+
+_OURS = {RUN_NAME: _is_run, REPORT_NAME: _is_report, PAGE_NAME: _is_page}
 
 
 def write_reports(output: Location, report: Mapping[str, Any]) -> None:
@@ -90,7 +117,7 @@ def render_page(report: Mapping[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>raytower evaluation</title><style>{_STYLE}</style><main><h1>Evaluation</h1>"
+        f"{_TITLE}<style>{_STYLE}</style><main><h1>Evaluation</h1>"
         f"<table>{counts}</table><h2>Metrics</h2><p>Means over queries with 95&nbsp;% bootstrap intervals.</p>"
         f"{_metric_table(stages)}<h2>Worst queries</h2>{worst or '<p>None.</p>'}"
         f"<h2>Settings</h2><table>{settings}</table></main></html>\n"

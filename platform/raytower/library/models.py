@@ -13,14 +13,14 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
-from raytower.library.inputs import texts_of
+from raytower.library.inputs import Unpicklable, count_of, name_of, shown, texts_of, vectors_of
 from raytower.models.compute import Engine, EngineDtype, check_compute
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.directory import resolve_model
@@ -32,6 +32,10 @@ from raytower.storage.errors import one_line
 
 Role = Literal["query", "document"]
 Vectors = NDArray[np.float32]
+# No Sequence, which a single string is too.
+Several = list[str] | tuple[str, ...]
+ENCODER = "an Encoder, made by load_encoder, or the name of one"
+_MODEL = "a directory, a hub id or a URI of a model"
 
 
 class Ranked(NamedTuple):
@@ -48,7 +52,7 @@ class Label(NamedTuple):
     probability: float
 
 
-class Encoder:
+class Encoder(Unpicklable):
     """Texts to vectors; made by `load_encoder`. Safe for threads."""
 
     def __init__(self, name: str, engine: ForwardEngine, compute: tuple[Engine, EngineDtype]) -> None:
@@ -58,6 +62,9 @@ class Encoder:
         """It for a `Retriever`: texts behind a prefix of the caller's."""
         self.compute = compute
         """What computes, and at which precision."""
+
+    def _how_to_send(self) -> str:
+        return _send_name("load_encoder", self.name)
 
     @property
     def engine(self) -> ForwardEngine:
@@ -82,7 +89,7 @@ class Encoder:
         """Vectors of texts, each behind the model's own prompt for its role, as the jobs encode them.
 
         Args:
-            texts: a list; or one text.
+            texts: a list, an iterator or a column (numpy, pandas, Arrow); or one text.
             role: what the texts are; of e5 and its kin this chooses between `query: ` and `passage: `.
 
         Returns:
@@ -118,7 +125,7 @@ class Encoder:
             float32 (N, M); 0 where a vector is all zeros.
 
         Raises:
-            InputError: an element is no string, or vectors have another shape.
+            InputError: an element is no string, or vectors have another shape or are not finite.
 
         >>> encoder = raytower.load_encoder(encoder_dir)
         >>> cosines = encoder.similarity(["pets"], ["cats and dogs", "the stock market"])
@@ -133,20 +140,16 @@ class Encoder:
         return await asyncio.to_thread(self.encode, texts, role)
 
     def _units(self, given: Sequence[str] | Vectors, name: str, role: Role) -> Vectors:
-        if isinstance(given, np.ndarray) and given.dtype.kind == "f":
-            vectors = given.astype(np.float32, copy=False)
+        if isinstance(given, np.ndarray) and given.dtype.kind not in "OSUT":  # texts
+            vectors = vectors_of(given, name, self.dim)
         else:
             vectors = self.encode(texts_of(given, name), role)
-        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise InputError(
-                f"{name} has the shape {vectors.shape}; vectors of this encoder are (N, {self.dim})"
-            )
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         units: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
         return units
 
 
-class Reranker:
+class Reranker(Unpicklable):
     """Texts in the order of their relevance to a query; made by `load_reranker`. Safe for threads."""
 
     def __init__(self, name: str, engine: CrossScorer) -> None:
@@ -154,6 +157,9 @@ class Reranker:
         """The directory, hub id or URI that it was loaded from."""
         self._engine = engine
         self._lock = threading.Lock()
+
+    def _how_to_send(self) -> str:
+        return _send_name("load_reranker", self.name)
 
     @property
     def fusion(self) -> Fusion | None:
@@ -191,15 +197,15 @@ class Reranker:
         >>> {best.index, other.index} == {0, 1} and 1 > best.score >= other.score > 0
         True
         """
-        _check_k(k)
+        first = None if k is None else count_of(k, "k")
         if not isinstance(query, str):
-            raise InputError(f"query is {query!r}, of type {type(query).__name__}; it must be a string")
+            raise InputError(f"query is {shown(query)}; it must be a string")
         listed = texts_of(texts, "texts")
         logits = self.score([query] * len(listed), listed).astype(np.float64)
         model = self._engine.model
         sigmoid = model.num_labels > 1 or model.activation == "sigmoid"
         scores = 0.5 * (1 + np.tanh(logits / 2)) if sigmoid else logits
-        order = np.argsort(-scores, kind="stable")[:k]
+        order = np.argsort(-scores, kind="stable")[:first]
         return [Ranked(int(place), float(scores[place])) for place in order]
 
     async def arank(self, query: str, texts: Sequence[str], k: int | None = None) -> list[Ranked]:
@@ -207,7 +213,7 @@ class Reranker:
         return await asyncio.to_thread(self.rank, query, texts, k)
 
 
-class Classifier:
+class Classifier(Unpicklable):
     """Texts to labels; made by `load_classifier`. Safe for threads."""
 
     def __init__(self, name: str, engine: ClassifierEngine) -> None:
@@ -216,13 +222,22 @@ class Classifier:
         self._engine = engine
         self._lock = threading.Lock()
 
+    def _how_to_send(self) -> str:
+        return _send_name("load_classifier", self.name)
+
     @property
     def labels(self) -> tuple[str, ...]:
         """All labels, in the model's order."""
         return self._engine.labels
 
-    def classify(self, texts: Sequence[str], k: int | None = None) -> list[list[Label]]:
-        """The `k` most probable labels of each text, the most probable first; None gives all.
+    @overload
+    def classify(self, texts: str, k: int | None = None) -> list[Label]: ...
+
+    @overload
+    def classify(self, texts: Several, k: int | None = None) -> list[list[Label]]: ...
+
+    def classify(self, texts: str | Several, k: int | None = None) -> list[Label] | list[list[Label]]:
+        """The `k` most probable labels of each text, the most probable first; None gives all. One text gives one list.
 
         Raises:
             InputError: an element is no string, or k is below 1.
@@ -232,16 +247,24 @@ class Classifier:
         >>> {likely.name, unlikely.name} == {"delivery", "money"} and likely.probability >= 0.5
         True
         """
-        _check_k(k)
+        if isinstance(texts, str):
+            return self.classify([texts], k)[0]
+        first = None if k is None else count_of(k, "k")
         listed = texts_of(texts, "texts")
         with self._lock:
-            names, probabilities = self._engine.classify(listed, k)
+            names, probabilities = self._engine.classify(listed, first)
         return [
             [Label(*pair) for pair in zip(row, values, strict=True)]
             for row, values in zip(names, probabilities.tolist(), strict=True)
         ]
 
-    async def aclassify(self, texts: Sequence[str], k: int | None = None) -> list[list[Label]]:
+    @overload
+    async def aclassify(self, texts: str, k: int | None = None) -> list[Label]: ...
+
+    @overload
+    async def aclassify(self, texts: Several, k: int | None = None) -> list[list[Label]]: ...
+
+    async def aclassify(self, texts: Any, k: int | None = None) -> Any:
         """`classify`, for `await`."""
         return await asyncio.to_thread(self.classify, texts, k)
 
@@ -273,7 +296,7 @@ def load_encoder(
     >>> raytower.load_encoder(encoder_dir).dim
     384
     """
-    model = EncoderModel.load(name)
+    model = EncoderModel.load(name_of(name, "name", _MODEL))
     made = ForwardEngine(
         model,
         engine=engine,
@@ -300,7 +323,7 @@ def load_reranker(
         FormatError: it has no trained head (an encoder is no reranker yet), or other than 1 or 2 logits.
     """
     settings = _settings(dtype, device, max_length, tokens_per_batch)
-    return Reranker(str(name), CrossScorer(CrossEncoder.load(name), **settings))
+    return Reranker(str(name), CrossScorer(CrossEncoder.load(name_of(name, "name", _MODEL)), **settings))
 
 
 def load_classifier(
@@ -317,7 +340,9 @@ def load_classifier(
         FormatError: it has no trained head, fewer than 2 labels, or labels of which several may hold at once.
     """
     settings = _settings(dtype, device, max_length, tokens_per_batch)
-    return Classifier(str(name), ClassifierEngine(TextClassifier.load(name), **settings))
+    return Classifier(
+        str(name), ClassifierEngine(TextClassifier.load(name_of(name, "name", _MODEL)), **settings)
+    )
 
 
 def _settings(dtype: str, device: str | None, max_length: int | None, tokens_per_batch: int | None) -> Any:
@@ -342,9 +367,8 @@ def _checked_device(device: str | None) -> str | None:
     return device
 
 
-def _check_k(k: int | None) -> None:
-    if k is not None and k < 1:
-        raise InputError(f"k is {k}; it must be 1 or more, or None for all")
+def _send_name(loader: str, name: str) -> str:
+    return f"send its name, {name!r}, and call {loader} there"
 
 
 class _OneAtATime:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
 from raytower.index.reader import Filter, Index
-from raytower.library.inputs import texts_of
-from raytower.library.models import Encoder, Reranker, load_encoder, load_reranker
+from raytower.library.inputs import Unpicklable, count_of, name_of, texts_of, vectors_of
+from raytower.library.models import ENCODER, Encoder, Reranker, Several, load_encoder, load_reranker
 from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_order
 
-# No Sequence, which a single string is too.
-Several = list[str] | tuple[str, ...]
+_INDEX = "the folder or the URI of an index"
+_RERANKER = "a Reranker, made by load_reranker, or the name of one"
 
 
 class _Settings(TypedDict, total=False):
@@ -28,7 +28,7 @@ class _Settings(TypedDict, total=False):
     recall_k: int
 
 
-class SearchIndex:
+class SearchIndex(Unpicklable):
     """One version of an index; made by `open_index`.
 
     It goes on answering with that version while newer ones are published: open the index again to see them. Safe for
@@ -43,6 +43,9 @@ class SearchIndex:
         self._encoder = encoder
         self._rerankers: dict[str, Reranker] = {}
         self._loading = threading.Lock()
+
+    def _how_to_send(self) -> str:
+        return f"send its uri, {self.uri!r}, and call open_index there"
 
     def __len__(self) -> int:
         """Documents that can be found."""
@@ -111,6 +114,7 @@ class SearchIndex:
         """
         if isinstance(queries, str):
             return self.search([queries], k, filter=filter, rerank=rerank, recall_k=recall_k)[0]
+        k, recall_k = count_of(k, "k"), count_of(recall_k, "recall_k")
         texts = texts_of(queries, "queries")
         for place, text in enumerate(texts):
             if not text.strip():
@@ -144,7 +148,10 @@ class SearchIndex:
         >>> [[hit.id for hit in hits] for hits in index.search_vectors(query, k=1)]
         [['hours']]
         """
-        return [recall_order(found) for found in index_recall(self._index, filter)(vectors, k)]
+        k, queries = count_of(k, "k"), vectors_of(vectors, "vectors", self.dim)
+        if not len(queries):
+            return []
+        return [recall_order(found) for found in index_recall(self._index, filter)(queries, k)]
 
     @overload
     async def asearch(self, queries: str, k: int = 10, **settings: Unpack[_Settings]) -> list[Hit]: ...
@@ -175,9 +182,10 @@ class SearchIndex:
         if named is None or isinstance(named, Reranker):
             return named
         with self._loading:
-            if str(named) not in self._rerankers:
-                self._rerankers[str(named)] = load_reranker(named)
-            return self._rerankers[str(named)]
+            name = name_of(named, "rerank", _RERANKER)
+            if name not in self._rerankers:
+                self._rerankers[name] = load_reranker(name)
+            return self._rerankers[name]
 
 
 def open_index(
@@ -199,11 +207,12 @@ def open_index(
     >>> len(index), index.dim, index.version
     (3, 384, '000001')
     """
-    opened = Index.open(str(uri), version)
+    place = name_of(uri, "uri", _INDEX)
+    opened = Index.open(place, version)
     if encoder is None or isinstance(encoder, Encoder):
         ready = encoder
     else:
-        ready = load_encoder(encoder)
+        ready = load_encoder(name_of(encoder, "encoder", ENCODER))
     if ready is not None:
         opened.check_fingerprint(ready.fingerprint)
-    return SearchIndex(str(uri), opened, ready)
+    return SearchIndex(place, opened, ready)

@@ -29,8 +29,8 @@ from raytower.index.faiss_import import import_faiss
 from raytower.index.sync import TEXTS_IN_PROCESS, sync_index
 from raytower.index.tasks import Run
 from raytower.index.versions import open_manifest, published_version
-from raytower.library.inputs import shown
-from raytower.library.models import Encoder, load_encoder
+from raytower.library.inputs import items_of, name_of, shown, texts_of
+from raytower.library.models import ENCODER, Encoder, load_encoder
 from raytower.storage import Location, absolute_if_local
 
 
@@ -84,16 +84,17 @@ def index_texts(
     ('000002', 3, 1)
     """
     documents = _documents(texts)
-    ready = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
-    job = _Job(ready, ready.prefix("document") if prefix is None else prefix, str(output))
+    asked = texts_of(indexed, "indexed")
+    job = _job(encoder, prefix, output)
     with tempfile.TemporaryDirectory(prefix="raytower-texts-") as name, _faiss_threads_kept() as num_threads:
         corpus = Path(name) / "texts.parquet"
         pq.write_table(documents, corpus)
         with _said_of_texts(corpus):
             if published_version(Location.of(job.output)) is not None:
-                _refuse_other_settings(job, kind, indexed)
+                _refuse_other_settings(job, kind, asked)
                 return job.sync(corpus, gone, max_gone)
-            return job.build(corpus, Path(name) / "embeddings", kind, indexed, num_threads)
+            job.sync_config(corpus, gone, max_gone)  # what a later call will be told is wrong is wrong now
+            return job.build(corpus, Path(name) / "embeddings", kind, asked, num_threads)
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,13 @@ class _Job:
 
     def sync(self, corpus: Path, gone: Literal["delete", "keep"], max_gone: float) -> dict[str, Any]:
         """The version of the index that equals the texts."""
-        values = {"index": self.output, "encoder": self.encoder.name, "gone": gone, "max_gone": max_gone}
-        config = make_config(IndexSyncConfig, {**values, "input": _input(corpus)}, source="index_texts")
-        figures = sync_index(config, self.encoder.shared)
+        figures = sync_index(self.sync_config(corpus, gone, max_gone), self.encoder.shared)
         del figures["rejected_rows"]
         return figures
+
+    def sync_config(self, corpus: Path, gone: Literal["delete", "keep"], max_gone: float) -> IndexSyncConfig:
+        values = {"index": self.output, "encoder": self.encoder.name, "gone": gone, "max_gone": max_gone}
+        return make_config(IndexSyncConfig, {**values, "input": _input(corpus)}, source="index_texts")
 
     def _encode_here(self, found: Survey, folder: Location) -> None:
         """The embeddings folder of a corpus, made in this process."""
@@ -184,18 +187,28 @@ class _Job:
         return make_config(EncodeConfig, values, source="index_texts")
 
 
+def _job(encoder: Any, prefix: Any, output: Any) -> _Job:
+    """Raises InputError where one of them is of another kind than `index_texts` takes."""
+    place = name_of(output, "output", "a folder or a URI for the index")
+    if prefix is not None and not isinstance(prefix, str):
+        raise InputError(f"prefix is {shown(prefix)}; it must be a text, or None for the encoder's own")
+    ready = encoder if isinstance(encoder, Encoder) else load_encoder(name_of(encoder, "encoder", ENCODER))
+    return _Job(ready, ready.prefix("document") if prefix is None else prefix, place)
+
+
 def _input(corpus: Path) -> InputConfig:
     return InputConfig(path=str(corpus), format="parquet", text_fields=["text"], id_field="id")
 
 
 def _documents(texts: Iterable[str | Mapping[str, Any]]) -> pa.Table:
     """Texts as rows with id, text and the other columns. Raises InputError as `index_texts`."""
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Sequence | Iterator):
+    items = items_of(texts)
+    if items is None:
         raise InputError(
             f"texts is {shown(texts)}; it must be a list of strings or of mappings with a text (of a data frame "
             'that is `.to_dict("records")`)'
         )
-    rows = [_row(item, place) for place, item in enumerate(texts)]
+    rows = [_row(item, place) for place, item in enumerate(items)]
     if not rows:
         raise InputError("texts is empty; an index holds at least one text")
     first: dict[str, int] = {}
@@ -234,11 +247,14 @@ def _row(item: Any, place: int) -> dict[str, Any]:
 
 def _column(name: str, values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values, pa.string() if name in ("id", "text") else None)
-    except (ValueError, TypeError, OverflowError) as error:  # Arrow's own errors are of the first two
+        column = pa.array(values, pa.string() if name in ("id", "text") else None)
+        # What Parquet, in which the texts travel, does not hold: objects without members, intervals of months.
+        pq.write_table(pa.table({name: column[:1]}), pa.BufferOutputStream())
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:  # Arrow's own are of these
         raise InputError(
             f"column {name!r} of the texts cannot be stored: {error}; give it one type in all texts"
         ) from error
+    return column
 
 
 def _refuse_other_settings(job: _Job, kind: IndexKind, indexed: Sequence[str]) -> None:

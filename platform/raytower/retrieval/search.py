@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raytower import escapes
 from raytower.index.reader import Index, check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.retrieval.config import SearchConfig
@@ -60,7 +61,7 @@ def render_search(result: dict[str, Any]) -> str:
         return f"nothing found in version {result['index_version']}"
     lines = []
     for item in result["results"]:
-        text = " ".join(item["text"].split())
+        text = escapes.one_cell(" ".join(item["text"].split()))
         shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
-        lines.append(f"{item['rank']:>3}  {item['score']:8.4f}  {item['id']}  {shown}")
+        lines.append(f"{item['rank']:>3}  {item['score']:8.4f}  {escapes.one_cell(item['id'])}  {shown}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from raytower.storage.location import (
     cache_dir,
     publish_directory,
 )
+from raytower.storage.outputs import check_output
 
 __all__ = [
     "Lease",
@@ -17,6 +18,7 @@ __all__ = [
     "StorageRefusedError",
     "absolute_if_local",
     "cache_dir",
+    "check_output",
     "explaining",
     "fsync_dir",
     "locked",

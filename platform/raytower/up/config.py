@@ -18,7 +18,8 @@ class UpConfig(Config):
     """Encoder: a directory, a hub id or a URI. Null is intfloat/multilingual-e5-small, or the encoder of the index that
     is there already."""
     output: str | None = None
-    """Folder of the vectors and the index; null is the input's own name with `.raytower` at its end."""
+    """Folder of the vectors and the index; null is the input's own name with `.raytower` at its end, which a pattern
+    has not."""
     gone: Literal["delete", "keep"] = "delete"
     """What happens with documents of the index that the input no longer has."""
     max_gone: FractionField = 0.5

@@ -5,8 +5,10 @@ The first call encodes and builds, and goes on where it was stopped; a later one
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from raytower.data.sources import is_glob
 from raytower.encoding import job as encoding
 from raytower.encoding.config import EncodeConfig
 from raytower.errors import InputError
@@ -73,9 +75,15 @@ def _folder(config: UpConfig) -> Location:
     if config.output is not None:
         return Location.of(config.output)
     path, question, options = config.input.path.partition("?")
+    if is_glob(config.input.path):
+        raise InputError(
+            f"input is {config.input.path!r}, a pattern, which gives the index no name; give --output FOLDER"
+        )
     name = path.rstrip("/")
+    if name.rpartition("/")[2] in (".", "..", "~"):  # a folder by another name than its own
+        name = os.path.abspath(os.path.expanduser(name)).rstrip("/")
     if not name:
-        raise InputError(f"input is {path!r}, which has no name; give output, a folder for the index")
+        raise InputError(f"input is {path!r}, which has no name; give --output, a folder for the index")
     return Location.of(f"{name}.raytower{question}{options}")
 
 

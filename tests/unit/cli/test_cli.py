@@ -97,6 +97,9 @@ class TestArguments:
             (["--full"], "full", True),
             (["--full", "false"], "full", False),
             (["--full=true"], "full", True),
+            (["--full", "True"], "full", True),
+            (["--full", "No"], "full", False),
+            (["--full=0"], "full", False),
             (["--no-full"], "full", False),
             (["--rescore", "false"], "rescore", False),
             (["--loss", "ranked", "--loss.depth", "2"], "loss", Ranked(depth=2)),
@@ -132,6 +135,10 @@ class TestArguments:
     def test_two_dashes_are_a_text_too(self) -> None:
         assert read("--text=--").text == "--"
 
+    def test_flags_take_dashes_and_underscores(self) -> None:
+        for flag in ("--dry-run", "--dry_run"):
+            assert read_arguments(Example, ("text",), ["x", flag]).dry_run
+
     def test_a_position_stands_beside_other_keys_of_its_section(self) -> None:
         config_class = find_reference(COMMANDS["index sync"].config)
         for given in (["i", "d.tsv", "--input.format", "tsv"], ["i", '{"path": "d.tsv", "format": "tsv"}']):
@@ -156,9 +163,14 @@ class TestArguments:
             (["x", "y"], "unexpected argument 'y'"),
             (["x", "--text", "y"], "text is given by position and by name"),
             (["--text", "x", "--names", "[a"], "which is no JSON list"),
-            (["--text", "x", "--values", "{a"], "values is '{a': Input should be a valid dictionary"),
+            (["--text", "x", "--values", "{a"], "values is '{a'; it must be a mapping"),
             (["--text", "x", "--k", "five"], r"k\.0 is 'five'"),
             (["--tex", "x"], "nearest known key is 'text'"),
+            (["--text", "x", "--text", "y"], "text is given twice; give it once"),
+            (["x", "--full", "--no-full"], "full is given twice"),
+            (["x", "--source", "a", "--source.path=b"], "source.path is given twice"),
+            (["x", "--config", "a.yaml", "--config=b.yaml"], "--config is given twice; give one file"),
+            (["x", "--values", '{"a": 1, "b": {"c": 1, "c": 2}}'], "key 'c' stands twice in a mapping"),
         ],
         ids=str,
     )
@@ -215,6 +227,25 @@ class TestArguments:
         config = load_config(Example, arguments.config_path, arguments.overrides)
         assert config.source == Source(path="a.tsv", split="dev")
         assert (config.values, config.k) == ({"b": 2}, [3])
+
+    @pytest.mark.parametrize(
+        ("file", "above", "message"),
+        [
+            ("text: x\nk: [1]\n", {"max_length": "0"}, "the command line: max_length is '0'"),
+            ("text: x\nmax_length: 0\n", {"k": ["1"]}, "FILE: max_length is 0"),
+            ("text: x\n", {"sorce": "a"}, "the command line: unknown key 'sorce'"),
+            ("txt: x\n", {"k": ["1"]}, "FILE: unknown key 'txt'"),
+            ("loss: ranked\n", {"loss.depth": "1"}, "FILE: text is required"),
+            ("text: x\nsource: {split: a}\n", {"source.split": "b"}, "FILE: source.path is required"),
+        ],
+    )
+    def test_the_blame_goes_to_who_gave_the_value(
+        self, file: str, above: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "c.yaml").write_text(file)
+        with pytest.raises(InputError) as raised:
+            load_config(Example, tmp_path / "c.yaml", above)
+        assert str(raised.value).startswith(message.replace("FILE", str(tmp_path / "c.yaml")))
 
     @pytest.mark.parametrize("below", ["ranked", {"name": "ranked", "depth": 9}])
     def test_what_a_file_chose_stays_chosen(self, below: object, tmp_path: Path) -> None:
@@ -279,6 +310,32 @@ class TestHelp:
             (tmp_path / "completion").write_text(script, encoding="utf-8")
             subprocess.run(["bash", "-n", str(tmp_path / "completion")], check=True)
 
+    def test_completion_offers_commands_and_choices(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        assert main(["completion", "bash"]) == 0
+        asked = {
+            "config": {"encode", "index", "search"},
+            "config index": {"build", "sync"},
+            "completion": {"bash", "zsh"},
+            "train-retriever --objective": {"simcse", "margin_mse"},
+            "index compact --kind": {"hnsw", "null"},
+        }
+        script = capsys.readouterr().out + "".join(
+            f'COMP_WORDS=(raytower {words} ""); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); COMPREPLY=()\n'
+            '_shtab_raytower; echo "${COMPREPLY[@]}"\n'
+            for words in asked
+        )
+        done = subprocess.run(["bash"], input=script, capture_output=True, text=True, check=True)
+        for line, expected in zip(done.stdout.splitlines(), asked.values(), strict=True):
+            assert expected <= set(line.split())
+
+    @pytest.mark.parametrize("name", ["config", "completion"])
+    def test_commands_about_commands_have_help(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        for given in ([name, "--help"], [name, "-h"], ["help", name]):
+            assert main(given) == 0
+            assert f"raytower {name} {'COMMAND' if name == 'config' else 'SHELL'}" in capsys.readouterr().out
+
     def test_who_reads_may_stop_reading(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
         command = f"{sys.executable} -m raytower.cli completion bash"
@@ -293,6 +350,46 @@ class TestHelp:
     def test_completion_of_another_shell_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["completion", "dos"]) == 2
         assert "bash" in capsys.readouterr().err
+
+
+class TestOutput:
+    def test_a_closed_output_is_said_before_any_work(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+        assert main(["search", "/no/such", "x"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("raytower: standard output is closed; ")
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("given", [["--version"], ["--help"], ["config", "encode"], ["search", "--help"]])
+    @pytest.mark.parametrize("is_line_buffered", [True, False])
+    def test_an_output_without_space_is_said(
+        self,
+        given: list[str],
+        is_line_buffered: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        with open("/dev/full", "w", buffering=1 if is_line_buffered else -1) as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert main(given) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("raytower: standard output cannot be written: No space left on device; ")
+        assert err.count("\n") == 1
+
+    def test_closed_messages_stop_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stderr", None)
+        assert main(["config", "encode"]) == 0
+        sys.stderr.close()  # opened in its place
+
+    def test_messages_cannot_move_the_cursor(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["search", "/no/such/\x1b[2J\u202e", "x"]) == 2
+        err = capsys.readouterr().err
+        assert "\x1b" not in err
+        assert "\\x1b[2J\\u202e" in err
 
 
 class TestStartingConfigs:

@@ -85,3 +85,19 @@ def test_what_may_be_deleted_is_said_to_the_sync(texts: Path) -> None:
     config = config_of(texts, gone="keep", max_gone=0.9)
     sync = job._sync_config(config, job._index_of(config))
     assert (sync.gone, sync.max_gone) == ("keep", 0.9)
+
+
+def test_a_pattern_names_no_folder(texts: Path) -> None:
+    given = str(texts.parent / "*.tsv")
+    with pytest.raises(InputError, match=r"a pattern, which gives the index no name; give --output FOLDER"):
+        job._folder(make_config(UpConfig, {"input": given}))
+    assert job._folder(make_config(UpConfig, {"input": given, "output": "/x"})).path == "/x"
+
+
+@pytest.mark.parametrize("given", [".", "./", "sub/.."])
+def test_a_folder_under_another_name_gets_its_own(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "corpus")
+    assert job._folder(make_config(UpConfig, {"input": given})).path == str(tmp_path / "corpus.raytower")

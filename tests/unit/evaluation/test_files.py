@@ -5,6 +5,9 @@ from __future__ import annotations
 import html.parser
 import itertools
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,11 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytower.annotation.rows_out import open_rows
+from raytower.annotation.rows_out import check_rows_output, open_rows
 from raytower.data.queries import QuerySet
 from raytower.errors import InputError
 from raytower.evaluation.judgements import absent_text, judge
-from raytower.evaluation.reports import open_run, render_page, write_reports
+from raytower.evaluation.reports import check_reports_output, open_run, render_page, write_reports
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
 from raytower.index.reader import Index
@@ -138,6 +141,45 @@ def test_reports_are_written_beside_each_other(tmp_path: Path) -> None:
     assert sorted(place.name for place in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
     back = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (back["queries"], back["numpy"], back["nothing"]) == (2, 0.5, None)
+
+
+@pytest.mark.parametrize("check", [check_reports_output, check_rows_output])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (
+            "/dev/null",
+            "'/dev/null' is neither a file nor a folder: what is written there is not kept; name a f",
+        ),
+        ("pipe", "neither a file nor a folder"),
+        ("dangling", "dangling is a link to '/no/such/place', which is not there"),
+        ("dangling/below", "dangling is a link to '/no/such/place'"),
+        ("file/below", "file is no folder that this user may write to"),
+    ],
+)
+def test_an_output_that_keeps_nothing_is_refused(
+    check: Callable[[str], None], output: str, message: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("/no/such/place")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(str(tmp_path / output))
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html", "run.trec"])
+def test_a_report_that_is_anothers_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    with open_run(Location.of(tmp_path / "run.trec")) as run:
+        run.write("q1", [("d7", 0.5)])
+    check_reports_output(str(tmp_path))  # an evaluation that was killed
+    write_reports(Location.of(tmp_path), _report())
+    check_reports_output(str(tmp_path))
+    (tmp_path / "notes").touch()
+    check_reports_output(str(tmp_path))
+    for content in ("q1 Q0 d7 1 0.5 anserini\n", '{"passed": 3}\n', "[]\n", "\xff"):
+        (tmp_path / name).write_text(content, encoding="latin-1")
+        with pytest.raises(InputError, match=f"holds a '{name}' that no evaluation has written"):
+            check_reports_output(str(tmp_path))
 
 
 def test_rows_as_tsv_and_as_json_lines(tmp_path: Path) -> None:

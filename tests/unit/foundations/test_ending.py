@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from raytower import ending
 from raytower.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -124,3 +126,42 @@ def test_an_argument_in_utf8_is_understood_in_any_locale(capsys: pytest.CaptureF
     undecoded = "/没有".encode().decode("ascii", "surrogateescape")
     assert run_command("search", ["--index", undecoded, "--query", "x"]) == 2
     assert "/没有" in capsys.readouterr().err
+
+
+def test_folders_of_processes_that_are_gone_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "_folders", [(0, tmp_path)])  # nothing at this process's own end
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    def made(name: str, **changed: object) -> Path:
+        folder = tmp_path / name
+        (folder / "ray").mkdir(parents=True)
+        ending.remove_at_end(folder)
+        owner = json.loads((folder / "owner.json").read_text())
+        (folder / "owner.json").write_text(json.dumps({**owner, **changed}))
+        return folder
+
+    left = [made("rtray-gone", pid=gone.pid), made("rtray-reused", started=0.0)]
+    kept = [
+        made("rtray-alive"),
+        made("other-gone", pid=gone.pid),
+        made("rtray-elsewhere", pid=gone.pid, node="another machine"),
+        made("rtray-contained", pid=gone.pid, namespace="pid:[1]"),
+    ]
+    kept.append(tmp_path / "rtray-unowned")
+    kept[-1].mkdir()
+    kept.append(tmp_path / "rtray-odd")
+    kept[-1].mkdir()
+    (kept[-1] / "owner.json").write_text("[1]")
+    aim = made("aim", pid=gone.pid)
+    kept += [aim, tmp_path / "rtray-link"]
+    kept[-1].symlink_to(aim)
+    ending.remove_left_behind(tmp_path, "rtray-")
+    assert [folder for folder in left if folder.exists()] == []
+    assert [folder for folder in kept if not folder.exists()] == []
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    others = made("rtray-of-somebody", pid=gone.pid)
+    ending.remove_left_behind(tmp_path, "rtray-")
+    assert others.exists()

@@ -172,3 +172,32 @@ def test_the_users_mistake_is_found_under_what_wraps_it() -> None:
     plain = RuntimeError("nothing inside")
     assert find_cause(plain) is plain
     assert isinstance(inner, RaytowerError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "WorkerCrashedError",
+            "a worker process was killed, perhaps for want of memory; run the command again",
+        ),
+        ("OutOfMemoryError", "memory of its node was nearly used up"),
+        ("NodeDiedError", "the node of a worker was lost"),
+        ("LocalRayletDiedError", "Ray's own process on this machine was killed"),
+    ],
+)
+def test_a_lost_worker_is_said_to_be_one(name: str, said: str) -> None:
+    """Ray's own message sends the reader to log files of Ray's."""
+    lost = type(name, (Exception,), {"__module__": "ray.exceptions"})("Check python-core-worker-*.log files")
+    outer = RuntimeError("outer")
+    outer.cause = lost  # type: ignore[attr-defined]
+    for error in (lost, outer):
+        cause = find_cause(error)
+        assert isinstance(cause, RaytowerError)
+        assert said in str(cause)
+        assert "core-worker" not in str(cause)
+    # What was raised on purpose says more.
+    lost.__cause__ = InputError("the rule")
+    assert find_cause(outer) is lost.__cause__
+    other = type(name, (Exception,), {"__module__": "torch.cuda"})("of another library")
+    assert find_cause(other) is other

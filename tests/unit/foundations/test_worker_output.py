@@ -71,3 +71,15 @@ def test_no_more_than_the_last_lines_are_kept() -> None:
     lines = kept.read_text().splitlines()
     kept.unlink()
     assert (len(lines), lines[0], lines[-1]) == (10_000, "(Trainer 7) 500", "(Trainer 7) 10499")
+
+
+def test_lines_of_workers_have_no_colours_and_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    output = WorkerOutput()
+    output.expect()
+    output.take(message(f"{MARK}a\x1b[31mb\rc", "\x1b[36mkept\x1b[0m\x07\u202e"))
+    output.take(message("\x1b[33mmemory\x9b", pid="raylet", actor=""))
+    assert capsys.readouterr().err == "ab\\rc\n(raylet) memory\\x9b\n"
+    kept = output.keep()
+    assert kept is not None
+    assert kept.read_text() == "(Trainer 7) kept\\x07\\u202e\n"
+    kept.unlink()

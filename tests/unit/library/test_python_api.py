@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import doctest
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from sentence_transformers import CrossEncoder as PeerReranker
@@ -223,6 +227,12 @@ class TestEncoder:
     def test_one_text_is_one_vector(self, encoder: raytower.Encoder) -> None:
         assert np.array_equal(encoder.encode("moon", "query"), encoder.encode(["moon"], "query")[0])
 
+    @pytest.mark.parametrize(
+        "make", [tuple, iter, np.array, pd.Series, pa.array, lambda texts: dict(enumerate(texts)).values()]
+    )
+    def test_texts_are_any_column_of_strings(self, make: Any, encoder: raytower.Encoder) -> None:
+        assert np.array_equal(encoder.encode(make(["sun", "moon"])), encoder.encode(["sun", "moon"]))
+
     def test_similarity_is_the_cosine(self, encoder: raytower.Encoder) -> None:
         left, right = encoder.encode(TEXTS[:3], "query"), encoder.encode(TEXTS[3:5])
         by_hand = [[np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b)) for b in right] for a in left]
@@ -240,6 +250,18 @@ class TestEncoder:
             (lambda e: e.encode(["a"], role="passage"), "role is 'passage'; it must be 'query' or 'document'"),
             (lambda e: e.similarity("cat", ["dog"]), r"queries is 'cat' .*: write \['cat'\]"),
             (lambda e: e.similarity(["a"], np.zeros((2, 8))), r"documents has the shape \(2, 8\); .* are \(N, 32\)"),
+            (lambda e: e.similarity(np.zeros(32), ["a"]), r"queries has the shape \(32,\); .* as queries\[None\]"),
+            (lambda e: e.similarity(["a"], np.full((2, 32), np.nan)), r"documents\[0\] holds a value that is not"),
+            (lambda e: e.similarity(np.zeros((2, 32), bool), ["a"]), "queries has the dtype bool"),
+            (lambda e: e.encode(np.array([["a"], ["b"]])), r"texts is array.* \(of type ndarray\); it must be a list"),
+            (lambda e: e.encode(np.array("a")), r"\(of type ndarray\); it must be a list of strings"),
+            (lambda e: e.encode({"a": "b"}), r"texts is \{'a': 'b'\} \(of type dict\)"),
+            (lambda e: e.encode({"a"}), r"texts is \{'a'\} \(of type set\)"),
+            (lambda e: e.encode(b"a"), r"texts is b'a' \(of type bytes\)"),
+            (lambda e: e.encode(pd.DataFrame({"text": ["a"]})), r"pick one column of this DataFrame"),
+            (lambda e: e.encode(pa.table({"text": ["a"]})), r"pick one column of this Table"),
+            (lambda e: e.encode(pd.Series(["a", None])), r"texts\[1\] is (nan|None) \(of type"),
+            (lambda e: e.encode(np.array(["a", 3], dtype=object)), r"texts\[1\] is 3 \(of type int\)"),
         ],
     )  # fmt: skip
     def test_wrong_values(self, encoder: raytower.Encoder, call: Any, message: str) -> None:
@@ -287,7 +309,9 @@ class TestReranker:
         ("arguments", "message"),
         [
             (("moon", ["sun"], 0), "k is 0; it must be 1 or more"),
-            ((None, ["sun"]), "query is None, of type NoneType"),
+            (("moon", ["sun"], True), "k is True (of type bool); it must be a whole number, 1 or more"),
+            (("moon", ["sun"], 1.5), "k is 1.5 (of type float)"),
+            ((None, ["sun"]), "query is None (of type NoneType); it must be a string"),
             (("moon", "sun"), "texts is 'sun'"),
             (("moon", {"a": 1}), "texts is {'a': 1}"),
         ],
@@ -317,6 +341,7 @@ class TestClassifier:
         classifier = raytower.load_classifier(classifier_dir)
         assert classifier.labels == ("money", "delivery")
         assert [len(row) for row in classifier.classify(TEXTS, k=1)] == [1] * len(TEXTS)
+        assert classifier.classify("sun") == classifier.classify(["sun"])[0]
         with pytest.raises(InputError, match="k is 0"):
             classifier.classify(TEXTS, k=0)
 
@@ -375,11 +400,73 @@ class TestSearch:
             ({"queries": "sun", "k": 0}, "k is 0"),
             ({"queries": "sun", "filter": {"yaer": 1}}, "yaer"),
             ({"queries": "sun", "rerank": "/no/such/model"}, "'/no/such/model' does not exist"),
+            ({"queries": "sun", "rerank": True}, r"rerank is True \(of type bool\); it must be a Reranker"),
+            ({"queries": "sun", "rerank": ""}, "rerank is ''"),
+            (
+                {"queries": "sun", "k": 1.5},
+                r"k is 1.5 \(of type float\); it must be a whole number, 1 or more",
+            ),
+            ({"queries": "sun", "k": True}, r"k is True \(of type bool\)"),
+            ({"queries": "sun", "k": "3"}, r"k is '3' \(of type str\)"),
+            ({"queries": "sun", "k": None}, r"k is None \(of type NoneType\)"),
+            ({"queries": [], "k": -1}, "k is -1; it must be 1 or more"),
+            ({"queries": "sun", "recall_k": 2.0}, r"recall_k is 2.0 \(of type float\)"),
+            ({"queries": {"sun": 1}}, r"queries is \{'sun': 1\}"),
+            ({"queries": None}, "queries is None"),
+            ({"queries": "sun", "filter": 5}, "filter"),
         ],
     )
     def test_wrong_values(self, index_dir: Path, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             raytower.open_index(index_dir).search(**arguments)
+
+    @pytest.mark.parametrize(
+        ("vectors", "message"),
+        [
+            (np.ones(32), r"vectors has the shape \(32,\); .* are \(N, 32\); one vector is given as vectors\[None\]"),
+            (np.ones((1, 31)), r"vectors has the shape \(1, 31\)"),
+            (np.array([[np.nan] * 32]), r"vectors\[0\] holds a value that is not finite in float32"),
+            (np.array([[0.0] * 32, [1e300] * 32]), r"vectors\[1\] holds a value that is not finite in float32"),
+            (np.full((1, 32), "a"), "vectors has the dtype <U1; vectors are real numbers"),
+            (np.ones((1, 32), complex), "vectors has the dtype complex128"),
+            (np.ones((1, 32), bool), "vectors has the dtype bool"),
+            ([[1.0], [1.0, 2.0]], r"vectors is no array: .*; give numbers of the shape \(N, 32\)"),
+            (torch.ones((1, 32), requires_grad=True), "vectors is no array: "),
+            (None, r"vectors has the shape \(\)"),
+        ],
+    )  # fmt: skip
+    def test_wrong_vectors(self, index_dir: Path, vectors: Any, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            raytower.open_index(index_dir).search_vectors(vectors)
+
+    def test_vectors_of_other_kinds_do(self, index_dir: Path, encoder: raytower.Encoder) -> None:
+        index, vectors = raytower.open_index(index_dir), encoder.encode(["moon 3"], "query")
+        found = index.search_vectors(vectors, k=np.int64(3))
+        for other in (vectors.astype(np.float64), torch.tensor(vectors), vectors.tolist()):
+            assert index.search_vectors(other, k=3) == found
+        assert index.search_vectors(np.zeros((0, 32))) == []
+
+    @pytest.mark.parametrize("call", [raytower.open_index, raytower.load_encoder, raytower.load_reranker])
+    def test_what_is_no_name(self, call: Any) -> None:
+        for name in (None, 3, "", " ", b"x"):
+            with pytest.raises(InputError, match=rf"(uri|name) is {re.escape(repr(name))}"):
+                call(name)
+
+    def test_what_cannot_be_pickled_says_what_to_send(
+        self, index_dir: Path, encoder: raytower.Encoder, reranker_dir: Path, classifier_dir: Path
+    ) -> None:
+        made = {
+            "load_encoder": encoder,
+            "load_reranker": raytower.load_reranker(reranker_dir),
+            "load_classifier": raytower.load_classifier(classifier_dir),
+            "open_index": raytower.open_index(index_dir),
+        }
+        for loader, one in made.items():
+            for work in (pickle.dumps, copy.copy, copy.deepcopy):
+                with pytest.raises(InputError, match=rf"cannot be pickled or copied: .* call {loader} there"):
+                    work(one)  # type: ignore[operator]
+        hits = made["open_index"].search("sun", k=2)  # type: ignore[union-attr]
+        assert pickle.loads(pickle.dumps(hits)) == hits
 
     def test_another_encoder(self, index_dir: Path, encoder: raytower.Encoder, tmp_path: Path) -> None:
         other = build_tiny_encoder(tmp_path / "other", seed=9)
@@ -455,7 +542,9 @@ class TestIndexTexts:
             ([], "texts is empty; an index holds at least one text"),
             ("sun", "texts is 'sun' (of type str); it must be a list"),
             ({"id": "a", "text": "sun"}, "it must be a list of strings or of mappings with a text"),
-            (np.array(["sun"]), "(of type ndarray)"),
+            (np.array([["sun"]]), "(of type ndarray)"),
+            (pd.DataFrame({"text": ["sun"]}), "(of a data frame that is"),
+            ({"sun"}, "texts is {'sun'} (of type set)"),
             (["sun", 3], "texts[1] is 3 (of type int); it must be a string, or a mapping with a text"),
             ([{"id": "a"}], "texts[0] has the text None (of type NoneType); it must be a string"),
             ([{"id": 7, "text": "sun"}], "texts[0] has the id 7 (of type int); it must be a string"),
@@ -465,6 +554,10 @@ class TestIndexTexts:
             ([{"text": "sun", "n": 1}, {"text": "moon", "n": "x"}], "column 'n' of the texts cannot be stored"),
             ([{"text": "sun", "row": 1}], "texts[0] has a column 'row', a name that the index keeps for itself"),
             ([{"text": "sun", 3: 1}], "texts[0] has a column 3"),
+            ([{"text": "sun", "n": {}}], "column 'n' of the texts cannot be stored"),
+            ([{"text": "sun", "n": {1: 2}}], "column 'n' of the texts cannot be stored"),
+            ([{"text": "sun", "n": [1, [2]]}], "column 'n' of the texts cannot be stored"),
+            ([{"text": "sun", "n": object()}], "column 'n' of the texts cannot be stored"),
             (["sun", "\ud800"], "column 'text' of the texts cannot be stored"),
             ([{"id": " ", "text": "sun"}], "texts:1: empty id"),
         ],
@@ -474,6 +567,35 @@ class TestIndexTexts:
             raytower.index_texts(texts, encoder, tmp_path / "index")
         assert "raytower-texts" not in str(caught.value)
         assert not (tmp_path / "index").exists()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"indexed": "year"}, r"indexed is 'year' \(of type str\); it must be a list of strings"),
+            ({"prefix": 5}, r"prefix is 5 \(of type int\); it must be a text"),
+            ({"encoder": None}, r"encoder is None \(of type NoneType\); it must be an Encoder"),
+            ({"output": ""}, r"output is '' \(of type str\); it must be a folder or a URI"),
+            ({"kind": "hsnw"}, "kind is 'hsnw'; it must be .*; the nearest is 'hnsw'"),
+            ({"max_gone": 2}, "max_gone is 2; it must be a number"),
+            ({"gone": "drop"}, "gone is 'drop'; it must be 'delete' or 'keep'"),
+        ],
+    )
+    def test_wrong_settings_of_a_first_call(
+        self, encoder: raytower.Encoder, settings: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        given = {"encoder": encoder, "output": tmp_path / "index", **settings}
+        with pytest.raises(InputError, match=message):
+            raytower.index_texts(["sun"], **given)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_objects_and_lists_are_columns_too(self, encoder: raytower.Encoder, tmp_path: Path) -> None:
+        rows = [
+            {"text": "sun", "of": {"a": 1}, "tags": ["x"]},
+            {"text": "moon", "of": {"a": 2}, "tags": ["x", "y"]},
+        ]
+        raytower.index_texts(rows, encoder, tmp_path / "index")
+        hits = raytower.open_index(tmp_path / "index").search("sun", k=2, filter={"of.a": 2})
+        assert [hit.metadata for hit in hits] == [{"of": {"a": 2}, "tags": ["x", "y"]}]
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -1,0 +1,48 @@
+"""Whether a place can be written, found before the work whose result goes there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from raytower.errors import InputError
+from raytower.storage.location import Location
+
+
+def check_output(output: str, *, is_folder: bool) -> Location:
+    """The place of an output, which is to be a folder of several files, or one file.
+
+    Raises:
+        InputError: something of another kind is there (/dev/null keeps nothing), a link that leads nowhere stands in
+            the way, or this user may not write there.
+    """
+    place = Location.of(output)
+    wanted, other = ("a folder", "a file") if is_folder else ("a file", "a folder")
+    kind = place.info().type
+    if kind == (pafs.FileType.File if is_folder else pafs.FileType.Directory):
+        raise InputError(f"output {output!r} is {other}; name {wanted}")
+    if kind == pafs.FileType.Unknown:
+        raise InputError(
+            f"output {output!r} is neither a file nor a folder: what is written there is not kept; name {wanted}"
+        )
+    if place.is_local:
+        _check_local(output, Path(place.path), is_folder=is_folder)
+    return place
+
+
+def _check_local(output: str, path: Path, *, is_folder: bool) -> None:
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise InputError(
+                f"output {output!r} cannot be written: {part} is a link to {os.readlink(part)!r}, which is not there; "
+                "make that, or remove the link"
+            )
+    # A file is made beside its name and renamed, so that its folder must be writable even where it is there.
+    candidates = (path, *path.parents) if is_folder else path.parents
+    above = next(folder for folder in candidates if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(
+            f"output {output!r} cannot be written: {above} is no folder that this user may write to; name another place"
+        )
