@@ -21,6 +21,8 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Left alone, Ray's workers are so nice that they wait for the other process of pytest.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

@@ -22,8 +22,8 @@ def clean_environment(**more: str) -> dict[str, str]:
     The Ray of the suite must not be joined by it. Should Ray tell its makers after all, nobody listens.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    nobody = {"RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9"}
-    return kept | nobody | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}"} | more
+    ray = {"RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9", "RAY_worker_niceness": "0"}
+    return kept | ray | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}"} | more
 
 
 def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
