@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
 from raytower.annotation.config import FileType
 from raytower.errors import InputError
-from raytower.storage import Location
+from raytower.storage import Location, writable_place
 
 _FIRST_LINE_BYTES = 2**20
 
@@ -57,7 +55,7 @@ def check_rows_output(output: str, *written: Sequence[str]) -> None:
     Raises:
         InputError: it is a folder, a file of something else, or below a folder where nothing can be made.
     """
-    place = Location.of(output)
+    place = writable_place(output)
     if place.is_dir():
         raise InputError(f"output {output!r} is a folder; name a file")
     if place.exists():
@@ -68,12 +66,6 @@ def check_rows_output(output: str, *written: Sequence[str]) -> None:
             raise InputError(
                 f"output {output!r} exists and is no result of this job (it begins with {first[:60]!r}); remove it, or "
                 "name another file"
-            )
-    elif place.is_local:
-        above = next(folder for folder in Path(place.path).absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise InputError(
-                f"output {output!r} cannot be written: {above} is no folder that this user may write to"
             )
 
 

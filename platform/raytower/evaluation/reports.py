@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from raytower.config import to_json
 from raytower.errors import InputError
-from raytower.storage import Location
+from raytower.storage import Location, output_folder
 
 RUN_NAME = "run.trec"
 REPORT_NAME = "report.json"
@@ -58,20 +58,8 @@ def open_run(place: Location, tag: str = "raytower") -> Iterator[RunWriter]:
 
 
 def check_reports_output(output: str) -> None:
-    """Find before any work that `output` is a file, or a folder of something else.
-
-    Raises:
-        InputError: naming it, and what lies there.
-    """
-    place = Location.of(output)
-    if place.is_file():
-        raise InputError(f"output {output!r} is a file; name a folder for the three files of a report")
-    if place.is_dir() and not any((place / name).exists() for name in (RUN_NAME, REPORT_NAME)):
-        others = [child.name for child in place.children()]
-        if others:
-            raise InputError(
-                f"output {output!r} exists and holds no report, but {others[0]!r}; name another folder, or remove it"
-            )
+    """Find before any work that reports cannot be written to `output`. Raises InputError as `output_folder`."""
+    output_folder(output, RUN_NAME, REPORT_NAME)
 
 
 def write_reports(output: Location, report: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.directory import INFO_NAME, read_info
 from raytower.progress import log
 from raytower.runtime import ensure_ray
-from raytower.storage import Location, publish_directory
+from raytower.storage import Location, output_folder, publish_directory, writable_place
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import TrainJobConfig
@@ -36,6 +36,8 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     Raises:
         InputError: as `fit`.
     """
+    if Location.of(config.output).is_local:  # a remote one may be half published, which is gone on with
+        output_folder(config.output, INFO_NAME)
     surveyed = task_class.survey(config)
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None)), task
@@ -107,7 +109,7 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     Raises:
         InputError: the output holds something else; the message names what differs.
     """
-    output = Location.of(config.output)
+    output = writable_place(config.output)
     if not output.exists():
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
