@@ -110,7 +110,7 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         InputError: the output holds something else; the message names what differs.
     """
     output = writable_place(config.output)
-    if not output.exists():
+    if not output.exists() or (output.is_dir() and not output.children()):
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
     if not info and not output.is_local and _run_folder(output, identity).exists():

@@ -23,7 +23,7 @@ from raytower.storage import HashedFile, Location
 from raytower.storage import hashed as hashed_module
 from tests.support.index_cases import build, unit_vectors, write_embeddings
 
-ROWS, DIM, SHARDS = 700, 96, 3
+ROWS, DIM, SHARDS = 700, 16, 3
 HELD_OUT = 256
 # The end of a Parquet file is read for its columns, and again before its rows.
 FOOTERS = 2 * 2**16
@@ -86,7 +86,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def embeddings(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two files, each larger than the two readings of its end."""
     folder = tmp_path_factory.mktemp("embeddings")
-    noise = [os.urandom(300).hex() for _ in range(ROWS)]
+    noise = [os.urandom(500).hex() for _ in range(ROWS)]
     names = [f"d{row}" for row in range(ROWS)]
     return write_embeddings(folder, names, unit_vectors(ROWS, DIM), noise, rows_per_file=ROWS // 2)
 
@@ -151,7 +151,7 @@ def test_a_changed_file_is_said_to_be_changed_and_nothing_is_published(
     at = content.index(vector) + 3 if place == "vectors" else 40
     content[at] ^= 0x7F
     file.write_bytes(content)
-    with pytest.raises(FormatError, match=r"part-00000350|it was changed"):
+    with pytest.raises(FormatError, match="it was changed"):
         list(Embeddings(Location.of(tmp_path)).stream(1))
     with pytest.raises(FormatError, match="it was changed"):
         build(tmp_path / "index", str(tmp_path), kind="flat")
