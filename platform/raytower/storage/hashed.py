@@ -84,7 +84,8 @@ class HashedFile(io.RawIOBase):
         return True
 
     def _from_kept(self, start: int, end: int) -> bytes:
-        parts, place = [], self._hashed - self._kept_bytes
+        parts: list[bytes] = []
+        place = self._hashed - self._kept_bytes
         for piece in self._kept:
             if place < end and place + len(piece) > start:
                 parts.append(piece[max(start - place, 0) : end - place])
