@@ -338,9 +338,9 @@ def run_shard_tasks(
         num_gpus = max(task.num_gpus for task in missing)
         built = run(build_shard, calls, at_once=at_once, num_gpus=num_gpus, progress="built {} of {} shards")
     # Of a kept shard only the rows are known: its vectors are read again for the exact hits.
-    hits = (
-        [None] * len(kept) if wanted is None else run(exact_hits, [(task.source, wanted) for task, _ in kept])
-    )
+    hits: Sequence[ExactHits | None] = [None] * len(kept)
+    if wanted is not None:
+        hits = run(exact_hits, [(task.source, wanted) for task, _ in kept])
     built += [BuiltShard(entry, exact) for (_, entry), exact in zip(kept, hits, strict=True)]
     of_digest = {shard.entry.digest: shard for shard in built}
     return tuple(of_digest[task.digest] for task in tasks)
