@@ -167,7 +167,7 @@ def one_step(what: str, embeddings: Path, kind: Any, folder: Path) -> dict[str, 
     if what == "load":
         faiss.read_index(str((rows.index / SHARDS_NAME / task.digest / "vectors.faiss").local_path))
         return {}
-    return {"disk_mib": build_shard(task, np.load(template)).bytes / MIB}
+    return {"disk_mib": build_shard(task, np.load(template)).entry.bytes / MIB}
 
 
 def table_rows(source: Embeddings, folder: Path) -> TableRows:

@@ -12,7 +12,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.fetching import checksums
 from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, export_graph
 from raytower.progress import log
-from raytower.storage import Location, publish_directory
+from raytower.storage import Location, output_folder, publish_directory
 
 _RESULTS = ("least_cosine", "mean_cosine", "bytes")
 
@@ -35,12 +35,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
     started = time.perf_counter()
     source = resolve_model(config.encoder)
     encoder = Encoder.load(config.encoder)
-    output = Location.of(config.output)
-    results = _earlier_results(config, output, encoder.fingerprint)
+    results = _earlier_results(config, encoder.fingerprint)
     if results is not None:
         log(f"{config.output} is finished; nothing to do")
     else:
-        with publish_directory(output) as folder:
+        with publish_directory(Location.of(config.output)) as folder:
             results = export_graph(encoder, config.graph_dtype, folder / GRAPH_FOLDER)
             files = checksums(folder / GRAPH_FOLDER)
             results["bytes"] = sum((folder / GRAPH_FOLDER / name).stat().st_size for name in files)
@@ -56,7 +55,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 def plan_export(config: ExportConfig) -> dict[str, Any]:
     """The plan for --dry-run: what would be written, and about how large it is."""
     encoder = Encoder.load(config.encoder)
-    _earlier_results(config, Location.of(config.output), encoder.fingerprint)
+    _earlier_results(config, encoder.fingerprint)
     parameters = sum(parameter.numel() for parameter in encoder.backbone.parameters())
     return {**_plan(config, encoder), "parameters": parameters}
 
@@ -70,9 +69,10 @@ def _plan(config: ExportConfig, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _earlier_results(config: ExportConfig, output: Location, fingerprint: str) -> dict[str, float] | None:
+def _earlier_results(config: ExportConfig, fingerprint: str) -> dict[str, float] | None:
     """What an earlier run of this job found, None where there was none. Raises InputError at something else there."""
-    if not output.children() and not output.is_file():
+    output = output_folder(config.output, INFO_NAME)
+    if not output.children():
         return None
     place = output / INFO_NAME
     info = place.read_json() if place.is_file() else {}

@@ -318,7 +318,7 @@ class TestWhatAKilledBuildLeft:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(build_module, "measured", killed)
+            patch.setattr(build_module, "measured_against", killed)
             with pytest.raises(KeyboardInterrupt):
                 build(index, embeddings)
         return index, embeddings

@@ -85,7 +85,11 @@ class Source:
 
 def name_among(field: RecordField, columns: Container[str]) -> str | None:
     """The best of the field's names that is one of `columns`, or None."""
-    return next((name for name in field.names if name in columns), None)
+    # A loop without a generator: this is asked for each field of each JSON row.
+    for name in field.names:
+        if name in columns:
+            return name
+    return None
 
 
 def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> Layout | None:

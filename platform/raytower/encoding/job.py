@@ -59,7 +59,14 @@ from raytower.models.forward import (
 from raytower.models.onnx_export import graph_for
 from raytower.progress import log
 from raytower.runtime import ensure_ray
-from raytower.storage import Lease, Location, StorageError, absolute_if_local, writer_lease
+from raytower.storage import (
+    Lease,
+    Location,
+    StorageError,
+    absolute_if_local,
+    output_folder,
+    writer_lease,
+)
 
 JOB_NAME = "job.json"
 # Counts up when the same settings would give other vectors, ids or files.
@@ -166,6 +173,7 @@ def pieces_in_flight(workers: WorkersConfig) -> int:
 @contextmanager
 def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
     """The job, after every row was read. Rejected rows are listed in a folder that goes with the block."""
+    output_folder(config.output, JOB_NAME)
     encoder = Encoder.load(config.encoder)
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
@@ -233,11 +241,8 @@ def _only_job(job: _Job) -> Iterator[Lease | None]:
 def _claim(job: _Job) -> None:
     """Make a new folder this job's. Raises InputError where it is another's."""
     place, spec = job.output / JOB_NAME, _job_spec(job)
-    names = {child.name for child in job.output.children()}
-    if JOB_NAME in names:
+    if (output_folder(job.config.output, JOB_NAME) / JOB_NAME).is_file():
         _refuse_another_job(job, place.read_json(), spec)
-    elif any(name.endswith(".parquet") or name == MANIFEST_NAME for name in names):
-        raise InputError(f"output {job.config.output!r} holds files of something else; choose a new output")
     else:
         place.write_json(spec)
 

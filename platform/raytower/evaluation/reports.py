@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from raytower.config import to_json
 from raytower.errors import FormatError, InputError
-from raytower.storage import Location, check_output
+from raytower.storage import Location, output_folder
 
 RUN_NAME = "run.trec"
 REPORT_NAME = "report.json"
@@ -63,20 +63,16 @@ def check_reports_output(output: str) -> None:
     """Find before any work that `output` cannot be written, or holds something else than a report.
 
     Raises:
-        InputError: naming it, and what lies there.
+        InputError: as `output_folder`, or one of the three files is there and no evaluation has written it.
     """
-    place = check_output(output, is_folder=True)
-    names = [child.name for child in place.children()] if place.is_dir() else []
+    place = output_folder(output, *_OURS)
+    names = [child.name for child in place.children()]
     for name, is_ours in _OURS.items():
         if name in names and not ((place / name).is_file() and is_ours(place / name)):
             raise InputError(
                 f"output {output!r} holds a {name!r} that no evaluation has written, and which would be lost; name "
                 "another folder, or remove it"
             )
-    if names and not set(names) & _OURS.keys():
-        raise InputError(
-            f"output {output!r} exists and holds no report, but {names[0]!r}; name another folder, or remove it"
-        )
 
 
 def _is_run(place: Location) -> bool:

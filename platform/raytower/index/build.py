@@ -43,6 +43,7 @@ from raytower.index.manifest import (
 from raytower.index.measure import (
     ExactHits,
     HeldOut,
+    Wanted,
     exact_hits,
     hold_out,
     measure_recall,
@@ -53,6 +54,7 @@ from raytower.index.place import place_rows
 from raytower.index.plan import IndexPlan, IndexRequest, human_bytes, split_rows
 from raytower.index.reader import Index
 from raytower.index.shard_build import (
+    BuiltShard,
     ShardTask,
     TableRows,
     build_shard,
@@ -72,6 +74,7 @@ from raytower.index.table import (
 from raytower.index.target_queries import kept_queries, opened_queries
 from raytower.index.tasks import Run, on_ray
 from raytower.index.versions import (
+    index_folder,
     next_version,
     open_manifest,
     publish,
@@ -136,11 +139,12 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
 
     Raises:
         FormatError: damaged or unfinished embeddings. InputError: NaN or zero vectors, duplicate ids, more shards
-        than rows, a kind that does not fit the memory, an index that was changed since it was built.
+        than rows, a kind that does not fit the memory, an index that was changed since it was built, an output that
+        holds something else.
         RaytowerError: a task failed, or someone else published meanwhile.
     """
     started = time.perf_counter()
-    source, index = Embeddings(Location.of(config.embeddings)), Location.of(config.output)
+    source, index = Embeddings(Location.of(config.embeddings)), index_folder(config.output)
     plan = _plan(config, source)
     log(
         f"index plan: {plan.kind}, {plan.shards} shards, {human_bytes(plan.predicted_search_memory_bytes)} to search, "
@@ -172,12 +176,14 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
         seed=config.seed,
         made_of={"format": FORMAT_VERSION, "rows": source.identity(), "first_row": first_row},
     )
-    entries, placement = build_shards(shards, run)
     asked = config.target.queries
     queries = None if asked is None else kept_queries(index, source.origin, asked)
-    draft = _draft(config, shards, before, identity, first_row)
-    draft = draft.model_copy(update={"shards": entries, "placement": placement, "queries": queries})
-    manifest = measured(index, draft, run, config.seed)
+    draft = _draft(config, shards, before, identity, first_row).model_copy(update={"queries": queries})
+    wanted = wanted_hits(index, draft, run, config.seed)
+    built = build_shards(shards, run, wanted)
+    draft = draft.model_copy(update={"shards": built.entries, "placement": built.placement})
+    exact = merge_exact([shard.exact for shard in built.shards if shard.exact is not None], wanted.k)
+    manifest = measured_against(index, draft, run, wanted, exact)
     refuse_missed_target(manifest, config.target)
     _publish(index, manifest, table)
     remove_work(index, digest_of(source.identity()))
@@ -255,14 +261,27 @@ def plan_build(config: IndexBuildConfig) -> dict[str, Any]:
     """The plan for --dry-run: kind and why, shards, parameters, predicted memory and disk.
 
     Raises:
-        FormatError, InputError: unfinished embeddings, or what does not fit.
+        FormatError, InputError: unfinished embeddings, what does not fit, or an output that holds something else.
     """
+    index_folder(config.output)
     plan = _plan(config, Embeddings(Location.of(config.embeddings)))
     return {"shards": plan.shards, **asdict(plan)}
 
 
-def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], PlacementEntry | None]:
-    """The shards of a plan; those that are there already are kept. And where documents were placed, if they were."""
+@dataclass(frozen=True)
+class BuiltShards:
+    """The shards of a plan, and where documents were placed, if they were."""
+
+    shards: tuple[BuiltShard, ...]
+    placement: PlacementEntry | None
+
+    @property
+    def entries(self) -> tuple[ShardEntry, ...]:
+        return tuple(shard.entry for shard in self.shards)
+
+
+def build_shards(shards: ShardPlan, run: Run, wanted: Wanted | None = None) -> BuiltShards:
+    """Shards are built, and those that are there already kept; with the exact hits of each, where they are wanted."""
     plan = shards.plan
     placement = None
     sources = [(shards.rows(first, last), last - first) for first, last in plan.ranges]
@@ -294,57 +313,79 @@ def build_shards(shards: ShardPlan, run: Run) -> tuple[tuple[ShardEntry, ...], P
         call = (shards.all_rows, plan.kind, plan.dim, plan.parameters, plan.train_rows)
         return run(train_template, [(*call, shards.seed, run.threads_alone)], num_gpus=run.num_gpus)[0]
 
-    return run_shard_tasks(tasks, template, run, plan.tasks_at_once), placement
+    return BuiltShards(run_shard_tasks(tasks, template, run, plan.tasks_at_once, wanted), placement)
 
 
 def run_shard_tasks(
-    tasks: Sequence[ShardTask], template: Callable[[], Any], run: Run, at_once: int
-) -> tuple[ShardEntry, ...]:
+    tasks: Sequence[ShardTask],
+    template: Callable[[], Any],
+    run: Run,
+    at_once: int,
+    wanted: Wanted | None = None,
+) -> tuple[BuiltShard, ...]:
     """The shards of some tasks; `template` gives the trained empty index, and is asked only where a shard is
     missing.
     """
-    kept = [finished_shard(task.source.index, task.digest) for task in tasks]
-    missing = [task for task, entry in zip(tasks, kept, strict=True) if entry is None]
-    if len(missing) < len(tasks):
-        log(f"{len(tasks) - len(missing)} of {len(tasks)} shards are finished already")
-    built: list[ShardEntry] = []
+    found = [finished_shard(task.source.index, task.digest) for task in tasks]
+    missing = [task for task, entry in zip(tasks, found, strict=True) if entry is None]
+    kept = [(task, entry) for task, entry in zip(tasks, found, strict=True) if entry is not None]
+    if kept:
+        log(f"{len(kept)} of {len(tasks)} shards are finished already")
+    built: list[BuiltShard] = []
     if missing:
         trained = template()
-        calls = [(task, trained) for task in missing]
+        calls = [(task, trained, wanted) for task in missing]
         num_gpus = max(task.num_gpus for task in missing)
         built = run(build_shard, calls, at_once=at_once, num_gpus=num_gpus, progress="built {} of {} shards")
-    entries = {entry.digest: entry for entry in [*kept, *built] if entry is not None}
-    return tuple(entries[task.digest] for task in tasks)
+    # Of a kept shard only the rows are known: its vectors are read again for the exact hits.
+    hits: Sequence[ExactHits | None] = [None] * len(kept)
+    if wanted is not None:
+        hits = run(exact_hits, [(task.source, wanted) for task, _ in kept])
+    built += [BuiltShard(entry, exact) for (_, entry), exact in zip(kept, hits, strict=True)]
+    of_digest = {shard.entry.digest: shard for shard in built}
+    return tuple(of_digest[task.digest] for task in tasks)
 
 
 def measured(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> IndexManifest:
+    """As `measured_against`, with the exact hits among all rows of the version, which are read for it."""
+    wanted = wanted_hits(index, draft, run, seed)
+    ranges = split_rows(draft.rows, min(max(run.at_once, 1), draft.rows))
+    found = run(exact_hits, [(_rows_of(index, draft, *bounds), wanted) for bounds in ranges])
+    return measured_against(index, draft, run, wanted, merge_exact(found, wanted.k))
+
+
+def wanted_hits(index: Location, draft: IndexManifest, run: Run, seed: int = 0) -> Wanted:
+    """The queries that a version measures its recall with: those of its `target.queries`, or some of its rows."""
+    queries = opened_queries(index, draft)
+    if queries is None:
+        queries = run(hold_out, [(_rows_of(index, draft, 0, draft.rows), seed)])[0]
+    return Wanted(queries, measured_ks(draft.recall_k, draft.rows)[-1])
+
+
+def _rows_of(index: Location, draft: IndexManifest, first: int, last: int) -> TableRows:
+    unit, version = draft.metric == "cosine", draft.table_version
+    return TableRows(index=index, table_version=version, unit=unit, first=first, last=last)
+
+
+def measured_against(
+    index: Location, draft: IndexManifest, run: Run, wanted: Wanted, exact: ExactHits
+) -> IndexManifest:
     """A version with the search parameters that reach its recall target, and the recall that they reach.
 
     They are measured for `recall_k` hits and for 100, which rerankers and evaluations ask for.
+
+    Args:
+        exact: the exact hits that are wanted, among all rows of the version.
     """
-    unit = draft.metric == "cosine"
-    rows = TableRows(index=index, table_version=draft.table_version, unit=unit, last=draft.rows)
-    ks = measured_ks(draft.recall_k, draft.rows)
-    queries = opened_queries(index, draft) or run(hold_out, [(rows, seed)])[0]
-    parts = [
-        dataclasses.replace(rows, first=first, last=last)
-        for first, last in split_rows(draft.rows, min(max(run.at_once, 1), draft.rows))
-    ]
-    found = run(exact_hits, [(part, queries, ks[-1]) for part in parts])
-    exact = merge_exact(found, ks[-1])
-    return run(_measure, [(index, draft, queries, exact, ks, run.threads_alone)])[0]
+    return run(_measure, [(index, draft, wanted.queries, exact, run.threads_alone)])[0]
 
 
 def _measure(
-    index: Location,
-    draft: IndexManifest,
-    queries: HeldOut,
-    exact: ExactHits,
-    ks: tuple[int, ...],
-    num_threads: int,
+    index: Location, draft: IndexManifest, queries: HeldOut, exact: ExactHits, num_threads: int
 ) -> IndexManifest:
     import_faiss().omp_set_num_threads(num_threads)
     opened = Index.of_manifest(index, draft.model_copy(update={"measured": None}))
+    ks = measured_ks(draft.recall_k, draft.rows)
 
     def grid(k: int) -> list[dict[str, int]]:
         shards = 1 if draft.placement else len(draft.shards)

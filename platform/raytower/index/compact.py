@@ -97,15 +97,15 @@ def shards_anew(config: IndexCompactConfig, before: IndexManifest, run: Run) -> 
         # A number of the table's versions is given once, so it names what the rows hold.
         made_of={"format": FORMAT_VERSION, "table_version": before.table_version},
     )
-    entries, placement = build_shards(shards, run)
+    built = build_shards(shards, run)
     asked = {name: value for name, value in before.parameters.items() if name == NLIST_SET}
     return {
         "kind": plan.kind,
         "kind_reason": plan.reason,
         "parameters": {**plan.parameters, **asked},
         "exact_dtype": plan.exact_dtype,
-        "shards": entries,
-        "placement": placement,
+        "shards": built.entries,
+        "placement": built.placement,
         "search_parameters": {"1": {}},
     }
 

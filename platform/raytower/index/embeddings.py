@@ -19,7 +19,7 @@ from raytower.index.config import ExactDtype
 from raytower.index.costs import BATCH_ROWS
 from raytower.index.manifest import Origin
 from raytower.index.table import is_own, unified
-from raytower.storage import Location
+from raytower.storage import HashedFile, Location
 
 _READ_BUFFER_BYTES = 2**20
 _FOOTERS_AT_ONCE = 16
@@ -113,7 +113,10 @@ class Embeddings:
         return pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
 
     def stream(self, file: int) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
-        """Documents and vectors (N, D) of a file, of unit length under cosine, once its checksum is proved.
+        """Documents and vectors (N, D) of a file, of unit length under cosine.
+
+        The checksum is taken of the same reading, so it is proved behind the last batch: what was made of the batches
+        counts only once the stream has ended.
 
         Raises:
             FormatError: the file is missing, changed, of another row count, or has other columns.
@@ -121,15 +124,34 @@ class Embeddings:
         """
         entry = self.manifest.files[file]
         place = self.folder / entry.name
-        place.prove(entry.sha256, _REMEDY)
+        with self._opened(entry) as described:
+            footer = described.metadata
+        with HashedFile(place) as content:
+            try:
+                yield from self._batches(content, footer, place)
+            except (pa.ArrowException, OSError, InputError):
+                # Of a changed file that is said, and not where it led to.
+                place.prove_content(content.sha256(), entry.sha256, _REMEDY)
+                raise
+            place.prove_content(content.sha256(), entry.sha256, _REMEDY)
+
+    def _batches(
+        self, content: HashedFile, footer: pq.FileMetaData, place: Location
+    ) -> Iterator[tuple[pa.Table, NDArray[np.float32]]]:
         first = 0
-        with self._opened(entry) as opened:
-            for record in opened.iter_batches(batch_size=BATCH_ROWS):
-                table = pa.table(record)
-                if table["id"].null_count:
-                    raise InputError(f"{place} has rows without an id; every document needs one")
-                yield table.drop_columns(["embedding"]), _vectors_of(table, self.origin, place, first)
-                first += table.num_rows
+        # Given the footer, the file is read from its beginning on.
+        opened = pq.ParquetFile(
+            pa.PythonFile(content, mode="r"),
+            metadata=footer,
+            pre_buffer=False,
+            buffer_size=_READ_BUFFER_BYTES,
+        )
+        for record in opened.iter_batches(batch_size=BATCH_ROWS):
+            table = pa.table(record)
+            if table["id"].null_count:
+                raise InputError(f"{place} has rows without an id; every document needs one")
+            yield table.drop_columns(["embedding"]), _vectors_of(table, self.origin, place, first)
+            first += table.num_rows
 
     def _file_schema(self, entry: EmbeddingsFile) -> pa.Schema:
         with self._opened(entry) as file:

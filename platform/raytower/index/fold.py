@@ -158,4 +158,4 @@ def _build(
         )
         return run(train_template, [call])[0]
 
-    return run_shard_tasks(tasks, template, run, run.at_once)
+    return tuple(shard.entry for shard in run_shard_tasks(tasks, template, run, run.at_once))

@@ -27,6 +27,8 @@ _DEEP_K = 100
 # Rows that tie with the k-th neighbour are as right as it is; so many beyond k are looked at for ties. Where all of
 # them tie there may be more, and what a search returns is scored.
 _TIES = 32
+# Scores of so many rows exist at once: 1 MiB for 256 queries, and a few times that while the best are picked.
+_SCORED_AT_ONCE = 1_024
 _TIE_TOLERANCE = 1e-5
 # The curve ends where recall has been within this of perfect, or has not risen over so many points.
 _PERFECT = 0.9995
@@ -49,6 +51,14 @@ class HeldOut:
 
     rows: NDArray[np.int64]
     vectors: Vectors
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Queries whose `k` best rows are looked for; `k` is the largest at which recall is measured."""
+
+    queries: HeldOut
+    k: int
 
 
 @dataclass(frozen=True)
@@ -81,18 +91,36 @@ def hold_out(source: TableRows, seed: int) -> HeldOut:
     return HeldOut(*source.sample(NUM_QUERIES, seed + 1))
 
 
-def exact_hits(source: TableRows, queries: HeldOut, k: int) -> ExactHits:
-    """The best rows of a source by exact inner products, streamed; `k` is the largest measured."""
-    best = ExactHits(np.empty((len(queries.rows), 0), np.float32), np.empty((len(queries.rows), 0), np.int64))
-    for rows, vectors in source.stream():
+class ExactSearch:
+    """The best rows for some queries by exact inner products, among vectors that are read for another purpose too."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        nothing = (len(wanted.queries.rows), 0)
+        self.hits = ExactHits(np.empty(nothing, np.float32), np.empty(nothing, np.int64))
+
+    def add(self, rows: NDArray[np.int64], vectors: Vectors) -> None:
+        """Look through some more rows (N,) and their vectors (N, D)."""
+        for start in range(0, len(rows), _SCORED_AT_ONCE):
+            self._add(rows[start : start + _SCORED_AT_ONCE], vectors[start : start + _SCORED_AT_ONCE])
+
+    def _add(self, rows: NDArray[np.int64], vectors: Vectors) -> None:
+        queries, k = self._wanted.queries, self._wanted.k
         scores = queries.vectors @ vectors.T
         scores[queries.rows[:, None] == rows[None, :]] = -np.inf
-        if best.rows.shape[1] == k + _TIES:
+        if self.hits.rows.shape[1] == k + _TIES:
             # Few rows of a later batch are among the best of any query; to sort the others takes most of the time.
-            better = np.flatnonzero((scores > best.scores[:, -1:]).any(axis=0))
+            better = np.flatnonzero((scores > self.hits.scores[:, -1:]).any(axis=0))
             scores, rows = scores[:, better], rows[better]
-        best = merge_exact([best, ExactHits(scores, np.broadcast_to(rows, scores.shape))], k)
-    return best
+        self.hits = merge_exact([self.hits, ExactHits(scores, np.broadcast_to(rows, scores.shape))], k)
+
+
+def exact_hits(source: TableRows, wanted: Wanted) -> ExactHits:
+    """The best rows of a source, streamed."""
+    search = ExactSearch(wanted)
+    for rows, vectors in source.stream():
+        search.add(rows, vectors)
+    return search.hits
 
 
 def merge_exact(parts: list[ExactHits], k: int) -> ExactHits:

@@ -22,6 +22,7 @@ from raytower.index.config import BuiltKind, ExactDtype
 from raytower.index.faiss_import import import_faiss
 from raytower.index.faiss_index import Vectors, fill, new_index, train
 from raytower.index.manifest import EXACT_NAME, ROWS_NAME, SHARDS_NAME, VECTORS_NAME, FileEntry, ShardEntry
+from raytower.index.measure import ExactHits, ExactSearch, Wanted
 from raytower.index.rowmap import Rows
 from raytower.index.table import DocumentTable
 from raytower.storage import Location, publish_directory
@@ -129,8 +130,18 @@ def serialise(index: Any) -> NDArray[np.uint8]:
     return serialised
 
 
-def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
+@dataclass(frozen=True)
+class BuiltShard:
+    """A shard, and the exact hits among its rows of the queries that were asked for."""
+
+    entry: ShardEntry
+    exact: ExactHits | None
+
+
+def build_shard(task: ShardTask, template: NDArray[np.uint8], wanted: Wanted | None = None) -> BuiltShard:
     """Build a shard; it appears under its digest whole or not at all.
+
+    Exact hits are found on the way: the vectors are read once for both.
 
     Raises:
         FormatError: what reading the table raises.
@@ -138,8 +149,9 @@ def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
     faiss = import_faiss()
     faiss.omp_set_num_threads(task.num_threads)
     empty = faiss.deserialize_index(template)
+    search = None if wanted is None else ExactSearch(wanted)
     with publish_directory(task.source.index / SHARDS_NAME / task.digest) as folder:
-        index = _fill(empty, task, folder)
+        index = _fill(empty, task, folder, search)
         faiss.write_index(index, str(folder / VECTORS_NAME))
         entry = ShardEntry(
             digest=task.digest,
@@ -150,7 +162,7 @@ def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
             files={path.name: FileEntry.of(Location.of(path)) for path in sorted(folder.iterdir())},  # type: ignore[misc]
         )
         Location.of(folder / SHARD_NAME).write_json(entry.model_dump(mode="json"))
-    return entry
+    return BuiltShard(entry, None if search is None else search.hits)
 
 
 def finished_shard(index: Location, digest: str) -> ShardEntry | None:
@@ -167,8 +179,8 @@ def finished_shard(index: Location, digest: str) -> ShardEntry | None:
     return entry if whole and entry.digest == digest else None
 
 
-def _fill(index: Any, task: ShardTask, folder: Path) -> Any:
-    """The index with the task's rows; their numbers and, where asked, whole vectors beside it."""
+def _fill(index: Any, task: ShardTask, folder: Path, search: ExactSearch | None) -> Any:
+    """The index with the task's rows; their numbers and, where asked, whole vectors beside it. `search` sees them."""
     with ExitStack() as stack:
         numbers = stack.enter_context(open(folder / ROWS_NAME, "wb"))
         _write_array_header(numbers, np.dtype(np.int64), (task.num_rows,))
@@ -184,6 +196,8 @@ def _fill(index: Any, task: ShardTask, folder: Path) -> Any:
                 if exact is not None:
                     # Written, not mapped: the pages of a mapped file would count as this process's memory.
                     exact.write(vectors.astype(task.exact_dtype).data)
+                if search is not None:
+                    search.add(rows, vectors)
 
         filled = fill(
             task.kind,

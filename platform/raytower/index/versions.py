@@ -15,6 +15,7 @@ from raytower.errors import InputError, RaytowerError
 from raytower.index.manifest import (
     PLACEMENTS_NAME,
     SHARDS_NAME,
+    TABLE_NAME,
     VECTORS_NAME,
     VERSIONS_NAME,
     IndexManifest,
@@ -23,7 +24,7 @@ from raytower.index.manifest import (
 )
 from raytower.index.shard import Shard, check_size, open_array
 from raytower.index.table import DocumentTable
-from raytower.storage import Lease, Location, writer_lease
+from raytower.storage import Lease, Location, output_folder, writer_lease
 
 _FILE = re.compile(r"([0-9]{6,})\.json")
 # What an index of format 2 has.
@@ -32,6 +33,15 @@ _LEASE_NAME = "writer"
 _LEASE_SECONDS = 30.0
 # FAISS writes four letters for the type of an index, its dimension and how many vectors it holds.
 _HEAD = struct.Struct("<4xiq")
+
+
+def index_folder(output: str) -> Location:
+    """Where an index is built: a new or empty folder, or one that holds an index, or the beginning of one.
+
+    Raises:
+        InputError: as `output_folder`.
+    """
+    return output_folder(output, TABLE_NAME, VERSIONS_NAME, CURRENT_NAME)
 
 
 def version_names(index: Location) -> list[str]:

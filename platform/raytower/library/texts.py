@@ -28,7 +28,7 @@ from raytower.index.config import IndexBuildConfig, IndexKind
 from raytower.index.faiss_import import import_faiss
 from raytower.index.sync import TEXTS_IN_PROCESS, sync_index
 from raytower.index.tasks import Run
-from raytower.index.versions import open_manifest, published_version
+from raytower.index.versions import index_folder, open_manifest, published_version
 from raytower.library.inputs import items_of, name_of, shown, texts_of
 from raytower.library.models import ENCODER, Encoder, load_encoder
 from raytower.storage import Location, absolute_if_local
@@ -69,7 +69,8 @@ def index_texts(
 
     Raises:
         InputError: no texts, a blank one, an id that stands twice, wrong types, more than `max_gone` gone; an
-            encoder, prefix, kind or indexed columns other than the index has. Nothing is changed then.
+            encoder, prefix, kind or indexed columns other than the index has; an output that is a file, or a folder
+            of something else. Nothing is changed then.
         MissingExtraError: FAISS is not installed, or Ray, for more than 10,000 texts.
         RaytowerError: another writer holds the index.
 
@@ -86,11 +87,12 @@ def index_texts(
     documents = _documents(texts)
     asked = texts_of(indexed, "indexed")
     job = _job(encoder, prefix, output)
+    index = index_folder(job.output)
     with tempfile.TemporaryDirectory(prefix="raytower-texts-") as name, _faiss_threads_kept() as num_threads:
         corpus = Path(name) / "texts.parquet"
         pq.write_table(documents, corpus)
         with _said_of_texts(corpus):
-            if published_version(Location.of(job.output)) is not None:
+            if published_version(index) is not None:
                 _refuse_other_settings(job, kind, asked)
                 return job.sync(corpus, gone, max_gone)
             job.sync_config(corpus, gone, max_gone)  # what a later call will be told is wrong is wrong now

@@ -1,6 +1,7 @@
 """Storage by URI: places, whole-file writes, compare-and-swap, leases, and the cache of what was fetched."""
 
 from raytower.storage.errors import StorageError, StorageRefusedError, explaining
+from raytower.storage.hashed import HashedFile
 from raytower.storage.lease import Lease, writer_lease
 from raytower.storage.local import fsync_dir, locked
 from raytower.storage.location import (
@@ -9,9 +10,10 @@ from raytower.storage.location import (
     cache_dir,
     publish_directory,
 )
-from raytower.storage.outputs import check_output
+from raytower.storage.outputs import check_output, output_folder
 
 __all__ = [
+    "HashedFile",
     "Lease",
     "Location",
     "StorageError",
@@ -22,6 +24,7 @@ __all__ = [
     "explaining",
     "fsync_dir",
     "locked",
+    "output_folder",
     "publish_directory",
     "writer_lease",
 ]

@@ -239,7 +239,10 @@ class Location:
         """Raises FormatError where this file is missing or has another checksum."""
         if not self.is_file():
             raise FormatError(f"{self} is missing; {remedy}")
-        found = self.sha256()
+        self.prove_content(self.sha256(), sha256, remedy)
+
+    def prove_content(self, found: str, sha256: str, remedy: str) -> None:
+        """Raises FormatError where the checksum that this file was found to have is another than is expected."""
         if found != sha256:
             raise FormatError(
                 f"{self} has sha256 {found[:12]}…, its manifest says {sha256[:12]}…: it was changed; {remedy}"
@@ -247,10 +250,11 @@ class Location:
 
     def _chunks(self) -> Iterator[bytes]:
         with self.open_read() as stream:
-            while chunk := self._read_chunk(stream):
+            while chunk := self.read_chunk(stream):
                 yield chunk
 
-    def _read_chunk(self, stream: pa.NativeFile) -> bytes:
+    def read_chunk(self, stream: pa.NativeFile) -> bytes:
+        """What comes next in a stream of this file, as much as one request should ask for; nothing at its end."""
         with explaining(self):
             return bytes(stream.read(_COPY_BYTES if self.is_local else _DOWNLOAD_BYTES))
 

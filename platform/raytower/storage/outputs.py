@@ -1,4 +1,4 @@
-"""Whether a place can be written, found before the work whose result goes there."""
+"""Whether a place can be written, and is the job's own, found before the work whose result goes there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def check_output(output: str, *, is_folder: bool) -> Location:
     """The place of an output, which is to be a folder of several files, or one file.
 
     Raises:
-        InputError: something of another kind is there (/dev/null keeps nothing), a link that leads nowhere stands in
-            the way, or this user may not write there.
+        InputError: no name; something of another kind is there (/dev/null keeps nothing); a link that leads nowhere
+            stands in the way; or this user may not write there.
     """
+    if not output.strip():
+        raise InputError(f"output is {output!r}; name a place")
     place = Location.of(output)
     wanted, other = ("a folder", "a file") if is_folder else ("a file", "a folder")
     kind = place.info().type
@@ -29,6 +31,28 @@ def check_output(output: str, *, is_folder: bool) -> Location:
         )
     if place.is_local:
         _check_local(output, Path(place.path), is_folder=is_folder)
+    return place
+
+
+def output_folder(output: str, *own: str) -> Location:
+    """The place of a folder that a job may write: it is not there, or empty, or what an earlier start left.
+
+    Hidden names count for nothing: file managers and killed writers leave some.
+
+    Args:
+        own: names of which each folder that such a job has begun holds one.
+
+    Raises:
+        InputError: as `check_output`, or the folder holds something and none of `own`.
+    """
+    place = check_output(output, is_folder=True)
+    names = [child.name for child in place.children()]
+    others = [name for name in names if not name.startswith(".")]
+    if others and not set(own) & set(names):
+        raise InputError(
+            f"output {output!r} holds files of something else, as {others[0]!r}; choose a new output, or remove the "
+            "old one"
+        )
     return place
 
 

@@ -18,7 +18,7 @@ from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.directory import INFO_NAME, read_info
 from raytower.progress import log
 from raytower.runtime import ensure_ray
-from raytower.storage import Location, publish_directory
+from raytower.storage import Location, check_output, output_folder, publish_directory
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import TrainJobConfig
@@ -36,6 +36,8 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     Raises:
         InputError: as `fit`.
     """
+    if Location.of(config.output).is_local:  # a remote one may be half published, which is gone on with
+        output_folder(config.output, INFO_NAME)
     surveyed = task_class.survey(config)
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None)), task
@@ -107,8 +109,8 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     Raises:
         InputError: the output holds something else; the message names what differs.
     """
-    output = Location.of(config.output)
-    if not output.exists():
+    output = check_output(config.output, is_folder=True)
+    if not output.exists() or (output.is_dir() and not output.children()):
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
     if not info and not output.is_local and _run_folder(output, identity).exists():

@@ -21,7 +21,7 @@ from raytower.models.directory import resolve_model
 from raytower.progress import log
 from raytower.serving.config import ServeConfig
 from raytower.serving.deploy import check_port, serve
-from raytower.storage import Location
+from raytower.storage import Location, output_folder
 from raytower.up.config import UpConfig
 
 # Small, Chinese and English among its hundred languages, MIT.
@@ -39,7 +39,7 @@ def up(config: UpConfig) -> dict[str, Any]:
         InputError: bad rows under on_error fail, no such model, another encoder than that of the index, a port that is
             taken. RaytowerError: another job works on the same folder, or a worker was lost for good.
     """
-    _check_server(config)
+    _check(config)
     index = _index_of(config)
     if _is_built(index):
         done = sync_index(_sync_config(config, index))
@@ -53,19 +53,21 @@ def up(config: UpConfig) -> dict[str, Any]:
 
 def plan_up(config: UpConfig) -> dict[str, Any]:
     """What `up` would do first: `encode` all texts, or `sync` an index that is there."""
-    _check_server(config)
+    _check(config)
     index = _index_of(config)
     if _is_built(index):
         return {"step": "sync", "index": str(index), **plan_sync(_sync_config(config, index))}
     return {"step": "encode", "index": str(index), **encoding.plan(_encode_config(config))}
 
 
-def _check_server(config: UpConfig) -> None:
-    """Find what would keep the server from starting before the texts are encoded.
+def _check(config: UpConfig) -> None:
+    """Find before the texts are encoded what would keep them from being written, or the server from starting.
 
     Raises:
-        InputError: the port is taken or the address is not this machine's, or there is no such reranker.
+        InputError: the output is a file or holds something else, the port is taken or the address is not this
+            machine's, or there is no such reranker.
     """
+    output_folder(str(_folder(config)) if config.output is None else config.output, _EMBEDDINGS, _INDEX)
     if config.reranker is not None:
         resolve_model(config.reranker)
     check_port(config.host, config.port)

@@ -749,7 +749,7 @@ class TestOutputs:
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "notes").write_text("mine")
         for output, message in (
-            (world.index, "holds no report"),
+            (world.index, "holds files of something else"),
             (tmp_path / "other", "'notes'"),
             (tmp_path / "q.tsv", "a file"),
         ):

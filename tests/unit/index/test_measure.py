@@ -15,6 +15,7 @@ from raytower.index.kinds import SHARDS_PROBE, Vectors
 from raytower.index.measure import (
     ExactHits,
     HeldOut,
+    Wanted,
     exact_hits,
     hold_out,
     measure_recall,
@@ -73,7 +74,7 @@ def grid(k: int) -> list[dict[str, int]]:
 
 def exact(vectors: Vectors, queries: HeldOut, k: int) -> ExactHits:
     rows: Any = Rows(vectors)
-    return exact_hits(rows, queries, k)
+    return exact_hits(rows, Wanted(queries, k))
 
 
 def held_out(vectors: Vectors) -> HeldOut:
@@ -232,7 +233,7 @@ class TestExactHits:
         queries = HeldOut(np.array([0, rows - 1]), vectors[[0, rows - 1]])
         middle = rows // 2
         halves: Any = [Rows(vectors[:middle], batch), Rows(vectors[middle:], batch, middle)]
-        found = merge_exact([exact_hits(half, queries, k) for half in halves if len(half.vectors)], k)
+        found = merge_exact([exact_hits(half, Wanted(queries, k)) for half in halves if len(half.vectors)], k)
         scores = queries.vectors @ vectors.T
         scores[[0, 1], queries.rows] = -np.inf
         wanted = -np.sort(-scores, axis=1)[:, : k + 32]

@@ -330,13 +330,13 @@ class TestBuild:
         other = embeddings_of(tmp_path / "other", clustered_vectors(40, seed=4))
         import raytower.index.build as module
 
-        measured = module.measured
+        measured = module.measured_against
 
         def meanwhile(*arguments: Any) -> Any:
             delete_from_index(IndexDeleteConfig(index=str(folder), ids=["id 2"]))
             return measured(*arguments)
 
-        monkeypatch.setattr(module, "measured", meanwhile)
+        monkeypatch.setattr(module, "measured_against", meanwhile)
         with pytest.raises(InputError, match="published by now"):
             build(folder, other)
         assert Index.open(folder).num_rows == 299
@@ -349,10 +349,10 @@ class TestBuild:
         embeddings = embeddings_of(tmp_path / "e", clustered_vectors(300))
         build_shard, built = module.build_shard, []
 
-        def dying(task: Any, template: Any) -> Any:
+        def dying(*call: Any) -> Any:
             if len(built) == 2:
                 raise KeyboardInterrupt
-            built.append(build_shard(task, template))
+            built.append(build_shard(*call))
             return built[-1]
 
         monkeypatch.setattr(module, "build_shard", dying)
