@@ -11,7 +11,7 @@ from raytower.models.forward import check_max_length
 from raytower.models.text_classifier import TextClassifier
 from raytower.retrieval.config import EngineConfig
 
-# A text with its token ids and the objects around it, in flight; generous.
+# A generous estimate for a text with its token ids and the objects around it.
 _BYTES_PER_TEXT_IN_FLIGHT = 8_192
 
 
@@ -63,7 +63,7 @@ def _plan_memory(
     rows: int, rows_per_batch: int, num_parameters: int, dtype: str, bytes_per_row: int
 ) -> dict[str, Any]:
     in_flight = min(rows, rows_per_batch)
-    # While they are loaded, weights are held once as stored in fp32 and once as computed with.
+    # During loading, memory holds the weights twice: in fp32 as stored, and in the precision of the forward pass.
     weights = num_parameters * (4 + PARAMETER_BYTES[dtype])
     return {
         "rows": rows,
