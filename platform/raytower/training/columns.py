@@ -1,4 +1,4 @@
-"""From training rows to what an objective compares: columns of texts, and targets. Pure; no Ray.
+"""Turns training rows into what an objective compares: columns of texts, and targets. Pure; no Ray.
 
 | rows         | query | documents                     | also              |
 |--------------|-------|-------------------------------|-------------------|
