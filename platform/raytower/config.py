@@ -120,7 +120,7 @@ def load_config(
 
 
 def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
-    """Validate `values` into `config_class`; errors become one InputError that names every offending key."""
+    """Validate `values` into `config_class`. Raises one InputError that names every offending key."""
     refuse_unknown_keys(config_class, values, source)
     try:
         return config_class.model_validate(values)

@@ -298,7 +298,7 @@ def resolve_parameters(
 
 
 def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
-    """float32, contiguous, unit length under cosine.
+    """Query vectors (Q, D) as float32, contiguous, of unit length under cosine.
 
     Raises:
         InputError: the wrong shape or dimension, values that are not finite, or a zero vector under cosine.

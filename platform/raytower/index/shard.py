@@ -102,7 +102,11 @@ class Shard:
     def search(
         self, vectors: Vectors, k: int, parameters: Mapping[str, int], allowed: AllowedRows | None = None
     ) -> Hits:
-        """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made."""
+        """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made.
+
+        Raises:
+            FormatError: the shard's file is damaged.
+        """
         scores, positions = self._searchable.search(vectors, k, parameters, allowed or self._live)
         # One look finds -1, which is the largest then, and positions beyond the end.
         if positions.size == 0 or positions.view(np.uint64).max() < len(self._numbers):
@@ -149,7 +153,7 @@ def check_size(place: Location, found: int | None, file: FileEntry) -> None:
 
 
 def open_array(path: Path) -> NDArray[Any]:
-    """An array of a shard, mapped. Raises ValueError or OSError where it is damaged."""
+    """An array of a shard, (rows,) or (rows, dim), mapped. Raises ValueError or OSError where it is damaged."""
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (EOFError, TokenError) as error:  # NumPy reads the head as Python source

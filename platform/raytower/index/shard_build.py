@@ -124,13 +124,13 @@ def train_template(
 
 
 def serialise(index: Any) -> NDArray[np.uint8]:
-    """A FAISS index as bytes that travel to workers."""
+    """A FAISS index as bytes, uint8 (bytes,), that travel to workers."""
     serialised: NDArray[np.uint8] = import_faiss().serialize_index(index)
     return serialised
 
 
 def build_shard(task: ShardTask, template: NDArray[np.uint8]) -> ShardEntry:
-    """Build a shard; it appears under its digest whole or not at all.
+    """Build a shard from the `template`, uint8 (bytes,); it appears under its digest whole or not at all.
 
     Raises:
         FormatError: what reading the table raises.
