@@ -84,11 +84,11 @@ class Shard:
         return len(self.rows) if self._live is None else self._live.count
 
     def live_rows(self) -> Rows:
-        """The rows that can be hits, rising."""
+        """The rows (live,) that can be hits, rising."""
         return np.asarray(self.rows) if self._live is None else np.asarray(self.rows)[self._live.rows]
 
     def allowed(self, matching: Rows) -> AllowedRows:
-        """Which positions hold one of some rising rows of the table."""
+        """Which positions hold one of some rising rows (n,) of the table."""
         mask = np.zeros(len(self.rows), np.bool_)
         if len(self.rows):
             wanted = matching[slice(*np.searchsorted(matching, (self.rows[0], self.rows[-1] + 1)))]
@@ -162,7 +162,7 @@ def open_array(path: Path) -> NDArray[Any]:
 
 
 def shard_rows(index: Location, entry: ShardEntry) -> Rows:
-    """The rising rows that a shard holds, mapped. Raises FormatError where their file is damaged."""
+    """The rising rows (rows,) that a shard holds, mapped. Raises FormatError where their file is damaged."""
     path = local_file(index / SHARDS_NAME / entry.digest / ROWS_NAME, entry.files[ROWS_NAME])
     try:
         rows = open_array(path)

@@ -45,7 +45,7 @@ class TableRows:
     listed: Rows | None = None
 
     def rows(self) -> Rows:
-        """Their numbers, rising."""
+        """Their numbers, int64 (n,), rising."""
         return self._in(self.table())
 
     def table(self) -> DocumentTable:

@@ -50,9 +50,9 @@ def tune_fusion(
     """The weight among 0, 0.05 … 1 with the highest MRR@10. Of equal ones the smallest, which trusts recall more.
 
     Args:
-        recall_scores: for each query the scores of its candidates, best first.
-        rerank_logits: the reranker's logits of the same candidates.
-        relevance: their judgements; above 0 is relevant. A query without a relevant candidate changes nothing.
+        recall_scores: for each query the scores [K] of its candidates, best first.
+        rerank_logits: the reranker's logits [K] of the same candidates.
+        relevance: their judgements [K]; above 0 is relevant. A query without a relevant candidate changes nothing.
 
     Raises:
         InputError: there are no candidates, or the three differ in length.
@@ -78,7 +78,7 @@ def fused_mrr(
     rerank_logits: Sequence[ArrayLike],
     relevance: Sequence[ArrayLike],
 ) -> float:
-    """MRR@10 of the candidates ordered by `fusion`; ties keep the given order. Arguments as for `tune_fusion`."""
+    """MRR@10 of the candidates ordered by `fusion`; ties keep the given order. Arguments as for `tune_fusion`, [K] each."""
     return _mrr(fusion, _pad(recall_scores, rerank_logits, relevance))
 
 
