@@ -183,7 +183,7 @@ class DocumentTable:
             yield batch
 
     def matching(self, where: str) -> Rows:
-        """The rows (n,) that an SQL condition holds for, rising. Raises InputError where it does not fit the columns."""
+        """The rows (n,) that an SQL condition holds for, rising. Raises InputError if it does not fit the columns."""
         # Asked for addresses only, a scalar index answers without reading a column.
         parts = [
             batch.column(_ADDRESS).to_numpy().astype(np.int64)

@@ -78,7 +78,7 @@ def fused_mrr(
     rerank_logits: Sequence[ArrayLike],
     relevance: Sequence[ArrayLike],
 ) -> float:
-    """MRR@10 of the candidates ordered by `fusion`; ties keep the given order. Arguments as for `tune_fusion`, [K] each."""
+    """MRR@10 of the candidates ordered by `fusion`; ties keep their order. Arguments as for `tune_fusion`: [K] each."""
     return _mrr(fusion, _pad(recall_scores, rerank_logits, relevance))
 
 
