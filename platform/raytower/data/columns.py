@@ -81,7 +81,7 @@ def plain_type(kind: pa.DataType, depth: int = 0) -> pa.DataType:
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return plain_type(kind.value_type, depth)
     if depth > MAX_DEPTH:
-        raise TypeError(f"lists and structs may lie {MAX_DEPTH} deep")
+        raise TypeError(f"lists and structs may be nested at most {MAX_DEPTH} deep")
     if types.is_struct(kind):
         for name in (member.name for member in kind):
             if not is_member_name(name):

@@ -74,7 +74,7 @@ def refuse_other_text(file: SourceFile, head: bytes) -> None:
     lines = {line for line in head.split(b"\n")[:-1] if not line.isascii()}
     if len(lines) >= _MIN_FOREIGN_LINES and not any(is_utf8(line) for line in lines):
         raise InputError(
-            f"{file} is no UTF-8 text: none of its first {len(lines)} lines with characters beyond ASCII is; if it "
+            f"{file} is no UTF-8 text: none of its first {len(lines)} non-ASCII lines is UTF-8; if it "
             "is GBK, `iconv -f GB18030 -t UTF-8` makes it UTF-8"
         )
     if b"\r" in head.rstrip(b"\r\n") and b"\n" not in head:

@@ -100,7 +100,7 @@ def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> La
     head = read_head(file)
     if not head.removeprefix(_BOM):
         if FORMAT_BY_SUFFIX.get(file.suffix) in ("parquet", "arrow"):
-            raise InputError(f"{file} is no readable {file.suffix[1:]} file: it has no byte; write it again")
+            raise InputError(f"{file} is no readable {file.suffix[1:]} file: it is empty; write it again")
         return None
     file_format = _detect_format(file, kind, config, head)
     layout = Layout(kind, file_format, fields_of(kind, tuple(config.text_fields), config.id_field))

@@ -166,7 +166,7 @@ def _iter_elements(reader: RangeReader, start: int, rows_per_slice: int) -> Iter
             start, characters, number = content.extent.end, last, number + len(some)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{reader.file} is no whole JSON array, behind element {number}: {error}; correct the file"
+            f"{reader.file} is no whole JSON array, after element {number}: {error}; correct the file"
         ) from error
 
 

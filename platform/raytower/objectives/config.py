@@ -184,7 +184,7 @@ class PointwiseRegression(RerankerSettings):
     def model_post_init(self, context: Any) -> None:
         if self.loss == "mse" and self.positive_weight != 1:
             raise ValueError(
-                f"positive_weight is {self.positive_weight}, but loss mse knows no positives; set loss to bce, or "
+                f"positive_weight is {self.positive_weight}, but loss mse weighs no positives; set loss to bce, or "
                 "leave positive_weight out"
             )
 

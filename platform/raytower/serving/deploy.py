@@ -333,8 +333,8 @@ def _within_start_timeout(config: ServeConfig, work: Callable[[], Result]) -> Re
         used, total = get_used_memory() / 2**30, get_system_memory() / 2**30
         raise RaytowerError(
             f"the server did not start within start_timeout_s = {config.start_timeout_s} s. {used:.1f} of {total:.1f} "
-            "GiB of memory are used; where little is left, Ray ends the server's processes again and again: give it "
-            "more. Raise start_timeout_s where the index or a model takes longer to load"
+            "GiB of memory are used; if memory is short, Ray kills the server's processes again and again: give it "
+            "more. Raise start_timeout_s if the index or a model takes longer to load"
         ) from None
 
 
