@@ -210,7 +210,7 @@ def _settled(value: Any) -> Any:
 
 
 def _json_fault(value: Any, depth: int) -> str | None:
-    """What is wrong with a value as JSON gives it, or None."""
+    """The fault of a value that JSON gave, or None."""
     kind = type(value)
     if kind is int:
         if not _INT64_MIN <= value <= _UINT64_MAX:

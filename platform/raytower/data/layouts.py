@@ -42,7 +42,7 @@ _MIN_TEXT_CHARACTERS = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """What to read from a file, and from where on. Picklable."""
+    """Which columns to read from a file, in which format, and from which byte on. Picklable."""
 
     kind: RecordKind
     format: FileFormat
@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def cut(self) -> Cut:
-        """What ends a row of a text format."""
+        """The end of a row in a text format."""
         cuts: dict[FileFormat, Cut] = {"csv": "quoted", "json": "elements"}
         return cuts.get(self.format, "lines")
 

@@ -64,7 +64,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Survey:
-    """What an input holds."""
+    """The result of a survey: an input's pieces, counts and schema."""
 
     pieces: tuple[Piece, ...]
     num_rows: int

@@ -1,4 +1,4 @@
-"""What happens to a row that breaks a rule: the input fails, or the row goes to a quarantine file with its reason."""
+"""Rows that break a rule: the first one fails the input, or each goes to a quarantine file with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers of every format pass on: rows that become records, and the rows that break a rule."""
+"""The rows that the readers of every format pass on: those that become records, and those that break a rule."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MAX_LINE_BYTES = 256 * 1024 * 1024
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 Cut = Literal["lines", "quoted", "elements"]
-"""What ends a row: a newline; a newline outside quotes; the end of an element of a JSON array."""
+"""A row ends with a newline; a newline outside quotes; the end of an element of a JSON array."""
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ Vectors = NDArray[np.float32]
 
 
 class TextEncoder(Protocol):
-    """What a retriever needs of its encoder, such as a `ForwardEngine`."""
+    """The encoder of a retriever, such as a `ForwardEngine`."""
 
     def encode(self, texts: Sequence[str], prefix: str = "") -> Vectors:
         """Vectors of the texts, float32 [Q, D], with `prefix` put before each text."""
 
 
 class PairScorer(Protocol):
-    """What a retriever needs of its reranker, such as a `CrossScorer`."""
+    """The reranker of a retriever, such as a `CrossScorer`."""
 
     def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         """One raw logit for each pair of a query and a document, float32 [pairs]."""

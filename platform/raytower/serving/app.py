@@ -109,7 +109,7 @@ class ScoreAnswer:
 
 
 class Engine(Protocol):
-    """What the routes need. Methods block, are called from several threads, and may raise ApiError.
+    """The answers behind the routes. Methods block, are called from several threads, and may raise ApiError.
 
     They should raise OutOfTimeError once `deadline` is past: the caller has got its 504 by then.
     """

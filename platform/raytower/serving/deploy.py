@@ -168,7 +168,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
 
 
 def plan_serve(config: ServeConfig) -> dict[str, Any]:
-    """What `serve` would do: version, rows, shards, bytes of the index in each process, processes, CPUs.
+    """The plan of `serve`: version, rows, shards, bytes of the index in each process, processes, CPUs.
 
     Raises:
         InputError: no such index or model, or an empty key variable. FormatError: another encoder made the index.

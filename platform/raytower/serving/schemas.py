@@ -19,7 +19,7 @@ DEFAULT_RECALL_K = 100
 
 
 class Limits(Config):
-    """What one request may ask for. Longer texts and bodies are answered 413, larger counts 422."""
+    """The limits of one request. Longer texts and bodies are answered 413, larger counts 422."""
 
     max_body_bytes: ByteSize = Field(default=ByteSize(4 * 1024 * 1024), ge=1024)
     """Bytes of a request's body."""

@@ -34,7 +34,7 @@ _FETCH_S = 0.01
 
 
 class _OneVersion:
-    """What the engine asks of any index version, answered from its manifest and its table's columns."""
+    """The facts that the engine asks of any index version, from its manifest and its table's columns."""
 
     def __init__(self, manifest: IndexManifest, documents_schema: pa.Schema) -> None:
         self.manifest = manifest
@@ -85,7 +85,7 @@ class LocalIndex(_OneVersion):
 
 
 class ShardResponse(Protocol):
-    """What a Serve handle returns for a call."""
+    """The pending answer that a Serve handle returns for a call."""
 
     def result(self, *, timeout_s: float | None = None) -> Any: ...
 

@@ -75,7 +75,7 @@ def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> 
             raise _taken(place, path.read_bytes() if path.is_file() else b"{}")
         os.ftruncate(descriptor, 0)
         _describe(descriptor, mine, place)
-        # A lock file that was removed locks nobody out any more.
+        # A lock on a removed file excludes no other process, so the file must still have its name.
         lease = Lease(place, lambda: is_still(descriptor, path))
         lease.check()
         yield lease

@@ -1,4 +1,4 @@
-"""What a local disk needs beyond open and rename: durable renames, exchange, atomic creation, locks."""
+"""Operations of a local disk beyond open and rename: durable renames, exchange, atomic creation, locks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_dirs(path: Path) -> None:
 
 
 def beside(path: Path, suffix: str = "tmp") -> Path:
-    """A hidden name in the same folder that nobody else uses."""
+    """A hidden name in the same folder that no other file has."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{suffix}")
 
 

@@ -218,7 +218,7 @@ class Location:
     def put_if_absent(self, content: bytes) -> bool:
         """Make this file where there is none. Of several callers at once, one gets True and the others False.
 
-        After a StorageError nobody knows whether the file was made.
+        After a StorageError it is unknown whether the file was made.
         """
         if self.is_local:
             with explaining(self):
