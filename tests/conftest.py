@@ -21,6 +21,9 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Tiny matrices gain nothing from more threads, and lose much where the cores are busy; read when numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Left alone, Ray's workers are so nice that they wait for the other process of pytest.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

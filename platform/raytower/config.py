@@ -111,7 +111,7 @@ def load_config(
 
 
 def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
-    """Validate `values` into `config_class`; errors become one InputError that names every offending key."""
+    """Validate `values` into `config_class`. Raises one InputError that names every offending key."""
     return _validated(config_class, values, lambda _: source)
 
 

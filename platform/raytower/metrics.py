@@ -182,7 +182,9 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def accuracy_f1(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[float, float]:
-    """Accuracy and F1 of the class 1 when `score >= threshold` predicts 1; F1 is 0 where nothing is found.
+    """Accuracy and F1 of the class 1 of N scores and labels, [N] each; `score >= threshold` predicts 1.
+
+    F1 is 0 where nothing is found.
 
     Raises:
         InputError: as `auc`, except that one class alone is fine.
@@ -195,7 +197,7 @@ def accuracy_f1(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple
 
 
 def best_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
-    """The threshold with the highest accuracy on these very pairs; ties take the lowest one.
+    """The threshold with the highest accuracy on these very scores [N] and labels [N]; ties take the lowest one.
 
     The result is one of the scores, or just above the highest where predicting 0 always is best. An accuracy
     measured with it on the same pairs flatters: apply it to others.
@@ -214,7 +216,7 @@ def best_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Spearman's rank correlation with midranks; NaN where either side is constant.
+    """Spearman's rank correlation of [N] and [N] with midranks; NaN where either side is constant.
 
     Raises:
         InputError: lengths differ or there are fewer than two items.

@@ -69,6 +69,7 @@ class KnownPositives:
     """
 
     def __init__(self, keys: NDArray[np.uint64]) -> None:
+        """`keys`: the hashes, (entries,), in any order."""
         self._keys = np.unique(keys)
 
     @staticmethod

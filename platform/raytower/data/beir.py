@@ -37,7 +37,7 @@ _IDENTIFIER = RecordField("id", ("_id", "id"), "id")
 
 
 def is_beir(config: InputConfig) -> bool:
-    """Whether the input is a BEIR folder: so configured, or, under auto, a folder with a BEIR folder's files."""
+    """Whether the input is a BEIR folder: format is beir, or it is auto and the folder holds BEIR's files."""
     if config.format == "beir":
         return True
     if config.format != "auto" or is_glob(config.path):
@@ -211,7 +211,7 @@ def _judgements(source: Source, rejects: Rejects) -> Iterator[_Judgement]:
                 f"and {score:g} here"
             )
             rejects.add(source.file, [Rejection(line, reason)], chunk.raw)
-        elif first == line:  # the same judgement once more says nothing new
+        elif first == line:  # a repeated equal judgement adds nothing
             yield _Judgement(query_id, document_id, score, line)
 
 
@@ -241,6 +241,7 @@ def _first_of_each(
 def _locate(source: Source, wanted: set[str], rejects: Rejects) -> dict[str, tuple[int, int]]:
     """For each wanted id, the bytes at which its line starts and ends, newline included."""
     spans: dict[str, tuple[int, int]] = {}
+    # A chunk's wanted lines come one after another, so its edges are computed once and kept.
     edges_of: tuple[Chunk | None, list[int]] = (None, [])
     for chunk, identifier, _, line in _first_of_each(source, wanted.__contains__, rejects):
         if chunk is not edges_of[0]:
@@ -252,7 +253,7 @@ def _locate(source: Source, wanted: set[str], rejects: Rejects) -> dict[str, tup
 
 
 def _fetch(source: Source, ids: Sequence[str], spans: np.ndarray) -> list[str]:
-    """The texts of the lines at `spans` (int64 [n, 2]), whose ids must be `ids`."""
+    """The texts of the lines at `spans`, int64 [n, 2], whose ids must be `ids`. Near lines share one read."""
     runs: list[list[tuple[int, int]]] = []
     for start, end in np.unique(spans, axis=0).tolist():
         if not runs or start - runs[-1][-1][1] > _GAP_BYTES or end - runs[-1][0][0] > _RUN_BYTES:

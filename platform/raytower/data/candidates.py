@@ -1,8 +1,8 @@
 """Candidate lists: a query with the documents to compare for it and a score of each, best-scored first.
 
-A row comes with Arrow lists of documents and of scores. A row of several positives (see NUM_POSITIVES) becomes one
-record for each of them, with all the negatives: how many records there are is known only once the rows are checked.
-Everything is done over the flattened lists of all rows at once.
+A row comes with Arrow lists of documents and of scores. A row with several positives (see NUM_POSITIVES) becomes one
+record per positive, each with all the negatives, so the number of records is known only after the rows are checked.
+All rows are processed at once, on their flattened lists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NUM_POSITIVES = "num_positives"
 
 
 def make_candidates(batch: RowBatch) -> None:
-    """Check the lists of each row, and make them records whose highest score comes first; ties keep their order."""
+    """Check the lists of each row and make records of them, the highest score first; ties keep their order."""
     counts = _lengths(batch, "documents")
     batch.reject(counts < 2, lambda i: f"documents holds {_count(counts[i], 'text')}, must hold at least 2")
     _check_elements(batch, "documents", _is_null, lambda name, _: f"{name} is null, must be a string")
@@ -45,7 +45,7 @@ def make_candidates(batch: RowBatch) -> None:
 def _check_elements(
     batch: RowBatch, column: str, is_bad: Callable[[pa.Array], np.ndarray], reason: Callable[[str, Any], str]
 ) -> None:
-    """Reject the rows with a bad element in a list; the reason is told the first one's name and value."""
+    """Reject the rows whose list holds a bad element; `reason` gets the name and value of the first one."""
     values = batch.columns[column].flatten()
     bad = np.flatnonzero(is_bad(values))
     rows_of_values = pc.list_parent_indices(batch.columns[column]).to_numpy()
@@ -59,7 +59,7 @@ def _check_elements(
 
 
 def _element_name(batch: RowBatch, column: str, row: int, place: int) -> str:
-    """What an element is called, counted from 1, in the terms in which the row was written."""
+    """The element's name in the words of the input, counted from 1: `negative 2`, or `document 3`."""
     num_positives = _num_positives(batch)[row]
     if not num_positives:
         return f"{column.removesuffix('s')} {place + 1}"
@@ -67,10 +67,14 @@ def _element_name(batch: RowBatch, column: str, row: int, place: int) -> str:
 
 
 def _split_and_sort(batch: RowBatch) -> None:
-    """Make one record of each positive of a row, or of the row as it stands, and put its best document first."""
+    """Make one record of each positive of a row, or of the row as it stands, and put its best document first.
+
+    Example: one row of 2 positives and 3 negatives, elements 0 to 4. heads 2, row 0 0, sizes 4 4,
+    record 0 0 0 0 1 1 1 1, element 0 2 3 4 1 2 3 4.
+    """
     lengths = _lengths(batch, "documents")
     starts = np.cumsum(lengths) - lengths
-    # A row gives as many records as it has heads: documents that are the first of one. The others go into each.
+    # A head is a document that comes first in a record: each head makes one, and the other documents go into all.
     heads = np.maximum(_num_positives(batch), 1)
     row = np.repeat(np.arange(len(lengths)), heads)  # [records]
     sizes = (lengths - heads + 1)[row]  # [records]

@@ -1,9 +1,9 @@
-"""The gate for columns that a corpus passes through: decoded, and of values that can be stored and answered.
+"""The gate for columns that a corpus passes through: the index can store what passes, and JSON can express it.
 
-What passes is null, bool, string, int64, uint64, float32, float64, decimal128, date32 and timestamp, and lists and
-structs of these. Dictionaries, extension types, views and narrow numbers become the plain type of their values, and NaN
-becomes null. Rows with text that is no UTF-8, an infinite number or a date that no calendar has are rejected; bytes,
-times of day, durations, maps and unions are refused.
+These types pass: null, bool, string, int64, uint64, float32, float64, decimal128, date32, timestamp, and lists and
+structs of them. Dictionaries, extension types, views and narrow numbers become the plain type of their values. NaN
+becomes null. Rows with text that is not UTF-8, an infinite number or a date outside of the years 1 to 9999 are
+rejected. Columns of bytes, times of day, durations, maps or unions are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 
 MAX_DEPTH = 16
-"""How deep lists and objects may lie in one another."""
+"""How many levels deep lists and objects may be nested."""
 _MAX_DIGITS = 38
 _UINT64_MAX = 2**64 - 1
 _INT64_MIN = -(2**63)
@@ -67,21 +67,21 @@ def admit(batch: RowBatch, file: SourceFile) -> None:
 
 
 def reject_faults(batch: RowBatch, label: str, found: dict[int, str]) -> None:
-    """Reject the rows in `found`, each with the words for what is wrong with `label` there."""
+    """Reject the rows in `found`, which says for each what is wrong with `label`."""
     bad = np.zeros(len(batch.lines), dtype=bool)
     bad[list(found)] = True
     batch.reject(bad, lambda row: f"{label} {found[row]}")
 
 
 def plain_type(kind: pa.DataType, depth: int = 0) -> pa.DataType:
-    """The type in which values of an Arrow type pass. Raises TypeError, which says why, where they cannot."""
+    """The type in which values of an Arrow type pass. Raises TypeError with the reason if they cannot."""
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type, depth)
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return plain_type(kind.value_type, depth)
     if depth > MAX_DEPTH:
-        raise TypeError(f"lists and structs may lie {MAX_DEPTH} deep")
+        raise TypeError(f"lists and structs may be nested at most {MAX_DEPTH} deep")
     if types.is_struct(kind):
         for name in (member.name for member in kind):
             if not is_member_name(name):
@@ -104,7 +104,7 @@ def is_member_name(name: str) -> bool:
 
 
 def cast_exactly(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """`array` as `kind`, which can hold its values: members that its structs lack are null, and so is NaN."""
+    """`array` cast to `kind`, which can hold its values. Members that its structs lack become null, and so does NaN."""
     array = _decoded(array)
     if pa.types.is_null(kind) or array.null_count == len(array):
         return pa.nulls(len(array), kind)
@@ -120,16 +120,16 @@ def cast_exactly(array: pa.Array, kind: pa.DataType) -> pa.Array:
         values = cast_exactly(array.flatten(), kind.value_type)
         return pa.ListArray.from_arrays(offsets, values, type=kind, mask=array.is_null())
     if pa.types.is_decimal(kind) and pa.types.is_integer(array.type):
-        array = array.cast(pa.decimal128(_MAX_DIGITS, 0))  # else Arrow asks for room for the largest integer
+        array = array.cast(pa.decimal128(_MAX_DIGITS, 0))  # Arrow wants room for the largest integer
     if array.type != kind:
-        array = array.cast(kind, safe=not pa.types.is_date64(array.type))  # of which only the day counts
+        array = array.cast(kind, safe=not pa.types.is_date64(array.type))  # of a date64 only the day counts
     if pa.types.is_floating(kind) and (no_number := pc.is_nan(array)).true_count:
         array = pc.if_else(no_number, pa.scalar(None, kind), array)
     return array
 
 
 def faults(array: pa.Array) -> dict[int, str]:
-    """The rows of an Arrow column in which a value cannot pass, each with what is wrong with its first."""
+    """The rows of an Arrow column with a value that cannot pass, each with the fault of its first such value."""
     found: dict[int, str] = {}
     for values, rows in _leaves(array, np.arange(len(array))):
         for bad, words in _leaf_faults(values):
@@ -139,7 +139,7 @@ def faults(array: pa.Array) -> dict[int, str]:
 
 
 def parents(array: pa.Array, rows: np.ndarray) -> np.ndarray:
-    """For each element of a column of lists, the one of `rows` in whose list it is."""
+    """The row of each element of a list column, (elements,): lists [[a, b], [], [c]] of `rows` 5 6 7 give 5 5 7."""
     return rows[pc.list_parent_indices(array).to_numpy()]
 
 
@@ -167,7 +167,7 @@ def _leaves(array: pa.Array, rows: np.ndarray) -> Iterator[tuple[pa.Array, np.nd
 
 
 def _leaf_faults(values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
-    """What may be wrong with plain values, as a mask and the words for it."""
+    """Each fault that plain values may have: a mask, bool [values], and its words."""
     kind = values.type
     if pa.types.is_string(kind):
         yield _is_no_utf8(values), _NO_UTF8
@@ -203,14 +203,14 @@ def _json_faults(values: list[Any]) -> dict[int, str]:
 
 
 def _settled(value: Any) -> Any:
-    """The JSON value without objects that have no members: they say as much as null, and no column holds them."""
+    """The JSON value with null in place of objects without members, which no column can hold."""
     if type(value) is dict:
         return {key: _settled(inner) for key, inner in value.items()} or None
     return list(map(_settled, value)) if type(value) is list else value
 
 
 def _json_fault(value: Any, depth: int) -> str | None:
-    """What is wrong with a value as JSON gives it, or None."""
+    """The fault of a value that JSON gave, or None."""
     kind = type(value)
     if kind is int:
         if not _INT64_MIN <= value <= _UINT64_MAX:

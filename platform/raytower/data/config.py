@@ -22,7 +22,7 @@ class PathConfig(Config):
 
     @property
     def path_alone(self) -> str | None:
-        """The path where it says everything, as nothing else is set; None where something is."""
+        """The path if no other key is set, else None."""
         return self.path if self == type(self)(path=self.path) else None
 
 
@@ -30,7 +30,7 @@ class InputConfig(PathConfig):
     """Where records come from. `path` is a file, a folder or a glob."""
 
     format: InputFormat = "auto"
-    """Format of the files; auto tells it by extension and first bytes."""
+    """Format of the files; auto detects it from extension and first bytes."""
     text_fields: list[str] = Field(default=["title", "text"], min_length=1)
     """Columns or keys that make up a corpus text, joined by one space; the last is required, the others are not."""
     id_field: str | None = None
@@ -39,12 +39,12 @@ class InputConfig(PathConfig):
     """Split of a BEIR folder: its pairs are those that qrels/<split>.tsv judges relevant. Null reads train."""
 
     def remedy(self, text: str) -> str:
-        """`text`, which advises to set keys of this section, as the end of a message."""
+        """The end of a message: `text`, which advises to set keys of this section."""
         return f"; {text}"
 
 
 class NamedInput(InputConfig):
-    """An input that a command names by its path alone: it has no other key that a message could advise to set."""
+    """An input of which the command's config holds the path alone, so no message may advise to set another key."""
 
     def remedy(self, text: str) -> str:
         return ""
@@ -56,4 +56,4 @@ class QueriesConfig(PathConfig):
     format: QueryFormat = "auto"
     """Kind of the rows; auto takes a BEIR folder for one, and everything else for pairs."""
     split: str = "test"
-    """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Of pairs all are queries."""
+    """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have no splits."""

@@ -1,7 +1,7 @@
 """Columns that a corpus passes through: one name and one type for each over all files, and tables made to that schema.
 
-A type follows from the values, never from what a file declares: a column without a value takes any type, and whole
-numbers become floats, or floats whole numbers, only where every value stays what it is.
+The values decide the type, never what a file declares. A column without values takes any type. Whole numbers become
+floats, or floats whole numbers, only if no value changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 
 MAX_COLUMNS = 1000
-"""Columns with the members of their objects: more are keys that are data, and each would be a column in storage."""
+"""Most columns, members of objects counted. More mean that keys are data (user ids, say); each would be a column."""
 # Columns of the embeddings, and of the index's table.
 _OWN_NAMES = ("id", "text", "embedding", "row", "vector", "tokens")
 _UNSTORABLE = re.compile("[.`\0]")  # a dot leads to a member of an object, a backtick quotes a name
@@ -32,7 +32,7 @@ _INT64_MAX = 2**63 - 1
 _NS_RANGE_IN_US = (-(2**63) // 1000 + 1, _INT64_MAX // 1000)
 
 Trait: TypeAlias = str | pa.DataType
-"""What values show of the type that they need; of decimals it is the Arrow type."""
+"""A property of values that their type must suit, such as `fraction`; for decimals, their Arrow type."""
 _WORDS = {
     "long": "integers beyond 2^53",
     "unsigned": "integers beyond 2^63",
@@ -58,7 +58,7 @@ _OF_PYTHON: dict[object, pa.DataType] = {
 
 
 def stored_name(name: str) -> str:
-    """The name under which a column passes through: its own, unless the index has it or cannot store it."""
+    """The name under which a column passes through: its own, unless the index uses that itself or cannot store it."""
     storable = _UNSTORABLE.sub("_", name) or "unnamed"
     return f"source_{storable}" if storable in _OWN_NAMES or storable.startswith("_row") else storable
 
@@ -100,7 +100,7 @@ class ExtraTypes:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The columns that pass through under another name than their own, with that name."""
+        """Own name → stored name of the columns that pass through under another name."""
         return {original: name for name, original in self._originals.items() if name != original}
 
     def schema(self, kind: RecordKind) -> pa.Schema:
@@ -110,7 +110,7 @@ class ExtraTypes:
 
 
 def build_table(batch: RowBatch, schema: pa.Schema) -> pa.Table:
-    """The rows of `batch` as a table of exactly `schema`; columns that they lack are null."""
+    """The rows of `batch` as a table of exactly `schema`; columns that the batch lacks are null."""
     extra = {stored_name(name): column for name, column in batch.extra.items()}
     columns = [
         batch.columns[field.name]
@@ -130,15 +130,15 @@ def _of_type(column: Column, kind: pa.DataType) -> pa.Array:
 
 
 class _Seen:
-    """What a column, a member of its objects or the elements of its lists held so far, and where first."""
+    """The traits seen in a column, a member of its objects or the elements of its lists, each with its first line."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._traits: dict[Trait, str] = {}
         self._declared: set[Trait] = set()
-        """Traits of the types of columns that held no value."""
+        """Traits of the declared types of columns without values."""
         self._members: dict[str | None, _Seen] = {}
-        """Of objects by key; of the elements of lists under None."""
+        """Members of objects by key; elements of lists under None."""
 
     @property
     def count(self) -> int:
@@ -189,9 +189,9 @@ class _Seen:
 
 
 def _unified(traits: Set[Trait]) -> pa.DataType | None:
-    """The type that holds, unchanged, all values with these traits; None where there is none, or no trait.
+    """The type that holds all values with these traits unchanged; None if there is no such type, or no trait.
 
-    Of traits that have no such type, two have none already.
+    If traits have no such type, then some two of them have none either, so an error can name the two.
     """
     if len(traits) == 1 and (lone := _LONE.get(next(iter(traits)))) is not None:
         return lone
@@ -218,10 +218,10 @@ def _unified(traits: Set[Trait]) -> pa.DataType | None:
 
 
 def _alike(values: list[Any], lines: np.ndarray) -> list[tuple[Column, np.ndarray]]:
-    """JSON values by their kind, scalars as Arrow; null, and NaN, are left out."""
+    """JSON values grouped by their Python type, scalars as Arrow; null and NaN are left out."""
     groups: dict[object, tuple[list[Any], list[int]]] = {}
     for value, line in zip(values, lines.tolist(), strict=True):
-        if value is not None and value == value:  # NaN is not
+        if value is not None and value == value:  # NaN differs from itself
             kind = type(value)
             same, places = groups.setdefault(
                 "large" if kind is int and value > _INT64_MAX else kind, ([], [])

@@ -1,4 +1,4 @@
-"""A look at a file's first bytes before it is read as anything: it need not be what its name says."""
+"""Checks of a file's first bytes before it is parsed, because a file may be other than its name says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
 
-# What begins with these bytes, and what to do about it.
+# The first bytes, what such a file is, and the remedy.
 _OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -35,7 +35,7 @@ _OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
 )
 _HTML = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html[\s>])", re.IGNORECASE)
 _TAR_MARK = slice(257, 262)
-# Of text, no more than a stray one; of UTF-16 without a mark, every second byte of ASCII.
+# Text holds a stray NUL at most. UTF-16 without a byte order mark has one in every second byte of ASCII text.
 _MAX_NUL_SHARE = 0.1
 _MAX_NULS = 3
 _MIN_FOREIGN_LINES = 3
@@ -51,10 +51,10 @@ def binary_format(head: bytes) -> str | None:
 
 
 def refuse_other_file(file: SourceFile, head: bytes) -> None:
-    """Raise InputError where `head`, the first bytes of `file`, decompressed, show that it is no data file at all."""
+    """Raise InputError where `head`, the decompressed first bytes of `file`, shows another kind of file (zip, say)."""
     for mark, what, remedy in _OTHER_FILES:
         if head.startswith(mark):
-            # Letters alone may well begin a text.
+            # A mark of letters alone (ORC, BZh) may also begin a text; a NUL byte proves that it does not.
             if mark.isalpha() and b"\x00" not in head:
                 continue
             raise InputError(f"{file} is {what}, whatever its name says; {remedy}")
@@ -74,7 +74,7 @@ def refuse_other_text(file: SourceFile, head: bytes) -> None:
     lines = {line for line in head.split(b"\n")[:-1] if not line.isascii()}
     if len(lines) >= _MIN_FOREIGN_LINES and not any(is_utf8(line) for line in lines):
         raise InputError(
-            f"{file} is no UTF-8 text: none of its first {len(lines)} lines with characters beyond ASCII is; if it "
+            f"{file} is no UTF-8 text: none of its first {len(lines)} non-ASCII lines is UTF-8; if it "
             "is GBK, `iconv -f GB18030 -t UTF-8` makes it UTF-8"
         )
     if b"\r" in head.rstrip(b"\r\n") and b"\n" not in head:

@@ -20,7 +20,7 @@ _JSON_TYPES = {str: "string", int: "number", float: "number", bool: "boolean", l
 
 
 def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> RowBatch:
-    """`lines`, the line numbers of which are `numbers`, as rows with a column for each field."""
+    """Parse `lines`, whose line numbers are `numbers`, into rows with a column for each field."""
     layout = source.layout
     records: list[list[Any]] = []
     num_positives: list[int] = []
@@ -136,10 +136,10 @@ def _found(value: Any) -> str:
 
 
 def _with_documents(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """`row` with documents and scores, and how many of the documents are positives of a record each.
+    """`row` with documents and scores, and its number of positives (see candidates.NUM_POSITIVES).
 
-    `positive` (one text or several) and `negatives` become documents with the scores 1 and 0. 0 positives stands for
-    a row that gives documents and scores itself.
+    `positive` (one text or several) and `negatives` become documents with the scores 1 and 0. The number is 0 where the
+    row gives documents and scores itself.
     """
     if "documents" in row:
         return row, 0

@@ -26,13 +26,13 @@ from raytower.data.sources import FORMAT_BY_SUFFIX, SourceFile
 from raytower.errors import InputError
 
 FileFormat = Literal["lines", "tsv", "csv", "jsonl", "json", "parquet", "arrow"]
-"""tsv: columns separated by tabs, quotes being characters. csv: by the layout's delimiter, quoted where need be. jsonl:
-an object a line. json: one array of objects."""
+"""tsv: columns separated by tabs; a quote is an ordinary character. csv: separated by the layout's delimiter; fields
+may be quoted. jsonl: one object a line. json: one array of objects."""
 
 _BOM = b"\xef\xbb\xbf"
 _FIRST_LINE_BYTES = 1024 * 1024
 _HEAD_BYTES = 64 * 1024
-# Names that only a header has. A first line with one of them and without those that were asked for is not guessed at.
+# Names that only a header has. A first line with one of them, but without the wanted columns, is refused.
 _HEADER_WORDS = {
     "id", "_id", "docid", "doc_id", "pid", "text", "title", "content", "contents", "document", "passage", "label"
 }  # fmt: skip
@@ -42,7 +42,7 @@ _MIN_TEXT_CHARACTERS = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """What to read from a file, and from where on. Picklable."""
+    """Which columns to read from a file, in which format, and from which byte on. Picklable."""
 
     kind: RecordKind
     format: FileFormat
@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def cut(self) -> Cut:
-        """What ends a row of a text format."""
+        """The end of a row in a text format."""
         cuts: dict[FileFormat, Cut] = {"csv": "quoted", "json": "elements"}
         return cuts.get(self.format, "lines")
 
@@ -95,7 +95,7 @@ def name_among(field: RecordField, columns: Container[str]) -> str | None:
 def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> Layout | None:
     """Decide from the config, the extension and the first bytes how `file` is read as records of `kind`.
 
-    None: there is nothing in the file.
+    Returns None for an empty file.
 
     Raises:
         InputError: the file is not what its name says, the format cannot be told or does not fit the kind, a header is
@@ -104,7 +104,7 @@ def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> La
     head = read_head(file)
     if not head.removeprefix(_BOM):
         if FORMAT_BY_SUFFIX.get(file.suffix) in ("parquet", "arrow"):
-            raise InputError(f"{file} is no readable {file.suffix[1:]} file: it has no byte; write it again")
+            raise InputError(f"{file} is no readable {file.suffix[1:]} file: it is empty; write it again")
         return None
     file_format = _detect_format(file, kind, config, head)
     layout = Layout(kind, file_format, fields_of(kind, tuple(config.text_fields), config.id_field))
@@ -160,7 +160,7 @@ def _table_layout(file: SourceFile, config: InputConfig, layout: Layout, head: b
 
 
 def _delimiter(line: str) -> str:
-    """What separates the columns of a .csv file with this first line; spreadsheets also write tabs, semicolons."""
+    """The delimiter of a .csv file with this first line; spreadsheets also write tabs and semicolons."""
     if "\t" in line:
         return "\t"
     cells = {cell.strip(' "').lower() for cell in line.split(";")}
@@ -168,13 +168,13 @@ def _delimiter(line: str) -> str:
 
 
 def _is_quoted(head: bytes) -> bool:
-    """Whether fields between tabs are quoted as CSV does it: all that begin with a quote, and not for nothing.
+    """Whether fields between tabs are quoted as in CSV: every field that begins with a quote is a whole quoted one.
 
-    Nothing but a doubled quote, or a first line with every field in quotes, tells such a file from one whose texts
-    begin and end with quotes.
+    Texts may begin and end with quotes too. So a file counts as quoted only if it also has a doubled quote inside a
+    field, or a first line with every field in quotes.
     """
     rows = Slice(0, 1, head, "quoted").rows()
-    # The last one may be cut off.
+    # The last row may be cut off.
     lines = [row.split(b"\t") for row in (rows[:-1] if len(rows) > 1 and not head.endswith(b"\n") else rows)]
     fields = [field for line in lines for field in line if field.startswith(b'"')]
     whole = [len(f) > 1 and f.endswith(b'"') and b'"' not in f[1:-1].replace(b'""', b"") for f in fields]
@@ -184,7 +184,7 @@ def _is_quoted(head: bytes) -> bool:
 
 
 def _reads_like_a_text(cell: str) -> bool:
-    """Whether `cell` is no id: words with spaces between them, or several characters of a script beside ASCII."""
+    """Whether `cell` is a text and no id: it has spaces between words, or several characters beyond ASCII."""
     return " " in cell.strip() or (not cell.isascii() and len(cell) >= _MIN_TEXT_CHARACTERS)
 
 
@@ -247,7 +247,7 @@ def _detect_format(file: SourceFile, kind: RecordKind, config: InputConfig, head
 
 
 def _refuse_columns(file: SourceFile, config: InputConfig, head: bytes) -> None:
-    """Refuse a .txt corpus every line of which has as many tabs: whether they separate columns is not guessed."""
+    """Refuse a .txt corpus with one tab in every line: whether the tab separates columns is not guessed."""
     lines = head.removeprefix(_BOM).split(b"\n")
     counts = {line.count(b"\t") for line in (lines[:-1] or lines)}
     if counts == {1}:
@@ -270,7 +270,7 @@ def read_head(file: SourceFile) -> bytes:
 
 
 def split_first_line(head: bytes) -> tuple[str, int, int]:
-    """The first line, the byte at which it begins and the byte after it. It is only looked at, so bad bytes pass."""
+    """The first line, the byte at which it begins and the byte after it. What is not UTF-8 in it is replaced."""
     start = len(_BOM) if head.startswith(_BOM) else 0
     newline = head.find(b"\n", start)
     end = len(head) if newline < 0 else newline
@@ -290,7 +290,7 @@ def _table_columns(
     required = [name_among(field, first) for field in fields if field.required]
     known = {name_among(field, first) for field in fields}
     names_all = None not in required and len(set(required)) == len(required)
-    # Where a header is not the rule, a line is one only if every column bears a known name.
+    # For kinds that need no header, the first line is one only if every column bears a known name.
     if names_all and (expected is not None or known >= set(first)):
         return first, True
     if expected is not None:

@@ -44,7 +44,10 @@ class RowGroupReader:
         """Every row, parsed; chunks end with row groups. Raises InputError where the file cannot be read."""
         try:
             counts = self._file.row_counts()
-        except (pa.ArrowInvalid, OSError) as error:  # of Arrow's stream only reading all of it tells
+        except (
+            pa.ArrowInvalid,
+            OSError,
+        ) as error:  # only reading all of an Arrow stream shows that it is whole
             raise InputError(
                 f"{self.source.file} is no readable Arrow file: {error}; write it again"
             ) from error
@@ -74,7 +77,7 @@ class RowGroupReader:
         try:
             if group != self._group or extent.start < self._position:
                 self._group, self._position, self._rest = group, 0, None
-                # Given by name, a column whose name has a dot would be taken for a member of another.
+                # Columns that pass through are not named here: pyarrow takes `a.b` for the member b of column a.
                 columns = None if self.source.layout.passes_columns_through else self._wanted
                 self._batches = self._file.batches(group, columns)
             while self._position < extent.end:
@@ -106,7 +109,7 @@ class RowGroupReader:
         return to_records(batch, self.source)
 
     def _damaged_column(self, group: int) -> str:
-        """Which column it is that cannot be read, for a message."""
+        """Names the column that cannot be read, for a message."""
         for name in self._wanted if isinstance(self._file, _ParquetFile) else []:
             try:
                 for _ in self._file.batches(group, [name]):
@@ -118,7 +121,7 @@ class RowGroupReader:
 
 class _ParquetFile:
     def __init__(self, stream: pa.NativeFile):
-        # Of Spark's INT96 timestamps nanoseconds hold the years 1678 to 2261 only, and wrap around beyond.
+        # Spark writes INT96 timestamps. Read as nanoseconds they would wrap around outside of the years 1678 to 2261.
         self._file = pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
         self.schema: pa.Schema = self._file.schema_arrow
 
@@ -133,7 +136,7 @@ class _ParquetFile:
 
 
 class _ArrowFile:
-    """One row group, however the rows were written in batches."""
+    """An Arrow file as one row group, whatever batches it was written in."""
 
     def __init__(self, stream: pa.NativeFile):
         self._stream = stream

@@ -54,17 +54,17 @@ class Piece:
     left_out: tuple[int, ...] = ()
     """Lines that parse well and yet are rejected: later rows with an id that an earlier row has."""
     parts: tuple[Piece, ...] = ()
-    """Of a piece that many small files make together: one piece for each. `source` and `extent` are the first one's."""
+    """If the piece joins many small files: one piece per file, and `source` and `extent` are the first one's."""
 
     @property
     def runs(self) -> tuple[Piece, ...]:
-        """What is read one after another for it, each within one file."""
+        """The pieces to read one after another, each within one file: the parts, or the piece itself."""
         return self.parts or (self,)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What an input holds."""
+    """The result of a survey: an input's pieces, counts and schema."""
 
     pieces: tuple[Piece, ...]
     num_rows: int
@@ -78,7 +78,7 @@ class Survey:
     renamed_columns: tuple[tuple[str, str], ...] = ()
     """Columns that pass through under another name than the input gives them, each with that name."""
     derived_ids: bool = False
-    """Some documents bring no id; theirs are places in files."""
+    """Some documents bring no id and got `<file stem>:<line>`."""
     quarantine_file: str | None = None
 
 
@@ -91,10 +91,10 @@ def survey(
 ) -> Survey:
     """Read every row of the input once, check it, and cut the input into pieces of at most `rows_per_piece` rows.
 
-    These are rows of the file: a row of candidates with several positives gives as many rows of the piece.
+    `rows_per_piece` counts rows of the file; a candidates row with 3 positives gives 3 rows of the piece.
     Memory is bounded by one piece, plus eight bytes a row where rows bring ids, plus, for BEIR pairs, the judgements.
-    on_error None is `fail` of a command that has no such key. With `quarantine`, rejected rows are listed in a file
-    under `quarantine`, published when the survey ends.
+    on_error None means `fail` in a command without that key. Under `quarantine`, rejected rows are listed in a file
+    in the folder `quarantine`, published when the survey ends.
 
     Raises:
         InputError: nothing to read; under `fail`, the first row that breaks a rule or repeats an id, naming file, line
@@ -115,7 +115,7 @@ def survey(
         _refuse_mixed_formats(input, sources)
         surveyed = _survey_sources(sources, kind, rows_per_piece, rejects)
         filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
-        # One empty shard must not stop a job, and must not go unseen either.
+        # One empty file must not stop a job, but the user must hear of it.
         _say("no row in", [str(file) for file in found.files if str(file) not in filled])
         return surveyed
 
@@ -141,12 +141,12 @@ def read_piece(piece: Piece) -> pa.Table:
 
 
 def read_pieces(pieces: Iterable[Piece]) -> Iterator[pa.Table]:
-    """The tables of several pieces, one for each. In order, files that cannot be sought in are gone through once."""
+    """The tables of several pieces, one for each. Given in order, a compressed file is read through once."""
     return map(read_piece, pieces)
 
 
 def _read_chunk(piece: Piece) -> Chunk:
-    # Whoever reads pieces mostly goes forward through a file: keep the place in a file that has no seek.
+    # Pieces are mostly read in file order. A compressed file cannot seek, so its reader is kept with its position.
     assert isinstance(piece.source, Source)
     reader, _last.reader = getattr(_last, "reader", None), None  # dropped if the read fails half-way
     if reader is None or reader.source != piece.source:
@@ -185,7 +185,7 @@ def _survey_sources(
             if num_rows := len(chunk.lines):
                 drafts.append(Piece(source, 0, chunk.extent, 0, num_rows, canonical_schema(kind)))
                 if have_ids:
-                    # Python's keyed hash of a string is the same all through this one process.
+                    # Python keys the hash of strings anew in each process; a survey runs in one.
                     hashes.append(np.fromiter(map(hash, chunk.values("id")), np.int64, num_rows))
     drafts = list(_without_duplicates(drafts, hashes, rejects)) if hashes else drafts
     surveyed = _finish(drafts, types.schema(kind), sources, rejects)
@@ -201,7 +201,7 @@ def _without_duplicates(
 ) -> Iterator[Piece]:
     """The drafts without rows whose id an earlier row has; these are refused or quarantined.
 
-    Only drafts with a repeated hash are read again, and the ids themselves are compared: two with one hash may differ.
+    Only drafts with a repeated hash are read again. Then the ids themselves are compared: two ids may share a hash.
     """
     repeated = _repeated(hashes)
     first_places: dict[str, str] = {}
@@ -223,8 +223,8 @@ def _without_duplicates(
 
 
 def _repeated(chunks: Sequence[np.ndarray]) -> np.ndarray:
-    """Hashes that occur more than once, looked for bucket by bucket: sorted at once they would need three times the
-    memory that they take."""
+    """Hashes that occur more than once. They are sorted bucket by bucket: sorting all at once would need three times
+    their memory."""
     found = []
     for bucket in range(_BUCKETS):
         hashes = np.sort(np.concatenate([chunk[chunk % _BUCKETS == bucket] for chunk in chunks]))

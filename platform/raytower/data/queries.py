@@ -71,7 +71,7 @@ def _read_pairs(path: str) -> QuerySet:
     for piece, table in zip(surveyed.pieces, read_pieces(surveyed.pieces), strict=True):
         assert isinstance(piece.source, Source)
         columns = [table.column(name).to_pylist() for name in ("query", "document", "query_id")]
-        # Without rejected rows the lines of a piece follow one another.
+        # No row was rejected, so the lines of a piece follow one another.
         for line, (query, document, query_id) in enumerate(
             zip(*columns, strict=True), piece.extent.first_line
         ):

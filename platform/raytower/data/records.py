@@ -1,4 +1,4 @@
-"""What a record is: the kinds, the columns that each kind always has, and the names a file may give them."""
+"""Records: their kinds, the columns that each kind always has, and the names a file may give them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RecordField:
 
     @property
     def expected(self) -> str:
-        """What a value must be, for messages."""
+        """The type that a value must have, in words for messages."""
         return _TYPES[self.type][0]
 
     @property

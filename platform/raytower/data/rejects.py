@@ -1,4 +1,4 @@
-"""What happens to a row that breaks a rule: the input fails, or the row goes to a quarantine file with its reason."""
+"""Rows that break a rule: the first one fails the input, or each goes to a quarantine file with its reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rejects:
 
     Under `fail`, and None (`fail` of a command without that key), the first one raises. Under `quarantine` all are
     written, one JSON object a line (`file`, `line`, `reason`, `raw`, and `raw_base64` where the row is not UTF-8), to
-    one file in the quarantine folder named after the input, which `finish` puts there whole.
+    one file named after the input, which `finish` publishes in the quarantine folder.
     """
 
     def __init__(self, on_error: OnError | None, folder: Location | None, input_path: str, kind: str):
@@ -66,14 +66,14 @@ class Rejects:
             self._spool.write(_entry(file, rejection, content))
 
     def finish(self) -> Location | None:
-        """Publish the quarantine file and return its place.
+        """Publish the quarantine file and return its location.
 
-        Where nothing was rejected: None, and no file is left there.
+        If nothing was rejected, return None and leave no file there.
         """
         if self.file is None:
             return None
         if self.count == 0:
-            # What an earlier run over a file that has since been corrected left there would mislead.
+            # A list that an earlier run left would mislead: the input has been corrected since.
             self.file.delete()
             return None
         self._spool.seek(0)

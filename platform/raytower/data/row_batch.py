@@ -1,4 +1,4 @@
-"""Rows on their way to being records, and those that break a rule: what the readers of every format hand on."""
+"""The rows that the readers of every format pass on: those that become records, and those that break a rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from raytower.data.slices import Extent, Slice
 
 Column: TypeAlias = pa.Array | list[Any]
-"""Values of a column that passes through; of JSON as Python has them, for one row may differ in type from the next."""
+"""Values of a passed-through column. JSON values stay Python objects, because their types may differ by row."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class BadRowError(ValueError):
 
 @dataclass
 class RowBatch:
-    """Rows in file order, thinned out as rules are broken: one Arrow column for each field, at last for each column of
-    a record."""
+    """Rows in file order; each check takes out those that break its rule. `columns` holds one Arrow column per field,
+    and in the end one per column of the record."""
 
     lines: np.ndarray
-    """The line of each row; a line of candidates with several positives gives as many rows."""
+    """int64 [rows]: the line of each row. A candidates line with 3 positives becomes 3 rows."""
     columns: dict[str, pa.Array]
     extra: dict[str, Column] = field(default_factory=dict)
     """Columns passed through, by the names that the file gives them."""
     rejections: list[Rejection] = field(default_factory=list)
     derived_ids: bool = False
-    """Some rows bring no id; theirs are the places that they have in their files."""
+    """Some rows bring no id and get one from their file and line."""
 
     def reject(self, bad: np.ndarray, reason: Callable[[int], str]) -> None:
-        """Take out the rows where `bad` (bool [rows]) holds; `reason` is asked with each row's position."""
+        """Take out the rows where `bad`, bool [rows], holds; `reason(position)` gives each one's reason."""
         if not bad.any():
             return
         self.rejections += [Rejection(int(self.lines[i]), reason(int(i))) for i in np.flatnonzero(bad)]
@@ -61,7 +61,7 @@ class RowBatch:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One extent with its rows parsed, in batches: put into one array, the texts of all might be too long for it."""
+    """One extent with its rows parsed, in batches, because the texts of all may be too long for one Arrow array."""
 
     extent: Extent
     batches: Sequence[RowBatch]
@@ -69,6 +69,7 @@ class Chunk:
 
     @property
     def lines(self) -> np.ndarray:
+        """int64 [rows]: the lines of the rows of all batches."""
         return np.concatenate([rows.lines for rows in self.batches])
 
     def values(self, column: str) -> list[Any]:

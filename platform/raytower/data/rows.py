@@ -25,7 +25,7 @@ from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, ite
 from raytower.data.visible import describe_unseen, shows_nothing
 
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
-# A text is as long as its row may be.
+# A field may be as long as a whole row.
 csv.field_size_limit(MAX_LINE_BYTES)
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
 
@@ -83,7 +83,7 @@ def to_records(batch: RowBatch, source: Source) -> RowBatch:
     """
     layout = source.layout
     if layout.passes_columns_through:
-        # What stands in the names of folders; the file's own columns come first.
+        # Values from the names of folders (`lang=zh`). A column of the file with the same name wins.
         partitions = {
             name: pa.repeat(pa.scalar(value, pa.string() if value is None else None), len(batch.lines))
             for name, value in source.file.partitions
@@ -102,7 +102,7 @@ def to_records(batch: RowBatch, source: Source) -> RowBatch:
 
 
 def _split(texts: Sequence[str], numbers: Sequence[int], source: Source) -> RowBatch:
-    """`texts`, the line numbers of which are `numbers`, cut into the columns of the layout."""
+    """Cut `texts`, whose line numbers are `numbers`, into the columns of the layout."""
     layout = source.layout
     refuse_repeated(source.file, layout.columns)
     lines: list[int] = []
@@ -165,7 +165,7 @@ def _check_field(batch: RowBatch, wanted: RecordField) -> None:
     if not wanted.may_be_blank:
         _reject_unseen(batch, name, label)
     if wanted.type == "id":
-        # Nothing that writes ids (run files, C strings) can carry the character.
+        # Run files and C strings, which carry ids, cannot hold the character.
         has_nul = mask_of(pc.match_substring(batch.columns[name], "\x00"))
         batch.reject(has_nul, lambda i: f"{label} holds a NUL character")
     if wanted.type == "number":
@@ -189,7 +189,7 @@ def _parse_numbers(texts: pa.Array) -> np.ndarray:
 
 
 def _join(first: pa.Array, second: pa.Array) -> pa.Array:
-    """Both texts with a space between, or the one that is there; a null one, or one that shows nothing, is not."""
+    """Both texts with a space between. A text that is null or shows nothing is left out."""
     no_first = pc.or_(pc.is_null(first), pa.array(shows_nothing(first)))
     no_second = pc.or_(pc.is_null(second), pa.array(shows_nothing(second)))
     # Not null_handling="skip": it leaves out the rows in which every value is null.
@@ -198,7 +198,7 @@ def _join(first: pa.Array, second: pa.Array) -> pa.Array:
 
 
 def _keep_text_fields(batch: RowBatch, layout: Layout) -> None:
-    """Let the text fields pass through as well, the last one only where it is not all of the text."""
+    """Pass the text fields through as columns too; the last one only where it is not the whole text."""
     *titles, last = (field for field in layout.fields if field.name != "id")
     for field in titles:
         if batch.columns[field.name].null_count < len(batch.lines):
@@ -218,7 +218,7 @@ def _make_corpus(batch: RowBatch, layout: Layout, stem: str) -> None:
     batch.columns["text"] = joined
     if layout.passes_columns_through:
         _keep_text_fields(batch, layout)
-    if layout.fields[-1].may_be_blank:  # else that field alone makes sure that there is a text
+    if layout.fields[-1].may_be_blank:  # otherwise the check of that field has made sure of a text
         _reject_unseen(batch, "text", "text")
     ids = batch.columns["id"]
     if ids.null_count:

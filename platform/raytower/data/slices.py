@@ -26,7 +26,7 @@ MAX_LINE_BYTES = 256 * 1024 * 1024
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 Cut = Literal["lines", "quoted", "elements"]
-"""What ends a row: a newline; a newline outside quotes; the end of an element of a JSON array."""
+"""A row ends with a newline; a newline outside quotes; the end of an element of a JSON array."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Slice:
         return Extent(self.start, self.start + len(self.data), self.first_line)
 
     def edges(self) -> list[int]:
-        """The byte at which each row between newlines begins, and the end of the last."""
+        """The byte at which each row begins, and the end of the last: b"a\\nbc\\n" gives 0 2 5."""
         edges = [0, *row_ends(self.data, self.cut).tolist()]
         return edges if edges[-1] == len(self.data) else [*edges, len(self.data)]
 
@@ -95,7 +95,7 @@ def _after_space(text: str, place: int) -> int:
 
 
 def row_ends(data: bytes, cut: Cut) -> np.ndarray:
-    """int64 [ends]: the place behind each newline of `data`, which begins outside quotes, that ends a row."""
+    """The byte after each newline that ends a row, int64 [ends]: b"a\\nbc\\n" gives 2 5. `data` begins a row."""
     content = np.frombuffer(data, np.uint8)
     newlines = np.flatnonzero(content == 10)
     if cut == "quoted":
@@ -109,8 +109,8 @@ def iter_slices(
 ) -> Iterator[Slice]:
     """Cut the rows of `file` from byte `start` on into slices of `rows_per_slice` rows; the last may have fewer.
 
-    One blank line at the very end of the file is left out; slices are never empty and where they are cut does not
-    depend on how the stream happens to be read. A file of elements is held whole on the way.
+    One blank line at the very end of the file is left out. No slice is empty. The cuts do not depend on how many bytes
+    a read happens to return. Memory holds the whole of a file of elements.
 
     Raises:
         InputError: the file cannot be read or decompressed, or holds a line of more than MAX_LINE_BYTES; elements: it
@@ -131,7 +131,7 @@ def iter_slices(
                 within = int(np.searchsorted(ends, used + MAX_SLICE_BYTES, side="right"))
                 stop = min(done + rows_per_slice, max(within, done + 1))
                 is_full = done + rows_per_slice <= len(ends) or len(buffer) - used > MAX_SLICE_BYTES
-                # With nothing after it, the slice's last line may yet be the blank one that a file may end with.
+                # As long as nothing follows, the slice's last line may be the blank line at the file's end.
                 if is_full and stop <= len(ends) and (at_end or ends[stop - 1] < len(buffer)):
                     end = int(ends[stop - 1])
                 elif at_end:
@@ -166,12 +166,12 @@ def _iter_elements(reader: RangeReader, start: int, rows_per_slice: int) -> Iter
             start, characters, number = content.extent.end, last, number + len(some)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{reader.file} is no whole JSON array, behind element {number}: {error}; correct the file"
+            f"{reader.file} is no whole JSON array, after element {number}: {error}; correct the file"
         ) from error
 
 
 class RangeReader:
-    """Reads byte ranges of one file; ranges of a compressed file are cheap as long as they are asked for in order."""
+    """Reads byte ranges of one file; ranges of a compressed file are cheap only if they are asked for in order."""
 
     def __init__(self, file: SourceFile):
         self.file = file

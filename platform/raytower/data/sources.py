@@ -44,7 +44,7 @@ _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ABOUT = _OUR_FILES | {
     _SAVED_DATASET, _SAVED_SPLITS, "dataset_info.json", "dataset_infos.json", "readme.txt", "license.txt"
 }  # fmt: skip
-# Behind the name of an output it names the folder of the rows that its job rejected.
+# `<output>` with this suffix is the folder of the rows that the job rejected.
 QUARANTINE_SUFFIX = ".quarantine"
 _INDEX_VERSION = re.compile(r"/versions/[0-9]{6,}\.json$")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -70,7 +70,7 @@ class SourceFile:
         return str(self.location)
 
     def changed(self, what: str) -> InputError:
-        """The error for a file that is not as it was when it was surveyed; `what` says in what."""
+        """The error for a file that changed after its survey; `what` names the difference."""
         return InputError(
             f"{self} has changed since it was surveyed: {what}; run the job again while the file stays as it is"
         )
@@ -103,8 +103,8 @@ def find_files(path: str, file_format: str = "auto") -> Found:
     """The data files that `path` means.
 
     A file is taken as it is. A folder gives, at any depth, the files with a known extension (of `file_format` where
-    that is not auto). A glob (`*`, `?`, `[…]`, `**`) gives every match; a part of it that exists as written is taken as
-    written. Links are followed, and each file is taken once. Names that begin with `.` or `_`, files about other
+    that is not auto). A glob (`*`, `?`, `[…]`, `**`) gives every match; a part of it that exists as written is no
+    pattern. Links are followed, and each file is taken once. Names that begin with `.` or `_`, files about other
     files and folders that our own jobs wrote are no data.
 
     Raises:
@@ -186,7 +186,7 @@ def _make_files(places: Sequence[Location], root: Location) -> tuple[SourceFile,
 
 
 def _partitions(folders_of: Sequence[Sequence[str]]) -> list[tuple[tuple[str, str | int | None], ...]]:
-    """Of each file the columns that its folders name, as integers where every value of all files is one."""
+    """The columns that each file's folders name; a column holds integers if its value is one for every file."""
     pairs = [
         [folder.split("=", 1) for folder in folders if re.fullmatch(r"[^=]+=.+", folder)]
         for folders in folders_of
@@ -236,10 +236,10 @@ def _unique_stems(paths: Sequence[PurePosixPath]) -> list[str]:
 
 
 def _files_below(base: Location, depth: int | None) -> list[Location]:
-    """Every file of a folder in name order, `depth` levels deep; on this machine links and their dead ends too."""
+    """Every file of a folder in name order, `depth` levels deep; on this machine links too, even dead ones."""
     if base.is_local:
         return [Location(base.filesystem, path) for path in sorted(_walk(base.path, depth, set()))]
-    # One listing call: asking storage about each place in turn is slow on object stores.
+    # One listing call: a call for each folder is slow on object stores.
     selector = pafs.FileSelector(base.path, allow_not_found=True, recursive=True)
     infos = [info for info in base.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
     return [Location(base.filesystem, path) for path in sorted(info.path for info in infos)]
@@ -253,7 +253,7 @@ def _walk(folder: str, depth: int | None, seen: set[tuple[int, int]]) -> Iterato
             return
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as listing:
-            # Real folders first: what a link leads to is then met under its own name.
+            # Real folders first, so that a folder which links lead to is entered under its own name.
             entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
     except OSError as error:
         raise InputError(
@@ -318,7 +318,7 @@ def _real_path(place: Location) -> str:
 
 
 def refuse_other_than_utf8(path: str) -> None:
-    """Raise InputError for a path whose bytes are not UTF-8, which no storage library takes."""
+    """Raise InputError for a path whose bytes are not UTF-8: no storage library accepts it."""
     try:
         path.encode()
     except UnicodeEncodeError as error:

@@ -32,11 +32,11 @@ INVISIBLE = "".join(chr(code) for first, last in _RUNS for code in range(ord(fir
 
 def shows_nothing(texts: pa.Array) -> np.ndarray:
     """bool [rows]: no character of the text can be seen; null is not such a text."""
-    # Trimmed from the left alone, which ends at the first character of nearly every text.
+    # Trim only from the left: for nearly every text that stops at the first character.
     rest = pc.utf8_ltrim(texts, characters=INVISIBLE)
     return pc.fill_null(pc.equal(pc.binary_length(rest), 0), False).to_numpy(zero_copy_only=False)
 
 
 def describe_unseen(name: str, text: str) -> str:
-    """The reason for which `text`, a text that shows nothing, is rejected as the `name` of a row."""
+    """The reason to reject a row whose `name` is `text`, which shows nothing."""
     return f"the {name} holds only invisible characters" if text.strip() else f"empty {name}"

@@ -74,7 +74,7 @@ class PieceEncoder:
             self._failure = error
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[str]]:
-        """One row an answer (see `read_answer`)."""
+        """Encode the pieces whose numbers are batch["piece"], (pieces,); one row an answer (see `read_answer`)."""
         return {"answer": [self._answer(self._pieces[int(number)]) for number in batch["piece"]]}
 
     def _answer(self, piece: Piece) -> str:

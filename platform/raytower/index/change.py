@@ -335,7 +335,7 @@ def with_documents(
     *,
     upsert: bool,
 ) -> tuple[DocumentTable, int]:
-    """The table with more documents (their columns and vectors), and how many they replace.
+    """The table with more documents (their columns, and vectors (rows, dim)), and how many they replace.
 
     Raises InputError for a column whose type fits none of the index's, before anything is written.
     """

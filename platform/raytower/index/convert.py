@@ -157,7 +157,7 @@ class Format2(BaseModel, arbitrary_types_allowed=True):
         return pa.schema([field.with_name(self.renamed.get(field.name, field.name)) for field in self.schema])
 
     def stream(self, file: int) -> Iterator[tuple[pa.Table, NDArray[Any]]]:
-        """Documents that are not deleted and their vectors. Raises FormatError: a file is missing or was changed."""
+        """Documents that are not deleted and their vectors (rows, dim). Raises FormatError: a file was changed."""
         shard = self.shards[file]
         folder = self._folder(shard)
         paths = {name: _proved(folder / name, entry) for name, entry in shard.files.items()}

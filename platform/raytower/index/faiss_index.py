@@ -61,7 +61,7 @@ def new_index(kind: BuiltKind, dim: int, parameters: Mapping[str, int]) -> Any:
 
 
 def train(kind: BuiltKind, index: Any, vectors: Vectors) -> None:
-    """Centroids, codebooks and value ranges from a sample of the rows.
+    """Train centroids, codebooks and value ranges from a sample of the rows, (sample, dim).
 
     Where FAISS sees GPUs, k-means assigns rows to centroids there, which is nearly all of the work.
     """
@@ -78,7 +78,7 @@ def fill(
     num_threads: int = 1,
     num_gpus: float = 0,
 ) -> Any:
-    """The trained index with all batches added, `rows` in all; rows are numbered 0, 1, … as they come.
+    """The trained index with all batches (n, dim) added, `rows` in all; rows are numbered 0, 1, … as they come.
 
     With more than one thread a batch is added while the next one is read. Where the task holds a GPU that FAISS sees,
     lists are filled there. The index given is not to be used afterwards.
@@ -169,7 +169,7 @@ class GpuIndex:
         return max(depth, probes) <= _GPU_DEPTH
 
     def search(self, queries: Vectors, depth: int, params: Any = None) -> Any:
-        """As of the index that it copies."""
+        """Scores and rows (Q, depth) for queries (Q, D), as from the index that it copies."""
         with self._lock:
             return self._index.search(queries, depth, params=params)
 

@@ -30,7 +30,11 @@ class Hits:
 
 
 def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
-    """The best k of several answers to the same queries; equal scores go by row."""
+    """The best k of several answers, each (Q, any depth), to the same queries; equal scores go by row.
+
+    Raises:
+        InputError: there is no answer.
+    """
     if not parts:
         raise InputError("there are no answers to merge; at least one shard must have answered")
     scores = np.concatenate([part.scores for part in parts], axis=1)
@@ -56,7 +60,7 @@ def empty_hits(num_queries: int, depth: int) -> Hits:
 
 
 def spread_hits(hits: Hits, queries: NDArray[np.int64], num_queries: int) -> Hits:
-    """Hits of the queries with these numbers, among padding for the others."""
+    """Hits (num_queries, depth): those of the queries with these numbers, (Q,), and padding for the others."""
     spread = empty_hits(num_queries, hits.scores.shape[1])
     spread.scores[queries], spread.rows[queries] = hits.scores, hits.rows
     return spread

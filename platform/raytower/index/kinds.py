@@ -186,6 +186,7 @@ class Searchable:
     def __init__(
         self, kind: BuiltKind, index: Any, exact: NDArray[Any] | None = None, gpu: GpuIndex | None = None
     ) -> None:
+        """`exact`: the stored vectors (rows, D). Raises ValueError for another shape, or where `kind` needs them."""
         self._total = int(index.ntotal)
         if exact is not None and exact.shape != (self._total, index.d):
             raise ValueError(
@@ -203,7 +204,7 @@ class Searchable:
     def search(
         self, queries: Vectors, k: int, parameters: Mapping[str, int], allowed: AllowedRows | None = None
     ) -> Found:
-        """As `search_index`."""
+        """Scores and rows (Q, k), as `search_index`. Raises ValueError if `allowed` is for another number of rows."""
         total = self._total
         if allowed is not None and len(allowed.mask) != total:
             raise ValueError(f"the mask of allowed rows has {len(allowed.mask)} rows, the index has {total}")

@@ -22,7 +22,7 @@ _TASKS_PER_WORKER = 4
 
 
 def place_rows(shards: ShardPlan, run: Run) -> tuple[PlacementEntry, list[Rows]]:
-    """The file that says which cluster lies on which shard, and the rising rows of each shard, none empty.
+    """The file that says which cluster lies on which shard, and the rising rows (n,) of each shard, none empty.
 
     Clusters are found once: a build that was killed takes the file that it made, whatever another machine would find.
     """

@@ -178,7 +178,7 @@ class Index:
         return self._search_visited(prepared, k, parameters, self._placement.visit(prepared, probe))
 
     def documents(self, rows: Rows) -> list[Document]:
-        """The documents of hits, in order; a row of -1, padding of a merge, is left out."""
+        """The documents of hits (n,), in order; a row of -1, padding of a merge, is left out."""
         return self.table.documents(rows[rows >= 0])
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -298,7 +298,7 @@ def resolve_parameters(
 
 
 def prepare_queries(vectors: NDArray[Any], manifest: IndexManifest) -> Vectors:
-    """float32, contiguous, unit length under cosine.
+    """Query vectors (Q, D) as float32, contiguous, of unit length under cosine.
 
     Raises:
         InputError: the wrong shape or dimension, values that are not finite, or a zero vector under cosine.

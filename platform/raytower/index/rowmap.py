@@ -27,7 +27,7 @@ class RowMap:
 
     @classmethod
     def of_batches(cls, batches: Iterable[tuple[Rows, Rows]]) -> RowMap:
-        """From the rows and addresses of a table, batch by batch, in any order.
+        """From the rows (n,) and addresses (n,) of a table, batch by batch, in any order.
 
         Raises:
             ValueError: a row stands twice.
@@ -47,7 +47,7 @@ class RowMap:
         return cls(starts[first], ends[last], addresses[first])
 
     def addresses_of(self, rows: Rows) -> Rows:
-        """Where each of some rows lies; -1 for one that the table does not hold."""
+        """The address of each of `rows` (n,), int64 (n,); -1 for a row that the table does not hold."""
         if not len(self.starts):
             return np.full(len(rows), -1, np.int64)
         run = np.maximum(np.searchsorted(self.starts, rows, side="right") - 1, 0)
@@ -56,20 +56,20 @@ class RowMap:
         return np.where(inside, self.addresses[run] + offset, -1)
 
     def rows_at(self, addresses: Rows) -> Rows:
-        """The rows that lie at some addresses, all of which the table holds."""
+        """The rows (n,) that lie at `addresses` (n,), all of which the table holds."""
         order, firsts = self._by_address
         run = order[np.searchsorted(firsts, addresses, side="right") - 1]
         return self.starts[run] + (addresses - self.addresses[run])
 
     def live_mask(self, rows: Rows) -> Mask | None:
-        """Which of some rising rows the table holds; None where it holds all of them."""
+        """Which of some rising rows (n,) the table holds, bool (n,); None where it holds all of them."""
         # Runs and rows both rise: between the ends of the runs, stretches of dead and of live rows take turns.
         ends = np.stack([np.searchsorted(rows, self.starts), np.searchsorted(rows, self.ends)], axis=1)
         lengths = np.diff(ends.ravel(), prepend=0, append=len(rows))
         return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths) if lengths[::2].any() else None
 
     def rows(self, first: int = 0, last: int | None = None) -> Rows:
-        """The rows at places first to last (exclusive) of all that the table holds, rising: 8 bytes each."""
+        """The rows (last - first,) at positions first to last (exclusive) of all that the table holds, rising."""
         lengths = self.ends - self.starts
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         last = int(bounds[-1]) if last is None else last
@@ -78,7 +78,7 @@ class RowMap:
         return self.starts[run] + (places - bounds[run])
 
     def outside(self, shards: Sequence[Rows]) -> Rows:
-        """The rows that none of some arrays of rising rows holds, rising."""
+        """The rows (n,) that the table holds and none of some arrays of rising rows, rising."""
         covered = [_runs(np.asarray(rows), np.asarray(rows))[:2] for rows in shards if len(rows)]
         starts = np.concatenate([self.starts, *(run[0] for run in covered)])
         ends = np.concatenate([self.ends, *(run[1] for run in covered)])

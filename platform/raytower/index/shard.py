@@ -84,11 +84,11 @@ class Shard:
         return len(self.rows) if self._live is None else self._live.count
 
     def live_rows(self) -> Rows:
-        """The rows that can be hits, rising."""
+        """The rows (live,) that can be hits, rising."""
         return np.asarray(self.rows) if self._live is None else np.asarray(self.rows)[self._live.rows]
 
     def allowed(self, matching: Rows) -> AllowedRows:
-        """Which positions hold one of some rising rows of the table."""
+        """Which positions hold one of some rising rows (n,) of the table."""
         mask = np.zeros(len(self.rows), np.bool_)
         if len(self.rows):
             wanted = matching[slice(*np.searchsorted(matching, (self.rows[0], self.rows[-1] + 1)))]
@@ -102,7 +102,11 @@ class Shard:
     def search(
         self, vectors: Vectors, k: int, parameters: Mapping[str, int], allowed: AllowedRows | None = None
     ) -> Hits:
-        """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made."""
+        """The min(k, rows that may be found) hits of each query vector (Q, D) that `prepare_queries` made.
+
+        Raises:
+            FormatError: the shard's file is damaged.
+        """
         scores, positions = self._searchable.search(vectors, k, parameters, allowed or self._live)
         # One look finds -1, which is the largest then, and positions beyond the end.
         if positions.size == 0 or positions.view(np.uint64).max() < len(self._numbers):
@@ -149,7 +153,7 @@ def check_size(place: Location, found: int | None, file: FileEntry) -> None:
 
 
 def open_array(path: Path) -> NDArray[Any]:
-    """An array of a shard, mapped. Raises ValueError or OSError where it is damaged."""
+    """An array of a shard, (rows,) or (rows, dim), mapped. Raises ValueError or OSError where it is damaged."""
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (EOFError, TokenError) as error:  # NumPy reads the head as Python source
@@ -158,7 +162,7 @@ def open_array(path: Path) -> NDArray[Any]:
 
 
 def shard_rows(index: Location, entry: ShardEntry) -> Rows:
-    """The rising rows that a shard holds, mapped. Raises FormatError where their file is damaged."""
+    """The rising rows (rows,) that a shard holds, mapped. Raises FormatError where their file is damaged."""
     path = local_file(index / SHARDS_NAME / entry.digest / ROWS_NAME, entry.files[ROWS_NAME])
     try:
         rows = open_array(path)

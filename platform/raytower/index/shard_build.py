@@ -46,7 +46,7 @@ class TableRows:
     listed: Rows | None = None
 
     def rows(self) -> Rows:
-        """Their numbers, rising."""
+        """Their numbers, int64 (n,), rising."""
         return self._in(self.table())
 
     def table(self) -> DocumentTable:
@@ -125,7 +125,7 @@ def train_template(
 
 
 def serialise(index: Any) -> NDArray[np.uint8]:
-    """A FAISS index as bytes that travel to workers."""
+    """A FAISS index as bytes, uint8 (bytes,), that travel to workers."""
     serialised: NDArray[np.uint8] = import_faiss().serialize_index(index)
     return serialised
 
@@ -139,7 +139,7 @@ class BuiltShard:
 
 
 def build_shard(task: ShardTask, template: NDArray[np.uint8], wanted: Wanted | None = None) -> BuiltShard:
-    """Build a shard; it appears under its digest whole or not at all.
+    """Build a shard from the `template`, uint8 (bytes,); it appears under its digest whole or not at all.
 
     Exact hits are found on the way: the vectors are read once for both.
 

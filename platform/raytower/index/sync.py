@@ -52,7 +52,8 @@ class ReadyEncoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode(self, texts: Sequence[str], prefix: str = "") -> NDArray[np.float32]: ...
+    def encode(self, texts: Sequence[str], prefix: str = "") -> NDArray[np.float32]:
+        """Vectors of the texts, (len(texts), dim), with `prefix` put before each text."""
 
 
 @dataclass

@@ -125,7 +125,7 @@ class DocumentTable:
     # Reading
 
     def take(self, rows: Rows, columns: Sequence[str]) -> pa.Table:
-        """Some columns of some rows, in their order. Raises FormatError for a row that is not there."""
+        """Some columns of `rows` (n,), in their order. Raises FormatError for a row that is not there."""
         addresses = self.row_map.addresses_of(rows)
         if (addresses < 0).any():
             gone = int(rows[np.flatnonzero(addresses < 0)[0]])
@@ -148,7 +148,7 @@ class DocumentTable:
         return taken if (order[1:] > order[:-1]).all() else taken.take(pa.array(np.argsort(order)))
 
     def documents(self, rows: Rows) -> list[Document]:
-        """The documents of some rows, in their order."""
+        """The documents of `rows` (n,), in their order."""
         values = self.take(rows, self.schema.names).to_pylist()
         return [Document(value.pop(ID), value.pop(TEXT), value) for value in values]
 
@@ -183,7 +183,7 @@ class DocumentTable:
             yield batch
 
     def matching(self, where: str) -> Rows:
-        """The rows that an SQL condition holds for, rising. Raises InputError where it does not fit the columns."""
+        """The rows (n,) that an SQL condition holds for, rising. Raises InputError if it does not fit the columns."""
         # Asked for addresses only, a scalar index answers without reading a column.
         parts = [
             batch.column(_ADDRESS).to_numpy().astype(np.int64)

@@ -136,7 +136,7 @@ class Encoder(Unpicklable):
         return left @ self._units(documents, "documents", "document").T
 
     async def aencode(self, texts: str | Sequence[str], role: Role = "document") -> Vectors:
-        """`encode`, for `await`."""
+        """`encode`, for `await`: float32 (N, D), or (D,) for one text."""
         return await asyncio.to_thread(self.encode, texts, role)
 
     def _units(self, given: Sequence[str] | Vectors, name: str, role: Role) -> Vectors:

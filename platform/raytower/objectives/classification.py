@@ -50,7 +50,7 @@ def cross_entropy(
 
 
 def focal(settings: Focal, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
-    """This worker's loss, a scalar. Arguments and errors as for `cross_entropy`."""
+    """This worker's loss, a scalar, of logits (B, C), classes (B,) and weights (C,). Errors as for `cross_entropy`."""
     log_loss_B = _log_loss(logits_BC, classes_B)
     # 1 - p without cancellation. Where p rounds to 1, a power below 1 would have an infinite slope at 0 and make
     # the gradient NaN; the floor ends it.

@@ -25,7 +25,7 @@ ClassWeights = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, allo
 
 
 class ObjectiveSettings(Config):
-    """Base of all settings. `formats` are the kinds of rows that the objective trains from."""
+    """Base of all settings. `formats` are the record kinds that the objective trains from."""
 
     formats: ClassVar[tuple[str, ...]]
     computed_in: ClassVar[str | None] = None
@@ -34,14 +34,14 @@ class ObjectiveSettings(Config):
 
     @property
     def loss_function(self) -> Callable[..., Tensor]:
-        """The loss, a function of these settings and a batch; imports torch."""
+        """The loss, a function of these settings and a batch to a scalar; imports torch."""
         module = importlib.import_module(f"{__package__}.{self.computed_in or self.name}")
         function: Callable[..., Tensor] = getattr(module, self.name)
         return function
 
 
 class EncoderSettings(ObjectiveSettings):
-    """Of embeddings: one column of queries, then columns of documents."""
+    """Settings of a loss over embeddings: one column of queries, then columns of documents."""
 
     def __call__(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         """Mean loss over this worker's rows, a scalar, of unit-length embeddings (B, D) of each column."""
@@ -49,7 +49,8 @@ class EncoderSettings(ObjectiveSettings):
 
 
 class RerankerSettings(ObjectiveSettings):
-    """Of a cross-encoder's logits, `num_labels` for each pair; `activation` is what a reader puts on what comes out."""
+    """Settings of a loss over a cross-encoder's logits, `num_labels` for each pair. Readers of the trained model put
+    `activation` on its logits."""
 
     num_labels: ClassVar[int] = 1
 
@@ -59,7 +60,7 @@ class RerankerSettings(ObjectiveSettings):
 
 
 class ClassifierSettings(ObjectiveSettings):
-    """Of a classifier's logits; `class_weights` says what a text of each class counts."""
+    """Settings of a loss over a classifier's logits; `class_weights` says what a text of each class counts."""
 
     formats: ClassVar[tuple[str, ...]] = ("labelled",)
     computed_in: ClassVar[str | None] = "classification"
@@ -82,7 +83,7 @@ class InBatchNegatives(EncoderSettings):
     scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     """Cosines are multiplied by it before the softmax."""
     margin: float = Field(default=0.0, ge=0, le=2)
-    """Taken off the cosine of the positive."""
+    """Subtracted from the cosine of the positive."""
     symmetric: bool = False
     """Learn from document to query too."""
 
@@ -183,7 +184,7 @@ class PointwiseRegression(RerankerSettings):
     def model_post_init(self, context: Any) -> None:
         if self.loss == "mse" and self.positive_weight != 1:
             raise ValueError(
-                f"positive_weight is {self.positive_weight}, but loss mse knows no positives; set loss to bce, or "
+                f"positive_weight is {self.positive_weight}, but loss mse weighs no positives; set loss to bce, or "
                 "leave positive_weight out"
             )
 

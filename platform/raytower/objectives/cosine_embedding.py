@@ -30,7 +30,7 @@ from raytower.objectives.targets import Targets, needed
 
 
 def cosine_embedding(settings: CosineEmbedding, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's pairs, a scalar.
+    """Mean loss, a scalar, over this worker's pairs: two columns (B, D) and labels (B,).
 
     Raises:
         InputError: a label is none of 1, 0 and -1.

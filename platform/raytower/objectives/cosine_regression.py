@@ -26,14 +26,14 @@ from raytower.objectives.targets import Targets, needed
 
 
 def cosine_regression(settings: CosineRegression, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's pairs, a scalar.
+    """Mean loss, a scalar, over this worker's pairs: two columns (B, D) and labels (B,).
 
     Raises:
         InputError: a score lies outside -1..1.
     """
     left_BD, right_BD = columns
     score_B = needed(targets.labels_B, "scores", settings.name).to(left_BD.device, left_BD.dtype)
-    wrong_B = ~(score_B.abs() <= 1)  # so written, NaN is wrong too
+    wrong_B = ~(score_B.abs() <= 1)  # written so that NaN is wrong too
     if bool(wrong_B.any()):
         raise InputError(
             f"score {float(score_B[wrong_B][0])} is outside -1..1, where cosines lie; scale the scores into it"

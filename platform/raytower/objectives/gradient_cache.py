@@ -72,7 +72,7 @@ class _RandomState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Draw again what was drawn from that moment on; afterwards the generators stand where they stood before."""
+        """Inside the block the generators repeat their draws from that moment on; afterwards they stand as before."""
         with torch.random.fork_rng(devices=self._devices):
             torch.set_rng_state(self._cpu)
             for device, state in zip(self._devices, self._accelerators, strict=True):

@@ -32,7 +32,7 @@ from raytower.objectives.targets import Targets, needed
 
 
 def hardest_negative(settings: HardestNegative, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's queries, a scalar."""
+    """Mean loss, a scalar, over this worker's queries; columns (B, D). Raises InputError without keys."""
     query_BD, *documents = columns
     keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
     document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])

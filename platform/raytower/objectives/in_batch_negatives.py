@@ -34,7 +34,7 @@ from raytower.objectives.targets import Targets, needed
 
 
 def in_batch_negatives(settings: InBatchNegatives, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's queries, a scalar."""
+    """Mean loss, a scalar, over this worker's queries; columns (B, D). Raises InputError without keys."""
     query_BD, *documents = columns
     keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
     loss = _one_direction(settings, query_BD, documents, keys)

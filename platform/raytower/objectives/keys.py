@@ -76,7 +76,7 @@ def text_keys(
     ids: Sequence[str | None] | None = None,
     labels: Sequence[str | None] | None = None,
 ) -> Tensor:
-    """(len(texts), 3) keys of the stripped text, of the id and of the label, for BatchKeys."""
+    """int64 (B, 3): keys of the stripped text, of the id and of the label, for BatchKeys."""
     nothing = [None] * len(texts)
     given_ids = nothing if ids is None else ids
     given_labels = nothing if labels is None else labels

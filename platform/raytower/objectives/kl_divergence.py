@@ -29,7 +29,7 @@ from raytower.objectives.targets import Targets, distilled
 
 
 def kl_divergence(settings: KLDivergence, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's queries, a scalar.
+    """Mean loss, a scalar, over this worker's queries; columns (B, D), teacher's scores (B, K).
 
     Raises:
         InputError: fewer than two documents, or no finite teacher score for each.

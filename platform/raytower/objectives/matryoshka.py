@@ -25,7 +25,7 @@ from raytower.objectives.targets import EncoderObjective, Targets
 
 
 def over_dimensions(settings: Matryoshka, objective: EncoderObjective) -> EncoderObjective:
-    """`objective` over every one of the dims; raises InputError where an embedding has fewer dimensions."""
+    """`objective` over every one of the dims. Calling it raises InputError if an embedding has fewer dimensions."""
     return partial(_weighted_sum, settings, objective)
 
 

@@ -32,13 +32,13 @@ from raytower.objectives.targets import Targets, needed
 
 
 def random_negative(settings: RandomNegative, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's queries, a scalar."""
+    """Mean loss, a scalar, over this worker's queries; columns (B, D). Raises InputError without keys."""
     query_BD, document_BD = columns
     keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
     document_ND = gather_rows(document_BD)
     num_rows = len(document_ND)
     rows_N = torch.arange(num_rows, device=query_BD.device)
-    # How many rows each document comes after the query's own; the documents that may not be taken come last.
+    # Rows from the query's own to each document, cyclically: own row 2 of 4 gives 2 3 0 1. Forbidden ones come last.
     steps_BN = (rows_N[None] - own_places(query_BD)[:, None]) % num_rows
     nearest_B, negative_B = steps_BN.masked_fill(known_relevant(keys), num_rows).min(-1)
     positive_B = (query_BD * document_BD).sum(-1)

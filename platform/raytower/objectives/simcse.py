@@ -28,7 +28,7 @@ from raytower.objectives.targets import Targets, needed
 
 
 def simcse(settings: SimCSE, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Mean loss over this worker's texts, a scalar."""
+    """Mean loss, a scalar, over this worker's texts; columns (B, D). Raises InputError without keys."""
     needed(targets.keys, "the keys of its texts", settings.name)
     first_BD, second_BD = columns
     return in_batch_negatives(InBatchNegatives(scale=settings.scale), [first_BD, second_BD], targets)

@@ -1,4 +1,4 @@
-"""What a batch says about its rows besides their texts: the second argument of every encoder objective.
+"""Targets: what a batch says about its rows besides their texts, the second argument of every encoder objective.
 
 Shape legend: B rows of this worker, K candidate documents of each row, D embedding dimension.
 """
@@ -23,7 +23,7 @@ class Targets:
     """Targets of this worker's rows; an objective reads the field it needs and leaves the others."""
 
     keys: BatchKeys | None = None
-    """For objectives that compare rows of the batch: what tells equal texts."""
+    """For objectives that compare rows of the batch: keys that show which texts are equal."""
 
     labels_B: Tensor | None = None  # noqa: N815 - carries its shape
     """For scored pairs: the label or the score of each pair."""
@@ -58,7 +58,7 @@ def candidate_cosines(columns: Sequence[Tensor], objective: str) -> Tensor:
 
 
 def refuse_single_documents(logits_BK: Tensor, objective: str) -> None:
-    """Raises InputError where there is one document a query: an objective over lists compares at least two."""
+    """Raises InputError where logits (B, K) hold one document a query: an objective over lists compares two or more."""
     if logits_BK.shape[1] < 2:
         raise InputError(
             f"each query has {logits_BK.shape[1]} document; objective {objective} compares at least 2: "
@@ -77,7 +77,7 @@ def distilled(columns: Sequence[Tensor], targets: Targets, objective: str) -> tu
 
 
 def teacher_scores(targets: Targets, cosine_BK: Tensor, objective: str) -> Tensor:
-    """The teacher's scores beside the student's. Raises InputError where one is missing or not finite."""
+    """The teacher's scores (B, K) for the student's cosines. Raises InputError where one is missing or not finite."""
     teacher_BK = needed(targets.teacher_BK, "a teacher's score of each document", objective).to(cosine_BK)
     if teacher_BK.shape != cosine_BK.shape:
         raise InputError(

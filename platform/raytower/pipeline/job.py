@@ -1,7 +1,7 @@
-"""`raytower pipeline`: jobs one after the other from one file. A finished step is skipped, a killed one goes on.
+"""`raytower pipeline`: jobs one after the other from one file. A finished step is skipped, a killed one continues.
 
-Each step's key hashes its job, its config and the key of the step before, so that a change early in the file runs
-again everything behind it.
+Each step's key hashes its job, its config and the key of the step before. So a change of one step runs that step and
+all later ones again.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ STEP_JOBS = (
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A step that may run, and what the state remembers it by."""
+    """A checked step, and the key by which the state file remembers it."""
 
     job: str
     command: Command
     config: Config
     key: str
     former_key: str
-    """Its key in a state that was written before keys of configs were renamed."""
+    """Its key in state files from before the config keys were renamed."""
 
     def figures_in(self, finished: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The figures of this step where it is finished and its output is still there."""
+        """The figures of this step if it is finished and its output still exists, else None."""
         output = getattr(self.config, "output", None)
         if isinstance(output, str) and not Location.of(output).exists():
             return None
@@ -54,10 +54,10 @@ class _Prepared:
 
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
-    """Run what is not finished; returns the figures of every step.
+    """Run the steps that are not finished; returns the figures of every step.
 
     Raises:
-        InputError: an unknown job, or a step's config that its job refuses; checked for all steps before the first.
+        InputError: an unknown job, or a config that its job refuses. All steps are checked before the first one runs.
     """
     prepared = _prepare(config)
     place = Location.of(config.state)
@@ -112,14 +112,14 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
 
 def _former_values(job: str, config: Config) -> dict[str, Any]:
     """The config of a step as it was dumped before keys were renamed."""
-    if job.startswith("train-"):  # none of theirs
+    if job.startswith("train-"):  # none of their keys was renamed
         return config.model_dump(mode="json")
     values = _under_former_keys(config)
     if isinstance(config, IndexBuildConfig) and config.target.queries is not None:
         values["target"]["queries"] = config.target.queries.path_alone
-    if job == "mine":  # whose key of this name means something else now
+    if job == "mine":  # its `format` was what `file_type` is now
         values["format"] = values.pop("file_type")
-    if job in ("classify", "similarity"):  # which never read it
+    if job in ("classify", "similarity"):  # they had this key and never read it
         values["compute"]["rerank_max_length"] = None
     return values
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from raytower.config import Config, FractionField
 
-# The order of the keys that commands share, behind those of their own.
+# The order of the shared keys, which stand behind a command's own.
 _SHARED = (
     "reranker",
     "recall_k",
@@ -37,7 +37,7 @@ class EngineConfig(Config):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:
-        # Pydantic puts a base's fields first. What must be given should be read first, in help and in a dumped config.
+        # Pydantic puts a base's fields first. But help and a dumped config should begin with the required keys.
         fields, own = cls.__pydantic_fields__, get_annotations(cls)
         shared = [name for name in _SHARED if name not in own]
         names = dict.fromkeys((*own, *(name for name in fields if name not in shared), *shared))
@@ -46,7 +46,7 @@ class EngineConfig(Config):
 
     @property
     def engine_settings(self) -> dict[str, Any]:
-        """What every engine over single texts is made with, by argument."""
+        """The arguments by which every engine over single texts is made."""
         return {
             "dtype": self.dtype,
             "tokens_per_batch": self.tokens_per_batch,
@@ -73,7 +73,7 @@ class BatchConfig(EngineConfig):
 
 
 class RetrieverConfig(RerankConfig):
-    """Keys of every command whose retriever is put together by its config."""
+    """Keys of every command that puts a retriever together from its config."""
 
     renamed: ClassVar = {"rerank_k": "recall_k"}
 

@@ -1,4 +1,4 @@
-"""Loading what a retrieval job works with: encoder, classifier, reranker, retriever, an index's manifest."""
+"""Loads the parts of a retrieval job: encoder, classifier, reranker, retriever, an index's manifest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_classifier(name: str, config: EngineConfig) -> ClassifierEngine:
 def load_reranker(
     name: str, config: RerankConfig, fusion_weight: float | None
 ) -> tuple[CrossScorer, Fusion | None]:
-    """A reranker and how its logits mix with recall scores.
+    """A reranker and the fusion of its logits with recall scores.
 
     Args:
         name: reranker directory or hub id.
@@ -58,7 +58,7 @@ def load_reranker(
 
 
 def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig) -> Retriever:
-    """Encoder, index and, where one is named, a reranker, put together as a job's config says.
+    """Encoder, index and, if the config names one, a reranker, put together as a job's config says.
 
     Raises:
         InputError: a fusion weight without a reranker, or one that cannot be used (see `load_reranker`).

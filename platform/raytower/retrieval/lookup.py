@@ -20,7 +20,7 @@ def find_documents(index: Index, column: str, values: Collection[str], wanted: s
     for batch in index.table.find(
         column, pa.array(sorted(values), pa.string()), list(dict.fromkeys([column, wanted]))
     ):
-        # Metadata, such as labels that are numbers, is compared as text.
+        # Values are compared as text, because metadata such as labels may be numbers.
         keys = batch.column(column).cast(pa.string()).to_pylist()
         for value, other in zip(keys, batch.column(wanted).to_pylist(), strict=True):
             found.setdefault(value, []).append(other)

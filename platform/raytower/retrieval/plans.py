@@ -1,4 +1,4 @@
-"""What a job over rows of text will do: batches, and predicted memory. Loads models to count their parameters."""
+"""Plans of jobs over rows of text: batches, and predicted memory. Models are loaded to count their parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raytower.models.forward import check_max_length
 from raytower.models.text_classifier import TextClassifier
 from raytower.retrieval.config import EngineConfig
 
-# A text with its token ids and the objects around it, in flight; generous.
+# A generous estimate for a text with its token ids and the objects around it.
 _BYTES_PER_TEXT_IN_FLIGHT = 8_192
 
 
@@ -24,7 +24,7 @@ def plan_rows(
     candidates: int = 0,
     reranker: str | None = None,
 ) -> dict[str, Any]:
-    """What a job over `rows` texts will do: batches, and the memory of weights and of one batch in flight.
+    """The plan of a job over `rows` texts: batches, and the memory of weights and of one batch in flight.
 
     Args:
         rows: texts, queries or pairs.
@@ -48,7 +48,7 @@ def plan_rows(
 def plan_classifier_rows(
     rows: int, config: EngineConfig, name: str, *, rows_per_batch: int
 ) -> dict[str, Any]:
-    """What classifying `rows` texts will do, like `plan_rows`; the classifier is loaded to count its parameters."""
+    """The plan of classifying `rows` texts, like `plan_rows`; the classifier is loaded to count its parameters."""
     classifier = TextClassifier.load(name)
     if config.max_length is not None:
         check_max_length(config.max_length, classifier.max_positions)
@@ -63,7 +63,7 @@ def _plan_memory(
     rows: int, rows_per_batch: int, num_parameters: int, dtype: str, bytes_per_row: int
 ) -> dict[str, Any]:
     in_flight = min(rows, rows_per_batch)
-    # While they are loaded, weights are held once as stored in fp32 and once as computed with.
+    # During loading, memory holds the weights twice: in fp32 as stored, and in the precision of the forward pass.
     weights = num_parameters * (4 + PARAMETER_BYTES[dtype])
     return {
         "rows": rows,

@@ -1,6 +1,6 @@
-"""Recall, then rerank: texts in, ranked documents out. Shared by the evaluation jobs and by serving; knows no Ray.
+"""Recall, then rerank: texts in, ranked documents out. Jobs and the server share it; it imports no Ray.
 
-A `Retriever` holds no state that a search changes, so one may be shared by threads as far as its parts may be.
+A search changes no state of a `Retriever`, so threads may share one if they may share its parts.
 Shape legend: Q queries, D embedding dimension, K candidates a query.
 """
 
@@ -23,22 +23,22 @@ Vectors = NDArray[np.float32]
 
 
 class TextEncoder(Protocol):
-    """What a `ForwardEngine` does for a retriever."""
+    """The encoder of a retriever, such as a `ForwardEngine`."""
 
-    def encode(self, texts: Sequence[str], prefix: str = "") -> Vectors: ...
+    def encode(self, texts: Sequence[str], prefix: str = "") -> Vectors:
+        """Vectors of the texts, float32 [Q, D], with `prefix` put before each text."""
 
 
 class PairScorer(Protocol):
-    """What a `CrossScorer` does for a retriever: one raw logit per (query, document)."""
+    """The reranker of a retriever, such as a `CrossScorer`."""
 
-    def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]: ...
+    def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        """One raw logit for each pair of a query and a document, float32 [pairs]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recalled document with its recall score (inner product or cosine, higher is nearer) and its row in the
-    index.
-    """
+    """A recalled document, its recall score (inner product or cosine, higher is nearer) and its row in the index."""
 
     id: str
     text: str
@@ -49,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One result. `score` is what the order goes by; `rank` counts from 1."""
+    """One result. Hits are ordered by `score`; `rank` counts from 1."""
 
     id: str
     text: str
@@ -69,7 +69,7 @@ class SearchResult:
     timings_ms: dict[str, float]
 
 
-# Vectors float32 [Q, D] and a depth K to at most K candidates a query, best first.
+# (vectors float32 [Q, D], depth K) → at most K candidates a query, best first.
 Recall = Callable[[Vectors, int], list[list[Candidate]]]
 
 
@@ -101,7 +101,7 @@ class Retriever:
         encoder: the query tower.
         index: an opened Index; None where every search brings its own recall.
         scorer: the reranker, or None for recall alone.
-        fusion: how recall scores and rerank logits mix; None orders by the logit alone.
+        fusion: how recall scores and rerank logits are mixed; None orders by the logit alone.
         query_prefix: put before each query when it is encoded; the reranker sees the query without it.
         recall: replaces recall from `index`, for shards that other processes hold.
     """
@@ -140,10 +140,10 @@ class Retriever:
             recall_k: documents that the first stage recalls for each query; all of them are reranked. Where it is
                 below `k`, the rest of the `k` follow in recall order. Without reranking only `k` are recalled.
             rerank: False leaves the reranker out; so does a retriever without one.
-            recall: the way of recall for this search alone, such as one bound to a filter.
+            recall: replaces the recall of this search alone, for instance by one with a filter.
 
         Raises:
-            InputError: `k` or `recall_k` is below 1, or there is no way of recall.
+            InputError: `k` or `recall_k` is below 1, or there is neither an index nor a recall.
         """
         if k < 1 or recall_k < 1:
             raise InputError(f"k is {k} and recall_k is {recall_k}; both must be 1 or more")
@@ -170,7 +170,7 @@ class Retriever:
         return self.encoder.encode(list(queries), self.query_prefix)
 
     def recall(self, vectors: Vectors, k: int, recall: Recall | None = None) -> list[list[Candidate]]:
-        """At most `k` candidates for each vector, best first."""
+        """At most `k` candidates for each vector of [Q, D], best first. Raises InputError without index and recall."""
         way = recall or self._recall
         if way is None:
             raise InputError("this retriever has neither an index nor a recall function; give one of them")
@@ -179,10 +179,11 @@ class Retriever:
     def rerank(
         self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]], recall_k: int
     ) -> list[list[Hit]]:
-        """All candidates of each query, the first `recall_k` of them put in order by their new score.
+        """All candidates of each query, the first `recall_k` of them ordered by their new score.
 
-        What lies past `recall_k` keeps its recall order below them; its score carries on from the lowest reranked
-        one by the distance in recall score, so that scores fall along the list.
+        The candidates past `recall_k` follow in recall order. Their scores continue from the lowest reranked score:
+        each lies as far below it as its recall score lies below that of candidate `recall_k`. So scores fall along
+        the list.
         """
         heads = [items[:recall_k] for items in candidates]
         logits = self.score(queries, heads)
@@ -194,7 +195,7 @@ class Retriever:
     def score(
         self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]]
     ) -> list[NDArray[np.float32]]:
-        """The reranker's raw logits of each query's candidates, in their order; all pairs go to it at once.
+        """The reranker's raw logits [K] of each query's candidates, in their order; one call scores all pairs.
 
         Raises:
             InputError: this retriever has no reranker.

@@ -46,7 +46,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
 
 
 def plan_search(config: SearchConfig) -> dict[str, Any]:
-    """What the search will hold in memory, and the index version it will ask."""
+    """The plan of a search: the memory that it needs, and the index version that it will ask."""
     manifest = open_manifest(config.index)
     depth = max(config.k, config.recall_k) if config.reranker else config.k
     encoder = config.encoder or manifest.encoder

@@ -16,7 +16,7 @@ from raytower.models.fusion import Fusion
 from raytower.retrieval.retriever import Retriever
 from raytower.storage import Location
 
-# Twentieths, so that 0, 0.05 … 1 are each the float nearest to what is written.
+# Divided, not summed up, so that each of 0, 0.05 … 1 is the float nearest to what is written.
 WEIGHTS = tuple(step / 20 for step in range(21))
 _QUERIES_AT_ONCE = 256
 
@@ -47,15 +47,15 @@ class _Padded:
 def tune_fusion(
     recall_scores: Sequence[ArrayLike], rerank_logits: Sequence[ArrayLike], relevance: Sequence[ArrayLike]
 ) -> Fusion:
-    """The weight among 0, 0.05 … 1 with the highest MRR@10; of equal ones the smallest, which trusts recall more.
+    """The weight among 0, 0.05 … 1 with the highest MRR@10. Of equal ones the smallest, which trusts recall more.
 
     Args:
-        recall_scores: for each query the scores of its candidates, best first.
-        rerank_logits: the reranker's logits of the same candidates.
-        relevance: their judgements; above 0 is relevant. A query without a relevant candidate changes nothing.
+        recall_scores: for each query the scores [K] of its candidates, best first.
+        rerank_logits: the reranker's logits [K] of the same candidates.
+        relevance: their judgements [K]; above 0 is relevant. A query without a relevant candidate changes nothing.
 
     Raises:
-        InputError: there are no candidates, or the three disagree in number.
+        InputError: there are no candidates, or the three differ in length.
     """
     padded = _pad(recall_scores, rerank_logits, relevance)
     recall, rerank = padded.recall[padded.exists], padded.rerank[padded.exists]
@@ -66,7 +66,7 @@ def tune_fusion(
         rerank_mean=float(rerank.mean()),
         rerank_std=_deviation(rerank),
     )
-    # max() keeps the first of equals, and the weights rise; rounding, or the order of a sum would break ties.
+    # max() keeps the first of equal values, so the smallest weight. Without rounding, a sum's order would break ties.
     return max(
         (replace(base, weight=weight) for weight in WEIGHTS), key=lambda item: round(_mrr(item, padded), 12)
     )
@@ -78,14 +78,14 @@ def fused_mrr(
     rerank_logits: Sequence[ArrayLike],
     relevance: Sequence[ArrayLike],
 ) -> float:
-    """MRR@10 of the candidates ordered by `fusion`; ties keep the given order. Arguments as for `tune_fusion`."""
+    """MRR@10 of the candidates ordered by `fusion`; ties keep their order. Arguments as for `tune_fusion`: [K] each."""
     return _mrr(fusion, _pad(recall_scores, rerank_logits, relevance))
 
 
 def tune_on_queries(
     retriever: Retriever, queries: Sequence[str], relevant: Sequence[Mapping[str, float]], recall_k: int = 100
 ) -> TunedFusion:
-    """Recall and rerank `queries` with `retriever` (its own fusion plays no part) and tune on the candidates.
+    """Recall and rerank `queries` with `retriever` (its own fusion is ignored) and tune on the candidates.
 
     Args:
         retriever: must have a reranker.
@@ -114,7 +114,7 @@ def tune_on_queries(
 
 
 def store_fusion(reranker: str | Location, tuned: Fusion | TunedFusion) -> None:
-    """Keep a fusion in the raytower.json of a reranker directory, under `fusion`; the file is replaced atomically.
+    """Store a fusion in the raytower.json of a reranker directory, under `fusion`; the file is replaced atomically.
 
     Raises:
         InputError: the directory has no raytower.json.
@@ -162,6 +162,6 @@ def _pad(recall: Sequence[ArrayLike], rerank: Sequence[ArrayLike], relevance: Se
 
 
 def _deviation(values: NDArray[np.float64]) -> float:
-    # Equal scores carry no order; dividing what rounding left of their deviation would make one up.
+    # Equal scores have no order. Their deviation is rounding noise, and dividing by it would invent an order.
     deviation = float(values.std())
     return deviation if deviation > 1e-9 * max(1.0, float(np.abs(values).max())) else 1.0

@@ -69,7 +69,7 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCall:
-    """What a search asks for: `k` documents of each query; where it reranks, the first `recall_k` are reranked."""
+    """A search request: `k` documents of each query; if it reranks, the first `recall_k` are reranked."""
 
     queries: list[str]
     k: int
@@ -80,7 +80,7 @@ class SearchCall:
 
 @dataclass(frozen=True)
 class SearchAnswer:
-    """Hits of each query, all from one index version; `partial` where a shard is missing from them."""
+    """Hits of each query, all from one index version; `partial` says that hits of a shard are missing."""
 
     index_version: str
     partial: bool
@@ -109,9 +109,9 @@ class ScoreAnswer:
 
 
 class Engine(Protocol):
-    """What the routes need. Methods block, are called from several threads, and may raise ApiError.
+    """The answers behind the routes. Methods block, are called from several threads, and may raise ApiError.
 
-    They should give up with OutOfTimeError once `deadline` is past: nobody waits for them any more.
+    They should raise OutOfTimeError once `deadline` is past: the caller has got its 504 by then.
     """
 
     @property
@@ -122,10 +122,10 @@ class Engine(Protocol):
         """Recall among the documents that the call's filter lets through, and rerank."""
 
     def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
-        """Vectors of `texts` with the prefix of `role` ("query", "document" or None for no prefix)."""
+        """Vectors of `texts`, each after the prefix of `role` ("query", "document" or None for no prefix)."""
 
     def score(self, query: str, documents: list[str], deadline: Deadline) -> ScoreAnswer:
-        """The reranker's logits; NotConfiguredError without a reranker."""
+        """The reranker's logits. Raises NotConfiguredError without a reranker."""
 
 
 def create_app(engine: Engine, config: ServeConfig, api_key_sha256: bytes | None = None) -> FastAPI:
@@ -137,7 +137,7 @@ def create_app(engine: Engine, config: ServeConfig, api_key_sha256: bytes | None
         yield
         gate.close()
 
-    # The documentation pages of FastAPI load scripts from elsewhere; openapi.json stays.
+    # FastAPI's documentation pages load scripts from other hosts, so they are off; openapi.json stays.
     app = FastAPI(title="raytower", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
@@ -255,7 +255,7 @@ def _embeddings_response(answer: EmbedAnswer, body: EmbeddingsRequest) -> Embedd
 
 
 def _rerank_response(answer: ScoreAnswer, body: RerankRequest) -> RerankResponse:
-    # Order by the logits: the logistic of large ones is 1.0 for all of them.
+    # Order by the logits: the logistic function maps all large ones to 1.0.
     order = np.argsort(-answer.logits, kind="stable")[: body.top_n or len(answer.logits)]
     relevance = 0.5 * (1 + np.tanh(answer.logits.astype(np.float64) / 2))
     texts = body.texts()
@@ -337,7 +337,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 class Gatekeeper:
-    """Checks the key before anything is read, bounds the body, and turns surprises into a 500 without internals."""
+    """Checks the API key before the body is read, limits the body, and turns unexpected errors into a bare 500."""
 
     def __init__(self, app: AsgiApp, max_body_bytes: int, key_sha256: bytes | None) -> None:
         self._app = app
@@ -374,7 +374,7 @@ class Gatekeeper:
             return
         given = _header(scope, b"authorization")
         scheme, _, key = given.partition(b" ")
-        # Digests have one length, so the comparison tells nothing about the key's.
+        # All digests are equally long, so the comparison's time does not show the key's length.
         digest = hashlib.sha256(key.strip()).digest()
         if scheme.lower() != b"bearer" or not hmac.compare_digest(digest, self._key_sha256):
             problem = "wrong API key" if given else "no API key"

@@ -38,7 +38,7 @@ from raytower.serving.graph import QUIET, build_application, needed_cpus
 from raytower.serving.ports import PROXY_ENVIRONMENT
 
 APP_NAME = "raytower"
-# Asks the machine itself, so never through a proxy that the environment names.
+# It asks this machine, so it ignores a proxy that the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
@@ -105,7 +105,7 @@ def reload(config: ServeConfig, version: str | None = None) -> str:
 
 
 def stop() -> None:
-    """Stop serving. Ray Serve itself stops too unless it has other applications; nothing happens if none runs."""
+    """Stop serving. Ray Serve itself stops too unless it has other applications. Without a server nothing happens."""
     if not ray.is_initialized() or has_ended():
         return
     try:
@@ -136,7 +136,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         url, index_version (the last one served), seconds.
 
     Raises:
-        What `start` raises.
+        InputError, FormatError, RaytowerError: as `start`.
     """
     started = time.monotonic()
     version: str | None = None
@@ -168,7 +168,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
 
 
 def plan_serve(config: ServeConfig) -> dict[str, Any]:
-    """What `serve` would do: version, rows, shards, bytes of the index in each process, processes, CPUs.
+    """The plan of `serve`: version, rows, shards, bytes of the index in each process, processes, CPUs.
 
     Raises:
         InputError: no such index or model, or an empty key variable. FormatError: another encoder made the index.
@@ -201,7 +201,7 @@ def check_parts(config: ServeConfig, version: str | None) -> IndexManifest:
     """
     manifest = open_manifest(config.index, version)
     name = encoder_for(config, manifest.encoder)
-    # Models that others made carry no record; loading one here is dearer, but tells before anything runs.
+    # A model that raytower did not write records no fingerprint. Loading it takes time, but before anything runs.
     fingerprint = read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint
     check_fingerprint(manifest, str(fingerprint), name)
     if config.reranker:
@@ -232,7 +232,7 @@ def _deploy(config: ServeConfig, manifest: IndexManifest) -> None:
 
 
 def _reason_of(error: Exception) -> RaytowerError:
-    """What a replica raised on purpose. Serve passes it on as the text of a traceback, in its status."""
+    """The error that a replica raised. Serve passes it on only as a traceback's text in its status."""
     cause = find_cause(error)
     if isinstance(cause, RaytowerError):
         return cause
@@ -262,7 +262,7 @@ def _start_proxy(config: ServeConfig) -> ServeConfig:
             )
         return config.model_copy(update={"port": running.port})
     port = check_port(config.host, config.port)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what matters of it is logged here
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this module logs what matters of it
     ray_serve.start(
         proxy_location="HeadOnly",
         http_options=HTTPOptions(host=config.host, port=port),
@@ -273,7 +273,7 @@ def _start_proxy(config: ServeConfig) -> ServeConfig:
 
 
 def check_port(host: str, port: int) -> int:
-    """Bind the port and let it go; for 0 the port that the system picked.
+    """Bind the port and let it go. Returns the port; for 0 the one that the system picked.
 
     Raises:
         InputError: it is taken, or the host is no address of this machine.
@@ -333,18 +333,18 @@ def _within_start_timeout(config: ServeConfig, work: Callable[[], Result]) -> Re
         used, total = get_used_memory() / 2**30, get_system_memory() / 2**30
         raise RaytowerError(
             f"the server did not start within start_timeout_s = {config.start_timeout_s} s. {used:.1f} of {total:.1f} "
-            "GiB of memory are used; where little is left, Ray ends the server's processes again and again: give it "
-            "more. Raise start_timeout_s where the index or a model takes longer to load"
+            "GiB of memory are used; if memory is short, Ray kills the server's processes again and again: give it "
+            "more. Raise start_timeout_s if the index or a model takes longer to load"
         ) from None
 
 
 def _within(seconds: float, work: Callable[[], Result]) -> Result:
-    """The result of `work`, which is left alone in its thread where it takes longer.
+    """The result of `work`. After `seconds` its thread is left to itself.
 
-    Serve's calls wait without a limit for a controller that was killed, or for one that cannot start.
+    Serve's calls wait for ever for a controller that was killed or cannot start.
 
     Raises:
-        TimeoutError: it took longer, or Ray has ended. Also what `work` raises.
+        TimeoutError: `work` took longer, or Ray has ended. Also what `work` raises.
     """
     done: Future[Result] = Future()
 

@@ -26,7 +26,7 @@ from raytower.serving.config import ServeConfig
 from raytower.serving.schemas import NotConfiguredError, NotReadyError, UnprocessableError
 from raytower.serving.work import Deadline, MicroBatcher
 
-# Bounds how long one forward keeps others waiting; longer submissions are cut.
+# Limits how long one forward pass keeps other requests waiting; longer submissions are cut.
 _TEXTS_PER_FORWARD = 128
 _PAIRS_PER_FORWARD = 128
 _LOAD_TIMEOUT_MS = 60_000
@@ -52,12 +52,12 @@ class ServedIndex(Protocol):
         """Raises FormatError where an encoder with this fingerprint did not make the vectors."""
 
     def check_filter(self, filter: Mapping[str, Any]) -> None:
-        """Raises InputError where it does not fit the documents' columns."""
+        """Raises InputError if the filter does not fit the documents' columns."""
 
     def recall(
         self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
     ) -> tuple[list[list[Candidate]], bool]:
-        """Candidates of each vector, best first, and whether a shard is missing from them."""
+        """Candidates of each vector of (Q, D), best first, and whether those of a shard are missing."""
 
 
 # Opens the named version, or the published one for None.
@@ -65,7 +65,7 @@ OpenIndex = Callable[[str | None], ServedIndex]
 
 
 class SharedEncoder:
-    """One encoder that concurrent requests use together: what waits is encoded in one forward."""
+    """One encoder that concurrent requests share: texts that wait together are encoded in one forward pass."""
 
     def __init__(self, name: str, dtype: ComputeDtype, max_length: int | None) -> None:
         """`max_length` None is the encoder's own. Raises InputError: no such model, or too long for its positions."""
@@ -88,7 +88,7 @@ class SharedEncoder:
 
 
 class SharedScorer:
-    """One reranker that concurrent requests use together."""
+    """One reranker that concurrent requests share."""
 
     def __init__(self, name: str, dtype: ComputeDtype, max_length: int | None) -> None:
         """`max_length` None is the reranker's own. Raises InputError as `SharedEncoder`."""
@@ -110,7 +110,7 @@ class SharedScorer:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one request works with. `query_prefix` is put before each query when it is encoded."""
+    """The models and the index of one request. `query_prefix` is put before each query when it is encoded."""
 
     index: ServedIndex
     encoder: SharedEncoder
@@ -137,7 +137,7 @@ class SearchEngine:
     def load(self, version: str | None = None) -> str:
         """Open an index version (None: the published one) and serve it from the next request on; returns its name.
 
-        Whatever it raises leaves the version before in place.
+        If it raises, the version before stays in place.
 
         Raises:
             InputError: no such index or model, or the index records no encoder and the config names none.
@@ -158,7 +158,7 @@ class SearchEngine:
                 fusion=choose_fusion(scorer, self._config.fusion_weight),
                 query_prefix=encoder.prefixes["query"] if prefix is None else prefix,
             )
-            # The first forward of a model is slow; it should not be a user's.
+            # A model's first forward pass is slow, so it is made here and not in a user's request.
             self._search(snapshot, _WARM_UP, Deadline.after(_LOAD_TIMEOUT_MS))
             self._snapshot = snapshot
             return index.version
@@ -270,7 +270,7 @@ def encoder_for(config: ServeConfig, recorded: str | None) -> str:
 
 
 def choose_fusion(scorer: SharedScorer | None, weight: float | None) -> Fusion | None:
-    """The reranker's tuned fusion, its weight replaced by `weight` where one is given."""
+    """The fusion stored with the reranker, with `weight` in place of its own if given."""
     if scorer is None:
         return None
     if weight is None:
@@ -279,6 +279,6 @@ def choose_fusion(scorer: SharedScorer | None, weight: float | None) -> Fusion |
 
 
 def model_name(name: str) -> str:
-    """What callers are told: a hub id as it is, of a directory only its last part."""
+    """The model's name as callers see it: a hub id unchanged, of a directory only the last part."""
     path = Path(name)
     return path.resolve().name if path.is_dir() else name

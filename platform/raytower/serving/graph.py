@@ -1,4 +1,4 @@
-"""The Serve application: which deployments there are and what each of them holds.
+"""The Serve application: its deployments, and what each of them holds.
 
 `together`: one deployment, the HTTP ingress, holds everything; a search takes one hop. `apart`: one more deployment
 for each index shard, and the ingress asks all of them at once.
@@ -27,10 +27,10 @@ from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, shard
 from raytower.storage import absolute_if_local
 
 INGRESS_NAME = "search"
-# Room beside the requests that the application admits itself, so that it is the one to answer 429 and health checks.
+# Serve admits so many requests more than the application, so that the application answers 429 and health checks.
 _SERVE_HEADROOM = 64
 _SHARD_ONGOING_REQUESTS = 64
-# They decide where the proxy listens or how many replicas there are, not what a replica does.
+# Keys that decide where the proxy listens or how many replicas there are, not what a replica does.
 _OUTSIDE_KEYS = {"host", "port", "replicas", "api_key_env", "start_timeout_s"}
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 _LOGGER = logging.getLogger("raytower.serving")
@@ -49,7 +49,7 @@ class Ingress:
         self._engine = SearchEngine(config, lambda version: _open_index(config, version, shards))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the named version. If that fails, a replica that has another one keeps it: stale beats gone."""
+        """Serve the named version. If that fails, a replica that has an older one keeps it: old answers beat none."""
         try:
             await asyncio.to_thread(self._engine.load, user_config["version"])
         except Exception:
@@ -80,8 +80,8 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
     key = digest.hex() if digest else None
     kept = {name: value for name, value in settings.items() if name not in _OUTSIDE_KEYS}
     num_shards = len(manifest.shards) if config.layout == "apart" else 0
-    # With an equal code version Serve changes running replicas in place through `reconfigure`; left to itself it
-    # gives every run a random one and restarts them all.
+    # If the code version stays equal, Serve changes running replicas in place through `reconfigure`. By default
+    # it gives every run a random one and restarts all replicas.
     identity = json.dumps([__version__, kept, key, num_shards], sort_keys=True)
     common: dict[str, Any] = {
         "version": hashlib.sha256(identity.encode()).hexdigest()[:16],
@@ -89,7 +89,7 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
         "user_config": {"version": manifest.version},
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": config.timeout_ms / 1000 + 3,
-        # A dead process is replaced when a check misses it; the default checks every 10 s.
+        # Serve replaces a dead process after a failed check; by default it checks every 10 s.
         "health_check_period_s": 2.0,
         "max_constructor_retry_count": 1,
         "logging_config": QUIET,
@@ -110,12 +110,12 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _SERVE_HEADROOM,
     )(serve.ingress()(Ingress))
-    # The key's variable is the driver's; replicas get the digest of what it held.
+    # Only the driver's environment has the key's variable; replicas get the key's digest.
     return ingress.options(**common).bind({**settings, "api_key_env": None}, key, *shards)
 
 
 def config_for_replicas(config: ServeConfig, manifest: IndexManifest) -> ServeConfig:
-    """The config with its encoder named, and with names by which every replica finds the same index and models."""
+    """The config with its encoder named, and with paths by which every replica finds the same index and models."""
     names = {"index": config.index, "encoder": encoder_for(config, manifest.encoder)}
     if config.reranker:
         names["reranker"] = config.reranker

@@ -19,7 +19,7 @@ class Page:
 
 
 def load_page(title: str) -> Page:
-    """The page with its title. Its policy allows its own style and script, by their hashes, and nothing else."""
+    """The page with its title. Its policy allows only its own style and script, named by their hashes."""
     text = resources.files("raytower.serving").joinpath("page.html").read_text(encoding="utf-8")
     text = text.replace(_TITLE_MARK, html.escape(title))
     policy = "; ".join(

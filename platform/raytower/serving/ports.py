@@ -1,4 +1,4 @@
-"""What Ray Serve leaves open in its processes: heads of requests without a limit, replicas on all interfaces."""
+"""Limits that Ray Serve lacks: on the size and time of a request's head, and on where replicas listen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.b
 
 
 class BoundedHeads(H11Protocol):
-    """uvicorn's protocol over h11, which takes 64 KiB of a head, with a limit on how long a head may take to come."""
+    """uvicorn's h11 protocol, which limits a request's head to 64 KiB, with a limit on the time a head may take too."""
 
     _limit: asyncio.TimerHandle | None = None
 
@@ -48,17 +48,17 @@ class BoundedHeads(H11Protocol):
 
 
 def bound_heads() -> list[Any]:
-    """Have this process's uvicorn read requests by BoundedHeads; its own choice, httptools, takes heads of any size.
+    """Make this process's uvicorn read requests by BoundedHeads; its default, httptools, takes heads of any size.
 
     Returns:
-        No middlewares: they are what Serve asks for where it gives the chance to do this.
+        An empty list. Serve calls this function for middlewares; it is the one place to set the protocol.
     """
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHeads.__name__}"
     return []
 
 
 def keep_replica_local() -> None:
-    """Bind this replica's gRPC port, which Serve opens on all interfaces, to loopback where the node is known by it."""
+    """Bind this replica's gRPC port, which Serve opens on all interfaces, to loopback if that is the node's address."""
     if ray.util.get_node_ip_address() == "127.0.0.1":
         replica.add_port_to_grpc_server = _add_local_port
 

@@ -1,6 +1,6 @@
 """The wire contract: every request, response and error of the HTTP interface, and the limits they keep to.
 
-The one module to read, and to change, for what goes over the wire. `app.py` answers it, `page.html` speaks it.
+This module alone decides what goes over the wire. `app.py` answers such requests, `page.html` makes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_RECALL_K = 100
 
 
 class Limits(Config):
-    """What one request may ask for. Longer texts and bodies are answered 413, larger counts 422."""
+    """The limits of one request. Longer texts and bodies are answered 413, larger counts 422."""
 
     max_body_bytes: ByteSize = Field(default=ByteSize(4 * 1024 * 1024), ge=1024)
     """Bytes of a request's body."""
@@ -165,7 +165,7 @@ class RerankRequest(Request):
 
 
 class SearchHit(BaseModel):
-    """`score` is what the order goes by: the fused score where reranked, else the recall score."""
+    """Hits are ordered by `score`: the fused score if reranked, else the recall score."""
 
     id: str
     text: str
@@ -296,6 +296,7 @@ def error_body(message: str, error_type: str, code: str) -> bytes:
 
 
 def check_text(field: str, text: str, max_characters: int) -> None:
+    """Raises UnprocessableError for a blank or invalid text, TooLargeError for a long one."""
     if not text.strip():
         raise UnprocessableError(f"{field}: is empty or only whitespace; it must hold text")
     if len(text) > max_characters:
@@ -309,6 +310,7 @@ def check_text(field: str, text: str, max_characters: int) -> None:
 
 
 def check_count(field: str, count: int, most: int) -> None:
+    """Raises UnprocessableError unless there are 1 to `most` items."""
     if not 1 <= count <= most:
         raise UnprocessableError(f"{field}: has {count} items; there must be 1 to {most}")
 
@@ -329,6 +331,7 @@ VectorText = Annotated[str, "base64 of little-endian float32"]
 
 
 def encode_base64(vector: NDArray[np.float32]) -> VectorText:
+    """The bytes of a vector [D] as text."""
     return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
 
 

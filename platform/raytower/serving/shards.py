@@ -24,9 +24,9 @@ from raytower.serving.work import Deadline
 from raytower.storage import Location
 
 _LOGGER = logging.getLogger("raytower.serving")
-# Opening a shard reads and checks all of it; that may take long, and only a start or a new version waits for it.
+# Opening a shard reads and checks all of it. Only a start or a new version waits for it, so the limit is high.
 _OPEN_TIMEOUT_S = 600.0
-# Requests that began on the version before may still come while the new one is taken up.
+# While a new version is opened, requests for the one before still arrive.
 _VERSIONS_KEPT = 2
 # Share of the remaining time that shards may use, so that an answer without a slow one can still be given.
 _RECALL_SHARE = 0.6
@@ -34,14 +34,14 @@ _FETCH_S = 0.01
 
 
 class _OneVersion:
-    """What the engine asks of any index version; read from its document and its table's columns."""
+    """The facts that the engine asks of any index version, from its manifest and its table's columns."""
 
     def __init__(self, manifest: IndexManifest, documents_schema: pa.Schema) -> None:
         self.manifest = manifest
         self._documents_schema = documents_schema
 
     def check_filter(self, filter: Mapping[str, Any]) -> None:
-        """Raises InputError where it does not fit the documents' columns."""
+        """Raises InputError if the filter does not fit the documents' columns."""
         to_sql(filter, self._documents_schema)
 
     def check_fingerprint(self, fingerprint: str) -> None:
@@ -80,12 +80,12 @@ class LocalIndex(_OneVersion):
     def recall(
         self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
     ) -> tuple[list[list[Candidate]], bool]:
-        """Candidates of each vector; a shard in this process is never missing."""
+        """Candidates of each vector of (Q, D); a shard in this process is never missing."""
         return index_recall(self._index, filter)(vectors, k), False
 
 
 class ShardResponse(Protocol):
-    """What a Serve handle returns for a call."""
+    """The pending answer that a Serve handle returns for a call."""
 
     def result(self, *, timeout_s: float | None = None) -> Any: ...
 
@@ -93,7 +93,7 @@ class ShardResponse(Protocol):
 
 
 class ShardedIndex(_OneVersion):
-    """The shards in other processes, reached through Serve handles; process i of n holds every n-th shard from i on.
+    """The shards in other processes, reached through Serve handles. Process i of n holds the shards i, i + n, i + 2n, …
 
     Every call names the version, so shards that are still moving to another one never mix into an answer.
     """
@@ -111,7 +111,7 @@ class ShardedIndex(_OneVersion):
 
     @staticmethod
     def open(uri: str, version: str | None, shards: Sequence[Any], shard_timeout_ms: int) -> ShardedIndex:
-        """Have every process open the version, and wait for all of them.
+        """Make every process open the version, and wait for all of them.
 
         Raises:
             RaytowerError: a process could not open it.
@@ -132,7 +132,7 @@ class ShardedIndex(_OneVersion):
     def recall(
         self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
     ) -> tuple[list[list[Candidate]], bool]:
-        """Ask all shards at once and merge what answers in time.
+        """Ask all shards at once for vectors (Q, D), and merge the answers that come in time.
 
         Raises:
             OutOfTimeError: no shard answered before the deadline. NotReadyError: none answered, for another reason.
@@ -151,11 +151,11 @@ class ShardedIndex(_OneVersion):
 
     def _collect(self, number: int, response: ShardResponse, until: Deadline) -> list[list[Candidate]] | None:
         try:
-            # What has arrived is taken, even when the shard before it used up the time.
+            # An answer that has arrived is taken even if the shard before it used up the time.
             found: list[list[Candidate]] = response.result(timeout_s=max(until.remaining_s(), _FETCH_S))
             return found
         except Exception as error:
-            # Whatever the reason (late, killed, broken), the answer is given without this shard and says so.
+            # Whatever the reason (late, killed, broken), the answer does without this shard and says so.
             response.cancel()
             _LOGGER.warning("shard %d did not answer: %s: %s", number, type(error).__name__, error)
             return None
@@ -172,7 +172,7 @@ def merge_candidates(parts: Sequence[Sequence[Sequence[Candidate]]], k: int) -> 
 
 
 class ShardServer:
-    """Some shards of an index in their own process, holding the versions that are or just were served."""
+    """Some shards of an index in a process of their own. It holds the version that is served and the one before."""
 
     def __init__(self, uri: str, number: int, num_processes: int) -> None:
         keep_replica_local()
@@ -184,7 +184,7 @@ class ShardServer:
         self._opening = threading.Lock()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Open the version that will be asked for; one that cannot be opened is refused when it is asked for."""
+        """Open the version that requests will name. If that fails, those requests are refused."""
         try:
             await self.prepare(user_config["version"])
         except RaytowerError:
@@ -197,7 +197,7 @@ class ShardServer:
     async def recall(
         self, version: str, vectors: Vectors, k: int, filter: Mapping[str, Any] | None = None
     ) -> list[list[Candidate]]:
-        """At most `k` candidates of these shards for each vector, from exactly that version."""
+        """At most `k` candidates of these shards for each vector of (Q, D), from exactly that version."""
         return await asyncio.to_thread(lambda: index_recall(self._opened(version), filter)(vectors, k))
 
     def _opened(self, version: str) -> Index:

@@ -1,4 +1,4 @@
-"""Bounding what one process works on: deadlines, admission, and forwards shared by concurrent requests."""
+"""Limits on the work of one process: deadlines, admission, and forward passes that concurrent requests share."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Deadline:
 class WorkGate:
     """Runs blocking work on a few threads; beyond `max_ongoing` + `max_queued` it refuses at once.
 
-    A place is given back when the work has ended, not when its caller was answered: work that outlives its deadline
-    still burdens the machine, so it still counts.
+    A request counts until its work has ended, not until its caller was answered: work that outlives its deadline still
+    burdens the machine.
     """
 
     def __init__(self, max_ongoing: int, max_queued: int) -> None:
@@ -67,7 +67,7 @@ class WorkGate:
             raise
         future.add_done_callback(lambda _: self._places.release())
         try:
-            # Cancelling reaches work that still waits for a thread; running work sees the deadline itself.
+            # A timeout cancels work that still waits for a thread; running work checks the deadline itself.
             return await asyncio.wait_for(asyncio.wrap_future(future), deadline.remaining_s())
         except TimeoutError:
             raise deadline.exceeded() from None
@@ -93,8 +93,8 @@ class _Submission(Generic[ItemT, RowT]):
 class MicroBatcher(Generic[ItemT, RowT]):
     """Joins what concurrent threads submit into one call of `run`, one call at a time.
 
-    There is no timer: an idle batcher runs a submission at once, a busy one gathers what arrives meanwhile. Whoever
-    gets the lock runs everything that waits (up to `max_items`), and the others find their rows done.
+    There is no timer: an idle batcher runs a submission at once, a busy one gathers what arrives meanwhile. The thread
+    that gets the lock runs everything that waits (up to `max_items`); the other threads then find their rows done.
 
     Args:
         run: items to as many rows, in order. Never called by two threads at once.

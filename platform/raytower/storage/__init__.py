@@ -1,4 +1,4 @@
-"""Storage by URI: places, whole-file writes, compare-and-swap, leases, and the cache of what was fetched."""
+"""Storage by URI: locations, whole-file writes, compare-and-swap, leases, and the cache of what was fetched."""
 
 from raytower.storage.errors import StorageError, StorageRefusedError, explaining
 from raytower.storage.hashed import HashedFile

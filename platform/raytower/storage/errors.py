@@ -1,4 +1,4 @@
-"""What storage fails at, as errors that name the place, the reason and the remedy."""
+"""Failures of storage, as errors that name the location, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ _DENIED = (
 
 
 class StorageError(RaytowerError, OSError):
-    """Storage that failed or could not be reached; the message names the place."""
+    """Storage that failed or could not be reached; the message names the location."""
 
 
 class StorageRefusedError(StorageError, InputError):
-    """Storage that will not take what was asked: no permission, no such bucket, a file where a folder should be."""
+    """Storage that refuses a request: no permission, no such bucket, a file where a folder should be."""
 
 
 @contextmanager
 def explaining(place: object, *, only_full: bool = False) -> Iterator[None]:
-    """Turn what a filesystem, or the system, raises into a StorageError about `place` (a Location, a path).
+    """Turn errors of a filesystem or the system into a StorageError about `place` (a Location or a path).
 
-    With `only_full` other errors than a full disk pass: code of others, which may write elsewhere, runs inside.
+    With `only_full` only a full disk is turned. That is for blocks of callers, which may fail for other reasons.
+
+    Raises:
+        StorageError: in place of the error; StorageRefusedError if the user can correct the request.
     """
     try:
         yield
@@ -56,7 +59,7 @@ def explaining(place: object, *, only_full: bool = False) -> Iterator[None]:
 
 
 def as_storage_error(error: Exception, place: str) -> StorageError:
-    """The error to raise for `error`: a StorageRefusedError where the user can do something about the request."""
+    """The error to raise for `error`: a StorageRefusedError if the user can correct the request."""
     detail = one_line(error)
     if is_full(error):
         return StorageError(f"no space is left for {place}: {detail}; make room there and run the job again")
@@ -85,7 +88,7 @@ def is_full(error: Exception) -> bool:
     """Whether a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    # FAISS reports what the system said as text only.
+    # FAISS gives the system's error as text only, without its number.
     return os.strerror(errno.ENOSPC) in str(error)
 
 

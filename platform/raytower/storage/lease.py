@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.2
 
 
 class Lease:
-    """The right to write. `check()` before each step that others must not repeat meanwhile."""
+    """The right to write. Call `check()` before each step that no other writer may do at the same time."""
 
     def __init__(self, place: Location, is_held: Callable[[], bool]) -> None:
         self._place = place
@@ -42,8 +42,8 @@ def writer_lease(
 ) -> Iterator[Lease]:
     """Be the one writer while the block runs.
 
-    On a local disk the lease ends with the process that holds it. On an object store a holder that dies keeps it for
-    `seconds`, and half of that again, which allows for clocks that differ; a living one renews it in the background.
+    On a local disk the lease ends with the process that holds it. On an object store the holder renews it in the
+    background. If the holder dies, others wait for 1.5 times `seconds`; the half allows for clocks that differ.
 
     Raises:
         RaytowerError: somebody else holds it and did not let go within `wait_seconds`.
@@ -71,18 +71,18 @@ def _local_lease(place: Location, mine: dict[str, str], wait_seconds: float) -> 
     path = place.local_path
     with locked(path, wait_seconds) as descriptor:
         if descriptor is None:
-            # Let go of a moment ago, it may be gone.
+            # The holder may have let go a moment ago and removed the file.
             raise _taken(place, path.read_bytes() if path.is_file() else b"{}")
         os.ftruncate(descriptor, 0)
         _describe(descriptor, mine, place)
-        # A lock file that was removed locks nobody out any more.
+        # A lock on a removed file excludes no other process, so the file must still have its name.
         lease = Lease(place, lambda: is_still(descriptor, path))
         lease.check()
         yield lease
 
 
 def _describe(descriptor: int, mine: dict[str, str], place: Location) -> None:
-    """Say who holds it, for those who wait. The lock holds without: on a full disk what makes room must still run."""
+    """Write into the file who holds it, for those who wait. A full disk is no error: jobs that make room must run."""
     try:
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
     except OSError as error:
@@ -112,11 +112,11 @@ class _ObjectLease:
         return time.monotonic() < self._valid_until
 
     def release(self) -> None:
-        """Mark it as expired, if it is still ours: an unconditional delete could take away another's."""
+        """Mark it as expired if it is still ours. An unconditional delete could remove another holder's lease."""
         self._ended.set()
         self._renewal.join()
         if self.is_held():
-            with suppress(StorageError):  # else it expires by itself
+            with suppress(StorageError):  # if this fails, it expires by itself
                 self._replace(self._etag, expires=0.0)
 
     def _try(self) -> bytes | None:
@@ -134,7 +134,7 @@ class _ObjectLease:
         while not self._ended.wait(self._seconds / 3):
             try:
                 self._replace(self._etag)
-                # Read back in any case: the answer to an earlier renewal may have been lost on its way.
+                # Read it back in any case: an earlier renewal may have succeeded although its answer was lost.
                 if not self._adopt():
                     self._valid_until = 0.0
                     return
@@ -170,7 +170,7 @@ def _read(content: bytes) -> dict[str, str]:
 
 
 def _expiry(content: bytes) -> float:
-    # What cannot be read was not written by a holder.
+    # No holder wrote content that cannot be parsed.
     try:
         return float(_read(content).get("expires", 0.0))
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a local disk needs beyond open and rename: durable renames, exchange, atomic creation, locks."""
+"""Operations of a local disk beyond open and rename: durable renames, exchange, atomic creation, locks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytower.storage.errors import StorageRefusedError, explaining
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _POLL_SECONDS = 0.05
-# What file systems say that have no hard links, no exchange of names, or no locks.
+# Errors of file systems that have no hard links, no exchange of names, or no locks.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -41,7 +41,7 @@ def make_dirs(path: Path) -> None:
 
 
 def beside(path: Path, suffix: str = "tmp") -> Path:
-    """A hidden name in the same folder that nobody else uses."""
+    """A hidden name in the same folder that no other file has."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{suffix}")
 
 
@@ -76,7 +76,11 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one step; False where the system or the file system cannot.
+
+    Raises:
+        OSError: it failed for another reason.
+    """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -90,10 +94,10 @@ def exchange(first: Path, second: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None]:
-    """Hold the lock file `path` and yield its descriptor, or None where it is not had within `wait_seconds`.
+    """Hold the lock file `path` and yield its descriptor, or None if `wait_seconds` pass first.
 
-    A process that is killed lets go at once. The file has the permissions that the umask gives, so that a team
-    can share it, and is removed behind its holder.
+    The lock of a killed process ends at once. The file has the permissions that the umask gives, so that a team can
+    share it. The holder removes it at the end.
 
     Raises:
         StorageRefusedError: the file system has no locks, or the file may not be opened.
@@ -105,14 +109,14 @@ def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             held = _lock(descriptor, path, deadline)
-            # Whoever was inside before has removed the file that was waited for: the name may be another's by now.
+            # The holder before us has removed the file we waited for; its name may belong to a new file by now.
             if held and not is_still(descriptor, path):
                 continue
             try:
                 yield descriptor if held else None
             finally:
                 if held:
-                    with contextlib.suppress(OSError):  # another account's, where only owners may remove
+                    with contextlib.suppress(OSError):  # another account's file where only owners may remove
                         path.unlink()
             return
         finally:
@@ -120,7 +124,7 @@ def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None
 
 
 def is_still(descriptor: int, path: Path) -> bool:
-    """Whether a file that was opened has this name still."""
+    """Whether the opened file still has the name `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

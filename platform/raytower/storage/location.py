@@ -1,7 +1,7 @@
 """Storage by URI through pyarrow filesystems: local paths, file://, s3://, gs://, hdfs://.
 
 Nothing half-written is ever visible: a file is written beside its name, flushed to disk and renamed; an object appears
-when its upload is complete. What storage refuses or fails at is said in one message that names the place.
+when its upload is complete. A failure of the storage becomes one message that names the location.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _CREDENTIALS = {
     "abfs": "AZURE_STORAGE_ACCOUNT_KEY, or a managed identity",
     "abfss": "AZURE_STORAGE_ACCOUNT_KEY, or a managed identity",
 }
-# A reader that finds one of these in a folder takes the folder for whole.
+# A folder that holds one of these counts as complete.
 _WRITTEN_LAST = ("raytower.json", "shard.json", "manifest.json")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place in a filesystem. Child places are made with `/`, never by joining strings."""
+    """A file or folder in some filesystem. Children are made with `/`, never by joining strings."""
 
     filesystem: pafs.FileSystem
     path: str
@@ -59,7 +59,7 @@ class Location:
 
         Raises:
             InputError: the URI's scheme or options are not known, or it holds credentials.
-            StorageError: a bucket's region had to be asked for, and there was no answer.
+            StorageError: AWS was asked for a bucket's region and did not answer.
         """
         if isinstance(uri, Location):
             return uri
@@ -189,7 +189,7 @@ class Location:
             StorageError: the place cannot be written, or has no space left.
         """
         if not self.is_local:
-            # An exception must not complete an upload, so the bytes are gathered on this machine first.
+            # pyarrow completes an upload even after an exception, so the bytes are gathered on this machine first.
             with _spool(self) as folder:
                 gathered = folder / "content"
                 with open(gathered, "wb") as stream:
@@ -201,7 +201,7 @@ class Location:
             with explaining(self):
                 self.parent.make_dir()
                 stream = open(beside, "wb")  # noqa: SIM115
-            # Closing writes too, so what closing raises has to be looked at as well.
+            # close() writes too, so its errors must be explained as well.
             with explaining(self, only_full=True), stream:
                 yield stream
             self.move_from_local(beside)
@@ -216,9 +216,9 @@ class Location:
         self.write_bytes(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 
     def put_if_absent(self, content: bytes) -> bool:
-        """Make this file where there is none; of any number of callers at once, True for one and False for the others.
+        """Make this file where there is none. Of several callers at once, one gets True and the others False.
 
-        A StorageError leaves it open whether the file was made.
+        After a StorageError it is unknown whether the file was made.
         """
         if self.is_local:
             with explaining(self):
@@ -226,7 +226,7 @@ class Location:
         return objects.create(self.filesystem, self.path, content)
 
     def lance_uri(self) -> tuple[str, dict[str, str]]:
-        """What Lance opens a dataset at this place by: its uri and its storage_options."""
+        """The uri and the storage_options by which Lance opens a dataset here."""
         return (self.path, {}) if self.is_local else objects.uri_and_options(self.filesystem, self.path)
 
     def sha256(self) -> str:
@@ -259,7 +259,7 @@ class Location:
             return bytes(stream.read(_COPY_BYTES if self.is_local else _DOWNLOAD_BYTES))
 
     def move_from_local(self, source: Path) -> None:
-        """Put a finished local file at this place: a rename where both are local, an upload otherwise."""
+        """Put a finished local file here: a rename where both are local, an upload otherwise."""
         with explaining(self):
             if self.is_local:
                 self.parent.make_dir()
@@ -276,7 +276,7 @@ class Location:
             with open(source, "rb") as content:
                 while chunk := content.read(_UPLOAD_BYTES):
                     stream.write(chunk)
-                    # Parts are sent in the background, at once; waiting for them bounds the memory that they take.
+                    # pyarrow sends all parts at once in the background; waiting for them bounds their memory.
                     stream.flush()
         except BaseException:
             _abandon(stream)
@@ -284,10 +284,10 @@ class Location:
         stream.close()
 
     def fetch(self, cache_dir: Path, sha256: str, size_bytes: int) -> Path:
-        """A local copy of this file: itself, unchecked, where it is local, else a download kept under its checksum.
+        """A local copy of this file: a local file itself, unchecked; otherwise a download, kept under its checksum.
 
-        A download is kept only if it has this checksum. A copy that is there already is taken if it has the size; else
-        it is fetched again. Any number of processes may fetch one file: one downloads, the others wait.
+        A download is kept only if it has this checksum. An earlier download is used again if it has the right size. Any
+        number of processes may fetch one file: one downloads, the others wait.
 
         Raises:
             InputError: there is no such file. FormatError: its content has another checksum.
@@ -300,12 +300,12 @@ class Location:
             if not target.is_file() or target.stat().st_size != size_bytes:
                 self._download(target, sha256)
                 _evict(cache_dir)
-            os.utime(target)  # used now: not among the next to go
+            os.utime(target)  # used now, so it is not among the next to be evicted
         return target
 
     def _download(self, target: Path, sha256: str) -> None:
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-            leftover.unlink()  # of a process that was killed: the lock is ours
+            leftover.unlink()  # a killed process left it; nobody else downloads while this one has the lock
         digest = hashlib.sha256()
         with Location.of(target).open_write() as sink:
             for chunk in self._chunks():
@@ -319,9 +319,9 @@ class Location:
 
 
 def absolute_if_local(name: str) -> str:
-    """`name` so that every worker finds the same thing by it.
+    """`name` in a form by which every worker finds the same thing.
 
-    Workers run in directories of their own, so what lies on this machine gets its absolute path; they may have another
+    Workers run in directories of their own, so a path on this machine becomes absolute. They may have another
     environment, so an s3:// URI gets its endpoint and region. Anything else (a hub id, say) stays as it is.
     """
     if name.startswith(s3.PREFIX):
@@ -331,15 +331,15 @@ def absolute_if_local(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """Where fetched files and made graphs are kept on this machine: $RAYTOWER_CACHE, else ~/.cache/raytower."""
+    """Where this machine keeps fetched files and exported ONNX graphs: $RAYTOWER_CACHE, else ~/.cache/raytower."""
     return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
 
 
 def _evict(cache: Path) -> None:
     """Remove the files that were not used for longest, until the cache keeps to $RAYTOWER_CACHE_BYTES.
 
-    A file fetched moments ago stays, because its process may not have opened it yet; one that is open or mapped may
-    go, because its bytes stay until it is closed.
+    A file fetched moments ago stays, because its process may not have opened it yet. An open or mapped file may be
+    removed, because its bytes stay until it is closed.
     """
     given = os.environ.get("RAYTOWER_CACHE_BYTES", str(_CACHE_BYTES))
     if not given.isdecimal():
@@ -385,7 +385,7 @@ def _remote_uri(filesystem: pafs.FileSystem, path: str) -> str:
 
 @contextmanager
 def publish_directory(target: Location) -> Iterator[Path]:
-    """Yield an empty local directory and put its content at `target` when the block ends well.
+    """Yield an empty local directory, and put its content at `target` if the block ends without an exception.
 
     On local storage the directory appears by one rename. On remote storage `raytower.json`, `shard.json` and
     `manifest.json` are uploaded last, and those of an older directory at that place are removed first, so that a
@@ -399,7 +399,7 @@ def publish_directory(target: Location) -> Iterator[Path]:
             yield folder
             _upload_directory(folder, target)
         return
-    # Through a link to the folder that it names: an output may lie on another disk.
+    # Follow a link to its folder: an output may lie on another disk, and a rename works within one disk.
     path = Path(os.path.realpath(target.path))
     beside, old = local.beside(path), local.beside(path, "old")
     try:
@@ -418,12 +418,12 @@ def publish_directory(target: Location) -> Iterator[Path]:
             local.fsync_dir(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        if path.exists():  # else it is the one copy that is left
+        if path.exists():  # otherwise `old` is the only copy left
             shutil.rmtree(old, ignore_errors=True)
 
 
 def _upload_directory(folder: Path, target: Location) -> None:
-    """Replace what is at `target` by the files of `folder`; the files that make it whole go first and come last."""
+    """Replace what is at `target` by the files of `folder`; _WRITTEN_LAST are removed first and uploaded last."""
     files = (file for file in folder.rglob("*") if file.is_file())
     places = {(target / file.relative_to(folder).as_posix()).path: file for file in files}
 
@@ -440,7 +440,7 @@ def _upload_directory(folder: Path, target: Location) -> None:
 
 @contextmanager
 def _spool(target: Location) -> Iterator[Path]:
-    """A temporary local folder to gather in what goes to remote `target`."""
+    """A temporary local folder in which the files for remote `target` are gathered."""
     with tempfile.TemporaryDirectory(prefix="raytower-") as name:
         what = f"{name}, where {target} is gathered before its upload (set TMPDIR to a larger disk)"
         with explaining(what, only_full=True):
@@ -448,8 +448,8 @@ def _spool(target: Location) -> Iterator[Path]:
 
 
 def _abandon(stream: pa.NativeFile) -> None:
-    """Let an upload never complete. Closing completes it, half a file or not, and so does destroying the stream.
+    """Keep an upload from ever completing. Closing or destroying the stream would complete it with half a file.
 
-    pyarrow gives no way to abort, so the stream is kept from ever being destroyed, and at most one buffer with it.
+    pyarrow cannot abort an upload, so the stream is never destroyed; it holds at most one buffer.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))

@@ -106,7 +106,7 @@ def _version_key(filesystem: pafs.FileSystem) -> Literal["e_tag", "version"]:
 
 @contextmanager
 def _store(filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[Store, str]]:
-    """The store and the key of a path; what the store fails at inside is raised as a StorageError."""
+    """The store and the key of a path; failures of the store inside the block become StorageErrors."""
     scheme, options = scheme_and_options(filesystem, path)
     bucket, _, key = path.partition("/")
     try:

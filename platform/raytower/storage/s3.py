@@ -23,7 +23,7 @@ _DEFAULT_REGION = "us-east-1"
 _FLAGS = ("allow_bucket_creation", "anonymous", "force_virtual_addressing")
 _OPTIONS = ("endpoint_override", "region", "scheme", *_FLAGS)
 _FLAG_VALUES = {"true": True, "1": True, "false": False, "0": False}
-# What would end the path of a URI or stand for another character. Letters of any script are left readable.
+# Characters that would end the path of a URI or stand for another one. Letters of any script stay readable.
 _RESERVED_IN_PATH = re.compile(r"[%?#\s\x00-\x1f\x7f]")
 
 
@@ -31,8 +31,7 @@ def open_s3(uri: str) -> tuple[pafs.S3FileSystem, str]:
     """The filesystem and the path (bucket/key) that an s3:// URI names.
 
     The endpoint is the URI's endpoint_override, else AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, else AWS itself. The
-    region is the URI's; without one it is AWS_REGION or AWS_DEFAULT_REGION at an endpoint of one's own, and is asked
-    of AWS otherwise.
+    region is the URI's. Without one, AWS is asked for it; at another endpoint AWS_REGION or AWS_DEFAULT_REGION count.
 
     Raises:
         InputError: no bucket, or an unknown or wrong option.

@@ -46,7 +46,7 @@ def merged_copy(model: ModuleT, config: TrainJobConfig) -> ModuleT:
 
 
 def evaluation_copy(model: ModuleT, config: TrainJobConfig) -> ModuleT:
-    """A copy as the saved model would be, free to be cast: training still needs its own weights in fp32."""
+    """A copy of the model as it would be saved. The caller may cast it; training keeps its own fp32 weights."""
     return copy.deepcopy(model) if config.lora is None else merged_copy(model, config)
 
 

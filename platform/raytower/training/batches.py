@@ -31,7 +31,7 @@ def count_steps(num_rows: int, batch_rows: int, epochs: float) -> int:
 
 
 def cut_batches(tables: Iterable[pa.Table], batch_size: int) -> Iterator[Rows]:
-    """Batches of `batch_size` rows in the tables' order; a batch may span tables, an incomplete one is not given."""
+    """Batches of `batch_size` rows in the tables' order. A batch may span tables; an incomplete one is left out."""
     pending: list[pa.Table] = []
     num_pending = 0
     for arrived in tables:
@@ -50,10 +50,10 @@ def cut_batches(tables: Iterable[pa.Table], batch_size: int) -> Iterator[Rows]:
 def cut_distinct_batches(
     tables: Iterable[pa.Table], batch_size: int, columns: Sequence[str], max_waiting: int
 ) -> Iterator[Rows]:
-    """Batches in which no two rows share a value of any of `columns`; null is shared with nobody.
+    """Batches in which no two rows share a value of any of `columns`; null equals nothing.
 
-    Rows are taken in order; a row that collides waits and stands first in line for the next batch. So no row is lost,
-    and a row that collides often comes later, perhaps in the next epoch.
+    Rows are taken in order. A row that collides waits and comes first for the next batch. So no row is lost, and a row
+    that collides often comes later, perhaps in the next epoch.
 
     Raises:
         InputError: more than `max_waiting` rows wait: the data repeat themselves too much for distinct batches.

@@ -1,11 +1,11 @@
-"""What a checkpoint holds beside the model directory: progress, optimizer, schedule and loss scale. No pickle, no Ray.
+"""The state that a checkpoint holds beside the model directory, as JSON and safetensors. No pickle, no Ray.
 
     model/                  the directory as it would be published
     state.json              progress, and the loss scale of float16
     optimizer.safetensors   Adam's moments and step counts
     trainable.safetensors   with adapters only: the weights that train, unmerged
 
-The schedule follows from the step, the place in the data too, and dropout is a function of seed, step and worker.
+The step decides the schedule and the position in the data; seed, step and worker decide dropout.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load_state(step: TrainingStep, folder: Path) -> dict[str, Any]:
     if state["scaler"]:
         step.scaler.load_state_dict(state["scaler"])
     with warnings.catch_warnings():
-        # It is warned of schedules that step before their optimizer; this one catches up with a restored one.
+        # torch warns if a schedule steps before its optimizer. This one catches up with a restored optimizer.
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(state["progress"]["step"]):
             step.schedule.step()
@@ -52,13 +52,13 @@ def load_state(step: TrainingStep, folder: Path) -> dict[str, Any]:
 
 
 def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Write the weights that train."""
+    """Write the trainable weights."""
     weights = {name: p.detach().cpu().contiguous() for name, p in _trainable(model).items()}
     save_tensors(weights, folder / _TRAINABLE_NAME)
 
 
 def load_trainable(model: nn.Module, folder: Path) -> None:
-    """Read them back into `model`, in place."""
+    """Read the trainable weights back into `model`, in place."""
     weights = load_file(folder / _TRAINABLE_NAME)
     for name, parameter in _trainable(model).items():
         parameter.data.copy_(weights[name])

@@ -157,7 +157,7 @@ def _read_labels(path: str) -> list[str]:
     labels = [text.strip() for table in tables(surveyed) for text in table["text"].to_pylist()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
-        raise InputError(f"labels {path!r}: {twice[0]!r} stands there more than once; write each label once")
+        raise InputError(f"labels {path!r}: {twice[0]!r} is in it more than once; write each label once")
     return labels
 
 

@@ -1,4 +1,4 @@
-"""From training rows to what an objective compares: columns of texts, and targets. Pure; no Ray.
+"""Turns training rows into what an objective compares: columns of texts, and targets. Pure; no Ray.
 
 | rows         | query | documents                     | also              |
 |--------------|-------|-------------------------------|-------------------|
@@ -32,7 +32,7 @@ class TextColumns:
 
 
 def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
-    """What an encoder objective gets from rows of any kind; candidates are cut to their best `num_documents`."""
+    """The columns of an encoder objective from rows of any kind; candidates are cut to their best `num_documents`."""
     queries, documents = _texts(rows, num_documents)
     labels = rows["label"] if "text" in rows and "label" in rows else None
     columns = [

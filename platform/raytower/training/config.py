@@ -1,4 +1,4 @@
-"""Configs of the training jobs. An objective is its own config: `objective: {name: …}` and its settings."""
+"""Configs of the training jobs. Each objective has a config of its own: `objective: {name: …}` and its settings."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TrainJobConfig(Config):
     init_from: str | None = None
     """A directory that an earlier training wrote, to continue from; it takes the place of `model`."""
     output: str
-    """Directory of the trained model, which appears when training is through."""
+    """Directory of the trained model, which appears when training has ended."""
     dev: DevConfig | None = None
     """Measuring during training; null measures nothing and keeps the last weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -167,14 +167,14 @@ def _with_default_name(name: str) -> Any:
 
 class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
-    """Kind of the rows; auto tells it by the first rows."""
+    """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
 
 
 class RetrieverDevConfig(DevConfig):
-    """During training: recall of dev pairs against a corpus (null: the dev documents themselves), or, for the
-    metrics auc, accuracy, f1 and spearman, the cosines of scored dev pairs."""
+    """Measuring during training: recall of dev pairs against a corpus, or, for the metrics auc, accuracy, f1 and
+    spearman, the cosines of scored dev pairs."""
 
     corpus: str | None = None
     """Texts to search among; null takes the dev documents themselves."""
@@ -231,7 +231,7 @@ class TrainRetrieverConfig(TrainJobConfig):
 
 class RerankerTrainInput(TrainInput):
     format: Literal["auto", RerankerFormat] = "auto"
-    """Kind of the rows; auto tells it by the first rows."""
+    """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
 

@@ -28,7 +28,7 @@ from raytower.training.shares import gather_rows_in_order, own_rows
 
 @dataclass(frozen=True)
 class DevSet:
-    """Queries, the corpus to find them in, and for each query the places of its relevant texts in the corpus."""
+    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus."""
 
     queries: list[str]
     corpus: list[str]
@@ -38,7 +38,7 @@ class DevSet:
 def load_dev_set(config: RetrieverDevConfig) -> DevSet:
     """Read dev pairs and a sample of the corpus that holds every relevant text; memory holds the sample only.
 
-    Relevant to a query are the documents of all its rows; equal texts of the corpus count once.
+    The documents of all rows of a query are relevant to it. Equal texts of the corpus count once.
     """
     positives: dict[str, dict[str, None]] = {}
     for query, document in _rows(NamedInput(path=config.path), "pairs", ("query", "document")):
@@ -61,7 +61,11 @@ def load_dev_set(config: RetrieverDevConfig) -> DevSet:
 def evaluate_recall(
     engine: ForwardEngine, dev: DevSet, metric: str, prefixes: tuple[str, str]
 ) -> dict[str, float]:
-    """Recall@1, @10, MRR@10, nDCG@10 and `metric`; all workers call it together and get the same values."""
+    """Recall@1, @10, MRR@10, nDCG@10 and `metric`; all workers call it together and get the same values.
+
+    Raises:
+        InputError: `metric` is unknown.
+    """
     own_corpus = own_rows(len(dev.corpus))
     own_queries = [dev.queries[row] for row in own_rows(len(dev.queries)).tolist()]
     query_QD = gather_rows_in_order(engine.encode(own_queries, prefixes[0]), len(dev.queries))
@@ -79,7 +83,7 @@ def evaluate_recall(
 def _rank_documents(
     query_QD: Tensor, corpus_CD: Tensor, own_corpus: NDArray[np.int64], depth: int
 ) -> NDArray[np.int64]:
-    """Places of the best documents over all workers, (Q, K), best first."""
+    """Corpus positions of the best documents over all workers, (Q, K), best first; -1 where there are no more."""
     places_C = torch.from_numpy(own_corpus)
     kept = min(depth, len(corpus_CD))
     scores, places = [], []
@@ -87,7 +91,7 @@ def _rank_documents(
         top = (block_qD @ corpus_CD.T).topk(kept, dim=1)
         scores.append(top.values)
         places.append(places_C[top.indices])
-    # Workers may hold shares that differ by one text; short lists are filled with scores that never win.
+    # Workers' shares may differ by one text, so short lists are filled with scores that never win.
     score_QK = torch.full((len(query_QD), depth), -torch.inf)
     place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64)
     score_QK[:, :kept], place_QK[:, :kept] = torch.cat(scores), torch.cat(places)
@@ -95,7 +99,7 @@ def _rank_documents(
     all_place = torch.cat(gather_constants(place_QK).split(len(query_QD)), dim=1)
     best = all_score.topk(depth, dim=1)
     ranked = torch.gather(all_place, 1, best.indices)
-    # A filler may stand at the end where the corpus is smaller than the depth: it repeats nothing real.
+    # Where the corpus is smaller than the depth, fillers remain at the end; -1 makes them name no document.
     ranked[torch.isinf(best.values)] = -1
     return ranked.numpy()
 
@@ -113,5 +117,5 @@ def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _position(text: str) -> float:
-    """A fixed place of a text in 0..1, to sample by."""
+    """A fixed pseudo-random number in 0..1 for a text; texts below a limit are the sample."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64

@@ -27,7 +27,7 @@ def load_scored_pairs(path: str, metric: str) -> ScoredPairs:
     """Read scored pairs and check that `metric` can be computed of them, before any training; -1 counts as 0.
 
     Raises:
-        InputError: bad rows, or labels that `metric` knows nothing to do with.
+        InputError: bad rows, or labels that `metric` cannot use.
     """
     queries: list[str] = []
     documents: list[str] = []
@@ -64,9 +64,9 @@ def scored_metrics(
     """auc, accuracy, f1 and the threshold used, or spearman alone where that is the metric.
 
     Args:
-        scores: [N], higher for pairs that match.
-        labels: [N], 0 or 1; graded for spearman.
-        metric: the one that chooses the best checkpoint.
+        scores: (N,), higher for pairs that match.
+        labels: (N,), 0 or 1; graded for spearman.
+        metric: the metric that chooses the best checkpoint.
         threshold: scores from here on count as a match; None takes the best one for these pairs, which flatters.
     """
     if metric == "spearman":

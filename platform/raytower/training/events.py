@@ -1,4 +1,4 @@
-"""TensorBoard event files: written beside the rank that logs, and carried to where the job stores its output."""
+"""TensorBoard event files: written on the machine of worker 0, and copied to where the job stores its output."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class EventLog:
         self._place = place
         self._folder = Path(place.path) if place.is_local else Path(tempfile.mkdtemp(prefix="events"))
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Names hold whole seconds only, and a run may start again sooner.
+        # The library's file names hold whole seconds; a run may start again sooner, so the step is added.
         self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{first_step}")
-        # Whatever stands in the folder from this step on, of a run that was killed or replaced, is void.
+        # Makes void what a killed or replaced run has logged from this step on.
         restart = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=restart))
 
@@ -39,7 +39,7 @@ class EventLog:
             self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
-        """Make everything logged so far visible at the place."""
+        """Copy everything logged so far to the output's location."""
         self._writer.flush()
         if not self._place.is_local:
             self._place.make_dir()

@@ -25,7 +25,7 @@ from raytower.training.config import TrainJobConfig
 def survey_training(
     config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
 ) -> Survey:
-    """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows are.
+    """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
 
     Args:
         config: says what happens to bad rows.
@@ -35,7 +35,7 @@ def survey_training(
         objective: its name, for messages.
 
     Raises:
-        InputError: bad rows under on_error fail, rows that are none of `kinds`, or a format that is none of them.
+        InputError: bad rows under on_error fail, rows that fit none of `kinds`, or a `wanted` that is none of them.
     """
     refuse_output_inside(config.output, path)
     source = NamedInput(path=path)
@@ -65,9 +65,9 @@ def tables(survey: Survey) -> Iterator[pa.Table]:
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
-    """Raise InputError where all rows have one and the same text in a column: no row has a negative then.
+    """Raise InputError if all rows have the same text in one of `columns`: no row would have a negative.
 
-    Of a list of documents the first one counts. Reads until every column has shown two texts, mostly one piece.
+    Of a list of documents the first one counts. It reads until every column has two texts, mostly one piece.
     """
     first: dict[str, str] = {}
     open_columns = list(columns)
@@ -90,8 +90,8 @@ def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
 def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_documents: int | None = None) -> None:
     """Apply the objective to all labels once before training, so that a bad one fails now and not hours later.
 
-    `apply` computes the objective for labels (B,) with some constant in place of a model's output, and raises
-    InputError for a label that breaks the objective's rule. The labels of candidates are the scores of their best
+    `apply` computes the objective for labels (B,) with a constant in place of a model's output. It raises InputError
+    for a label that breaks the objective's rule. The labels of candidates are the scores of their best
     `num_documents`.
     """
     for table in tables(survey):

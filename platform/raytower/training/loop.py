@@ -45,7 +45,7 @@ class TrainingPlan:
 
 @dataclass
 class Progress:
-    """What a run has come to; part of every checkpoint."""
+    """How far a run has come; part of every checkpoint."""
 
     step: int = 0
     best: float | None = None
@@ -59,15 +59,15 @@ class Progress:
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry on each worker; returns the run's figures, or `failure`, why training cannot go on."""
+    """The function that Ray Train runs on each worker; returns the run's figures, or `failure`, the reason to stop."""
     plan: TrainingPlan = loop_config["plan"]
     probe_storage(plan.storage, ray.train.get_context().get_world_rank())
     torch.set_num_threads(plan.num_threads)
     try:
         return _Worker(plan).run()
     except NotANumberError as error:
-        # All workers see the same mean loss and stop together. Raised, Ray Train would take it for a lost worker and
-        # run into the same batch again.
+        # All workers see the same mean loss and stop together. Ray Train would take an exception for a lost worker,
+        # start again and meet the same batch.
         return {"failure": str(error)}
 
 
@@ -79,7 +79,8 @@ class _Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.progress = Progress()
         with _checkpoint_folder() as folder:
-            # Adapters are merged in the model directory of a checkpoint, so they start again from the beginning.
+            # A checkpoint's model directory has its adapters merged. So a run with adapters builds the model that it
+            # began with and then loads the adapters.
             start_from = folder / MODEL_DIR if folder and config.lora is None else None
             device = ray.train.torch.get_device()
             self.model = plan.task.build(start_from, device).to(device).train()
@@ -120,7 +121,7 @@ class _Worker:
             if dev is not None and (last or progress.step % dev.every_steps == 0):
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
-                # Without a value the checkpoint counts as the worst by the metric; it is there to continue from.
+                # This checkpoint is only there to continue from, so it counts as the worst by the metric.
                 self._report({} if dev is None else {dev.metric: float("-inf")})
         if self.events is not None:
             self.events.close()
@@ -147,7 +148,7 @@ class _Worker:
             ) from error
 
     def _is_over(self) -> bool:
-        """All steps are made, or patience has run out; true at once where a run was killed after its last step."""
+        """All steps are made, or patience has run out. True at once if a run was killed after its last step."""
         dev = self.plan.task.dev
         impatient = dev is not None and self.progress.stale_evaluations >= dev.patience
         return impatient or self.progress.step >= self.plan.num_steps
@@ -207,14 +208,14 @@ class _Worker:
 
 
 def _data_parallel(model: nn.Module) -> nn.Module:
-    # Every worker keeps the same buffers (positions, token types): nothing to send before each forward.
+    # Every worker keeps the same buffers (positions, token types), so they need not be sent before each forward pass.
     return nn.parallel.DistributedDataParallel(
         model, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
 def probe_storage(storage: Location, rank: int | None = None) -> None:
-    """Write and remove a file from this process, so that a place it cannot write is found before training.
+    """Write and remove a file, so that a location that this process cannot write is found before training.
 
     Args:
         storage: the folder that the output and the checkpoints go to.

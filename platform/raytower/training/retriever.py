@@ -33,8 +33,8 @@ from raytower.training.task import Task
 # Small chunks stay in a CPU's cache: twice as fast there as one padded batch of 64 pairs.
 _CPU_TOKENS_PER_BATCH = 1024
 _GPU_TOKENS_PER_BATCH = 65536
-# What makes two rows of a batch each other's false negatives. Of candidates it is the best document that tells.
-_TELLING_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
+# Rows with an equal value in one of these are false negatives of each other; of candidates the best document counts.
+_DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
 _CPU = torch.device("cpu")
 
 
@@ -71,13 +71,13 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         count = count_documents(surveyed, config.train.num_documents)
         teacher = None if config.teacher is None else absolute_if_local(config.teacher)
         if teacher is not None:
-            CrossEncoder.load(teacher)  # a mistyped one is refused here, not by every worker
+            CrossEncoder.load(teacher)  # a mistyped name is refused here, not by every worker
         task = cls(config, absolute_if_local(config.start), count, teacher)
         if config.sampler == "no_duplicates":
             names = surveyed.schema.names
-            # The label of a text tells; that of a scored pair is 0 or 1 and tells nothing.
-            telling = [*_TELLING_COLUMNS, *(["label"] if "text" in names else [])]
-            task.distinct_columns = tuple(name for name in telling if name in names)
+            # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
+            distinct = [*_DISTINCT_COLUMNS, *(["label"] if "text" in names else [])]
+            task.distinct_columns = tuple(name for name in distinct if name in names)
         return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
@@ -136,7 +136,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         merged_copy(cast(TwoTower, model).encoder, self.config).save(folder, info)
 
     def _taught(self, columns: TextColumns) -> Targets:
-        """The targets, with the teacher's scores where a teacher gives them."""
+        """The targets; if there is a teacher, with its scores."""
         if self._teacher is None:
             return columns.targets
         scores = [self._teacher.score(columns.queries, texts) for texts in columns.documents]
@@ -147,7 +147,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
 
 
 def make_objective(config: TrainRetrieverConfig) -> EncoderObjective:
-    """The config's objective, over several dimensions where `matryoshka` asks for them."""
+    """The config's objective; with `matryoshka`, over several dimensions."""
     return over_dimensions(config.matryoshka, config.objective) if config.matryoshka else config.objective
 
 

@@ -1,8 +1,8 @@
 """The stream of training batches: windows read and shuffled by Ray Data tasks beside training, cut into batches here.
 
-Every worker streams the same rows and takes its slice of each batch. Reading is far cheaper than training, so that
-costs less than coordinating a split would, and it makes the batches independent of the number of workers. Nobody holds
-the training set: a worker's share of memory is a few windows.
+Every worker streams the same rows and takes its slice of each batch. Reading is far cheaper than training, so this
+costs less than coordinating a split would. It also makes the batches independent of the number of workers. No process
+holds the training set: each worker's memory holds a few windows.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from raytower.data.pieces import Piece
 from raytower.training.batches import Rows, cut_batches, cut_distinct_batches
 from raytower.training.windows import Window, plan_windows, read_window
 
-# Windows that one Ray Data execution goes through. Ray Data reads ahead as far as the object store allows, whatever the
-# consumer's pace, so this is what bounds a worker's share of memory.
+# Windows of one Ray Data execution. Ray Data reads ahead as far as the object store allows, however slow the consumer
+# is, so this number bounds a worker's share of memory.
 _WINDOWS_PER_EXECUTION = 4
 _READERS = 2
-# Reading waits for storage most of the time. A fraction, so that the readers of many workers fit beside them.
+# A reader mostly waits for storage. It takes a fraction, so that the readers of many workers fit beside them.
 CPUS_PER_READER = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPlan:
-    """What decides the batches of a run."""
+    """Everything that decides the batches of a run."""
 
     pieces: Sequence[Piece]
     batch_size: int
@@ -50,7 +50,7 @@ def stream_batches(plan: StreamPlan, skip_batches: int = 0) -> Iterator[Rows]:
     piece_rows = [piece.num_rows for piece in plan.pieces]
     windows = plan_windows(piece_rows, seed=plan.seed, window_rows=plan.window_rows)
     if plan.distinct_columns:
-        # Which rows wait depends on all that came before, so the batches are made again and passed over.
+        # Which rows wait depends on all rows before them, so the batches are made from the start and skipped.
         tables = _read_windows(plan, windows)
         most_waiting = max(plan.window_rows, 100 * plan.batch_size)
         batches = cut_distinct_batches(tables, plan.batch_size, plan.distinct_columns, most_waiting)
@@ -86,7 +86,7 @@ def _execute(windows: list[Window], pieces: ray.ObjectRef, seed: int) -> Iterato
         num_cpus=CPUS_PER_READER,
         compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(numbers))),
     )
-    # Blocks come as tasks end unless told otherwise, and the order is what makes two runs equal.
+    # By default blocks come in the order in which tasks end; then two runs would differ.
     dataset.context.execution_options.preserve_order = True
     # The run shows its own progress; bars of each worker's stream would bury it.
     dataset.context.enable_progress_bars = False

@@ -44,7 +44,7 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
 
 
 def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> dict[str, Any]:
-    """What --dry-run prints: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker.
+    """The figures of --dry-run: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker.
 
     `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
     two moments).
@@ -63,7 +63,7 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
     }
 
 
-# Keys that change how a run goes and not what comes of it: a job may go on with others.
+# Keys that change how a run goes but not its result, so a job may continue with other values.
 _FREE_KEYS = {
     "output",
     "log_dir",
@@ -75,7 +75,7 @@ _FREE_KEYS = {
 
 
 def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
-    """What decides the result: the config, the content of every file it reads, and the weights it starts from.
+    """All that decides the result: the config, the content of every file it reads, and the weights it starts from.
 
     Two runs with the same identity give the same output.
     """
@@ -114,7 +114,7 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
     if not info and not output.is_local and _run_folder(output, identity).exists():
-        # Object stores know no rename: the job was killed while it published. The checkpoint is still there.
+        # Object stores have no rename, so a job killed while it published leaves part of it. Its checkpoint is there.
         log(f"{config.output} is half published; publishing again")
         output.delete()
         return None
@@ -143,7 +143,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     done = finished_run(config, identity)
     if done is not None:
         log(f"{config.output} is finished; nothing to do")
-        # A kill between publishing and cleaning up leaves the checkpoints behind.
+        # A job killed between publishing and cleaning up leaves its checkpoints.
         run_folder.delete()
         return done
     probe_storage(output.parent)
@@ -254,7 +254,7 @@ def _run_folder(output: Location, identity: dict[str, Any]) -> Location:
 
 
 def _name_other_runs(output: Location, own: Location) -> None:
-    """Say what unfinished runs of other configs have left beside the output; they hold gigabytes and are not seen."""
+    """Name the folders that unfinished runs of other configs left beside the output: hidden, and of gigabytes."""
     for place in output.parent.children():
         if (
             place.name.startswith(f".{output.name}.")
@@ -267,9 +267,9 @@ def _name_other_runs(output: Location, own: Location) -> None:
 
 
 def _compare_with_cluster(config: TrainJobConfig) -> None:
-    """Say so where the workers and their readers do not fit: Ray waits for more nodes, which may never come."""
+    """Warn if the cluster has no room for the workers and their readers: Ray waits for nodes that may never come."""
     there = ray.cluster_resources()
-    # One reader must find room beside the workers, or nothing would ever be read.
+    # At least one reader must fit beside the workers, or no row would ever be read.
     cpus = config.workers.num * config.workers.num_cpus + CPUS_PER_READER
     gpus = config.workers.num * config.workers.num_gpus
     if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:

@@ -13,14 +13,14 @@ from raytower.collectives import gather_constants, rank, world_size
 
 
 def own_rows(num_rows: int) -> NDArray[np.int64]:
-    """The numbers of this worker's rows."""
+    """The numbers of this worker's rows, int64 (own rows,): of 5 rows, worker 1 of 2 has 1 3."""
     return np.arange(rank(), num_rows, world_size())
 
 
 def gather_rows_in_order(values: NDArray[np.float32], num_rows: int) -> Tensor:
     """Each worker's results (own rows, …) → (num_rows, …), in row order, on every worker."""
     workers = world_size()
-    # Shares differ by one row at most; the filler falls off at the end.
+    # Shares differ by one row at most, so the filler stands at the very end and is cut off.
     padded = torch.zeros((-(-num_rows // workers), *values.shape[1:]), dtype=torch.float32)
     padded[: len(values)] = torch.from_numpy(values)
     parts = gather_constants(padded).reshape(workers, *padded.shape)

@@ -1,7 +1,7 @@
 """One optimizer step, the same on a laptop and on every worker: forward, backward, clip, update. Imports no Ray.
 
-What a batch's loss is, and how it is propagated, is the task's; precision, loss scaling, gradient accumulation, the
-exchange between workers and the guard against losses that are no numbers are here.
+The task decides a batch's loss and how it is propagated. This module does precision, loss scaling, gradient
+accumulation and the exchange between workers, and refuses losses that are not finite.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class NotANumberError(RaytowerError):
     """The loss or its gradient became NaN or infinite; training cannot go on."""
 
     def __init__(self, message: str, batch: int) -> None:
-        """`batch`: which of the step's accumulated batches it was; the last one where that cannot be told."""
+        """`batch` is the number of the accumulated batch that failed; the last one if that is unknown."""
         super().__init__(message)
         self.batch = batch
 
@@ -56,7 +56,7 @@ class TrainingStep:
         self.dtype = dtype
         self.max_grad_norm = max_grad_norm
         self.seed = seed
-        # float16 underflows without loss scaling; bfloat16 has the range of float32.
+        # Gradients underflow in float16 without loss scaling; bfloat16 has the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         self._num_batches = 1
         self._is_last_batch = True
@@ -64,17 +64,17 @@ class TrainingStep:
     def run(
         self, number: int, batches: Sequence[BatchT], backward: Callable[[TrainingStep, BatchT], Tensor]
     ) -> float:
-        """Make optimizer step `number` from the mean gradient over `batches`; the mean loss over all workers.
+        """Make optimizer step `number` from the mean gradient over `batches`; returns the mean loss over all workers.
 
         Args:
             number: counts from 0. Dropout is a function of seed, step and worker alone, so a continued run draws what
                 an undisturbed one would have drawn.
             batches: one batch, or several to accumulate; each is a batch of its own to its objective.
-            backward: propagates one batch through `propagate` or `propagate_cached` and returns its loss.
+            backward: propagates one batch through `propagate` or `propagate_cached` and returns its loss, a scalar.
 
         Raises:
             NotANumberError: the loss of a batch, or the gradient, is NaN or infinite; the weights are as before the
-                step. A gradient that overflows in float16 is no error: the step is left out and the loss scale lowered.
+                step. If a gradient overflows in float16, the step is left out and the loss scale lowered instead.
         """
         torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +90,7 @@ class TrainingStep:
                 self._refuse(f"the loss is {loss}", place)
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        # Overflow in float16 lowers the scale and passes; where even a scale below 1 does not help, it is no overflow.
+        # An overflow in float16 lowers the loss scale and passes. If a scale below 1 does not help, it is no overflow.
         is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(norm) and not is_overflow:
             self._refuse(
@@ -110,7 +110,7 @@ class TrainingStep:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
     def propagate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
-        """Compute a batch's loss with a graph and add its gradient; returns the loss."""
+        """Compute a batch's loss with a graph and add its gradient; returns the loss, a scalar."""
         with self._exchange(self._is_last_batch):
             loss = compute_loss()
             self._backward(loss)
@@ -122,7 +122,10 @@ class TrainingStep:
         chunks: Sequence[ChunkT],
         compute_loss: Callable[[Sequence[Tensor]], Tensor],
     ) -> Tensor:
-        """As `propagate`, by gradient caching: the memory of one chunk in place of the whole batch."""
+        """As `propagate`, by gradient caching: memory holds one chunk's activations, not the whole batch's.
+
+        `embed` gives the vectors (r, D) of a chunk of r texts; `compute_loss` gets those of all chunks.
+        """
 
         def backward_loss(vectors: Sequence[Tensor]) -> Tensor:
             loss = compute_loss(vectors)

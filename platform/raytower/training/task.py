@@ -1,4 +1,4 @@
-"""What the training loop asks of a task: a retriever, a reranker and a classifier differ in these steps only."""
+"""Task: the steps of training in which a retriever, a reranker and a classifier differ."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Task(ABC, Generic[ConfigT]):
     """Columns whose values no two rows of a batch may share."""
 
     def __init__(self, config: ConfigT, start: str) -> None:
-        """`start` is config.start, absolute where it is a directory here: workers run in folders of their own."""
+        """`start` is config.start; a local directory must be absolute, because workers run in folders of their own."""
         self.config = config
         self.start = start
 
@@ -45,7 +45,7 @@ class Task(ABC, Generic[ConfigT]):
         """The task, once model, rows and objective are known to fit together.
 
         Raises:
-            InputError: they do not, or there is no such model.
+            InputError: they do not fit together, or there is no such model.
         """
 
     @property
@@ -62,7 +62,7 @@ class Task(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
-        """Add the gradient of the mean loss over this worker's rows, through `step.propagate`; returns the loss."""
+        """Add the gradient of the mean loss over this worker's rows by `step.propagate`; returns the loss, a scalar."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""The order of training rows: which pieces are shuffled together, in which order, in every epoch. Pure; no Ray.
+"""The order of training rows: which pieces are shuffled together, and in which order. Pure; no Ray.
 
 Each epoch permutes the pieces, gathers them into windows of at least `window_rows` rows and permutes the rows inside
-each window. The order depends on the seed and the pieces alone, never on the number of workers, so N workers train on
-the very batches that one would, and a run continues at any row without reading what came before its window.
+each window. The order depends on the seed and the pieces alone, never on the number of workers. So N workers train on
+the very batches that one would, and a run can continue at any row without reading earlier windows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raytower.data.pieces import Piece, read_piece
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that are shuffled together. `pieces` are places in the list of all pieces, in the order of reading."""
+    """Rows that are shuffled together. `pieces` are positions in the list of all pieces, in the order of reading."""
 
     epoch: int
     number: int
@@ -33,8 +33,8 @@ def plan_windows(piece_rows: Sequence[int], *, seed: int, window_rows: int) -> I
 
     Args:
         piece_rows: rows of each piece.
-        seed: of the order.
-        window_rows: fewest rows of a window, the last of an epoch aside.
+        seed: decides the order.
+        window_rows: fewest rows of a window, except for the last of an epoch.
     """
     epoch, first_row = 0, 0
     while True:
