@@ -1,0 +1,168 @@
+"""Texts, or pairs of texts, to token ids, at a cost that the length they are cut to bounds.
+
+The ids are those of a call of the tokenizer, without the masks, the offsets and the dict that such a call builds for
+each text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+
+from raytower.errors import InputError
+from raytower.models.token_block import TokenBlock
+
+CHARACTERS_PER_TOKEN = 64
+"""More than a token of any text in words stands for. Of longer texts the beginning alone is tokenised at first."""
+# A tokenizer keeps about 100 bytes of each token that it cuts off until its batch is done.
+_CHARACTERS_AT_ONCE = 4_000_000
+_NAMES = {1: ("texts",), 2: ("queries", "documents")}
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[Sequence[str]],
+    max_length: int,
+    *,
+    with_types: bool = False,
+    start: int = 0,
+) -> TokenBlock:
+    """Token ids of each row, special tokens included, cut to `max_length`.
+
+    Args:
+        tokenizer: a fast one; its truncation and padding are set.
+        columns: texts; or queries and as many documents, whose pairs are cut at the longer side first.
+        max_length: most tokens of a row.
+        with_types: whether the block gets token types.
+        start: the number of the first row, for messages.
+
+    Raises:
+        InputError: a text that is no string or holds half of a surrogate pair, or no room beside the special tokens.
+    """
+    _check_room(tokenizer, len(columns), max_length)
+    tokenizer.set_truncation_and_padding(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+        max_length=max_length,
+        stride=0,
+        pad_to_multiple_of=None,
+        padding_side=None,
+    )
+    # Where the end of a text is what stays, its beginning is of no use.
+    limit = max_length * CHARACTERS_PER_TOKEN if tokenizer.truncation_side == "right" else sys.maxsize
+    blocks = []
+    try:
+        for run in _runs(columns, limit):
+            part = [list(column[run]) for column in columns]
+            encodings = _encode(tokenizer.backend_tokenizer, part, limit, max_length)
+            types = [encoding.type_ids for encoding in encodings] if with_types else None
+            blocks.append(TokenBlock.of([encoding.ids for encoding in encodings], types))
+    except TypeError as error:  # all that the tokenizers say of a wrong text
+        _refuse(columns, start, error)
+    return TokenBlock.join(blocks)
+
+
+def _check_room(tokenizer: PreTrainedTokenizerBase, num_columns: int, max_length: int) -> None:
+    # Below this length the tokenizers cut nothing off, without a word.
+    special = tokenizer.num_special_tokens_to_add(pair=num_columns == 2)
+    if max_length <= special:
+        row = "pair" if num_columns == 2 else "text"
+        raise InputError(
+            f"max_length is {max_length}, and this tokenizer puts {special} special tokens to each {row}; give at "
+            f"least {special + 1}"
+        )
+
+
+def _runs(columns: Sequence[Sequence[str]], limit: int) -> Iterator[slice]:
+    """Rows that are tokenised in one go, so that what is held of them besides their ids is bounded."""
+    start = held = 0
+    for row, texts in enumerate(zip(*columns, strict=True)):
+        size = sum(min(len(text), limit) for text in texts)
+        if held + size > _CHARACTERS_AT_ONCE and row > start:
+            yield slice(start, row)
+            start, held = row, 0
+        held += size
+    if len(columns[0]) > start:
+        yield slice(start, len(columns[0]))
+
+
+def _encode(backend: Any, columns: Sequence[list[str]], limit: int, max_length: int) -> list[Any]:
+    if len(columns) == 1:
+        return _encode_beginnings(backend, columns[0], limit, max_length)[1]
+    pairs = list(zip(*columns, strict=True))
+    long = list({text for pair in pairs for text in pair if len(text) > limit})
+    if not long:
+        encodings: list[Any] = backend.encode_batch_fast(pairs)
+        return encodings
+    # With as many tokens as a pair may have, a beginning is cut as the whole text would be.
+    beginnings = dict(zip(long, _encode_beginnings(backend, long, limit, max_length)[0], strict=True))
+    cut = [tuple(beginnings.get(text, text) for text in pair) for pair in pairs]
+    encodings = backend.encode_batch_fast(cut)
+    again = [row for row, pair in enumerate(pairs) if pair != cut[row] and _is_halved(encodings[row])]
+    for row, encoding in zip(again, backend.encode_batch_fast([pairs[row] for row in again]), strict=True):
+        encodings[row] = encoding
+    return encodings
+
+
+def _is_halved(encoding: Any) -> bool:
+    """Whether both sides of a pair were cut to an odd number of tokens: one more is left to what is longer as a whole.
+
+    Which one that is, the beginnings do not tell.
+    """
+    sides = encoding.sequence_ids
+    return abs(sides.count(0) - sides.count(1)) == 1
+
+
+def _encode_beginnings(
+    backend: Any, texts: Sequence[str], limit: int, max_length: int
+) -> tuple[list[str], list[Any]]:
+    """A beginning of each text that gives the tokens of the whole text cut to `max_length`, and those tokens.
+
+    A text is tokenised up to a white space before `limit` characters. Where what stands there (a run of spaces, a word
+    without end) gave fewer tokens, eight times as much is taken, and in the end the whole.
+    """
+    beginnings = [_beginning(text, limit) for text in texts]
+    encodings: list[Any] = backend.encode_batch_fast(beginnings)
+    while short := [
+        row
+        for row, text in enumerate(texts)
+        if len(beginnings[row]) < len(text) and len(encodings[row].ids) < max_length
+    ]:
+        limit *= 8
+        for row in short:
+            beginnings[row] = _beginning(texts[row], limit)
+        again = backend.encode_batch_fast([beginnings[row] for row in short])
+        for row, encoding in zip(short, again, strict=True):
+            encodings[row] = encoding
+    return beginnings, encodings
+
+
+def _beginning(text: str, limit: int) -> str:
+    """The first `limit` characters or less, ending with a word where words end at all."""
+    if len(text) <= limit:
+        return text
+    space = max(text.rfind(mark, limit // 2, limit) for mark in (" ", "\n"))
+    return text[: space if space > 0 else limit]
+
+
+def _refuse(columns: Sequence[Sequence[str]], start: int, error: TypeError) -> NoReturn:
+    """Say which text the tokenizer did not take, and what to do."""
+    for name, column in zip(_NAMES[len(columns)], columns, strict=True):
+        for row, text in enumerate(column, start):
+            if not isinstance(text, str):
+                raise InputError(
+                    f"{name}[{row}] is {text!r}, of type {type(text).__name__}; every text must be a string"
+                ) from error
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as broken:
+                raise InputError(
+                    f"{name}[{row}] has a lone surrogate, {text[broken.start]!r}: half of a character that stands "
+                    "alone; read the text as UTF-8, or replace what is broken by "
+                    "text.encode('utf-8', 'replace').decode()"
+                ) from error
+    raise error
