@@ -1,4 +1,4 @@
-"""Which engine computes at which precision, and how much at once. No torch, so that a config checks itself at no cost."""
+"""Which engine computes at which precision, and how much at once. No torch: a config checks itself at no cost."""
 
 from __future__ import annotations
 
