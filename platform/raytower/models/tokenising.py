@@ -7,7 +7,7 @@ each text.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,27 @@ def tokenise(
         InputError: a text that is no string or holds half of a surrogate pair, or no room beside the special tokens.
     """
     _check_room(tokenizer, len(columns), max_length)
+    # Where the end of a text is what stays, its beginning is of no use.
+    limit = max_length * CHARACTERS_PER_TOKEN if tokenizer.truncation_side == "right" else sys.maxsize
+    blocks = []
+    try:
+        for run in _runs(columns, limit):
+            part = [list(column[run]) for column in columns]
+            if len(part) == 1:
+                _set_truncation(tokenizer, max_length)
+                _, encodings = _encode_beginnings(
+                    tokenizer.backend_tokenizer.encode_batch_fast, part[0], limit, max_length
+                )
+            else:
+                encodings = _encode_pairs(tokenizer, part, limit, max_length)
+            types = [encoding.type_ids for encoding in encodings] if with_types else None
+            blocks.append(TokenBlock.of([encoding.ids for encoding in encodings], types))
+    except TypeError as error:  # all that the tokenizers say of a wrong text
+        _refuse(columns, start, error)
+    return TokenBlock.join(blocks)
+
+
+def _set_truncation(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     tokenizer.set_truncation_and_padding(
         padding_strategy=PaddingStrategy.DO_NOT_PAD,
         truncation_strategy=TruncationStrategy.LONGEST_FIRST,
@@ -52,18 +73,6 @@ def tokenise(
         pad_to_multiple_of=None,
         padding_side=None,
     )
-    # Where the end of a text is what stays, its beginning is of no use.
-    limit = max_length * CHARACTERS_PER_TOKEN if tokenizer.truncation_side == "right" else sys.maxsize
-    blocks = []
-    try:
-        for run in _runs(columns, limit):
-            part = [list(column[run]) for column in columns]
-            encodings = _encode(tokenizer.backend_tokenizer, part, limit, max_length)
-            types = [encoding.type_ids for encoding in encodings] if with_types else None
-            blocks.append(TokenBlock.of([encoding.ids for encoding in encodings], types))
-    except TypeError as error:  # all that the tokenizers say of a wrong text
-        _refuse(columns, start, error)
-    return TokenBlock.join(blocks)
 
 
 def _check_room(tokenizer: PreTrainedTokenizerBase, num_columns: int, max_length: int) -> None:
@@ -90,43 +99,94 @@ def _runs(columns: Sequence[Sequence[str]], limit: int) -> Iterator[slice]:
         yield slice(start, len(columns[0]))
 
 
-def _encode(backend: Any, columns: Sequence[list[str]], limit: int, max_length: int) -> list[Any]:
-    if len(columns) == 1:
-        return _encode_beginnings(backend, columns[0], limit, max_length)[1]
-    pairs = list(zip(*columns, strict=True))
-    long = list({text for pair in pairs for text in pair if len(text) > limit})
-    if not long:
-        encodings: list[Any] = backend.encode_batch_fast(pairs)
-        return encodings
-    # With as many tokens as a pair may have, a beginning is cut as the whole text would be.
-    beginnings = dict(zip(long, _encode_beginnings(backend, long, limit, max_length)[0], strict=True))
-    cut = [tuple(beginnings.get(text, text) for text in pair) for pair in pairs]
-    encodings = backend.encode_batch_fast(cut)
-    again = [row for row, pair in enumerate(pairs) if pair != cut[row] and _is_halved(encodings[row])]
-    for row, encoding in zip(again, backend.encode_batch_fast([pairs[row] for row in again]), strict=True):
-        encodings[row] = encoding
-    return encodings
+def _encode_texts(
+    tokenizer: PreTrainedTokenizerBase, columns: Sequence[list[str]], limit: int, max_length: int
+) -> list[Any]:
+    _set_truncation(tokenizer, max_length)
+    return _encode_beginnings(tokenizer.backend_tokenizer.encode_batch_fast, columns[0], limit, max_length)[1]
 
 
-def _is_halved(encoding: Any) -> bool:
-    """Whether both sides of a pair were cut to an odd number of tokens: one more is left to what is longer as a whole.
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, columns: Sequence[list[str]], limit: int, max_length: int
+) -> list[Any]:
+    """The tokens of each pair, as the tokenizer gives them of both texts in one call.
 
-    Which one that is, the beginnings do not tell.
+    In one call it would keep all that it cuts off, every part of one text with every part of the other: of two long
+    texts thousands of times what is asked for. So each distinct text is tokenised once, and cut, before it is paired.
     """
-    sides = encoding.sequence_ids
-    return abs(sides.count(0) - sides.count(1)) == 1
+    firsts, seconds = (
+        _Side(tokenizer, column, limit, max_length, is_second)
+        for column, is_second in zip(columns, (False, True), strict=True)
+    )
+    pairs = []
+    for first, second in zip(*columns, strict=True):
+        left, right = firsts.encodings[first], seconds.encodings[second]
+        if len(left) == len(right) == max_length and firsts.count(first) > seconds.count(second):
+            # Cut alike, the second would keep the odd token, which is the longer one's.
+            right = seconds.shorter(second)
+        pairs.append((left, right))
+    _set_truncation(tokenizer, max_length)
+    return [tokenizer.backend_tokenizer.post_process(left, right) for left, right in pairs]
+
+
+class _Side:
+    """The distinct texts of one side of pairs, without special tokens, each cut to `max_length` tokens."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        limit: int,
+        max_length: int,
+        is_second: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._is_second = is_second
+        distinct = list(dict.fromkeys(texts))
+        beginnings, encodings = _encode_beginnings(self._encode, distinct, limit, max_length)
+        self.encodings = dict(zip(distinct, encodings, strict=True))
+        # Of a text whose beginning alone was tokenised the count is not known yet.
+        self._counts = {
+            text: len(encoding)
+            for text, beginning, encoding in zip(distinct, beginnings, encodings, strict=True)
+            if len(beginning) == len(text)
+        }
+        for encoding in encodings:
+            if len(encoding) > max_length:
+                encoding.truncate(max_length, direction=tokenizer.truncation_side)
+
+    def count(self, text: str) -> int:
+        """Tokens of the whole text."""
+        if text not in self._counts:
+            self._counts[text] = len(self._encode([text])[0])
+        return self._counts[text]
+
+    def shorter(self, text: str) -> Any:
+        """Its tokens cut to one less."""
+        (encoding,) = self._encode([text])
+        encoding.truncate(self._max_length - 1, direction=self._tokenizer.truncation_side)
+        return encoding
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        # Behind an empty text the tokens are those of a second text, token types and all.
+        inputs: list[Any] = [("", text) for text in texts] if self._is_second else texts
+        encodings: list[Any] = backend.encode_batch_fast(inputs, add_special_tokens=False)
+        return encodings
 
 
 def _encode_beginnings(
-    backend: Any, texts: Sequence[str], limit: int, max_length: int
+    encode: Callable[[list[str]], list[Any]], texts: Sequence[str], limit: int, max_length: int
 ) -> tuple[list[str], list[Any]]:
-    """A beginning of each text that gives the tokens of the whole text cut to `max_length`, and those tokens.
+    """A beginning of each text that gives at least the first `max_length` tokens of the whole, and its tokens.
 
     A text is tokenised up to a white space before `limit` characters. Where what stands there (a run of spaces, a word
     without end) gave fewer tokens, eight times as much is taken, and in the end the whole.
     """
     beginnings = [_beginning(text, limit) for text in texts]
-    encodings: list[Any] = backend.encode_batch_fast(beginnings)
+    encodings = encode(beginnings)
     while short := [
         row
         for row, text in enumerate(texts)
@@ -135,7 +195,7 @@ def _encode_beginnings(
         limit *= 8
         for row in short:
             beginnings[row] = _beginning(texts[row], limit)
-        again = backend.encode_batch_fast([beginnings[row] for row in short])
+        again = encode([beginnings[row] for row in short])
         for row, encoding in zip(short, again, strict=True):
             encodings[row] = encoding
     return beginnings, encodings

@@ -195,9 +195,12 @@ class TestTokenising:
         backend = tokenizer.backend_tokenizer
 
         class Watched:
-            def encode_batch_fast(self, inputs: list[Any]) -> Any:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(backend, name)
+
+            def encode_batch_fast(self, inputs: list[Any], **more: Any) -> Any:
                 given.append(inputs)
-                return backend.encode_batch_fast(inputs)
+                return backend.encode_batch_fast(inputs, **more)
 
         monkeypatch.setattr(type(tokenizer), "backend_tokenizer", property(lambda _: Watched()))
         # A word has 9 tokens with its space, so 8 tokens of 64 characters are more than enough of it.
