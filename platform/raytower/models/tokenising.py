@@ -44,6 +44,7 @@ def tokenise(
         InputError: a text that is no string or holds half of a surrogate pair, or no room beside the special tokens.
     """
     _check_room(tokenizer, len(columns), max_length)
+    _set_truncation(tokenizer, max_length)
     # Where the end of a text is what stays, its beginning is of no use.
     limit = max_length * CHARACTERS_PER_TOKEN if tokenizer.truncation_side == "right" else sys.maxsize
     blocks = []
@@ -65,6 +66,7 @@ def tokenise(
 
 
 def _set_truncation(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Cut to `max_length` from now on, and fill nothing up, whatever the directory says."""
     tokenizer.set_truncation_and_padding(
         padding_strategy=PaddingStrategy.DO_NOT_PAD,
         truncation_strategy=TruncationStrategy.LONGEST_FIRST,
@@ -102,7 +104,6 @@ def _runs(columns: Sequence[Sequence[str]], limit: int) -> Iterator[slice]:
 def _encode_texts(
     tokenizer: PreTrainedTokenizerBase, columns: Sequence[list[str]], limit: int, max_length: int
 ) -> list[Any]:
-    _set_truncation(tokenizer, max_length)
     return _encode_beginnings(tokenizer.backend_tokenizer.encode_batch_fast, columns[0], limit, max_length)[1]
 
 
