@@ -51,13 +51,8 @@ def tokenise(
     try:
         for run in _runs(columns, limit):
             part = [list(column[run]) for column in columns]
-            if len(part) == 1:
-                _set_truncation(tokenizer, max_length)
-                _, encodings = _encode_beginnings(
-                    tokenizer.backend_tokenizer.encode_batch_fast, part[0], limit, max_length
-                )
-            else:
-                encodings = _encode_pairs(tokenizer, part, limit, max_length)
+            encode = _encode_texts if len(part) == 1 else _encode_pairs
+            encodings = encode(tokenizer, part, limit, max_length)
             types = [encoding.type_ids for encoding in encodings] if with_types else None
             blocks.append(TokenBlock.of([encoding.ids for encoding in encodings], types))
     except TypeError as error:  # all that the tokenizers say of a wrong text
