@@ -124,7 +124,7 @@ def engines(arguments: argparse.Namespace) -> None:
     texts = list(load_answers().values())[: arguments.texts]
     peer = SentenceTransformer(str(model_dir), device="cpu")
     ours = {name: ForwardEngine(Encoder.load(model_dir), **values) for name, values in ENGINES.items()}
-    num_tokens = sum(len(ids) for ids in ours["raytower fp32"].tokenise(texts))
+    num_tokens = len(ours["raytower fp32"].tokenise(texts).ids)
     runs: dict[str, Callable[[list[str]], NDArray[np.float32]]] = {
         PEER: lambda some: np.asarray(peer.encode(some, show_progress_bar=False)),
         **{name: engine.encode for name, engine in ours.items()},

@@ -28,8 +28,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from raytower.models.block_engine import ForwardStats
+from raytower.models.device import TORCH_DTYPES
 from raytower.models.encoder import Encoder, EncoderSettings
-from raytower.models.forward import TORCH_DTYPES, ForwardEngine, ForwardStats
+from raytower.models.forward import ForwardEngine
 from raytower.models.token_block import TokenBlock
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from raytower.models.chunks import Chunk
 from raytower.models.encoder import Encoder, EncoderSettings
-from raytower.models.two_tower import Chunk, TokenIds, TwoTower, split_columns
+from raytower.models.token_block import TokenBlock
+from raytower.models.two_tower import TwoTower, split_columns
 from raytower.objectives.config import InBatchNegatives
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
@@ -72,7 +74,7 @@ SIZES = {
 class Batch:
     """Random texts as token ids. `chunks` are cut already where only the device is to be timed."""
 
-    columns: list[TokenIds]
+    columns: list[TokenBlock]
     targets: Targets
     chunks: list[Chunk] | None = None
 
@@ -152,10 +154,10 @@ def make_step(
 def make_batch(num_pairs: int, length: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_COLUMNS, num_pairs, length)
-    columns = torch.randint(FIRST_ORDINARY_ID, VOCABULARY, shape, generator=generator).tolist()
+    ids = torch.randint(FIRST_ORDINARY_ID, VOCABULARY, shape, generator=generator).tolist()
     queries, documents = ([f"{side}{row}" for row in range(num_pairs)] for side in "qd")
     keys = BatchKeys(query=text_keys(queries), documents=(text_keys(documents),))
-    return Batch(columns, Targets(keys=keys))
+    return Batch([TokenBlock.of(column) for column in ids], Targets(keys=keys))
 
 
 def backward(step: TrainingStep, batch: Batch) -> Tensor:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
+from raytower.models.chunks import Chunk
 from raytower.models.encoder import Encoder
-from raytower.models.two_tower import Chunk, TwoTower, split_columns
+from raytower.models.two_tower import TwoTower, split_columns
 from raytower.objectives.config import (
     CosineEmbedding,
     CosineRegression,

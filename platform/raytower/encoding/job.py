@@ -48,15 +48,12 @@ from raytower.encoding.progress import progress
 from raytower.encoding.records import collect_records, find_parts, remove_left_overs
 from raytower.encoding.worker import EncodedPiece, PieceEncoder, read_answer
 from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.models.compute import check_max_length
+from raytower.models.device import default_block_rows, default_tokens_per_batch
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
-from raytower.models.forward import (
-    CHARACTERS_PER_TOKEN,
-    check_max_length,
-    default_block_rows,
-    default_tokens_per_batch,
-)
 from raytower.models.onnx_export import graph_for
+from raytower.models.tokenising import tokenise
 from raytower.progress import log
 from raytower.runtime import ensure_ray
 from raytower.storage import (
@@ -449,9 +446,8 @@ def _mean_tokens(job: _Job) -> float:
     lengths: list[int] = []
     for piece in job.pieces[:: max(len(job.pieces) // _SAMPLE_PIECES, 1)][:_SAMPLE_PIECES]:
         texts = read_piece(piece)["text"].slice(0, _SAMPLE_TEXTS).to_pylist()
-        prepared = [job.prefix + text[: max_length * CHARACTERS_PER_TOKEN] for text in texts]
-        batch = job.encoder.tokenizer(prepared, truncation=True, max_length=max_length)
-        lengths += map(len, batch["input_ids"])
+        prepared = job.encoder.prepared(texts, job.prefix)
+        lengths += tokenise(job.encoder.tokenizer, [prepared], max_length).lengths.tolist()
     return float(np.mean(lengths))
 
 

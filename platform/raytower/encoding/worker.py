@@ -23,9 +23,10 @@ from raytower.encoding.config import EncodeConfig
 from raytower.encoding.parts import PartFigures, open_part, part_name
 from raytower.encoding.records import write_record
 from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.models.block_engine import ForwardStats
 from raytower.models.directory import resolve_model, set_num_threads
 from raytower.models.encoder import Encoder
-from raytower.models.forward import ForwardEngine, ForwardStats
+from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
 
 

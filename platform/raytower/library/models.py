@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
 from raytower.library.inputs import Unpicklable, count_of, name_of, shown, texts_of, vectors_of
-from raytower.models.compute import Engine, EngineDtype, check_compute
+from raytower.models.compute import ComputeDtype, Engine, EngineDtype
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder as EncoderModel
-from raytower.models.forward import ComputeDtype, ForwardEngine
+from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
-from raytower.storage.errors import one_line
 
 Role = Literal["query", "document"]
 Vectors = NDArray[np.float32]
@@ -301,7 +299,7 @@ def load_encoder(
         model,
         engine=engine,
         dtype=dtype,
-        device=_checked_device(device),
+        device=device,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
         directory=resolve_model(str(name)) if engine == "onnx" else None,
@@ -322,8 +320,14 @@ def load_reranker(
     Raises:
         FormatError: it has no trained head (an encoder is no reranker yet), or other than 1 or 2 logits.
     """
-    settings = _settings(dtype, device, max_length, tokens_per_batch)
-    return Reranker(str(name), CrossScorer(CrossEncoder.load(name_of(name, "name", _MODEL)), **settings))
+    made = CrossScorer(
+        CrossEncoder.load(name_of(name, "name", _MODEL)),
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+    )
+    return Reranker(str(name), made)
 
 
 def load_classifier(
@@ -339,32 +343,14 @@ def load_classifier(
     Raises:
         FormatError: it has no trained head, fewer than 2 labels, or labels of which several may hold at once.
     """
-    settings = _settings(dtype, device, max_length, tokens_per_batch)
-    return Classifier(
-        str(name), ClassifierEngine(TextClassifier.load(name_of(name, "name", _MODEL)), **settings)
+    made = ClassifierEngine(
+        TextClassifier.load(name_of(name, "name", _MODEL)),
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
     )
-
-
-def _settings(dtype: str, device: str | None, max_length: int | None, tokens_per_batch: int | None) -> Any:
-    check_compute("torch", dtype)
-    return {
-        "dtype": dtype,
-        "device": _checked_device(device),
-        "max_length": max_length,
-        "tokens_per_batch": tokens_per_batch,
-    }
-
-
-def _checked_device(device: str | None) -> str | None:
-    try:
-        is_missing = torch.device(device or "cpu").type == "cuda" and not torch.cuda.is_available()
-    except RuntimeError as error:
-        raise InputError(f"device is {device!r}: {one_line(error)}; write 'cpu' or 'cuda:0'") from error
-    if is_missing:
-        raise InputError(
-            f"device is {device!r}, but PyTorch sees no GPU here; leave device out, or write 'cpu'"
-        )
-    return device
+    return Classifier(str(name), made)
 
 
 def _send_name(loader: str, name: str) -> str:

@@ -1,12 +1,14 @@
-"""Which engine computes at which precision. Imports no torch, so that a config checks itself at no cost."""
+"""Which engine computes at which precision, and how much at once. No torch: a config checks itself at no cost."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Literal
 
 from raytower.errors import InputError
 
 Engine = Literal["torch", "onnx"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
 EngineDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 DTYPES: dict[str, tuple[str, ...]] = {
@@ -29,3 +31,27 @@ def check_compute(engine: str, dtype: str) -> None:
         f"dtype is {dtype!r}, which engine {engine} does not compute in; {remedy}choose dtype "
         f"{' or '.join(DTYPES[engine])}"
     )
+
+
+def check_max_length(max_length: int, positions: int) -> int:
+    """Return `max_length` if the backbone has positions for it. Raises InputError otherwise."""
+    if not _is_whole(max_length) or not 1 <= max_length <= positions:
+        raise InputError(
+            f"max_length is {max_length!r}; this model has positions for 1 to {positions} tokens; give a whole number "
+            "of them, or None for the model's own length"
+        )
+    return int(max_length)
+
+
+def check_tokens_per_batch(tokens_per_batch: int) -> int:
+    """Return `tokens_per_batch` if it is one. Raises InputError otherwise."""
+    if not _is_whole(tokens_per_batch) or tokens_per_batch < 1:
+        raise InputError(
+            f"tokens_per_batch is {tokens_per_batch!r}; it must be a whole number of at least 1, or None to choose it "
+            "by the device"
+        )
+    return int(tokens_per_batch)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 """The cross-encoder (reranker): query and document in one sequence, one relevance logit out.
 
 Directories load with `sentence_transformers.CrossEncoder` and score the same.
-Shape legend: B pairs, L tokens, C logits a pair (1, or 2 classes).
+Shape legend: B pairs of one forward call, N in all, L tokens, C logits a pair (1, or 2 classes).
 """
 
 from __future__ import annotations
@@ -108,32 +108,26 @@ class CrossEncoder(SequenceClassifier):
 class CrossScorer(LogitsEngine[CrossEncoder]):
     """Scores pairs with one cross-encoder at one precision on one device."""
 
+    row_name = "pair"
+
     @property
     def fusion(self) -> Fusion | None:
         """How to mix its logits with recall scores; None where it was never tuned."""
         return self.model.fusion
 
     def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
-        """Raw relevance logits, float32 (n,), of the pairs (queries[i], documents[i]).
+        """Raw relevance logits, float32 (N,), of the pairs (queries[i], documents[i]).
 
         Raises:
-            InputError: the two lists differ in length.
+            InputError: the two lists differ in length, or a text is no valid Unicode; it is named.
+            RaytowerError: one pair alone does not fit into memory.
         """
         if len(queries) != len(documents):
             raise InputError(
                 f"{len(queries)} queries and {len(documents)} documents given; pairs need equally many"
             )
-        if not len(queries):
-            return np.zeros(0, dtype=np.float32)
-        rows = self.model.tokenizer(
-            list(queries),
-            list(documents),
-            truncation="longest_first",
-            max_length=self.max_length,
-            padding=False,
-        )
-        logits_nC = self.logits(rows)
-        return logits_nC[:, 0] if logits_nC.shape[1] == 1 else logits_nC[:, 1] - logits_nC[:, 0]
+        logits_NC = self.logits(queries, documents)
+        return logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
 
 
 def _read_activation(path: Path, config: PretrainedConfig) -> Activation:

@@ -234,7 +234,7 @@ def load_tokenizer(path: Path, config: Any) -> PreTrainedTokenizerBase:
 def max_positions(config: Any) -> int:
     """Most tokens that a text may have for a backbone with this config; RoBERTa's kind loses two to its offset."""
     positions = int(getattr(config, "max_position_embeddings", 0) or 0)
-    if not positions:
+    if positions < 1:  # XLNet, whose positions are relative, says -1
         return 1 << 20
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer") else 0
     return positions - offset

@@ -40,6 +40,7 @@ from raytower.models.directory import (
     tensor_shapes,
     write_json,
 )
+from raytower.models.token_block import Padding
 
 PoolingMode = Literal["mean", "cls", "max", "lasttoken"]
 _POOLING_FLAGS: dict[str, str] = {
@@ -208,6 +209,11 @@ class Encoder(nn.Module):
     @property
     def normalised(self) -> bool:
         return self.settings.normalise
+
+    @property
+    def padding(self) -> Padding:
+        """How its batches are filled up: on the right, whatever its tokenizer would do; pooling goes by the mask."""
+        return Padding(int(cast(int, self.tokenizer.pad_token_id)))
 
     def prepared(self, texts: Sequence[str], prefix: str = "") -> list[str]:
         """What the tokenizer is given: each text behind its prefix, in lower case where the directory says so."""

@@ -1,11 +1,11 @@
 """What the cross-encoder and the text classifier share: a transformer with a classification head, and its directory.
 
-Shape legend: B rows of one forward call, n rows in all, L tokens, C logits a row.
+Shape legend: B rows of one forward call, N rows in all, L tokens, C logits a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from raytower.errors import FormatError
-from raytower.models.batch_planner import plan_batches
+from raytower.models.block_engine import BlockEngine
+from raytower.models.compute import ComputeDtype, check_compute, check_max_length
+from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.directory import (
     INFO_NAME,
     hash_config,
@@ -38,13 +40,8 @@ from raytower.models.directory import (
     save_pretrained,
     write_json,
 )
-from raytower.models.forward import (
-    TORCH_DTYPES,
-    ComputeDtype,
-    check_max_length,
-    default_device,
-    default_tokens_per_batch,
-)
+from raytower.models.token_block import Padding, TokenBlock
+from raytower.models.tokenising import tokenise
 
 ClassifierT = TypeVar("ClassifierT", bound="SequenceClassifier")
 
@@ -73,8 +70,22 @@ class SequenceClassifier(nn.Module):
         self.info = {**self.info, **(info or {}), "max_length": self.max_length}
         write_json(folder / INFO_NAME, {**self.info, "fingerprint": self.compute_fingerprint()})
 
+    def tokenise(self, columns: Sequence[Sequence[str]], max_length: int, start: int = 0) -> TokenBlock:
+        """Texts, or the pairs of two columns, cut to `max_length`; `start` is the first row's number, for messages."""
+        with_types = "token_type_ids" in self.tokenizer.model_input_names
+        return tokenise(self.tokenizer, columns, max_length, with_types=with_types, start=start)
+
+    @property
+    def padding(self) -> Padding:
+        """How its batches are filled up, as its tokenizer fills them."""
+        tokenizer = self.tokenizer
+        # XLNet's kind reads a row's last position, so that it must be filled up on the left.
+        return Padding(
+            int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id), tokenizer.padding_side == "left"
+        )
+
     def logits(self, **inputs: Tensor) -> Tensor:
-        """Tokenised rows (B, L) → logits (B, C) in fp32."""
+        """Padded rows (B, L) → logits (B, C) in fp32."""
         return cast(Tensor, self.model(**inputs).logits.float())
 
     @property
@@ -145,7 +156,7 @@ def recorded_max_length(path: Path, model: PreTrainedModel) -> int:
     return int(min(stated, limit))
 
 
-class LogitsEngine(Generic[ClassifierT]):
+class LogitsEngine(BlockEngine, Generic[ClassifierT]):
     """Computes the logits of one sequence classifier at one precision on one device."""
 
     def __init__(
@@ -160,34 +171,39 @@ class LogitsEngine(Generic[ClassifierT]):
         """Take the model over: its weights are cast to `dtype` and moved to `device`.
 
         Raises:
-            InputError: `max_length` is beyond the model's positions.
+            InputError: `max_length` is beyond the model's positions, PyTorch does not compute in `dtype` or on
+                `device`, or a number is none.
         """
-        self.max_length = check_max_length(max_length or model.max_length, model.max_positions)
-        self.device = torch.device(device) if device is not None else default_device()
+        check_compute("torch", dtype)
+        super().__init__(
+            choose_device(device),
+            model.padding,
+            max_length=check_max_length(
+                model.max_length if max_length is None else max_length, model.max_positions
+            ),
+            tokens_per_batch=tokens_per_batch,
+        )
         self.fingerprint = model.fingerprint  # before the cast: it names the model, not the precision
         self.model = model.eval().to(self.device, TORCH_DTYPES[dtype])
-        self.tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
 
-    def logits(self, rows: Mapping[str, list[list[int]]]) -> NDArray[np.float32]:
-        """Logits, float32 (n, C), of n tokenised rows."""
-        return classify_rows(self.model, rows, self.tokens_per_batch)
+    @property
+    def width(self) -> int:
+        """C, the logits of a row."""
+        return self.model.num_labels
 
+    def compute(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, C) of padded rows."""
+        return self.model.logits(**inputs)
 
-@torch.inference_mode()
-def classify_rows(
-    classifier: SequenceClassifier, rows: Mapping[str, list[list[int]]], tokens_per_batch: int
-) -> NDArray[np.float32]:
-    """Logits, float32 (n, C), of tokenised rows in input order, computed in batches of similar length.
+    def logits(self, *columns: Sequence[str]) -> NDArray[np.float32]:
+        """Logits, float32 (N, C), of texts, or of the pairs of two columns, in input order.
 
-    Args:
-        classifier: in eval mode, on the device to use.
-        rows: what its tokenizer gave for n texts or pairs, without padding.
-        tokens_per_batch: most padded tokens of a batch.
-    """
-    logits_nC = np.zeros((len(rows["input_ids"]), classifier.num_labels), dtype=np.float32)
-    plan = plan_batches([len(ids) for ids in rows["input_ids"]], tokens_per_batch)
-    for batch in plan.batches:
-        part = {name: [values[row] for row in batch] for name, values in rows.items()}
-        inputs = classifier.tokenizer.pad(part, return_tensors="pt").to(classifier.model.device)
-        logits_nC[batch] = classifier.logits(**inputs).cpu().numpy()
-    return logits_nC
+        Raises:
+            InputError: a text that is no valid Unicode; it is named.
+            RaytowerError: one row alone does not fit into memory.
+        """
+
+        def tokenise_rows(rows: slice) -> TokenBlock:
+            return self.model.tokenise([column[rows] for column in columns], self.max_length, rows.start)
+
+        return self.forward_rows(len(columns[0]), tokenise_rows)

@@ -2,7 +2,7 @@
 
 Directories are plain Hugging Face sequence classifiers with the labels in config.json:
 `transformers.pipeline("text-classification", model=DIR)` gives the same labels and probabilities.
-Shape legend: B texts of one forward call, n texts in all, L tokens, C labels, K of them listed.
+Shape legend: B texts of one forward call, N texts in all, L tokens, C labels, K of them listed.
 """
 
 from __future__ import annotations
@@ -109,25 +109,22 @@ class ClassifierEngine(LogitsEngine[TextClassifier]):
         return self.model.labels
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Probabilities, float32 (n, C), in the order of `labels`; each row sums to 1."""
-        if not len(texts):
-            return np.zeros((0, len(self.labels)), dtype=np.float32)
-        rows = self.model.tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
-        logits_nC = self.logits(rows)
-        powers_nC = np.exp(logits_nC - logits_nC.max(axis=1, keepdims=True))
-        return cast("NDArray[np.float32]", powers_nC / powers_nC.sum(axis=1, keepdims=True))
+        """Probabilities, float32 (N, C), in the order of `labels`; each row sums to 1."""
+        logits_NC = self.logits(texts)
+        powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+        return cast("NDArray[np.float32]", powers_NC / powers_NC.sum(axis=1, keepdims=True))
 
     def classify(
         self, texts: Sequence[str], top_k: int | None = None
     ) -> tuple[list[list[str]], NDArray[np.float32]]:
-        """The labels of each text by falling probability, and those probabilities, float32 (n, K).
+        """The labels of each text by falling probability, and those probabilities, float32 (N, K).
 
         Labels of equal probability keep the order of `labels`. K is `top_k`, or C where that is less or None.
         """
-        probabilities_nC = self.probabilities(texts)
-        order_nK = np.argsort(-probabilities_nC, axis=1, kind="stable")[:, :top_k]
-        labels = [[self.labels[place] for place in row] for row in order_nK.tolist()]
-        return labels, np.take_along_axis(probabilities_nC, order_nK, axis=1)
+        probabilities_NC = self.probabilities(texts)
+        order_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :top_k]
+        labels = [[self.labels[place] for place in row] for row in order_NK.tolist()]
+        return labels, np.take_along_axis(probabilities_NC, order_NK, axis=1)
 
 
 def _labels_of(config: PretrainedConfig) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""Tokenised texts laid end to end, so that a padded batch is cut from them without a loop over rows. No torch."""
+"""Tokenised rows laid end to end, so that a padded batch is cut from them without a loop over rows. No torch.
+
+Shape legend: N rows (texts or pairs), T tokens of all of them, B rows of a batch, L its longest row.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,89 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How rows of a batch are filled up to the longest: with which token and token type, and on which side."""
+
+    token: int
+    token_type: int = 0
+    on_left: bool = False
+
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Token ids of N texts. Shape legend: N texts, T tokens of all of them, B rows of a batch, L its longest text."""
+    """Token ids of N rows."""
 
-    ids: NDArray[np.int64]
-    """(T,) the ids of all texts."""
-    starts: NDArray[np.int64]
-    """(N,) where in `ids` each text begins."""
-    lengths: NDArray[np.int64]
-    """(N,) tokens of each text."""
+    ids: Ids
+    """(T,) the ids of all rows."""
+    starts: Ids
+    """(N,) where in `ids` each row begins."""
+    lengths: Ids
+    """(N,) tokens of each row."""
+    types: Ids | None = None
+    """(T,) which text of its pair each token belongs to, for models that are told; None for others."""
 
     @classmethod
-    def of(cls, token_ids: Sequence[Sequence[int]]) -> TokenBlock:
-        """Lay the ids of each text end to end."""
+    def of(
+        cls, token_ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None
+    ) -> TokenBlock:
+        """Lay the ids of each row end to end, and its token types where there are any."""
         lengths_N = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
         ends_N = np.cumsum(lengths_N)
         total = int(ends_N[-1]) if len(ends_N) else 0
         ids_T = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=total)
-        return cls(ids_T, ends_N - lengths_N, lengths_N)
+        types_T = None
+        if types is not None:
+            types_T = np.fromiter(chain.from_iterable(types), dtype=np.int64, count=total)
+        return cls(ids_T, ends_N - lengths_N, lengths_N, types_T)
+
+    @classmethod
+    def join(cls, blocks: Sequence[TokenBlock]) -> TokenBlock:
+        """One block of the rows of all, in order; all of them have token types, or none."""
+        if len(blocks) == 1:
+            return blocks[0]
+        if not blocks:
+            return cls.of([])
+        lengths_N = np.concatenate([block.lengths for block in blocks])
+        types = [block.types for block in blocks if block.types is not None]
+        return cls(
+            ids=np.concatenate([block.ids for block in blocks]),
+            starts=np.cumsum(lengths_N) - lengths_N,
+            lengths=lengths_N,
+            types=np.concatenate(types) if types else None,
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def pad(
-        self, rows_B: NDArray[np.int64], pad_id: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """Ids (B, L) padded to the longest of `rows_B` and their mask (B, L), or None where nothing was padded."""
+    def pad(self, rows_B: Ids, padding: Padding) -> dict[str, Ids]:
+        """What a model takes of `rows_B`, each (B, L) and filled up to the longest: `input_ids`; `attention_mask`,
+        unless nothing was filled up; `token_type_ids`, where the block has types.
+
+        Rows [[5, 6, 7], [8]] become ids [[5, 6, 7], [8, pad, pad]] and the mask [[1, 1, 1], [1, 0, 0]].
+        """
         lengths_B = self.lengths[rows_B]
         width = max(int(lengths_B.max()), 1)
-        place_BL = self.starts[rows_B][:, None] + np.arange(width)
+        # Left of a row that is filled up on the left the column is negative.
+        shift_B1 = (width - lengths_B)[:, None] if padding.on_left else 0
+        column_BL = np.arange(width) - shift_B1
+        place_BL = self.starts[rows_B][:, None] + column_BL
         if int(lengths_B.min()) == width:
-            return self.ids[place_BL], None
-        mask_BL = np.arange(width) < lengths_B[:, None]
-        ids_BL = np.full(mask_BL.shape, pad_id, dtype=np.int64)
-        ids_BL[mask_BL] = self.ids[place_BL[mask_BL]]
-        return ids_BL, mask_BL.astype(np.int64)
+            whole = {"input_ids": self.ids[place_BL]}
+            return whole if self.types is None else {**whole, "token_type_ids": self.types[place_BL]}
+        mask_BL = (column_BL >= 0) & (column_BL < lengths_B[:, None])
+        filled = {"input_ids": _fill(self.ids, place_BL, mask_BL, padding.token)}
+        filled["attention_mask"] = mask_BL.astype(np.int64)
+        if self.types is not None:
+            filled["token_type_ids"] = _fill(self.types, place_BL, mask_BL, padding.token_type)
+        return filled
+
+
+def _fill(values_T: Ids, place_BL: Ids, mask_BL: NDArray[np.bool_], filler: int) -> Ids:
+    """The values at the places that `mask_BL` says, `filler` elsewhere."""
+    values_BL = np.full(mask_BL.shape, filler, dtype=np.int64)
+    values_BL[mask_BL] = values_T[place_BL[mask_BL]]
+    return values_BL

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytower.models.compute import PARAMETER_BYTES
+from raytower.models.compute import PARAMETER_BYTES, check_max_length
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder
-from raytower.models.forward import check_max_length
 from raytower.models.text_classifier import TextClassifier
 from raytower.retrieval.config import EngineConfig
 

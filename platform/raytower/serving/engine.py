@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
+from raytower.models.compute import ComputeDtype
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
-from raytower.models.forward import ComputeDtype, ForwardEngine
+from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.retrieval.retriever import Candidate, Retriever, Vectors
 from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, SearchCall
@@ -83,8 +84,8 @@ class SharedEncoder:
         return np.stack([vector for vector, _ in rows]), sum(count for _, count in rows)
 
     def _run(self, texts: list[str]) -> list[tuple[NDArray[np.float32], int]]:
-        token_ids = self._engine.tokenise(texts)
-        return list(zip(self._engine.forward(token_ids), map(len, token_ids), strict=True))
+        block = self._engine.tokenise(texts)
+        return list(zip(self._engine.forward_block(block), block.lengths.tolist(), strict=True))
 
 
 class SharedScorer:

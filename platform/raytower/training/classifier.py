@@ -17,10 +17,9 @@ from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
-from raytower.models.forward import check_max_length
+from raytower.models.compute import check_max_length
 from raytower.models.logits_model import LogitsModel
-from raytower.models.sequence_classifier import classify_rows
-from raytower.models.text_classifier import TextClassifier
+from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.objectives.classification import weights_of
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
@@ -32,7 +31,6 @@ from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
-_EVALUATION_TOKENS = 4096
 _CPU = torch.device("cpu")
 
 
@@ -71,7 +69,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)
-        chunks = model.plan_chunks(self._tokenise(model.inner, rows["text"]))
+        chunks = model.plan_chunks(model.inner.tokenise([rows["text"]], self.config.max_length))
         classes_B = torch.tensor([self.classes[label] for label in rows["label"]], device=step.device)
 
         def compute_loss() -> Tensor:
@@ -83,15 +81,16 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         return step.propagate(compute_loss)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        inner = cast(LogitsModel, model).inner
+        inner = cast(TextClassifier, cast(LogitsModel, model).inner)
         device = inner.model.device
-        copied = evaluation_copy(inner, self.config)
-        copied.to(getattr(torch, evaluation_dtype(self.config.dtype, device)))
+        engine = ClassifierEngine(
+            evaluation_copy(inner, self.config),
+            dtype=evaluation_dtype(self.config.dtype, device),
+            device=device,
+            max_length=self.config.max_length,
+        )
         rows = own_rows(len(self.dev_texts)).tolist()
-        best_own = np.zeros(len(rows), dtype=np.float32)
-        if rows:  # more workers than texts leave some without any
-            encoded = self._tokenise(inner, [self.dev_texts[row] for row in rows])
-            best_own[:] = classify_rows(copied, encoded, _EVALUATION_TOKENS).argmax(1)
+        best_own = engine.logits([self.dev_texts[row] for row in rows]).argmax(1).astype(np.float32)
         best = gather_rows_in_order(best_own, len(self.dev_texts))
         predicted = [self.labels[int(number)] for number in best]
         return {
@@ -101,12 +100,6 @@ class ClassifierTask(Task[TrainClassifierConfig]):
 
     def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
         merged_copy(cast(LogitsModel, model).inner, self.config).save(folder, info)
-
-    def _tokenise(self, inner: Any, texts: Sequence[str]) -> Mapping[str, list[list[int]]]:
-        return cast(
-            Mapping[str, list[list[int]]],
-            inner.tokenizer(list(texts), truncation=True, max_length=self.config.max_length, padding=False),
-        )
 
 
 def train_classifier(config: TrainClassifierConfig) -> dict[str, Any]:

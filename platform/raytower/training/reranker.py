@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytower.data.pieces import Survey
+from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
-from raytower.models.forward import check_max_length
 from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
@@ -66,14 +66,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)
         queries, documents, labels, per_query = judged_pairs(rows, self.num_documents)
-        encoded = model.inner.tokenizer(
-            queries,
-            documents,
-            truncation="longest_first",
-            max_length=self.config.max_length,
-            padding=False,
-        )
-        chunks = model.plan_chunks(encoded)
+        chunks = model.plan_chunks(model.inner.tokenise([queries, documents], self.config.max_length))
 
         def compute_loss() -> Tensor:
             with step.autocast():

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from raytower.data.pieces import Survey
 from raytower.errors import InputError
+from raytower.models.chunks import Chunk
+from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
+from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
-from raytower.models.forward import ForwardEngine, check_max_length
-from raytower.models.two_tower import Chunk, TwoTower, split_columns
+from raytower.models.forward import ForwardEngine
+from raytower.models.two_tower import TwoTower, split_columns
 from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 from raytower.storage import absolute_if_local
@@ -30,9 +33,6 @@ from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
-# Small chunks stay in a CPU's cache: twice as fast there as one padded batch of 64 pairs.
-_CPU_TOKENS_PER_BATCH = 1024
-_GPU_TOKENS_PER_BATCH = 65536
 # Rows with an equal value in one of these are false negatives of each other; of candidates the best document counts.
 _DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
 _CPU = torch.device("cpu")
@@ -87,16 +87,16 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         if self.teacher is not None:
             dtype = evaluation_dtype(config.dtype, device)
             self._teacher = CrossScorer(CrossEncoder.load(self.teacher), dtype=dtype, device=device)
-        tokens = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
+        tokens = default_tokens_per_encoder_chunk(device)
         return TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         tower = cast(TwoTower, step.model)
         columns = text_columns(rows, self.num_documents)
         query_prefix, document_prefix = _prefixes(tower.encoder)
-        token_ids = [tower.tokenise(columns.queries, query_prefix)]
-        token_ids += [tower.tokenise(texts, document_prefix) for texts in columns.documents]
-        chunks = tower.plan_chunks(token_ids)
+        blocks = [tower.tokenise(columns.queries, query_prefix)]
+        blocks += [tower.tokenise(texts, document_prefix) for texts in columns.documents]
+        chunks = tower.plan_chunks(blocks)
         targets = self._taught(columns)
         objective = make_objective(self.config)
 
@@ -105,7 +105,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
                 return cast(list[Tensor], step.parallel(some))
 
         def loss_of(vectors: Any) -> Tensor:
-            return objective(split_columns(vectors, chunks, len(token_ids)), targets)
+            return objective(split_columns(vectors, chunks, len(blocks)), targets)
 
         if self.config.gradient_cache is None:
             return step.propagate(lambda: loss_of(embed(chunks)))

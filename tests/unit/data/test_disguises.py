@@ -16,7 +16,7 @@ from raytower.data.pieces import read_piece, survey
 from raytower.data.sources import _split_options, find_files, refuse_output_inside
 from raytower.encoding.plan import join_pieces
 from raytower.errors import InputError
-from raytower.models.forward import _encode_beginnings
+from raytower.models.tokenising import CHARACTERS_PER_TOKEN, _encode_beginnings
 from tests.support.data_files import beir_folder, read, survey_of, write, write_jsonl
 
 _ROWS = [{"id": "1", "text": 'He said "hi", twice\nand left'}, {"id": "2", "text": "bank account"}]
@@ -237,7 +237,7 @@ class _WordTokenizer:
 )
 def test_a_long_text_is_tokenised_as_far_as_it_counts(text: str) -> None:
     tokenizer = _WordTokenizer()
-    (encoding,) = _encode_beginnings(tokenizer, [text], 3)
+    _, (encoding,) = _encode_beginnings(tokenizer.encode_batch_fast, [text], 3 * CHARACTERS_PER_TOKEN, 3)
     assert encoding.ids == text.split()[:3]
     assert tokenizer.characters <= (200 if text.startswith("one two") else 2 * len(text))
 

@@ -36,9 +36,11 @@ from raytower.encoding.progress import ProgressBoard, progress_line
 from raytower.encoding.worker import PieceEncoder, read_answer
 from raytower.errors import FormatError, InputError
 from raytower.export import export
+from raytower.models.ahead import Ahead
+from raytower.models.block_engine import ForwardStats
 from raytower.models.config import ExportConfig
 from raytower.models.encoder import Encoder
-from raytower.models.forward import Ahead, ForwardEngine, ForwardStats
+from raytower.models.forward import ForwardEngine
 from raytower.models.token_block import TokenBlock
 from raytower.storage import Location
 from tests.support.encoding_here import encode_config, encode_here, no_ray, read_folder, write_corpus
@@ -183,7 +185,8 @@ class TestBlocks:
             expected = tokenizer([f"the {text}" for text in texts], truncation=True, max_length=20)[
                 "input_ids"
             ]
-            assert engine.tokenise(texts, "the ") == expected
+            block = engine.tokenise(texts, "the ")
+            assert [ids.tolist() for ids in np.split(block.ids, block.starts[1:])] == expected
 
     def test_a_block_is_tokenised_while_the_one_before_it_is_computed(self, dummy_encoder_dir: Path) -> None:
         """The first forward waits until the second block has been tokenised; else it would wait for ever."""
@@ -193,12 +196,12 @@ class TestBlocks:
         tokenise, forward = engine.tokenise, engine.forward_block
         order = []
 
-        def watched_tokenise(texts: Sequence[str], prefix: str = "") -> list[list[int]]:
-            ids = tokenise(texts, prefix)
+        def watched_tokenise(texts: Sequence[str], prefix: str = "", start: int = 0) -> TokenBlock:
+            block = tokenise(texts, prefix, start)
             order.append("tokenised")
             if len(order) == 2:
                 second_tokenised.set()
-            return ids
+            return block
 
         def waiting_forward(block: TokenBlock, stats: ForwardStats | None = None) -> NDArray[np.float32]:
             assert second_tokenised.wait(timeout=60)
@@ -227,15 +230,6 @@ class TestBlocks:
         # Sorted 5 3 3 2 | 2 under a budget of 20: 4 x 5 and 1 x 2.
         assert (stats.rows, stats.tokens, stats.padded_tokens) == (5, 15, 22)
         assert stats.forward_seconds > 0
-
-    def test_padded_batches_are_cut_from_a_block(self) -> None:
-        block = TokenBlock.of([[5, 6, 7], [8], [], [9, 9]])
-        ids, mask = block.pad(np.array([3, 0, 2]), pad_id=1)
-        assert ids.tolist() == [[9, 9, 1], [5, 6, 7], [1, 1, 1]]
-        assert mask is not None
-        assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
-        ids, mask = block.pad(np.array([3]), pad_id=1)
-        assert (ids.tolist(), mask) == ([[9, 9]], None)
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3)])
     def test_half_precisions_are_near(self, dummy_encoder_dir: Path, dtype: Any, tolerance: float) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytower.models.two_tower import Chunk, TwoTower
+from raytower.models.chunks import Chunk
+from raytower.models.two_tower import TwoTower
 from raytower.objectives import gradient_cache
 from raytower.objectives.gradient_cache import backward_cached
 from tests.support.objective_cases import (
