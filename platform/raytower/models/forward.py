@@ -64,6 +64,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fast_dtype(device: torch.device) -> ComputeDtype:
+    """bfloat16 where the hardware multiplies it, else float32.
+
+    A CPU without AVX-512 BF16 or AMX emulates bfloat16, which takes several times as long as float32.
+    """
+    # torch 2.8 answers these questions in private functions alone.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device.type == "cuda" or native else "float32"
+
+
 def default_tokens_per_batch(device: torch.device) -> int:
     """Small batches stay in a CPU's cache; an accelerator wants big ones."""
     return _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
