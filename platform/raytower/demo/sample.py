@@ -24,7 +24,7 @@ class SampleSizes:
 
 
 SAMPLES = {
-    "small": SampleSizes(train=24, dev=8, test=8, corpus=80),
+    "small": SampleSizes(train=40, dev=8, test=8, corpus=100),
     "normal": SampleSizes(train=600, dev=200, test=300, corpus=2000),
     "everything": SampleSizes(train=None, dev=None, test=None, corpus=None),
 }
