@@ -18,7 +18,7 @@ _BACKBONE = "hfl/chinese-macbert-base"
 
 EXAMPLES: dict[str, Example] = {
     "up": Example({"input": {"path": "data/corpus.tsv"}, "model": "intfloat/multilingual-e5-small"}),
-    "demo": Example({"full": False, "keep_serving": False}, "Nothing has to be set."),
+    "demo": Example({"sample": "normal", "keep_serving": False}, "Nothing has to be set."),
     "train-retriever": Example(
         {
             "model": _BACKBONE,

@@ -1,4 +1,4 @@
-"""Steps chained by one file, and the demo's sample."""
+"""Steps chained by one file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from raytower.config import make_config
-from raytower.data.queries import read_queries
-from raytower.demo.sample import SampleSizes, write_sample
 from raytower.errors import InputError
 from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.job import plan_pipeline, run_pipeline
@@ -118,16 +116,3 @@ def test_steps_that_were_finished_before_keys_were_renamed_are_skipped(
     assert [(step["skipped"], step["number"]) for step in steps] == [(True, n) for n in range(7)]
     changed = plan_pipeline(every_job(recall_k=21))["steps"]
     assert [step["skipped"] for step in changed] == [True, True, True, False, False, False, False]
-
-
-def test_the_demos_sample_judges_every_question_by_an_answer_of_its_corpus(tmp_path: Path) -> None:
-    files = write_sample(tmp_path / "data", SampleSizes(train=20, dev=10, test=10, corpus=100), seed=1)
-    corpus = [json.loads(line) for line in files.corpus.read_text(encoding="utf-8").splitlines()]
-    assert len(corpus) == files.num_corpus == 100
-    ids = {row["_id"] for row in corpus}
-    for split in ("dev", "test"):
-        queries = read_queries(str(files.beir), "beir", split)
-        assert len(queries) == 10
-        assert queries.relevant is not None
-        assert all(set(judged) <= ids and judged for judged in queries.relevant)
-    assert len(files.train_pairs.read_text(encoding="utf-8").splitlines()) == files.num_train >= 20

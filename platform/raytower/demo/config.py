@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,12 +12,14 @@ from raytower.config import Config
 class DemoConfig(Config):
     """`work_dir` null uses a temporary folder, removed at the end; `port` is where the demo serves."""
 
-    renamed: ClassVar = {"rerank_k": "recall_k"}
+    renamed: ClassVar = {"rerank_k": "recall_k", "full": "sample"}
 
     work_dir: str | None = None
     """Folder for data, models and indexes, which stays; null uses a temporary one."""
-    full: bool = False
-    """Take the whole data set rather than a sample."""
+    sample: Literal["small", "normal", "everything"] = "normal"
+    """How much of the data set is taken. small shows that every stage runs; its figures say nothing."""
+    model: str | None = None
+    """Encoder to start from: a directory or a hub id; null is the one that comes with the extra [demo]."""
     keep_serving: bool = False
     """Leave the server up until Ctrl-C."""
     seed: int = Field(default=0, ge=0)

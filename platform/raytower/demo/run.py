@@ -20,7 +20,8 @@ from raytower.annotation.mine import mine
 from raytower.config import make_config
 from raytower.data.queries import read_queries
 from raytower.demo.config import DemoConfig
-from raytower.demo.sample import DemoFiles, SampleSizes, find_demo_model, write_sample
+from raytower.demo.orders import RankedAnswer, orders_table, rank_answers
+from raytower.demo.sample import SAMPLES, DemoFiles, find_demo_model, write_sample
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode
 from raytower.errors import import_extra
@@ -30,6 +31,7 @@ from raytower.index.build import build_index
 from raytower.index.config import IndexBuildConfig
 from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
+from raytower.models.device import default_device, fast_dtype
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.progress import log
@@ -58,16 +60,26 @@ METRICS = (
     "mrr@10",
     "ndcg@10",
 )
-_MAX_LENGTH = 128
 _PROMOTION_METRIC = "mrr@10"
-_SAMPLE = SampleSizes(train=900, dev=200, test=300, corpus=3000)
-_EVERYTHING = SampleSizes(train=None, dev=None, test=None, corpus=None)
+# The first sentences say what an answer is about, and a training's minutes go by its tokens.
+_MAX_LENGTH = 64
+_ENCODER_TRAINING: dict[str, Any] = {"batch_size": 32, "optimizer": {"lr": 5e-5}}
+_NEGATIVES = 3
+_RERANKER_TRAINING: dict[str, Any] = {
+    "objective": "listwise_softmax",
+    "batch_size": 4,
+    "epochs": 0.3,
+    "optimizer": {"lr": 1e-4},
+}
 
 
 def plan_demo(config: DemoConfig) -> dict[str, Any]:
     """What the demo would do, and on how much."""
-    sizes = _EVERYTHING if config.full else _SAMPLE
-    return {"model": find_demo_model(), "sample": vars(sizes), "serves_on": f"http://127.0.0.1:{config.port}"}
+    return {
+        "model": config.model or find_demo_model(),
+        "sample": vars(SAMPLES[config.sample]),
+        "serves_on": f"http://127.0.0.1:{config.port}",
+    }
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -76,7 +88,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         MissingExtraError: the packages of the extra [demo] are not installed.
     """
-    find_demo_model(), import_extra("insuranceqa_data")
+    if config.model is None:
+        find_demo_model()
+    import_extra("insuranceqa_data")
     folder = (
         Path(config.work_dir).absolute()
         if config.work_dir
@@ -94,15 +108,17 @@ class _Demo:
     def __init__(self, config: DemoConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
-        self.model = find_demo_model()
+        self.model = config.model or find_demo_model()
+        # A small sample is done before a second worker has started.
+        self.num_workers = 1 if config.sample == "small" else 2
+        self.dtype = fast_dtype(default_device())
         self.seconds: dict[str, float] = {}
         self.rows: dict[str, dict[str, Any]] = {}
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
         with _timed(self.seconds, "start"):
-            sizes = _EVERYTHING if self.config.full else _SAMPLE
-            files = write_sample(self.folder / "data", sizes, self.config.seed)
+            files = write_sample(self.folder / "data", SAMPLES[self.config.sample], self.config.seed)
             ensure_ray()
         log(
             f"sample: {files.num_train} training pairs, {files.num_corpus} answers; files under {self.folder}"
@@ -112,19 +128,24 @@ class _Demo:
         trained = self._measure_encoder("trained", trained_dir, files)
         name = "trained" if trained > base else "zero-shot"
         encoder = trained_dir if name == "trained" else self.model
-        log(_verdict("training", base, trained))
-        reranker, tuned = self._train_reranker(files, name, encoder)
-        fused = tuned.fused_mrr > tuned.recall_mrr and tuned.fusion.weight > 0
-        log(f"reranker alone: dev {_PROMOTION_METRIC} {tuned.rerank_mrr:.4f}")
-        log(
-            _verdict(f"fused reranking (weight {tuned.fusion.weight:.2f})", tuned.recall_mrr, tuned.fused_mrr)
-        )
-        with _timed(self.seconds, "evaluate reranker"):
-            self._evaluate("reranked", encoder, name, files, "test", reranker=reranker)
-        answers = self._serve(encoder, name, reranker if fused else None)
-        total = time.perf_counter() - started
-        print(self._table(name, fused))
-        print(answers)
+        verdicts = [_verdict("training", base, trained)]
+        reranker, tuned, orders = self._train_reranker(files, name, encoder)
+        fused = tuned.fused_mrr > tuned.recall_mrr
+        verdicts += _rerank_verdicts(tuned)
+        if fused:
+            with _timed(self.seconds, "evaluate reranked"):
+                self._evaluate("reranked", encoder, name, files, "test", reranker=reranker)
+        try:
+            base_url, served = self._serve(encoder, name, reranker if fused else None)
+            total = time.perf_counter() - started
+            print("\n".join([self._table(name, fused), "", *verdicts]))
+            for question, answers, (ids, milliseconds) in zip(QUESTIONS, orders, served, strict=True):
+                print(orders_table(question, answers, tuned.fusion.weight, fused))
+                print(f"answered over HTTP in {milliseconds:.0f} ms: {', '.join(ids)}", flush=True)
+            if self.config.keep_serving:
+                _wait(base_url)
+        finally:
+            stop()
         return {
             "seconds": round(total, 1),
             "seconds_by_stage": {stage: round(value, 1) for stage, value in self.seconds.items()},
@@ -140,6 +161,10 @@ class _Demo:
             "test": {
                 row: {metric: values[metric] for metric in METRICS} for row, values in self.rows.items()
             },
+            "questions": {
+                question: {"answers": [answer.to_dict() for answer in answers], "served": ids}
+                for question, answers, (ids, _) in zip(QUESTIONS, orders, served, strict=True)
+            },
         }
 
     def _train_encoder(self, files: DemoFiles) -> str:
@@ -152,10 +177,11 @@ class _Demo:
                         "model": self.model,
                         "train": {"path": str(files.train_pairs), "format": "pairs"},
                         "output": output,
-                        "batch_size": 32,
                         "max_length": _MAX_LENGTH,
-                        "optimizer": {"lr": 5e-5},
+                        "dtype": self.dtype,
                         "seed": self.config.seed,
+                        "workers": {"num": self.num_workers},
+                        **_ENCODER_TRAINING,
                     },
                 )
             )
@@ -172,8 +198,8 @@ class _Demo:
                         "input": {"path": str(files.corpus)},
                         "output": str(self.folder / f"embeddings-{name}"),
                         "max_length": _MAX_LENGTH,
-                        "dtype": "bfloat16",
-                        "workers": {"min": 2, "num": 2},
+                        "dtype": self.dtype,
+                        "workers": {"min": self.num_workers, "num": self.num_workers},
                     },
                 )
             )
@@ -203,7 +229,7 @@ class _Demo:
             "queries": {"path": str(files.beir), "format": "beir", "split": split},
             "recall_k": self.config.recall_k,
             "k": [1, 5, 10, 20, 50],
-            "dtype": "bfloat16",
+            "dtype": self.dtype,
             "max_length": _MAX_LENGTH,
             "rerank_max_length": _MAX_LENGTH,
             "output": str(self.folder / "reports" / f"{(row or index).replace(' ', '-')}-{split}"),
@@ -214,8 +240,11 @@ class _Demo:
             self.rows[row] = figures
         return figures
 
-    def _train_reranker(self, files: DemoFiles, index: str, encoder: str) -> tuple[str, TunedFusion]:
-        negatives, output = self.folder / "negatives.tsv", str(self.folder / "reranker")
+    def _train_reranker(
+        self, files: DemoFiles, index: str, encoder: str
+    ) -> tuple[str, TunedFusion, list[list[RankedAnswer]]]:
+        """Mine, train and tune; returns the reranker's directory, its fusion, and what it does to QUESTIONS."""
+        negatives, output = self.folder / "negatives.jsonl", str(self.folder / "reranker")
         with _timed(self.seconds, "mine"):
             mine(
                 make_config(
@@ -225,11 +254,13 @@ class _Demo:
                         "index": str(self.folder / f"index-{index}"),
                         "input": {"path": str(files.train_pairs)},
                         "output": str(negatives),
-                        # Negatives a little below the top: the hardest are often right, and a cross-encoder
-                        # that starts from scratch learns nothing from them in a minute.
-                        "recall_k": 200,
-                        "skip_top": 10,
-                        "num_negatives": 1,
+                        "format": "candidates",
+                        "file_type": "jsonl",
+                        # From where the reranker will have to tell answers apart: the first ranks of recall.
+                        "recall_k": 20,
+                        "num_negatives": _NEGATIVES,
+                        "dtype": self.dtype,
+                        "max_length": _MAX_LENGTH,
                         "seed": self.config.seed,
                     },
                 )
@@ -240,48 +271,50 @@ class _Demo:
                     TrainRerankerConfig,
                     {
                         "model": encoder,
-                        "train": {"path": str(negatives), "format": "triples"},
+                        "train": {"path": str(negatives), "format": "candidates"},
                         "output": output,
-                        "batch_size": 16,
-                        "epochs": 0.5,
                         "max_length": _MAX_LENGTH,
-                        "optimizer": {"lr": 1e-4},
+                        "dtype": self.dtype,
                         "seed": self.config.seed,
+                        "workers": {"num": self.num_workers},
+                        **_RERANKER_TRAINING,
                     },
                 )
             )
-        with _timed(self.seconds, "tune fusion"):
-            tuned = self._tune(encoder, index, output, files)
+        with _timed(self.seconds, "rerank dev"):
+            retriever = self._retriever(encoder, index, output)
+            queries = read_queries(str(files.beir), "beir", "dev")
+            assert queries.relevant is not None, "a BEIR folder judges by id"
+            recall_k = self.config.recall_k
+            tuned = tune_on_queries(retriever, queries.texts, queries.relevant, recall_k=recall_k)
             store_fusion(output, tuned)
-        return output, tuned
+            return output, tuned, rank_answers(retriever, tuned.fusion, QUESTIONS, recall_k)
 
-    def _tune(self, encoder: str, index: str, reranker: str, files: DemoFiles) -> TunedFusion:
+    def _retriever(self, encoder: str, index: str, reranker: str) -> Retriever:
         model = Encoder.load(encoder)
         opened = Index.open(str(self.folder / f"index-{index}"), encoder_fingerprint=model.fingerprint)
-        retriever = Retriever(
-            ForwardEngine(model, max_length=_MAX_LENGTH),
+        return Retriever(
+            ForwardEngine(model, max_length=_MAX_LENGTH, dtype=self.dtype),
             opened,
-            CrossScorer(CrossEncoder.load(reranker), dtype="bfloat16"),
+            CrossScorer(CrossEncoder.load(reranker), dtype=self.dtype),
             query_prefix=model.prefix_for("query"),
         )
-        queries = read_queries(str(files.beir), "beir", "dev")
-        assert queries.relevant is not None, "a BEIR folder judges by id"
-        return tune_on_queries(retriever, queries.texts, queries.relevant, recall_k=self.config.recall_k)
 
-    def _serve(self, encoder: str, index: str, reranker: str | None) -> str:
+    def _serve(
+        self, encoder: str, index: str, reranker: str | None
+    ) -> tuple[str, list[tuple[list[str], float]]]:
+        """Start the server: its URL, and for each of QUESTIONS the ids that it answers and its milliseconds."""
         values = {
             "encoder": encoder,
             "index": str(self.folder / f"index-{index}"),
             "reranker": reranker,
+            "dtype": self.dtype,
+            "max_length": _MAX_LENGTH,
             "port": self.config.port,
         }
         with _timed(self.seconds, "serve"):
             base = start(make_config(ServeConfig, values))
-            lines = [line for question in QUESTIONS for line in _ask(base, question, self.config.recall_k)]
-        if self.config.keep_serving:
-            _wait(base)
-        stop()
-        return "\n".join(lines)
+            return base, [_ask(base, question, self.config.recall_k) for question in QUESTIONS]
 
     def _table(self, encoder: str, fused: bool) -> str:
         served = "reranked" if fused else encoder
@@ -304,20 +337,22 @@ def _verdict(stage: str, before: float, after: float) -> str:
     return f"{stage}: dev {_PROMOTION_METRIC} {before:.4f} → {after:.4f}: no better, so it is NOT served"
 
 
-def _ask(base: str, question: str, recall_k: int) -> list[str]:
-    """Ask the server over HTTP and render its three best answers with both scores."""
+def _rerank_verdicts(tuned: TunedFusion) -> list[str]:
+    """What the reranker is worth alone and fused, on dev, and whether it is served."""
+    weight = f"fused reranking (weight {tuned.fusion.weight:.2f})"
+    return [
+        f"reranker alone: dev {_PROMOTION_METRIC} {tuned.recall_mrr:.4f} → {tuned.rerank_mrr:.4f}",
+        _verdict(weight, tuned.recall_mrr, tuned.fused_mrr),
+    ]
+
+
+def _ask(base: str, question: str, recall_k: int) -> tuple[list[str], float]:
+    """Ask the server over HTTP: the ids of its three best answers, best first, and the milliseconds it took."""
     body = json.dumps({"query": question, "k": 3, "recall_k": recall_k, "timeout_ms": 20_000}).encode()
     request = urllib.request.Request(f"{base}/v1/search", body, {"Content-Type": "application/json"})
     with DIRECT.open(request, timeout=30) as response:
         answer = json.load(response)
-    lines = [f"\n{question}   ({answer['timings_ms']['total']:.0f} ms)"]
-    for hit in answer["results"][0]:
-        rerank = "–" if hit["rerank_score"] is None else f"{hit['rerank_score']:.3f}"
-        text = hit["text"] if len(hit["text"]) <= 110 else hit["text"][:110] + "…"
-        lines.append(
-            f"  {hit['rank']}. recall {hit['recall_score']:.3f}  rerank {rerank}  [{hit['id']}] {text}"
-        )
-    return lines
+    return [hit["id"] for hit in answer["results"][0]], answer["timings_ms"]["total"]
 
 
 def _wait(base: str) -> None:

@@ -23,6 +23,13 @@ class SampleSizes:
     corpus: int | None
 
 
+SAMPLES = {
+    "small": SampleSizes(train=40, dev=8, test=8, corpus=100),
+    "normal": SampleSizes(train=600, dev=200, test=300, corpus=2000),
+    "everything": SampleSizes(train=None, dev=None, test=None, corpus=None),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoFiles:
     """Where the sample lies: a BEIR folder, and the training pairs as TSV."""

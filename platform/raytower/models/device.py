@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.errors import InputError
-from raytower.models.compute import Engine
+from raytower.models.compute import ComputeDtype, Engine
 from raytower.storage.errors import one_line
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +33,16 @@ _OUT_OF_MEMORY = (
 def default_device() -> torch.device:
     """A GPU where PyTorch sees one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_dtype(device: torch.device) -> ComputeDtype:
+    """bfloat16 where the hardware multiplies it, else float32.
+
+    A CPU without AVX-512 BF16 or AMX emulates bfloat16, which takes several times as long as float32.
+    """
+    # torch 2.8 answers these questions in private functions alone.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device.type == "cuda" or native else "float32"
 
 
 def choose_device(device: str | torch.device | None, engine: Engine = "torch") -> torch.device:

@@ -27,6 +27,7 @@ RENAMED = [
     ("compute.rows_per_batch", "rows_per_batch", _ANNOTATING),
     ("dtype", "graph_dtype", ("export",)),
     ("rerank_k", "recall_k", ("search", "evaluate", "demo")),
+    ("full", "sample", ("demo",)),
     ("depth", "recall_k", ("mine",)),
     ("kind", "format", ("mine",)),
     ("format", "file_type", ("classify", "similarity")),
