@@ -69,7 +69,7 @@ def _rank(candidates: Sequence[Candidate], logits: ArrayLike, fusion: Fusion) ->
 def _ranks(scores: ArrayLike) -> list[int]:
     """The rank of each score, the highest first: 0.2, 0.9, 0.5 have the ranks 3, 1, 2. Ties keep their order."""
     order = np.argsort(-np.asarray(scores), kind="stable")
-    return (np.argsort(order) + 1).tolist()  # type: ignore[no-any-return]
+    return (np.argsort(order) + 1).tolist()
 
 
 def orders_table(question: str, answers: Sequence[RankedAnswer], weight: float, fused: bool) -> str:
