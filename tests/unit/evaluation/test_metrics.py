@@ -79,7 +79,7 @@ def test_the_callers_lists_stay_as_they_were() -> None:
     [
         ([["a"]], [], [1], "1 ranked lists for 0"),
         ([["a"]], [{"a": 0}], [1], "no relevant document"),
-        ([["a"]], [{"a": 1}], [0], "cut-offs"),
+        ([["a"]], [{"a": 1}], [5, 0], "cut-offs"),
         ([["a"]], [{"a": 1}], [], "cut-offs"),
     ],
 )

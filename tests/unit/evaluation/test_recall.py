@@ -126,7 +126,7 @@ def test_refusals(encoder: WordEncoder) -> None:
 
 def test_threads_share_one_retriever(encoder: WordEncoder) -> None:
     """Two searches are at the same stage at once, so that whatever one left on the retriever the other would take."""
-    index, table, meeting = ListIndex(encoder, TEXTS), TableScorer(LOGITS), Barrier(2, timeout=60)
+    index, meeting = ListIndex(encoder, TEXTS), Barrier(2, timeout=60)
 
     def recall(vectors: np.ndarray, k: int) -> list[list[Candidate]]:
         meeting.wait()
@@ -134,10 +134,10 @@ def test_threads_share_one_retriever(encoder: WordEncoder) -> None:
 
     def score(queries: list[str], documents: list[str]) -> np.ndarray:
         meeting.wait()
-        return table.score(queries, documents)
+        return -np.equal(queries, documents).astype(np.float32)
 
     retriever = Retriever(encoder, scorer=SimpleNamespace(score=score), recall=recall)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda query: retriever.search([query], k=2, recall_k=2), ["red", "green"]))
-    # "red" recalls red (1) and red red blue (2), whose logit is higher; "green" recalls green (4) and red (1).
-    assert [[hit.id for hit in result.hits[0]] for result in found] == [["2", "1"], ["4", "1"]]
+    # "red" recalls 1 (red) and 2 (red red blue), "green" 4 (green) and 1 (red); what equals its query is put last.
+    assert [[hit.id for hit in result.hits[0]] for result in found] == [["2", "1"], ["1", "4"]]
