@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raytower.data.config import InputConfig
@@ -16,9 +20,9 @@ from raytower.data.pieces import Piece, read_piece, survey
 from raytower.encoding import job as job_module
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import _content_hash, encode, plan
-from raytower.encoding.manifest import EmbeddingsManifest
-from raytower.encoding.parts import open_part, part_name
-from raytower.encoding.records import write_record
+from raytower.encoding.manifest import EmbeddingsFile, EmbeddingsManifest
+from raytower.encoding.parts import PartFigures, open_part, part_name, write_part
+from raytower.encoding.records import find_parts, remove_left_overs, write_record
 from raytower.encoding.worker import EncodedPiece
 from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location, writer_lease
@@ -110,6 +114,102 @@ def test_what_killed_writers_had_begun_is_gone_in_the_end(config: EncodeConfig, 
     assert encode(config)["files_encoded"] == 1
     assert encoded == [name]
     assert {path.name for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_only_what_changed_since_its_record_is_read_again(config: EncodeConfig, is_finished: bool) -> None:
+    """Bytes are flipped in all three parts; the one that is older than its record is believed unread."""
+    output = Location.of(config.output)
+    job_file, manifest = output / "job.json", EmbeddingsManifest.read(output)
+    values = job_file.read_json()
+    recorded = [job_file]
+    if not is_finished:
+        for part in values.pop("parts"):
+            write_record(output, PartFigures.of(part))
+        job_file.write_json(values)
+        recorded = [output / f".{file.name}.json" for file in manifest.files]
+    for second, file in enumerate(manifest.files, start=1):
+        flip(Path(config.output) / file.name)
+        os.utime(Path(config.output) / file.name, (second, second))
+    for place in recorded:
+        os.utime(Path(config.output) / place.name, (2, 2))
+    rows = {file.name: file.rows for file in manifest.files}
+    assert list(find_parts(job_file, rows)) == [manifest.files[0].name]
+
+
+def test_a_part_of_another_number_of_rows_is_not_the_piece(config: EncodeConfig) -> None:
+    output = Location.of(config.output)
+    rows = {file.name: file.rows for file in EmbeddingsManifest.read(output).files}
+    first, second, third = rows
+    wanted = {**rows, second: rows[second] + 1, "part-00000003.parquet": 1}
+    found = find_parts(output / "job.json", wanted)
+    assert list(found) == [first, third]
+    assert found[first].file.rows == rows[first]
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_left_overs_are_what_writers_name_so(tmp_path: Path, records: bool) -> None:
+    begun = [".part-00000001.parquet.1a.tmp", "..part-00000001.parquet.json.1a.tmp"]
+    record = ".part-00000001.parquet.json"
+    others = ["part-00000001.parquet", "job.json", ".encode.lock", "notes.tmp", ".notes.json", ".part-2.txt"]
+    for name in (*begun, record, *others):
+        (tmp_path / name).write_text("{}")
+    remove_left_overs(Location.of(tmp_path), records=records)
+    left = others if records else [*others, record]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+
+
+def test_a_part_holds_its_blocks_in_order_and_its_figures(tmp_path: Path) -> None:
+    """Two blocks: three rows, then one; half precision halves the vectors alone."""
+    table = pa.table({"id": list("abcd"), "text": ["one", "two", "three", "four"], "n": [1, 2, 3, 4]})
+    vectors = np.arange(8, dtype=np.float32).reshape(4, 2)
+    with open_part(Location.of(tmp_path) / "part.parquet", "float16") as part:
+        part.write(table.slice(0, 3), vectors[:3])
+        part.write(table.slice(3), vectors[3:])
+        figures = part.finish(tokens=9, padded_tokens=12)
+        assert part.seconds > 0
+        assert not (tmp_path / "part.parquet").exists()
+    written = (tmp_path / "part.parquet").read_bytes()
+    assert figures.file == EmbeddingsFile(
+        name="part.parquet", rows=4, bytes=len(written), sha256=hashlib.sha256(written).hexdigest()
+    )
+    assert (figures.tokens, figures.padded_tokens) == (9, 12)
+    found = pq.ParquetFile(tmp_path / "part.parquet")
+    assert found.schema_arrow.names == ["id", "text", "embedding", "n"]
+    assert found.schema_arrow.field("embedding").type == pa.list_(pa.float16(), 2)
+    assert found.schema_arrow.metadata is None
+    assert [found.metadata.row_group(number).num_rows for number in range(2)] == [3, 1]
+    whole = found.read()
+    assert whole.drop_columns("embedding").equals(table)
+    assert whole["embedding"].to_pylist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_texts_are_compressed_and_vectors_are_not(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a"], "text": ["one"], "tags": [["x", "y"]]})
+    write_part(Location.of(tmp_path) / "p.parquet", table, np.ones((1, 2), np.float32), {b"key": b"value"})
+    file = pq.ParquetFile(tmp_path / "p.parquet")
+    columns = [file.metadata.row_group(0).column(number) for number in range(4)]
+    assert [(column.path_in_schema.split(".")[0], column.compression) for column in columns] == [
+        ("id", "ZSTD"),
+        ("text", "ZSTD"),
+        ("embedding", "UNCOMPRESSED"),
+        ("tags", "ZSTD"),
+    ]
+    assert [column.is_stats_set for column in columns] == [True, True, False, True]
+    assert file.metadata.metadata[b"key"] == b"value"
+
+
+def test_what_writing_raises_comes_with_the_next_call(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a"], "text": ["one"]})
+
+    def write() -> None:
+        with open_part(Location.of(tmp_path) / "part.parquet", "float32") as part:
+            part.write(table, np.ones((2, 2), np.float32))  # two vectors for one row
+            part.finish(1, 1)
+
+    with pytest.raises(pa.ArrowInvalid):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_manifest_is_written_again(config: EncodeConfig, encoded: list[str]) -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from raytower.errors import InputError
 from raytower.metrics import (
+    ClassScores,
     accuracy,
     accuracy_f1,
     auc,
     best_threshold,
     bootstrap_interval,
+    macro_f1,
     midranks,
     ranking_metrics,
     spearman,
@@ -77,7 +79,7 @@ def test_the_callers_lists_stay_as_they_were() -> None:
     [
         ([["a"]], [], [1], "1 ranked lists for 0"),
         ([["a"]], [{"a": 0}], [1], "no relevant document"),
-        ([["a"]], [{"a": 1}], [0], "cut-offs"),
+        ([["a"]], [{"a": 1}], [5, 0], "cut-offs"),
         ([["a"]], [{"a": 1}], [], "cut-offs"),
     ],
 )
@@ -132,6 +134,26 @@ def test_accuracy() -> None:
     assert accuracy(["a", "b", "c"], ["a", "x", "c"]) == pytest.approx(2 / 3)
     with pytest.raises(InputError, match="0 predictions"):
         accuracy([], [])
+    with pytest.raises(InputError, match="1 predictions for 2 labels"):
+        accuracy(["a"], ["a", "b"])
+    with pytest.raises(InputError, match="1 predictions for 2 labels"):
+        macro_f1(["a"], ["a", "b"])
+
+
+def test_macro_scores_by_hand() -> None:
+    scores = ClassScores()
+    expected = ["a", "a", "a", "b", "b", "c"]
+    predicted = ["a", "a", "a", "a", "d", "a"]
+    for label, right in zip(predicted, expected, strict=True):
+        scores.add(label, right)
+    macro = scores.macro()
+    # Precision: a 3/5, d 0/1, b and c none predicted. Recall: a 3/3, b 0/2, c 0/1, d none expected.
+    assert macro["precision_macro"] == pytest.approx((3 / 5) / 4)
+    assert macro["recall_macro"] == pytest.approx((3 / 3) / 4)
+    assert macro["f1_macro"] == pytest.approx((6 / 8) / 4)
+    assert macro["f1_macro"] == pytest.approx(macro_f1(predicted, expected))
+    with pytest.raises(InputError, match="at least one"):
+        ClassScores().macro()
 
 
 def test_midranks() -> None:
@@ -188,10 +210,31 @@ def test_best_threshold_beats_every_other(rows: list[tuple[int, int]]) -> None:
         assert best >= accuracy_f1(scores, labels, threshold)[0]
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 1], 2),
+        ([1, 1, 1], 1),
+        ([0, 0, 0], math.nextafter(3, math.inf)),  # predicting 0 always is best
+        ([1, 0, 1], 1),  # 1 and 3 are right twice: the lower one
+    ],
+)
+def test_best_threshold_by_hand(labels: list[int], expected: float) -> None:
+    assert best_threshold([1, 2, 3], labels) == expected
+
+
 def test_spearman_by_hand() -> None:
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(1 - 6 * (4 + 1 + 1) / (3 * 8))
+    assert spearman([1, 2], [5, 4]) == pytest.approx(-1)
     assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(spearman([1, 2, 3], [1, 1, 1]))
+
+
+@pytest.mark.parametrize(("scores", "labels"), [([1], [1]), ([1, 2, 3], [1, 2]), ([], [])])
+def test_spearman_refusals(scores: list[float], labels: list[float]) -> None:
+    with pytest.raises(InputError, match=f"{len(scores)} scores for {len(labels)} labels"):
+        spearman(scores, labels)
 
 
 def test_bootstrap_interval_of_a_known_distribution() -> None:
@@ -219,7 +262,17 @@ def test_bootstrap_in_blocks_covers_every_sample(monkeypatch: pytest.MonkeyPatch
     assert constant == (0.75, 0.75)
 
 
-@pytest.mark.parametrize("values", [[], [0.1, float("nan")]])
-def test_bootstrap_refusals(values: list[float]) -> None:
-    with pytest.raises(InputError, match="at least one, all finite"):
-        bootstrap_interval(values)
+@pytest.mark.parametrize(
+    ("values", "settings", "message"),
+    [
+        ([], {}, "at least one, all finite"),
+        ([0.1, float("nan")], {}, "at least one, all finite"),
+        ([0.1], {"samples": 0}, "samples 0 and level 0.95"),
+        ([0.1], {"level": 0.0}, "level 0.0"),
+        ([0.1], {"level": 1.0}, "level 1.0"),
+    ],
+)
+def test_bootstrap_refusals(values: list[float], settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        bootstrap_interval(values, **settings)
+    assert bootstrap_interval([0.1], samples=1) == (0.1, 0.1)

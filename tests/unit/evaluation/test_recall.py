@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from raytower.errors import InputError
 from raytower.models.fusion import Fusion
-from raytower.retrieval.retriever import Candidate, Retriever
+from raytower.retrieval.retriever import Candidate, Retriever, index_recall
 from tests.support.evaluation_fakes import ListIndex, TableScorer, WordEncoder, candidates
 
 TEXTS = {"1": "red", "2": "red red blue", "3": "blue", "4": "green"}
@@ -123,9 +125,19 @@ def test_refusals(encoder: WordEncoder) -> None:
 
 
 def test_threads_share_one_retriever(encoder: WordEncoder) -> None:
-    retriever = Retriever(encoder, ListIndex(encoder, TEXTS), TableScorer(LOGITS))
-    queries = ["red", "blue", "green"] * 20
-    alone = [retriever.search([query], k=3).hits[0] for query in queries]
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda query: retriever.search([query], k=3).hits[0], queries))
-    assert together == alone
+    """Two searches are at the same stage at once, so that whatever one left on the retriever the other would take."""
+    index, meeting = ListIndex(encoder, TEXTS), Barrier(2, timeout=60)
+
+    def recall(vectors: np.ndarray, k: int) -> list[list[Candidate]]:
+        meeting.wait()
+        return index_recall(index)(vectors, k)
+
+    def score(queries: list[str], documents: list[str]) -> np.ndarray:
+        meeting.wait()
+        return -np.equal(queries, documents).astype(np.float32)
+
+    retriever = Retriever(encoder, scorer=SimpleNamespace(score=score), recall=recall)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda query: retriever.search([query], k=2, recall_k=2), ["red", "green"]))
+    # "red" recalls 1 (red) and 2 (red red blue), "green" 4 (green) and 1 (red); what equals its query is put last.
+    assert [[hit.id for hit in result.hits[0]] for result in found] == [["2", "1"], ["1", "4"]]

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from raytower import errors
 from raytower.cli import COMMANDS, find_reference
-from raytower.config import load_config
+from raytower.config import Config, load_config
 from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.job import plan_pipeline
 
@@ -174,7 +174,7 @@ def test_the_readme_lists_files_that_exist() -> None:
 
 def test_every_command_of_the_readme_and_the_jobs_exists() -> None:
     for command in COMMANDS.values():
-        assert issubclass(find_reference(command.config), object)
+        assert issubclass(find_reference(command.config), Config)
         assert callable(find_reference(command.run))
         assert command.plan is None or callable(find_reference(command.plan))
         assert command.render is None or callable(find_reference(command.render))

@@ -34,6 +34,7 @@ COLUMNS: dict[str, pa.Array] = {
     "day": pa.array([DAY, None, datetime.date(1969, 12, 31), datetime.date(2024, 2, 1), DAY, datetime.date(2100, 1, 1)]),  # noqa: E501
     "at": pa.array([NOON, None, datetime.datetime(1969, 12, 31, 23, 59, 59), NOON, NOON, NOON], pa.timestamp("us")),
     "seen": pa.array([NOON.replace(tzinfo=UTC), None, None, NOON.replace(tzinfo=UTC), None, None], pa.timestamp("ms", "UTC")),  # noqa: E501
+    "tick": pa.array([1, None, 0, 10**18, -1, 5], pa.timestamp("ns")),
     "cost": pa.array([decimal.Decimal("1.50"), None, decimal.Decimal("-2.25"), decimal.Decimal("0.00"), None, None], pa.decimal128(8, 2)),  # noqa: E501
     "tags": pa.array([["a", "b"], [], None, ["c'"], ["a"], [None, "b"]], pa.list_(pa.string())),
     "codes": pa.array([[1, 2], [], None, [3], [1], [None, 2]], pa.list_(pa.int64())),
@@ -148,8 +149,79 @@ class TestComparisons:
         assert matching(index, {"tags": {"$ne": "a"}}) == [1, 3, 5]
         assert matching(index, {"tags": {"$nin": ["a", "b"]}}) == [1, 3]
         assert matching(index, {"tags": None}) == [2]
+        assert matching(index, {"tags": {"$ne": None}}) == [0, 1, 3, 4, 5]
+        assert matching(index, {"tags": {"$in": ["c'", None]}}) == [2, 3]
+        assert matching(index, {"tags": {"$nin": ["c'", None]}}) == [0, 1, 4, 5]
+
+    def test_numbers_that_no_member_of_a_list_can_be(self, index: Index) -> None:
+        assert matching(index, {"codes": 2**70}) == []
+        assert matching(index, {"codes": {"$ne": 2**70}}) == [0, 1, 3, 4, 5]
+        assert matching(index, {"codes": {"$in": [2**70, 3]}}) == [3]
+
+    def test_none_of_no_values(self, index: Index) -> None:
+        assert matching(index, {"year": {"$in": []}}) == []
+        assert matching(index, {"year": {"$nin": []}}) == [0, 1, 3, 4, 5]
+        assert matching(index, {"year": {"$in": [None]}}) == [2]
+        assert matching(index, {"year": {"$nin": [None]}}) == [0, 1, 3, 4, 5]
+
+    @pytest.mark.parametrize(
+        ("name", "beyond", "rows"),
+        [
+            ("small", 128, [0, 2, 3, 4, 5]),
+            ("cost", 1_000_000, [0, 2, 3]),
+            ("cost", 2**70, [0, 2, 3]),
+            ("seen", "9999-12-31T23:59:59-08:00", [0, 3]),
+            ("tick", "2262-04-11T23:47:16.854775808", [0, 2, 3, 4, 5]),
+        ],
+    )
+    def test_a_literal_above_all_that_a_column_holds(
+        self, index: Index, name: str, beyond: Any, rows: list[int]
+    ) -> None:
+        for operator in ("$lt", "$lte", "$ne"):
+            assert matching(index, {name: {operator: beyond}}) == rows, operator
+        for operator in ("$gt", "$gte", "$eq"):
+            assert matching(index, {name: {operator: beyond}}) == [], operator
+
+    @pytest.mark.parametrize(
+        ("name", "beyond", "rows"),
+        [
+            ("small", -129, [0, 2, 3, 4, 5]),
+            ("cost", -1_000_000, [0, 2, 3]),
+            ("seen", "0001-01-01T00:00+08:00", [0, 3]),
+            ("tick", "1677-09-21T00:12:43.145224191", [0, 2, 3, 4, 5]),
+        ],
+    )
+    def test_a_literal_below_all_that_a_column_holds(
+        self, index: Index, name: str, beyond: Any, rows: list[int]
+    ) -> None:
+        for operator in ("$gt", "$gte", "$ne"):
+            assert matching(index, {name: {operator: beyond}}) == rows, operator
+        for operator in ("$lt", "$lte", "$eq"):
+            assert matching(index, {name: {operator: beyond}}) == [], operator
+
+    @pytest.mark.parametrize(
+        "written",
+        [
+            "2024-01-31T12:00:00.5Z",
+            "2024-01-31t12:00:00,500z",
+            "2024-01-31 20:00:00.50+0800",
+            "2024-01-31T04:00:00.5-08",
+        ],
+    )
+    def test_times_as_iso_8601_writes_them(self, index: Index, written: str) -> None:
+        assert matching(index, {"seen": written}) == [0, 3]
+
+    def test_times_without_seconds_and_with_all_digits(self, index: Index) -> None:
+        assert matching(index, {"at": {"$gt": "2024-01-31T12:00"}}) == [0, 3, 4, 5]
+        assert matching(index, {"at": {"$lt": "2024-01-31"}}) == [2]
+        assert matching(index, {"at": {"$gt": "1969-12-31T23:59:58.999999"}}) == [0, 2, 3, 4, 5]
+        assert matching(index, {"at": {"$gt": "1969-12-31T23:59:59.000001"}}) == [0, 3, 4, 5]
+        assert matching(index, {"tick": "1970-01-01T00:00:00.000000001"}) == [0]
 
     def test_members_of_objects(self, index: Index) -> None:
+        assert matching(index, {"metadata": None}) == [2]
+        assert matching(index, {"metadata": {"$ne": None}}) == [0, 1, 3, 4, 5]
+        assert matching(index, {"metadata": {"n": {"$gte": 3}, "lang": None}}) == [3]
         assert matching(index, {"metadata.lang": "zh"}) == [0, 4]
         assert matching(index, {"metadata": {"lang": "zh"}}) == [0, 4]
         assert matching(index, {"metadata": {"lang": "zh", "n": {"$gte": 1}}}) == [0]
@@ -195,8 +267,26 @@ class TestRefusals:
             ({"blob": "x"}, "cannot be compared with anything"),
             ({"metadata": "x"}, "cannot be compared with anything"),
             ({"metadata.nope": "x"}, "no column 'metadata.nope'"),
+            ({"price": True}, "takes a number"),
+            ({"cost": False}, "takes a number"),
+            ({"price": 2**53 + 1}, "not exact in double, whose nearest value is 9007199254740992"),
+            ({"weight": 16_777_217}, "not exact in float, whose nearest value is 16777216"),
+            ({"weight": 1e39}, "beyond the range of float"),
+            ({"weight": 10**39}, "beyond the range of float"),
+            ({"lang": 1}, "takes a string"),
+            ({"day": 5}, "ISO 8601 date"),
+            ({"at": 5}, "ISO 8601 time"),
+            ({"at": "2024-01-31T25:00"}, "no such date or time"),
+            ({"seen": "2024-01-31T12:00:00.0005"}, "counts in ms"),
+            ({"year": "x" * 200}, '"x{79}…'),
             ({}, "is empty"),
+            ({"lang": {}}, "filter.lang is empty"),
             ([], "must be an object"),
+            ({1: "x"}, "keys of a filter are strings"),
+            ({"$or": {"lang": "zh"}}, "a list of one or more filters"),
+            ({"$and": [{"lang": "zh"}, {"year": "x"}]}, r"filter\.\$and\[1\]\.year"),
+            ({"metadata": {"n": "x"}}, r"filter\.metadata\.n: column 'metadata\.n'"),
+            ({"year": {"$in": [1, "x"]}}, r"filter\.year\.\$in\[1\]"),
             ({"lang": "\ud800"}, "valid Unicode"),
         ],
     )
@@ -216,6 +306,10 @@ class TestRefusals:
             )
         with pytest.raises(InputError, match=f"more than {MAX_MEMBERS} members"):
             to_sql({"year": {"$in": list(range(MAX_MEMBERS + 1))}}, index.table.schema)
+        with pytest.raises(InputError, match=f"more than {MAX_MEMBERS} members in all"):
+            to_sql({"year": {"$in": list(range(MAX_MEMBERS))}, "small": {"$in": [1]}}, index.table.schema)
+        to_sql(deep["$not"], index.table.schema)
+        to_sql({"$or": [{"lang": str(number)} for number in range(MAX_CONDITIONS)]}, index.table.schema)
         most = {"year": {"$in": list(range(MAX_MEMBERS))}}
         assert matching(index, most) == [0, 1, 3]
 
@@ -234,6 +328,29 @@ class TestRefusals:
         assert sql_literal(index.table.schema.field("year"), None, "x") == "NULL"
         with pytest.raises(InputError, match="beyond the range"):
             sql_literal(index.table.schema.field("small"), 300, "x")
+        tags = index.table.schema.field("tags")
+        assert sql_literal(tags, ["a", "b'"], "x") == "arrow_cast(make_array('a', 'b'''), 'List(Utf8)')"
+        assert sql_literal(tags, [], "x") == "arrow_cast(make_array(), 'List(Utf8)')"
+        with pytest.raises(InputError, match=r"holds lists .*: give a list"):
+            sql_literal(tags, "a", "x")
+        with pytest.raises(InputError, match=r"x\[1\].* cannot be compared with 2"):
+            sql_literal(tags, ["a", 2], "x")
+        days = pa.field("days", pa.list_(pa.date32()))
+        assert sql_literal(days, ["2024-01-31"], "x") == "make_array(DATE '2024-01-31')"
+        with pytest.raises(InputError, match="empty list of date32"):
+            sql_literal(days, [], "x")
+
+    def test_names_that_read_like_something_else(self) -> None:
+        """A name with a dot comes before the member of an object, one with a dollar sign before an operator."""
+        inner = pa.struct([("b", pa.int64())])
+        schema = pa.schema(
+            [("a", inner), ("a.b", pa.int64()), ("$eq", pa.int64()), ("back`tick", pa.int64())]
+        )
+        assert to_sql({"a.b": 1}, schema) == "`a.b` IN (1)"
+        assert to_sql({"a": {"b": 1}}, schema) == "`a.b` IN (1)"
+        assert to_sql({"$eq": 1}, schema) == "`$eq` IN (1)"
+        assert to_sql({"back`tick": 1}, schema) == "`back``tick` IN (1)"
+        assert to_sql({"a.b": 1}, pa.schema([("a", inner)])) == "`a`.`b` IN (1)"
 
 
 def test_filters_apply_before_ranking_over_shards_and_what_was_added(tmp_path: Path) -> None:

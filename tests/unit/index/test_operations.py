@@ -37,7 +37,7 @@ from raytower.index.collect import collect_garbage, plan_gc
 from raytower.index.compact import compact_index, plan_compact
 from raytower.index.config import IndexBuildConfig, IndexCompactConfig
 from raytower.index.fold import Held, plan_fold
-from raytower.index.hits import Hits, merge_hits
+from raytower.index.hits import merge_hits
 from raytower.index.manage import index_list, index_rollback, index_verify
 from raytower.index.plan import IndexRequest, split_rows
 from raytower.index.reader import Index, resolve_parameters
@@ -137,33 +137,6 @@ class TestRowMap:
     def test_a_row_that_stands_twice(self) -> None:
         with pytest.raises(ValueError, match="row 3 stands twice"):
             RowMap.of_batches([(np.array([1, 2, 3]), np.arange(3)), (np.array([3]), np.array([9]))])
-
-
-class TestMerge:
-    def test_padding_never_becomes_a_hit_and_ties_go_by_row(self) -> None:
-        left = Hits(np.array([[0.9, 0.5, -np.inf]], np.float32), np.array([[7, 9, -1]]))
-        right = Hits(np.array([[0.9, 0.5]], np.float32), np.array([[3, 11]]))
-        merged = merge_hits([left, right], 5)
-        assert merged.rows.tolist() == [[3, 7, 9, 11, -1]]
-
-    @given(
-        parts=st.lists(
-            st.lists(
-                st.tuples(st.sampled_from([0.0, 0.5, 1.0, -1.0]), st.integers(0, 99)), min_size=3, max_size=3
-            ),
-            min_size=1,
-            max_size=4,
-        ),
-        k=st.integers(1, 12),
-    )
-    def test_it_is_one_sort_by_score_and_row(self, parts: list[list[tuple[float, int]]], k: int) -> None:
-        hits = [
-            Hits(np.array([[score for score, _ in part]], np.float32), np.array([[row for _, row in part]]))
-            for part in parts
-        ]
-        wanted = sorted((item for part in parts for item in part), key=lambda item: (-item[0], item[1]))[:k]
-        merged = merge_hits(hits, k)
-        assert list(zip(merged.scores[0].tolist(), merged.rows[0].tolist(), strict=True)) == wanted
 
 
 class TestSearch:

@@ -24,7 +24,6 @@ from raytower.annotation.classify import classify, plan_classify
 from raytower.annotation.config import ClassifyConfig
 from raytower.config import make_config
 from raytower.errors import FormatError, InputError
-from raytower.metrics import ClassScores, macro_f1
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from tests.support.tiny_models import tiny_config, tiny_tokenizer
 
@@ -312,19 +311,3 @@ class TestJob:
         values = {"mode": "classifier", "classifier": "c", "input": {"path": "p"}, "output": "o"}
         config = make_config(ClassifyConfig, values)
         assert make_config(ClassifyConfig, config.model_dump()) == config
-
-
-def test_macro_scores_by_hand() -> None:
-    scores = ClassScores()
-    expected = ["a", "a", "a", "b", "b", "c"]
-    predicted = ["a", "a", "a", "a", "d", "a"]
-    for label, right in zip(predicted, expected, strict=True):
-        scores.add(label, right)
-    macro = scores.macro()
-    # Precision: a 3/5, d 0/1, b and c none predicted. Recall: a 3/3, b 0/2, c 0/1, d none expected.
-    assert macro["precision_macro"] == pytest.approx((3 / 5) / 4)
-    assert macro["recall_macro"] == pytest.approx((3 / 3) / 4)
-    assert macro["f1_macro"] == pytest.approx((6 / 8) / 4)
-    assert macro["f1_macro"] == pytest.approx(macro_f1(predicted, expected))
-    with pytest.raises(InputError, match="at least one"):
-        ClassScores().macro()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
+from torch._dynamo.utils import counters
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 from raytower.config import make_config
 from raytower.errors import RaytowerError
@@ -178,11 +182,16 @@ class TestSettingsOfTheStep:
         other = self.losses(dummy_encoder_dir, tmp_path, seed=1)
         assert max(abs(a - b) for a, b in zip(other, plain, strict=True)) > 1e-3
 
-    def test_recomputation_changes_nothing(
+    def test_recomputation_happens_and_changes_nothing(
         self, plain: list[float], dummy_encoder_dir: Path, tmp_path: Path
     ) -> None:
         """With dropout on: the masks of the second forward pass are those of the first."""
-        assert self.losses(dummy_encoder_dir, tmp_path, recompute=True) == pytest.approx(plain, abs=1e-5)
+        passes: Counter[type] = Counter()
+        with register_module_forward_pre_hook(lambda module, _: passes.update([type(module)])):
+            losses = self.losses(dummy_encoder_dir, tmp_path, recompute=True)
+        assert losses == pytest.approx(plain, abs=1e-5)
+        # The encoder has two layers; each is computed once more on the way back, its embeddings are not.
+        assert passes[BertLayer] == 2 * 2 * passes[BertEmbeddings] > 0
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
     def test_mixed_precision_is_used_and_stays_close(
@@ -246,7 +255,9 @@ class TestSettingsOfTheStep:
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
     def test_a_compiled_backbone_gives_the_same_losses(self, still_encoder: Path, tmp_path: Path) -> None:
         plain = self.losses(still_encoder, tmp_path)
+        counters.clear()
         assert self.losses(still_encoder, tmp_path, compile=True) == pytest.approx(plain, abs=1e-4)
+        assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
 @pytest.mark.parametrize(
