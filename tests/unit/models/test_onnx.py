@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, DistilBertConfig, MPNetConfig, PreTrainedModel, RobertaConfig
 
+from raytower.cli import main
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError, MissingExtraError, RaytowerError
@@ -27,7 +28,6 @@ from raytower.models.encoder import Encoder, EncoderSettings, PoolingMode, Proje
 from raytower.models.forward import ForwardEngine
 from raytower.models.onnx_export import export_graph, graph_for
 from raytower.storage import StorageError
-from tests.support.processes import run_cli
 from tests.support.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -132,6 +132,7 @@ class TestCache:
         assert Path(first).stat().st_mtime_ns == written
         assert sorted(dummy_encoder_dir.rglob("*")) == before
 
+    @pytest.mark.processes
     def test_workers_that_export_at_once_end_with_one_whole_graph(
         self, dummy_encoder_dir: Path, cache: Path
     ) -> None:
@@ -240,10 +241,12 @@ class TestExport:
         with pytest.raises(FormatError, match="is missing or is not the graph that was exported"):
             ForwardEngine(Encoder.load(output), engine="onnx", directory=output)
 
-    def test_from_the_command_line(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
-        done = run_cli("export", "--encoder", str(dummy_encoder_dir), "--output", str(tmp_path / "out"))
-        assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.splitlines()
+    def test_from_the_command_line(
+        self, dummy_encoder_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        capfd.readouterr()
+        assert main(["export", "--encoder", str(dummy_encoder_dir), "--output", str(tmp_path / "out")]) == 0
+        (line,) = capfd.readouterr().out.splitlines()
         assert json.loads(line)["least_cosine"] > 0.9999
 
 

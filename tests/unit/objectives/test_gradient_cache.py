@@ -140,6 +140,7 @@ def from_two_workers(
     return run_cases_on_two_workers(IN_BATCH, backward_on_a_worker, dummy_encoder_dir, out)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", list(IN_BATCH))
 def test_two_workers_with_caching_equal_one_without(
     name: str, from_two_workers: dict[str, dict[str, Tensor]], dummy_encoder_dir: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,14 @@ class TestSettingsOfTheStep:
         chunks = saved.plan_chunks([saved.tokenise(["what is aaa 0?"], "")])
         assert torch.allclose(model(chunks)[0], saved(chunks)[0], atol=1e-5)
 
-    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-    def test_a_compiled_backbone_gives_the_same_losses(self, still_encoder: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_a_compiled_backbone_gives_the_same_losses(
+        self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+    ) -> None:
+        """Traced as for every backend; to write C++ and translate it takes inductor a minute."""
+        if backend == "inductor" and shutil.which("g++") is None:
+            pytest.skip("torch.compile on a CPU needs a C++ compiler")
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         plain = self.losses(still_encoder, tmp_path)
         counters.clear()
         assert self.losses(still_encoder, tmp_path, compile=True) == pytest.approx(plain, abs=1e-4)
