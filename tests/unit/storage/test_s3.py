@@ -414,7 +414,7 @@ class TestCache:
         script = (
             "import sys, time\nfrom pathlib import Path\nfrom raytower.storage import Location\n"
             "def hang(self, stream):\n    print('half', flush=True)\n    time.sleep(600)\n"
-            "Location._read_chunk = hang\n"
+            "Location.read_chunk = hang\n"
             "Location.of(sys.argv[1]).fetch(Path(sys.argv[2]), sys.argv[3], 1)\n"
         )
         with python_process(

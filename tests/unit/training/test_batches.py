@@ -253,6 +253,7 @@ def test_max_length_beyond_the_positions_is_refused(still_encoder: Path, tmp_pat
 def test_an_output_of_another_config_is_refused(still_encoder: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.tsv", 8)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="made by another config"):
         train_retriever(retriever_config(still_encoder, pairs, tmp_path / "out"))
 
