@@ -191,8 +191,8 @@ class TestSettingsOfTheStep:
         with register_module_forward_pre_hook(lambda module, _: passes.update([type(module)])):
             losses = self.losses(dummy_encoder_dir, tmp_path, recompute=True)
         assert losses == pytest.approx(plain, abs=1e-5)
-        # Of two layers the inside is computed once more on the way back, the embeddings are not. Hooks of a layer itself
-        # stay outside what is recomputed.
+        # On the way back the inside of both layers is computed once more, the embeddings are not. Hooks of a layer
+        # itself stay outside what is recomputed.
         assert passes[BertIntermediate] == 2 * 2 * passes[BertEmbeddings] > 0
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
