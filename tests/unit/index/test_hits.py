@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytower.errors import InputError
-from raytower.index.hits import Hits, merge_hits, spread_hits
+from raytower.index.hits import Hits, _order_by_score, merge_hits, spread_hits
 
 # Scores that tie often, zeros of both signs among them, and padding.
 _SCORED_ROW = st.one_of(
@@ -49,14 +49,27 @@ def test_it_is_one_sort_by_score_and_row(
         assert list(found) == wanted[:k]
 
 
+def test_scores_that_are_all_equal_go_by_row() -> None:
+    hits = Hits(np.ones((1, 3), np.float32), np.array([[9, 3, 7]]))
+    with mock.patch("raytower.index.hits._FEW", 0):
+        assert merge_hits([hits], 3).rows.tolist() == [[3, 7, 9]]
+
+
+def test_integers_sort_as_the_scores_they_stand_for() -> None:
+    """Above 2 and below 0, zeros of both signs, and two scores that only their last bit tells apart."""
+    next_to_half = np.nextafter(np.float32(0.5), np.float32(1))
+    scores = np.array([[0.5, 3.0, -0.0, 0.0, -2.0, -np.inf, next_to_half, -0.25]], np.float32)
+    assert _order_by_score(scores).tolist() == [[1, 6, 0, 2, 3, 7, 4, 5]]
+
+
 def test_without_an_answer_there_is_nothing_to_merge() -> None:
     with pytest.raises(InputError, match="no answers to merge"):
         merge_hits([], 3)
 
 
 def test_hits_of_some_queries_lie_among_padding() -> None:
-    found = Hits(np.array([[0.9, 0.5], [0.7, 0.1]], np.float32), np.array([[7, 9], [3, 4]]))
+    found = Hits(np.array([[0.9], [0.7]], np.float32), np.array([[7], [3]]))
     spread = spread_hits(found, np.array([2, 0]), 3)
-    assert spread.rows.tolist() == [[3, 4], [-1, -1], [7, 9]]
-    assert np.array_equal(spread.scores, np.float32([[0.7, 0.1], [-np.inf, -np.inf], [0.9, 0.5]]))
+    assert spread.rows.tolist() == [[3], [-1], [7]]
+    assert np.array_equal(spread.scores, np.float32([[0.7], [-np.inf], [0.9]]))
     assert (spread.scores.dtype, spread.rows.dtype) == (np.float32, np.int64)
