@@ -200,7 +200,7 @@ def test_apart_answers_alike_survives_a_killed_shard_and_swaps(served: Start, in
     assert answer["partial"] is True
     rows = {hit["metadata"]["number"] for hit in answer["results"][0]}
     assert rows == set(range(25)), "the other shard's rows, all of them"
-    wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, "the shard comes back", 60)
+    wait_for(lambda: ask(url, query="moon 3", k=50)[1].get("partial") is False, "the shard comes back", 120)
     assert versions_in(ask(url, query="moon 3", k=50)[1]) == {NEW}
 
 
@@ -474,14 +474,14 @@ def test_the_job_serves_until_it_is_told_to_stop(dummy_encoder_dir: Path, tmp_pa
         wait_for(
             lambda: deploy.served_version(url) == "000001" or process.poll() is not None,
             "the server starts",
-            90,
+            240,
         )
         assert ask(url, query="moon", k=1)[0] == 200, (tmp_path / "stderr").read_text()
         write_version(index_dir, "000002", dummy_encoder_dir)
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: deploy.served_version(url) == "000002", "the new version is served", 30)
+        wait_for(lambda: deploy.served_version(url) == "000002", "the new version is served", 90)
         wait_for(
-            lambda: "serving index version 000002" in (tmp_path / "stderr").read_text(), "it is said", 30
+            lambda: "serving index version 000002" in (tmp_path / "stderr").read_text(), "it is said", 90
         )
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)

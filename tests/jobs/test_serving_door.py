@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) ->
         )
     try:
         ready = lambda: (folder / "stderr").read_text().find("serving index version") >= 0  # noqa: E731
-        wait_for(lambda: ready() or process.poll() is not None, "the server starts", 110)
+        wait_for(lambda: ready() or process.poll() is not None, "the server starts", 240)
         assert process.poll() is None, (folder / "stderr").read_text()
         yield Server(process, port, folder / "stderr")
     finally:
