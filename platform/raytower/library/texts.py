@@ -47,10 +47,9 @@ def index_texts(
 ) -> dict[str, Any]:
     """Put texts into the index at `output`, which `open_index` opens.
 
-    The first call builds it. A later one makes it equal to the texts, as `raytower index sync` does: what is new or
-    changed is encoded, what is the same is left alone, what is no longer among the texts is deleted, and readers of
-    the version before are not disturbed. Up to 10,000 texts to be encoded, all of it happens in this process; more are
-    encoded and indexed by Ray's workers (extra [ray]). Steps are logged on stderr.
+    The first call builds it. A later one makes it equal to the texts, as `raytower index sync` does, encodes only what
+    is new or changed, and does not disturb readers of the version before. This process encodes up to 10,000 texts;
+    Ray's workers encode and index more (extra [ray]). Steps are logged on stderr.
 
     Args:
         texts: strings, whose ids are their positions ("0", "1", …); or mappings with `text`, `id` (the position where
@@ -76,9 +75,8 @@ def index_texts(
 
     >>> encoder = raytower.load_encoder(encoder_dir)
     >>> texts = [{"id": "refund", "text": "How to get a refund"}, {"id": "hours", "text": "Opening hours"}]
-    >>> figures = raytower.index_texts(texts, encoder, output_dir)
-    >>> figures["version"], figures["rows"]
-    ('000001', 2)
+    >>> raytower.index_texts(texts, encoder, output_dir)["version"]
+    '000001'
     >>> texts.append({"id": "address", "text": "Where to find us"})
     >>> figures = raytower.index_texts(texts, encoder, output_dir)
     >>> figures["version"], figures["rows"], figures["encoded"]
@@ -87,12 +85,11 @@ def index_texts(
     documents = _documents(texts)
     asked = texts_of(indexed, "indexed")
     job = _job(encoder, prefix, output)
-    index = index_folder(job.output)
     with tempfile.TemporaryDirectory(prefix="raytower-texts-") as name, _faiss_threads_kept() as num_threads:
         corpus = Path(name) / "texts.parquet"
         pq.write_table(documents, corpus)
         with _said_of_texts(corpus):
-            if published_version(index) is not None:
+            if published_version(index_folder(job.output)) is not None:
                 _refuse_other_settings(job, kind, asked)
                 return job.sync(corpus, gone, max_gone)
             job.sync_config(corpus, gone, max_gone)  # what a later call will be told is wrong is wrong now
