@@ -21,6 +21,7 @@ from raytower.metrics import (
     macro_f1,
     midranks,
     ranking_metrics,
+    reciprocal_rank,
     spearman,
 )
 
@@ -244,9 +245,14 @@ def test_bootstrap_interval_of_a_known_distribution() -> None:
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
 
 
+def test_where_nothing_was_found_the_reciprocal_rank_is_zero() -> None:
+    assert reciprocal_rank(np.zeros((2, 0), bool)).tolist() == [0.0, 0.0]
+    assert reciprocal_rank(np.array([[False, False], [False, True]])).tolist() == [0.0, 0.5]
+
+
 def test_bootstrap_is_seeded_and_holds_at_the_edges() -> None:
     values = np.random.default_rng(0).random(50)
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1, samples=1000, level=0.95)
     assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
     assert bootstrap_interval([0.25]) == (0.25, 0.25)
     narrow, wide = bootstrap_interval(values, level=0.5), bootstrap_interval(values, level=0.99)

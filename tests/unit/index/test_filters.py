@@ -238,11 +238,19 @@ class TestComparisons:
         assert matching(index, {"lang": text}) == rows_where("lang", lambda found: found == text)
 
 
+def test_a_member_is_looked_for_in_every_column_whose_name_begins_its_own() -> None:
+    """`a.b.c` may be the member `c` of a column `a.b`, or the member `b.c` of a column `a`."""
+    schema = pa.schema([("a.b", pa.struct([("d", pa.int64())])), ("a", pa.struct([("b.c", pa.int64())]))])
+    assert to_sql({"a.b.c": 1}, schema) == to_sql({"a.b.c": 1}, schema.remove(0))
+    assert to_sql({"a.b.d": 1}, schema) == to_sql({"a.b.d": 1}, schema.remove(1))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("condition", "message"),
         [
             ({"langg": "zh"}, "no column 'langg'; the nearest is 'lang'"),
+            ({"ÿ": "zh"}, "no column 'ÿ'; the nearest is '"),
             ({"lang": {"$eg": 1}}, r"no operator '\$eg'; the nearest is"),
             ({"$nor": []}, r"no operator '\$nor'"),
             ({"lang": {"$and": []}}, "holds filters and stands outside columns"),
