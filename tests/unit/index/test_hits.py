@@ -56,9 +56,9 @@ def test_scores_that_are_all_equal_go_by_row() -> None:
 
 
 def test_integers_sort_as_the_scores_they_stand_for() -> None:
-    """Above 2 and below 0, zeros of both signs, and two scores that only their last bit tells apart."""
+    """Far above 1 and below 0, zeros of both signs, and two scores that only their last bit tells apart."""
     next_to_half = np.nextafter(np.float32(0.5), np.float32(1))
-    scores = np.array([[0.5, 3.0, -0.0, 0.0, -2.0, -np.inf, next_to_half, -0.25]], np.float32)
+    scores = np.array([[0.5, 100.0, -0.0, 0.0, -2.0, -np.inf, next_to_half, -0.25]], np.float32)
     assert _order_by_score(scores).tolist() == [[1, 6, 0, 2, 3, 7, 4, 5]]
 
 
