@@ -339,3 +339,32 @@ def test_rejected_rows_are_listed_only_by_the_job_that_owns_the_output(tmp_path:
     with pytest.raises(InputError, match="input_sha256"):
         encode(made)
     assert listed.read_bytes() == before
+
+
+def test_a_write_that_failed_is_not_forgotten_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"id": ["a"], "text": ["one"]})
+    vectors = np.ones((1, 4), np.float32)
+
+    def write_two() -> None:
+        with open_part(Location.of(tmp_path / "part-00000000.parquet"), "float32") as part:
+            with monkeypatch.context() as patch:
+                patch.setattr(part, "_write", fail)
+                part.write(table, vectors)
+            part.write(table, vectors)
+            part.finish(1, 1)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write_two()
+    assert not (tmp_path / "part-00000000.parquet").exists()
+
+
+def test_a_file_without_a_record_is_no_part(tmp_path: Path) -> None:
+    """The disk may be full, or the worker killed, between the two."""
+    (tmp_path / "job.json").write_text("{}")
+    (tmp_path / "part-00000000.parquet").write_bytes(b"PAR1")
+    assert find_parts(Location.of(tmp_path / "job.json"), {"part-00000000.parquet": 3}) == {}
