@@ -1,70 +1,79 @@
-"""`raytower export`: an encoder directory with an ONNX graph in it, in float32 or int8, proved against torch."""
+"""`raytower export`: a model directory with an ONNX graph in it, in float32 or int8, proved against torch."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from raytower.errors import InputError
 from raytower.models.config import ExportConfig
+from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
 from raytower.models.encoder import Encoder
 from raytower.models.fetching import checksums
-from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, export_graph
+from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, Model, body_of, export_graph
+from raytower.models.text_classifier import TextClassifier
 from raytower.progress import log
 from raytower.storage import Location, output_folder, publish_directory
 
-_RESULTS = ("least_cosine", "mean_cosine", "bytes")
+_CLASSES: Mapping[str, type[Encoder] | type[CrossEncoder] | type[TextClassifier]] = {
+    "encoder": Encoder,
+    "reranker": CrossEncoder,
+    "classifier": TextClassifier,
+}
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write `output`: the encoder, and its backbone as a graph in `onnx/`; it appears when it is whole.
+    """Write `output`: the model, and its transformer as a graph in `onnx/`; it appears when it is whole.
 
-    The directory loads as before with either library. `raytower encode` with engine onnx takes the graph from
-    it, and SentenceTransformer(output, backend="onnx") finds `onnx/model.onnx` (int8: name the file model_int8.onnx).
+    The directory loads as before with either library. Every command with engine onnx or auto takes the graph from it,
+    and SentenceTransformer(output, backend="onnx") finds `onnx/model.onnx` (int8: name the file model_int8.onnx).
 
     Returns:
-        output, graph_dtype, fingerprint, file, bytes, least_cosine and mean_cosine to torch over built-in texts,
-        seconds.
+        output, kind, graph_dtype, fingerprint, file, bytes, seconds, and how near the graph is to torch over built-in
+        texts: least_cosine and mean_cosine of an encoder's vectors, largest_difference and mean_difference of a
+        reranker's or classifier's logits, with largest_logit for their scale.
 
     Raises:
-        InputError: no such encoder, or an output that holds something else.
+        InputError: no such model, one of another kind, or an output that holds something else.
         MissingExtraError: the extra [onnx] is not installed.
-        RaytowerError: a backbone that cannot be exported, or a graph whose vectors are too far from torch's.
+        RaytowerError: a model that cannot be exported, or a graph that is too far from torch.
     """
     started = time.perf_counter()
-    source = resolve_model(config.encoder)
-    encoder = Encoder.load(config.encoder)
-    results = _earlier_results(config, encoder.fingerprint)
+    model = _load(config)
+    results = _earlier_results(config, model.fingerprint)
     if results is not None:
         log(f"{config.output} is finished; nothing to do")
     else:
         with publish_directory(Location.of(config.output)) as folder:
-            results = export_graph(encoder, config.graph_dtype, folder / GRAPH_FOLDER)
+            results = export_graph(model, config.graph_dtype, folder / GRAPH_FOLDER)
             files = checksums(folder / GRAPH_FOLDER)
             results["bytes"] = sum((folder / GRAPH_FOLDER / name).stat().st_size for name in files)
             record = {config.graph_dtype: {"files": files, **results}}
-            encoder.save(folder, {**read_info(source), INFO_KEY: record})
-    return {
-        **_plan(config, encoder),
-        **{name: results[name] for name in _RESULTS},
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+            model.save(folder, {**read_info(resolve_model(config.source)), INFO_KEY: record})
+    return {**_plan(config, model), **results, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def plan_export(config: ExportConfig) -> dict[str, Any]:
     """The plan for --dry-run: what would be written, and about how large it is."""
-    encoder = Encoder.load(config.encoder)
-    _earlier_results(config, encoder.fingerprint)
-    parameters = sum(parameter.numel() for parameter in encoder.backbone.parameters())
-    return {**_plan(config, encoder), "parameters": parameters}
+    model = _load(config)
+    _earlier_results(config, model.fingerprint)
+    parameters = sum(parameter.numel() for parameter in body_of(model).parameters())
+    return {**_plan(config, model), "parameters": parameters}
 
 
-def _plan(config: ExportConfig, encoder: Encoder) -> dict[str, Any]:
+def _load(config: ExportConfig) -> Model:
+    model: Model = _CLASSES[config.kind].load(config.source)
+    return model
+
+
+def _plan(config: ExportConfig, model: Model) -> dict[str, Any]:
     return {
         "output": config.output,
+        "kind": config.kind,
         "graph_dtype": config.graph_dtype,
-        "fingerprint": encoder.fingerprint,
+        "fingerprint": model.fingerprint,
         "file": f"{GRAPH_FOLDER}/{GRAPH_NAMES[config.graph_dtype]}",
     }
 
@@ -76,9 +85,10 @@ def _earlier_results(config: ExportConfig, fingerprint: str) -> dict[str, float]
         return None
     place = output / INFO_NAME
     info = place.read_json() if place.is_file() else {}
-    if info.get("fingerprint") == fingerprint and config.graph_dtype in info.get(INFO_KEY, {}):
-        return dict(info[INFO_KEY][config.graph_dtype])
+    record = info.get(INFO_KEY, {}).get(config.graph_dtype)
+    if info.get("fingerprint") == fingerprint and record is not None:
+        return {name: value for name, value in record.items() if name != "files"}
     raise InputError(
-        f"output {config.output!r} exists and is no {config.graph_dtype} export of this encoder; choose a new output, "
-        "or remove the old one"
+        f"output {config.output!r} exists and is no {config.graph_dtype} export of this {config.kind}; choose a new "
+        "output, or remove the old one"
     )

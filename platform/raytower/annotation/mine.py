@@ -113,7 +113,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
     survey = survey_rows(config, "pairs", *_COLUMNS.values())
     engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
-    teacher = None if config.teacher is None else load_reranker(config.teacher, config, None)[0]
+    teacher = None if config.teacher is None else load_reranker(config.teacher, config)
     miner = Miner(config, engine, index, KnownPositives.read(survey), teacher)
     with open_rows(Location.of(config.output), config.file_type, _COLUMNS[config.format]) as writer:
         miner.run(_pair_batches(survey, config.rows_per_batch), survey.num_rows, writer)

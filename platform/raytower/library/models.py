@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from raytower.errors import InputError
 from raytower.library.inputs import Unpicklable, count_of, name_of, shown, texts_of, vectors_of
-from raytower.models.compute import ComputeDtype, Engine, EngineDtype
+from raytower.models.compute import Engine, EngineChoice, EngineDtype
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
-from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder as EncoderModel
+from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
@@ -270,7 +270,7 @@ class Classifier(Unpicklable):
 def load_encoder(
     name: str | Path,
     *,
-    engine: Engine = "torch",
+    engine: EngineChoice = "torch",
     dtype: EngineDtype = "float32",
     device: str | None = None,
     max_length: int | None = None,
@@ -280,7 +280,7 @@ def load_encoder(
 
     Args:
         name: a directory, a hub id (`org/model`, `org/model@revision`), or a URI of remote storage.
-        engine: `torch`; or `onnx`, on CPUs, which needs the extra [onnx].
+        engine: `torch`; `onnx`, on CPUs, which needs the extra [onnx]; or `auto`, the faster of both by a short race.
         dtype: precision of the weights: float32, bfloat16 or float16 of torch, float32 or int8 of onnx.
         device: such as `cpu` or `cuda:1`; None takes a GPU where there is one.
         max_length: tokens that a text is cut to; None is the model's own limit.
@@ -302,15 +302,16 @@ def load_encoder(
         device=device,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
-        directory=resolve_model(str(name)) if engine == "onnx" else None,
+        directory=graph_directory(str(name), engine),
     )
-    return Encoder(str(name), made, (engine, dtype))
+    return Encoder(str(name), made, (made.settled.engine, dtype))
 
 
 def load_reranker(
     name: str | Path,
     *,
-    dtype: ComputeDtype = "float32",
+    engine: EngineChoice = "torch",
+    dtype: EngineDtype = "float32",
     device: str | None = None,
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
@@ -322,10 +323,12 @@ def load_reranker(
     """
     made = CrossScorer(
         CrossEncoder.load(name_of(name, "name", _MODEL)),
+        engine=engine,
         dtype=dtype,
         device=device,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
+        directory=graph_directory(str(name), engine),
     )
     return Reranker(str(name), made)
 
@@ -333,7 +336,8 @@ def load_reranker(
 def load_classifier(
     name: str | Path,
     *,
-    dtype: ComputeDtype = "float32",
+    engine: EngineChoice = "torch",
+    dtype: EngineDtype = "float32",
     device: str | None = None,
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
@@ -345,10 +349,12 @@ def load_classifier(
     """
     made = ClassifierEngine(
         TextClassifier.load(name_of(name, "name", _MODEL)),
+        engine=engine,
         dtype=dtype,
         device=device,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
+        directory=graph_directory(str(name), engine),
     )
     return Classifier(str(name), made)
 

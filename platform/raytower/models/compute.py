@@ -8,10 +8,12 @@ from typing import Literal
 from raytower.errors import InputError
 
 Engine = Literal["torch", "onnx"]
+EngineChoice = Literal["torch", "onnx", "auto"]
+"""auto takes the faster of those that compute in the precision asked for."""
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 EngineDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
-DTYPES: dict[str, tuple[str, ...]] = {
+DTYPES: dict[Engine, tuple[str, ...]] = {
     "torch": ("float32", "bfloat16", "float16"),
     "onnx": ("float32", "int8"),
 }
@@ -21,16 +23,23 @@ PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 def check_compute(engine: str, dtype: str) -> None:
     """Raises InputError where `engine` does not compute in `dtype`, naming what does."""
-    if engine not in DTYPES:
-        raise InputError(f"engine is {engine!r}; it must be one of {', '.join(DTYPES)}")
-    if dtype in DTYPES[engine]:
+    if engine not in (*DTYPES, "auto"):
+        raise InputError(f"engine is {engine!r}; it must be one of {', '.join(DTYPES)} or auto")
+    others = engines_of(dtype)
+    if engine in others or (engine == "auto" and others):
         return
-    others = [name for name, dtypes in DTYPES.items() if dtype in dtypes]
+    if engine == "auto":
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(PARAMETER_BYTES)}")
     remedy = f"set engine to {others[0]}, or " if others else ""
     raise InputError(
         f"dtype is {dtype!r}, which engine {engine} does not compute in; {remedy}choose dtype "
         f"{' or '.join(DTYPES[engine])}"
     )
+
+
+def engines_of(dtype: str) -> list[Engine]:
+    """The engines that compute in `dtype`."""
+    return [name for name, dtypes in DTYPES.items() if dtype in dtypes]
 
 
 def check_max_length(max_length: int, positions: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from raytower.config import Config
+
+_EXPORTED: tuple[Literal["encoder", "reranker", "classifier"], ...] = ("encoder", "reranker", "classifier")
 
 
 class LoraConfig(Config):
@@ -23,13 +25,34 @@ class LoraConfig(Config):
 
 
 class ExportConfig(Config):
-    """`raytower export`. `encoder` is a directory, a hub id or a URI; `output` a new directory in the same layout."""
+    """`raytower export`. One of `encoder`, `reranker` and `classifier` says what is exported, and as what."""
 
     renamed: ClassVar = {"dtype": "graph_dtype"}
 
-    encoder: str
+    encoder: str | None = None
     """Encoder: a directory, a hub id or a URI."""
+    reranker: str | None = None
+    """Cross-encoder directory, hub id or URI."""
+    classifier: str | None = None
+    """A directory that train-classifier wrote, or any Hugging Face text classifier."""
     output: str
     """A new directory in the same layout, with the graph in it."""
     graph_dtype: Literal["float32", "int8"] = "float32"
     """Type of the weights in the graph: int8 keeps a byte of each and computes in a third of the time."""
+
+    def model_post_init(self, context: Any) -> None:
+        given = [name for name in _EXPORTED if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'no model'} given; name exactly one of {', '.join(_EXPORTED)}"
+            )
+
+    @property
+    def kind(self) -> Literal["encoder", "reranker", "classifier"]:
+        """What the model is exported as."""
+        return next(name for name in _EXPORTED if getattr(self, name) is not None)
+
+    @property
+    def source(self) -> str:
+        """The model that is exported."""
+        return str(getattr(self, self.kind))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from raytower.errors import FormatError, InputError
 from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model
 from raytower.models.fusion import Fusion
+from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
-    LogitsEngine,
     SequenceClassifier,
     finished_config,
     load_classifier,
@@ -36,6 +36,8 @@ _ACTIVATIONS: dict[Activation, str] = {
 
 class CrossEncoder(SequenceClassifier):
     """A sequence classifier over (query, document) with one logit, or two read as their difference."""
+
+    reads_pairs: ClassVar[bool] = True
 
     activation: Activation = "sigmoid"
     """What a reader puts on what `forward` gives; of two logits it is the sigmoid always."""

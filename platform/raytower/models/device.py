@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.errors import InputError
-from raytower.models.compute import ComputeDtype, Engine
+from raytower.models.compute import ComputeDtype, EngineChoice
 from raytower.storage.errors import one_line
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,14 +45,14 @@ def fast_dtype(device: torch.device) -> ComputeDtype:
     return "bfloat16" if device.type == "cuda" or native else "float32"
 
 
-def choose_device(device: str | torch.device | None, engine: Engine = "torch") -> torch.device:
+def choose_device(device: str | torch.device | None, engine: EngineChoice = "torch") -> torch.device:
     """The device of that name, found to work; None takes the default.
 
     Raises:
         InputError: there is no such device, or `engine` does not compute on it.
     """
     if device is None:
-        return default_device() if engine == "torch" else torch.device("cpu")
+        return torch.device("cpu") if engine == "onnx" else default_device()
     try:
         if not isinstance(device, str | torch.device):
             raise TypeError(f"it is of type {type(device).__name__}, and must be a name or a torch.device")

@@ -57,6 +57,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "Sigmoid": nn.Sigmoid,
 }
 _MODULE_ORDER = re.compile(r"Transformer Pooling( Dense)*( Normalize)?")
+_CLASSIFIER = "ForSequenceClassification"
 # The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
 _FINGERPRINT_VERSION = 2
 
@@ -109,14 +110,19 @@ class Encoder(nn.Module):
                 parameter.requires_grad_(False)
 
     @classmethod
-    def load(cls, name: str | Path) -> Encoder:
+    def load(cls, name: str | Path, *, from_classifier: bool = False) -> Encoder:
         """Load a sentence-transformers directory, a plain Hugging Face encoder (mean pooling, normalised), or a hub id.
+
+        `from_classifier` also takes a reranker or classifier, whose transformer an encoder may be trained from.
 
         Raises:
             InputError: no such model.
-            FormatError: no safetensors weights, weights that do not fit the config, or a module this class lacks.
+            FormatError: no safetensors weights, weights that do not fit the config, a module this class lacks, or a
+                reranker or classifier, whose vectors mean nothing.
         """
         path = resolve_model(str(name))
+        if not from_classifier:
+            _refuse_classifier(path)
         backbone = _load_backbone(path)
         tokenizer = load_tokenizer(path, backbone.config)
         pooling, normalise, projections = _read_modules(path, int(backbone.config.hidden_size))
@@ -269,6 +275,15 @@ def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tenso
 
 def _is_outside_map(name: str) -> bool:
     return name.startswith("backbone.pooler.") or name.endswith("position_ids")
+
+
+def _refuse_classifier(path: Path) -> None:
+    names = read_json_object(path / "config.json").get("architectures") or []
+    if any(str(name).endswith(_CLASSIFIER) for name in names) and not (path / "modules.json").is_file():
+        raise FormatError(
+            f"{str(path)!r} is a {names[0]}, a reranker or a classifier; as an encoder it would lose its head and give "
+            "vectors that it was never trained for: name an encoder, or give this one as reranker or classifier"
+        )
 
 
 def _load_backbone(path: Path) -> PreTrainedModel:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from raytower.models.ahead import Ahead
 from raytower.models.block_engine import BlockEngine
-from raytower.models.compute import Engine, EngineDtype, check_compute, check_max_length
+from raytower.models.compute import EngineChoice, EngineDtype, check_compute, check_max_length
 from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.encoder import Encoder
-from raytower.models.onnx_export import use_onnx
+from raytower.models.engine_choice import RACE_TEXTS, Settled, narrowed, settle_engine
 from raytower.models.token_block import TokenBlock
 from raytower.models.tokenising import tokenise
 
@@ -28,7 +28,7 @@ class ForwardEngine(BlockEngine):
         self,
         encoder: Encoder,
         *,
-        engine: Engine = "torch",
+        engine: EngineChoice = "torch",
         dtype: EngineDtype = "float32",
         device: str | torch.device | None = None,
         tokens_per_batch: int | None = None,
@@ -37,8 +37,9 @@ class ForwardEngine(BlockEngine):
     ) -> None:
         """Take the encoder over: its weights are cast to `dtype` and moved to `device`, or replaced by an ONNX graph.
 
-        `directory` is where the encoder was loaded from, in case `raytower export` put a graph there; engine onnx
-        only. Without one the graph is exported once into this machine's cache.
+        Engine auto times both and takes the faster; `settled` says which. `directory` is where the encoder was loaded
+        from, in case `raytower export` put a graph there. Without one the graph is exported once into this machine's
+        cache.
 
         Raises:
             InputError: `max_length` is beyond the backbone's positions, there is no such device, the engine does not
@@ -46,6 +47,7 @@ class ForwardEngine(BlockEngine):
             MissingExtraError: engine onnx without ONNX Runtime.
         """
         check_compute(engine, dtype)
+        engine = narrowed(engine, dtype)
         super().__init__(
             choose_device(device, engine),
             encoder.padding,
@@ -56,10 +58,9 @@ class ForwardEngine(BlockEngine):
         )
         self.fingerprint = encoder.fingerprint  # before the cast: it names the model, not the precision
         self.encoder = encoder.eval()
-        if engine == "onnx":
-            use_onnx(self.encoder, dtype, directory)
-        else:
-            self.encoder.to(self.device)
+        self.encoder.to(self.device)
+        self.settled: Settled = settle_engine(self.encoder, engine, dtype, self.device, directory, self._race)
+        if self.settled.engine == "torch":
             torch.nn.Module.to(self.encoder.backbone, dtype=TORCH_DTYPES[dtype])
 
     @property
@@ -93,3 +94,8 @@ class ForwardEngine(BlockEngine):
     def tokenise_ahead(self, blocks: Iterable[Sequence[str]], prefix: str = "") -> Ahead[Any, TokenBlock]:
         """The blocks tokenised, each while the one before it is worked on; the first is begun at once."""
         return Ahead(lambda texts: self.tokenise(texts, prefix), blocks)
+
+    def _race(self) -> None:
+        for text in RACE_TEXTS:
+            self.encode([text])
+        self.encode(RACE_TEXTS)

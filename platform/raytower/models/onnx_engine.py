@@ -1,27 +1,29 @@
-"""A backbone that ONNX Runtime computes: takes a torch backbone's place in an encoder, on CPUs."""
+"""The transformer of a model as ONNX Runtime computes it: it takes the torch module's place in the model, on CPUs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from raytower.errors import FormatError, import_extra
 
 
-class OnnxBackbone(nn.Module):
-    """Maps ids and mask (B, L) to hidden states (B, L, H) by a graph; has no parameters of its own."""
+class OnnxGraph(nn.Module):
+    """Maps padded rows to what the graph gives for them, under its name; has no parameters of its own."""
 
     def __init__(self, session: Any, config: Any) -> None:
         super().__init__()
         self.config = config
         self._session = session
+        self._inputs = [value.name for value in session.get_inputs()]
+        self._output = session.get_outputs()[0].name
 
     @classmethod
-    def open(cls, graph: Path, config: Any) -> OnnxBackbone:
+    def open(cls, graph: Path, config: Any) -> OnnxGraph:
         """Load `graph` with as many threads as torch has in this process.
 
         Raises:
@@ -38,8 +40,18 @@ class OnnxBackbone(nn.Module):
             raise FormatError(f"{str(graph)!r} cannot be loaded by ONNX Runtime: {error}") from error
         return cls(session, config)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
-        mask_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        feeds = {"input_ids": input_ids.numpy(), "attention_mask": mask_BL.numpy()}
-        (hidden_BLH,) = self._session.run(["last_hidden_state"], feeds)
-        return BaseModelOutput(last_hidden_state=torch.from_numpy(hidden_BLH))
+    def forward(self, input_ids: Tensor, **others: Tensor | None) -> SimpleNamespace:
+        """`last_hidden_state` (B, L, H) of a backbone, or `logits` (B, C) of a classifier, for ids (B, L).
+
+        Without an attention mask no position is padding; without token types all tokens belong to the first text.
+        """
+        feeds = {"input_ids": input_ids.numpy()}
+        for name in self._inputs[1:]:
+            given = others.get(name)
+            if given is None:
+                given = (
+                    torch.ones_like(input_ids) if name == "attention_mask" else torch.zeros_like(input_ids)
+                )
+            feeds[name] = given.numpy()
+        (found,) = self._session.run([self._output], feeds)
+        return SimpleNamespace(**{self._output: torch.from_numpy(found)})

@@ -1,7 +1,9 @@
-"""Exporting a backbone as an ONNX graph, in float32 or with 8-bit matrices, and proving it against torch.
+"""Exporting a model's transformer as an ONNX graph, in float32 or with 8-bit matrices, and proving it against torch.
 
-The graph maps input_ids and attention_mask (B, L) to last_hidden_state (B, L, H), which is what sentence-transformers
-and Optimum look for in `onnx/`; pooling, projection and normalisation stay in the encoder, so both engines share them.
+An encoder's graph maps input_ids and attention_mask (B, L) to last_hidden_state (B, L, H); pooling, projection and
+normalisation stay in the encoder, so both engines share them. The graph of a reranker or classifier maps the same, and
+token_type_ids where its tokenizer gives them, to logits (B, C). sentence-transformers and Optimum look for these names
+in `onnx/`.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,11 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytower.errors import FormatError, RaytowerError, import_extra
+from raytower.models.chunks import load_rows
+from raytower.models.directory import read_info
 from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.models.fetching import is_intact, keep, sha256_of
-from raytower.models.onnx_engine import OnnxBackbone
+from raytower.models.onnx_engine import OnnxGraph
+from raytower.models.sequence_classifier import SequenceClassifier
+from raytower.models.tokenising import tokenise
 from raytower.storage import cache_dir, locked
 
+Model = Encoder | SequenceClassifier
 GRAPH_NAMES = {"float32": "model.onnx", "int8": "model_int8.onnx"}
 GRAPH_FOLDER = "onnx"
 INFO_KEY = "onnx"
@@ -35,6 +43,8 @@ _OPSET = 17
 # Protobuf cannot hold more than 2 GiB in one message; above this weights go to files beside the graph.
 _ONE_FILE_BYTES = 1_800_000_000
 LEAST_COSINE = {"float32": 0.9999, "int8": 0.5}
+# Most that a logit may differ from torch's, as a share of the largest logit, or of 1 where that is less.
+LARGEST_DIFFERENCE = {"float32": 1e-3, "int8": 0.5}
 # Short and long, two languages, and of unequal length within a batch, so that padding is checked too.
 _SAMPLE_TEXTS = (
     "cat",
@@ -49,14 +59,35 @@ _SAMPLE_TEXTS = (
 )
 
 
-def use_onnx(encoder: Encoder, dtype: str, directory: Path | None = None) -> None:
-    """Put the graph of `encoder` (see `graph_for`) in the place of its backbone, whose weights are let go."""
-    graph = graph_for(encoder, dtype, directory)
-    encoder.backbone = OnnxBackbone.open(graph, encoder.backbone.config)  # type: ignore[assignment]
+@dataclass(frozen=True)
+class _Kind:
+    """What of a model goes into its graph: the attribute that holds the transformer, and what that gives."""
+
+    body: str
+    output: str
+
+    @classmethod
+    def of(cls, model: Model) -> _Kind:
+        return cls("backbone", "last_hidden_state") if isinstance(model, Encoder) else cls("model", "logits")
 
 
-def graph_for(encoder: Encoder, dtype: str, directory: Path | None = None) -> Path:
-    """The graph of `encoder`: the one that `raytower export` put into `directory`, else this machine's cached one.
+def body_of(model: Model) -> nn.Module:
+    """The transformer of a model: torch's, or a graph in its place."""
+    return cast(nn.Module, getattr(model, _Kind.of(model).body))
+
+
+def put_body(model: Model, body: nn.Module) -> None:
+    """Put `body` in the place of the transformer of `model`."""
+    setattr(model, _Kind.of(model).body, body)
+
+
+def open_graph(model: Model, dtype: str, directory: Path | None = None) -> OnnxGraph:
+    """The graph of `model` (see `graph_for`), ready to take the place of its transformer."""
+    return OnnxGraph.open(graph_for(model, dtype, directory), body_of(model).config)
+
+
+def graph_for(model: Model, dtype: str, directory: Path | None = None) -> Path:
+    """The graph of `model`: the one that `raytower export` put into `directory`, else this machine's cached one.
 
     A graph that is in neither place, or is not the one that was put into the cache, is exported there, whole or not at
     all; any number of workers may ask at once.
@@ -64,78 +95,97 @@ def graph_for(encoder: Encoder, dtype: str, directory: Path | None = None) -> Pa
     Raises:
         MissingExtraError: the extra [onnx] is not installed.
         FormatError: the directory's graph is damaged, or belongs to other weights.
-        RaytowerError: the exported graph does not compute what the backbone does.
+        RaytowerError: the exported graph does not compute what the model does.
     """
     import_extra("onnxruntime")
-    recorded = None if directory is None else _recorded_graph(directory, encoder, dtype)
+    recorded = None if directory is None else _recorded_graph(directory, model, dtype)
     if recorded is not None:
         return recorded
-    folder = cache_dir() / GRAPH_FOLDER / f"{encoder.fingerprint}-{dtype}-{_GRAPH_VERSION}"
+    folder = cache_dir() / GRAPH_FOLDER / f"{model.fingerprint}-{dtype}-{_GRAPH_VERSION}"
     with locked(folder.with_name(f"{folder.name}.lock")):
         if not is_intact(folder):
             beside = folder.with_name(f".{folder.name}.tmp")  # one at a time: the lock is ours
             shutil.rmtree(beside, ignore_errors=True)
             try:
-                export_graph(encoder, dtype, beside)
+                export_graph(model, dtype, beside)
                 keep(beside, folder)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     return folder / GRAPH_NAMES[dtype]
 
 
-def export_graph(encoder: Encoder, dtype: str, folder: Path) -> dict[str, float]:
-    """Write the graph of a torch encoder in float32 into `folder`; returns least_cosine and mean_cosine to torch.
+def export_graph(model: Model, dtype: str, folder: Path) -> dict[str, float]:
+    """Write the graph of a torch model in float32 into `folder`; returns what `compare_with_torch` finds.
 
     Raises:
         MissingExtraError: the extra [onnx] is not installed.
-        RaytowerError: the graph cannot be made, or its vectors are too far from torch's (`LEAST_COSINE`).
+        RaytowerError: the graph cannot be made, or what it gives is too far from torch's (`LEAST_COSINE`,
+            `LARGEST_DIFFERENCE`).
     """
     for name in ("onnx", "onnxruntime"):
         import_extra(name)
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / GRAPH_NAMES[dtype]
     if dtype == "float32":
-        _trace(encoder, place)
+        _trace(model, place)
     else:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             exact = Path(name) / GRAPH_NAMES["float32"]
-            _trace(encoder, exact)
+            _trace(model, exact)
             _quantise(exact, place)
-    found = compare_with_torch(encoder, place)
-    if not found["least_cosine"] >= LEAST_COSINE[dtype]:
-        raise RaytowerError(
-            f"the {dtype} graph gives vectors with a cosine of only {found['least_cosine']:.4f} to torch's (at least "
-            f"{LEAST_COSINE[dtype]}); use engine torch for this model"
+    found = compare_with_torch(model, place)
+    if isinstance(model, Encoder):
+        is_near = found["least_cosine"] >= LEAST_COSINE[dtype]
+        said = f"vectors with a cosine of only {found['least_cosine']:.4f} to torch's (at least {LEAST_COSINE[dtype]})"
+    else:
+        most = LARGEST_DIFFERENCE[dtype] * max(1.0, found["largest_logit"])
+        is_near = found["largest_difference"] <= most
+        said = (
+            f"logits that differ from torch's by up to {found['largest_difference']:.4f} (at most {most:.4f})"
         )
+    if not is_near:  # NaN is no more near than a large difference
+        raise RaytowerError(f"the {dtype} graph gives {said}; use engine torch for this model")
     return found
 
 
-def compare_with_torch(encoder: Encoder, graph: Path) -> dict[str, float]:
-    """Least and mean cosine between torch's vectors and the graph's, over built-in texts in two padded batches."""
-    backbone = OnnxBackbone.open(graph, encoder.backbone.config)
-    other = Encoder(backbone, encoder.tokenizer, encoder.settings, list(encoder.projections), encoder.prompts)  # type: ignore[arg-type]
-    cosines = []
-    for texts in (_SAMPLE_TEXTS[::2], _SAMPLE_TEXTS[1::2]):
-        exact_BD, vector_BD = _vectors(encoder, texts), _vectors(other, texts)
-        norms = np.linalg.norm(exact_BD, axis=1) * np.linalg.norm(vector_BD, axis=1)
-        cosines.append((exact_BD * vector_BD).sum(1) / norms)
-    cosine_N = np.concatenate(cosines)
-    return {
-        "least_cosine": round(float(cosine_N.min()), 6),
-        "mean_cosine": round(float(cosine_N.mean()), 6),
-    }
+def compare_with_torch(model: Model, graph: Path) -> dict[str, float]:
+    """How near what a graph gives is to torch's, over built-in texts in two padded batches.
+
+    Returns:
+        Of an encoder `least_cosine` and `mean_cosine` of its vectors. Of a reranker or classifier
+        `largest_difference` and `mean_difference` of its logits, and `largest_logit`, by torch, for their scale.
+    """
+    exact = _results(model)
+    body = body_of(model)
+    put_body(model, OnnxGraph.open(graph, body.config))
+    try:
+        found = _results(model)
+    finally:
+        put_body(model, body)
+    if isinstance(model, Encoder):
+        norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(found, axis=1)
+        cosine_N = (exact * found).sum(1) / norms
+        figures = {"least_cosine": cosine_N.min(), "mean_cosine": cosine_N.mean()}
+    else:
+        apart_NC = np.abs(exact - found)
+        figures = {
+            "largest_difference": apart_NC.max(),
+            "mean_difference": apart_NC.mean(),
+            "largest_logit": np.abs(exact).max(),
+        }
+    return {name: round(float(value), 6) for name, value in figures.items()}
 
 
-def _recorded_graph(directory: Path, encoder: Encoder, dtype: str) -> Path | None:
-    info = read_encoder_info(directory)
+def _recorded_graph(directory: Path, model: Model, dtype: str) -> Path | None:
+    info = read_encoder_info(directory) if isinstance(model, Encoder) else read_info(directory)
     record = info.get(INFO_KEY, {}).get(dtype)
     if record is None:
         return None
-    if info.get("fingerprint") != encoder.fingerprint:
+    if info.get("fingerprint") != model.fingerprint:
         found = info.get("fingerprint", "by an older formula, which left config.json out")[:48]
         raise FormatError(
             f"the {dtype} graph in {str(directory)!r} was exported from weights with fingerprint {found}, these have "
-            f"{encoder.fingerprint}; run `raytower export` again"
+            f"{model.fingerprint}; run `raytower export` again"
         )
     for name, sha256 in record["files"].items():
         place = directory / GRAPH_FOLDER / name
@@ -146,45 +196,64 @@ def _recorded_graph(directory: Path, encoder: Encoder, dtype: str) -> Path | Non
     return directory / GRAPH_FOLDER / GRAPH_NAMES[dtype]
 
 
-class _HiddenStates(nn.Module):
-    """The part of the encoder that goes into the graph."""
+class _Body(nn.Module):
+    """The part of a model that goes into the graph: its inputs by position, and one tensor out."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, body: nn.Module, names: list[str], output: str) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.body = body
+        self._names = names
+        self._output = output
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return hidden
+    def forward(self, *inputs: Tensor) -> Tensor:
+        found = self.body(**dict(zip(self._names, inputs, strict=True)))
+        return cast(Tensor, getattr(found, self._output))
 
 
-def _trace(encoder: Encoder, place: Path) -> None:
-    names = ["input_ids", "attention_mask"]
-    ids_BL = torch.randint(0, int(encoder.backbone.config.vocab_size), (2, 7))
-    mask_BL = torch.ones_like(ids_BL)
-    mask_BL[1, 4:] = 0
-    shape = {0: "batch", 1: "length"}
+def _trace(model: Model, place: Path) -> None:
+    kind, body = _Kind.of(model), body_of(model)
+    inputs = _example_inputs(model)
+    axes = {name: {0: "batch", 1: "length"} for name in inputs}
+    axes[kind.output] = {0: "batch", 1: "length"} if kind.output == "last_hidden_state" else {0: "batch"}
     # The exporter gives the wrapped modules the wrapper's mode afterwards: dropout would be on without a word.
-    module = _HiddenStates(encoder.backbone).eval()
+    module = _Body(body, list(inputs), kind.output).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             # dynamo=False: needs no onnxscript, is five times as fast, and its graph ran faster (2.13, MiniLM).
             torch.onnx.export(
                 module,
-                (ids_BL, mask_BL),
+                tuple(inputs.values()),
                 str(place),
                 dynamo=False,
                 opset_version=_OPSET,
-                input_names=names,
-                output_names=["last_hidden_state"],
-                dynamic_axes=dict.fromkeys([*names, "last_hidden_state"], shape),
+                input_names=list(inputs),
+                output_names=[kind.output],
+                dynamic_axes=axes,
             )
     except Exception as error:
-        kind = getattr(encoder.backbone.config, "model_type", "this")
+        name = getattr(body.config, "model_type", "this")
         raise RaytowerError(
-            f"a backbone of type {kind!r} cannot be exported to ONNX: {error}; use engine torch"
+            f"a model of type {name!r} cannot be exported to ONNX: {error}; use engine torch"
         ) from error
+
+
+def _example_inputs(model: Model) -> dict[str, Tensor]:
+    """Two rows (2, L) as the model's tokenizer gives them, one of them filled up where `max_length` leaves room."""
+    rows = _padded(model, _SAMPLE_TEXTS[:2])
+    rows.setdefault("attention_mask", torch.ones_like(rows["input_ids"]))
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: rows[name] for name in names if name in rows}
+
+
+def _padded(model: Model, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Texts, or each with another one where the model reads pairs, as one batch."""
+    length = min(model.max_length, model.max_positions)
+    if isinstance(model, Encoder):
+        block = tokenise(model.tokenizer, [model.prepared(texts)], length)
+    else:
+        block = model.tokenise([texts, texts[::-1]] if model.reads_pairs else [texts], length)
+    return load_rows(block, np.arange(len(texts)), model.padding, torch.device("cpu"))
 
 
 def _quantise(source: Path, place: Path) -> None:
@@ -225,10 +294,8 @@ def _without_preprocessing_hint() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _vectors(encoder: Encoder, texts: tuple[str, ...]) -> NDArray[np.float64]:
-    length = min(encoder.max_length, encoder.max_positions)
-    batch = encoder.tokenizer(
-        list(texts), truncation=True, max_length=length, padding=True, return_tensors="pt"
-    )
-    vector_BD: Any = encoder(batch["input_ids"], batch["attention_mask"])
-    return np.asarray(vector_BD.double().cpu())
+def _results(model: Model) -> NDArray[np.float64]:
+    """What a model gives for the built-in texts, in two batches: vectors (N, D) or logits (N, C)."""
+    batches = [_padded(model, _SAMPLE_TEXTS[start::2]) for start in (0, 1)]
+    compute = model if isinstance(model, Encoder) else model.logits
+    return np.asarray(torch.cat([compute(**batch) for batch in batches]).double())

@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, cast
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,9 +20,6 @@ from transformers import (
 )
 
 from raytower.errors import FormatError
-from raytower.models.block_engine import BlockEngine
-from raytower.models.compute import ComputeDtype, check_compute, check_max_length
-from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.directory import (
     INFO_NAME,
     hash_config,
@@ -43,11 +37,12 @@ from raytower.models.directory import (
 from raytower.models.token_block import Padding, TokenBlock
 from raytower.models.tokenising import tokenise
 
-ClassifierT = TypeVar("ClassifierT", bound="SequenceClassifier")
-
 
 class SequenceClassifier(nn.Module):
     """Model, tokenizer and length of a Hugging Face sequence classifier; a base for what is done with its logits."""
+
+    reads_pairs: ClassVar[bool] = False
+    """Whether a row is a pair of texts, and not one."""
 
     def __init__(
         self,
@@ -154,56 +149,3 @@ def recorded_max_length(path: Path, model: PreTrainedModel) -> int:
             f"model directory {str(path)!r} states the length {stated!r}; it must be at least 1"
         )
     return int(min(stated, limit))
-
-
-class LogitsEngine(BlockEngine, Generic[ClassifierT]):
-    """Computes the logits of one sequence classifier at one precision on one device."""
-
-    def __init__(
-        self,
-        model: ClassifierT,
-        *,
-        dtype: ComputeDtype = "float32",
-        device: str | torch.device | None = None,
-        tokens_per_batch: int | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        """Take the model over: its weights are cast to `dtype` and moved to `device`.
-
-        Raises:
-            InputError: `max_length` is beyond the model's positions, PyTorch does not compute in `dtype` or on
-                `device`, or a number is none.
-        """
-        check_compute("torch", dtype)
-        super().__init__(
-            choose_device(device),
-            model.padding,
-            max_length=check_max_length(
-                model.max_length if max_length is None else max_length, model.max_positions
-            ),
-            tokens_per_batch=tokens_per_batch,
-        )
-        self.fingerprint = model.fingerprint  # before the cast: it names the model, not the precision
-        self.model = model.eval().to(self.device, TORCH_DTYPES[dtype])
-
-    @property
-    def width(self) -> int:
-        """C, the logits of a row."""
-        return self.model.num_labels
-
-    def compute(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, C) of padded rows."""
-        return self.model.logits(**inputs)
-
-    def logits(self, *columns: Sequence[str]) -> NDArray[np.float32]:
-        """Logits, float32 (N, C), of texts, or of the pairs of two columns, in input order.
-
-        Raises:
-            InputError: a text that is no valid Unicode; it is named.
-            RaytowerError: one row alone does not fit into memory.
-        """
-
-        def tokenise_rows(rows: slice) -> TokenBlock:
-            return self.model.tokenise([column[rows] for column in columns], self.max_length, rows.start)
-
-        return self.forward_rows(len(columns[0]), tokenise_rows)

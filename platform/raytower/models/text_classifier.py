@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.directory import load_tokenizer, read_info, resolve_model
+from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
-    LogitsEngine,
     SequenceClassifier,
     finished_config,
     load_classifier,

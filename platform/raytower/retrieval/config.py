@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField
+from raytower.models.compute import EngineChoice, EngineDtype, check_compute
 
 # The order of the shared keys, which stand behind a command's own.
 _SHARED = (
@@ -15,6 +16,7 @@ _SHARED = (
     "recall_k",
     "fusion_weight",
     "query_prefix",
+    "engine",
     "dtype",
     "max_length",
     "rerank_max_length",
@@ -28,7 +30,10 @@ class EngineConfig(Config):
 
     renamed: ClassVar = {f"compute.{name}": name for name in ("dtype", "max_length", "tokens_per_batch")}
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    engine: EngineChoice = "torch"
+    """What runs the models' forward passes: torch in float32, bfloat16 or float16; onnx in float32 or int8, on CPUs;
+    auto times those that compute in dtype, for each model when it is loaded, and takes the faster."""
+    dtype: EngineDtype = "float32"
     """Precision of the models' forward passes."""
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of a query or text; null is the encoder's own limit."""
@@ -44,10 +49,16 @@ class EngineConfig(Config):
         cls.__pydantic_fields__ = {name: fields[name] for name in names if name in fields}
         cls.model_rebuild(force=True)
 
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        check_compute(self.engine, self.dtype)
+        return self
+
     @property
     def engine_settings(self) -> dict[str, Any]:
         """The arguments by which every engine over single texts is made."""
         return {
+            "engine": self.engine,
             "dtype": self.dtype,
             "tokens_per_batch": self.tokens_per_batch,
             "max_length": self.max_length,

@@ -11,6 +11,7 @@ from raytower.index.reader import Index, check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
+from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
@@ -20,57 +21,61 @@ from raytower.retrieval.retriever import Retriever
 
 def load_engine(name: str, config: EngineConfig) -> ForwardEngine:
     """The encoder of a job, ready to encode."""
-    return ForwardEngine(Encoder.load(name), **config.engine_settings)
+    return ForwardEngine(
+        Encoder.load(name), **config.engine_settings, directory=graph_directory(name, config.engine)
+    )
 
 
 def load_classifier(name: str, config: EngineConfig) -> ClassifierEngine:
     """The text classifier of a job, ready to classify."""
-    return ClassifierEngine(TextClassifier.load(name), **config.engine_settings)
+    model = TextClassifier.load(name)
+    return ClassifierEngine(model, **config.engine_settings, directory=graph_directory(name, config.engine))
 
 
-def load_reranker(
-    name: str, config: RerankConfig, fusion_weight: float | None
-) -> tuple[CrossScorer, Fusion | None]:
-    """A reranker and the fusion of its logits with recall scores.
+def load_reranker(name: str, config: RerankConfig) -> CrossScorer:
+    """The reranker of a job, ready to score; its stored fusion is in it."""
+    settings = {**config.engine_settings, "max_length": config.rerank_max_length}
+    return CrossScorer(CrossEncoder.load(name), **settings, directory=graph_directory(name, config.engine))
+
+
+def choose_fusion(reranker: str | None, stored: Fusion | None, weight: float | None) -> Fusion | None:
+    """How recall scores and rerank logits are mixed; the one rule of search, evaluate and serve.
 
     Args:
-        name: reranker directory or hub id.
-        config: precision, length and batch size.
-        fusion_weight: replaces the weight stored with the reranker; null keeps it. A reranker without a stored
-            fusion orders by its logit alone.
+        reranker: the reranker's name, for messages; None where there is none.
+        stored: the fusion stored with it; None where it was never tuned.
+        weight: replaces the stored weight; None keeps it.
+
+    Returns:
+        the fusion, or None where the logit alone orders: nothing is stored, and the weight is None or 1.
 
     Raises:
-        InputError: a weight is given and the reranker has no stored means and deviations to use it with.
+        InputError: a weight without a reranker; or a weight, and no stored means and deviations to use it with.
     """
-    settings = {**config.engine_settings, "max_length": config.rerank_max_length}
-    scorer = CrossScorer(CrossEncoder.load(name), **settings)
-    stored = scorer.fusion
-    if fusion_weight is None:
-        return scorer, stored
-    if stored is None:
-        if fusion_weight == 1:
-            return scorer, None
-        raise InputError(
-            f"fusion_weight is {fusion_weight}, but reranker {name!r} stores no fusion, so the scales of recall and "
-            "rerank scores are unknown; tune one on dev queries, or set fusion_weight to null (rerank scores alone)"
-        )
-    return scorer, replace(stored, weight=fusion_weight)
+    if weight is None:
+        return stored
+    if reranker is None:
+        raise InputError(f"fusion_weight is {weight}, but there is no reranker; name one, or set it to null")
+    if stored is not None:
+        return replace(stored, weight=weight)
+    if weight == 1:
+        return None
+    raise InputError(
+        f"fusion_weight is {weight}, but reranker {reranker!r} stores no fusion, so the scales of recall and rerank "
+        "scores are unknown; tune one on dev queries with `raytower tune-fusion`, or set fusion_weight to null (rerank "
+        "scores alone)"
+    )
 
 
 def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig) -> Retriever:
     """Encoder, index and, if the config names one, a reranker, put together as a job's config says.
 
     Raises:
-        InputError: a fusion weight without a reranker, or one that cannot be used (see `load_reranker`).
+        InputError: a fusion weight that cannot be used (see `choose_fusion`).
     """
+    scorer = None if config.reranker is None else load_reranker(config.reranker, config)
+    fusion = choose_fusion(config.reranker, scorer.fusion if scorer else None, config.fusion_weight)
     prefix = own_or(config.query_prefix, engine.encoder, "query")
-    if config.reranker is None:
-        if config.fusion_weight is not None:
-            raise InputError(
-                f"fusion_weight is {config.fusion_weight}, but there is no reranker; name one, or set it to null"
-            )
-        return Retriever(engine, index, query_prefix=prefix)
-    scorer, fusion = load_reranker(config.reranker, config, config.fusion_weight)
     return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
 
 

@@ -26,7 +26,7 @@ from raytower.models import tokenising
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
-from raytower.models.sequence_classifier import LogitsEngine
+from raytower.models.logits_engine import LogitsEngine
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.token_block import Padding, TokenBlock
 from raytower.models.tokenising import tokenise

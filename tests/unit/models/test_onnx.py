@@ -21,7 +21,7 @@ from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError, MissingExtraError, RaytowerError
 from raytower.export import export, plan_export
-from raytower.models import onnx_export
+from raytower.models import onnx_engine, onnx_export
 from raytower.models.compute import check_compute
 from raytower.models.config import ExportConfig
 from raytower.models.encoder import Encoder, EncoderSettings, PoolingMode, Projection
@@ -101,7 +101,7 @@ class TestVectors:
     ) -> None:
         trace = onnx_export._trace
 
-        def trace_another(encoder: Encoder, place: Path) -> None:
+        def trace_another(model: Encoder, place: Path) -> None:
             trace(Encoder.load(build_tiny_encoder(tmp_path / "other", seed=7)), place)
 
         monkeypatch.setattr(onnx_export, "_trace", trace_another)
@@ -258,7 +258,7 @@ class TestRefusals:
         [
             ("torch", "int8", "set engine to onnx, or choose dtype float32 or bfloat16 or float16"),
             ("onnx", "bfloat16", "set engine to torch, or choose dtype float32 or int8"),
-            ("tensorflow", "float32", "one of torch, onnx"),
+            ("tensorflow", "float32", "one of torch, onnx or auto"),
         ],
     )
     def test_an_engine_that_lacks_a_precision(self, engine: str, dtype: str, message: str) -> None:
@@ -290,4 +290,4 @@ class TestRefusals:
     def test_a_file_that_is_no_graph(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
         (tmp_path / "graph.onnx").write_bytes(b"nonsense")
         with pytest.raises(FormatError, match="cannot be loaded by ONNX Runtime"):
-            onnx_export.OnnxBackbone.open(tmp_path / "graph.onnx", None)
+            onnx_engine.OnnxGraph.open(tmp_path / "graph.onnx", None)
