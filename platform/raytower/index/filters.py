@@ -13,22 +13,29 @@ A null literal asks for null itself: {"x": null} is null, {"x": {"$ne": null}} i
 $in adds null to it, null in a list of $nin takes null out, as it is out anyway. NaN equals itself and is greater
 than any number.
 
-How literals meet columns:
+How literals meet columns; what `json_values` shows of a document can be sent back and finds it:
     integers      integers, also floats without a fraction. A literal beyond the column's range compares as a number.
-    floats        numbers; a float is rounded to the column's width, an integer must be exact in it.
-    decimals      numbers, by the digits written, which must fit the column's scale.
+    floats        numbers; a float is rounded to the column's width, an integer must be exact in it. The strings "NaN",
+                  "Infinity" and "-Infinity" are those values.
+    decimals      strings of digits, "32.90", or numbers, which must fit the column's scale. A float keeps 15 digits of
+                  what was written, so that one with more is refused.
     strings       strings; order is that of code points.
     booleans      true and false; $eq, $ne, $in and $nin only.
+    bytes         base64 strings.
     dates         ISO 8601 strings: "2024-01-31".
+    times         ISO 8601 strings: "12:00", "12:00:00.5".
     timestamps    ISO 8601 strings: "2024-01-31", "2024-01-31T12:00:00.5", "2024-01-31T12:00:00+08:00". Without an
                   offset the time is UTC where the column has a time zone; an offset is refused where it has none.
-    lists         $eq means that the list contains the value, $in that it contains one of them, as in MongoDB; $ne and
-                  $nin are their negation. There is no order on lists.
+    durations     ISO 8601 strings in seconds: "PT3723.5S", "-PT1S".
+    lists         $eq means that the list contains the value, or equals a list; $in that it contains one of them, as in
+                  MongoDB; $ne and $nin are their negation. There is no order on lists.
 Other types can only be asked whether they are null.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import datetime
 import decimal
 import difflib
@@ -36,15 +43,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from raytower.errors import InputError
+from raytower.index.json_values import UNIT_DIGITS
 
-MAX_DEPTH = 16
-MAX_CONDITIONS = 256
-MAX_MEMBERS = 10_000
 # Beyond every float; Python writes no decimal digits of far larger integers.
 _MAX_BITS = 1024
 _ORDERS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
@@ -58,17 +64,63 @@ _INSTANT = re.compile(
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 # The years 1 to 9999, in seconds since 1970.
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
-_DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
+_TIME = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9])(?:[.,]([0-9]{1,9}))?)?")
+_DURATION = re.compile(r"(-?)PT([0-9]{1,19})(?:[.,]([0-9]{1,9}))?S")
+_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?")
+_NOT_FINITE = {"NaN": "NaN", "Infinity": "inf", "-Infinity": "-inf"}
+# What DataFusion calls a unit in the name of a type.
+_UNIT_NAMES = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
+# Digits that a float keeps of every number.
+_FLOAT_DIGITS = 15
 
 
-def to_sql(value: object, schema: pa.Schema) -> str:
+@dataclass(frozen=True, kw_only=True)
+class FilterLimits:
+    """How large a filter may be, before anything is evaluated. A condition costs a pass over its column."""
+
+    depth: int = 16
+    """Filters inside each other."""
+    conditions: int = 256
+    """Comparisons, one for each operator of a column."""
+    members: int = 10_000
+    """Members of all lists together."""
+
+
+def to_sql(value: object, schema: pa.Schema, limits: FilterLimits | None = None) -> str:
     """A filter over the columns of `schema`, from decoded JSON, as an SQL condition.
+
+    Decoded with `parse_float=decimal.Decimal`, numbers keep all their digits, which decimals may need.
 
     Raises:
         InputError: an unknown column or operator, a wrong shape, a literal that does not fit its column, NaN or
-            infinity, or more nesting, conditions or members than are taken; the message names the place.
+            infinity as a number, or more nesting, conditions or members than `limits`; the message names the place.
     """
-    return _Parser(schema).filter(value, "filter", 0)
+    bounds = limits or FilterLimits()
+    _check_size(value, bounds)
+    return _Parser(schema, bounds).filter(value, "filter", 0)
+
+
+def _check_size(value: object, limits: FilterLimits) -> None:
+    """Raises InputError where a filter has too many conditions or members; what is nested too deep is the parser's."""
+    conditions = members = 0
+    waiting: list[tuple[object, int]] = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, dict) and depth <= 2 * limits.depth + 1:
+            for key, inner in item.items():
+                if key in ("$and", "$or") and isinstance(inner, list):
+                    waiting += [(member, depth + 1) for member in inner]
+                elif isinstance(inner, dict):
+                    waiting.append((inner, depth + 1))
+                else:
+                    conditions += 1
+                    members += len(inner) if isinstance(inner, list) else 0
+    for name, number, limit, remedy in (
+        ("conditions", conditions, limits.conditions, "use $in, or fewer"),
+        ("members in its lists", members, limits.members, "give fewer"),
+    ):
+        if number > limit:
+            raise InputError(f"the filter has {number:,} {name}; at most {limit:,} are taken: {remedy}")
 
 
 # What DataFusion's arrow_cast calls the types of a list's members.
@@ -112,17 +164,16 @@ def _list_literal(field: pa.Field, value: object, where: str) -> str:
 
 
 class _Parser:
-    """Turns JSON into conditions, counting them."""
+    """Turns JSON into conditions."""
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(self, schema: pa.Schema, limits: FilterLimits) -> None:
         self._schema = schema
-        self._conditions = 0
-        self._members = 0
+        self._limits = limits
 
     def filter(self, value: object, where: str, depth: int) -> str:
-        if depth > MAX_DEPTH:
+        if depth > self._limits.depth:
             raise InputError(
-                f"{_shorten(where)} is nested more than {MAX_DEPTH} filters deep; flatten the filter"
+                f"{_shorten(where)} is nested more than {self._limits.depth} filters deep; flatten the filter"
             )
         parts: list[str] = []
         for key, inner in _members(value, where).items():
@@ -170,14 +221,11 @@ class _Parser:
         raise InputError(f"{where}: there is no column {name!r}; {hint}columns are {known}")
 
     def _condition(self, column: pa.Field, path: str, operator: str, literal: object, where: str) -> str:
-        self._conditions += 1
-        if self._conditions > MAX_CONDITIONS:
-            raise InputError(
-                f"{_shorten(where)}: the filter has more than {MAX_CONDITIONS} conditions; use $in, or fewer"
-            )
         if operator in _ORDERS:
             return _ordering(column, path, operator, literal, where)
         if operator in ("$eq", "$ne"):
+            if isinstance(literal, list) and _is_list(column.type):
+                return f"{path} {'!=' if operator == '$ne' else '='} {_list_literal(column, literal, where)}"
             if isinstance(literal, list):
                 raise InputError(
                     f"{where} is {_shown(literal)}; to match any of several values write {{'$in': [...]}}"
@@ -185,11 +233,6 @@ class _Parser:
             return _membership(column, path, operator == "$ne", {where: literal})
         if not isinstance(literal, list):
             raise InputError(f"{where} is {_shown(literal)}; it takes a list of values")
-        self._members += len(literal)
-        if self._members > MAX_MEMBERS:
-            raise InputError(
-                f"{_shorten(where)}: the lists of the filter have more than {MAX_MEMBERS} members in all"
-            )
         values = {f"{where}[{number}]": value for number, value in enumerate(literal)}
         return _membership(column, path, operator == "$nin", values)
 
@@ -280,6 +323,7 @@ def _literal(column: pa.Field, value: object, where: str) -> str | int:
     """SQL, or the side on which a value lies beyond the range of the column's type: -1 below, 1 above."""
     # A list's literals are compared with its members.
     kind = column.type.value_type if _is_list(column.type) else column.type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     parse = next((parse for is_kind, parse in _PARSERS if is_kind(kind)), None)
     if parse is None:
         raise InputError(
@@ -287,7 +331,7 @@ def _literal(column: pa.Field, value: object, where: str) -> str | int:
             "whether it is null"
         )
     try:
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, (float, decimal.Decimal)) and not math.isfinite(value):
             raise _Misfit("NaN and infinity are no JSON numbers; to ask for missing values write null")
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise _Misfit(f"integers have at most {_MAX_BITS} bits")
@@ -304,8 +348,8 @@ def _boolean(value: object, kind: pa.DataType) -> str:
     return "true" if value else "false"
 
 
-def _number(value: object, what: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(value: object, what: str) -> int | float | decimal.Decimal:
+    if isinstance(value, bool) or not isinstance(value, (int, float, decimal.Decimal)):
         raise _Misfit(f"it takes {what}")
     return value
 
@@ -325,7 +369,9 @@ def _side(value: int, kind: pa.DataType) -> int:
 
 
 def _float(value: object, kind: pa.DataType) -> str:
-    number = _number(value, "a number")
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return f"CAST('{_NOT_FINITE[value]}' AS DOUBLE)"
+    number = _number(value, 'a number, or one of "NaN", "Infinity" and "-Infinity"')
     try:
         with np.errstate(over="ignore"):
             rounded = float(kind.to_pandas_dtype()(number))
@@ -339,16 +385,47 @@ def _float(value: object, kind: pa.DataType) -> str:
 
 
 def _decimal(value: object, kind: pa.DataType) -> str | int:
-    number = _number(value, "a number")
-    # The digits that were written, not those of the nearest binary fraction.
-    exact = decimal.Decimal(number if isinstance(number, int) else repr(number))
+    exact = _digits(value)
     with decimal.localcontext(prec=_MAX_BITS):
         units = exact.scaleb(kind.scale)
         if units != units.to_integral_value():
             raise _Misfit(f"it takes a number of at most {kind.scale} decimal places")
         if abs(units) >= 10**kind.precision:
             return -1 if units < 0 else 1
-    return f"CAST('{exact}' AS DECIMAL({kind.precision}, {kind.scale}))"
+    if kind.scale < 0:
+        return f"{exact:f}"
+    if pa.types.is_decimal256(kind):
+        return f"arrow_cast('{exact:f}', 'Decimal256({kind.precision}, {kind.scale})')"
+    return f"CAST('{exact:f}' AS DECIMAL({kind.precision}, {kind.scale}))"
+
+
+def _digits(value: object) -> decimal.Decimal:
+    """A number by the digits that were written, not those of the nearest binary fraction."""
+    if isinstance(value, str):
+        if len(value) > _MAX_BITS or not _NUMBER.fullmatch(value):
+            raise _Misfit('it takes a number, as digits ("32.90") or as a JSON number')
+        return decimal.Decimal(value)
+    number = _number(value, 'a number, as digits ("32.90") or as a JSON number')
+    if not isinstance(number, float):
+        return decimal.Decimal(number)
+    exact = decimal.Decimal(repr(number))
+    if len(exact.normalize().as_tuple().digits) > _FLOAT_DIGITS:
+        raise _Misfit(
+            f"a JSON number keeps {_FLOAT_DIGITS} digits, and this one has lost some; write it as a string"
+        )
+    return exact
+
+
+def _bytes(value: object, kind: pa.DataType) -> str:
+    try:
+        if not isinstance(value, str):
+            raise ValueError
+        content = base64.b64decode(value, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise _Misfit("it takes bytes as a base64 string") from error
+    if pa.types.is_fixed_size_binary(kind) and len(content) != kind.byte_width:
+        raise _Misfit(f"it takes {kind.byte_width} bytes, and these are {len(content)}")
+    return f"X'{content.hex()}'"
 
 
 def _string(value: object, kind: pa.DataType) -> str:
@@ -379,12 +456,37 @@ def _timestamp(value: object, kind: pa.DataType) -> str | int:
     seconds = (moment - _EPOCH) // datetime.timedelta(seconds=1)
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
         return -1 if seconds < 0 else 1  # no column holds what no calendar of four digits has
-    digits, fraction = _DIGITS[kind.unit], (match["fraction"] or "").ljust(9, "0")
-    if fraction[digits:].strip("0"):
-        raise _Misfit(f"the column counts in {kind.unit}; leave out the finer digits")
+    digits, fraction = UNIT_DIGITS[kind.unit], (match["fraction"] or "").ljust(9, "0")
+    part = _part_of(fraction, kind)
     utc = moment.astimezone(datetime.UTC).replace(tzinfo=None).isoformat(timespec="seconds")
-    side = _side(seconds * 10**digits + int(fraction[:digits] or 0), pa.int64())
+    side = _side(seconds * 10**digits + part, pa.int64())
     return side or f"CAST('{utc}.{fraction}{'Z' if kind.tz else ''}' AS TIMESTAMP({digits}))"
+
+
+def _time(value: object, kind: pa.DataType) -> str:
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _Misfit('it takes an ISO 8601 time of day such as "12:00:00.5"')
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()[:3])
+    count = ((hours * 60 + minutes) * 60 + seconds) * 10 ** UNIT_DIGITS[kind.unit] + _part_of(match[4], kind)
+    return f"arrow_cast({count}, 'Time{kind.bit_width}({_UNIT_NAMES[kind.unit]})')"
+
+
+def _duration(value: object, kind: pa.DataType) -> str | int:
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _Misfit('it takes an ISO 8601 duration in seconds such as "PT3723.5S"')
+    count = int(match[2]) * 10 ** UNIT_DIGITS[kind.unit] + _part_of(match[3], kind)
+    count = -count if match[1] else count
+    return _side(count, pa.int64()) or f"arrow_cast({count}, 'Duration({_UNIT_NAMES[kind.unit]})')"
+
+
+def _part_of(fraction: str | None, kind: pa.DataType) -> int:
+    """The digits behind a second's point, in the unit of a column."""
+    digits, written = UNIT_DIGITS[kind.unit], (fraction or "").ljust(9, "0")
+    if written[digits:].strip("0"):
+        raise _Misfit(f"the column counts in {kind.unit}; leave out the finer digits")
+    return int(written[:digits] or 0)
 
 
 def _moment(text: str) -> datetime.datetime:
@@ -404,6 +506,12 @@ _PARSERS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[object, pa.DataTy
     (pa.types.is_string_view, _string),
     (pa.types.is_date, _date),
     (pa.types.is_timestamp, _timestamp),
+    (pa.types.is_time, _time),
+    (pa.types.is_duration, _duration),
+    (pa.types.is_binary, _bytes),
+    (pa.types.is_large_binary, _bytes),
+    (pa.types.is_fixed_size_binary, _bytes),
+    (pa.types.is_binary_view, _bytes),
 )
 
 
@@ -423,10 +531,16 @@ def _unknown_operator(name: str, where: str, known: tuple[str, ...]) -> str:
 def _shown(value: object) -> str:
     """A value as JSON, cut to a line."""
     try:
-        text = json.dumps(value)
+        text = json.dumps(value, default=_as_written)
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__} that is no JSON"
     return _shorten(text)
+
+
+def _as_written(value: object) -> float:
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    raise TypeError
 
 
 def _shorten(text: str, limit: int = 80) -> str:

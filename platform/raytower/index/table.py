@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.index.config import ExactDtype
+from raytower.index.json_values import json_rows
 from raytower.index.manifest import TABLE_NAME
 from raytower.index.rowmap import RowMap, Rows
 from raytower.storage import Location
@@ -55,7 +56,7 @@ _CONFLICT = re.compile(r"commit conflict|Incompatible transaction|Ref conflict")
 
 @dataclass(frozen=True)
 class Document:
-    """A stored document; `metadata` holds the columns besides id and text."""
+    """A stored document; `metadata` holds the columns besides id and text, as JSON has them (see `json_values`)."""
 
     id: str
     text: str
@@ -148,8 +149,8 @@ class DocumentTable:
         return taken if (order[1:] > order[:-1]).all() else taken.take(pa.array(np.argsort(order)))
 
     def documents(self, rows: Rows) -> list[Document]:
-        """The documents of `rows` (n,), in their order."""
-        values = self.take(rows, self.schema.names).to_pylist()
+        """The documents of `rows` (n,), in their order; their metadata as `json_values` writes it."""
+        values = json_rows(self.take(rows, self.schema.names))
         return [Document(value.pop(ID), value.pop(TEXT), value) for value in values]
 
     def vectors(self, rows: Rows, *, unit: bool) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytower.errors import InputError
-from raytower.index.filters import MAX_CONDITIONS, MAX_DEPTH, MAX_MEMBERS, sql_literal, to_sql
+from raytower.index.filters import FilterLimits, sql_literal, to_sql
 from raytower.index.reader import Index
 from raytower.index.table import refuse_unindexable
 from tests.support.index_cases import build, unit_vectors, write_embeddings
@@ -272,7 +272,16 @@ class TestRefusals:
             ({"cost": 1.005}, "2 decimal places"),
             ({"price": float("nan")}, "NaN and infinity"),
             ({"year": 10**400}, "bits"),
-            ({"blob": "x"}, "cannot be compared with anything"),
+            ({"blob": "x"}, "bytes as a base64 string"),
+            ({"cost": "1,5"}, "as digits"),
+            ({"cost": "1e99999"}, "as digits"),
+            ({"cost": "NaN"}, "as digits"),
+            (
+                {"cost": 0.30000000000000004},
+                "keeps 15 digits, and this one has lost some; write it as a string",
+            ),
+            ({"price": "0.5"}, "or one of"),
+            ({"metadata.lang": ["zh"]}, r"'\$in'"),
             ({"metadata": "x"}, "cannot be compared with anything"),
             ({"metadata.nope": "x"}, "no column 'metadata.nope'"),
             ({"price": True}, "takes a number"),
@@ -303,23 +312,36 @@ class TestRefusals:
             to_sql(condition, index.table.schema)
 
     def test_bounds(self, index: Index) -> None:
+        schema, limits = index.table.schema, FilterLimits(depth=3, conditions=4, members=5)
         deep: dict[str, Any] = {"lang": "zh"}
-        for _ in range(MAX_DEPTH + 1):
+        for _ in range(4):
             deep = {"$not": deep}
-        with pytest.raises(InputError, match="nested more than"):
-            to_sql(deep, index.table.schema)
-        with pytest.raises(InputError, match=f"more than {MAX_CONDITIONS} conditions"):
-            to_sql(
-                {"$or": [{"lang": str(number)} for number in range(MAX_CONDITIONS + 1)]}, index.table.schema
-            )
-        with pytest.raises(InputError, match=f"more than {MAX_MEMBERS} members"):
-            to_sql({"year": {"$in": list(range(MAX_MEMBERS + 1))}}, index.table.schema)
-        with pytest.raises(InputError, match=f"more than {MAX_MEMBERS} members in all"):
-            to_sql({"year": {"$in": list(range(MAX_MEMBERS))}, "small": {"$in": [1]}}, index.table.schema)
-        to_sql(deep["$not"], index.table.schema)
-        to_sql({"$or": [{"lang": str(number)} for number in range(MAX_CONDITIONS)]}, index.table.schema)
-        most = {"year": {"$in": list(range(MAX_MEMBERS))}}
-        assert matching(index, most) == [0, 1, 3]
+        with pytest.raises(InputError, match="nested more than 3 filters"):
+            to_sql(deep, schema, limits)
+        to_sql(deep["$not"], schema, limits)
+        wide = {"$or": [{"lang": "a"}, {"year": {"$gt": 1, "$lt": 9}}, {"metadata": {"lang": "a", "n": 1}}]}
+        with pytest.raises(InputError, match="the filter has 5 conditions; at most 4 are taken"):
+            to_sql(wide, schema, limits)
+        to_sql({"$or": wide["$or"][:2]}, schema, limits)
+        lists = {"year": {"$in": [1, 2, 3]}, "small": {"$in": [4, 5, 6]}}
+        with pytest.raises(InputError, match="the filter has 6 members in its lists; at most 5 are taken"):
+            to_sql(lists, schema, limits)
+        to_sql({"year": {"$in": [1, 2, 3]}}, schema, limits)
+
+    def test_a_bomb_is_refused_before_it_is_looked_at(self, index: Index) -> None:
+        """381,300 conditions, what a body of 4 MiB holds, cost a count of them and nothing more."""
+        with pytest.raises(InputError, match="the filter has 381,300 conditions; at most 256 are taken"):
+            to_sql({"$or": [{"no such column": 1}] * 381_300}, index.table.schema)
+        bottomless: dict[str, Any] = {}
+        bottomless["$not"] = bottomless
+        with pytest.raises(InputError, match="nested more than 16"):
+            to_sql(bottomless, index.table.schema)
+
+    def test_the_largest_that_is_taken_is_evaluated(self, index: Index) -> None:
+        limits = FilterLimits()
+        most = {"$or": [{"lang": str(number)} for number in range(limits.conditions - 1)] + [{"lang": "zh"}]}
+        assert matching(index, most) == [0]
+        assert matching(index, {"year": {"$in": list(range(limits.members))}}) == [0, 1, 3]
 
     def test_sql_that_does_not_fit(self, index: Index) -> None:
         with pytest.raises(InputError, match="No field named nope"):
