@@ -68,7 +68,7 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --input data/corpus.tsv --output runs/embeddings",
     ),
     "export": Command(
-        "put an ONNX graph, float32 or int8, into a copy of an encoder directory",
+        "put an ONNX graph, float32 or int8, into a copy of an encoder, reranker or classifier directory",
         "raytower.models.config:ExportConfig",
         "raytower.export:export",
         "raytower.export:plan_export",
@@ -195,6 +195,14 @@ COMMANDS: dict[str, Command] = {
         "raytower.evaluation.evaluate:plan_evaluate",
         "raytower.cli.tables:render_evaluation",
         example="--encoder runs/encoder --index runs/index --queries data/dev.tsv --output runs/report",
+    ),
+    "tune-fusion": Command(
+        "tune how a reranker's logits are mixed with recall scores, on dev queries; it is stored with the reranker",
+        "raytower.evaluation.config:TuneFusionConfig",
+        "raytower.evaluation.tuning:tune_fusion_on_dev",
+        "raytower.evaluation.tuning:plan_tune_fusion",
+        "raytower.cli.tables:render_tuning",
+        example="--reranker runs/reranker --index runs/index --queries data/dev.tsv",
     ),
     "classify": Command(
         "label texts by nearest labels, by votes of labelled texts, or by a trained classifier",

@@ -78,7 +78,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "export": Example(
         {"encoder": "runs/encoder", "output": "runs/encoder-onnx", "graph_dtype": "float32"},
-        "float32 gives the same vectors, int8 vectors nearby in a third of the time.",
+        "float32 gives the same vectors or logits, int8 ones nearby in a third of the time.",
     ),
     "index build": Example(
         {
@@ -143,6 +143,16 @@ EXAMPLES: dict[str, Example] = {
             "output": "runs/report",
         },
         "With a reranker both stages are measured.",
+    ),
+    "tune-fusion": Example(
+        {
+            "reranker": "runs/reranker",
+            "index": "runs/index",
+            "queries": {"path": "data/dev.tsv", "format": "pairs"},
+            "recall_k": 100,
+            "store": True,
+        },
+        "Dev queries, never those that are evaluated later.",
     ),
     "classify": Example(
         {

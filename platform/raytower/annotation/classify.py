@@ -1,6 +1,6 @@
 """`raytower classify`: labels for the texts of a file, by retrieval or by a trained classifier, and their accuracy.
 
-A label is a path in a tree, its levels parted by `##`; results show it with commas, `A##B` as `A,B`.
+A label that is a path in a tree has its levels parted by `##`, in what is read and in what is written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from raytower.annotation.config import ClassifyConfig
-from raytower.annotation.labellers import ClassifierLabeller, IndexLabeller, Labeller, Prediction, shown
+from raytower.annotation.labellers import (
+    ClassifierLabeller,
+    IndexLabeller,
+    Labeller,
+    Prediction,
+    VectorLabeller,
+)
 from raytower.annotation.rows_in import row_batches, survey_rows
 from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.index.reader import Index
@@ -102,11 +108,11 @@ class _Tally:
             best = ranked[0]
             more: dict[str, Any] = {"labels": [[item.label, item.score] for item in ranked[: self._config.k]]}
             if label is not None:
-                more["expected"] = shown(label)
+                more["expected"] = label
                 self.label_counts[label] = self.label_counts.get(label, 0) + 1
                 order = [item.label for item in ranked]
-                self._places.append(order.index(shown(label)) + 1 if shown(label) in order else 0)
-                self._classes.add(best.label, shown(label))
+                self._places.append(order.index(label) + 1 if label in order else 0)
+                self._classes.add(best.label, label)
             writer.write(text, best.label, best.score, **more)
 
     def metrics(self) -> dict[str, Any]:
@@ -128,15 +134,14 @@ def _load_labeller(config: ClassifyConfig) -> Labeller:
     assert config.encoder is not None
     assert config.index is not None
     engine = load_engine(config.encoder, config)
-    return IndexLabeller(
-        engine,
-        Index.open(config.index, encoder_fingerprint=engine.fingerprint),
+    labeller = VectorLabeller(
+        index=Index.open(config.index, encoder_fingerprint=engine.fingerprint),
         mode=config.mode,
         depth=_depth(config),
         label_field=config.label_field,
         temperature=config.temperature,
-        prefix=own_or(config.query_prefix, engine.encoder, "query"),
     )
+    return IndexLabeller(engine, labeller, own_or(config.query_prefix, engine.encoder, "query"))
 
 
 def _depth(config: ClassifyConfig) -> int:

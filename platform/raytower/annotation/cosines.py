@@ -5,9 +5,34 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.errors import InputError
+
 
 def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
     """Cosine of each pair of rows, float64 [N]; 0 where a vector is all zeros."""
     a, b = left.astype(np.float64), right.astype(np.float64)
     norms = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=norms > 0)
+
+
+def pair_cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine of each pair of rows (N, D), float64 [N], for answers, where every pair must have one.
+
+    Raises:
+        InputError: the two differ in shape, or a vector is zero, or not finite; its pair and side are named.
+    """
+    if left.shape != right.shape or left.ndim != 2:
+        raise InputError(
+            f"vectors of shape {left.shape} and {right.shape}; pairs need two of one shape (N, D)"
+        )
+    for side, vectors in (("first", left), ("second", right)):
+        finite = np.isfinite(vectors).all(axis=1)
+        usable = finite & vectors.any(axis=1)
+        if not usable.all():
+            bad = int(np.flatnonzero(~usable)[0])
+            what = "is zero" if finite[bad] else "holds NaN or infinity"
+            raise InputError(
+                f"pairs[{bad}]: the vector of its {side} text {what}, which has no cosine; check the text, and the "
+                "encoder that made it"
+            )
+    return cosines(left, right)

@@ -1,6 +1,8 @@
 """Three ways to label a text: by the nearest label texts, by votes of the nearest labelled texts, by a classifier.
 
-A label is a path in a tree, its levels parted by `##`; results show it with commas, `A##B` as `A,B`.
+A label is what the data says, compared as it stands. A path in a tree has its levels parted by `##`, which stays in
+every result; what shows labels to people may write `A##B` as they like. `VectorLabeller` and `label_logits` take what
+a model has computed, so that a server labels as `raytower classify` does.
 """
 
 from __future__ import annotations
@@ -10,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytower.errors import InputError
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
-from raytower.models.text_classifier import ClassifierEngine
+from raytower.models.text_classifier import ClassifierEngine, rank_classes
 from raytower.retrieval.lookup import find_documents
-from raytower.retrieval.retriever import Candidate, index_recall
+from raytower.retrieval.retriever import Candidate, Vectors, index_recall
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label as shown, with its score: the cosine of the nearest label text, its share of the votes, or its
-    probability."""
+    """A label, with its score: the cosine of the nearest label text, its share of the votes, or its probability."""
 
     label: str
     score: float
@@ -42,61 +44,72 @@ class Labeller(Protocol):
         """Rows, of so many for each label, whose label could never have been predicted."""
 
 
-class IndexLabeller:
-    """Labels by retrieval. A document's label is its `label_field` where it has one; in mode labels else its text."""
+@dataclass(frozen=True, kw_only=True)
+class VectorLabeller:
+    """Labels of texts by their vectors, from an opened index; safe for threads, as the index is.
 
-    def __init__(
-        self,
-        engine: ForwardEngine,
-        index: Index,
-        *,
-        mode: Literal["labels", "votes"],
-        depth: int,
-        label_field: str,
-        temperature: float,
-        prefix: str,
-    ) -> None:
-        """`depth` documents are recalled for each text; `prefix` is put before it; the rest as in ClassifyConfig."""
+    A document's label is its `label_field` where it has one; in mode labels else its text.
+    """
+
+    index: Index
+    mode: Literal["labels", "votes"]
+    depth: int
+    """Documents that are recalled for each text: in mode labels those whose labels are ranked, in mode votes voters."""
+    label_field: str = "label"
+    temperature: float = 0.05
+
+    def label(self, vectors: Vectors) -> list[list[Prediction]]:
+        """The ranked labels of each of some query vectors, float32 (N, D), best first.
+
+        Raises:
+            InputError: vectors that the index does not take, or in mode votes a document without the label field.
+        """
+        if not len(vectors):
+            return []
+        return [self._rank(candidates) for candidates in index_recall(self.index)(vectors, self.depth)]
+
+    @property
+    def label_column(self) -> str:
+        """The column that labels come from."""
+        return self.label_field if self.label_field in self.index.table.schema.names else "text"
+
+    def _rank(self, candidates: Sequence[Candidate]) -> list[Prediction]:
+        neighbours = [(self._label_of(item), item.score) for item in candidates]
+        return rank_labels(neighbours) if self.mode == "labels" else count_votes(neighbours, self.temperature)
+
+    def _label_of(self, item: Candidate) -> str:
+        label = item.metadata.get(self.label_field)
+        if label is not None:
+            return str(label)
+        if self.mode == "labels":
+            return item.text
+        raise InputError(
+            f"document {item.id!r} of the index has no {self.label_field!r}, so it cannot vote; encode a corpus "
+            f"with a column {self.label_field!r}, name another label_field, or set mode to labels"
+        )
+
+
+class IndexLabeller:
+    """Labels by retrieval: encodes texts, and labels their vectors."""
+
+    def __init__(self, engine: ForwardEngine, labeller: VectorLabeller, prefix: str) -> None:
+        """`prefix` is put before each text."""
         self._engine = engine
-        self._index = index
-        self._recall = index_recall(index)
-        self._mode = mode
-        self._depth = depth
-        self._label_field = label_field
-        self._temperature = temperature
+        self._labeller = labeller
         self._prefix = prefix
 
     @property
     def figures(self) -> dict[str, Any]:
-        return {"index_version": self._index.version}
+        return {"index_version": self._labeller.index.version}
 
     def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
         """Raises InputError: a document without the label field in mode votes."""
-        recalled = self._recall(self._engine.encode(texts, self._prefix), self._depth)
-        return [self._rank(candidates) for candidates in recalled]
+        return self._labeller.label(self._engine.encode(texts, self._prefix))
 
     def count_missing(self, label_counts: Mapping[str, int]) -> int:
-        # Either side may write a path with ## or as it is shown.
-        wanted = {form for label in label_counts for form in (label, shown(label), label.replace(",", "##"))}
-        column = self._label_field if self._label_field in self._index.table.schema.names else "text"
-        present = {shown(label) for label in find_documents(self._index, column, wanted, "id")}
-        return _count_absent(label_counts, present)
-
-    def _rank(self, candidates: Sequence[Candidate]) -> list[Prediction]:
-        neighbours = [(shown(self._label_of(item)), item.score) for item in candidates]
-        return (
-            rank_labels(neighbours) if self._mode == "labels" else count_votes(neighbours, self._temperature)
-        )
-
-    def _label_of(self, item: Candidate) -> str:
-        label = item.metadata.get(self._label_field)
-        if label is not None:
-            return str(label)
-        if self._mode == "labels":
-            return item.text
-        raise InputError(
-            f"document {item.id!r} of the index has no {self._label_field!r}, so it cannot vote; encode a corpus "
-            f"with a column {self._label_field!r}, name another label_field, or set mode to labels"
+        column = self._labeller.label_column
+        return _count_absent(
+            label_counts, set(find_documents(self._labeller.index, column, set(label_counts), "id"))
         )
 
 
@@ -112,19 +125,29 @@ class ClassifierLabeller:
         return {"fingerprint": self._engine.fingerprint}
 
     def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
-        ranked, probabilities = self._engine.classify(texts, self._depth)
-        return [
-            [Prediction(shown(label), score) for label, score in zip(labels, scores, strict=True)]
-            for labels, scores in zip(ranked, probabilities.tolist(), strict=True)
-        ]
+        return label_logits(self._engine.labels, self._engine.logits(texts), self._depth)
 
     def count_missing(self, label_counts: Mapping[str, int]) -> int:
-        return _count_absent(label_counts, {shown(label) for label in self._engine.labels})
+        return _count_absent(label_counts, set(self._engine.labels))
 
 
-def shown(label: str) -> str:
-    """A label path as people read it: `A##B` is `A,B`."""
-    return label.replace("##", ",")
+def label_logits(labels: Sequence[str], logits: NDArray[np.float32], depth: int) -> list[list[Prediction]]:
+    """The first `depth` of a classifier's C labels by falling probability, from its logits (N, C).
+
+    Raises:
+        InputError: a logit that is infinite or no number, which has no probability.
+    """
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"the classifier gives text number {bad[0]} the logits {logits[bad[0]][:5].tolist()}, which have no "
+            "probabilities; compute in float32, or check the weights"
+        )
+    names, probabilities = rank_classes(labels, logits, depth)
+    return [
+        [Prediction(label, score) for label, score in zip(row, scores, strict=True)]
+        for row, scores in zip(names, probabilities.tolist(), strict=True)
+    ]
 
 
 def rank_labels(neighbours: Sequence[tuple[str, float]]) -> list[Prediction]:
@@ -158,4 +181,4 @@ def count_votes(neighbours: Sequence[tuple[str, float]], temperature: float) -> 
 
 
 def _count_absent(label_counts: Mapping[str, int], present: set[str]) -> int:
-    return sum(count for label, count in label_counts.items() if shown(label) not in present)
+    return sum(count for label, count in label_counts.items() if label not in present)

@@ -52,6 +52,21 @@ def render_evaluation(result: Mapping[str, Any]) -> str:
     return f"{_records(rows)}\n\n{render_result(rest)}"
 
 
+def render_tuning(result: Mapping[str, Any]) -> str:
+    """The curve of weights, the one that was taken marked, and the rest as names and values."""
+    best, highest = result["weight"], max(point["mrr@10"] for point in result["curve"])
+    rows = [
+        {
+            "": "→" if point["weight"] == best else "",
+            **point,
+            "of the best": "▏" if not highest else "█" * round(40 * point["mrr@10"] / highest),
+        }
+        for point in result["curve"]
+    ]
+    rest = {name: value for name, value in result.items() if name != "curve"}
+    return f"{_records(rows)}\n\n{render_result(rest)}"
+
+
 def render_versions(result: Mapping[str, Any]) -> str:
     """A line a version, the newest last and marked; `index list --json` has the rest."""
     rows = [

@@ -1,4 +1,4 @@
-"""The config of `raytower evaluate`."""
+"""Configs of `raytower evaluate` and `raytower tune-fusion`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from raytower.data.config import QueriesConfig
-from raytower.retrieval.config import BatchConfig, RetrieverConfig
+from raytower.retrieval.config import BatchConfig, RerankConfig, RetrieverConfig
 
 
 class EvaluateConfig(RetrieverConfig, BatchConfig):
@@ -29,3 +29,29 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
     def model_post_init(self, context: Any) -> None:
         if min(self.k) < 1 or len(set(self.k)) != len(self.k):
             raise ValueError(f"k is {self.k}; cut-offs must be 1 or more, each given once")
+
+
+class DevQueriesConfig(QueriesConfig):
+    """Judged queries to tune on, which are never the ones that are evaluated."""
+
+    split: str = "dev"
+    """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have no splits."""
+
+
+class TuneFusionConfig(RerankConfig, BatchConfig):
+    """`raytower tune-fusion`."""
+
+    reranker: str
+    """Cross-encoder directory, in whose raytower.json the fusion is stored."""
+    index: str
+    """The index: a folder or a URI."""
+    queries: DevQueriesConfig
+    """Judged queries to tune on; never those that are evaluated later."""
+    encoder: str | None = None
+    """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
+    recall_k: int = Field(default=100, ge=1)
+    """Documents that the first stage recalls for each query; all of them are reranked."""
+    query_prefix: str | None = None
+    """Put before each query when it is encoded; null is the encoder's own."""
+    store: bool = True
+    """Whether the fusion is stored with the reranker; false only shows it."""

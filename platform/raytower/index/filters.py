@@ -456,11 +456,11 @@ def _timestamp(value: object, kind: pa.DataType) -> str | int:
     seconds = (moment - _EPOCH) // datetime.timedelta(seconds=1)
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
         return -1 if seconds < 0 else 1  # no column holds what no calendar of four digits has
-    digits, fraction = UNIT_DIGITS[kind.unit], (match["fraction"] or "").ljust(9, "0")
-    part = _part_of(fraction, kind)
-    utc = moment.astimezone(datetime.UTC).replace(tzinfo=None).isoformat(timespec="seconds")
-    side = _side(seconds * 10**digits + part, pa.int64())
-    return side or f"CAST('{utc}.{fraction}{'Z' if kind.tz else ''}' AS TIMESTAMP({digits}))"
+    count = seconds * 10 ** UNIT_DIGITS[kind.unit] + _part_of(match["fraction"], kind)
+    # A count with the column's own zone: a text would become a time without one, which is read as that zone's.
+    zone = "None" if kind.tz is None else f'Some("{kind.tz}")'.replace("'", "''")
+    literal = f"arrow_cast({_integer(count, pa.int64())}, 'Timestamp({_UNIT_NAMES[kind.unit]}, {zone})')"
+    return _side(count, pa.int64()) or literal
 
 
 def _time(value: object, kind: pa.DataType) -> str:
@@ -478,7 +478,8 @@ def _duration(value: object, kind: pa.DataType) -> str | int:
         raise _Misfit('it takes an ISO 8601 duration in seconds such as "PT3723.5S"')
     count = int(match[2]) * 10 ** UNIT_DIGITS[kind.unit] + _part_of(match[3], kind)
     count = -count if match[1] else count
-    return _side(count, pa.int64()) or f"arrow_cast({count}, 'Duration({_UNIT_NAMES[kind.unit]})')"
+    literal = f"arrow_cast({_integer(count, pa.int64())}, 'Duration({_UNIT_NAMES[kind.unit]})')"
+    return _side(count, pa.int64()) or literal
 
 
 def _part_of(fraction: str | None, kind: pa.DataType) -> int:

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack, overload
 
 from numpy.typing import NDArray
 
+from raytower.data.unseen import is_unseen
 from raytower.errors import FormatError, InputError
 from raytower.index.reader import Filter, Index
 from raytower.library.inputs import Unpicklable, count_of, name_of, texts_of, vectors_of
@@ -117,7 +118,7 @@ class SearchIndex(Unpicklable):
         k, recall_k = count_of(k, "k"), count_of(recall_k, "recall_k")
         texts = texts_of(queries, "queries")
         for place, text in enumerate(texts):
-            if not text.strip():
+            if is_unseen(text):
                 raise InputError(f"queries[{place}] is {text!r}, which is blank; give a text to search for")
         scorer = self._reranker(rerank)
         retriever = Retriever(

@@ -110,21 +110,32 @@ class ClassifierEngine(LogitsEngine[TextClassifier]):
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 (N, C), in the order of `labels`; each row sums to 1."""
-        logits_NC = self.logits(texts)
-        powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-        return cast("NDArray[np.float32]", powers_NC / powers_NC.sum(axis=1, keepdims=True))
+        return softmax(self.logits(texts))
 
     def classify(
         self, texts: Sequence[str], top_k: int | None = None
     ) -> tuple[list[list[str]], NDArray[np.float32]]:
-        """The labels of each text by falling probability, and those probabilities, float32 (N, K).
+        """The labels of each text by falling probability, and those probabilities; see `rank_classes`."""
+        return rank_classes(self.labels, self.logits(texts), top_k)
 
-        Labels of equal probability keep the order of `labels`. K is `top_k`, or C where that is less or None.
-        """
-        probabilities_NC = self.probabilities(texts)
-        order_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :top_k]
-        labels = [[self.labels[place] for place in row] for row in order_NK.tolist()]
-        return labels, np.take_along_axis(probabilities_NC, order_NK, axis=1)
+
+def softmax(logits_NC: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities (N, C) of logits (N, C); each row sums to 1."""
+    powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+    return cast("NDArray[np.float32]", powers_NC / powers_NC.sum(axis=1, keepdims=True))
+
+
+def rank_classes(
+    labels: Sequence[str], logits_NC: NDArray[np.float32], top_k: int | None = None
+) -> tuple[list[list[str]], NDArray[np.float32]]:
+    """The C labels by falling probability for each row of logits (N, C), and those probabilities, float32 (N, K).
+
+    Labels of equal probability keep the order of `labels`. K is `top_k`, or C where that is less or None.
+    """
+    probabilities_NC = softmax(logits_NC)
+    order_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :top_k]
+    ranked = [[labels[place] for place in row] for row in order_NK.tolist()]
+    return ranked, np.take_along_axis(probabilities_NC, order_NK, axis=1)
 
 
 def _labels_of(config: PretrainedConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField
+from raytower.data.unseen import is_unseen
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
 
 # The order of the shared keys, which stand behind a command's own.
@@ -114,5 +115,5 @@ class SearchConfig(RetrieverConfig):
     """A condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text."""
 
     def model_post_init(self, context: Any) -> None:
-        if not self.query.strip():
-            raise ValueError("the query is empty; give a text to search for")
+        if is_unseen(self.query):
+            raise ValueError(f"the query is {self.query!r}, which shows nothing; give a text to search for")

@@ -13,22 +13,26 @@ from raytower.errors import InputError
 from raytower.metrics import MRR_DEPTH, reciprocal_rank
 from raytower.models.directory import INFO_NAME
 from raytower.models.fusion import Fusion
+from raytower.progress import Progress
 from raytower.retrieval.retriever import Retriever
 from raytower.storage import Location
 
 # Divided, not summed up, so that each of 0, 0.05 … 1 is the float nearest to what is written.
 WEIGHTS = tuple(step / 20 for step in range(21))
-_QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedFusion:
-    """A tuned fusion and MRR@10 on the queries it was tuned on: recall alone, reranker alone, both fused."""
+    """A tuned fusion and MRR@10 on the queries it was tuned on: recall alone, reranker alone, both fused.
+
+    `curve` has the MRR@10 at each of `WEIGHTS`.
+    """
 
     fusion: Fusion
     recall_mrr: float
     rerank_mrr: float
     fused_mrr: float
+    curve: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +61,11 @@ def tune_fusion(
     Raises:
         InputError: there are no candidates, or the three differ in length.
     """
-    padded = _pad(recall_scores, rerank_logits, relevance)
+    return _best(*_curve(_pad(recall_scores, rerank_logits, relevance)))
+
+
+def _curve(padded: _Padded) -> tuple[Fusion, tuple[float, ...]]:
+    """A fusion by the scales of some candidates, and its MRR@10 at each of `WEIGHTS`."""
     recall, rerank = padded.recall[padded.exists], padded.rerank[padded.exists]
     base = Fusion(
         weight=0.0,
@@ -66,10 +74,13 @@ def tune_fusion(
         rerank_mean=float(rerank.mean()),
         rerank_std=_deviation(rerank),
     )
-    # max() keeps the first of equal values, so the smallest weight. Without rounding, a sum's order would break ties.
-    return max(
-        (replace(base, weight=weight) for weight in WEIGHTS), key=lambda item: round(_mrr(item, padded), 12)
-    )
+    return base, tuple(_mrr(replace(base, weight=weight), padded) for weight in WEIGHTS)
+
+
+def _best(base: Fusion, curve: Sequence[float]) -> Fusion:
+    # index() finds the first of equal values, so the smallest weight. Without rounding, a sum's order would break ties.
+    values = [round(value, 12) for value in curve]
+    return replace(base, weight=WEIGHTS[values.index(max(values))])
 
 
 def fused_mrr(
@@ -83,7 +94,11 @@ def fused_mrr(
 
 
 def tune_on_queries(
-    retriever: Retriever, queries: Sequence[str], relevant: Sequence[Mapping[str, float]], recall_k: int = 100
+    retriever: Retriever,
+    queries: Sequence[str],
+    relevant: Sequence[Mapping[str, float]],
+    recall_k: int = 100,
+    queries_at_once: int = 256,
 ) -> TunedFusion:
     """Recall and rerank `queries` with `retriever` (its own fusion is ignored) and tune on the candidates.
 
@@ -92,24 +107,28 @@ def tune_on_queries(
         queries: dev queries, never the ones that are evaluated later.
         relevant: judgement by document id, for each query.
         recall_k: documents that are recalled for each query; all of them are reranked.
+        queries_at_once: queries that are encoded, searched and reranked together.
     """
     recall_scores: list[ArrayLike] = []
     logits: list[ArrayLike] = []
     relevance: list[ArrayLike] = []
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        batch = list(queries[start : start + _QUERIES_AT_ONCE])
+    progress = Progress("reranked", "queries", len(queries))
+    for start in range(0, len(queries), queries_at_once):
+        batch = list(queries[start : start + queries_at_once])
         candidates = retriever.recall(retriever.encode(batch), recall_k)
         logits.extend(retriever.score(batch, candidates))
         for items, judged in zip(candidates, relevant[start : start + len(batch)], strict=True):
             recall_scores.append([item.score for item in items])
             relevance.append([judged.get(item.id, 0.0) for item in items])
-    found = recall_scores, logits, relevance
-    fusion = tune_fusion(*found)
+        progress.advance(len(batch))
+    base, curve = _curve(_pad(recall_scores, logits, relevance))
+    fusion = _best(base, curve)
     return TunedFusion(
         fusion=fusion,
-        recall_mrr=fused_mrr(replace(fusion, weight=0.0), *found),
-        rerank_mrr=fused_mrr(replace(fusion, weight=1.0), *found),
-        fused_mrr=fused_mrr(fusion, *found),
+        recall_mrr=curve[0],
+        rerank_mrr=curve[-1],
+        fused_mrr=curve[WEIGHTS.index(fusion.weight)],
+        curve=curve,
     )
 
 
@@ -117,15 +136,27 @@ def store_fusion(reranker: str | Location, tuned: Fusion | TunedFusion) -> None:
     """Store a fusion in the raytower.json of a reranker directory, under `fusion`; the file is replaced atomically.
 
     Raises:
-        InputError: the directory has no raytower.json.
+        InputError: there is no such directory.
     """
-    place = Location.of(reranker) / INFO_NAME
-    info = place.read_json()
+    folder = check_stores_fusion(reranker)
+    place = folder / INFO_NAME
+    info = place.read_json() if place.is_file() else {}
     fusion = tuned.fusion if isinstance(tuned, TunedFusion) else tuned
     info["fusion"] = fusion.to_dict()
     if isinstance(tuned, TunedFusion):
         info["fusion_tuning"] = {key: value for key, value in tuned.to_dict().items() if key != "fusion"}
     place.write_json(info)
+
+
+def check_stores_fusion(reranker: str | Location) -> Location:
+    """The directory of a reranker, which can store a fusion. Raises InputError for a hub id, which cannot."""
+    folder = Location.of(reranker)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"reranker {str(reranker)!r} is no directory with a config.json, in which its fusion could be stored; copy "
+            "a hub model into a directory first"
+        )
+    return folder
 
 
 def _mrr(fusion: Fusion, padded: _Padded) -> float:

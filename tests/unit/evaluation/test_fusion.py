@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from raytower.errors import FormatError, InputError
 from raytower.models.fusion import Fusion
+from raytower.retrieval.load import choose_fusion
 from raytower.retrieval.retriever import Retriever
 from raytower.retrieval.tune_fusion import WEIGHTS, fused_mrr, store_fusion, tune_fusion, tune_on_queries
 from tests.support.evaluation_fakes import ListIndex, TableScorer, WordEncoder
@@ -139,14 +140,34 @@ def test_tuning_on_queries_and_storing(tmp_path: Path) -> None:
     assert (tuned.recall_mrr, tuned.rerank_mrr, tuned.fused_mrr) == (0.75, 0.75, 1.0)
     assert 0 < tuned.fusion.weight < 1
 
+    (tmp_path / "config.json").touch()
     (tmp_path / "raytower.json").write_text(json.dumps({"fingerprint": "f", "max_length": 64}))
     store_fusion(str(tmp_path), tuned)
     info = json.loads((tmp_path / "raytower.json").read_text())
     assert Fusion.from_dict(info["fusion"]) == tuned.fusion
-    assert info["fusion_tuning"] == {"recall_mrr": 0.75, "rerank_mrr": 0.75, "fused_mrr": 1.0}
+    figures = {"recall_mrr": 0.75, "rerank_mrr": 0.75, "fused_mrr": 1.0, "curve": list(tuned.curve)}
+    assert info["fusion_tuning"] == figures
+    assert len(tuned.curve) == len(WEIGHTS)
+    assert (tuned.curve[0], tuned.curve[-1], max(tuned.curve)) == (0.75, 0.75, 1.0)
     assert (info["fingerprint"], info["max_length"]) == ("f", 64)
-    with pytest.raises(InputError, match="no file"):
+    (tmp_path / "raytower.json").unlink()  # as a directory from elsewhere
+    store_fusion(str(tmp_path), tuned.fusion)
+    assert json.loads((tmp_path / "raytower.json").read_text()) == {"fusion": tuned.fusion.to_dict()}
+    with pytest.raises(InputError, match="copy a hub model into a directory first"):
         store_fusion(str(tmp_path / "nowhere"), tuned)
+
+
+def test_one_rule_decides_the_fusion() -> None:
+    stored = Fusion(weight=0.3, recall_mean=0.5, rerank_std=2.0)
+    assert choose_fusion("r", stored, None) is stored
+    assert choose_fusion("r", stored, 0.7) == Fusion(weight=0.7, recall_mean=0.5, rerank_std=2.0)
+    assert choose_fusion("r", None, None) is None
+    assert choose_fusion("r", None, 1) is None
+    assert choose_fusion(None, None, None) is None
+    with pytest.raises(InputError, match=r"reranker 'r' stores no fusion.*`raytower tune-fusion`"):
+        choose_fusion("r", None, 0.5)
+    with pytest.raises(InputError, match="there is no reranker"):
+        choose_fusion(None, None, 1)
 
 
 def test_tuning_does_not_follow_the_fusion_already_there() -> None:

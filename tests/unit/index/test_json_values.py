@@ -59,7 +59,7 @@ CASES: dict[str, tuple[pa.DataType, list[Any], list[Any]]] = {
         ["2024-01-31T20:00:00.123456789+08:00"],
     ),
     "west": (pa.timestamp("ms", "-03:30"), [NOON * 1000 + 500], ["2024-01-31T08:30:00.5-03:30"]),
-    "long_ago": (pa.timestamp("s", "Asia/Shanghai"), [-3_000_000_000], ["1874-12-08T02:40:00Z"]),
+    "long_ago": (pa.timestamp("s", "Asia/Shanghai"), [-3_000_000_000], ["1874-12-07T18:40:00Z"]),
     "span": (pa.duration("us"), [3_723_500_000, -1, 0], ["PT3723.5S", "-PT0.000001S", "PT0S"]),
     "words": (pa.list_(pa.string()), [["a", "b"], ["a"]], [["a", "b"], ["a"]]),
     "days": (pa.list_(pa.date32()), [[datetime.date(2024, 1, 31)]], [["2024-01-31"]]),
@@ -88,9 +88,9 @@ def test_what_is_shown_is_json_and_finds_its_row_again(name: str, tmp_path: Path
         condition = to_sql({name: json.loads(json.dumps(value))}, dataset.schema)
         found = dataset.to_table(filter=condition, with_row_id=True, columns=[])["_rowid"].to_pylist()
         assert found == [row], (value, condition)
-    several = to_sql({name: {"$in": [shown[0], None]}}, dataset.schema) if name != "object" else "true"
     if not isinstance(shown[0], (list, dict)):
-        assert dataset.count_rows(filter=several) == 2
+        either = to_sql({name: {"$in": [shown[0], None]}}, dataset.schema)
+        assert dataset.count_rows(filter=either) == 2
 
 
 def test_a_categorical_column_is_compared_by_its_values(tmp_path: Path) -> None:
