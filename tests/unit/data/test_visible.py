@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytower.data.visible import INVISIBLE, shows_nothing
+from raytower.data.unseen import INVISIBLE
+from raytower.data.visible import shows_nothing
 from tests.support.data_files import quarantined, read, write, write_jsonl
 
 _NAMED = "\u200b\u200c\u200d\u2060\ufeff"
