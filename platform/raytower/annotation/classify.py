@@ -13,13 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from raytower.annotation.config import ClassifyConfig
-from raytower.annotation.labellers import (
-    ClassifierLabeller,
-    IndexLabeller,
-    Labeller,
-    Prediction,
-    VectorLabeller,
-)
+from raytower.annotation.labellers import ClassifierLabeller, IndexLabeller, Labeller
+from raytower.annotation.labels import Prediction
 from raytower.annotation.rows_in import row_batches, survey_rows
 from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.index.reader import Index
@@ -134,14 +129,15 @@ def _load_labeller(config: ClassifyConfig) -> Labeller:
     assert config.encoder is not None
     assert config.index is not None
     engine = load_engine(config.encoder, config)
-    labeller = VectorLabeller(
-        index=Index.open(config.index, encoder_fingerprint=engine.fingerprint),
+    return IndexLabeller(
+        engine,
+        Index.open(config.index, encoder_fingerprint=engine.fingerprint),
         mode=config.mode,
         depth=_depth(config),
         label_field=config.label_field,
         temperature=config.temperature,
+        prefix=own_or(config.query_prefix, engine.encoder, "query"),
     )
-    return IndexLabeller(engine, labeller, own_or(config.query_prefix, engine.encoder, "query"))
 
 
 def _depth(config: ClassifyConfig) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
+from raytower.models.class_ranks import rank_classes, softmax
 from raytower.models.directory import load_tokenizer, read_info, resolve_model
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
@@ -117,25 +118,6 @@ class ClassifierEngine(LogitsEngine[TextClassifier]):
     ) -> tuple[list[list[str]], NDArray[np.float32]]:
         """The labels of each text by falling probability, and those probabilities; see `rank_classes`."""
         return rank_classes(self.labels, self.logits(texts), top_k)
-
-
-def softmax(logits_NC: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities (N, C) of logits (N, C); each row sums to 1."""
-    powers_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-    return cast("NDArray[np.float32]", powers_NC / powers_NC.sum(axis=1, keepdims=True))
-
-
-def rank_classes(
-    labels: Sequence[str], logits_NC: NDArray[np.float32], top_k: int | None = None
-) -> tuple[list[list[str]], NDArray[np.float32]]:
-    """The C labels by falling probability for each row of logits (N, C), and those probabilities, float32 (N, K).
-
-    Labels of equal probability keep the order of `labels`. K is `top_k`, or C where that is less or None.
-    """
-    probabilities_NC = softmax(logits_NC)
-    order_NK = np.argsort(-probabilities_NC, axis=1, kind="stable")[:, :top_k]
-    ranked = [[labels[place] for place in row] for row in order_NK.tolist()]
-    return ranked, np.take_along_axis(probabilities_NC, order_NK, axis=1)
 
 
 def _labels_of(config: PretrainedConfig) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def load_reranker(name: str, config: RerankConfig) -> CrossScorer:
     return CrossScorer(CrossEncoder.load(name), **settings, directory=graph_directory(name, config.engine))
 
 
-def choose_fusion(reranker: str | None, stored: Fusion | None, weight: float | None) -> Fusion | None:
+def fusion_of(reranker: str | None, stored: Fusion | None, weight: float | None) -> Fusion | None:
     """How recall scores and rerank logits are mixed; the one rule of search, evaluate and serve.
 
     Args:
@@ -61,9 +61,14 @@ def choose_fusion(reranker: str | None, stored: Fusion | None, weight: float | N
     if weight == 1:
         return None
     raise InputError(
+<<<<<<< HEAD
         f"fusion_weight is {weight}, but reranker {reranker!r} stores no fusion, so the scales of recall and rerank "
         "scores are unknown; tune one on dev queries with `raytower tune-fusion`, or set fusion_weight to null (rerank "
         "scores alone)"
+=======
+        f"fusion_weight is {weight}, but reranker {reranker!r} stores no fusion, so the scales of recall and "
+        "rerank scores are unknown; tune one on dev queries, or set fusion_weight to null (rerank scores alone)"
+>>>>>>> main
     )
 
 
@@ -71,10 +76,10 @@ def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig)
     """Encoder, index and, if the config names one, a reranker, put together as a job's config says.
 
     Raises:
-        InputError: a fusion weight that cannot be used (see `choose_fusion`).
+        InputError: a fusion weight that cannot be used (see `fusion_of`).
     """
     scorer = None if config.reranker is None else load_reranker(config.reranker, config)
-    fusion = choose_fusion(config.reranker, scorer.fusion if scorer else None, config.fusion_weight)
+    fusion = fusion_of(config.reranker, scorer.fusion if scorer else None, config.fusion_weight)
     prefix = own_or(config.query_prefix, engine.encoder, "query")
     return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raytower.errors import FormatError, InputError
 from raytower.models.fusion import Fusion
-from raytower.retrieval.load import choose_fusion
+from raytower.retrieval.load import fusion_of
 from raytower.retrieval.retriever import Retriever
 from raytower.retrieval.tune_fusion import WEIGHTS, fused_mrr, store_fusion, tune_fusion, tune_on_queries
 from tests.support.evaluation_fakes import ListIndex, TableScorer, WordEncoder
@@ -159,15 +159,15 @@ def test_tuning_on_queries_and_storing(tmp_path: Path) -> None:
 
 def test_one_rule_decides_the_fusion() -> None:
     stored = Fusion(weight=0.3, recall_mean=0.5, rerank_std=2.0)
-    assert choose_fusion("r", stored, None) is stored
-    assert choose_fusion("r", stored, 0.7) == Fusion(weight=0.7, recall_mean=0.5, rerank_std=2.0)
-    assert choose_fusion("r", None, None) is None
-    assert choose_fusion("r", None, 1) is None
-    assert choose_fusion(None, None, None) is None
+    assert fusion_of("r", stored, None) is stored
+    assert fusion_of("r", stored, 0.7) == Fusion(weight=0.7, recall_mean=0.5, rerank_std=2.0)
+    assert fusion_of("r", None, None) is None
+    assert fusion_of("r", None, 1) is None
+    assert fusion_of(None, None, None) is None
     with pytest.raises(InputError, match=r"reranker 'r' stores no fusion.*`raytower tune-fusion`"):
-        choose_fusion("r", None, 0.5)
+        fusion_of("r", None, 0.5)
     with pytest.raises(InputError, match="there is no reranker"):
-        choose_fusion(None, None, 1)
+        fusion_of(None, None, 1)
 
 
 def test_tuning_does_not_follow_the_fusion_already_there() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from raytower.annotation.classify import classify, plan_classify
 from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityConfig
 from raytower.annotation.cosines import pair_cosines
-from raytower.annotation.labellers import VectorLabeller, count_votes, label_logits, rank_labels
+from raytower.annotation.labels import count_votes, label_logits, rank_labels
 from raytower.annotation.mine import mine, plan_mine
 from raytower.annotation.similarity import measure_scores, plan_similarity, similarity
 from raytower.cli.tables import render_tuning
@@ -30,7 +30,6 @@ from raytower.evaluation.evaluate import evaluate, plan_evaluate
 from raytower.evaluation.tuning import plan_tune_fusion, tune_fusion_on_dev
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
-from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
@@ -576,18 +575,7 @@ def test_a_comma_in_a_label_parts_nothing(world: World, tmp_path: Path) -> None:
     assert (result["accuracy"], result["labels_missing"]) == (0.5, 1)
 
 
-def test_a_server_labels_vectors_and_logits_as_the_command_does(world: World, tmp_path: Path) -> None:
-    texts = [TEXTS[0], "tiger lemons"]
-    _, lines = _classify(
-        world, tmp_path, [(text, "x") for text in texts], mode="votes", k=7, file_type="jsonl"
-    )
-    labeller = VectorLabeller(index=Index.open(world.index), mode="votes", depth=7)
-    found = labeller.label(world.encode(texts))
-    assert [[[item.label, item.score] for item in ranked] for ranked in found] == [
-        [[label, pytest.approx(score, abs=1e-5)] for label, score in json.loads(line)["labels"]]
-        for line in lines
-    ]
-    assert labeller.label(np.empty((0, 32), np.float32)) == []
+def test_labels_of_logits_by_hand() -> None:
     logits = np.log(np.array([[1, 3, 4], [2, 1, 1]], np.float32))
     ranked = label_logits(["A##B", "A,B", "C"], logits, 2)
     assert [[item.label for item in row] for row in ranked] == [["C", "A,B"], ["A##B", "A,B"]]

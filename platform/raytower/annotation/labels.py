@@ -1,0 +1,93 @@
+"""How the labels of recalled documents, or a classifier's logits, become the labels of a text. No torch.
+
+A label is what the data says, and is compared as it stands. A path in a tree has its levels parted by `##`, which stays
+in every result; what shows labels to people may write `A##B` as it likes. `A,B` is another label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytower.errors import InputError
+from raytower.models.class_ranks import rank_classes
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A label, with its score: the cosine of the nearest label text, its share of the votes, or its probability."""
+
+    label: str
+    score: float
+
+
+def rank_labels(neighbours: Sequence[tuple[str, float]]) -> list[Prediction]:
+    """Labels by their nearest text; a label with several texts (descriptions) counts once, by its best one.
+
+    Args:
+        neighbours: label and score of each recalled document, best first.
+    """
+    best: dict[str, float] = {}
+    for label, score in neighbours:
+        best.setdefault(label, score)
+    return [Prediction(label, score) for label, score in best.items()]
+
+
+def count_votes(neighbours: Sequence[tuple[str, float]], temperature: float) -> list[Prediction]:
+    """Labels by their share of the votes, which sum to 1; of equal shares the label with the nearest text leads.
+
+    Args:
+        neighbours: label and score of each recalled document, best first.
+        temperature: a vote weighs exp(score / temperature).
+    """
+    if not neighbours:
+        return []
+    scores = np.array([score for _, score in neighbours], dtype=np.float64)
+    weights = np.exp((scores - scores.max()) / temperature)
+    shares: dict[str, float] = {}
+    for (label, _), weight in zip(neighbours, (weights / weights.sum()).tolist(), strict=True):
+        shares[label] = shares.get(label, 0.0) + weight
+    # sorted() is stable and the labels stand in the order of their nearest text.
+    return [Prediction(label, share) for label, share in sorted(shares.items(), key=lambda item: -item[1])]
+
+
+def label_logits(labels: Sequence[str], logits: NDArray[np.float32], depth: int) -> list[list[Prediction]]:
+    """The first `depth` of a classifier's C labels by falling probability, from its logits (N, C).
+
+    Raises:
+        InputError: a logit that is infinite or no number, which has no probability.
+    """
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"the classifier gives text number {bad[0]} the logits {logits[bad[0]][:5].tolist()}, which have no "
+            "probabilities; compute in float32, or check the weights"
+        )
+    names, probabilities = rank_classes(labels, logits, depth)
+    return [
+        [Prediction(label, score) for label, score in zip(row, scores, strict=True)]
+        for row, scores in zip(names, probabilities.tolist(), strict=True)
+    ]
+
+
+def label_of(
+    id: str, text: str, metadata: Mapping[str, Any], label_field: str, mode: Literal["labels", "votes"]
+) -> str:
+    """A document's label: its `label_field` where it has one; in mode labels else its text.
+
+    Raises:
+        InputError: a document without the label field in mode votes.
+    """
+    label = metadata.get(label_field)
+    if label is not None:
+        return str(label)
+    if mode == "labels":
+        return text
+    raise InputError(
+        f"document {id!r} of the index has no {label_field!r}, so it cannot vote; encode a corpus "
+        f"with a column {label_field!r}, name another label_field, or set mode to labels"
+    )
