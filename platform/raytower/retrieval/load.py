@@ -61,14 +61,9 @@ def fusion_of(reranker: str | None, stored: Fusion | None, weight: float | None)
     if weight == 1:
         return None
     raise InputError(
-<<<<<<< HEAD
         f"fusion_weight is {weight}, but reranker {reranker!r} stores no fusion, so the scales of recall and rerank "
         "scores are unknown; tune one on dev queries with `raytower tune-fusion`, or set fusion_weight to null (rerank "
         "scores alone)"
-=======
-        f"fusion_weight is {weight}, but reranker {reranker!r} stores no fusion, so the scales of recall and "
-        "rerank scores are unknown; tune one on dev queries, or set fusion_weight to null (rerank scores alone)"
->>>>>>> main
     )
 
 
