@@ -26,6 +26,7 @@ import pyarrow as pa
 
 # What a second holds of a unit, as a power of ten.
 UNIT_DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def json_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -38,9 +39,9 @@ def json_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     return list(column.to_pylist()) if convert is None else convert(column)
 
 
-def json_rows(table: pa.Table) -> list[dict[str, Any]]:
+def json_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """The rows of a table as JSON objects."""
-    columns = {name: json_values(table[name]) for name in table.column_names}
+    columns = {name: json_values(table[name]) for name in table.schema.names}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -76,17 +77,15 @@ def _timestamp(count: int, unit: str, zone: datetime.tzinfo | None) -> str:
         return _short(str(np.datetime64(count, unit)))
     per_second = 10 ** UNIT_DIGITS[unit]
     try:
-        moment = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(
-            seconds=count // per_second
-        )
+        moment = _EPOCH + datetime.timedelta(seconds=count // per_second)
         offset = moment.astimezone(zone).utcoffset() or datetime.timedelta()
-    except (OverflowError, ValueError):  # a year that no calendar of four digits has
-        offset = datetime.timedelta(seconds=1)
-    seconds = int(offset.total_seconds())
+        seconds = int(offset.total_seconds())
+        local = _short(str(np.datetime64(count + seconds * per_second, unit)))
+    except (OverflowError, ValueError):  # beyond the calendar of Python, or of this unit
+        seconds = 1
     if seconds % 60:  # ISO 8601 has no offset of seconds, as local mean times have
         return _short(str(np.datetime64(count, unit))) + "Z"
     sign, minutes = "-" if seconds < 0 else "+", abs(seconds) // 60
-    local = _short(str(np.datetime64(count + seconds * per_second, unit)))
     return f"{local}{sign}{minutes // 60:02}:{minutes % 60:02}"
 
 

@@ -150,8 +150,7 @@ class DocumentTable:
 
     def documents(self, rows: Rows) -> list[Document]:
         """The documents of `rows` (n,), in their order; their metadata as `json_values` writes it."""
-        values = json_rows(self.take(rows, self.schema.names))
-        return [Document(value.pop(ID), value.pop(TEXT), value) for value in values]
+        return documents_of(self.take(rows, self.schema.names))
 
     def vectors(self, rows: Rows, *, unit: bool) -> NDArray[np.float32]:
         """The vectors (N, D) of some rows, of unit length where asked."""
@@ -392,6 +391,11 @@ class DocumentTable:
                 older_than=timedelta(0), error_if_tagged_old_versions=False
             )
         return int(removed.bytes_removed)
+
+
+def documents_of(table: pa.Table | pa.RecordBatch) -> list[Document]:
+    """Rows with a column `id`, perhaps `text` (else it is empty), and others: the metadata, as `json_values` has it."""
+    return [Document(row.pop(ID), row.pop(TEXT, None) or "", row) for row in json_rows(table)]
 
 
 def table_schema(documents: pa.Schema, dim: int, dtype: ExactDtype) -> pa.Schema:
