@@ -168,7 +168,8 @@ def _explain(error: Exception) -> int:
     if isinstance(cause, RaytowerError):
         print(f"raytower: {escapes.lines(str(cause))}", file=sys.stderr)
     else:
-        traceback.print_exception(error)
+        # Lines of the traceback may quote a document.
+        print(escapes.lines("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     kept = OUTPUT.keep()
     if kept is not None:
         print(f"raytower: what Ray and its workers wrote is in {kept}", file=sys.stderr)

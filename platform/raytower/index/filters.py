@@ -42,8 +42,9 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -101,26 +102,30 @@ def to_sql(value: object, schema: pa.Schema, limits: FilterLimits | None = None)
 
 
 def _check_size(value: object, limits: FilterLimits) -> None:
-    """Raises InputError where a filter has too many conditions or members; what is nested too deep is the parser's."""
+    """Raises InputError where a filter has too many conditions or members; what is nested too deep is the parser's.
+
+    Counting ends at the limit: every part that waits to be looked at holds a condition, or is wrong.
+    """
     conditions = members = 0
     waiting: list[tuple[object, int]] = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
-        if isinstance(item, dict) and depth <= 2 * limits.depth + 1:
-            for key, inner in item.items():
-                if key in ("$and", "$or") and isinstance(inner, list):
-                    waiting += [(member, depth + 1) for member in inner]
-                elif isinstance(inner, dict):
-                    waiting.append((inner, depth + 1))
-                else:
-                    conditions += 1
-                    members += len(inner) if isinstance(inner, list) else 0
-    for name, number, limit, remedy in (
-        ("conditions", conditions, limits.conditions, "use $in, or fewer"),
-        ("members in its lists", members, limits.members, "give fewer"),
-    ):
-        if number > limit:
-            raise InputError(f"the filter has {number:,} {name}; at most {limit:,} are taken: {remedy}")
+        for key, inner in item.items() if isinstance(item, dict) and depth <= 2 * limits.depth + 1 else ():
+            if key in ("$and", "$or") and isinstance(inner, list):
+                _check_number("conditions", conditions + len(waiting) + len(inner), limits.conditions)
+                waiting += [(member, depth + 1) for member in inner]
+            elif isinstance(inner, dict):
+                waiting.append((inner, depth + 1))
+            else:
+                conditions += 1
+                members += len(inner) if isinstance(inner, list) else 0
+        _check_number("conditions", conditions + len(waiting), limits.conditions)
+        _check_number("members in its lists", members, limits.members)
+
+
+def _check_number(what: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise InputError(f"the filter has {number:,} {what} or more; at most {limit:,} are taken: give fewer")
 
 
 # What DataFusion's arrow_cast calls the types of a list's members.
@@ -230,11 +235,10 @@ class _Parser:
                 raise InputError(
                     f"{where} is {_shown(literal)}; to match any of several values write {{'$in': [...]}}"
                 )
-            return _membership(column, path, operator == "$ne", {where: literal})
+            return _membership(column, path, operator == "$ne", [literal], where)
         if not isinstance(literal, list):
             raise InputError(f"{where} is {_shown(literal)}; it takes a list of values")
-        values = {f"{where}[{number}]": value for number, value in enumerate(literal)}
-        return _membership(column, path, operator == "$nin", values)
+        return _membership(column, path, operator == "$nin", literal, where, is_listed=True)
 
 
 def _member(fields: Iterable[pa.Field], name: str, path: str = "") -> tuple[pa.Field, str] | None:
@@ -285,9 +289,21 @@ def _ordering(column: pa.Field, path: str, operator: str, value: object, where: 
     return f"{path} {_ORDERS[operator]} {literal}"
 
 
-def _membership(column: pa.Field, path: str, negated: bool, values: Mapping[str, object]) -> str:
-    """Whether one of some values, each with its place in the filter, is the column's."""
-    literals = [_literal(column, value, where) for where, value in values.items() if value is not None]
+def _membership(
+    column: pa.Field,
+    path: str,
+    negated: bool,
+    values: Sequence[object],
+    where: str,
+    *,
+    is_listed: bool = False,
+) -> str:
+    """Whether one of some values is the column's; they stand at `where`, in a list there or alone."""
+    literals = [
+        _literal(column, value, where, number if is_listed else None)
+        for number, value in enumerate(values)
+        if value is not None
+    ]
     asks_null = len(literals) < len(values)
     if asks_null and not literals:
         return f"{path} IS {'NOT ' if negated else ''}NULL"
@@ -315,17 +331,20 @@ def _is_list(kind: pa.DataType) -> bool:
 # Literals
 
 
+_Parse = Callable[[object, pa.DataType], str | int]
+
+
 class _Misfit(Exception):
     """A literal does not fit its column; the message says what does."""
 
 
-def _literal(column: pa.Field, value: object, where: str) -> str | int:
-    """SQL, or the side on which a value lies beyond the range of the column's type: -1 below, 1 above."""
-    # A list's literals are compared with its members.
-    kind = column.type.value_type if _is_list(column.type) else column.type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    parse = next((parse for is_kind, parse in _PARSERS if is_kind(kind)), None)
-    if parse is None:
+def _literal(column: pa.Field, value: object, where: str, number: int | None = None) -> str | int:
+    """SQL, or the side on which a value lies beyond the range of the column's type: -1 below, 1 above.
+
+    `number` is the value's in a list at `where`.
+    """
+    parser = _parser_of(column.type)
+    if parser is None:
         raise InputError(
             f"{where}: column {column.name!r} ({column.type}) cannot be compared with anything; a filter can only ask "
             "whether it is null"
@@ -335,11 +354,22 @@ def _literal(column: pa.Field, value: object, where: str) -> str | int:
             raise _Misfit("NaN and infinity are no JSON numbers; to ask for missing values write null")
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise _Misfit(f"integers have at most {_MAX_BITS} bits")
+        parse, kind = parser
         return parse(value, kind)
     except _Misfit as misfit:
+        place = where if number is None else f"{where}[{number}]"
         raise InputError(
-            f"{where}: column {column.name!r} ({column.type}) cannot be compared with {_shown(value)}: {misfit}"
+            f"{place}: column {column.name!r} ({column.type}) cannot be compared with {_shown(value)}: {misfit}"
         ) from misfit
+
+
+@lru_cache(maxsize=256)
+def _parser_of(kind: pa.DataType) -> tuple[_Parse, pa.DataType] | None:
+    """What reads a literal for a column of this type, and the type that it is compared with; a list's members'."""
+    kind = kind.value_type if _is_list(kind) else kind
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    parse = next((parse for is_kind, parse in _PARSERS if is_kind(kind)), None)
+    return None if parse is None else (parse, kind)
 
 
 def _boolean(value: object, kind: pa.DataType) -> str:
@@ -497,7 +527,7 @@ def _moment(text: str) -> datetime.datetime:
         raise _Misfit(f"there is no such date or time: {error}") from error
 
 
-_PARSERS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[object, pa.DataType], str | int]], ...] = (
+_PARSERS: tuple[tuple[Callable[[pa.DataType], bool], _Parse], ...] = (
     (pa.types.is_boolean, _boolean),
     (pa.types.is_integer, _integer),
     (pa.types.is_floating, _float),

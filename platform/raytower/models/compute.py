@@ -8,12 +8,13 @@ from typing import Literal
 from raytower.errors import InputError
 
 Engine = Literal["torch", "onnx"]
+ENGINES: tuple[Engine, ...] = ("torch", "onnx")
 EngineChoice = Literal["torch", "onnx", "auto"]
 """auto takes the faster of those that compute in the precision asked for."""
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 EngineDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
-DTYPES: dict[Engine, tuple[str, ...]] = {
+DTYPES: dict[str, tuple[str, ...]] = {
     "torch": ("float32", "bfloat16", "float16"),
     "onnx": ("float32", "int8"),
 }
@@ -39,7 +40,7 @@ def check_compute(engine: str, dtype: str) -> None:
 
 def engines_of(dtype: str) -> list[Engine]:
     """The engines that compute in `dtype`."""
-    return [name for name, dtypes in DTYPES.items() if dtype in dtypes]
+    return [engine for engine in ENGINES if dtype in DTYPES[engine]]
 
 
 def check_max_length(max_length: int, positions: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 
 from raytower import cli, escapes
 from raytower.cli.tables import render_result, render_versions
+from raytower.commands import COMMANDS, find_reference
 from raytower.progress import log
 from raytower.retrieval.search import render_search
 
@@ -55,6 +58,51 @@ def test_tables_show_no_control_characters(plain: None) -> None:
     shown = render_result({evil: evil, "rows": [{"id": evil, evil: 1}], "list": [evil]})
     assert all(line.isprintable() for line in shown.splitlines())
     assert shown.count(r"\x1b\n\u202e") == 5
+
+
+def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) -> None:
+    """Each renderer of the commands, given control characters wherever a result holds a text."""
+    evil = "\x1b]0;owned\x07"
+    point = {"weight": 0.0, "mrr@10": 0.5}
+    results = {
+        "raytower.retrieval.search:render_search": {
+            "index_version": evil,
+            "results": [{"rank": 1, "score": 0.5, "id": evil, "text": evil}],
+        },
+        "raytower.cli.tables:render_versions": {
+            "current": "000001",
+            "versions": [{**VERSION, "operation": evil, "kind": evil}],
+        },
+        "raytower.cli.tables:render_evaluation": {
+            "intervals": {"mrr@10": [0.1, 0.2]},
+            "mrr@10": 0.15,
+            "recall_stage": None,
+            "output": evil,
+        },
+        "raytower.cli.tables:render_tuning": {"weight": 0.0, "curve": [point], "reranker": evil},
+    }
+    assert results.keys() == {command.render for command in COMMANDS.values() if command.render}
+    for name, result in results.items():
+        shown = find_reference(name)(result)
+        assert all(line.isprintable() for line in shown.splitlines()), name
+        assert r"\x1b]0;owned\x07" in shown, name
+
+
+def test_a_terminal_that_lacks_a_character_is_shown_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    terminal = io.TextIOWrapper(raw, encoding="gbk")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cli._show("a policy 🚗 保险")
+    cli._show_json({"text": "🚗 保险"})
+    first, second = raw.getvalue().decode("gbk").splitlines()
+    assert first == r"a policy \U0001f697 保险"
+    assert json.loads(second) == {"text": "🚗 保险"}
+
+
+def test_a_traceback_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._explain(ValueError("a document: \x1b[2J")) == 1
+    said = capsys.readouterr().err
+    assert said == "ValueError: a document: \\x1b[2J\n"
 
 
 def test_log_lines_show_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

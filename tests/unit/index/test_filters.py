@@ -320,17 +320,21 @@ class TestRefusals:
             to_sql(deep, schema, limits)
         to_sql(deep["$not"], schema, limits)
         wide = {"$or": [{"lang": "a"}, {"year": {"$gt": 1, "$lt": 9}}, {"metadata": {"lang": "a", "n": 1}}]}
-        with pytest.raises(InputError, match="the filter has 5 conditions; at most 4 are taken"):
+        with pytest.raises(InputError, match="the filter has 5 conditions or more; at most 4 are taken"):
             to_sql(wide, schema, limits)
         to_sql({"$or": wide["$or"][:2]}, schema, limits)
         lists = {"year": {"$in": [1, 2, 3]}, "small": {"$in": [4, 5, 6]}}
-        with pytest.raises(InputError, match="the filter has 6 members in its lists; at most 5 are taken"):
+        with pytest.raises(
+            InputError, match="the filter has 6 members in its lists or more; at most 5 are taken"
+        ):
             to_sql(lists, schema, limits)
         to_sql({"year": {"$in": [1, 2, 3]}}, schema, limits)
 
     def test_a_bomb_is_refused_before_it_is_looked_at(self, index: Index) -> None:
-        """381,300 conditions, what a body of 4 MiB holds, cost a count of them and nothing more."""
-        with pytest.raises(InputError, match="the filter has 381,300 conditions; at most 256 are taken"):
+        """381,300 conditions are what a body of 4 MiB holds."""
+        with pytest.raises(
+            InputError, match="the filter has 381,300 conditions or more; at most 256 are taken"
+        ):
             to_sql({"$or": [{"no such column": 1}] * 381_300}, index.table.schema)
         bottomless: dict[str, Any] = {}
         bottomless["$not"] = bottomless
