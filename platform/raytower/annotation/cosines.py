@@ -26,11 +26,12 @@ def pair_cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArr
             f"vectors of shape {left.shape} and {right.shape}; pairs need two of one shape (N, D)"
         )
     for side, vectors in (("first", left), ("second", right)):
-        finite = np.isfinite(vectors).all(axis=1)
-        usable = finite & vectors.any(axis=1)
-        if not usable.all():
-            bad = int(np.flatnonzero(~usable)[0])
-            what = "is zero" if finite[bad] else "holds NaN or infinity"
+        # NaN where a vector holds it, infinity where it holds that.
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        unusable = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+        if len(unusable):
+            bad = int(unusable[0])
+            what = "is zero" if lengths[bad] == 0 else "holds NaN or infinity"
             raise InputError(
                 f"pairs[{bad}]: the vector of its {side} text {what}, which has no cosine; check the text, and the "
                 "encoder that made it"

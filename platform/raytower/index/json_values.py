@@ -74,19 +74,24 @@ def _timestamps(column: pa.Array) -> list[str | None]:
 
 def _timestamp(count: int, unit: str, zone: datetime.tzinfo | None) -> str:
     if zone is None:
-        return _short(str(np.datetime64(count, unit)))
+        return _text_of(count, unit)
     per_second = 10 ** UNIT_DIGITS[unit]
     try:
         moment = _EPOCH + datetime.timedelta(seconds=count // per_second)
         offset = moment.astimezone(zone).utcoffset() or datetime.timedelta()
         seconds = int(offset.total_seconds())
-        local = _short(str(np.datetime64(count + seconds * per_second, unit)))
+        local = _text_of(count + seconds * per_second, unit)
     except (OverflowError, ValueError):  # beyond the calendar of Python, or of this unit
         seconds = 1
     if seconds % 60:  # ISO 8601 has no offset of seconds, as local mean times have
-        return _short(str(np.datetime64(count, unit))) + "Z"
+        return _text_of(count, unit) + "Z"
     sign, minutes = "-" if seconds < 0 else "+", abs(seconds) // 60
     return f"{local}{sign}{minutes // 60:02}:{minutes % 60:02}"
+
+
+def _text_of(count: int, unit: Any) -> str:
+    """The time that lies so many units behind 1970, in any year."""
+    return _short(str(np.datetime64(count, unit)))
 
 
 def _durations(column: pa.Array) -> list[str | None]:
