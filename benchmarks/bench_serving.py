@@ -13,9 +13,9 @@ time, in turns:
     empty     an ingress of Ray Serve that does nothing
     ours      `raytower serve`, by uvicorn or by Ray Serve
 
-`closed` asks with 1 and 16 clients, each its next question when the last is answered. `overload` first measures capacity
-with 16 clients, then sends three times as much at fixed times, whatever comes back. `bulk` asks searches while a rerank
-of 1,000 documents and embeddings of 256 long texts run again and again.
+`closed` asks with 1 and 16 clients, each its next question when the last is answered. `overload` first measures
+capacity with 16 clients, then sends three times as much at fixed times, whatever comes back. `bulk` asks searches while
+a rerank of 1,000 documents and embeddings of 256 long texts run again and again.
 """
 
 from __future__ import annotations
@@ -122,7 +122,10 @@ def run_fastapi(folder: Path, port: int, rerank: bool) -> None:
     def search(body: Query) -> dict[str, Any]:
         vector = encoder.encode([body.query], normalize_embeddings=True, show_progress_bar=False)
         scores, places = index.search(vector, body.recall_k if reranker else body.k)
-        hits = [{"text": texts[place], "score": float(score)} for place, score in zip(places[0], scores[0])]
+        hits = [
+            {"text": texts[place], "score": float(score)}
+            for place, score in zip(places[0], scores[0], strict=True)
+        ]
         if reranker is not None:
             logits = reranker.predict([(body.query, hit["text"]) for hit in hits], show_progress_bar=False)
             hits = [hits[place] for place in (-logits).argsort()[: body.k]]
