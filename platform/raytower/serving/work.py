@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from raytower.serving.schemas import OutOfTimeError, OverloadedError
+from raytower.serving.errors import OutOfTimeError, OverloadedError
 
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
