@@ -46,7 +46,7 @@ LONGEST = 100
 
 
 class DummyEngine:
-    """Vectors are (3, 4, 12) / 13; logits and token counts are the texts' lengths; longer texts than LONGEST are cut."""
+    """Vectors are (3, 4, 12) / 13; logits and token counts are the texts' lengths; texts beyond LONGEST are cut."""
 
     def __init__(self) -> None:
         self.ready = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
 import time
@@ -72,7 +73,7 @@ class Application:
         self._parts = parts
         self._doorkeeper = Doorkeeper(parts.config, keys)
         self.routes = (*_work_routes(), *_open_routes(parts), *_admin_routes())
-        self._description = dump(describe(self.routes, parts.config.limits, bool(keys)))
+        self._has_keys = bool(keys)
         openapi = Route(method="GET", path="/openapi.json", handler=self._openapi)
         self._router = Router((*self.routes, openapi))
         self._http: AsgiApp = self._serve
@@ -100,6 +101,10 @@ class Application:
     async def _openapi(self, exchange: Exchange) -> HttpAnswer:
         """This document."""
         return HttpAnswer(self._description)
+
+    @functools.cached_property
+    def _description(self) -> bytes:
+        return dump(describe(self.routes, self._parts.config.limits, self._has_keys))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.monotonic()

@@ -68,7 +68,7 @@ def _has_zlib_head(body: bytes) -> bool:
 
 
 def check_content_type(content_type: str) -> None:
-    """Raises UnsupportedError unless it is JSON in UTF-8, which no page of another site may send without being asked."""
+    """Raises UnsupportedError unless it is JSON in UTF-8, which no page of another site may just send."""
     kind, _, parameters = content_type.partition(";")
     if not _JSON_TYPE.fullmatch(kind.strip().lower()):
         given = f"is {kind.strip()!r}" if kind.strip() else "is missing"

@@ -176,6 +176,9 @@ class Exchange:
 
     async def watch(self, call: Coroutine[Any, Any, ResultT], deadline: Deadline) -> ResultT:
         """As `ask`, for what is no answer of a collection."""
+        if not deadline.remaining_s():
+            call.close()
+            raise deadline.exceeded()
         task = asyncio.ensure_future(call)
         gone = asyncio.ensure_future(self._disconnected())
         try:
