@@ -140,8 +140,7 @@ def litellm() -> Any:
     [
         ("hosted_vllm", ""),
         ("hosted_vllm", "/v1"),
-        ("infinity", ""),
-        ("infinity", "/v1"),
+        ("infinity", "/infinity"),
         ("jina_ai", "/v1"),
         ("cohere", "/v1/rerank"),
         ("huggingface", ""),
@@ -164,6 +163,14 @@ def test_litellm_rerank(
     assert engine.calls == [RerankCall(query="q", documents=["ab", "abcd"])]
 
 
+def test_litellm_infinity_at_the_root(engine: DummyEngine, url: str, litellm: Any) -> None:
+    """Its documents would have to be bare texts, which others at this path do not take."""
+    found = litellm.rerank(
+        model="infinity/m", query="q", documents=["a"], api_base=url, api_key=KEY, return_documents=False
+    )
+    assert found.results[0]["index"] == 0
+
+
 @pytest.mark.parametrize(
     ("provider", "path"),
     [
@@ -171,13 +178,17 @@ def test_litellm_rerank(
         ("hosted_vllm", ""),
         ("hosted_vllm", "/v1"),
         ("infinity", ""),
-        ("infinity", "/v1"),
+        ("infinity", "/infinity"),
         ("jina_ai", "/v1"),
         ("huggingface", "/embed"),
     ],
 )
 def test_litellm_embedding(engine: DummyEngine, url: str, litellm: Any, provider: str, path: str) -> None:
-    made = litellm.embedding(model=f"{provider}/m", input=["ab", "c"], api_base=url + path, api_key=KEY)
+    # Without its task LiteLLM asks the hub for it.
+    task = {"input_type": "sentence-similarity"} if provider == "huggingface" else {}
+    made = litellm.embedding(
+        model=f"{provider}/m", input=["ab", "c"], api_base=url + path, api_key=KEY, **task
+    )
     assert [item["embedding"] for item in made.data] == [VECTOR, VECTOR]
 
 

@@ -203,7 +203,7 @@ def _work_routes() -> list[Route]:
     kinds: list[tuple[tuple[str, ...], Any, Any, Any]] = [
         (("/v1/search",), search.search, search.SearchRequest, search.SearchResponse),
         (
-            ("/v1/embeddings", "/embeddings"),
+            ("/v1/embeddings", "/embeddings", "/infinity/embeddings"),
             embeddings.embeddings,
             embeddings.EmbeddingsRequest,
             embeddings.EmbeddingsResponse,
@@ -230,6 +230,12 @@ def _work_routes() -> list[Route]:
                 Route(method="POST", path=path, handler=handler, request=request, response=response)
             )
     for path, handler, request, response in (
+        (
+            "/infinity/rerank",
+            rerank.rerank_infinity,
+            rerank.RerankRequest,
+            rerank.RerankResponse | list[rerank.ScoredText],
+        ),
         (
             "/v2/rerank",
             rerank.rerank_v2,

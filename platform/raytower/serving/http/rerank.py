@@ -102,8 +102,9 @@ class RerankedDocument(BaseModel):
 class RerankResult(BaseModel):
     index: int
     relevance_score: float
-    document: RerankedDocument | None = Field(
-        default=None, description="absent unless return_documents asks for it"
+    document: RerankedDocument | str | None = Field(
+        default=None,
+        description="absent unless return_documents asks for it; a bare text below /infinity",
     )
 
 
@@ -125,7 +126,7 @@ class ScoredText(BaseModel):
     text: str | None = None
 
 
-async def rerank(exchange: Exchange, version: str = "1") -> HttpAnswer:
+async def rerank(exchange: Exchange, version: str = "1", bare_texts: bool = False) -> HttpAnswer:
     """Score documents for a query."""
     request = exchange.read(RerankRequest)
     deadline = exchange.deadline(request.timeout_ms)
@@ -144,7 +145,16 @@ async def rerank(exchange: Exchange, version: str = "1") -> HttpAnswer:
     order = np.argsort(-answer.logits, kind="stable")[: request.top_n or len(passages)].tolist()
     if request.texts is not None:
         return json_answer(_tei_rows(request, answer, passages, order), answer)
-    return json_answer(_jina_value(request, answer, passages, order, version), answer)
+    value = _jina_value(request, answer, passages, order)
+    value["meta"] = cohere_meta(answer, version, {"search_units": 1})
+    if bare_texts and request.return_documents:
+        value["results"] = [{**row, "document": row["document"]["text"]} for row in value["results"]]
+    return json_answer(value, answer)
+
+
+async def rerank_infinity(exchange: Exchange) -> HttpAnswer:
+    """Score documents for a query; returned documents are bare texts, as Infinity's clients read them."""
+    return await rerank(exchange, bare_texts=True)
 
 
 async def rerank_v2(exchange: Exchange) -> HttpAnswer:
@@ -160,7 +170,7 @@ def relevance(answer: RerankAnswer) -> list[float]:
 
 
 def _jina_value(
-    request: RerankRequest, answer: RerankAnswer, passages: list[str], order: list[int], version: str
+    request: RerankRequest, answer: RerankAnswer, passages: list[str], order: list[int]
 ) -> dict[str, Any]:
     scores = relevance(answer)
     # Strict clients refuse `document: null`, so the key is left out.
@@ -176,7 +186,6 @@ def _jina_value(
         "id": str(uuid.uuid4()),
         "model": answer.model,
         "results": results,
-        "meta": cohere_meta(answer, version, {"search_units": 1}),
         "usage": usage(answer.counts),
         "index_version": answer.index_version,
         "generation": answer.generation,
