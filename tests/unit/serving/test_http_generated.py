@@ -94,7 +94,7 @@ def test_generated_requests(route: str) -> None:
             told = json.loads(body)["error"]
             assert set(told) == {"message", "type", "code"}
             if is_right and "{" not in path and "/admin/" not in path and "documents" not in path:
-                assert told["message"].startswith(_BEYOND_SCHEMAS), (told, request.body)
+                assert told["message"].startswith(_BEYOND_SCHEMAS), told
 
     run()
     print(route, dict(seen))

@@ -12,8 +12,8 @@ from raytower.serving.http.answers import HttpAnswer, check_finite, json_answer,
 from raytower.serving.http.exchange import Exchange
 from raytower.serving.http.requests import (
     DocumentText,
+    Positive,
     Request,
-    WholeNumber,
     characters_of,
     check_at_most,
     check_count,
@@ -60,9 +60,8 @@ class ClassifyRequest(Request):
     examples: ClassVar = ({"texts": ["my car was stolen"], "top_k": 2},)
 
     texts: Annotated[list[DocumentText], Field(min_length=1, json_schema_extra=_COUNT)]
-    top_k: WholeNumber | None = Field(
+    top_k: Positive | None = Field(
         default=None,
-        ge=1,
         description=f"labels of each text; default {DEFAULT_TOP_K}",
         json_schema_extra=limit(maximum="max_k"),
     )

@@ -27,7 +27,7 @@ from raytower.serving.http.requests import (
     TEXT_SCHEMA,
     ClientRequest,
     DocumentText,
-    WholeNumber,
+    Positive,
     characters_of,
     characters_of_tokens,
     check_count,
@@ -77,9 +77,8 @@ class EmbeddingsRequest(ClientRequest):
         default=None,
         description="default float; base64: the little-endian float32 values of one vector",
     )
-    dimensions: WholeNumber | None = Field(
+    dimensions: Positive | None = Field(
         default=None,
-        ge=1,
         description="keep this many leading components and bring the vector back to length 1; one of those that the "
         "model was trained for, which /v1/models tells",
     )
@@ -194,7 +193,7 @@ class CohereEmbedRequest(ClientRequest):
     embedding_types: list[Literal["float", "base64", "binary", "ubinary"]] | None = Field(
         default=None, description="default float"
     )
-    output_dimension: WholeNumber | None = Field(default=None, ge=1, description="as `dimensions` of OpenAI")
+    output_dimension: Positive | None = Field(default=None, description="as `dimensions` of OpenAI")
     truncate: Literal["NONE", "END"] | None = Field(
         default=None, description="NONE refuses texts that are longer than the model takes; default END"
     )
@@ -289,7 +288,7 @@ class TeiEmbedRequest(ClientRequest):
     prompt_name: StrictStr | None = Field(
         default=None, description="query or document put the model's prefix before each text"
     )
-    dimensions: WholeNumber | None = Field(default=None, ge=1)
+    dimensions: Positive | None = None
 
     def texts(self) -> list[str]:
         return [self.inputs] if isinstance(self.inputs, str) else self.inputs

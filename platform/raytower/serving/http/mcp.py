@@ -17,7 +17,7 @@ from raytower.serving.errors import ApiError
 from raytower.serving.http.answers import HttpAnswer, dump, headers_of, json_answer
 from raytower.serving.http.catalogue import read_document
 from raytower.serving.http.exchange import Exchange
-from raytower.serving.http.requests import QueryText, Request, WholeNumber, read_request, shown
+from raytower.serving.http.requests import Positive, QueryText, Request, read_request, shown
 from raytower.serving.http.search import SearchRequest, hit_value, run_search, search_facts
 
 _HANDSHAKE_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
@@ -40,7 +40,7 @@ class SearchTool(Request):
     """Find documents by meaning. Gives, best first, ids, texts (long ones cut), metadata and scores."""
 
     query: QueryText = Field(description="a question or a few words")
-    k: WholeNumber | None = Field(default=None, ge=1, le=_MOST_RESULTS, description="results; default 10")
+    k: Positive | None = Field(default=None, le=_MOST_RESULTS, description="results; default 10")
     filter: dict[str, Any] | None = Field(
         default=None, description='condition on columns, such as {"year": {"$gte": 2020}}'
     )

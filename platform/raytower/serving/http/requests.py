@@ -34,8 +34,11 @@ def _whole(value: object) -> object:
 
 def _pattern() -> str:
     """A regular expression that finds a character which shows, for schemas."""
-    escaped = "".join(f"\\u{ord(character):04x}" for character in INVISIBLE)
-    return f"[^{escaped}]"
+    codes = sorted(map(ord, INVISIBLE))
+    starts = [code for code in codes if code - 1 not in codes]
+    ends = [code for code in codes if code + 1 not in codes]
+    runs = "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in zip(starts, ends, strict=True))
+    return f"[^{runs}]"
 
 
 def limit(**rules: str) -> dict[str, Any]:
@@ -46,7 +49,9 @@ def limit(**rules: str) -> dict[str, Any]:
 _SHOWS = {"minLength": 1, "pattern": _pattern()}
 TEXT_SCHEMA = {"type": "string", **_SHOWS, **limit(maxLength="max_document_characters")}
 """A document's text, where a schema is written by hand."""
-WholeNumber = Annotated[StrictInt, BeforeValidator(_whole)]
+# Bounds stand inside, beside the type: those around a union with None are kept to, but no schema tells them.
+WholeNumber = Annotated[StrictInt, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[StrictInt, Field(ge=1), BeforeValidator(_whole)]
 QueryText = Annotated[
     StrictStr, Field(json_schema_extra={**_SHOWS, **limit(maxLength="max_query_characters")})
 ]
@@ -54,9 +59,8 @@ DocumentText = Annotated[
     StrictStr, Field(json_schema_extra={**_SHOWS, **limit(maxLength="max_document_characters")})
 ]
 Timeout = Annotated[
-    WholeNumber | None,
+    Positive | None,
     Field(
-        ge=1,
         description="milliseconds from the request's arrival; default: the server's",
         json_schema_extra=limit(maximum="max_timeout_ms"),
     ),

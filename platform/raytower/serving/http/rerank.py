@@ -67,7 +67,7 @@ class RerankRequest(ClientRequest):
         Field(min_length=1, json_schema_extra=limit(maxItems="max_documents")),
     ] = Field(default=None, description="in place of `documents`; the answer is then a bare list")
     model: StrictStr | None = None
-    top_n: WholeNumber | None = Field(default=None, ge=0, description="default, and 0: all documents")
+    top_n: WholeNumber | None = Field(default=None, description="default, and 0: all documents")
     return_documents: StrictBool | None = Field(default=None, description="default false")
     return_text: StrictBool | None = Field(default=None, description="with `texts`; default false")
     raw_scores: StrictBool | None = Field(

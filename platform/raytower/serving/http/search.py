@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import decimal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
@@ -23,9 +23,9 @@ from raytower.serving.http.answers import (
 from raytower.serving.http.bodies import measure_filter
 from raytower.serving.http.exchange import Exchange
 from raytower.serving.http.requests import (
+    Positive,
     QueryText,
     Request,
-    WholeNumber,
     characters_of,
     check_at_most,
     check_text,
@@ -82,15 +82,13 @@ class SearchRequest(Request):
         list[QueryText] | None,
         Field(min_length=1, json_schema_extra=limit(maxItems="max_queries")),
     ] = Field(default=None, description="several queries, answered in this order")
-    k: WholeNumber | None = Field(
+    k: Positive | None = Field(
         default=None,
-        ge=1,
         description=f"results for each query; default {DEFAULT_K}",
         json_schema_extra=limit(maximum="max_k"),
     )
-    recall_k: WholeNumber | None = Field(
+    recall_k: Positive | None = Field(
         default=None,
-        ge=1,
         description=f"candidates to rerank; fewer than k count as k; default {DEFAULT_RECALL_K}",
         json_schema_extra=limit(maximum="max_recall_k"),
     )
@@ -211,7 +209,7 @@ async def search(exchange: Exchange) -> HttpAnswer:
     answer = await run_search(exchange, request, deadline)
     size = sum(len(hit.text) + _HIT_BYTES for hits in answer.hits for hit in hits)
     body = await write(
-        lambda: _pieces(answer, request, exchange.collection, deadline),
+        lambda: _pieces(exchange.collection, answer, deadline, request.fields, explain=bool(request.explain)),
         size,
         int(exchange.config.limits.max_answer_bytes),
     )
@@ -236,13 +234,7 @@ async def run_search(exchange: Exchange, request: SearchRequest, deadline: Deadl
         fields=_fields(request, served),
     )
     answer = await exchange.ask(exchange.engine.search(exchange.collection, call, deadline), deadline)
-    scores = [
-        score
-        for hits in answer.hits
-        for hit in hits
-        for score in (hit.recall_score, hit.score, hit.rerank_score or 0.0)
-    ]
-    check_finite("a score", scores, answer)
+    check_scores(answer)
     return answer
 
 
@@ -265,7 +257,8 @@ def _fields(request: SearchRequest, served: ServedCollection) -> tuple[str, ...]
             raise UnprocessableError(
                 f"fields: there is no column {shown(name)}; there are {', '.join(sorted(known))}"
             )
-    return tuple(dict.fromkeys(request.fields))
+    # The id always comes, so the engine is not asked for it.
+    return tuple(dict.fromkeys(name for name in request.fields if name != "id"))
 
 
 def _check_filter(filter: Mapping[str, Any], limits: Limits) -> None:
@@ -296,14 +289,35 @@ def _exact(value: Any) -> Any:
 # --- the answer -----------------------------------------------------------------------------------------------
 
 
+def render(collection: str, call: SearchCall, answer: SearchAnswer) -> bytes:
+    """An answer's JSON as a caller would get it, to find out whether there is one. Raises NotFiniteError."""
+    check_scores(answer)
+    return b"".join(_pieces(collection, answer, Deadline.after(1), call.fields))
+
+
+def check_scores(answer: SearchAnswer) -> None:
+    """Raises NotFiniteError."""
+    scores = [
+        score
+        for hits in answer.hits
+        for hit in hits
+        for score in (hit.recall_score, hit.score, hit.rerank_score or 0.0)
+    ]
+    check_finite("a score", scores, answer)
+
+
 def _pieces(
-    answer: SearchAnswer, request: SearchRequest, collection: str, deadline: Deadline
+    collection: str,
+    answer: SearchAnswer,
+    deadline: Deadline,
+    fields: Sequence[str] | None,
+    explain: bool = False,
 ) -> Iterator[bytes]:
     """The answer's JSON, one query after the other, so that a thread that writes it lets others in between."""
     yield b'{"results":['
     for number, hits in enumerate(answer.hits):
-        values = [hit_value(hit, request.fields) for hit in hits]
-        if request.explain:
+        values = [hit_value(hit, fields) for hit in hits]
+        if explain:
             for value, hit, rank in zip(values, hits, answer.recall_ranks[number], strict=True):
                 value["explain"] = {"recall_rank": rank, "moved": rank - hit.rank}
         yield b"," if number else b""
@@ -329,7 +343,7 @@ def search_facts(answer: SearchAnswer, collection: str, deadline: Deadline) -> d
     }
 
 
-def hit_value(hit: Hit, fields: list[str] | None = None) -> dict[str, Any]:
+def hit_value(hit: Hit, fields: Sequence[str] | None = None) -> dict[str, Any]:
     """A hit as JSON has it, with the columns that `fields` names."""
     metadata = {
         name: json_value(value) for name, value in hit.metadata.items() if fields is None or name in fields
