@@ -23,11 +23,12 @@ from starlette.testclient import TestClient
 
 from raytower.errors import InputError
 from raytower.retrieval.retriever import Hit
-from raytower.serving.calls import EmbedCall, RerankCall, SearchCall, TokenCounts
-from raytower.serving.errors import OverloadedError
+from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall, TokenCounts
+from raytower.serving.errors import NotFiniteError, OverloadedError
 from raytower.serving.http.answers import json_value
 from raytower.serving.http.application import create_app
 from raytower.serving.http.exchange import RequestRecord
+from raytower.serving.http.search import render
 from raytower.serving.http_config import HttpConfig
 from tests.support.dummy_engine import DummyEngine
 
@@ -221,6 +222,22 @@ def test_what_is_partial_or_less_reranked_is_said(client: TestClient, engine: Du
     body = client.post("/v1/search", json={"query": "a"}).json()
     assert (body["partial"], body["missing_shards"]) == (True, [1, 4])
     assert (body["reranked"], body["reranked_k"]) == (True, 7)
+
+
+def test_an_answer_can_be_rendered_without_a_request() -> None:
+    """As an engine does before a generation is served."""
+    answer = SearchAnswer(
+        generation="g",
+        index_version="v1",
+        hits=[[Hit("d", "a", {"raw": b"a"}, 1.0, None, 1.0, 1)]],
+        timings_ms={},
+        recall_ranks=[[1]],
+    )
+    call = SearchCall(queries=["a"], k=1, recall_k=1, rerank=False)
+    body = json.loads(render("laws", call, answer))
+    assert (body["collection"], body["results"][0][0]["metadata"]) == ("laws", {"raw": "YQ=="})
+    with pytest.raises(NotFiniteError):
+        render("laws", call, replace(answer, hits=[[Hit("d", "a", {}, math.nan, None, 1.0, 1)]]))
 
 
 def test_a_mode_that_the_collection_lacks_is_422_naming_its_modes(client: TestClient) -> None:
