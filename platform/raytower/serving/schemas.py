@@ -12,33 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from raytower.config import ByteSize, Config
-from raytower.errors import RaytowerError
+from raytower.serving.errors import (
+    ApiError as ApiError,
+)
+from raytower.serving.errors import (
+    NotConfiguredError as NotConfiguredError,
+)
+from raytower.serving.errors import (
+    NotFoundError as NotFoundError,
+)
+from raytower.serving.errors import (
+    NotReadyError as NotReadyError,
+)
+from raytower.serving.errors import (
+    OutOfTimeError as OutOfTimeError,
+)
+from raytower.serving.errors import (
+    OverloadedError as OverloadedError,
+)
+from raytower.serving.errors import (
+    TooLargeError,
+    UnprocessableError,
+)
+from raytower.serving.errors import (
+    UnauthorisedError as UnauthorisedError,
+)
+from raytower.serving.http_config import Limits as Limits
 
 DEFAULT_RECALL_K = 100
-
-
-class Limits(Config):
-    """The limits of one request. Longer texts and bodies are answered 413, larger counts 422."""
-
-    max_body_bytes: ByteSize = Field(default=ByteSize(4 * 1024 * 1024), ge=1024)
-    """Bytes of a request's body."""
-    max_query_characters: int = Field(default=8192, ge=1)
-    """Characters of a query."""
-    max_queries: int = Field(default=64, ge=1)
-    """Queries of a request."""
-    max_k: int = Field(default=1000, ge=1)
-    """Hits that may be asked for."""
-    max_recall_k: int = Field(default=1000, ge=1)
-    """Documents that the first stage may be asked to recall."""
-    max_inputs: int = Field(default=256, ge=1)
-    """Texts of an embeddings request."""
-    max_documents: int = Field(default=1000, ge=1)
-    """Documents of a rerank request."""
-    max_document_characters: int = Field(default=65536, ge=1)
-    """Characters of a document."""
-    max_timeout_ms: int = Field(default=60_000, ge=1)
-    """Milliseconds that a request may ask for."""
 
 
 # --- requests -------------------------------------------------------------------------------------------------
@@ -242,51 +243,6 @@ class ErrorResponse(BaseModel):
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
-
-
-class ApiError(RaytowerError):
-    """A failure that the caller is told about, with its HTTP status. The message is safe to show."""
-
-    status = 500
-    type = "server_error"
-    code = "internal_error"
-
-    def __init__(self, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.code = code or self.code
-        self.headers = headers or {}
-
-
-class UnprocessableError(ApiError):
-    status, type, code = 422, "invalid_request_error", "invalid_value"
-
-
-class TooLargeError(ApiError):
-    status, type, code = 413, "invalid_request_error", "too_large"
-
-
-class UnauthorisedError(ApiError):
-    status, type, code = 401, "authentication_error", "invalid_api_key"
-
-
-class NotConfiguredError(ApiError):
-    status, type, code = 404, "invalid_request_error", "not_configured"
-
-
-class NotFoundError(ApiError):
-    status, type, code = 404, "invalid_request_error", "not_found"
-
-
-class OverloadedError(ApiError):
-    status, type, code = 429, "rate_limit_error", "overloaded"
-
-
-class NotReadyError(ApiError):
-    status, type, code = 503, "server_error", "not_ready"
-
-
-class OutOfTimeError(ApiError):
-    status, type, code = 504, "timeout_error", "out_of_time"
 
 
 def error_body(message: str, error_type: str, code: str) -> bytes:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raytower.serving.schemas import OutOfTimeError
+from raytower.serving.errors import OutOfTimeError
 
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
