@@ -25,7 +25,6 @@ from typing import Any
 
 from pydantic import Field
 
-from raytower import escapes
 from raytower.config import Config
 from raytower.errors import InputError
 
@@ -43,6 +42,9 @@ PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _MAX_TEXT = 1000  # characters of a text that are logged
 _MAX_PATH = 200
+_JSON = json.JSONEncoder(
+    ensure_ascii=True, separators=(",", ":")
+)  # `json.dumps` would make one for each line
 
 
 class AccessLogConfig(Config):
@@ -51,7 +53,8 @@ class AccessLogConfig(Config):
     shorthand = "path"
 
     path: str | None = None
-    """File to append to, which all replicas of a machine share; `-` is standard output, null writes none."""
+    """File to append to, which all replicas of a machine share; null writes none. `-` is standard output, which Ray
+    keeps to itself: it is for `server: uvicorn`."""
     log_texts: bool = Field(
         default=False, description=f"Whether queries and texts are logged, {_MAX_TEXT} characters of each."
     )
@@ -245,7 +248,7 @@ def describe(facts: RequestFacts, *, log_texts: bool = False) -> str:
     }
     known = {name: value for name, value in line.items() if value is not None}
     # ASCII alone has no line separators of Unicode and no lone surrogates; DEL is the one control that JSON leaves.
-    return escapes.in_json(json.dumps(known, ensure_ascii=True, separators=(",", ":")))
+    return _JSON.encode(known).replace("\x7f", "\\u007f")
 
 
 class AccessLog:

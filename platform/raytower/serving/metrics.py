@@ -117,6 +117,10 @@ class Metrics:
         """`length` is called whenever metrics are read; it must be quick and must not wait for a lock."""
         self._queue_items.labels(queue, lane).set_function(length)
 
+    def unwatch_queue(self, queue: str, lane: str) -> None:
+        """A queue is gone, with the model behind it, which `length` would keep in memory."""
+        self._queue_items.remove(queue, lane)
+
     def admitted(self, lane: str) -> None:
         """A request was let in."""
         self._admitted.labels(lane).inc()
@@ -127,15 +131,18 @@ class Metrics:
 
     def serves(self, collection: str, *, index_version: str, generation: str, rows: int) -> None:
         """The generation that a collection answers from, from now on."""
-        self.stops_serving(collection)
-        self._served[collection] = (index_version, generation)
-        self._generation.labels(collection, index_version, generation).set(1)
+        former, new = self._served.get(collection), (index_version, generation)
+        self._generation.labels(collection, *new).set(1)
         self._rows.labels(collection).set(rows)
+        self._served[collection] = new
+        # Last, so that whoever reads metrics meanwhile never finds a collection without a generation.
+        if former is not None and former != new:
+            self._generation.remove(collection, *former)
 
     def stops_serving(self, collection: str) -> None:
-        """A collection was taken away, or another generation takes its place."""
-        if collection in self._served:
-            self._generation.remove(collection, *self._served.pop(collection))
+        """A collection was taken away."""
+        if (former := self._served.pop(collection, None)) is not None:
+            self._generation.remove(collection, *former)
             self._rows.remove(collection)
 
     def _define_work(self) -> None:

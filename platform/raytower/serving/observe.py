@@ -38,6 +38,13 @@ class ObserveConfig(Config):
     service_name: str = Field(default="raytower", min_length=1)
     """What spans and errors are known by."""
 
+    def model_post_init(self, context: Any) -> None:
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(
+                f"otlp_endpoint is {self.otlp_endpoint!r}; it must begin with http:// or https://, and the collector "
+                "must take OTLP over HTTP, by default at port 4318"
+            )
+
 
 class Telemetry:
     """What was installed. `record` is an observer of `access_log.RequestLog`; `close` sends what waits."""

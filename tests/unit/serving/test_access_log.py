@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.testclient import TestClient
 
 from raytower.errors import InputError
@@ -94,6 +95,33 @@ def test_facts_and_stages_reach_the_observers(client: TestClient, seen: list[Req
     assert [part.name for part in facts.stages] == ["encode", "recall"]
     assert 0.01 <= facts.stages[0].seconds < facts.seconds < 5
     assert facts.started_ns <= facts.stages[0].started_ns <= facts.stages[0].ended_ns <= facts.ended_ns
+
+
+def test_requests_at_once_keep_their_facts_apart(seen: list[RequestFacts]) -> None:
+    app = RequestLog(make_app(), [seen.append])
+
+    async def run() -> list[str]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            posts = [client.post(f"/v1/c{n}/search", headers={"x-request-id": f"r{n}"}) for n in range(20)]
+            return [answer.json()["id"] for answer in await asyncio.gather(*posts)]
+
+    assert asyncio.run(run()) == [f"r{n}" for n in range(20)]
+    assert {facts.request_id: facts.collection for facts in seen} == {f"r{n}": f"c{n}" for n in range(20)}
+    assert all(len(facts.stages) == 2 for facts in seen)
+
+
+@pytest.mark.parametrize("root_path", ["", "/search"])
+def test_the_route_of_a_router_with_a_prefix_is_whole(seen: list[RequestFacts], root_path: str) -> None:
+    router, app = APIRouter(prefix="/v1"), FastAPI()
+
+    @router.get("/{collection}/documents")
+    async def documents(collection: str) -> str:
+        return collection
+
+    app.include_router(router)
+    client = TestClient(RequestLog(app, [seen.append]), root_path=root_path)
+    assert client.get("/v1/faq/documents").json() == "faq"
+    assert seen[0].route == "/v1/{collection}/documents"
 
 
 def test_a_route_in_a_thread_has_its_requests_facts(client: TestClient, seen: list[RequestFacts]) -> None:

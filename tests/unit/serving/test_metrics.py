@@ -71,7 +71,8 @@ def test_a_swap_replaces_the_generation_and_another_collection_stays() -> None:
     metrics = Metrics("r1")
     metrics.serves("faq", index_version="000001", generation="g1", rows=10)
     metrics.serves("news", index_version="000009", generation="g9", rows=7)
-    metrics.serves("faq", index_version="000002", generation="g2", rows=11)
+    for _ in range(2):
+        metrics.serves("faq", index_version="000002", generation="g2", rows=11)
     text, _ = metrics.render()
     generations = [dict(labels) for name, labels in series(text) if name == "raytower_generation_info"]
     assert sorted(labels["generation"] for labels in generations) == ["g2", "g9"]
@@ -82,6 +83,18 @@ def test_a_swap_replaces_the_generation_and_another_collection_stays() -> None:
         dict(labels)["collection"] for name, labels in series(metrics.render()[0]) if name == "raytower_rows"
     ]
     assert left == ["news"]
+
+
+def test_a_queue_that_is_gone_leaves_nothing_behind() -> None:
+    metrics = Metrics("r1")
+    lengths = iter([3, 7])
+    metrics.watch_queue("reranker", "bulk", lambda: next(lengths))
+    assert value(metrics.render()[0], "raytower_queue_items", queue="reranker", lane="bulk") == 3
+    assert value(metrics.render()[0], "raytower_queue_items", queue="reranker", lane="bulk") == 7
+    metrics.watch_queue("reranker", "bulk", lambda: 9)
+    assert value(metrics.render()[0], "raytower_queue_items", queue="reranker", lane="bulk") == 9
+    metrics.unwatch_queue("reranker", "bulk")
+    assert b"raytower_queue_items{" not in metrics.render()[0]
 
 
 def test_two_metrics_share_nothing() -> None:

@@ -153,6 +153,11 @@ def spans_of(
 OTLP = ObserveConfig(otlp_endpoint="http://127.0.0.1:9")
 
 
+def test_an_endpoint_without_http_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"otlp_endpoint is 'collector:4317'; it must begin with http://"):
+        ObserveConfig(otlp_endpoint="collector:4317")
+
+
 def test_a_request_is_a_span_with_its_stages_inside() -> None:
     spans, trace = spans_of(OTLP, {"x-request-id": "req-7"})
     by_name = {span.name: span for span in spans}
