@@ -199,7 +199,7 @@ def served(server: SearchServer) -> Iterator[SearchServer]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(server.app(), log_level="warning", lifespan="off", timeout_graceful_shutdown=0)
+        config = uvicorn.Config(server.app(), log_level="warning", lifespan="off")
         runner = uvicorn.Server(config)
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

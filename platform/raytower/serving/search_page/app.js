@@ -20,8 +20,9 @@ function collection() {
 
 // Asks once; a failed question is asked again by the next search.
 async function learnCollections() {
+  if (collections !== null) return;
   asking ??= askCollections().finally(() => { asking = null; });
-  if (collections === null) await asking;
+  await asking;
 }
 
 async function askCollections() {
@@ -32,11 +33,12 @@ async function askCollections() {
     // A server without this route still searches.
     if (refusal.status !== 404) throw refusal;
   }
+  const first = collections === null;
+  const chosen = at("collection").value;
   collections = Array.isArray(listed) ? listed : [];
-  const chosen = at("collection").value || wanted.get("collection");
   at("collection").replaceChildren(...collections.map((one) => new Option(one.name, one.name)));
-  at("collection").value = (collections.find((one) => one.name === chosen) ?? collection())?.name ?? "";
-  showControls();
+  if (first) chooseWanted();
+  else chooseCollection(chosen);
 }
 
 function fill(select, values, names) {
@@ -105,11 +107,16 @@ function openAddress() {
   else start(() => {});
 }
 
+// The collection of that name, else the default one.
+function chooseCollection(name) {
+  at("collection").value = name ?? "";
+  at("collection").value = collection()?.name ?? "";
+  showControls();
+}
+
 // The choices of the address among those that the collection offers.
 function chooseWanted() {
-  const named = collections.find((one) => one.name === wanted.get("collection"));
-  at("collection").value = (named ?? collections.find((one) => one.default) ?? collections[0])?.name ?? "";
-  showControls();
+  chooseCollection(wanted.get("collection"));
   at("rerank").checked = wanted.get("rerank") !== "false";
   at("compare").checked = wanted.get("view") === "compare";
   const modes = collection()?.modes ?? [];
@@ -119,6 +126,7 @@ function chooseWanted() {
 function submitOpened() {
   checkFilter();
   if (at(tool).reportValidity()) run();
+  else start(() => {});
 }
 
 // --- requests -----------------------------------------------------------------------------------------------------
@@ -152,10 +160,8 @@ async function start(work, busyWords = "") {
   at("status").textContent = busyWords;
   at("answer").ariaBusy = String(Boolean(busyWords));
   try {
-    const first = collections === null;
     await learnCollections();
     if (mine !== running) return;
-    if (first) chooseWanted();
     const draw = await work(mine.signal);
     if (mine !== running) return;
     at("key-form").hidden = true;
@@ -207,7 +213,7 @@ function showSearch({ query, filter, rerank, answer, recalled }) {
   if (recalled && recalled.index_version !== answer.index_version) notices.push(words.versionsDiffer);
   showNotices(notices);
   const found = hits.length ? words.results(grouped(hits.length)) : filter ? words.nothingFiltered : words.nothing;
-  const parts = [answer.reranked ? `${found}, ${words.reranked}` : rerank ? `${found}, ${words.notReranked}` : found];
+  const parts = [answer.reranked ? words.reranked(found) : rerank ? words.notReranked(found) : found];
   if (answer.timings_ms) {
     parts.push(words.ms(Number(answer.timings_ms.total).toFixed(1)));
     showTimings(answer.timings_ms);

@@ -1,5 +1,7 @@
 // JSON whose numbers keep their digits. JavaScript reads 9007199254740993 as 9007199254740992.
 
+const JSON_NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
+
 class Digits {
   constructor(source) { this.source = source; }
   valueOf() { return Number(this.source); }
@@ -7,6 +9,7 @@ class Digits {
 
 // Whether a number of JSON loses digits as a double. How a fraction is spelled (1.0, 1e-7) may change.
 function isRounded(source) {
+  if (!JSON_NUMBER.test(source)) return false;
   const read = String(Number(source));
   if (/^-?\d+$/.test(source)) return read !== source;
   const significant = (number) => number.replace(/e.*/i, "").replace(/[-.]/g, "").replace(/^0+|0+$/g, "");

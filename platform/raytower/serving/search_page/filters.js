@@ -21,7 +21,6 @@ function showFilterState() {
 }
 
 const NUMBERS = /^(?:u?int|float|double|halffloat|decimal)/;
-const JSON_NUMBER = /^-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?$/;
 
 // What the person typed for a column, as a member of a filter. `type` is Arrow's name of the column's type.
 function literalOf(typed, type) {

@@ -133,23 +133,25 @@ function sideBySide(recalled, answer, terms) {
   return box;
 }
 
-// A bar for each stage, as long as its share of the time, and the rest of the total.
+// One bar, in which each stage takes its share of the time, and the figures below it.
 function showTimings(timings) {
   const stages = STAGES.filter((stage) => timings[stage] !== null && timings[stage] !== undefined)
     .map((stage) => [stage, Number(timings[stage])]);
-  const total = Number(timings.total);
-  const rest = total - stages.reduce((sum, [, time]) => sum + time, 0);
+  const rest = Number(timings.total) - stages.reduce((sum, [, time]) => sum + time, 0);
   if (rest > 0) stages.push(["other", rest]);
-  at("timings").replaceChildren(...stages.map(([stage, time]) => {
-    const pair = element("div", undefined, `stage ${stage}`);
-    const bar = element("span", undefined, "bar");
-    bar.style.width = `${total > 0 ? (100 * time) / total : 0}%`;
-    const track = element("dd", undefined, "track");
-    track.append(bar);
-    track.ariaHidden = "true";
-    pair.append(element("dt", words.stages[stage]), element("dd", words.ms(time.toFixed(1))), track);
-    return pair;
+  const track = element("div", undefined, "track");
+  track.ariaHidden = "true";
+  track.append(...stages.map(([stage, time]) => {
+    const bar = element("span", undefined, `stage ${stage}`);
+    bar.style.flexGrow = time;
+    return bar;
   }));
+  const list = figures(stages.map(([stage, time]) => [words.stages[stage], words.ms(time.toFixed(1))]));
+  stages.forEach(([stage], position) => {
+    const dot = element("span", undefined, `stage dot ${stage}`);
+    list.children[position].firstChild.prepend(dot);
+  });
+  at("timings").replaceChildren(track, list);
   at("timings").hidden = false;
 }
 
@@ -188,7 +190,7 @@ function showAbout(collection) {
   const recall = collection.recall === null || collection.recall === undefined
     ? about.unmeasured : `${about.recall} ${asShown(measuredRecall(collection.recall))}`;
   const parts = [`${about.version} ${collection.index_version}`, `${grouped(collection.rows)} ${about.rows}`, recall,
-    `${collection.kind}, ${collection.metric}, ${collection.dim}`,
+    `${collection.kind}, ${collection.metric}, ${collection.dim} ${about.dimensions}`,
     `${about.encoder} ${collection.encoder?.name ?? "?"}`,
     collection.reranker ? `${about.reranker} ${collection.reranker.name ?? ""}`.trim() : about.noReranker];
   at("about").textContent = parts.join(" · ");
