@@ -101,7 +101,9 @@ class SearchServer:
                 ("POST", "search", self._search),
                 ("POST", "{collection}/search", self._search),
                 ("POST", "similarity", self._similarity),
+                ("POST", "{collection}/similarity", self._similarity),
                 ("POST", "classify", self._classify),
+                ("POST", "{collection}/classify", self._classify),
             )
         ]
         pages = {self.prefix or "/", f"{self.prefix}/"}

@@ -50,7 +50,7 @@ function fill(select, values, names) {
 // Only the controls that do something for this collection.
 function showControls() {
   const one = collection();
-  const modes = one?.modes ?? [], ways = one?.default === false ? [] : one?.classify_modes ?? [];
+  const modes = one?.modes ?? [], ways = one?.classify_modes ?? [];
   const columns = Object.keys(one?.columns ?? {});
   at("collection-row").hidden = (collections?.length ?? 0) < 2;
   fill(at("mode"), modes, words.modes);
@@ -72,14 +72,14 @@ const compares = () => reranks() && at("compare").checked;
 // --- the address --------------------------------------------------------------------------------------------------
 
 function address() {
-  if (tool === "similarity") return new URLSearchParams({ tool, a: at("first").value, b: at("second").value });
-  if (tool === "classify") return new URLSearchParams({ tool, text: at("text").value });
-  const state = new URLSearchParams({ q: at("query").value, k: at("k").value });
   const one = collection();
+  const several = collections?.length > 1 ? { collection: one.name } : {};
+  if (tool === "similarity") return new URLSearchParams({ tool, a: at("first").value, b: at("second").value, ...several });
+  if (tool === "classify") return new URLSearchParams({ tool, text: at("text").value, ...several });
+  const state = new URLSearchParams({ q: at("query").value, k: at("k").value, ...several });
   if (one?.reranker) state.set("rerank", at("rerank").checked);
   if (compares()) state.set("view", "compare");
   if (one?.modes?.length > 1) state.set("mode", at("mode").value);
-  if (collections?.length > 1) state.set("collection", one.name);
   if (at("filter").value.trim()) state.set("filter", at("filter").value.trim());
   return state;
 }
@@ -183,14 +183,15 @@ function run() {
   start(work, tool === "search" ? words.searching : words.working);
 }
 
-const searchPath = (one) => (one && collections.length > 1 ? `v1/${encodeURIComponent(one.name)}/search` : "v1/search");
+// The route of a tool for the chosen collection.
+const route = () => (collections.length > 1 ? `v1/${encodeURIComponent(collection().name)}/${tool}` : `v1/${tool}`);
 
 async function searchWork(signal) {
   const one = collection(), query = at("query").value, filter = filterText();
   const fields = { query, k: at("k").valueAsNumber };
   if (one?.modes?.length > 1) fields.mode = at("mode").value;
   const rerank = reranks(), compare = compares();
-  const path = searchPath(one);
+  const path = route();
   const send = (more) => ask(path, requestText({ ...fields, ...more }, filter), signal);
   const questions = [];
   if (!one) questions.push(send({}));
@@ -227,7 +228,7 @@ function showSearch({ query, filter, rerank, answer, recalled }) {
 }
 
 async function similarityWork(signal) {
-  const answer = await ask("v1/similarity", requestText({ pairs: [[at("first").value, at("second").value]] }), signal);
+  const answer = await ask(route(), requestText({ pairs: [[at("first").value, at("second").value]] }), signal);
   if (!Array.isArray(answer.scores)) throw new Error("scores");
   return () => { showSimilarity(answer); showCut(answer); };
 }
@@ -235,7 +236,7 @@ async function similarityWork(signal) {
 async function classifyWork(signal) {
   const fields = { texts: [at("text").value], top_k: at("top").valueAsNumber };
   if (at("way").value) fields.mode = at("way").value;
-  const answer = await ask("v1/classify", requestText(fields), signal);
+  const answer = await ask(route(), requestText(fields), signal);
   if (!Array.isArray(answer.results?.[0])) throw new Error("results");
   return () => { showLabels(answer); showCut(answer); };
 }
@@ -272,7 +273,11 @@ at("key-form").addEventListener("submit", (event) => {
 });
 for (const id of ["rerank", "mode", "compare"]) at(id).addEventListener("change", searchAgain);
 at("compare").addEventListener("change", () => { if (at("compare").checked && !at("rerank").checked) at("rerank").click(); });
-at("collection").addEventListener("change", () => { showControls(); searchAgain(); });
+at("collection").addEventListener("change", () => {
+  showControls();
+  if (at(`to-${tool}`).hidden) at("to-search").click();
+  else if (at(tool).checkValidity()) at(tool).requestSubmit();
+});
 at("filter").addEventListener("input", () => { checkFilter(); showFilterState(); });
 at("add-condition").addEventListener("click", addCondition);
 at("value").addEventListener("input", () => at("value").setCustomValidity(""));
