@@ -16,10 +16,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from tests.support.search_server import FIRST_NUMBER, SearchServer, make_collection, refusal, served
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chromium is not installed"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium is installed; Debian's package is named chromium"
+    ),
 ]
 WIDE = {"width": 1100, "height": 900}
 PHONE = {"width": 360, "height": 740}
@@ -127,6 +129,7 @@ def test_highlights_are_the_words_of_the_query(open_page: Open) -> None:
     ("query", "text", "marked"),
     [
         ("cars", "A car, two cars and a cartoon", ["car", "cars"]),
+        ("cancel a call", "cancelled calls; called processes", ["cancelled", "calls", "called"]),
         ("to be", "to be or not to be", ["to", "be", "to", "be"]),
         ("the car", "the car", ["car"]),
         ("猫", "一只猫。", ["猫"]),
@@ -266,6 +269,31 @@ def test_conditions_are_joined(
     assert any_page.evaluate(join, [before, column, operator, literal]) == after
 
 
+@pytest.mark.parametrize(
+    ("typed", "type", "literal"),
+    [
+        ("9007199254740993", "uint64", "9007199254740993"),
+        ("-1.50", "decimal128(10, 2)", "-1.5"),
+        ("5", "list<item: int64>", "5"),
+        ("5", "list<element: string not null>", '"5"'),
+        ("5", "string", '"5"'),
+        ("true", "bool", "true"),
+        ("2024-01-31", "date32[day]", '"2024-01-31"'),
+        ("1e3", "double", "1000"),
+    ],
+)
+def test_a_typed_value_takes_its_columns_type(any_page: Page, typed: str, type: str, literal: str) -> None:
+    assert any_page.evaluate("([typed, type]) => written(literalOf(typed, type))", [typed, type]) == literal
+
+
+@pytest.mark.parametrize(
+    ("typed", "type"), [("", "int64"), ("1,5", "double"), ("0x1", "int8"), ("yes", "bool")]
+)
+def test_a_value_of_another_type_is_refused(any_page: Page, typed: str, type: str) -> None:
+    with pytest.raises(Error, match="This column holds"):
+        any_page.evaluate("([typed, type]) => literalOf(typed, type)", [typed, type])
+
+
 def test_a_wrong_filter_is_not_sent(open_page: Open) -> None:
     server = SearchServer()
     page = open_page(server, "/#q=car&filter=%5B1%5D")
@@ -334,6 +362,11 @@ def test_below_a_prefix(open_page: Open, address: str) -> None:
     expect(page.locator("#about")).to_contain_text("v000003")
     search(page, "car")
     assert {asked.path for asked in server.asked} == {"/raytower/v1/collections", "/raytower/v1/search"}
+
+
+def test_an_address_that_starts_with_two_slashes_is_no_other_host(open_page: Open) -> None:
+    page = open_page(SearchServer(prefix="//other"), "//other")
+    expect(page.locator("#about")).to_contain_text("v000003")
 
 
 # --- what the collection offers -------------------------------------------------------------------------------
@@ -556,6 +589,19 @@ def test_a_busy_server_says_when_to_come_again(open_page: Open) -> None:
     page.get_by_role("button", name="Try again").click()
     expect(page.locator("#status")).to_contain_text("10 results")
     expect(page.locator("#error")).to_be_hidden()
+
+
+def test_the_wait_may_be_a_date(any_page: Page) -> None:
+    for header, seconds in (
+        ("7", 7),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("soon", None),
+        ("-3", None),
+        (None, None),
+    ):
+        assert any_page.evaluate("secondsToWait", header) == seconds
+    hour = "secondsToWait(new Date(Date.now() + 3600e3).toUTCString())"
+    assert 3590 <= any_page.evaluate(hour) <= 3600
 
 
 def test_the_servers_own_refusal_is_shown(open_page: Open) -> None:

@@ -8,6 +8,7 @@ let collections = null;  // null: not asked yet, or asked in vain
 let asking = null;       // the question to the server about its collections, while it runs
 let running = null;      // the AbortController of the newest request
 let redraw = () => {};   // shows the newest answer again, after the language changed
+let shownHits = [];
 let wanted = new URLSearchParams();  // the address as it was opened; its choices count once the collections are known
 
 // The collection that is searched. Undefined where the server does not list them.
@@ -203,9 +204,10 @@ async function searchWork(signal) {
   return () => showSearch({ query, filter, rerank, answer, recalled });
 }
 
-// Another index version than the one that the page describes: the description is asked for again.
+// Another index version than the one that the page describes: the description is asked for again. Where that fails, the
+// old one stays.
 function refreshLater(one, answer) {
-  if (one && one.index_version !== answer.index_version) askCollections().catch(() => { collections = null; });
+  if (one && one.index_version !== answer.index_version) askCollections().catch(() => {});
 }
 
 function showSearch({ query, filter, rerank, answer, recalled }) {
@@ -224,6 +226,7 @@ function showSearch({ query, filter, rerank, answer, recalled }) {
   const shown = compare ? sideBySide(recalled, answer, terms)
     : resultList(hits, terms, answer.reranked, (hit) => (answer.reranked ? movedBadge(hit.explain) : ""));
   at("answer").replaceChildren(shown);
+  shownHits = hits;
   offerValues(hits);
 }
 
@@ -284,7 +287,7 @@ at("value").addEventListener("input", () => at("value").setCustomValidity(""));
 at("value").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.isComposing) { event.preventDefault(); addCondition(); }
 });
-at("column").addEventListener("change", () => { at("values").replaceChildren(); redraw(); });
+at("column").addEventListener("change", () => offerValues(shownHits));
 at("clear-filter").addEventListener("click", () => { at("filter").value = ""; checkFilter(); filterChanged(); });
 at("language").addEventListener("click", () => {
   chooseLanguage(language === "zh" ? "en" : "zh");

@@ -12,10 +12,10 @@ const PARTICLES = /[的了吗呢吧啊]/u;
 
 const folded = (word) => word.normalize("NFKC").toLowerCase();
 
-// cars, car → car; policies, policy → policy. Enough to see a match; not a linguist's stem.
+// cars, car → car; policies, policy → policy; cancelled, cancel → cancel. Enough to see a match; not a linguist's stem.
 function stem(word) {
   const singular = folded(word).replace(/ies$/, "y");
-  const short = singular.replace(/(?:ing|ed|es|s|e)$/, "");
+  const short = singular.replace(/(?:ing|ed|es|s|e)$/, "").replace(/(\p{L})\1$/u, "$1");
   return short.length > 2 ? short : singular;
 }
 
