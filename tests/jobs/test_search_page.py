@@ -596,7 +596,6 @@ def test_the_wait_may_be_a_date(any_page: Page) -> None:
         ("7", 7),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
         ("soon", None),
-        ("-3", None),
         (None, None),
     ):
         assert any_page.evaluate("secondsToWait", header) == seconds
@@ -728,18 +727,18 @@ def test_no_barrier_that_axe_finds(open_page: Open, locale: str, screen: dict[st
     )
     context = {"color_scheme": scheme, "locale": locale, "viewport": screen}
     addresses = {
-        "/": "#about",
-        "/#q=insurance+汽车保险&k=12&filter=%7B%7D": ".results mark",
-        "/#q=insurance&view=compare": ".columns",
+        "/#q=insurance+汽车保险&k=4&filter=%7B%7D": ".results mark",
+        "/#q=insurance&k=12&view=compare": ".columns",
         "/#tool=similarity&a=car&b=bus": "meter",
         "/#tool=classify&text=car": ".labels",
     }
+    page = open_page(server, **context)
     for address, ready in addresses.items():
-        page = open_page(server, address, **context)
+        page.goto(server.url + address)
         expect(page.locator(ready).first).to_be_visible()
         _check_barriers(page, address)
     server.key = "s3cret"
-    page = open_page(server, **context)
+    page.reload()
     expect(page.locator("#key")).to_be_visible()
     _check_barriers(page, "asked for a key")
 
