@@ -1,0 +1,125 @@
+"""From what a config names to what is served: one `Generation`, with everything checked that can be without serving."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytower.errors import InputError
+from raytower.index.manifest import IndexManifest
+from raytower.index.reader import check_fingerprint
+from raytower.index.versions import open_manifest, version_place
+from raytower.serving.conductor import Served
+from raytower.serving.config import CollectionConfig
+from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, ModelEntry
+from raytower.storage import Location, absolute_if_local
+
+if TYPE_CHECKING:
+    from raytower.models.fusion import Fusion
+
+
+def serve_of(collection: str, config: CollectionConfig, version: str | None = None) -> Served:
+    """What `generation_of` gives, with the settings that it was made from."""
+    return Served(generation=generation_of(collection, config, version), settings=config.settings())
+
+
+def generation_of(collection: str, config: CollectionConfig, version: str | None = None) -> Generation:
+    """What a collection serves by its config: an index version (None: the newest) and the models beside it.
+
+    Raises:
+        InputError: no such index, version or model; the index names no encoder; a fusion weight without stored fusion.
+        FormatError: another encoder made the index, or a file is damaged.
+    """
+    manifest = open_manifest(config.index, version)
+    encoder_name = _encoder_name(config, manifest)
+    encoder, path = _encoder_entry(encoder_name)
+    check_fingerprint(manifest, encoder.fingerprint, encoder_name)
+    reranker, fusion = _reranker(config)
+    classifier = _classifier_entry(config.classifier) if config.classifier else None
+    return Generation(
+        collection=collection,
+        index=absolute_if_local(config.index),
+        index_version=manifest.version,
+        manifest_sha256=hashlib.sha256(
+            version_place(Location.of(config.index), manifest.version).read_bytes()
+        ).hexdigest(),
+        encoder=encoder,
+        reranker=reranker,
+        classifier=classifier,
+        fusion=FusionEntry(**fusion.to_dict()) if fusion else None,
+        query_prefix=_query_prompt(path) if config.query_prefix is None else config.query_prefix,
+        document_prefix=manifest.prefix,
+        label_field=config.label_field,
+        classify_modes=_classify_modes(config),
+        compute=ComputeEntry(
+            engine=config.engine,
+            dtype=config.dtype,
+            max_length=config.max_length,
+            rerank_max_length=config.rerank_max_length,
+        ),
+    )
+
+
+def _encoder_name(config: CollectionConfig, manifest: IndexManifest) -> str:
+    name = config.encoder or manifest.encoder
+    if not name:
+        raise InputError(
+            f"index {config.index!r} records no encoder; name the one it was made with as `encoder`"
+        )
+    return name
+
+
+def _encoder_entry(name: str) -> tuple[ModelEntry, Path]:
+    from raytower.models.directory import resolve_model  # torch, which checking a config does without
+    from raytower.models.encoder import Encoder, read_encoder_info
+
+    path = resolve_model(name)
+    return _entry(name, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
+
+
+def _classifier_entry(name: str) -> ModelEntry:
+    from raytower.models.directory import read_info, resolve_model
+    from raytower.models.text_classifier import TextClassifier
+
+    path = resolve_model(name)
+    return _entry(name, read_info(path), lambda: TextClassifier.load(path).fingerprint)
+
+
+def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | None]:
+    """The reranker and the fusion of its scores, by the rule of every command."""
+    if config.reranker is None:
+        if config.fusion_weight is not None:
+            raise InputError(
+                f"fusion_weight is {config.fusion_weight}, but there is no reranker; name one, or set it to null"
+            )
+        return None, None
+    from raytower.models.cross_encoder import CrossEncoder
+    from raytower.models.directory import read_info, resolve_model
+    from raytower.models.fusion import Fusion
+    from raytower.retrieval.load import choose_fusion
+
+    path = resolve_model(config.reranker)
+    info = read_info(path)
+    stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
+    entry = _entry(config.reranker, info, lambda: CrossEncoder.load(path).fingerprint)
+    return entry, choose_fusion(config.reranker, stored, config.fusion_weight)
+
+
+def _entry(name: str, info: dict[str, Any], load_fingerprint: Callable[[], str]) -> ModelEntry:
+    """A model that raytower did not write records no fingerprint; it is loaded for it, which takes time."""
+    return ModelEntry(
+        uri=absolute_if_local(name), fingerprint=str(info.get("fingerprint") or load_fingerprint())
+    )
+
+
+def _query_prompt(path: Path) -> str:
+    from raytower.models.directory import read_json_object
+
+    prompts = read_json_object(path / "config_sentence_transformers.json").get("prompts")
+    return str(prompts.get("query", "")) if isinstance(prompts, dict) else ""
+
+
+def _classify_modes(config: CollectionConfig) -> tuple[Any, ...]:
+    return (*(("classifier",) if config.classifier else ()), *config.classify_modes)
