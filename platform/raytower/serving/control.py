@@ -21,6 +21,8 @@ HEARTBEAT_S = 1.0
 ADOPT_S = 1.5
 # Looked at so often: members that are lost, swaps that take too long.
 _TICK_S = 0.25
+# A conductor that has not answered by then is asked again.
+_ANSWER_S = 5.0
 # (collection, its settings, index version or None) → what is to be served. It blocks.
 Resolve = Callable[[str, Mapping[str, Any], str | None], Awaitable[Served]]
 # What a change may name beside a collection's own settings.
@@ -350,7 +352,8 @@ class Member:
         while True:
             try:
                 wait_s = 0.0 if self._preparing else HEARTBEAT_S
-                wanted = await asyncio.wait_for(self._poll(self.report(), wait_s), wait_s + 5)
+                async with asyncio.timeout(wait_s + _ANSWER_S):
+                    wanted = await self._poll(self.report(), wait_s)
                 failures = 0
                 self._follow(wanted)
                 if self._preparing is not None:
