@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from inspect import get_annotations
 from typing import Any, ClassVar, Literal, Self
 
@@ -173,13 +174,19 @@ class ServeConfig(HttpConfig, CollectionConfig):
             raise ValueError("server uvicorn has one process; set replicas to 1 and autoscaling to null")
         return self
 
-    @model_validator(mode="after")
-    def _check_key(self) -> Self:
-        if self.api_key_env is not None and self.security.key_env not in (None, self.api_key_env):
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key(cls, values: Any) -> Any:
+        """`api_key_env` is the short way to say `security.key_env`."""
+        if not isinstance(values, Mapping) or values.get("api_key_env") is None:
+            return values
+        security = values.get("security") or {}
+        given = security if isinstance(security, Mapping) else security.model_dump(exclude_unset=True)
+        if given.get("key_env") not in (None, values["api_key_env"]):
             raise ValueError(
-                f"api_key_env is {self.api_key_env!r} and security.key_env is {self.security.key_env!r}; set one"
+                f"api_key_env is {values['api_key_env']!r} and security.key_env is {given['key_env']!r}; set one"
             )
-        return self
+        return {**values, "api_key_env": None, "security": {**given, "key_env": values["api_key_env"]}}
 
     def served_collections(self) -> dict[str, CollectionConfig]:
         """Every collection's own config, the default one first."""

@@ -25,6 +25,8 @@ _TICK_S = 0.25
 _ANSWER_S = 5.0
 # (collection, its settings, index version or None) → what is to be served. It blocks.
 Resolve = Callable[[str, Mapping[str, Any], str | None], Awaitable[Served]]
+NONE = "none"
+"""What a change says in place of a model to serve without one."""
 # What a change may name beside a collection's own settings.
 _VERSION = "index_version"
 _COLLECTION = "collection"
@@ -33,22 +35,22 @@ _COLLECTION = "collection"
 class Control(Protocol):
     """What operators ask of a server, behind the admin routes. Answers are JSON objects.
 
-    Raises InputError (an unknown collection or key, a generation that cannot be served) and RaytowerError (another swap
-    is under way, or a member refused: it is named, and nothing has changed).
+    Raises InputError (an unknown collection or key, a generation that cannot be served), SwapRefusedError (a member
+    refused: it is named, and nothing has changed) and RaytowerError (another swap is under way).
     """
 
     async def status(self) -> dict[str, Any]:
         """What each collection serves and could return to, the members, and the swap that was last."""
 
-    async def reload(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    async def reload(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Serve a collection by changed settings: `collection`, `index_version`, and any key of `CollectionConfig`.
 
         Keys that are not named stay as they are served. The index moves to `index_version`; without one it moves to its
         newest (also said as `newest`), unless other keys are named and `index` is not.
         """
 
-    async def rollback(self, collection: str | None = None) -> dict[str, Any]:
-        """Serve what the collection served before."""
+    async def rollback(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Serve what a `collection` served before."""
 
 
 class SwapRefusedError(RaytowerError):
@@ -164,8 +166,8 @@ class Conducting:
             },
         }
 
-    async def reload(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        changes = dict(changes)
+    async def reload(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        changes = {key: None if value == NONE else value for key, value in wanted.items()}
         version = changes.pop(_VERSION, None)
         name = self._name(changes.pop(_COLLECTION, None))
         unknown = changes.keys() - CollectionConfig.model_fields.keys()
@@ -180,8 +182,8 @@ class Conducting:
             name, await self._resolve(name, settings, None if version == "newest" else version)
         )
 
-    async def rollback(self, collection: str | None = None) -> dict[str, Any]:
-        name = self._name(collection)
+    async def rollback(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        name = self._name(wanted.get(_COLLECTION))
         previous = self._conductor.previous(name)
         if previous is None:
             raise InputError(f"collection {name!r} has served nothing else before, so it cannot go back")
@@ -282,6 +284,9 @@ class Holder(Protocol):
     async def prepare(self, generation: Generation) -> None:
         """Load it and answer a query with it. Raises what loading raises."""
 
+    def held(self) -> frozenset[str]:
+        """Ids of what could be activated, and of what is."""
+
     def activate(self, generation_id: str) -> None:
         """Serve it from the next request on."""
 
@@ -308,7 +313,6 @@ class Member:
         self._holder = holder
         self._poll = poll
         self._state = State()
-        self._prepared: set[str] = set()
         self._refused: dict[str, Refusal] = {}
         self._heard = -1
         self._preparing: asyncio.Task[None] | None = None
@@ -342,7 +346,7 @@ class Member:
             member=self._name,
             role=self._role,
             state=self._state,
-            prepared=frozenset(self._prepared),
+            prepared=self._holder.held(),
             refused=self._refused,
             heard=self._heard,
         )
@@ -375,18 +379,16 @@ class Member:
         self._activate(wanted)
         if wanted.keep is not None:
             served = {item.generation.id for item in self._state.active.values()}
-            for id in self._prepared - wanted.keep - served:
-                self._prepared.discard(id)
+            for id in self._holder.held() - wanted.keep - served:
                 self._holder.drop(id)
-        missing = [
-            item for item in wanted.prepare if item.id not in self._prepared and item.id not in self._refused
-        ]
+        held = self._holder.held()
+        missing = [item for item in wanted.prepare if item.id not in held and item.id not in self._refused]
         if missing and self._preparing is None:
             self._preparing = asyncio.create_task(self._prepare(missing[0], wanted))
 
     def _activate(self, wanted: Wanted) -> None:
         ids = [item.generation.id for item in wanted.state.active.values()]
-        if wanted.state.epoch > self._state.epoch and set(ids) <= self._prepared:
+        if wanted.state.epoch > self._state.epoch and set(ids) <= self._holder.held():
             for id in ids:
                 self._holder.activate(id)
             self._state = wanted.state
@@ -396,7 +398,6 @@ class Member:
     async def _prepare(self, generation: Generation, wanted: Wanted) -> None:
         try:
             await self._holder.prepare(generation)
-            self._prepared.add(generation.id)
         except asyncio.CancelledError:
             raise
         except Exception as error:

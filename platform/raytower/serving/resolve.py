@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from raytower.errors import InputError
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
-from raytower.index.versions import open_manifest, version_place
+from raytower.index.versions import open_manifest
 from raytower.serving.conductor import Served
 from raytower.serving.config import CollectionConfig
 from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, ModelEntry
-from raytower.storage import Location, absolute_if_local
+from raytower.storage import absolute_if_local
 
 if TYPE_CHECKING:
     from raytower.models.fusion import Fusion
@@ -42,9 +42,7 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         collection=collection,
         index=absolute_if_local(config.index),
         index_version=manifest.version,
-        manifest_sha256=hashlib.sha256(
-            version_place(Location.of(config.index), manifest.version).read_bytes()
-        ).hexdigest(),
+        manifest_sha256=hashlib.sha256(manifest.to_json()).hexdigest(),
         encoder=encoder,
         reranker=reranker,
         classifier=classifier,

@@ -19,7 +19,7 @@ class Holder:
 
     def __init__(self, refused: str = "") -> None:
         self.refused = refused
-        self.held: set[str] = set()
+        self.ids: set[str] = set()
         self.served: list[str] = []
         self.versions: dict[str, str] = {}
 
@@ -27,15 +27,18 @@ class Holder:
         await asyncio.sleep(0)
         if generation.index_version == self.refused:
             raise InputError(f"version {generation.index_version} is damaged")
-        self.held.add(generation.id)
+        self.ids.add(generation.id)
         self.versions[generation.id] = generation.index_version
 
+    def held(self) -> frozenset[str]:
+        return frozenset(self.ids)
+
     def activate(self, generation_id: str) -> None:
-        assert generation_id in self.held
+        assert generation_id in self.ids
         self.served.append(self.versions[generation_id])
 
     def drop(self, generation_id: str) -> None:
-        self.held.remove(generation_id)
+        self.ids.remove(generation_id)
 
 
 class Published:
@@ -104,13 +107,13 @@ def test_a_reload_moves_every_member_and_rollback_brings_them_back() -> None:
         assert (answer["changed"], answer["index_version"]) == (True, "2")
         assert [holder.served for holder in server.holders] == [["1", "2"], ["1", "2"]]
         assert (await server.conducting.reload({}))["changed"] is False
-        answer = await server.conducting.rollback()
+        answer = await server.conducting.rollback({})
         assert answer["index_version"] == "1"
         assert [holder.served for holder in server.holders] == [["1", "2", "1"]] * 2
         with pytest.raises(InputError, match="cannot go back"):
-            await server.conducting.rollback("default")
+            await server.conducting.rollback({"collection": "default"})
         with pytest.raises(InputError, match="no collection 'other'; there are default"):
-            await server.conducting.rollback("other")
+            await server.conducting.rollback({"collection": "other"})
 
     run(lambda: Server(Holder(), Holder()), work)
 
@@ -124,6 +127,8 @@ def test_keys_that_are_not_named_stay_and_so_does_the_version() -> None:
         assert (answer["encoder"], answer["index_version"]) == ("other", "2")
         answer = await server.conducting.reload({"index": "/elsewhere", "index_version": "7"})
         assert server.published.asked[-1] == ({"encoder": "other", "index": "/elsewhere"}, "7")
+        await server.conducting.reload({"encoder": "none"})
+        assert server.published.asked[-1][0]["encoder"] is None
         with pytest.raises(InputError, match="nothing that can be reloaded; known are collection"):
             await server.conducting.reload({"encodr": "x"})
 
@@ -171,10 +176,10 @@ def test_watching_moves_to_what_is_published_and_tries_a_refused_version_once() 
         await until(lambda: len(server.published.asked) > 1)
         server.published.newest = "2"
         await until(lambda: holder.served == ["1", "2"])
-        await server.conducting.rollback()
+        await server.conducting.rollback({})
         server.published.newest = "3"
         await until(lambda: holder.served == ["1", "2", "1", "3"])
-        await server.conducting.rollback()
+        await server.conducting.rollback({})
         asked = len(server.published.asked)
         await until(lambda: len(server.published.asked) > asked + 3)
         assert holder.served[-1] == "1", "what was rolled back from does not come back by itself"
@@ -202,7 +207,7 @@ def test_a_restarted_conductor_learns_from_its_members() -> None:
         await server.conducting.start({"default": await server.published.resolve("default", {}, "9")})
         status = await server.conducting.status()
         assert status["collections"]["default"]["index_version"] == "2"
-        assert (await server.conducting.rollback())["index_version"] == "1"
+        assert (await server.conducting.rollback({}))["index_version"] == "1"
 
     run(lambda: Server(Holder()), work)
 
