@@ -96,13 +96,13 @@ def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | Non
     from raytower.models.cross_encoder import CrossEncoder
     from raytower.models.directory import read_info, resolve_model
     from raytower.models.fusion import Fusion
-    from raytower.retrieval.load import choose_fusion
+    from raytower.retrieval.load import fusion_of
 
     path = resolve_model(config.reranker)
     info = read_info(path)
     stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
     entry = _entry(config.reranker, info, lambda: CrossEncoder.load(path).fingerprint)
-    return entry, choose_fusion(config.reranker, stored, config.fusion_weight)
+    return entry, fusion_of(config.reranker, stored, config.fusion_weight)
 
 
 def _entry(name: str, info: dict[str, Any], load_fingerprint: Callable[[], str]) -> ModelEntry:

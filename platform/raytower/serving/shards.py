@@ -15,20 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raytower.errors import FormatError
 from raytower.index.asks import Ask, SearchPlanner
-from raytower.index.filters import to_sql
 from raytower.index.hits import Hits, empty_hits, merge_hits
 from raytower.index.manifest import IndexManifest
 from raytower.index.placement import Placement
 from raytower.index.reader import Index, prepare_queries, resolve_parameters
-from raytower.index.table import Document, DocumentTable
 from raytower.serving.generation import Generation
 from raytower.serving.opening import checked_manifest
 from raytower.serving.parts import Recalled, Vectors
-from raytower.serving.recall import LocalTable
+from raytower.serving.recall import LocalRecall
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
 
@@ -51,36 +48,32 @@ class ShardCall(Protocol):
     ) -> Awaitable[Hits]: ...
 
 
-class RemoteRecall:
-    """One index version whose shards are asked of groups; the documents are read from the table in this process."""
+class RemoteRecall(LocalRecall):
+    """One index version whose shards are asked of groups; the documents are read from the table in this process.
+
+    Args:
+        generation_id: what the groups know the version by.
+        index: the version, without a shard.
+        planner: decides what each shard is asked.
+        groups: how each group is asked.
+        shard_timeout_ms: how long a group is waited for.
+    """
 
     def __init__(
         self,
-        generation: Generation,
-        manifest: IndexManifest,
-        table: LocalTable,
+        generation_id: str,
+        index: Index,
         planner: SearchPlanner,
         groups: Sequence[ShardCall],
         shard_timeout_ms: int,
+        threads: ThreadPoolExecutor,
     ) -> None:
-        self._generation = generation
-        self._manifest = manifest
-        self._table = table
+        super().__init__(index, threads)
+        self._generation_id = generation_id
+        self._manifest = index.manifest
         self._planner = planner
         self._groups = list(groups)
         self._shard_timeout_s = shard_timeout_ms / 1000
-
-    @property
-    def rows(self) -> int:
-        return self._manifest.rows
-
-    @property
-    def columns(self) -> Mapping[str, str]:
-        return self._table.columns
-
-    def check_filter(self, filter: Mapping[str, Any]) -> None:
-        """Raises InputError where it does not fit the columns."""
-        to_sql(filter, self._table.table.schema)
 
     async def search(
         self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
@@ -109,16 +102,6 @@ class RemoteRecall:
             best.scores[short], best.rows[short] = found.scores, found.rows
             missing = tuple(sorted({*missing, *more}))
         return Recalled(best.scores, best.rows, missing)
-
-    async def documents(
-        self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
-    ) -> list[Document]:
-        """The documents of `rows` (n,), in order, with those columns."""
-        return await self._table.documents(rows, columns, deadline)
-
-    async def find(self, id: str, deadline: Deadline) -> Document | None:
-        """The document with an id."""
-        return await self._table.find(id, deadline)
 
     async def _ask(
         self,
@@ -167,7 +150,7 @@ class RemoteRecall:
             try:
                 async with asyncio.timeout_at(until):
                     return await self._groups[group](
-                        self._generation.id, prepared, k, asks, parameters, filter
+                        self._generation_id, prepared, k, asks, parameters, filter
                     )
             except asyncio.CancelledError:
                 raise
@@ -232,9 +215,7 @@ class ShardGroup:
         for known in self._indexes.values():
             if known.manifest == manifest:  # another model with the same version
                 return known
-        index = Index.open(
-            generation.index, generation.index_version, part=(self._number, self._num_groups)
-        )
+        index = Index.open(generation.index, generation.index_version, part=(self._number, self._num_groups))
         if index.shards:
             index.search(np.ones((1, manifest.dim), np.float32), 1)
         return index
@@ -284,10 +265,3 @@ class ShardGroup:
         num_shards = self._num_shards[generation_id]
         number = self._number + position * self._num_groups
         return min(number, num_shards) if self._number == 0 else number
-
-
-def open_table(generation: Generation, manifest: IndexManifest) -> DocumentTable:
-    """The documents of a generation's index version."""
-    from raytower.storage import Location
-
-    return DocumentTable.open(Location.of(generation.index), manifest.table_version)
