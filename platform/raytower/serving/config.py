@@ -113,6 +113,8 @@ class ServeConfig(HttpConfig, CollectionConfig):
     """The application's name in the cluster."""
     route_prefix: str = Field(default="/", pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")
     """The path that the application answers below."""
+    replace: bool = False
+    """Take the place of an application of this name that is served already, such as one whose command was killed."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the server, which share its requests."""
     autoscaling: AutoscalingConfig | None = None
@@ -146,9 +148,8 @@ class ServeConfig(HttpConfig, CollectionConfig):
     """Seconds between looks for a newer index version, which is then served; null waits for `serve reload`."""
     start_timeout_s: float = Field(default=180, gt=0)
     """Seconds for loading index and models on all replicas."""
-    drain_s: float = Field(default=5.0, ge=0)
-    """Seconds for which a server that stops answers 503 to new requests before it closes its door, at most; it closes
-    as soon as requests under way have ended."""
+    drain_s: float = Field(default=1.0, ge=0)
+    """Seconds for which a server that stops says so, by 503 to readyz and new requests, before it closes its door."""
 
     @field_validator("layout", mode="before")
     @classmethod

@@ -81,7 +81,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         if self._num_requests >= self._settings.max_requests:
-            await _refuse(
+            await refuse(
                 send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True
             )
             return
@@ -100,7 +100,7 @@ class Door:
                 async for size in request.read():
                     self._held_bytes += size
                     if self._held_bytes > settings.max_held_bytes:
-                        await _refuse(
+                        await refuse(
                             send,
                             429,
                             "the server is busy; try again",
@@ -111,11 +111,11 @@ class Door:
                         return
         except TimeoutError:
             message = f"the body did not arrive within {settings.body_timeout_ms} ms"
-            await _refuse(send, 408, message, "invalid_request_error", "body_too_slow", close=True)
+            await refuse(send, 408, message, "invalid_request_error", "body_too_slow", close=True)
             return
         except _TooLargeError:
             message = f"the body is larger than {settings.max_body_bytes} bytes"
-            await _refuse(send, 413, message, "invalid_request_error", "too_large", close=True)
+            await refuse(send, 413, message, "invalid_request_error", "too_large", close=True)
             return
         if not request.has_left:
             await self._forward(request, send)
@@ -130,13 +130,11 @@ class Door:
             except TimeoutError:
                 if gate.is_open:
                     raise
-                await _refuse(
-                    send,
-                    504,
-                    f"no answer within {request.timeout_ms} ms; raise timeout_ms",
-                    "timeout_error",
-                    "out_of_time",
-                )
+                if request.num_tries:
+                    await self._speak_for(_Answer(500), request, send)
+                    return
+                message = f"no answer within {request.timeout_ms} ms; raise timeout_ms"
+                await refuse(send, 504, message, "timeout_error", "out_of_time")
                 return
             if gate.is_open:
                 if gate.prefix is not None:
@@ -152,19 +150,19 @@ class Door:
         path = request.scope["path"]
         if answer.status == 404 and not any(_is_below(path, prefix) for prefix in self._prefixes):
             message = f"there is no {path!r} here"
-            await _refuse(send, 404, message, "invalid_request_error", "not_found")
+            await refuse(send, 404, message, "invalid_request_error", "not_found")
         elif answer.status == 404:
             message = "the server is stopping, or being started again; try again"
-            await _refuse(send, 503, message, "server_error", "not_ready", retry=True)
+            await refuse(send, 503, message, "server_error", "not_ready", retry=True)
         elif answer.status in (429, 503) and b"ackpressure" in answer.body:
-            await _refuse(
+            await refuse(
                 send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True
             )
         elif answer.status in (408, 504):
-            await _refuse(send, 504, "no answer in time", "timeout_error", "out_of_time")
+            await refuse(send, 504, "no answer in time", "timeout_error", "out_of_time")
         else:
             message = "the replica that had this request has ended; try again"
-            await _refuse(send, 503, message, "server_error", "not_ready", retry=True)
+            await refuse(send, 503, message, "server_error", "not_ready", retry=True)
 
 
 class _TooLargeError(Exception):
@@ -184,7 +182,7 @@ class _Request:
         self._settings = settings
         self._arrived = asyncio.get_running_loop().time()
         self._body = bytearray()
-        self._tries = 0
+        self.num_tries = 0
 
     async def read(self) -> Any:
         """Take in the body, and yield the bytes of each part. Raises _TooLargeError."""
@@ -218,13 +216,15 @@ class _Request:
         """When an answer is not waited for any longer, on the loop's clock."""
         if _ADMIN in self.scope["path"]:
             return None
-        return self._arrived + self.timeout_ms / 1000 + _SPARE_S
+        # Where a replica has died, nobody else watches the time.
+        spare_s = 0.0 if self.num_tries else _SPARE_S
+        return self._arrived + self.timeout_ms / 1000 + spare_s
 
     def may_be_repeated(self) -> bool:
         """Whether another replica may be asked; every try but the first counts."""
-        self._tries += 1
+        self.num_tries += 1
         late = asyncio.get_running_loop().time() > self._arrived + self.timeout_ms / 1000
-        return self._tries <= 3 and _ADMIN not in self.scope["path"] and not late
+        return self.num_tries <= 3 and _ADMIN not in self.scope["path"] and not late
 
     def replay(self) -> Receive:
         given = False
@@ -275,9 +275,10 @@ def _cleaned(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]
     return kept
 
 
-async def _refuse(
+async def refuse(
     send: Send, status: int, message: str, type: str, code: str, *, retry: bool = False, close: bool = False
 ) -> None:
+    """Answer with an error in the interface's shape."""
     body = json.dumps({"error": {"message": message, "type": type, "code": code}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(b"retry-after", b"1")] if retry else []

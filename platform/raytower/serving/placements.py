@@ -1,7 +1,7 @@
 """The layouts of a server: which parts of a generation lie in the ingress, and which are asked of other processes.
 
-Each layout opens the same `Parts` for the engine; only where a stage lies differs. Imports torch and FAISS, no Ray: what
-asks other processes is given as functions.
+Each layout opens the same `Parts` for the engine; only where a stage lies differs. Imports torch and FAISS, no Ray:
+what asks other processes is given as functions.
 """
 
 from __future__ import annotations

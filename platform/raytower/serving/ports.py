@@ -1,8 +1,13 @@
-"""Limits that Ray Serve lacks: on the size and time of a request's head, and on where replicas listen."""
+"""What Ray Serve lacks: a door before its proxy, limits of a request's head, and replicas that listen on loopback.
+
+Of Serve's private parts only `replica.add_port_to_grpc_server` is used: there is no setting for the address of a
+replica's gRPC port.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import h11
@@ -10,11 +15,13 @@ import ray
 import uvicorn.config
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve._private import replica
+from starlette.middleware import Middleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from raytower.serving.door import DOOR_VARIABLE, Door, DoorSettings
+
 HEAD_TIMEOUT_S = 10.0
-# Serve's proxies read this variable, and call what it names before they listen.
-PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.bound_heads"}
+_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
 class BoundedHeads(H11Protocol):
@@ -47,14 +54,18 @@ class BoundedHeads(H11Protocol):
             self._limit = None
 
 
-def bound_heads() -> list[Any]:
-    """Make this process's uvicorn read requests by BoundedHeads; its default, httptools, takes heads of any size.
+def proxy_environment(settings: DoorSettings) -> dict[str, str]:
+    """What Serve's proxies find in their environment: they call `open_door` before they listen."""
+    return {_CALLBACK_VARIABLE: f"{__name__}.{open_door.__name__}", DOOR_VARIABLE: settings.to_json()}
 
-    Returns:
-        An empty list. Serve calls this function for middlewares; it is the one place to set the protocol.
+
+def open_door() -> list[Middleware]:
+    """Make this process's uvicorn read requests by BoundedHeads, and put the door before what it serves.
+
+    uvicorn's default, httptools, takes heads of any size, and loses the body of a request that offers HTTP/2.
     """
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHeads.__name__}"
-    return []
+    return [Middleware(Door, DoorSettings.from_json(os.environ.get(DOOR_VARIABLE, "{}")))]
 
 
 def keep_replica_local() -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytower.config import make_config
 from raytower.errors import InputError
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.serving.conductor import Served
-from raytower.serving.config import CollectionConfig
+from raytower.serving.config import CollectionConfig, ServeConfig
 from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, ModelEntry
 from raytower.storage import absolute_if_local
 
@@ -20,8 +21,25 @@ if TYPE_CHECKING:
     from raytower.models.fusion import Fusion
 
 
-def serve_of(collection: str, config: CollectionConfig, version: str | None = None) -> Served:
-    """What `generation_of` gives, with the settings that it was made from."""
+# Settings that may be paths of this machine.
+_PLACES = ("index", "encoder", "reranker", "classifier")
+
+
+def resolve_all(config: ServeConfig) -> dict[str, Served]:
+    """What every collection of a server serves by its config, at this moment. Raises as `generation_of`."""
+    return {
+        name: resolve_settings(name, collection.settings())
+        for name, collection in config.served_collections().items()
+    }
+
+
+def resolve_settings(collection: str, settings: Mapping[str, Any], version: str | None = None) -> Served:
+    """What a collection serves by its settings, the keys of `CollectionConfig`. Raises as `generation_of`."""
+    placed = {
+        name: absolute_if_local(value) if name in _PLACES and value else value
+        for name, value in settings.items()
+    }
+    config = make_config(CollectionConfig, placed, f"collection {collection!r}")
     return Served(generation=generation_of(collection, config, version), settings=config.settings())
 
 

@@ -170,7 +170,7 @@ class RemoteRecall(LocalRecall):
 def planner_of(
     manifest: IndexManifest, placement: Placement | None, counts: Mapping[int, int]
 ) -> SearchPlanner:
-    """The planner of a version whose shards have so many live rows, by shard. Raises FormatError where one is missing."""
+    """The planner of a version, from the live rows of each shard. Raises FormatError where a shard's are missing."""
     num_shards = len(manifest.shards)
     wanted = range(max(num_shards, max(counts, default=-1) + 1))
     lost = [number for number in wanted if number not in counts]
