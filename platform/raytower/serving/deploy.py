@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import signal
-import socket
 import threading
 import time
 import urllib.error
@@ -27,21 +25,18 @@ from ray.serve.exceptions import RayServeException
 
 from raytower.ending import Terminated
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
-from raytower.index.versions import open_manifest
 from raytower.progress import log
 from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended
-from raytower.serving.conductor import Served
 from raytower.serving.config import ServeConfig
 from raytower.serving.door import DoorSettings
-from raytower.serving.generation import Generation
 from raytower.serving.graph import (
     CONDUCTOR,
     QUIET,
     answer_of,
     build_application,
-    needed_cpus,
-    num_shard_groups,
 )
+from raytower.serving.listening import base_url, check_port
+from raytower.serving.plan import check_start, joins_cluster, needed_cpus, num_shard_groups
 from raytower.serving.ports import proxy_environment
 from raytower.serving.resolve import resolve_all
 
@@ -80,8 +75,7 @@ def start(config: ServeConfig) -> Server:
         RaytowerError: a replica could not start, or not within `start_timeout_s`.
     """
     key_digest = check_start(config)
-    joins = _joins_cluster()
-    if not joins:
+    if not (joins_cluster() or ray.is_initialized()):
         config = config.model_copy(update={"port": check_port(config.host, config.port)})
     application = build_application(config, key_digest)
     secret = [config.security.key_env] if config.security.key_env else []
@@ -161,8 +155,8 @@ def _conductor(server: Server) -> Any:
     return ray_serve.get_deployment_handle(CONDUCTOR, app_name=server.name)
 
 
-def serve(config: ServeConfig) -> dict[str, Any]:
-    """The job: serve until SIGINT or SIGTERM; SIGHUP moves every collection to its newest index version.
+def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
+    """The job with `server: ray`: serve until SIGINT or SIGTERM; SIGHUP moves collections on.
 
     Returns:
         url, collections with the index versions served last, seconds.
@@ -170,10 +164,6 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     Raises:
         InputError, FormatError, RaytowerError: as `start`; the application was deleted by somebody, or has failed.
     """
-    if config.server == "uvicorn":
-        from raytower.serving.uvicorn_server import serve_here
-
-        return serve_here(config)
     started = time.monotonic()
     server: Server | None = None
     versions: dict[str, str | None] = {}
@@ -242,114 +232,6 @@ class _Watch:
             elif self._said == "UNHEALTHY":
                 log("all replicas are well again")
             self._said = state
-
-
-def plan_serve(config: ServeConfig) -> dict[str, Any]:
-    """The plan of `serve`: collections, processes, CPUs, bytes of the indexes in each process.
-
-    Raises:
-        InputError, FormatError: as `start`, before Ray starts.
-    """
-    check_start(config)
-    if not _joins_cluster():
-        check_port(config.host, config.port)
-    active = resolve_all(config)
-    groups = num_shard_groups(config, active)
-    sizes = {name: _index_bytes(item.generation) for name, item in active.items()}
-    replicas = config.autoscaling.max if config.autoscaling else config.replicas
-    reranking = config.rerank_replicas if config.layout == "split" else 0
-    total = sum(sizes.values())
-    return {
-        "url": base_url(config) + config.route_prefix.rstrip("/"),
-        "server": config.server,
-        "layout": config.layout,
-        "collections": {name: _planned(item, sizes[name]) for name, item in active.items()},
-        "processes": 1
-        if config.server == "uvicorn"
-        else 1 + replicas + reranking + groups * config.shard_replicas,
-        "index_bytes": total,
-        "index_bytes_per_process": total // groups if groups else total,
-        "cpus": needed_cpus(config, groups),
-    }
-
-
-def _planned(served: Served, num_bytes: int) -> dict[str, Any]:
-    generation = served.generation
-    manifest = open_manifest(generation.index, generation.index_version)
-    return {
-        "generation": generation.id,
-        "index_version": generation.index_version,
-        "kind": manifest.kind,
-        "rows": manifest.rows,
-        "shards": len(manifest.shards),
-        "index_bytes": num_bytes,
-        "encoder": generation.encoder.uri,
-        "reranker": generation.reranker and generation.reranker.uri,
-    }
-
-
-def _index_bytes(generation: Generation) -> int:
-    return sum(entry.bytes for entry in open_manifest(generation.index, generation.index_version).shards)
-
-
-# --- before anything starts -----------------------------------------------------------------------------------
-
-
-def check_start(config: ServeConfig) -> str | None:
-    """Refuse what can be refused at once; returns the digest of the key to ask for.
-
-    Raises:
-        InputError: an empty key variable, no key on an address that others reach, no such index or model, and others.
-        FormatError: the index was made by another encoder.
-    """
-    from raytower.serving.keys import key_digest_of
-
-    digest = key_digest_of(config)
-    check_host(config.host)
-    resolve_all(config)
-    return digest
-
-
-def _joins_cluster() -> bool:
-    return (
-        bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
-        or ray.is_initialized()
-    )
-
-
-def check_host(host: str) -> None:
-    """Raises InputError where this machine has no address of this name."""
-    try:
-        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise InputError(
-            f"host {host!r} is no address of this machine: {error}; name an address alone, such as 127.0.0.1 or ::1"
-        ) from error
-
-
-def check_port(host: str, port: int) -> int:
-    """Bind the port and let it go. Returns the port; for 0 the one that the system picked.
-
-    Raises:
-        InputError: it is taken, or the host is no address of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port, 0 picks a "
-                "free one"
-            ) from error
-        return int(probe.getsockname()[1])
-
-
-def base_url(config: ServeConfig) -> str:
-    """Where this machine reaches the proxy."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 
 # --- proxy and readiness --------------------------------------------------------------------------------------

@@ -25,11 +25,11 @@ from raytower import __version__
 from raytower.config import make_config
 from raytower.errors import InputError, RaytowerError
 from raytower.index.hits import Hits
-from raytower.index.versions import open_manifest
 from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
 from raytower.serving.door import REPLICA_HEADER, AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.plan import group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.resolve import resolve_all, resolve_settings
 
@@ -135,28 +135,6 @@ def replica_settings(config: ServeConfig) -> dict[str, Any]:
     """What replicas do, without what decides only where the proxy listens and how many there are."""
     outside = {"port", "replicas", "autoscaling", "start_timeout_s", "drain_s"}
     return {name: value for name, value in config.model_dump(mode="json").items() if name not in outside}
-
-
-def num_shard_groups(config: ServeConfig, active: Mapping[str, Served]) -> int:
-    """How many groups the shards of all collections are dealt out to; 0 where they lie in the ingress."""
-    if config.layout != "sharded":
-        return 0
-    most = max(
-        len(open_manifest(item.generation.index, item.generation.index_version).shards)
-        for item in active.values()
-    )
-    return min(config.shard_groups or max(most, 1), max(most, 1))
-
-
-def group_name(number: int) -> str:
-    return f"shards-{number}"
-
-
-def needed_cpus(config: ServeConfig, num_groups: int) -> float:
-    """Logical CPUs that all processes together ask Ray for."""
-    replicas = config.autoscaling.max if config.autoscaling else config.replicas
-    cpus = replicas * config.num_cpus + num_groups * config.shard_replicas * config.shard_num_cpus
-    return cpus + (config.rerank_replicas * config.rerank_num_cpus if config.layout == "split" else 0)
 
 
 # --- replicas -------------------------------------------------------------------------------------------------

@@ -6,52 +6,19 @@ replica's gRPC port.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import Any
 
-import h11
 import ray
 import uvicorn.config
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve._private import replica
 from starlette.middleware import Middleware
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from raytower.serving.door import DOOR_VARIABLE, Door, DoorSettings
+from raytower.serving.protocol import PROTOCOL_NAME
 
-HEAD_TIMEOUT_S = 10.0
 _CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-
-
-class BoundedHeads(H11Protocol):
-    """uvicorn's h11 protocol, which limits a request's head to 64 KiB, with a limit on the time a head may take too."""
-
-    _limit: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._wait_for_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._wait_for_head()
-        else:
-            self._stop_waiting()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _wait_for_head(self) -> None:
-        if self._limit is None:  # more bytes of the same head earn no more time
-            self._limit = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
 
 
 def proxy_environment(settings: DoorSettings) -> dict[str, str]:
@@ -64,7 +31,7 @@ def open_door() -> list[Middleware]:
 
     uvicorn's default, httptools, takes heads of any size, and loses the body of a request that offers HTTP/2.
     """
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHeads.__name__}"
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = PROTOCOL_NAME
     return [Middleware(Door, DoorSettings.from_json(os.environ.get(DOOR_VARIABLE, "{}")))]
 
 
