@@ -107,12 +107,14 @@ class Admission:
         with self._lock:
             before = self._urgent_s if urgent else self._urgent_s + self._other_s
             wait_s = before * self._factor
-            expected_s = wait_s + cost_s
+            expected_s = wait_s + cost_s * self._factor
             # Alone, a request is let in whatever was learned: something must be measured again.
             alone = not self._requests
             if self._requests >= self._max_requests:
                 raise _overloaded(wait_s)
-            if not alone and (expected_s > deadline.remaining_s() or (urgent and wait_s > self._max_wait_s)):
+            # Dear requests may wait longer: nobody is surprised by twice what a request takes anyway.
+            patience_s = max(self._max_wait_s, 2 * cost_s * self._factor)
+            if not alone and (expected_s > deadline.remaining_s() or (urgent and wait_s > patience_s)):
                 raise _overloaded(wait_s)
             self._requests += 1
             if urgent:

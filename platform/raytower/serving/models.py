@@ -203,6 +203,8 @@ class SharedScorer(SharedModel):
         if may_shorten:
             depth = self._depth_in_time(block.lengths, np.array(place, np.int64), depth, lane, deadline)
         kept = np.flatnonzero(np.array(place, np.int64) < depth)
+        if not len(kept):
+            return Scored([np.empty(0, np.float32) for _ in candidates], depth, TokenCounts())
         block = block.take(kept)
         values = await self._passes.compute(block, lane, deadline)
         rows = kept.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,7 +17,36 @@ from raytower.index.table import ID, TEXT, Document
 from raytower.serving.parts import Recalled, Vectors
 from raytower.serving.work import Deadline
 
+_OBJECT_BYTES = 500
 _Result = TypeVar("_Result")
+
+
+class KeptDocuments:
+    """The documents asked for last, so that those that many searches find are read once. For one event loop."""
+
+    def __init__(self, most_bytes: int = 64 * 2**20) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[tuple[int, tuple[str, ...]], tuple[Document, int]] = OrderedDict()
+
+    def get(self, row: int, columns: tuple[str, ...]) -> Document | None:
+        """The document of a row with those columns, if it is still kept."""
+        entry = self._kept.get((row, columns))
+        if entry is None:
+            return None
+        self._kept.move_to_end((row, columns))
+        return entry[0]
+
+    def put(self, row: int, columns: tuple[str, ...], document: Document, size: int) -> None:
+        """Keep a document of about so many bytes; those asked for longest ago give way."""
+        key = (row, columns)
+        if size > self._most_bytes or key in self._kept:
+            return
+        self._kept[key] = (document, size)
+        self._bytes += size
+        while self._bytes > self._most_bytes:
+            _, (_, gone) = self._kept.popitem(last=False)
+            self._bytes -= gone
 
 
 class LocalRecall:
@@ -25,6 +55,7 @@ class LocalRecall:
     def __init__(self, index: Index, threads: ThreadPoolExecutor) -> None:
         self.index = index
         self._threads = threads
+        self._kept = KeptDocuments()
         self.columns = {field.name: str(field.type) for field in index.table.schema}
 
     @property
@@ -46,11 +77,17 @@ class LocalRecall:
         self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
     ) -> list[Document]:
         """The documents of `rows` (n,), in order, with those columns; a text that is not asked for is empty."""
-        # A document may be a hit of several queries.
-        distinct, places = np.unique(rows, return_inverse=True)
-        table = await self._run(lambda: self.index.table.take(distinct, [ID, *columns]), deadline)
-        documents = documents_of(table)
-        return [documents[place] for place in places.tolist()]
+        wanted = tuple(columns)
+        found = {row: self._kept.get(row, wanted) for row in rows.tolist()}
+        missing = np.array([row for row, document in found.items() if document is None], np.int64)
+        if len(missing):
+            table = await self._run(lambda: self.index.table.take(missing, [ID, *columns]), deadline)
+            # What a row weighs in Arrow is about a third of what it does as Python's objects.
+            size = 3 * table.nbytes // len(missing) + _OBJECT_BYTES
+            for row, document in zip(missing.tolist(), documents_of(table), strict=True):
+                found[row] = document
+                self._kept.put(row, wanted, document, size)
+        return [document for row in rows.tolist() if (document := found[row]) is not None]
 
     async def find(self, id: str, deadline: Deadline) -> Document | None:
         """The document with an id."""

@@ -80,8 +80,21 @@ def test_urgent_requests_do_not_wait_for_bulk_but_bulk_for_them() -> None:
 
 def test_an_urgent_request_is_refused_where_it_would_wait_long_though_it_has_time() -> None:
     admission = Admission(10, 0.25, Clock())
-    with admission.admit(0.3, Deadline.after(60_000), urgent=True), pytest.raises(OverloadedError):
-        admission.admit(0.3, Deadline.after(60_000), urgent=True)
+    with admission.admit(0.3, Deadline.after(60_000), urgent=True):
+        with pytest.raises(OverloadedError):
+            admission.admit(0.1, Deadline.after(60_000), urgent=True)
+        admission.admit(0.2, Deadline.after(60_000), urgent=True)  # which takes long itself
+
+
+def test_what_requests_take_besides_their_passes_is_learned_but_not_beyond_it() -> None:
+    """A request alone that takes twice its passes once raised the factor without end, until all were refused."""
+    clock = Clock()
+    admission = Admission(1000, 60.0, clock)
+    for _ in range(1000):
+        with admission.admit(1.0, Deadline.after(60_000), urgent=True):
+            clock.now += 2.0
+    with admission.admit(1.0, Deadline.after(60_000), urgent=True):
+        admission.admit(0.5, Deadline.after(3500), urgent=True)
 
 
 def test_a_lone_request_is_always_let_in_unless_its_time_is_over() -> None:
