@@ -35,12 +35,16 @@ def resolve_all(config: ServeConfig) -> dict[str, Served]:
 
 def resolve_settings(collection: str, settings: Mapping[str, Any], version: str | None = None) -> Served:
     """What a collection serves by its settings, the keys of `CollectionConfig`. Raises as `generation_of`."""
-    placed = {
+    config = make_config(CollectionConfig, absolute_places(settings), f"collection {collection!r}")
+    return Served(generation=generation_of(collection, config, version), settings=config.settings())
+
+
+def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by which every process finds the same index and models, whatever its folder and its environment."""
+    return {
         name: absolute_if_local(value) if name in _PLACES and value else value
         for name, value in settings.items()
     }
-    config = make_config(CollectionConfig, placed, f"collection {collection!r}")
-    return Served(generation=generation_of(collection, config, version), settings=config.settings())
 
 
 def generation_of(collection: str, config: CollectionConfig, version: str | None = None) -> Generation:
