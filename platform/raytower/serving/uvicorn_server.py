@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -157,6 +158,8 @@ class _Server(uvicorn.Server):
 
 
 def _uvicorn_config(config: ServeConfig, app: AsgiApp) -> uvicorn.Config:
+    # It warns of every request that offers HTTP/2, and of every one that cannot be read.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
         host=config.host,

@@ -34,7 +34,7 @@ class Admin:
                 self.end_headers()
                 self.wfile.write(text)
 
-            do_GET = do_POST = _reply
+            do_GET = do_POST = _reply  # noqa: N815 - named by the library
 
             def log_message(self, format: str, *arguments: Any) -> None:
                 pass
