@@ -127,7 +127,7 @@ class Conductor:
     """
 
     roles: frozenset[str]
-    lost_after_s: float = 3.0
+    lost_after_s: float = 5.0
     prepare_timeout_s: float = 600.0
     linger_s: float = 65.0
     state: State = field(default_factory=State)

@@ -38,7 +38,6 @@ from raytower.serving.graph import (
 from raytower.serving.listening import base_url, check_port
 from raytower.serving.plan import check_start, joins_cluster, needed_cpus, num_shard_groups
 from raytower.serving.ports import proxy_environment
-from raytower.serving.resolve import resolve_all
 
 # It asks this machine, so it ignores a proxy that the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -48,7 +47,7 @@ _POLL_S = 0.2
 # Looked at so often: whether the application is still there.
 _WATCH_S = 2.0
 _STATUS_TIMEOUT_S = 10.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ANY_ADDRESS = ("0.0.0.0", "::")
 Result = TypeVar("Result")
 
 
@@ -74,12 +73,12 @@ def start(config: ServeConfig) -> Server:
         FormatError: the index was made by another encoder.
         RaytowerError: a replica could not start, or not within `start_timeout_s`.
     """
-    key_digest = check_start(config)
-    if not (joins_cluster() or ray.is_initialized()):
+    if not (joins_cluster() or ray.is_initialized()):  # a cluster's Serve may hold the port already
         config = config.model_copy(update={"port": check_port(config.host, config.port)})
-    application = build_application(config, key_digest)
-    secret = [config.security.key_env] if config.security.key_env else []
-    cpus = needed_cpus(config, num_shard_groups(config, resolve_all(config))) + 1
+    active, key_digest = check_start(config)
+    application = build_application(config, active, key_digest)
+    secret = [name for name in (config.security.key_env, config.security.admin_key_env) if name]
+    cpus = needed_cpus(config, num_shard_groups(config, active)) + 1
     ensure_ray(min_cpus=cpus, secret_variables=secret, show_workers=True)
     return _within_start_timeout(config, lambda: _bring_up(config, application))
 
@@ -253,7 +252,7 @@ def _start_proxy(config: ServeConfig) -> ServeConfig:
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this module logs what matters of it
     ray_serve.start(
-        proxy_location="HeadOnly" if config.host in _LOOPBACK else "EveryNode",
+        proxy_location="EveryNode" if config.host in _ANY_ADDRESS else "HeadOnly",
         http_options=HTTPOptions(host=config.host, port=port),
         logging_config=QUIET,
         controller_options={"runtime_env": {"env_vars": proxy_environment(door)}},

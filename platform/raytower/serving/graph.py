@@ -29,9 +29,9 @@ from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
 from raytower.serving.door import REPLICA_HEADER, AsgiApp, Message, Receive, Scope, Send, refuse
-from raytower.serving.plan import group_name, num_shard_groups
+from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
-from raytower.serving.resolve import resolve_all, resolve_settings
+from raytower.serving.resolve import resolve_settings
 
 INGRESS, CONDUCTOR, RERANKER = "search", "conductor", "reranker"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -52,16 +52,14 @@ _SHUTDOWN_SPARE_S = 3.0
 
 def app_builder(args: dict[str, Any]) -> serve.Application:
     """The application of a config, for the `import_path` of a Serve config file. `args` are `ServeConfig`'s keys."""
-    return build_application(make_config(ServeConfig, args, "args"))
+    config = make_config(ServeConfig, args, "args")
+    return build_application(config, *check_start(config))
 
 
-def build_application(config: ServeConfig, key_digest: str | None = None) -> serve.Application:
-    """The deployments of a config, which begin with what it means at this moment.
-
-    Raises:
-        InputError, FormatError: what cannot be served.
-    """
-    active = resolve_all(config)
+def build_application(
+    config: ServeConfig, active: Mapping[str, Served], key_digest: str | None
+) -> serve.Application:
+    """The deployments of a config, which begin with serving `active`."""
     settings = replica_settings(config)
     origin = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode()).hexdigest()[:16]
     num_groups = num_shard_groups(config, active)

@@ -15,8 +15,8 @@ from raytower.serving.listening import base_url, check_host, check_port
 from raytower.serving.resolve import resolve_all
 
 
-def check_start(config: ServeConfig) -> str | None:
-    """Refuse what can be refused at once; returns the digest of the key to ask for.
+def check_start(config: ServeConfig) -> tuple[dict[str, Served], str | None]:
+    """Refuse what can be refused at once; returns what is to be served, and the digest of the key to ask for.
 
     Raises:
         InputError: an empty key variable, no key on an address that others reach, no such index or model, and others.
@@ -24,8 +24,7 @@ def check_start(config: ServeConfig) -> str | None:
     """
     digest = key_digest_of(config)
     check_host(config.host)
-    resolve_all(config)
-    return digest
+    return resolve_all(config), digest
 
 
 def joins_cluster() -> bool:
@@ -39,10 +38,9 @@ def plan_serve(config: ServeConfig) -> dict[str, Any]:
     Raises:
         InputError, FormatError: as `start`, before Ray starts.
     """
-    check_start(config)
+    active, _ = check_start(config)
     if not joins_cluster():
         check_port(config.host, config.port)
-    active = resolve_all(config)
     groups = num_shard_groups(config, active)
     sizes = {name: _index_bytes(item.generation) for name, item in active.items()}
     replicas = config.autoscaling.max if config.autoscaling else config.replicas

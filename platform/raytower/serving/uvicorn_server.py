@@ -19,13 +19,13 @@ from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member
 from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse
 from raytower.serving.forwards import Forwards
-from raytower.serving.keys import key_digest_of
 from raytower.serving.listening import base_url, check_port
 from raytower.serving.local import EngineHolder, make_app, make_engine
 from raytower.serving.models import ModelPool
 from raytower.serving.placements import PlacedParts
+from raytower.serving.plan import check_start
 from raytower.serving.protocol import PROTOCOL
-from raytower.serving.resolve import resolve_all, resolve_settings
+from raytower.serving.resolve import resolve_settings
 
 _ORIGIN = "here"
 _ROLE = "search"
@@ -42,9 +42,8 @@ def serve_here(config: ServeConfig) -> dict[str, Any]:
     Raises:
         InputError: what cannot be served, a taken port, an empty key variable. FormatError: another encoder's index.
     """
-    key_digest = key_digest_of(config)
     config = config.model_copy(update={"port": check_port(config.host, config.port)})
-    active = resolve_all(config)
+    active, key_digest = check_start(config)
     return asyncio.run(_serve(config, active, key_digest))
 
 

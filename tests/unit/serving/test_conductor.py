@@ -152,9 +152,9 @@ def test_a_lost_member_is_not_waited_for_and_catches_up_when_it_returns() -> Non
     one.prepare()
     one.poll(conductor, 2)
     assert swap.phase is Phase.PREPARING
-    one.poll(conductor, 3.5)
+    one.poll(conductor, 5.5)
     assert swap.phase is Phase.ACTIVATING
-    two.poll(conductor, 4)
+    two.poll(conductor, 6)
     assert two.version == "1"
     two.prepare()
     assert two.version == "2"
@@ -324,7 +324,7 @@ class AnyOrder(RuleBasedStateMachine):
                 if target.generation.id not in member.prepared:
                     member.refuse(target.generation.id)
 
-    @rule(seconds=st.floats(0, 4))
+    @rule(seconds=st.floats(0, 6))
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.wall_ms += int(seconds * 1000) + 1
