@@ -219,12 +219,30 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --input data/pairs.tsv --output runs/similarity.tsv",
     ),
     "serve": Command(
-        "serve an index over HTTP",
+        "serve an index, or several, over HTTP",
         "raytower.serving.config:ServeConfig",
-        "raytower.serving.deploy:serve",
-        "raytower.serving.deploy:plan_serve",
+        "raytower.serving.job:serve",
+        "raytower.serving.plan:plan_serve",
         positions=("index",),
         example="runs/index --port 8000",
+    ),
+    "serve reload": Command(
+        "move a running server to a newer index version, or to other models, without a failed request",
+        "raytower.serving.config:ServeReloadConfig",
+        "raytower.serving.client:reload_server",
+        example="--url http://127.0.0.1:8000 --index-version 000007",
+    ),
+    "serve rollback": Command(
+        "move a running server back to what it served before",
+        "raytower.serving.config:ServeRollbackConfig",
+        "raytower.serving.client:roll_server_back",
+        example="--url http://127.0.0.1:8000",
+    ),
+    "serve status": Command(
+        "what a running server serves, on which processes",
+        "raytower.serving.config:ServeStatusConfig",
+        "raytower.serving.client:server_status",
+        example="--url http://127.0.0.1:8000",
     ),
     "pipeline": Command(
         "run several jobs one after the other from one file; a finished step is skipped",

@@ -82,7 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dummy_encoder_dir: Path) ->
     )
     environment.pop("no_proxy", None)
     command = [sys.executable, "-m", "raytower.cli", "serve", "--index", str(folder / "index")]
-    command += ["--port", str(port), "--api_key_env", "SEARCH_KEY", "--layout", "apart"]
+    command += ["--port", str(port), "--api_key_env", "SEARCH_KEY", "--layout", "sharded"]
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as error:
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=out, stderr=error, start_new_session=True

@@ -39,7 +39,7 @@ from raytower.retrieval.retriever import Retriever
 from raytower.retrieval.tune_fusion import TunedFusion, store_fusion, tune_on_queries
 from raytower.runtime import ensure_ray
 from raytower.serving.config import ServeConfig
-from raytower.serving.deploy import DIRECT, start, stop
+from raytower.serving.deploy import DIRECT, Server, start, stop
 from raytower.training.config import TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.reranker import train_reranker
 from raytower.training.retriever import train_retriever
@@ -135,17 +135,19 @@ class _Demo:
         if fused:
             with _timed(self.seconds, "evaluate reranked"):
                 self._evaluate("reranked", encoder, name, files, "test", reranker=reranker)
+        server: Server | None = None
         try:
-            base_url, served = self._serve(encoder, name, reranker if fused else None)
+            server, served = self._serve(encoder, name, reranker if fused else None)
             total = time.perf_counter() - started
             print("\n".join([self._table(name, fused), "", *verdicts]))
             for question, answers, (ids, milliseconds) in zip(QUESTIONS, orders, served, strict=True):
                 print(orders_table(question, answers, tuned.fusion.weight, fused))
                 print(f"answered over HTTP in {milliseconds:.0f} ms: {', '.join(ids)}", flush=True)
             if self.config.keep_serving:
-                _wait(base_url)
+                _wait(server.url)
         finally:
-            stop()
+            if server is not None:
+                stop(server)
         return {
             "seconds": round(total, 1),
             "seconds_by_stage": {stage: round(value, 1) for stage, value in self.seconds.items()},
@@ -302,8 +304,8 @@ class _Demo:
 
     def _serve(
         self, encoder: str, index: str, reranker: str | None
-    ) -> tuple[str, list[tuple[list[str], float]]]:
-        """Start the server: its URL, and for each of QUESTIONS the ids that it answers and its milliseconds."""
+    ) -> tuple[Server, list[tuple[list[str], float]]]:
+        """Start the server: it, and for each of QUESTIONS the ids that it answers and its milliseconds."""
         values = {
             "encoder": encoder,
             "index": str(self.folder / f"index-{index}"),
@@ -313,8 +315,8 @@ class _Demo:
             "port": self.config.port,
         }
         with _timed(self.seconds, "serve"):
-            base = start(make_config(ServeConfig, values))
-            return base, [_ask(base, question, self.config.recall_k) for question in QUESTIONS]
+            server = start(make_config(ServeConfig, values))
+            return server, [_ask(server.url, question, self.config.recall_k) for question in QUESTIONS]
 
     def _table(self, encoder: str, fused: bool) -> str:
         served = "reranked" if fused else encoder

@@ -98,7 +98,7 @@ def parameter_grid(
 
     Where candidates are rescored with stored vectors, the whole range of nprobe comes with the smallest k_factor, then
     again with each larger one. FAISS never walks with an efSearch below the number of hits asked, so smaller values
-    would measure the same; one of several shards may be asked for fewer than k (see `Index._depths`).
+    would measure the same; one of several shards may be asked for fewer than k (see `SearchPlanner`).
     """
     if kind == "flat":
         return [{}]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError
 from raytower.index.allowed import AllowedRows
+from raytower.index.asks import Ask, SearchPlanner
 from raytower.index.filters import to_sql
 from raytower.index.hits import Hits, empty_hits, merge_hits, spread_hits
 from raytower.index.kinds import SHARDS_PROBE, Vectors, check_parameters, parameters_for
@@ -47,14 +48,12 @@ class Index:
         self.manifest = manifest
         self.table = table
         self.shards = list(shards)
-        self._placement = placement
-        # A version that is being measured is searched as it will be searched once it is published.
-        measured = set(
-            manifest.measured.shards if manifest.measured else (entry.digest for entry in manifest.shards)
+        self.planner = SearchPlanner(
+            manifest,
+            [shard.digest for shard in self.shards],
+            [shard.num_live for shard in self.shards],
+            placement,
         )
-        self._num_measured = len(measured)
-        self._is_measured = [shard.digest in measured for shard in self.shards]
-        self._counts = [shard.num_live for shard in self.shards]
         self._filters: OrderedDict[str, list[AllowedRows]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -170,12 +169,42 @@ class Index:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         prepared = prepare_queries(vectors, self.manifest)
         parameters = resolve_parameters(self.manifest, k, search_parameters)
-        probe = parameters.pop(SHARDS_PROBE, None)
-        if filter is not None:
-            return self._search_all(prepared, k, parameters, self._allowed(filter))
-        if self._placement is None or probe is None or probe >= self._num_placed:
-            return self._search_all(prepared, k, parameters)
-        return self._search_visited(prepared, k, parameters, self._placement.visit(prepared, probe))
+        asks, visits_some = self.planner.first(prepared, k, parameters, is_filtered=filter is not None)
+        best = self.answer(prepared, k, asks, parameters, filter)
+        if not visits_some:
+            return best
+        best = merge_hits(
+            [empty_hits(len(prepared), min(k, self.planner.num_rows)), best], min(k, self.planner.num_rows)
+        )
+        short = self.planner.rest(best)
+        if len(short):
+            found = self.answer(prepared[short], k, self.planner.everywhere(k, parameters), parameters)
+            best.scores[short], best.rows[short] = found.scores, found.rows
+        return best
+
+    def answer(
+        self,
+        prepared: Vectors,
+        k: int,
+        asks: Sequence[Ask],
+        parameters: Mapping[str, int],
+        filter: Filter | None = None,
+    ) -> Hits:
+        """The best k hits of prepared queries (Q, D) in what is asked of shards, by their positions here."""
+        allowed = None if filter is None else self._allowed(filter)
+        parameters = {name: value for name, value in parameters.items() if name != SHARDS_PROBE}
+        # Memory holds a few answers, however many shards there are.
+        found: list[Hits] = []
+        for ask in asks:
+            shard, rows = self.shards[ask.shard], allowed[ask.shard] if allowed else None
+            if rows is not None and not rows.count:
+                continue
+            queries = prepared if ask.queries is None else prepared[ask.queries]
+            hits = shard.search(queries, ask.depth, self._parameters_of(shard, parameters), rows)
+            found.append(hits if ask.queries is None else spread_hits(hits, ask.queries, len(prepared)))
+            if len(found) * k > _MERGED_AT_ONCE:
+                found = [merge_hits(found, k)]
+        return merge_hits(found, k) if found else empty_hits(len(prepared), 0)
 
     def documents(self, rows: Rows) -> list[Document]:
         """The documents of hits (n,), in order; a row of -1, padding of a merge, is left out."""
@@ -185,73 +214,9 @@ class Index:
         """Some columns of every document, a batch at a time."""
         return self.table.scan(columns)
 
-    def _search_all(
-        self,
-        prepared: Vectors,
-        k: int,
-        parameters: Mapping[str, int],
-        allowed: Sequence[AllowedRows | None] | None = None,
-    ) -> Hits:
-        if allowed is None:
-            depths: Sequence[int] = self._depths(k, parameters)
-            allowed = [None] * len(self.shards)
-        else:
-            depths = [k] * len(self.shards)
-        # Memory holds a few answers, however many shards there are.
-        found: list[Hits] = []
-        for shard, depth, rows in zip(self.shards, depths, allowed, strict=True):
-            if rows is not None and not rows.count:
-                continue
-            found.append(shard.search(prepared, depth, self._parameters_of(shard, parameters), rows))
-            if len(found) * k > _MERGED_AT_ONCE:
-                found = [merge_hits(found, k)]
-        return merge_hits(found, k) if found else empty_hits(len(prepared), 0)
-
-    def _search_visited(
-        self, prepared: Vectors, k: int, parameters: Mapping[str, int], visits: NDArray[np.bool_]
-    ) -> Hits:
-        """Only the placed shards that each query visits (Q, S), and all that were not placed."""
-        depth = min(k, sum(self._counts))
-        best = empty_hits(len(prepared), depth)
-        for number, shard in enumerate(self.shards):
-            placed = number < visits.shape[1]
-            queries = np.flatnonzero(visits[:, number]) if placed else np.arange(len(prepared))
-            if len(queries):
-                found = shard.search(prepared[queries], k, self._parameters_of(shard, parameters))
-                best = merge_hits([best, spread_hits(found, queries, len(prepared))], depth)
-        short = np.flatnonzero((best.rows < 0).any(axis=1))
-        if len(short):
-            # The shards visited hold too few rows: ask all of them.
-            found = self._search_all(prepared[short], k, parameters)
-            best.scores[short], best.rows[short] = found.scores, found.rows
-        return best
-
     def _parameters_of(self, shard: Shard, parameters: Mapping[str, int]) -> Mapping[str, int]:
         # A small shard that was added is searched exactly.
         return parameters if shard.kind == self.manifest.kind else {}
-
-    def _depths(self, k: int, parameters: Mapping[str, int]) -> list[int]:
-        """How many hits each shard is asked for; together they hold k wherever the index does.
-
-        Each shard is asked for k hits, except graphs whose efSearch is below k. FAISS explores at least as many
-        candidates as hits are asked for: k hits of each of S shards would cost S times the work, and the merge drops
-        most of them. Such a shard is asked for max(efSearch, ceil(k / S)) hits. If hits lie on shards by chance, few
-        shards hold many more than their share (Vespa bounds its searches of several nodes so, by top-k-probability).
-        Recall is measured with this rule; shards that were added after the measurement are asked for k.
-        """
-        whole = [k] * len(self.shards)
-        if self.manifest.kind != "hnsw" or self._placement is not None:
-            return whole
-        depth = min(k, max(parameters["efSearch"], -(-k // max(self._num_measured, 1))))
-        if depth == k:
-            return whole
-        depths = [depth if measured else k for measured in self._is_measured]
-        enough = sum(map(min, depths, self._counts)) >= min(k, sum(self._counts))
-        return depths if enough else whole
-
-    @property
-    def _num_placed(self) -> int:
-        return self.manifest.placement.shards if self.manifest.placement else 0
 
     def _condition(self, filter: Filter) -> str:
         return filter if isinstance(filter, str) else to_sql(filter, self.table.schema)

@@ -1,4 +1,4 @@
-"""Serving under Ray Serve: starting, moving to another index version, stopping, and the job that does all three."""
+"""Serving under Ray Serve: starting, watching over the application, stopping; and the job that does it all."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import logging
 import re
 import signal
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -21,198 +21,299 @@ from ray import serve as ray_serve
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 from ray.serve.config import HTTPOptions
-from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 
 from raytower.ending import Terminated
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
-from raytower.index.manifest import IndexManifest
-from raytower.index.reader import check_fingerprint
-from raytower.index.versions import open_manifest
-from raytower.models.directory import resolve_model
-from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.progress import log
 from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended
 from raytower.serving.config import ServeConfig
-from raytower.serving.graph import QUIET, build_application, needed_cpus
-from raytower.serving.ports import PROXY_ENVIRONMENT
-from raytower.serving.resolve import encoder_for
+from raytower.serving.door import DoorSettings
+from raytower.serving.graph import (
+    CONDUCTOR,
+    QUIET,
+    answer_of,
+    build_application,
+)
+from raytower.serving.listening import base_url, check_port
+from raytower.serving.plan import check_start, joins_cluster, needed_cpus, num_shard_groups
+from raytower.serving.ports import proxy_environment
 
-APP_NAME = "raytower"
 # It asks this machine, so it ignores a proxy that the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.2
+# Looked at so often: whether the application is still there.
+_WATCH_S = 2.0
+_STATUS_TIMEOUT_S = 10.0
+_ANY_ADDRESS = ("0.0.0.0", "::")
 Result = TypeVar("Result")
 
 
-def start(config: ServeConfig, version: str | None = None) -> str:
-    """Serve an index version (None: the published one) and return the base URL once searches are answered.
+@dataclass(frozen=True)
+class Server:
+    """An application that this process has deployed."""
+
+    name: str
+    url: str
+    """Where its routes are, with the route prefix and without a last slash."""
+    collections: tuple[str, ...]
+    started_serve: bool
+    """Whether Serve was started for it."""
+    drain_s: float
+
+
+def start(config: ServeConfig) -> Server:
+    """Serve what a config names; returns once searches are answered.
 
     Raises:
-        InputError: no such index or model, the port is taken, or the API key's variable is empty.
+        InputError: what cannot be served, a taken port, an empty key variable, no key on an address that others
+            reach, an application of this name. All that can be is refused before Ray starts.
         FormatError: the index was made by another encoder.
         RaytowerError: a replica could not start, or not within `start_timeout_s`.
     """
-    manifest = check_parts(config, version)
-    config.api_key_sha256()
-    secret = [config.api_key_env] if config.api_key_env else []
-    cpus = needed_cpus(config, len(manifest.shards)) + 1
+    if not (joins_cluster() or ray.is_initialized()):  # a cluster's Serve may hold the port already
+        config = config.model_copy(update={"port": check_port(config.host, config.port)})
+    active, key_digest = check_start(config)
+    application = build_application(config, active, key_digest)
+    secret = [name for name in (config.security.key_env, config.security.admin_key_env) if name]
+    cpus = needed_cpus(config, num_shard_groups(config, active)) + 1
     ensure_ray(min_cpus=cpus, secret_variables=secret, show_workers=True)
-    if config.host not in ("127.0.0.1", "localhost", "::1") and config.api_key_env is None:
-        log(f"warning: listening on {config.host} without a key; set api_key_env, or keep to 127.0.0.1")
-    was_running = _is_running()
+    return _within_start_timeout(config, lambda: _bring_up(config, application))
+
+
+def _bring_up(config: ServeConfig, application: ray_serve.Application) -> Server:
+    others = ray_serve.status()
+    if config.name in others.applications and not config.replace:
+        found = others.applications[config.name]
+        raise InputError(
+            f"an application {config.name!r} is served in this cluster already ({found.status.value.lower()}); if its "
+            "command was killed, it has no owner any more: set replace to take its place, or choose another name and "
+            "route_prefix"
+        )
+    started_serve = not others.proxies
+    config = _start_proxy(config) if started_serve else _find_proxy(config)
+    server = Server(
+        name=config.name,
+        url=base_url(config) + config.route_prefix.rstrip("/"),
+        collections=tuple(config.served_collections()),
+        started_serve=started_serve,
+        drain_s=config.drain_s,
+    )
     try:
-        return _within_start_timeout(config, lambda: _bring_up(config, manifest))
+        _deploy(config, application)
+        _wait_until_served(server.url)
     except BaseException:
-        if not was_running:
-            stop()
+        stop(server)
         raise
+    return server
 
 
-def _bring_up(config: ServeConfig, manifest: IndexManifest) -> str:
-    config = _start_proxy(config)
-    url = base_url(config)
-    _deploy(config, manifest)
-    _wait_until_served(url, manifest.version)
-    return url
+def stop(server: Server) -> None:
+    """Stop an application that this process has deployed; Serve too, if it was started for it and serves nothing else.
 
-
-def reload(config: ServeConfig, version: str | None = None) -> str:
-    """Move the running server to another index version (None: the published one) without failing a request.
-
-    `config` must be the one that it was started with (with the port that it got).
-
-    Returns:
-        The version now served.
-
-    Raises:
-        InputError: no such version. FormatError: another encoder made it. The version before stays.
-        RaytowerError: a replica could not open it; the version before is put back.
+    It says first that it stops: readyz and new requests are answered 503, while requests under way end.
     """
-    url = base_url(config)
-    before = served_version(url)
-    manifest = check_parts(config, version)
-    if manifest.version == before:
-        return manifest.version
-    try:
-        _within_start_timeout(config, lambda: _bring_up(config, manifest))
-    except RaytowerError:
-        if before is not None:
-            _deploy(config, check_parts(config, before))
-        raise
-    return manifest.version
-
-
-def stop() -> None:
-    """Stop serving. Ray Serve itself stops too unless it has other applications. Without a server nothing happens."""
     if not ray.is_initialized() or has_ended():
         return
     try:
-        _within(_STOP_TIMEOUT_S, _stop)
+        _within(_STOP_TIMEOUT_S, lambda: _stop(server))
     except TimeoutError:
         log("warning: Ray Serve did not stop in order; what is left of it ends with this process")
 
 
-def _stop() -> None:
-    if _is_running():
-        ray_serve.delete(APP_NAME)
-    if _serve_runs() and not ray_serve.status().applications:
+def _stop(server: Server) -> None:
+    if server.name in ray_serve.status().applications:
+        try:
+            _conductor(server).drain.remote().result(timeout_s=_STATUS_TIMEOUT_S / 2)
+            time.sleep(server.drain_s)
+        except Exception as error:  # it may be what has failed
+            log(f"warning: the server could not say that it stops: {type(error).__name__}")
+        ray_serve.delete(server.name)
+    if server.started_serve and not ray_serve.status().applications:
         ray_serve.shutdown()
 
 
-def _serve_runs() -> bool:
-    return _get_global_client(raise_if_no_controller_running=False) is not None
+def reload(server: Server, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Have a server's replicas move to another generation together, as `Control.reload`.
+
+    Raises:
+        InputError: what cannot be served. RaytowerError: a replica refused it, or another change is under way; all stay
+            on what they serve.
+    """
+    return answer_of(_conductor(server).control.remote("reload", dict(wanted or {})).result())
 
 
-def _is_running() -> bool:
-    return _serve_runs() and APP_NAME in ray_serve.status().applications
+def status(server: Server) -> dict[str, Any]:
+    """What `Control.status` gives."""
+    return answer_of(_conductor(server).control.remote("status").result(timeout_s=_STATUS_TIMEOUT_S))
 
 
-def serve(config: ServeConfig) -> dict[str, Any]:
-    """The job: serve until SIGINT or SIGTERM; SIGHUP moves to the version that is published by then.
+def _conductor(server: Server) -> Any:
+    return ray_serve.get_deployment_handle(CONDUCTOR, app_name=server.name)
+
+
+def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
+    """The job with `server: ray`: serve until SIGINT or SIGTERM; SIGHUP moves collections on.
 
     Returns:
-        url, index_version (the last one served), seconds.
+        url, collections with the index versions served last, seconds.
 
     Raises:
-        InputError, FormatError, RaytowerError: as `start`.
+        InputError, FormatError, RaytowerError: as `start`; the application was deleted by somebody, or has failed.
     """
     started = time.monotonic()
-    version: str | None = None
-    wanted: list[str] = []
-    with _reload_on_hangup(wanted):
+    server: Server | None = None
+    versions: dict[str, str | None] = {}
+    with hangups() as wanted:
         try:
-            url = start(config)
-            config = config.model_copy(update={"port": int(url.rsplit(":", 1)[1])})
-            version = served_version(url)
-            log(f"serving index version {version} at {url}/ (the search page); stop with Ctrl-C")
+            server = start(config)
+            versions = served_versions(server.url, server.collections)
+            log(f"serving {_shown(versions)} at {server.url}/ (the search page); stop with Ctrl-C")
+            watch = _Watch(server)
             while True:
                 time.sleep(_POLL_S)
-                if has_ended():
-                    raise RaytowerError(
-                        "Ray's processes have ended, and the server with them; start it again"
-                    )
+                watch.look()
                 if wanted:
                     wanted.clear()
-                    version = _reload_or_keep(config, version)
+                    _reload_all(server)
+                    versions = served_versions(server.url, server.collections)
+                    log(f"serving {_shown(versions)}")
         except (KeyboardInterrupt, Terminated):
-            time.sleep(SIGNALLED_S)
-            if version is None:
+            if server is None:
                 raise
+            time.sleep(SIGNALLED_S)
+            versions = served_versions(server.url, server.collections) if not has_ended() else versions
         finally:
-            log("stopping")
-            if version is not None:  # else `start` has stopped what it had started
-                stop()
-    return {"url": url, "index_version": version, "seconds": round(time.monotonic() - started, 3)}
-
-
-def plan_serve(config: ServeConfig) -> dict[str, Any]:
-    """The plan of `serve`: version, rows, shards, bytes of the index in each process, processes, CPUs.
-
-    Raises:
-        InputError: no such index or model, or an empty key variable. FormatError: another encoder made the index.
-    """
-    manifest = check_parts(config, None)
-    config.api_key_sha256()
-    apart = config.layout == "apart"
-    num_bytes = sum(entry.bytes for entry in manifest.shards)
+            if server is not None:
+                log("stopping")
+                stop(server)
+    default = next(iter(versions.values()), None)
     return {
-        "url": base_url(config),
-        "index_version": manifest.version,
-        "kind": manifest.kind,
-        "rows": manifest.rows,
-        "shards": len(manifest.shards),
-        "index_bytes": num_bytes,
-        "encoder": encoder_for(config, manifest.encoder),
-        "reranker": config.reranker,
-        "layout": config.layout,
-        "processes": config.replicas + (len(manifest.shards) if apart else 0),
-        "index_bytes_per_process": num_bytes // len(manifest.shards) if apart else num_bytes,
-        "cpus": needed_cpus(config, len(manifest.shards)),
+        "url": server.url,
+        "index_version": default,
+        "collections": versions,
+        "seconds": round(time.monotonic() - started, 3),
     }
 
 
-def check_parts(config: ServeConfig, version: str | None) -> IndexManifest:
-    """Read the manifest of an index version and check the models against it, before any process is started.
+class _Watch:
+    """Notices that an application has gone."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._next = time.monotonic() + _WATCH_S
+        self._said: str | None = None
+
+    def look(self) -> None:
+        """Raises RaytowerError where Ray has ended, or the application has been deleted or has failed."""
+        if has_ended():
+            raise RaytowerError("Ray's processes have ended, and the server with them; start it again")
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _WATCH_S
+        try:
+            found = _within(_STATUS_TIMEOUT_S, ray_serve.status).applications.get(self._server.name)
+        except (TimeoutError, RayServeException, ray.exceptions.RayError) as error:
+            log(f"warning: Ray Serve does not say how the server is: {type(error).__name__}")
+            return
+        if found is None:
+            raise RaytowerError(
+                f"application {self._server.name!r} was deleted by another command, so nothing is served here any more"
+            )
+        state = found.status.value
+        if state == "DEPLOY_FAILED":
+            raise RaytowerError(f"application {self._server.name!r} has failed: {found.message}")
+        if state != self._said:
+            if state == "UNHEALTHY":
+                log(f"warning: the server has lost replicas, and starts others: {found.message}")
+            elif self._said == "UNHEALTHY":
+                log("all replicas are well again")
+            self._said = state
+
+
+# --- proxy and readiness --------------------------------------------------------------------------------------
+
+
+def _start_proxy(config: ServeConfig) -> ServeConfig:
+    """Start Serve, with its HTTP proxy where `config` says; returns it with the port that was picked for 0.
 
     Raises:
-        InputError, FormatError: as the engine would, but in the caller's process and at once.
+        InputError: the port is taken.
     """
-    manifest = open_manifest(config.index, version)
-    name = encoder_for(config, manifest.encoder)
-    # A model that raytower did not write records no fingerprint. Loading it takes time, but before anything runs.
-    fingerprint = read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint
-    check_fingerprint(manifest, str(fingerprint), name)
-    if config.reranker:
-        resolve_model(config.reranker)
-    return manifest
+    port = check_port(config.host, config.port)
+    limits = config.limits
+    door = DoorSettings(
+        timeout_ms=config.timeout_ms,
+        max_timeout_ms=limits.max_timeout_ms,
+        body_timeout_ms=limits.body_timeout_ms,
+        max_body_bytes=int(limits.max_body_bytes),
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this module logs what matters of it
+    ray_serve.start(
+        proxy_location="EveryNode" if config.host in _ANY_ADDRESS else "HeadOnly",
+        http_options=HTTPOptions(host=config.host, port=port),
+        logging_config=QUIET,
+        controller_options={"runtime_env": {"env_vars": proxy_environment(door)}},
+    )
+    return config.model_copy(update={"port": port})
 
 
-def base_url(config: ServeConfig) -> str:
-    """Where this machine reaches the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+def _find_proxy(config: ServeConfig) -> ServeConfig:
+    """Serve runs in this cluster: its proxy is the only one there can be.
+
+    Raises:
+        InputError: it is not where `config` says.
+    """
+    url = f"{base_url(config)}/-/healthz"
+    try:
+        with DIRECT.open(url, timeout=5) as reply:
+            if reply.read(64) == b"success":
+                return config
+    except OSError:
+        pass
+    raise InputError(
+        f"Ray Serve already runs in this cluster, and does not listen on {config.host}:{config.port}; serve there by "
+        "setting host and port to where it does, with a name and a route_prefix of your own"
+    )
+
+
+def _deploy(config: ServeConfig, application: ray_serve.Application) -> None:
+    try:
+        ray_serve.run(application, name=config.name, route_prefix=config.route_prefix, blocking=False)
+    except Exception as error:
+        raise _reason_of(config.name, error) from error
+
+
+def _reason_of(name: str, error: Exception) -> RaytowerError:
+    """The error that a replica raised. Serve passes it on only as a traceback's text in its status."""
+    cause = find_cause(error)
+    if isinstance(cause, RaytowerError):
+        return cause
+    if isinstance(error, RayServeException) and "route_prefix" in str(error):
+        return InputError(str(error))
+    application = ray_serve.status().applications.get(name)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    for kind, message in re.findall(r"^raytower\.errors\.(\w+): (.+)$", "\n".join(messages), re.MULTILINE):
+        return {"InputError": InputError, "FormatError": FormatError}.get(kind, RaytowerError)(message)
+    return RaytowerError(f"Ray Serve could not start the application: {error}; its replicas' logs say why")
+
+
+def _wait_until_served(url: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    said = ""
+    while time.monotonic() < deadline:
+        try:
+            with DIRECT.open(f"{url}/readyz", timeout=5) as reply:
+                if reply.status == 200:
+                    return
+        except urllib.error.HTTPError as error:
+            said = f"{error.code} {error.read(200)!r}"
+        except OSError as error:
+            said = str(error)
+        time.sleep(0.1)
+    raise RaytowerError(f"{url}/readyz says {said}; the replicas' logs say why")
 
 
 def served_version(url: str) -> str | None:
@@ -224,101 +325,35 @@ def served_version(url: str) -> str | None:
         return None
 
 
-def _deploy(config: ServeConfig, manifest: IndexManifest) -> None:
-    try:
-        ray_serve.run(build_application(config, manifest), name=APP_NAME, route_prefix="/", blocking=False)
-    except Exception as error:
-        raise _reason_of(error) from error
+def served_versions(url: str, collections: tuple[str, ...]) -> dict[str, str | None]:
+    """The index version of each collection; None where it is not told."""
+    return {name: served_version(url) if number == 0 else None for number, name in enumerate(collections)}
 
 
-def _reason_of(error: Exception) -> RaytowerError:
-    """The error that a replica raised. Serve passes it on only as a traceback's text in its status."""
-    cause = find_cause(error)
-    if isinstance(cause, RaytowerError):
-        return cause
-    application = ray_serve.status().applications.get(APP_NAME)
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    for kind, message in re.findall(r"^raytower\.errors\.(\w+): (.+)$", "\n".join(messages), re.MULTILINE):
-        return {"InputError": InputError, "FormatError": FormatError}.get(kind, RaytowerError)(message)
-    return RaytowerError(f"Ray Serve could not start the application: {error}; its replicas' logs say why")
-
-
-# --- proxy and readiness --------------------------------------------------------------------------------------
-
-
-def _start_proxy(config: ServeConfig) -> ServeConfig:
-    """Have the HTTP proxy listen where `config` says; returns it with the port that was picked for 0.
-
-    Raises:
-        InputError: the port is taken, or Serve already listens elsewhere in this cluster.
-    """
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is not None:
-        running = client.http_config
-        if (running.host, running.port) != (config.host, config.port or running.port):
-            raise InputError(
-                f"Ray Serve already runs in this cluster on {running.host}:{running.port}; serve there by setting host "
-                f"and port to those, or stop it first (asked for: {config.host}:{config.port})"
-            )
-        return config.model_copy(update={"port": running.port})
-    port = check_port(config.host, config.port)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this module logs what matters of it
-    ray_serve.start(
-        proxy_location="HeadOnly",
-        http_options=HTTPOptions(host=config.host, port=port),
-        logging_config=QUIET,
-        controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
-    )
-    return config.model_copy(update={"port": port})
-
-
-def check_port(host: str, port: int) -> int:
-    """Bind the port and let it go. Returns the port; for 0 the one that the system picked.
-
-    Raises:
-        InputError: it is taken, or the host is no address of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port, 0 picks a "
-                "free one"
-            ) from error
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_served(url: str, version: str) -> None:
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    found = None
-    while time.monotonic() < deadline:
-        found = served_version(url)
-        if found == version:
-            return
-        time.sleep(0.1)
-    raise RaytowerError(f"{url} serves index version {found!r}, not {version!r}; the replicas' logs say why")
+def _shown(versions: Mapping[str, str | None]) -> str:
+    if len(versions) == 1:
+        return f"index version {next(iter(versions.values()))}"
+    return ", ".join(versions)
 
 
 # --- signals of the job ---------------------------------------------------------------------------------------
 
 
-def _reload_or_keep(config: ServeConfig, version: str | None) -> str | None:
-    try:
-        version = reload(config)
-        log(f"serving index version {version}")
-    except RaytowerError as error:
-        log(f"still serving index version {version}: {error}")
-    return version
+def _reload_all(server: Server) -> None:
+    for name in server.collections:
+        try:
+            reload(server, {"collection": name})
+        except RaytowerError as error:
+            log(f"warning: {error}")
 
 
 @contextmanager
-def _reload_on_hangup(wanted: list[str]) -> Iterator[None]:
+def hangups() -> Iterator[list[str]]:
+    """A list that grows with each SIGHUP."""
+    wanted: list[str] = []
     before = signal.signal(signal.SIGHUP, lambda number, frame: wanted.append("reload"))
     try:
-        yield
+        yield wanted
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -1,7 +1,10 @@
 """The Serve application: its deployments, and what each of them holds.
 
-`together`: one deployment, the HTTP ingress, holds everything; a search takes one hop. `apart`: one more deployment
-for each index shard, and the ingress asks all of them at once.
+`conductor` has generations served by all replicas together. `search` is the HTTP ingress; with layout together it holds
+everything, and a search takes one hop. With split the deployment `reranker` holds the rerankers; with sharded each
+`shards-N` holds a group of shards. Each replica is a member of the conductor's.
+
+`app_builder` is what a Serve config file names as import_path.
 """
 
 from __future__ import annotations
@@ -10,102 +13,366 @@ import asyncio
 import hashlib
 import json
 import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from raytower import __version__
-from raytower.index.manifest import IndexManifest
-from raytower.serving.app import create_app
-from raytower.serving.calls import DEFAULT_COLLECTION
+from raytower.config import make_config
+from raytower.errors import InputError, RaytowerError
+from raytower.index.hits import Hits
+from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
-from raytower.serving.engine import SearchEngine
-from raytower.serving.forwards import Forwards
-from raytower.serving.models import ModelPool
-from raytower.serving.opening import LocalParts
+from raytower.serving.control import Conducting, Member, SwapRefusedError
+from raytower.serving.door import REPLICA_HEADER, AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
-from raytower.serving.resolve import encoder_for, generation_of
-from raytower.storage import absolute_if_local
+from raytower.serving.resolve import resolve_settings
 
-INGRESS_NAME = "search"
-# Serve admits so many requests more than the application, so that the application answers 429 and health checks.
-_SERVE_HEADROOM = 64
-# Keys that decide where the proxy listens or how many replicas there are, not what a replica does.
-_OUTSIDE_KEYS = {"host", "port", "replicas", "api_key_env", "start_timeout_s"}
+INGRESS, CONDUCTOR, RERANKER = "search", "conductor", "reranker"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 _LOGGER = logging.getLogger("raytower.serving")
+# Long polls of members, and what operators ask.
+_CONDUCTOR_REQUESTS = 1_000
+_STAGE_REQUESTS = 256
+# Serve admits so many requests more than the application, so that the application answers 429 and health checks.
+_SERVE_HEADROOM = 64
+_HEALTH_PERIOD_S = 1.0
+_HEALTH_TIMEOUT_S = 10.0
+# Requests that a caller gave the longest time end by then.
+_SHUTDOWN_SPARE_S = 3.0
 
 
-class Ingress:
-    """A replica of the HTTP ingress: one engine and the application over it."""
+# --- building -------------------------------------------------------------------------------------------------
 
-    def __init__(self, settings: dict[str, Any], api_key_sha256: str | None) -> None:
+
+def app_builder(args: dict[str, Any]) -> serve.Application:
+    """The application of a config, for the `import_path` of a Serve config file. `args` are `ServeConfig`'s keys."""
+    config = make_config(ServeConfig, args, "args")
+    return build_application(config, *check_start(config))
+
+
+def build_application(
+    config: ServeConfig, active: Mapping[str, Served], key_digest: str | None
+) -> serve.Application:
+    """The deployments of a config, which begin with serving `active`."""
+    settings = replica_settings(config)
+    origin = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode()).hexdigest()[:16]
+    num_groups = num_shard_groups(config, active)
+    roles = [INGRESS, *([RERANKER] if config.layout == "split" else [])]
+    roles += [group_name(number) for number in range(num_groups)]
+    conductor = _deployment(config, CONDUCTOR, ConductorReplica).options(
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_CONDUCTOR_REQUESTS,
+        user_config={"active": {name: item.model_dump(mode="json") for name, item in active.items()}},
+    )
+    bound = conductor.bind(origin, roles, settings)
+    reranker = None
+    if config.layout == "split":
+        cpus = {"num_cpus": config.rerank_num_cpus, "num_gpus": config.rerank_num_gpus}
+        deployment = _deployment(config, RERANKER, RerankerReplica).options(
+            num_replicas=config.rerank_replicas,
+            ray_actor_options=cpus,
+            max_ongoing_requests=_STAGE_REQUESTS,
+        )
+        reranker = deployment.bind(origin, settings, bound)
+    groups = [
+        _deployment(config, group_name(number), ShardReplica)
+        .options(
+            num_replicas=config.shard_replicas,
+            ray_actor_options={"num_cpus": config.shard_num_cpus},
+            max_ongoing_requests=_STAGE_REQUESTS,
+        )
+        .bind(origin, number, num_groups, bound)
+        for number in range(num_groups)
+    ]
+    ingress = _deployment(config, INGRESS, serve.ingress(_ServedApp())(Ingress)).options(
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        max_ongoing_requests=config.max_ongoing_requests + _SERVE_HEADROOM,
+        max_queued_requests=config.max_queued_requests,
+        **_replicas(config),
+    )
+    return ingress.bind(origin, settings, key_digest, bound, reranker, *groups)
+
+
+def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serve.Deployment:
+    deployment: serve.Deployment = serve.deployment(
+        cls,
+        name=name,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=config.limits.max_timeout_ms / 1000 + _SHUTDOWN_SPARE_S,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        max_constructor_retry_count=1,
+        # Replicas of another config come before those that they replace go.
+        max_surge_percent=100,
+        logging_config=QUIET,
+    )
+    return deployment
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    if config.autoscaling is None:
+        return {"num_replicas": config.replicas}
+    scaling = config.autoscaling
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min,
+            "initial_replicas": scaling.min,
+            "max_replicas": scaling.max,
+            "target_ongoing_requests": scaling.target_requests,
+        }
+    }
+
+
+def replica_settings(config: ServeConfig) -> dict[str, Any]:
+    """What replicas do, without what decides only where the proxy listens and how many there are."""
+    outside = {"port", "replicas", "autoscaling", "start_timeout_s", "drain_s"}
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in outside}
+
+
+# --- replicas -------------------------------------------------------------------------------------------------
+
+
+class ConductorReplica:
+    """The conductor in a replica of its own, which holds no model."""
+
+    def __init__(self, origin: str, roles: Sequence[str], settings: dict[str, Any]) -> None:
         keep_replica_local()
         config = ServeConfig.model_validate(settings)
-        self._config = config
-        self._api_key_sha256 = bytes.fromhex(api_key_sha256) if api_key_sha256 else None
-        self._engine = SearchEngine([DEFAULT_COLLECTION], LocalParts(ModelPool(Forwards())))
+        self._conducting = Conducting(
+            origin,
+            roles,
+            _resolve_in_task,
+            watch_s=config.watch_s,
+            linger_s=config.limits.max_timeout_ms / 1000 + 5,
+            prepare_timeout_s=max(config.start_timeout_s, 60),
+        )
+        self._starting: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the named version. If that fails, a replica that has an older one keeps it: old answers beat none."""
+        """Begin with what the deployment resolved; a repeated deployment of the same config moves to what it did."""
+        active = {name: Served.model_validate(item) for name, item in user_config["active"].items()}
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._conducting.start(active))
+        else:
+            await self._conducting.move_to(active)
+
+    async def poll(self, origin: str, report: Report, wait_s: float) -> Wanted:
+        return await self._conducting.poll(origin, report, wait_s)
+
+    async def leave(self, member: str) -> None:
+        await self._conducting.leave(member)
+
+    async def drain(self) -> None:
+        await self._conducting.drain()
+
+    async def control(self, name: str, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """An operator's call, its answer under `answer`; or, under `error`, why it was refused, under `kind` how."""
         try:
-            generation = await asyncio.to_thread(generation_of, self._config, user_config["version"])
-            await self._engine.prepare(generation)
-            self._engine.activate(generation.id)
-        except Exception:
-            if not self._engine.active():
-                raise
-            _LOGGER.exception("index version %r cannot be served", user_config["version"])
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._engine, self._config, self._api_key_sha256)
+            method = getattr(self._conducting, name)
+            return {"answer": await (method() if wanted is None else method(wanted))}
+        except RaytowerError as error:
+            kinds = {SwapRefusedError: "refused", InputError: "input"}
+            kind = next((kind for cls, kind in kinds.items() if isinstance(error, cls)), "busy")
+            return {"error": str(error), "kind": kind}
 
 
-def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.Application:
-    """The deployments that serve one index version.
-
-    Raises:
-        InputError: the variable that should hold the API key is unset or empty, or no encoder is named.
-    """
-    settings = config_for_replicas(config, manifest).model_dump(mode="json")
-    digest = config.api_key_sha256()
-    key = digest.hex() if digest else None
-    kept = {name: value for name, value in settings.items() if name not in _OUTSIDE_KEYS}
-    # If the code version stays equal, Serve changes running replicas in place through `reconfigure`. By default
-    # it gives every run a random one and restarts all replicas.
-    identity = json.dumps([__version__, kept, key], sort_keys=True)
-    common: dict[str, Any] = {
-        "version": hashlib.sha256(identity.encode()).hexdigest()[:16],
-        "_internal": True,
-        "user_config": {"version": manifest.version},
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "graceful_shutdown_timeout_s": config.timeout_ms / 1000 + 3,
-        # Serve replaces a dead process after a failed check; by default it checks every 10 s.
-        "health_check_period_s": 2.0,
-        "max_constructor_retry_count": 1,
-        "logging_config": QUIET,
-    }
-    ingress = serve.deployment(
-        name=INGRESS_NAME,
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-        max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _SERVE_HEADROOM,
-    )(serve.ingress()(Ingress))
-    # Only the driver's environment has the key's variable; replicas get the key's digest.
-    return ingress.options(**common).bind({**settings, "api_key_env": None}, key)
+async def _resolve_in_task(collection: str, settings: Mapping[str, Any], version: str | None) -> Served:
+    """In a worker of its own: reading a model's directory imports torch, which the conductor does without."""
+    try:
+        answer = await _resolve_remote.remote(collection, dict(settings), version)
+    except ray.exceptions.RayError as error:
+        raise RaytowerError(f"{collection!r} could not be resolved: {error}") from error
+    if isinstance(answer, str):
+        raise InputError(answer)
+    return Served.model_validate(answer)
 
 
-def config_for_replicas(config: ServeConfig, manifest: IndexManifest) -> ServeConfig:
-    """The config with its encoder named, and with paths by which every replica finds the same index and models."""
-    names = {"index": config.index, "encoder": encoder_for(config, manifest.encoder)}
-    if config.reranker:
-        names["reranker"] = config.reranker
-    return config.model_copy(update={key: absolute_if_local(name) for key, name in names.items()})
+@ray.remote(num_cpus=0)
+def _resolve_remote(collection: str, settings: dict[str, Any], version: str | None) -> Any:
+    try:
+        return resolve_settings(collection, settings, version).model_dump(mode="json")
+    except RaytowerError as error:
+        return str(error)
 
 
-def needed_cpus(config: ServeConfig, num_shards: int) -> float:
-    """Logical CPUs that all processes together ask Ray for."""
-    apart = num_shards if config.layout == "apart" else 0
-    return config.replicas * config.num_cpus + apart * config.shard_num_cpus
+class _Replica:
+    """A process that holds parts of generations, as the conductor's member."""
+
+    _member: Member
+    _conductor: DeploymentHandle
+
+    def _join(self, origin: str, role: str, holder: Any, conductor: DeploymentHandle) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._conductor = conductor
+
+        async def poll(report: Report, wait_s: float) -> Wanted:
+            wanted: Wanted = await conductor.poll.remote(origin, report, wait_s)
+            return wanted
+
+        name = serve.get_replica_context().replica_id.unique_id
+        self._member = Member(name, role, holder, poll)
+        self._member.start()
+
+
+class RerankerReplica(_Replica):
+    """The rerankers of all generations that are served or prepared."""
+
+    async def __init__(self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle) -> None:
+        keep_replica_local()
+        from raytower.serving.forwards import Forwards
+        from raytower.serving.models import ModelPool
+        from raytower.serving.placements import Reranker
+
+        self._reranker = Reranker(ModelPool(Forwards()))
+        self._join(origin, RERANKER, self._reranker, conductor)
+        await self._member.ready()
+
+    async def describe(self, generation_id: str) -> Any:
+        return self._reranker.describe(generation_id)
+
+    async def score(self, *arguments: Any) -> Any:
+        return await self._reranker.score(*arguments)
+
+
+class ShardReplica(_Replica):
+    """One group of shards of all generations that are served or prepared."""
+
+    async def __init__(self, origin: str, number: int, num_groups: int, conductor: DeploymentHandle) -> None:
+        keep_replica_local()
+        from raytower.serving.shards import ShardGroup
+
+        self._group = ShardGroup(number, num_groups)
+        self._join(origin, group_name(number), self._group, conductor)
+        await self._member.ready()
+
+    async def counts(self, generation_id: str) -> dict[int, int]:
+        return self._group.counts(generation_id)
+
+    async def search(self, *arguments: Any) -> Hits:
+        return await self._group.search(*arguments)
+
+
+class _ServedApp:
+    """The ASGI application of whichever replica this is: what `serve.ingress` is given is copied into all of them."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: AsgiApp = serve.get_replica_context().servable_object.served_app
+        await app(scope, receive, send)
+
+
+class Ingress(_Replica):
+    """A replica of the HTTP ingress: one engine and the application over it."""
+
+    async def __init__(
+        self,
+        origin: str,
+        settings: dict[str, Any],
+        key_digest: str | None,
+        conductor: DeploymentHandle,
+        reranker: DeploymentHandle | None,
+        *groups: DeploymentHandle,
+    ) -> None:
+        keep_replica_local()
+        from raytower.serving.forwards import Forwards
+        from raytower.serving.local import EngineHolder, make_app, make_engine
+        from raytower.serving.models import ModelPool
+        from raytower.serving.placements import GroupCalls, PlacedParts, RerankerCalls
+
+        config = ServeConfig.model_validate(settings)
+        loop = asyncio.get_running_loop()
+        parts = PlacedParts(
+            ModelPool(Forwards()),
+            reranker=reranker
+            and RerankerCalls(
+                describe=lambda id: _wait_for(loop, reranker.describe.remote(id)),
+                score=_async_call(reranker.score),
+            ),
+            groups=[
+                GroupCalls(
+                    counts=lambda id, group=group: _wait_for(loop, group.counts.remote(id)),
+                    search=_async_call(group.search),
+                )
+                for group in groups
+            ],
+            shard_timeout_ms=config.shard_timeout_ms,
+            copies=max(config.shard_replicas if groups else 1, config.rerank_replicas if reranker else 1),
+            patience_s=config.start_timeout_s,
+        )
+        self._engine = make_engine(config, parts)
+        self._prefix = config.route_prefix.encode()
+        app = make_app(config, self._engine, key_digest, HandleControl(conductor))
+        self._app = app
+        self._join(origin, INGRESS, EngineHolder(self._engine), conductor)
+        await self._member.ready()
+
+    async def check_health(self) -> None:
+        """A query through every collection to its JSON. A replica that fails leaves rotation and is replaced."""
+        if not self._member.draining:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S - 1):
+                await self._engine.check()
+
+    async def served_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, with the mark by which the door knows a replica's answer from the proxy's."""
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (REPLICA_HEADER, self._prefix)]}
+            await send(message)
+
+        if scope["type"] == "http" and self._member.draining and not scope["path"].endswith("/healthz"):
+            message = "the server is stopping; ask another one"
+            await refuse(marked, 503, message, "server_error", "draining", retry=True)
+            return
+        await self._app(scope, receive, marked)
+
+
+class HandleControl:
+    """What operators ask, passed on to the conductor. It implements `control.Control`."""
+
+    def __init__(self, conductor: DeploymentHandle) -> None:
+        self._conductor = conductor
+
+    async def status(self) -> dict[str, Any]:
+        return answer_of(await self._conductor.control.remote("status"))
+
+    async def reload(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return answer_of(await self._conductor.control.remote("reload", dict(wanted)))
+
+    async def rollback(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return answer_of(await self._conductor.control.remote("rollback", dict(wanted)))
+
+
+def answer_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """An operator's answer. Raises what `Control` raises."""
+    if "error" in result:
+        kinds: dict[str, type[RaytowerError]] = {"refused": SwapRefusedError, "input": InputError}
+        raise kinds.get(result["kind"], RaytowerError)(result["error"])
+    answer: dict[str, Any] = result["answer"]
+    return answer
+
+
+def _async_call(method: Any) -> Callable[..., Awaitable[Any]]:
+    async def call(*arguments: Any) -> Any:
+        response = method.remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    return call
+
+
+def _wait_for(loop: asyncio.AbstractEventLoop, response: Any) -> Any:
+    """The answer of a handle's call, waited for in a thread; the loop is the replica's."""
+
+    async def wait() -> Any:
+        return await response
+
+    return asyncio.run_coroutine_threadsafe(wait(), loop).result()

@@ -25,9 +25,11 @@ class LocalParts:
 
     def __call__(self, generation: Generation) -> Parts:
         """Raises InputError: no such index or model. FormatError: another encoder made the index, or damage."""
-        manifest = checked_manifest(generation)
-        recall = LocalRecall(Index.open(generation.index, generation.index_version), self._threads)
-        return self.with_recall(generation, manifest, recall)
+        return self.with_recall(generation, checked_manifest(generation), self.recall(generation))
+
+    def recall(self, generation: Generation) -> LocalRecall:
+        """A generation's index, all shards in this process."""
+        return LocalRecall(Index.open(generation.index, generation.index_version), self._threads)
 
     def with_recall(self, generation: Generation, manifest: IndexManifest, recall: RecallStage) -> Parts:
         """The parts of a generation whose index is `recall`, wherever that is."""

@@ -1,66 +1,145 @@
-"""What a config means at this moment, as a generation: which index version, which weights, which fusion."""
+"""From what a config names to what is served: one `Generation`, with everything checked that can be without serving."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytower.config import make_config
 from raytower.errors import InputError
+from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
 from raytower.index.versions import open_manifest
-from raytower.models.cross_encoder import CrossEncoder
-from raytower.models.directory import resolve_model
-from raytower.models.encoder import Encoder, read_encoder_info
-from raytower.retrieval.load import fusion_of
-from raytower.serving.calls import DEFAULT_COLLECTION
-from raytower.serving.config import ServeConfig
-from raytower.serving.generation import ComputeEntry, Generation, ModelEntry
-from raytower.serving.opening import fusion_entry, manifest_sha256
+from raytower.serving.conductor import Served
+from raytower.serving.config import CollectionConfig, ServeConfig
+from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, ModelEntry
+from raytower.storage import absolute_if_local
+
+if TYPE_CHECKING:
+    from raytower.models.fusion import Fusion
 
 
-def generation_of(config: ServeConfig, version: str | None = None) -> Generation:
-    """The generation of an index version; None is the published one.
+# Settings that may be paths of this machine.
+_PLACES = ("index", "encoder", "reranker", "classifier")
+
+
+def resolve_all(config: ServeConfig) -> dict[str, Served]:
+    """What every collection of a server serves by its config, at this moment. Raises as `generation_of`."""
+    return {
+        name: resolve_settings(name, collection.settings())
+        for name, collection in config.served_collections().items()
+    }
+
+
+def resolve_settings(collection: str, settings: Mapping[str, Any], version: str | None = None) -> Served:
+    """What a collection serves by its settings, the keys of `CollectionConfig`. Raises as `generation_of`."""
+    config = make_config(CollectionConfig, absolute_places(settings), f"collection {collection!r}")
+    return Served(generation=generation_of(collection, config, version), settings=config.settings())
+
+
+def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by which every process finds the same index and models, whatever its folder and its environment."""
+    return {
+        name: absolute_if_local(value) if name in _PLACES and value else value
+        for name, value in settings.items()
+    }
+
+
+def generation_of(collection: str, config: CollectionConfig, version: str | None = None) -> Generation:
+    """What a collection serves by its config: an index version (None: the newest) and the models beside it.
 
     Raises:
-        InputError: no such index or model. FormatError: another encoder made the index.
+        InputError: no such index, version or model; the index names no encoder; a fusion weight without stored fusion.
+        FormatError: another encoder made the index, or a file is damaged.
     """
     manifest = open_manifest(config.index, version)
-    name = encoder_for(config, manifest.encoder)
-    encoder = ModelEntry(uri=name, fingerprint=encoder_fingerprint(name))
-    check_fingerprint(manifest, encoder.fingerprint, name)
-    reranker = fusion = None
-    if config.reranker:
-        model = CrossEncoder.load(config.reranker)
-        reranker = ModelEntry(uri=config.reranker, fingerprint=model.fingerprint)
-        fusion = fusion_of(config.reranker, model.fusion, config.fusion_weight)
-    prompts = Encoder.load(name).prompts if config.query_prefix is None else {}
+    encoder_name = _encoder_name(config, manifest)
+    encoder, path = _encoder_entry(encoder_name)
+    check_fingerprint(manifest, encoder.fingerprint, encoder_name)
+    reranker, fusion = _reranker(config)
+    classifier = _classifier_entry(config.classifier) if config.classifier else None
     return Generation(
-        collection=DEFAULT_COLLECTION,
-        index=config.index,
+        collection=collection,
+        index=absolute_if_local(config.index),
         index_version=manifest.version,
-        manifest_sha256=manifest_sha256(manifest),
+        manifest_sha256=hashlib.sha256(manifest.to_json()).hexdigest(),
         encoder=encoder,
         reranker=reranker,
-        fusion=fusion_entry(fusion),
-        query_prefix=prompts.get("query", "") if config.query_prefix is None else config.query_prefix,
+        classifier=classifier,
+        fusion=FusionEntry(**fusion.to_dict()) if fusion else None,
+        query_prefix=_query_prompt(path) if config.query_prefix is None else config.query_prefix,
         document_prefix=manifest.prefix,
+        label_field=config.label_field,
+        classify_modes=_classify_modes(config),
         compute=ComputeEntry(
-            dtype=config.dtype, max_length=config.max_length, rerank_max_length=config.rerank_max_length
+            engine=config.engine,
+            dtype=config.dtype,
+            max_length=config.max_length,
+            rerank_max_length=config.rerank_max_length,
         ),
     )
 
 
-def encoder_fingerprint(name: str) -> str:
-    """The fingerprint of an encoder's weights: as its directory records it, else computed."""
-    return str(read_encoder_info(resolve_model(name)).get("fingerprint") or Encoder.load(name).fingerprint)
-
-
-def encoder_for(config: ServeConfig, recorded: str | None) -> str:
-    """The encoder to load: the config's, else the one that the index records.
-
-    Raises:
-        InputError: neither names one.
-    """
-    name = config.encoder or recorded
+def _encoder_name(config: CollectionConfig, manifest: IndexManifest) -> str:
+    name = config.encoder or manifest.encoder
     if not name:
         raise InputError(
             f"index {config.index!r} records no encoder; name the one it was made with as `encoder`"
         )
     return name
+
+
+def _encoder_entry(name: str) -> tuple[ModelEntry, Path]:
+    from raytower.models.directory import resolve_model  # torch, which checking a config does without
+    from raytower.models.encoder import Encoder, read_encoder_info
+
+    path = resolve_model(name)
+    return _entry(name, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
+
+
+def _classifier_entry(name: str) -> ModelEntry:
+    from raytower.models.directory import read_info, resolve_model
+    from raytower.models.text_classifier import TextClassifier
+
+    path = resolve_model(name)
+    return _entry(name, read_info(path), lambda: TextClassifier.load(path).fingerprint)
+
+
+def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | None]:
+    """The reranker and the fusion of its scores, by the rule of every command."""
+    if config.reranker is None:
+        if config.fusion_weight is not None:
+            raise InputError(
+                f"fusion_weight is {config.fusion_weight}, but there is no reranker; name one, or set it to null"
+            )
+        return None, None
+    from raytower.models.cross_encoder import CrossEncoder
+    from raytower.models.directory import read_info, resolve_model
+    from raytower.models.fusion import Fusion
+    from raytower.retrieval.load import fusion_of
+
+    path = resolve_model(config.reranker)
+    info = read_info(path)
+    stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
+    entry = _entry(config.reranker, info, lambda: CrossEncoder.load(path).fingerprint)
+    return entry, fusion_of(config.reranker, stored, config.fusion_weight)
+
+
+def _entry(name: str, info: dict[str, Any], load_fingerprint: Callable[[], str]) -> ModelEntry:
+    """A model that raytower did not write records no fingerprint; it is loaded for it, which takes time."""
+    return ModelEntry(
+        uri=absolute_if_local(name), fingerprint=str(info.get("fingerprint") or load_fingerprint())
+    )
+
+
+def _query_prompt(path: Path) -> str:
+    from raytower.models.directory import read_json_object
+
+    prompts = read_json_object(path / "config_sentence_transformers.json").get("prompts")
+    return str(prompts.get("query", "")) if isinstance(prompts, dict) else ""
+
+
+def _classify_modes(config: CollectionConfig) -> tuple[Any, ...]:
+    return (*(("classifier",) if config.classifier else ()), *config.classify_modes)

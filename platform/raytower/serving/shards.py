@@ -1,227 +1,267 @@
-"""The index as the engine sees it: all shards in this process, or each in another one."""
+"""Recall from an index whose shards lie in other processes, dealt out to groups; and such a process. No Ray.
+
+Group i of n holds the shards i, i + n, i + 2n, …; group 0 also the rows that no shard holds. What is asked of each
+shard is decided here as it is in one process (`SearchPlanner`), so the answers are the same.
+
+Shape legend: Q queries, D dimension, K hits a query.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import pyarrow as pa
+import numpy as np
 
-from raytower.errors import RaytowerError
-from raytower.index.filters import to_sql
+from raytower.errors import FormatError
+from raytower.index.asks import Ask, SearchPlanner
+from raytower.index.hits import Hits, empty_hits, merge_hits
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index, check_fingerprint
-from raytower.index.table import DocumentTable
-from raytower.index.versions import open_manifest
-from raytower.retrieval.retriever import Candidate, Vectors, index_recall
-from raytower.serving.ports import keep_replica_local
+from raytower.index.placement import Placement
+from raytower.index.reader import Index, prepare_queries, resolve_parameters
+from raytower.serving.generation import Generation
+from raytower.serving.opening import checked_manifest
+from raytower.serving.parts import Recalled, Vectors
+from raytower.serving.recall import LocalRecall
 from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
-from raytower.storage import Location
 
 _LOGGER = logging.getLogger("raytower.serving")
-# Opening a shard reads and checks all of it. Only a start or a new version waits for it, so the limit is high.
-_OPEN_TIMEOUT_S = 600.0
-# While a new version is opened, requests for the one before still arrive.
-_VERSIONS_KEPT = 2
 # Share of the remaining time that shards may use, so that an answer without a slow one can still be given.
 _RECALL_SHARE = 0.6
-_FETCH_S = 0.01
 
 
-class _OneVersion:
-    """The facts that the engine asks of any index version, from its manifest and its table's columns."""
+class ShardCall(Protocol):
+    """Asks one group, wherever it is; its parameters are those of `ShardGroup.search`."""
 
-    def __init__(self, manifest: IndexManifest, documents_schema: pa.Schema) -> None:
-        self.manifest = manifest
-        self._documents_schema = documents_schema
-
-    def check_filter(self, filter: Mapping[str, Any]) -> None:
-        """Raises InputError if the filter does not fit the documents' columns."""
-        to_sql(filter, self._documents_schema)
-
-    def check_fingerprint(self, fingerprint: str) -> None:
-        """Raises FormatError where an encoder with this fingerprint did not make the vectors."""
-        check_fingerprint(self.manifest, fingerprint)
-
-    @property
-    def version(self) -> str:
-        return self.manifest.version
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest.fingerprint
-
-    @property
-    def encoder(self) -> str | None:
-        return self.manifest.encoder or None
-
-    @property
-    def dim(self) -> int:
-        return self.manifest.dim
+    def __call__(
+        self,
+        generation_id: str,
+        prepared: Vectors,
+        k: int,
+        asks: Sequence[Ask],
+        parameters: Mapping[str, int],
+        filter: Mapping[str, Any] | None,
+    ) -> Awaitable[Hits]: ...
 
 
-class LocalIndex(_OneVersion):
-    """All shards in this process."""
+class RemoteRecall(LocalRecall):
+    """One index version whose shards are asked of groups; the documents are read from the table in this process.
 
-    def __init__(self, index: Index) -> None:
-        super().__init__(index.manifest, index.table.schema)
-        self._index = index
-
-    @staticmethod
-    def open(uri: str, version: str | None) -> LocalIndex:
-        """Raises InputError, FormatError: what opening the index raises."""
-        return LocalIndex(Index.open(uri, version))
-
-    def recall(
-        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
-    ) -> tuple[list[list[Candidate]], bool]:
-        """Candidates of each vector of (Q, D); a shard in this process is never missing."""
-        return index_recall(self._index, filter)(vectors, k), False
-
-
-class ShardResponse(Protocol):
-    """The pending answer that a Serve handle returns for a call."""
-
-    def result(self, *, timeout_s: float | None = None) -> Any: ...
-
-    def cancel(self) -> None: ...
-
-
-class ShardedIndex(_OneVersion):
-    """The shards in other processes, reached through Serve handles. Process i of n holds the shards i, i + n, i + 2n, …
-
-    Every call names the version, so shards that are still moving to another one never mix into an answer.
+    Args:
+        generation_id: what the groups know the version by.
+        index: the version, without a shard.
+        planner: decides what each shard is asked.
+        groups: how each group is asked.
+        shard_timeout_ms: how long a group is waited for.
     """
 
     def __init__(
         self,
-        manifest: IndexManifest,
-        documents_schema: pa.Schema,
-        shards: Sequence[Any],
+        generation_id: str,
+        index: Index,
+        planner: SearchPlanner,
+        groups: Sequence[ShardCall],
         shard_timeout_ms: int,
+        threads: ThreadPoolExecutor,
     ) -> None:
-        super().__init__(manifest, documents_schema)
-        self._shards = list(shards)
+        super().__init__(index, threads)
+        self._generation_id = generation_id
+        self._manifest = index.manifest
+        self._planner = planner
+        self._groups = list(groups)
         self._shard_timeout_s = shard_timeout_ms / 1000
 
-    @staticmethod
-    def open(uri: str, version: str | None, shards: Sequence[Any], shard_timeout_ms: int) -> ShardedIndex:
-        """Make every process open the version, and wait for all of them.
+    async def search(
+        self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Recalled:
+        """The best min(k, documents that match) rows for each vector of (Q, D), of the groups that answer in time.
 
         Raises:
-            RaytowerError: a process could not open it.
+            OutOfTimeError: none answered before the deadline. NotReadyError: none answered, for another reason.
         """
-        manifest = open_manifest(uri, version)
-        schema = DocumentTable.open(Location.of(uri), manifest.table_version).schema
-        index = ShardedIndex(manifest, schema, shards, shard_timeout_ms)
-        responses = [shard.prepare.remote(manifest.version) for shard in index._shards]
-        for number, response in enumerate(responses):
-            try:
-                response.result(timeout_s=_OPEN_TIMEOUT_S)
-            except Exception as error:
-                raise RaytowerError(
-                    f"shard {number} could not open version {manifest.version!r}: {error}"
-                ) from error
-        return index
+        prepared = prepare_queries(vectors, self._manifest)
+        parameters = resolve_parameters(self._manifest, k)
+        until = asyncio.get_running_loop().time() + min(
+            self._shard_timeout_s, deadline.remaining_s() * _RECALL_SHARE
+        )
+        asks, visits_some = self._planner.first(prepared, k, parameters, is_filtered=filter is not None)
+        best, missing = await self._ask(prepared, k, asks, parameters, filter, until, deadline)
+        if not visits_some:
+            return Recalled(best.scores, best.rows, missing)
+        depth = min(k, self._planner.num_rows)
+        best = merge_hits([empty_hits(len(prepared), depth), best], depth)
+        short = self._planner.rest(best)
+        if len(short):
+            everywhere = self._planner.everywhere(k, parameters)
+            found, more = await self._ask(prepared[short], k, everywhere, parameters, None, until, deadline)
+            found = merge_hits([empty_hits(len(short), depth), found], depth)
+            best.scores[short], best.rows[short] = found.scores, found.rows
+            missing = tuple(sorted({*missing, *more}))
+        return Recalled(best.scores, best.rows, missing)
 
-    def recall(
-        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
-    ) -> tuple[list[list[Candidate]], bool]:
-        """Ask all shards at once for vectors (Q, D), and merge the answers that come in time.
-
-        Raises:
-            OutOfTimeError: no shard answered before the deadline. NotReadyError: none answered, for another reason.
-        """
-        until = Deadline.after(self._wait_ms(deadline))
-        responses = [shard.recall.remote(self.version, vectors, k, filter) for shard in self._shards]
-        found = [self._collect(number, response, until) for number, response in enumerate(responses)]
-        answered = [part for part in found if part is not None]
-        if not answered:
+    async def _ask(
+        self,
+        prepared: Vectors,
+        k: int,
+        asks: Sequence[Ask],
+        parameters: Mapping[str, int],
+        filter: Mapping[str, Any] | None,
+        until: float,
+        deadline: Deadline,
+    ) -> tuple[Hits, tuple[int, ...]]:
+        """What the groups answer in time, merged, and the numbers of the shards whose group did not."""
+        by_group: dict[int, list[Ask]] = {}
+        for ask in asks:
+            by_group.setdefault(self._group_of(ask.shard), []).append(ask)
+        results = await asyncio.gather(
+            *(
+                self._ask_group(group, prepared, k, wanted, parameters, filter, until)
+                for group, wanted in by_group.items()
+            )
+        )
+        answered = [hits for hits in results if hits is not None]
+        if not answered and by_group:
             deadline.check()
             raise NotReadyError("no shard of the index answered; try again", headers={"Retry-After": "1"})
-        return merge_candidates(answered, k), len(answered) < len(found)
+        missing = sorted(
+            ask.shard
+            for wanted, hits in zip(by_group.values(), results, strict=True)
+            if hits is None
+            for ask in wanted
+        )
+        return merge_hits(answered, k) if answered else empty_hits(len(prepared), 0), tuple(missing)
 
-    def _wait_ms(self, deadline: Deadline) -> int:
-        return max(int(1000 * min(self._shard_timeout_s, deadline.remaining_s() * _RECALL_SHARE)), 1)
+    async def _ask_group(
+        self,
+        group: int,
+        prepared: Vectors,
+        k: int,
+        asks: Sequence[Ask],
+        parameters: Mapping[str, int],
+        filter: Mapping[str, Any] | None,
+        until: float,
+    ) -> Hits | None:
+        """A group's hits; None where it is late, or has failed twice: of several copies one may just have died."""
+        for _ in range(2):
+            try:
+                async with asyncio.timeout_at(until):
+                    return await self._groups[group](
+                        self._generation_id, prepared, k, asks, parameters, filter
+                    )
+            except asyncio.CancelledError:
+                raise
+            except TimeoutError:
+                _LOGGER.warning("shard group %d did not answer in time", group)
+                return None
+            except Exception as error:
+                # Whatever the reason, the answer does without this group and says so.
+                _LOGGER.warning("shard group %d did not answer: %s: %s", group, type(error).__name__, error)
+        return None
 
-    def _collect(self, number: int, response: ShardResponse, until: Deadline) -> list[list[Candidate]] | None:
-        try:
-            # An answer that has arrived is taken even if the shard before it used up the time.
-            found: list[list[Candidate]] = response.result(timeout_s=max(until.remaining_s(), _FETCH_S))
-            return found
-        except Exception as error:
-            # Whatever the reason (late, killed, broken), the answer does without this shard and says so.
-            response.cancel()
-            _LOGGER.warning("shard %d did not answer: %s: %s", number, type(error).__name__, error)
-            return None
+    def _group_of(self, shard: int) -> int:
+        # The rows that no shard holds come last, and lie in group 0.
+        return shard % len(self._groups) if shard < len(self._manifest.shards) else 0
 
 
-def merge_candidates(parts: Sequence[Sequence[Sequence[Candidate]]], k: int) -> list[list[Candidate]]:
-    """The best `k` of each query over `parts` [process][query]; equal scores go by row, as in one process."""
-    merged = []
-    for lists in zip(*parts, strict=True):
-        together = [item for items in lists for item in items]
-        together.sort(key=lambda item: (-item.score, item.row))
-        merged.append(together[:k])
-    return merged
+def planner_of(
+    manifest: IndexManifest, placement: Placement | None, counts: Mapping[int, int]
+) -> SearchPlanner:
+    """The planner of a version, from the live rows of each shard. Raises FormatError where a shard's are missing."""
+    num_shards = len(manifest.shards)
+    wanted = range(max(num_shards, max(counts, default=-1) + 1))
+    lost = [number for number in wanted if number not in counts]
+    if lost:
+        raise FormatError(f"no group holds the shards {lost}; start the server again")
+    digests = [entry.digest for entry in manifest.shards] + [""] * (len(wanted) - num_shards)
+    return SearchPlanner(manifest, digests, [counts[number] for number in wanted], placement)
 
 
-class ShardServer:
-    """Some shards of an index in a process of their own. It holds the version that is served and the one before."""
+class ShardGroup:
+    """The shards of one group, in a process of their own: what members hold of a generation with layout sharded."""
 
-    def __init__(self, uri: str, number: int, num_processes: int) -> None:
-        keep_replica_local()
-        self._uri = uri
+    def __init__(self, number: int, num_groups: int, threads: int = 4) -> None:
         self._number = number
-        self._num_processes = num_processes
-        self._open: OrderedDict[str, Index] = OrderedDict()
-        self._lock = threading.Lock()
-        self._opening = threading.Lock()
+        self._num_groups = num_groups
+        self._indexes: dict[str, Index] = {}
+        self._num_shards: dict[str, int] = {}
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="raytower-recall")
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Open the version that requests will name. If that fails, those requests are refused."""
-        try:
-            await self.prepare(user_config["version"])
-        except RaytowerError:
-            _LOGGER.exception("shard %d cannot open version %r", self._number, user_config["version"])
+    # --- as a member ------------------------------------------------------------------------------------------
 
-    async def prepare(self, version: str) -> None:
-        """Open a version. Raises what opening raises."""
-        await asyncio.to_thread(self._opened, version)
+    async def prepare(self, generation: Generation) -> None:
+        """Open the group's shards of a generation's index version, and search them once."""
+        if generation.id in self._indexes:
+            return
+        index = await asyncio.to_thread(self._open, generation)
+        self._num_shards[generation.id] = len(index.manifest.shards)
+        self._indexes[generation.id] = index
 
-    async def recall(
-        self, version: str, vectors: Vectors, k: int, filter: Mapping[str, Any] | None = None
-    ) -> list[list[Candidate]]:
-        """At most `k` candidates of these shards for each vector of (Q, D), from exactly that version."""
-        return await asyncio.to_thread(lambda: index_recall(self._opened(version), filter)(vectors, k))
+    def held(self) -> frozenset[str]:
+        return frozenset(self._indexes)
 
-    def _opened(self, version: str) -> Index:
-        known = self._known(version)
-        if known is not None:
-            return known
-        # Opening takes its own lock: requests on a version that is open go on meanwhile.
-        with self._opening:
-            known = self._known(version)
-            if known is None:
-                known = Index.open(self._uri, version, part=(self._number, self._num_processes))
-                with self._lock:
-                    self._open[version] = known
-                    while len(self._open) > _VERSIONS_KEPT:
-                        self._open.popitem(last=False)
-            return known
+    def activate(self, generation_id: str) -> None:
+        """Requests name the generation that they are for, so nothing has to be done."""
 
-    def _known(self, version: str) -> Index | None:
-        with self._lock:
-            known = self._open.get(version)
-            if known is not None:
-                self._open.move_to_end(version)
-            return known
+    def drop(self, generation_id: str) -> None:
+        self._indexes.pop(generation_id, None)
+        self._num_shards.pop(generation_id, None)
 
+    def _open(self, generation: Generation) -> Index:
+        manifest = checked_manifest(generation)
+        for known in self._indexes.values():
+            if known.manifest == manifest:  # another model with the same version
+                return known
+        index = Index.open(generation.index, generation.index_version, part=(self._number, self._num_groups))
+        if index.shards:
+            index.search(np.ones((1, manifest.dim), np.float32), 1)
+        return index
 
-def shard_deployment_name(number: int) -> str:
-    return f"shard-{number:05d}"
+    # --- what is asked ----------------------------------------------------------------------------------------
+
+    def counts(self, generation_id: str) -> dict[int, int]:
+        """Live rows of the shards that this group holds. Raises NotReadyError."""
+        index = self._index(generation_id)
+        return {
+            self._shard_at(position, generation_id): shard.num_live
+            for position, shard in enumerate(index.shards)
+        }
+
+    async def search(
+        self,
+        generation_id: str,
+        prepared: Vectors,
+        k: int,
+        asks: Sequence[Ask],
+        parameters: Mapping[str, int],
+        filter: Mapping[str, Any] | None,
+    ) -> Hits:
+        """The best k hits of prepared queries (Q, D) in what is asked of this group's shards.
+
+        Raises NotReadyError where the generation is not held here.
+        """
+        index = self._index(generation_id)
+        position = {
+            self._shard_at(position, generation_id): position for position in range(len(index.shards))
+        }
+        asks = [Ask(position[ask.shard], ask.depth, ask.queries) for ask in asks]
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: index.answer(prepared, k, asks, parameters, filter)
+        )
+
+    def _index(self, generation_id: str) -> Index:
+        index = self._indexes.get(generation_id)
+        if index is None:
+            raise NotReadyError(
+                f"generation {generation_id} is not prepared here; try again", headers={"Retry-After": "1"}
+            )
+        return index
+
+    def _shard_at(self, position: int, generation_id: str) -> int:
+        """The number in the whole index of the shard at a position here."""
+        num_shards = self._num_shards[generation_id]
+        number = self._number + position * self._num_groups
+        return min(number, num_shards) if self._number == 0 else number

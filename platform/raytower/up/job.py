@@ -20,7 +20,8 @@ from raytower.index.versions import version_names
 from raytower.models.directory import resolve_model
 from raytower.progress import log
 from raytower.serving.config import ServeConfig
-from raytower.serving.deploy import check_port, serve
+from raytower.serving.job import serve
+from raytower.serving.listening import check_port
 from raytower.storage import Location, output_folder
 from raytower.up.config import UpConfig
 

@@ -23,7 +23,7 @@ from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.models.fetching import fetch_model
 from raytower.models.text_classifier import TextClassifier
 from raytower.serving.config import ServeConfig
-from raytower.serving.deploy import check_parts
+from raytower.serving.resolve import resolve_all
 from raytower.storage import Location
 from raytower.training.optimizer import save_optimizer
 from tests.support.index_cases import build, unit_vectors, write_embeddings
@@ -281,7 +281,7 @@ def test_an_index_of_the_older_formula_is_explained(tmp_path: Path) -> None:
         build(folder / "index", embeddings)
         for check in (
             lambda: Index.open(str(folder / "index")).check_fingerprint(encoder.fingerprint),  # noqa: B023
-            lambda: check_parts(ServeConfig(index=str(folder / "index")), None),  # noqa: B023
+            lambda: resolve_all(ServeConfig(index=str(folder / "index"))),  # noqa: B023
         ):
             with pytest.raises(FormatError) as caught:
                 check()
@@ -299,5 +299,5 @@ def test_a_server_explains_by_the_encoder_that_it_is_given(tmp_path: Path) -> No
     )
     build(tmp_path / "index", embeddings)
     with pytest.raises(FormatError, match="by the older formula") as caught:
-        check_parts(ServeConfig(index=str(tmp_path / "index"), encoder=str(given)), None)
+        resolve_all(ServeConfig(index=str(tmp_path / "index"), encoder=str(given)))
     assert str(given) in str(caught.value)

@@ -1,0 +1,286 @@
+"""The layouts of a server: which parts of a generation lie in the ingress, and which are asked of other processes.
+
+Each layout opens the same `Parts` for the engine; only where a stage lies differs. Imports torch and FAISS, no Ray:
+what asks other processes is given as functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from raytower.errors import FormatError, RaytowerError
+from raytower.index.manifest import PLACEMENTS_NAME, IndexManifest
+from raytower.index.placement import Placement
+from raytower.index.reader import Index
+from raytower.index.shard import local_file
+from raytower.index.table import DocumentTable
+from raytower.models.fusion import Fusion
+from raytower.serving.calls import ServedModel
+from raytower.serving.forwards import Lane
+from raytower.serving.generation import Generation
+from raytower.serving.models import ModelPool
+from raytower.serving.opening import LocalParts, checked_manifest
+from raytower.serving.parts import PairModel, Parts, RecallStage, Scored
+from raytower.serving.schemas import NotReadyError, OutOfTimeError
+from raytower.serving.shards import RemoteRecall, ShardCall, planner_of
+from raytower.serving.work import Deadline
+from raytower.storage import Location
+
+# Of what was learned about the time of a pair, this share is forgotten with each answer.
+_FORGETTING = 0.1
+_FIRST_PAIR_S = 0.005
+_POLL_S = 0.1
+# What an answer takes on its way back.
+_RETURN_MS = 10
+_T = TypeVar("_T")
+
+
+class ScoreCall(Protocol):
+    """Asks a reranker in another process; its parameters are those of `Reranker.score`."""
+
+    def __call__(
+        self,
+        generation_id: str,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        lane: int,
+        timeout_ms: int,
+        may_shorten: bool,
+    ) -> Awaitable[Scored]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerCalls:
+    """How the reranker is asked. `describe` blocks; it raises NotReadyError while a generation is not prepared."""
+
+    describe: Callable[[str], ServedModel | None]
+    score: ScoreCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupCalls:
+    """How one group of shards is asked. `counts` blocks, as `RerankerCalls.describe`."""
+
+    counts: Callable[[str], Mapping[int, int]]
+    search: ShardCall
+
+
+class PlacedParts:
+    """Opens generations whose reranker, or whose shards, lie in other processes.
+
+    Args:
+        models: the models of this process.
+        reranker: None has the reranker here.
+        groups: none has all shards here.
+        shard_timeout_ms: how long a group is waited for.
+        copies: how many processes may answer a call, each of which is to have prepared a generation.
+        patience_s: how long other processes may take to prepare one.
+    """
+
+    def __init__(
+        self,
+        models: ModelPool,
+        *,
+        reranker: RerankerCalls | None = None,
+        groups: Sequence[GroupCalls] = (),
+        shard_timeout_ms: int = 500,
+        copies: int = 1,
+        patience_s: float = 600.0,
+        recall_threads: int = 4,
+    ) -> None:
+        self._models = models
+        self._reranker = reranker
+        self._groups = groups
+        self._shard_timeout_ms = shard_timeout_ms
+        self._copies = copies
+        self._patience_s = patience_s
+        self._threads = ThreadPoolExecutor(recall_threads, thread_name_prefix="raytower-recall")
+        self._local = LocalParts(models, recall_threads)
+
+    def __call__(self, generation: Generation) -> Parts:
+        """Raises InputError: no such index or model. FormatError: another encoder made the index, or damage."""
+        if self._reranker is None and not self._groups:
+            return self._local(generation)
+        manifest = checked_manifest(generation)
+        encoder = self._models.encoder(generation)
+        if encoder.served.dim != manifest.dim:
+            raise FormatError(
+                f"encoder {generation.encoder.uri!r} gives vectors of {encoder.served.dim}, the index holds "
+                f"{manifest.dim}"
+            )
+        return Parts(
+            generation=generation,
+            recall=self._recall(generation, manifest),
+            encoder=encoder,
+            scorer=self._scorer(generation),
+            classifier=self._models.classifier(generation),
+            fusion=Fusion(**generation.fusion.model_dump()) if generation.fusion else None,
+            kind=manifest.kind,
+            metric=manifest.metric,
+            measured_recall=manifest.recall,
+        )
+
+    def _recall(self, generation: Generation, manifest: IndexManifest) -> RecallStage:
+        if not self._groups:
+            return self._local.recall(generation)
+        counts: dict[int, int] = {}
+        for number, group in enumerate(self._groups):
+            counts.update(
+                self._once_prepared(lambda group=group: group.counts(generation.id), f"shard group {number}")
+            )
+        place = Location.of(generation.index)
+        index = Index(manifest, DocumentTable.open(place, manifest.table_version), [])
+        return RemoteRecall(
+            generation.id,
+            index,
+            planner_of(manifest, _placement(place, manifest), counts),
+            [group.search for group in self._groups],
+            self._shard_timeout_ms,
+            self._threads,
+        )
+
+    def _scorer(self, generation: Generation) -> PairModel | None:
+        if self._reranker is None or generation.reranker is None:
+            return self._models.scorer(generation)
+        describe = self._reranker.describe
+        served = self._once_prepared(lambda: describe(generation.id), "the reranker")
+        if served is None:
+            raise RaytowerError("the reranker's process holds no reranker for this generation")
+        return RemoteScorer(generation.id, served, self._reranker.score)
+
+    def _once_prepared(self, ask: Callable[[], _T], who: str) -> _T:
+        """What every copy answers once it has prepared a generation; each is met by chance, so they are asked often."""
+        until = time.monotonic() + self._patience_s
+        in_a_row = 0
+        while True:
+            try:
+                answer = ask()
+                in_a_row += 1
+                if in_a_row >= (1 if self._copies == 1 else 3 * self._copies):
+                    return answer
+            except NotReadyError as error:
+                in_a_row = 0
+                if time.monotonic() > until:
+                    raise RaytowerError(f"{who} did not prepare it in {self._patience_s:g} s") from error
+                time.sleep(_POLL_S)
+
+
+def _placement(place: Location, manifest: IndexManifest) -> Placement | None:
+    entry = manifest.placement
+    if entry is None:
+        return None
+    return Placement.load(local_file(place / PLACEMENTS_NAME / f"{entry.digest}.npz", entry.file))
+
+
+class RemoteScorer:
+    """The reranker of a generation in another process."""
+
+    def __init__(self, generation_id: str, served: ServedModel, call: ScoreCall) -> None:
+        self.served = served
+        self._generation_id = generation_id
+        self._call = call
+        self._pair_s = _FIRST_PAIR_S
+
+    def predict(self, num_pairs: int, lane: Lane) -> float:
+        """Seconds that so many pairs would take, by what those before took."""
+        return num_pairs * self._pair_s
+
+    async def score(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        lane: Lane,
+        deadline: Deadline,
+        *,
+        may_shorten: bool = False,
+    ) -> Scored:
+        """Logits as `PairModel.score`.
+
+        Raises:
+            OutOfTimeError: it does not answer in time; or, with `may_shorten`, it does not answer.
+            NotReadyError: it does not answer.
+        """
+        began = time.monotonic()
+        timeout_ms = max(int(deadline.remaining_s() * 1000) - _RETURN_MS, 1)
+        for attempt in range(2):
+            try:
+                async with asyncio.timeout(deadline.remaining_s()):
+                    scored = await self._call(
+                        self._generation_id, queries, candidates, int(lane), timeout_ms, may_shorten
+                    )
+            except TimeoutError:
+                raise deadline.exceeded() from None
+            except (asyncio.CancelledError, OutOfTimeError):
+                raise
+            except Exception as error:
+                if attempt == 0 and deadline.remaining_s():
+                    continue  # of several copies one may just have died
+                if may_shorten:
+                    raise deadline.exceeded() from error
+                raise NotReadyError(
+                    "the reranker does not answer; try again", headers={"Retry-After": "1"}
+                ) from error
+            num_pairs = sum(map(len, scored.logits))
+            if num_pairs:
+                spent = (time.monotonic() - began) / num_pairs
+                self._pair_s += _FORGETTING * (spent - self._pair_s)
+            return scored
+        raise AssertionError("every attempt returns or raises")
+
+
+class Reranker:
+    """Rerankers in a process of their own: what members hold of generations with layout split."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+        self._scorers: dict[str, PairModel | None] = {}
+
+    async def prepare(self, generation: Generation) -> None:
+        """Load the generation's reranker, and score a pair with it."""
+        scorer: PairModel | None = await asyncio.to_thread(self._models.scorer, generation)
+        if scorer is not None:
+            await scorer.score([""], [["warm up"]], Lane.QUERY, Deadline.after(60_000))
+        self._scorers[generation.id] = scorer
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self._scorers)
+
+    def activate(self, generation_id: str) -> None:
+        """Requests name the generation that they are for, so nothing has to be done."""
+
+    def drop(self, generation_id: str) -> None:
+        self._scorers.pop(generation_id, None)
+
+    def describe(self, generation_id: str) -> ServedModel | None:
+        """The reranker as callers see it; None where the generation has none. Raises NotReadyError."""
+        scorer = self._scorer(generation_id)
+        return scorer.served if scorer else None
+
+    async def score(
+        self,
+        generation_id: str,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        lane: int,
+        timeout_ms: int,
+        may_shorten: bool,
+    ) -> Scored:
+        """Logits of each query with its candidates. Raises NotReadyError, OutOfTimeError."""
+        scorer = self._scorer(generation_id)
+        if scorer is None:
+            raise NotReadyError(f"generation {generation_id} has no reranker")
+        return await scorer.score(
+            queries, candidates, Lane(lane), Deadline.after(timeout_ms), may_shorten=may_shorten
+        )
+
+    def _scorer(self, generation_id: str) -> PairModel | None:
+        if generation_id not in self._scorers:
+            raise NotReadyError(
+                f"generation {generation_id} is not prepared here; try again", headers={"Retry-After": "1"}
+            )
+        return self._scorers[generation_id]

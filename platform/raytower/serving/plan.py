@@ -1,0 +1,101 @@
+"""What serving would take, and what can be refused before anything starts. Imports no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from raytower.index.versions import open_manifest
+from raytower.serving.conductor import Served
+from raytower.serving.config import ServeConfig
+from raytower.serving.generation import Generation
+from raytower.serving.keys import key_digest_of
+from raytower.serving.listening import base_url, check_host, check_port
+from raytower.serving.resolve import resolve_all
+
+
+def check_start(config: ServeConfig) -> tuple[dict[str, Served], str | None]:
+    """Refuse what can be refused at once; returns what is to be served, and the digest of the key to ask for.
+
+    Raises:
+        InputError: an empty key variable, no key on an address that others reach, no such index or model, and others.
+        FormatError: the index was made by another encoder.
+    """
+    digest = key_digest_of(config)
+    check_host(config.host)
+    return resolve_all(config), digest
+
+
+def joins_cluster() -> bool:
+    """Whether the environment names a cluster, whose Serve may hold the port already."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def plan_serve(config: ServeConfig) -> dict[str, Any]:
+    """The plan of `serve`: collections, processes, CPUs, bytes of the indexes in each process.
+
+    Raises:
+        InputError, FormatError: as `start`, before Ray starts.
+    """
+    active, _ = check_start(config)
+    if not joins_cluster():
+        check_port(config.host, config.port)
+    groups = num_shard_groups(config, active)
+    sizes = {name: _index_bytes(item.generation) for name, item in active.items()}
+    replicas = config.autoscaling.max if config.autoscaling else config.replicas
+    reranking = config.rerank_replicas if config.layout == "split" else 0
+    total = sum(sizes.values())
+    return {
+        "url": base_url(config) + config.route_prefix.rstrip("/"),
+        "server": config.server,
+        "layout": config.layout,
+        "collections": {name: _planned(item, sizes[name]) for name, item in active.items()},
+        "processes": 1
+        if config.server == "uvicorn"
+        else 1 + replicas + reranking + groups * config.shard_replicas,
+        "index_bytes": total,
+        "index_bytes_per_process": total // groups if groups else total,
+        "cpus": needed_cpus(config, groups),
+    }
+
+
+def _planned(served: Served, num_bytes: int) -> dict[str, Any]:
+    generation = served.generation
+    manifest = open_manifest(generation.index, generation.index_version)
+    return {
+        "generation": generation.id,
+        "index_version": generation.index_version,
+        "kind": manifest.kind,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "index_bytes": num_bytes,
+        "encoder": generation.encoder.uri,
+        "reranker": generation.reranker and generation.reranker.uri,
+    }
+
+
+def _index_bytes(generation: Generation) -> int:
+    return sum(entry.bytes for entry in open_manifest(generation.index, generation.index_version).shards)
+
+
+def num_shard_groups(config: ServeConfig, active: Mapping[str, Served]) -> int:
+    """How many groups the shards of all collections are dealt out to; 0 where they lie in the ingress."""
+    if config.layout != "sharded":
+        return 0
+    most = max(
+        len(open_manifest(item.generation.index, item.generation.index_version).shards)
+        for item in active.values()
+    )
+    return min(config.shard_groups or max(most, 1), max(most, 1))
+
+
+def group_name(number: int) -> str:
+    return f"shards-{number}"
+
+
+def needed_cpus(config: ServeConfig, num_groups: int) -> float:
+    """Logical CPUs that all processes together ask Ray for."""
+    replicas = config.autoscaling.max if config.autoscaling else config.replicas
+    cpus = replicas * config.num_cpus + num_groups * config.shard_replicas * config.shard_num_cpus
+    return cpus + (config.rerank_replicas * config.rerank_num_cpus if config.layout == "split" else 0)
