@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from raytower.serving.http.protocol import BoundedHeads
+from raytower.serving.protocol import BoundedHeads
 
 
 @contextmanager

@@ -108,6 +108,8 @@ class RequestFacts:
     """Texts that were cut to the model's length."""
     texts: Sequence[str] = ()
     """The queries or texts, for logs that were asked for them."""
+    body_bytes: int = 0
+    answer_bytes: int = 0
     stages: list[Stage] = field(default_factory=list)
     failed_in: str | None = None
     """The stage that an error came out of."""
@@ -188,7 +190,7 @@ class RequestLog:
             _FACTS.reset(token)
             facts.ended_ns = facts.started_ns + time.perf_counter_ns() - since
             facts.status = facts.status or CLIENT_LEFT
-            facts.route = facts.route or getattr(scope.get("route"), "path", None) or UNMATCHED
+            facts.route = facts.route or UNMATCHED
             self._tell(facts)
 
     def _tell(self, facts: RequestFacts) -> None:
@@ -236,6 +238,8 @@ def describe(facts: RequestFacts, *, log_texts: bool = False) -> str:
         "error": facts.error,
         "queries": facts.num_queries,
         "k": facts.k,
+        "bytes_in": facts.body_bytes or None,
+        "bytes_out": facts.answer_bytes or None,
         "rerank_k": facts.rerank_k,
         "reranked_k": facts.reranked_k,
         "missing_shards": list(facts.missing_shards) or None,

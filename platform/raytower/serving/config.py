@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from raytower.config import Config, FractionField
+from raytower.serving.access_log import AccessLogConfig
 from raytower.serving.calls import DEFAULT_COLLECTION
 from raytower.serving.http_config import HttpConfig
+from raytower.serving.observe import ObserveConfig
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # Words of the interface's paths, /v1/WORD, which no collection can be called by.
@@ -140,12 +142,18 @@ class ServeConfig(HttpConfig, CollectionConfig):
     """Milliseconds to wait for a group of shards; layout sharded."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that a replica holds at once; how many of them it can answer in time, it reckons itself."""
+    max_wait_ms: int = Field(default=250, ge=1)
+    """Milliseconds that a search may be expected to wait for those before it; beyond it is answered 429."""
     max_queued_requests: int = Field(default=512, ge=0)
     """Requests that wait for a replica; more are answered 429."""
     api_key_env: str | None = None
     """Environment variable that holds the one key to ask for; more keys, and keys in a file, are in `security`."""
     watch_s: float | None = Field(default=None, gt=0)
     """Seconds between looks for a newer index version, which is then served; null waits for `serve reload`."""
+    access_log: AccessLogConfig = AccessLogConfig()
+    """A line of JSON for each request."""
+    observe: ObserveConfig = ObserveConfig()
+    """Where errors and spans are sent; nowhere by default."""
     start_timeout_s: float = Field(default=180, gt=0)
     """Seconds for loading index and models on all replicas."""
     drain_s: float = Field(default=1.0, ge=0)

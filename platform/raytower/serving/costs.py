@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raytower.serving.schemas import OverloadedError
+from raytower.serving.errors import OverloadedError
 from raytower.serving.work import Deadline
 
 Clock = Callable[[], float]

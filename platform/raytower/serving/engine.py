@@ -38,16 +38,17 @@ from raytower.serving.calls import (
     TokenCounts,
 )
 from raytower.serving.costs import Admission, Ticket
-from raytower.serving.forwards import Lane
-from raytower.serving.generation import Generation
-from raytower.serving.parts import Parts, Recalled, Scored
-from raytower.serving.schemas import (
+from raytower.serving.errors import (
     NotConfiguredError,
     NotFoundError,
     NotReadyError,
     OutOfTimeError,
+    OverloadedError,
     UnprocessableError,
 )
+from raytower.serving.forwards import Lane
+from raytower.serving.generation import Generation
+from raytower.serving.parts import Parts, Recalled, Scored
 from raytower.serving.work import Deadline
 
 # What a search may take of forward passes and still go before bulk work.
@@ -61,6 +62,16 @@ _TEMPERATURE, _NEIGHBOURS, _LABEL_DEPTH = 0.05, 10, 20
 _WARM_UP = SearchCall(queries=("warm up",), k=1, recall_k=2, rerank=True)
 OpenParts = Callable[[Generation], Parts]
 Render = Callable[[str, SearchCall, SearchAnswer], bytes]
+
+
+class EngineMetrics(Protocol):
+    """What an engine counts."""
+
+    def admitted(self, lane: str) -> None: ...
+
+    def refused(self, lane: str, reason: str) -> None: ...
+
+    def serves(self, collection: str, *, index_version: str, generation: str, rows: int) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +94,14 @@ class SearchEngine:
         *,
         limits: EngineLimits | None = None,
         render: Render | None = None,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         """`open_parts` loads a generation in a thread; `render` makes the JSON of an answer, which is warmed too."""
         limits = limits or EngineLimits()
         self.collections = tuple(collections)
         self._open_parts = open_parts
         self._render = render
+        self._metrics = metrics
         self._active: dict[str, Parts] = {}
         self._prepared: dict[str, Parts] = {}
         self._loading = asyncio.Lock()
@@ -117,7 +130,15 @@ class SearchEngine:
         parts = self._prepared.pop(generation_id, None)
         if parts is None:
             raise NotReadyError(f"generation {generation_id} is not prepared here")
-        self._active[parts.generation.collection] = parts
+        generation = parts.generation
+        self._active[generation.collection] = parts
+        if self._metrics is not None:
+            self._metrics.serves(
+                generation.collection,
+                index_version=generation.index_version,
+                generation=generation.id,
+                rows=parts.recall.rows,
+            )
 
     def drop(self, generation_id: str) -> None:
         """Forget a prepared generation that will not be served."""
@@ -170,7 +191,7 @@ class SearchEngine:
             # A search that is short of time reranks less, so no more than its time is reckoned.
             cost_s += min(parts.scorer.predict(pairs, Lane.RERANK), deadline.remaining_s() / 2)
         urgent = cost_s <= _URGENT_S
-        with self.admission.admit(cost_s, deadline, urgent=urgent):
+        with self._admit(cost_s, deadline, urgent=urgent):
             return await self._search(parts, call, deadline, urgent=urgent)
 
     async def embed(self, collection: str, call: EmbedCall, deadline: Deadline) -> EmbedAnswer:
@@ -184,7 +205,7 @@ class SearchEngine:
             None: "",
         }[call.role]
         lane = Lane.QUERY if len(texts) == 1 else Lane.BULK
-        with self._admit(parts.encoder.predict(texts, lane), deadline, lane):
+        with self._admit(parts.encoder.predict(texts, lane), deadline, urgent=lane != Lane.BULK):
             encoded = await parts.encoder.encode(texts, prefix, lane, deadline)
         return EmbedAnswer(
             generation=generation.id,
@@ -201,7 +222,7 @@ class SearchEngine:
             raise NotConfiguredError(
                 f"collection {collection!r} has no reranker; start the server with `reranker` set"
             )
-        with self._admit(parts.scorer.predict(len(call.documents), Lane.BULK), deadline, Lane.BULK):
+        with self._admit(parts.scorer.predict(len(call.documents), Lane.BULK), deadline, urgent=False):
             scored = await parts.scorer.score([call.query], [call.documents], Lane.BULK, deadline)
         return RerankAnswer(
             generation=parts.generation.id,
@@ -221,7 +242,9 @@ class SearchEngine:
         generation = parts.generation
         sides = [[pair[side] for pair in call.pairs] for side in (0, 1)]
         lane = Lane.QUERY if len(call.pairs) == 1 else Lane.BULK
-        with self._admit(parts.encoder.predict([*sides[0], *sides[1]], lane), deadline, lane):
+        with self._admit(
+            parts.encoder.predict([*sides[0], *sides[1]], lane), deadline, urgent=lane != Lane.BULK
+        ):
             first, second = await asyncio.gather(
                 parts.encoder.encode(sides[0], generation.query_prefix, lane, deadline),
                 parts.encoder.encode(sides[1], generation.document_prefix, lane, deadline),
@@ -252,7 +275,7 @@ class SearchEngine:
         model = parts.classifier if mode == "classifier" else parts.encoder
         if model is None:
             raise NotConfiguredError(f"collection {collection!r} has no classifier")
-        with self._admit(model.predict(call.texts, lane), deadline, lane):
+        with self._admit(model.predict(call.texts, lane), deadline, urgent=lane != Lane.BULK):
             if mode == "classifier":
                 labels, counts = await _by_classifier(parts, call, lane, deadline)
             else:
@@ -297,8 +320,17 @@ class SearchEngine:
             f"collection {collection!r} is still being loaded; try again", headers={"Retry-After": "1"}
         )
 
-    def _admit(self, cost_s: float, deadline: Deadline, lane: Lane) -> Ticket:
-        return self.admission.admit(cost_s, deadline, urgent=lane != Lane.BULK)
+    def _admit(self, cost_s: float, deadline: Deadline, *, urgent: bool) -> Ticket:
+        lane = "urgent" if urgent else "bulk"
+        try:
+            ticket = self.admission.admit(cost_s, deadline, urgent=urgent)
+        except OverloadedError:
+            if self._metrics is not None:
+                self._metrics.refused(lane, "overload")
+            raise
+        if self._metrics is not None:
+            self._metrics.admitted(lane)
+        return ticket
 
     async def _try(self, parts: Parts, timeout_ms: int) -> None:
         """A query through a generation's parts to its JSON, whatever else there is to do."""

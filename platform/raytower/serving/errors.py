@@ -46,6 +46,10 @@ class MethodError(ApiError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class ConflictError(ApiError):
+    status, type, code = 409, "conflict_error", "conflict"
+
+
 class SlowBodyError(ApiError):
     status, type, code = 408, "invalid_request_error", "body_too_slow"
 

@@ -64,6 +64,8 @@ class PassFacts:
     tokens: int
     padded_tokens: int
     seconds: float
+    waits: tuple[float, ...] = ()
+    """Seconds that each submission waited of which these are the first rows."""
 
 
 Observe = Callable[[PassFacts], None]
@@ -199,6 +201,7 @@ class _Submission:
     left: Ids = field(init=False)
     """Rows that no pass has taken yet, the longest first."""
     unfinished: int = field(init=False)
+    submitted: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.output = np.empty((len(self.block), self.model.forward.width), np.float32)
@@ -277,12 +280,17 @@ class _Batch:
         seconds = time.perf_counter() - started
         padded = int(block.lengths.max()) * len(block)
         self.model.cost.observe(padded, seconds)
+        waits = tuple(
+            started - submission.submitted
+            for submission, _ in self.parts
+            if submission.unfinished == len(submission.block)
+        )
         start = 0
         for submission, rows in self.parts:
             submission.finish(rows, values[start : start + len(rows)])
             start += len(rows)
         if observe is not None:
-            observe(PassFacts(self.model.name, self.lane, len(block), len(block.ids), padded, seconds))
+            observe(PassFacts(self.model.name, self.lane, len(block), len(block.ids), padded, seconds, waits))
 
 
 def _drop_ended(waiting: deque[_Submission]) -> None:

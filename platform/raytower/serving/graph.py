@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -57,7 +58,7 @@ def app_builder(args: dict[str, Any]) -> serve.Application:
 
 
 def build_application(
-    config: ServeConfig, active: Mapping[str, Served], key_digest: str | None
+    config: ServeConfig, active: Mapping[str, Served], keys: list[dict[str, Any]]
 ) -> serve.Application:
     """The deployments of a config, which begin with serving `active`."""
     settings = replica_settings(config)
@@ -96,7 +97,7 @@ def build_application(
         max_queued_requests=config.max_queued_requests,
         **_replicas(config),
     )
-    return ingress.bind(origin, settings, key_digest, bound, reranker, *groups)
+    return ingress.bind(origin, settings, keys, bound, reranker, *groups)
 
 
 def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serve.Deployment:
@@ -273,21 +274,19 @@ class Ingress(_Replica):
         self,
         origin: str,
         settings: dict[str, Any],
-        key_digest: str | None,
+        keys: list[dict[str, Any]],
         conductor: DeploymentHandle,
         reranker: DeploymentHandle | None,
         *groups: DeploymentHandle,
     ) -> None:
         keep_replica_local()
-        from raytower.serving.forwards import Forwards
-        from raytower.serving.local import EngineHolder, make_app, make_engine
-        from raytower.serving.models import ModelPool
+        from raytower.serving.local import EngineHolder, Serving
         from raytower.serving.placements import GroupCalls, PlacedParts, RerankerCalls
 
         config = ServeConfig.model_validate(settings)
         loop = asyncio.get_running_loop()
-        parts = PlacedParts(
-            ModelPool(Forwards()),
+        open_parts = partial(
+            PlacedParts,
             reranker=reranker
             and RerankerCalls(
                 describe=lambda id: _wait_for(loop, reranker.describe.remote(id)),
@@ -304,12 +303,17 @@ class Ingress(_Replica):
             copies=max(config.shard_replicas if groups else 1, config.rerank_replicas if reranker else 1),
             patience_s=config.start_timeout_s,
         )
-        self._engine = make_engine(config, parts)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._serving = Serving(config, keys, HandleControl(conductor), open_parts, replica)
+        self._engine = self._serving.engine
         self._prefix = config.route_prefix.encode()
-        app = make_app(config, self._engine, key_digest, HandleControl(conductor))
-        self._app = app
+        self._app = self._serving.app
         self._join(origin, INGRESS, EngineHolder(self._engine), conductor)
         await self._member.ready()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_serving"):
+            self._serving.close()
 
     async def check_health(self) -> None:
         """A query through every collection to its JSON. A replica that fails leaves rotation and is replaced."""

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections.abc import Sequence
+from typing import Any
 
-from raytower.errors import InputError
 from raytower.serving.config import ServeConfig
+from raytower.serving.http.security import Key, check_security, load_keys
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-
-def key_digest_of(config: ServeConfig) -> str | None:
-    """The hexadecimal SHA-256 of the key to ask for; None asks for none.
+def keys_of(config: ServeConfig) -> list[dict[str, Any]]:
+    """The keys to ask for, hashed, as plain values that go to replicas; none asks for none.
 
     Raises:
-        InputError: its variable is unset or empty, or there is no key on an address that others reach.
+        InputError: a variable is unset or empty, a file cannot be read, or there is no key on an address that others
+            reach.
     """
-    variable = config.security.key_env
-    if variable is None:
-        if config.host not in _LOOPBACK and not config.security.open:
-            raise InputError(
-                f"host {config.host!r} is reached from other machines, and no key is asked for; name one as "
-                "api_key_env, or set security.open to serve everybody"
-            )
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise InputError(
-            f"api_key_env names {variable!r}, which is unset or empty; export the key in it or set api_key_env to null"
-        )
-    return hashlib.sha256(key.encode()).hexdigest()
+    check_security(config)
+    return [key.model_dump(mode="json") for key in load_keys(config.security, dict(os.environ))]
+
+
+def read_keys(values: Sequence[dict[str, Any]]) -> list[Key]:
+    """What `keys_of` gave."""
+    return [Key.model_validate(value) for value in values]

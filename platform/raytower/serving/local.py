@@ -1,28 +1,77 @@
-"""An engine and the application over it, as every server puts them together. Imports no Ray."""
+"""What one serving process holds: an engine, the application over it, and what they are seen by. Imports no Ray."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from raytower.serving.app import create_app
+from raytower.serving import observe
+from raytower.serving.access_log import AccessLog, RequestFacts
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Control
 from raytower.serving.engine import EngineLimits, OpenParts, SearchEngine
+from raytower.serving.forwards import Forwards, Lane, PassFacts
 from raytower.serving.generation import Generation
+from raytower.serving.http.admin import AdminRoutes
+from raytower.serving.http.application import create_app
+from raytower.serving.http.search import render
+from raytower.serving.keys import read_keys
+from raytower.serving.metrics import Metrics
+from raytower.serving.models import ModelPool
 
 
-def make_engine(config: ServeConfig, open_parts: OpenParts) -> SearchEngine:
-    """The engine of a server's collections, which has nothing to serve yet."""
-    return SearchEngine(
-        list(config.served_collections()),
-        open_parts,
-        limits=EngineLimits(max_requests=config.max_ongoing_requests),
-    )
+class Serving:
+    """The engine and the application of a process. `replica` tells its metrics and spans from those of others."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        keys: Sequence[dict[str, Any]],
+        control: Control,
+        open_parts: Callable[[ModelPool], OpenParts],
+        replica: str = "0",
+    ) -> None:
+        self.metrics = Metrics(replica)
+        self._forwards = Forwards(self._passed)
+        for lane in Lane:
+            self.metrics.watch_queue("forwards", lane.name.lower(), _waiting(self._forwards, lane))
+        self.engine = SearchEngine(
+            list(config.served_collections()),
+            open_parts(ModelPool(self._forwards)),
+            limits=EngineLimits(max_requests=config.max_ongoing_requests, max_wait_ms=config.max_wait_ms),
+            render=render,
+            metrics=self.metrics,
+        )
+        self._telemetry = observe.install(config.observe, replica)
+        self._log = AccessLog(config.access_log) if config.access_log.path else None
+        observers: list[Callable[[RequestFacts], None]] = [self._telemetry.record]
+        if self._log is not None:
+            observers.append(self._log.record)
+        self.app = create_app(
+            self.engine, config, read_keys(keys), self.metrics, AdminRoutes(control), observers
+        )
+
+    def close(self) -> None:
+        """Write and send what waits; no more passes are computed."""
+        self._forwards.close()
+        self._telemetry.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _passed(self, facts: PassFacts) -> None:
+        self.metrics.forward(
+            facts.model,
+            rows=facts.rows,
+            tokens=facts.tokens,
+            padding=facts.padded_tokens - facts.tokens,
+            seconds=facts.seconds,
+        )
+        for seconds in facts.waits:
+            self.metrics.queue_waited("forwards", facts.lane.name.lower(), seconds)
 
 
-def make_app(config: ServeConfig, engine: SearchEngine, key_digest: str | None, control: Control) -> Any:
-    """The ASGI application over an engine."""
-    return create_app(engine, config, bytes.fromhex(key_digest) if key_digest else None)
+def _waiting(forwards: Forwards, lane: Lane) -> Callable[[], float]:
+    return lambda: float(forwards.waiting_rows(lane))
 
 
 class EngineHolder:

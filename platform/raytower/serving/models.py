@@ -25,10 +25,10 @@ from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.token_block import Ids, TokenBlock
 from raytower.models.tokenising import tokenise
 from raytower.serving.calls import ServedModel, TokenCounts
+from raytower.serving.errors import UnprocessableError
 from raytower.serving.forwards import Forwards, Lane, ModelForwards
 from raytower.serving.generation import ComputeEntry, Generation, ModelEntry
 from raytower.serving.parts import Encoded, Scored
-from raytower.serving.schemas import UnprocessableError
 from raytower.serving.work import Deadline
 
 # So many characters are tokenised in the event loop at most; a thread's turn costs more than that.

@@ -21,12 +21,12 @@ from raytower.index.shard import local_file
 from raytower.index.table import DocumentTable
 from raytower.models.fusion import Fusion
 from raytower.serving.calls import ServedModel
+from raytower.serving.errors import NotReadyError, OutOfTimeError
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation
 from raytower.serving.models import ModelPool
 from raytower.serving.opening import LocalParts, checked_manifest
 from raytower.serving.parts import PairModel, Parts, RecallStage, Scored
-from raytower.serving.schemas import NotReadyError, OutOfTimeError
 from raytower.serving.shards import RemoteRecall, ShardCall, planner_of
 from raytower.serving.work import Deadline
 from raytower.storage import Location

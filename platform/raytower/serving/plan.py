@@ -7,24 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytower.index.versions import open_manifest
+from raytower.serving import observe
 from raytower.serving.conductor import Served
 from raytower.serving.config import ServeConfig
 from raytower.serving.generation import Generation
-from raytower.serving.keys import key_digest_of
+from raytower.serving.keys import keys_of
 from raytower.serving.listening import base_url, check_host, check_port
 from raytower.serving.resolve import resolve_all
 
 
-def check_start(config: ServeConfig) -> tuple[dict[str, Served], str | None]:
-    """Refuse what can be refused at once; returns what is to be served, and the digest of the key to ask for.
+def check_start(config: ServeConfig) -> tuple[dict[str, Served], list[dict[str, Any]]]:
+    """Refuse what can be refused at once; returns what is to be served, and the keys to ask for, hashed.
 
     Raises:
         InputError: an empty key variable, no key on an address that others reach, no such index or model, and others.
         FormatError: the index was made by another encoder.
     """
-    digest = key_digest_of(config)
+    keys = keys_of(config)
+    observe.check(config.observe)
     check_host(config.host)
-    return resolve_all(config), digest
+    return resolve_all(config), keys
 
 
 def joins_cluster() -> bool:

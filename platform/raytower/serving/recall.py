@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raytower.index.json_values import json_rows
 from raytower.index.reader import Index
 from raytower.index.table import ID, TEXT, Document
 from raytower.serving.parts import Recalled, Vectors
@@ -116,5 +117,5 @@ class LocalRecall:
 
 def documents_of(table: pa.Table | pa.RecordBatch) -> list[Document]:
     """The rows of a table with a column `id`, perhaps `text`, and others as metadata."""
-    values = table.to_pylist()
+    values = json_rows(table)
     return [Document(value.pop(ID), value.pop(TEXT, None) or "", value) for value in values]

@@ -22,11 +22,11 @@ from raytower.index.hits import Hits, empty_hits, merge_hits
 from raytower.index.manifest import IndexManifest
 from raytower.index.placement import Placement
 from raytower.index.reader import Index, prepare_queries, resolve_parameters
+from raytower.serving.errors import NotReadyError
 from raytower.serving.generation import Generation
 from raytower.serving.opening import checked_manifest
 from raytower.serving.parts import Recalled, Vectors
 from raytower.serving.recall import LocalRecall
-from raytower.serving.schemas import NotReadyError
 from raytower.serving.work import Deadline
 
 _LOGGER = logging.getLogger("raytower.serving")

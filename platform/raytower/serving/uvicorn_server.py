@@ -18,10 +18,8 @@ from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member
 from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse
-from raytower.serving.forwards import Forwards
 from raytower.serving.listening import base_url, check_port
-from raytower.serving.local import EngineHolder, make_app, make_engine
-from raytower.serving.models import ModelPool
+from raytower.serving.local import EngineHolder, Serving
 from raytower.serving.placements import PlacedParts
 from raytower.serving.plan import check_start
 from raytower.serving.protocol import PROTOCOL
@@ -43,13 +41,15 @@ def serve_here(config: ServeConfig) -> dict[str, Any]:
         InputError: what cannot be served, a taken port, an empty key variable. FormatError: another encoder's index.
     """
     config = config.model_copy(update={"port": check_port(config.host, config.port)})
-    active, key_digest = check_start(config)
-    return asyncio.run(_serve(config, active, key_digest))
+    active, keys = check_start(config)
+    return asyncio.run(_serve(config, active, keys))
 
 
-async def _serve(config: ServeConfig, active: Mapping[str, Served], key_digest: str | None) -> dict[str, Any]:
+async def _serve(
+    config: ServeConfig, active: Mapping[str, Served], keys: list[dict[str, Any]]
+) -> dict[str, Any]:
     started = time.monotonic()
-    here = Here(config, key_digest)
+    here = Here(config, keys)
     url = base_url(config) + config.route_prefix.rstrip("/")
     ended = asyncio.Event()
     hung_up = asyncio.Event()
@@ -85,9 +85,8 @@ async def _serve(config: ServeConfig, active: Mapping[str, Served], key_digest: 
 class Here:
     """A conductor, its one member and the application, in this process."""
 
-    def __init__(self, config: ServeConfig, key_digest: str | None) -> None:
+    def __init__(self, config: ServeConfig, keys: list[dict[str, Any]]) -> None:
         self._config = config
-        self._engine = make_engine(config, PlacedParts(ModelPool(Forwards())))
         self.conducting = Conducting(
             _ORIGIN,
             [_ROLE],
@@ -97,7 +96,9 @@ class Here:
             prepare_timeout_s=config.start_timeout_s,
             adopt_s=0.0,
         )
-        self._app: AsgiApp = make_app(config, self._engine, key_digest, self.conducting)
+        self._serving = Serving(config, keys, self.conducting, PlacedParts)
+        self._engine = self._serving.engine
+        self._app: AsgiApp = self._serving.app
         self._prefix = config.route_prefix.rstrip("/")
         self.draining = False
 
@@ -115,6 +116,7 @@ class Here:
     async def close(self) -> None:
         await self._member.close()
         await self.conducting.close()
+        self._serving.close()
 
     def versions(self) -> dict[str, str]:
         """The index version of each collection."""

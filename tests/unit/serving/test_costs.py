@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raytower.serving.costs import Admission, ForwardCost
-from raytower.serving.schemas import OutOfTimeError, OverloadedError
+from raytower.serving.errors import OutOfTimeError, OverloadedError
 from raytower.serving.work import Deadline
 
 

@@ -24,10 +24,7 @@ from raytower.serving.calls import (
     TokenCounts,
 )
 from raytower.serving.engine import EngineLimits, SearchEngine
-from raytower.serving.forwards import Lane
-from raytower.serving.generation import Generation, ModelEntry
-from raytower.serving.parts import Encoded, Parts, Recalled, Scored
-from raytower.serving.schemas import (
+from raytower.serving.errors import (
     NotConfiguredError,
     NotFoundError,
     NotReadyError,
@@ -35,6 +32,9 @@ from raytower.serving.schemas import (
     OverloadedError,
     UnprocessableError,
 )
+from raytower.serving.forwards import Lane
+from raytower.serving.generation import Generation, ModelEntry
+from raytower.serving.parts import Encoded, Parts, Recalled, Scored
 from raytower.serving.work import Deadline
 
 # The vectors that texts have, and with them their cosines.

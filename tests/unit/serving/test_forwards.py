@@ -12,8 +12,8 @@ import pytest
 
 from raytower.models.token_block import TokenBlock
 from raytower.serving.costs import ForwardCost
+from raytower.serving.errors import OutOfTimeError
 from raytower.serving.forwards import Forwards, Lane, ModelForwards, PassFacts, Rows
-from raytower.serving.schemas import OutOfTimeError
 from raytower.serving.work import Deadline
 
 LATER = 60_000

@@ -23,11 +23,11 @@ from starlette.testclient import TestClient
 
 from raytower.errors import InputError
 from raytower.retrieval.retriever import Hit
-from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall, TokenCounts
+from raytower.serving.access_log import UNMATCHED, RequestFacts
+from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall
 from raytower.serving.errors import NotFiniteError, OverloadedError
 from raytower.serving.http.answers import json_value
 from raytower.serving.http.application import create_app
-from raytower.serving.http.exchange import RequestRecord
 from raytower.serving.http.search import render
 from raytower.serving.http_config import HttpConfig
 from tests.support.dummy_engine import DummyEngine
@@ -1019,7 +1019,7 @@ GONE = {"type": "http.disconnect"}
 
 def test_a_client_that_leaves_takes_its_work_along(engine: DummyEngine) -> None:
     ended: list[str] = []
-    records: list[RequestRecord] = []
+    records: list[RequestFacts] = []
 
     async def run() -> None:
         connection = Connection(WHOLE)
@@ -1068,18 +1068,18 @@ def test_a_slow_body_is_408(engine: DummyEngine) -> None:
 
 
 class Recorder:
-    def __init__(self, records: list[RequestRecord]) -> None:
+    def __init__(self, records: list[RequestFacts]) -> None:
         self.records = records
 
-    def request_ended(self, record: RequestRecord) -> None:
+    def record(self, record: RequestFacts) -> None:
         self.records.append(record)
 
-    def exposition(self) -> tuple[bytes, str]:
+    def render(self) -> tuple[bytes, str]:
         return b"up 1\n", "text/plain; version=0.0.4"
 
 
 def test_every_request_is_told_to_the_metrics(engine: DummyEngine) -> None:
-    records: list[RequestRecord] = []
+    records: list[RequestFacts] = []
     app = create_app(engine, HttpConfig(), metrics=Recorder(records))
     with TestClient(app, base_url="http://localhost") as client:
         client.post("/v1/laws/search", json={"query": "a"}, headers={"x-request-id": "mine-1"})
@@ -1090,12 +1090,11 @@ def test_every_request_is_told_to_the_metrics(engine: DummyEngine) -> None:
     good, bad, lost, scraped = records
     assert (good.route, good.collection, good.status) == ("/v1/{collection}/search", "laws", 200)
     assert (good.request_id, good.error, good.body_bytes) == ("mine-1", None, 13)
-    assert good.answer is not None
-    assert (good.answer.generation, good.answer.counts) == ("0123456789ab", TokenCounts(tokens=1))
+    assert (good.generation, good.tokens) == ("0123456789ab", 1)
     assert good.seconds > 0
     assert good.answer_bytes > 100
-    assert (bad.status, bad.error, bad.answer) == (422, "invalid_value", None)
-    assert (lost.status, lost.route) == (404, "")
+    assert (bad.status, bad.error, bad.generation) == (422, "invalid_value", None)
+    assert (lost.status, lost.route) == (404, UNMATCHED)
     assert (scraped.status, scraped.route) == (200, "/metrics")
 
 

@@ -22,12 +22,12 @@ from raytower.models.forward import ForwardEngine
 from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall
 from raytower.serving.config import ServeConfig
 from raytower.serving.engine import SearchEngine
+from raytower.serving.errors import UnprocessableError
 from raytower.serving.forwards import Forwards, Lane
 from raytower.serving.generation import ComputeEntry, ModelEntry
 from raytower.serving.models import ModelPool, SharedEncoder, SharedScorer
 from raytower.serving.opening import LocalParts
 from raytower.serving.resolve import generation_of
-from raytower.serving.schemas import UnprocessableError
 from raytower.serving.work import Deadline
 from tests.support.served_index import TEXTS, write_version
 

@@ -11,8 +11,8 @@ import pytest
 
 from raytower.index.reader import Index
 from raytower.index.table import Document
+from raytower.serving.errors import OutOfTimeError
 from raytower.serving.recall import KeptDocuments, LocalRecall
-from raytower.serving.schemas import OutOfTimeError
 from raytower.serving.work import Deadline
 from tests.support.served_index import TEXTS, write_version
 

@@ -15,10 +15,10 @@ from raytower.errors import FormatError
 from raytower.index.hits import Hits
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
+from raytower.serving.errors import NotReadyError, OutOfTimeError
 from raytower.serving.generation import Generation, ModelEntry
 from raytower.serving.opening import manifest_sha256
 from raytower.serving.placements import GroupCalls, PlacedParts
-from raytower.serving.schemas import NotReadyError, OutOfTimeError
 from raytower.serving.shards import RemoteRecall, ShardGroup, planner_of
 from raytower.serving.work import Deadline
 from tests.support.index_cases import build, clustered_vectors, embeddings_of

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import re
-import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
+from raytower.serving.access_log import RequestFacts, RequestLog, current
 from raytower.serving.calls import Engine
 from raytower.serving.errors import ApiError, SlowBodyError, TooLargeError
 from raytower.serving.http import catalogue, comparing, embeddings, rerank, search
@@ -27,7 +27,6 @@ from raytower.serving.http.exchange import (
     Metrics,
     Parts,
     Receive,
-    RequestRecord,
     Scope,
     Send,
     arrival,
@@ -41,9 +40,7 @@ from raytower.serving.http_config import HttpConfig
 from raytower.serving.page import load_page
 
 _LOGGER = logging.getLogger("raytower.serving")
-_REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _REQUEST_ID_HEADER = "x-request-id"
-_CLIENT_LEFT = 499
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -61,30 +58,39 @@ def create_app(
     keys: Sequence[Key] = (),
     metrics: Metrics | None = None,
     control: Control | None = None,
+    observers: Sequence[Callable[[RequestFacts], None]] = (),
 ) -> Application:
-    """The ASGI application over an engine. `keys` are those that requests may bring; none asks for none."""
-    return Application(Parts(engine=engine, config=config, metrics=metrics, control=control), keys)
+    """The ASGI application over an engine.
+
+    `keys` are those that requests may bring; none asks for none. `observers` are told of every request that has ended,
+    as `metrics` is.
+    """
+    told = [*([metrics.record] if metrics is not None else []), *observers]
+    return Application(Parts(engine=engine, config=config, metrics=metrics, control=control), keys, told)
 
 
 class Application:
     """An ASGI application. `drain` makes it refuse new requests while those that it has end."""
 
-    def __init__(self, parts: Parts, keys: Sequence[Key]) -> None:
+    def __init__(
+        self, parts: Parts, keys: Sequence[Key], observers: Sequence[Callable[[RequestFacts], None]]
+    ) -> None:
         self._parts = parts
         self._doorkeeper = Doorkeeper(parts.config, keys)
         self.routes = (*_work_routes(), *_open_routes(parts), *_admin_routes())
         self._has_keys = bool(keys)
         openapi = Route(method="GET", path="/openapi.json", handler=self._openapi)
         self._router = Router((*self.routes, openapi))
-        self._http: AsgiApp = self._serve
+        http: AsgiApp = self._serve
         if origins := parts.config.security.cors_origins:
-            self._http = CORSMiddleware(
+            http = CORSMiddleware(
                 self._serve,
                 allow_origins=list(origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=_ASKED,
                 expose_headers=_EXPOSED,
             )
+        self._http = RequestLog(http, observers)
 
     def drain(self) -> None:
         """From now on answer readyz and new requests 503, so that a balancer asks others."""
@@ -107,30 +113,22 @@ class Application:
         return dump(describe(self.routes, self._parts.config.limits, self._has_keys))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = time.monotonic()
-        record = RequestRecord(
-            request_id=_request_id(scope), method=scope["method"], path=path_of(scope), status=_CLIENT_LEFT
-        )
-        try:
-            answer = await self._answer(scope, receive, record)
-            record.status, record.answer_bytes = answer.status, len(answer.body)
-            await _send(answer, record, send)
-        except ClientGone:
-            pass
-        finally:
-            record.seconds = time.monotonic() - begun
-            if self._parts.metrics is not None:
-                self._parts.metrics.request_ended(record)
+        facts = current()
+        facts.path = path_of(scope)
+        with suppress(ClientGone):
+            answer = await self._answer(scope, receive, facts)
+            facts.answer_bytes = len(answer.body)
+            await _send(answer, facts, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, record: RequestRecord) -> HttpAnswer:
+    async def _answer(self, scope: Scope, receive: Receive, facts: RequestFacts) -> HttpAnswer:
         try:
-            return await self._find_and_run(scope, receive, record)
+            return await self._find_and_run(scope, receive, facts)
         except ApiError as error:
-            record.error = error.code
+            facts.error = error.code
             if error.status in (429, 503):
                 error.headers.setdefault("Retry-After", "1")
             if error.status == 500:
-                _LOGGER.error("request %s failed: %s", record.request_id, error)
+                _LOGGER.error("request %s failed: %s", facts.request_id, error)
             return error_answer(error)
         except ClientGone:
             raise
@@ -139,28 +137,28 @@ class Application:
             mark = uuid.uuid4().hex[:12]
             _LOGGER.exception(
                 "request %s %s failed, request id %s, id %s",
-                record.method,
-                record.path,
-                record.request_id,
+                facts.method,
+                facts.path,
+                facts.request_id,
                 mark,
             )
-            record.error = "internal_error"
+            facts.error = "internal_error"
             message = f"an internal error occurred; the server's log has it under id {mark}"
             return json_answer(error_value(message, "server_error", "internal_error"), status=500)
 
-    async def _find_and_run(self, scope: Scope, receive: Receive, record: RequestRecord) -> HttpAnswer:
+    async def _find_and_run(self, scope: Scope, receive: Receive, facts: RequestFacts) -> HttpAnswer:
         found: Found | None = None
         problem: ApiError | None = None
         try:
-            found = self._router.find(record.method, record.path)
-            record.route = found.route.path
+            found = self._router.find(facts.method, facts.path)
+            facts.route = found.route.path
         except ApiError as error:
             problem = error
         access = Access()
         if found is None or not found.route.is_open:
             # Strangers are not told which paths there are.
             access = self._doorkeeper.admit(header(scope, "authorization"), header(scope, "host"))
-            record.key = access.key.name if access.key else None
+            facts.key = access.key.name if access.key else None
             if self._parts.draining:
                 raise catalogue.draining()
         if found is None:
@@ -169,25 +167,25 @@ class Application:
         if found.route.checks_origin:
             self._doorkeeper.check_origin(header(scope, "origin"), header(scope, "host"))
         with self._doorkeeper.within_limits(access):
-            return await self._run(found, scope, receive, record, access)
+            return await self._run(found, scope, receive, facts, access)
 
     async def _run(
-        self, found: Found, scope: Scope, receive: Receive, record: RequestRecord, access: Access
+        self, found: Found, scope: Scope, receive: Receive, facts: RequestFacts, access: Access
     ) -> HttpAnswer:
         limits = self._parts.config.limits
         start = arrival(scope, limits.max_timeout_ms / 1000)
         body = b""
-        if record.method == "POST":
+        if facts.method == "POST":
             most = int(limits.max_body_bytes)
             raw = await _read_body(scope, receive, most, limits.body_timeout_ms)
             body = decompress(raw, header(scope, "content-encoding"), most)
-            record.body_bytes = len(raw)
+            facts.body_bytes = len(raw)
         exchange = Exchange(
             parts=self._parts,
             scope=scope,
             receive=receive,
             access=access,
-            record=record,
+            facts=facts,
             start=start,
             body=body,
             parameters=found.parameters,
@@ -327,12 +325,11 @@ async def _read_body(scope: Scope, receive: Receive, most: int, timeout_ms: int)
         raise SlowBodyError(f"the body did not arrive within {timeout_ms} ms", headers=close) from error
 
 
-async def _send(answer: HttpAnswer, record: RequestRecord, send: Send) -> None:
+async def _send(answer: HttpAnswer, facts: RequestFacts, send: Send) -> None:
     headers = {
         **_HEADERS,
         "content-type": answer.content_type,
         "content-length": str(len(answer.body)),
-        _REQUEST_ID_HEADER: record.request_id,
         **answer.headers,
     }
     if answer.status == 202:
@@ -341,7 +338,7 @@ async def _send(answer: HttpAnswer, record: RequestRecord, send: Send) -> None:
     once = {name.lower(): value for name, value in headers.items()}
     raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in once.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": raw})
-    body = b"" if record.method == "HEAD" else answer.body
+    body = b"" if facts.method == "HEAD" else answer.body
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
@@ -353,9 +350,3 @@ async def _live(receive: Receive, send: Send) -> None:
         else:
             await send({"type": "lifespan.shutdown.complete"})
             return
-
-
-def _request_id(scope: Scope) -> str:
-    """The caller's mark of a request if it is harmless, else one of ours."""
-    given = header(scope, _REQUEST_ID_HEADER)
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

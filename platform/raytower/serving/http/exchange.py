@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
-from raytower.serving.calls import Answer, Engine, ServedCollection
+from raytower.serving.access_log import RequestFacts
+from raytower.serving.calls import Answer, Engine, SearchAnswer, ServedCollection
 from raytower.serving.errors import NotFoundError, UnprocessableError
 from raytower.serving.http.bodies import check_content_type, parse_json
 from raytower.serving.http.requests import RequestT, check_timeout, read_request, shown
@@ -30,35 +31,12 @@ ARRIVAL_HEADER = "x-raytower-arrival"
 """Set by our proxy: seconds since 1970 at which the request arrived there."""
 
 
-@dataclass(kw_only=True)
-class RequestRecord:
-    """What is known of a request once it has ended, for metrics and the access log. Holds no text."""
-
-    request_id: str
-    method: str
-    path: str
-    route: str = ""
-    """The route's pattern, such as /v1/{collection}/search; empty where there is none."""
-    status: int = 0
-    """499: the client left before it was answered."""
-    seconds: float = 0.0
-    key: str | None = None
-    """The name of the key that was used."""
-    collection: str | None = None
-    answer: Answer | None = None
-    """What the engine answered: generation, token counts, for a search its timings and `reranked_k`."""
-    error: str | None = None
-    """The code of the error that was answered."""
-    body_bytes: int = 0
-    answer_bytes: int = 0
-
-
 class Metrics(Protocol):
     """Is told of every request, and gives the text of /metrics."""
 
-    def request_ended(self, record: RequestRecord) -> None: ...
+    def record(self, facts: RequestFacts) -> None: ...
 
-    def exposition(self) -> tuple[bytes, str]:
+    def render(self) -> tuple[bytes, str]:
         """The text of all metrics, and its content type."""
 
 
@@ -98,12 +76,14 @@ class Exchange:
     scope: Scope
     receive: Receive
     access: Access
-    record: RequestRecord
+    facts: RequestFacts
     start: float
     """When the request arrived, on the monotonic clock."""
     body: bytes = b""
     parameters: Mapping[str, str] = field(default_factory=dict)
     """Parts of the path by their names."""
+    answer: Answer | None = None
+    """What the engine answered."""
 
     @property
     def engine(self) -> Engine:
@@ -122,7 +102,7 @@ class Exchange:
             raise NotFoundError(
                 f"there is no collection {name[:80]!r}; there are {', '.join(names) or 'none'}"
             )
-        self.record.collection = name
+        self.facts.collection = name
         return name
 
     def served(self) -> ServedCollection:
@@ -171,8 +151,18 @@ class Exchange:
             OutOfTimeError: at the deadline. ClientGone. What the call raises.
         """
         answer = await self.watch(call, deadline)
-        self.record.answer = answer
+        self._note(answer)
         return answer
+
+    def _note(self, answer: Answer) -> None:
+        self.answer = answer
+        facts = self.facts
+        facts.generation, facts.index_version = answer.generation, answer.index_version
+        facts.tokens, facts.truncated = answer.counts.tokens, answer.counts.truncated
+        if isinstance(answer, SearchAnswer):
+            facts.reranked_k, facts.missing_shards = answer.reranked_k, answer.missing_shards
+            for name, milliseconds in answer.timings_ms.items():
+                facts.add_stage(name, milliseconds / 1000)
 
     async def watch(self, call: Coroutine[Any, Any, ResultT], deadline: Deadline) -> ResultT:
         """As `ask`, for what is no answer of a collection."""

@@ -80,7 +80,7 @@ async def mcp(exchange: Exchange) -> HttpAnswer:
     except _RpcError as error:
         return _error(message["id"], error, 404 if error.code == _NO_METHOD else 400)
     body = {"jsonrpc": "2.0", "id": message["id"], "result": result}
-    return HttpAnswer(dump(body), headers=headers_of(exchange.record.answer))
+    return HttpAnswer(dump(body), headers=headers_of(exchange.answer))
 
 
 def _check_version(exchange: Exchange, method: Any, params: Mapping[str, Any]) -> None:
