@@ -194,17 +194,18 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
 def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Piece, ...], int]:
     refuse_output_inside(config.output, config.input.path)
 
-    def read(rows: int) -> Survey:
+    def read(rows: int, say: bool = True) -> Survey:
         # Steps that fill a file evenly: whoever names the size and whoever leaves it to be chosen get the same files.
         step = rows // -(-rows // _SURVEY_ROWS)
         quarantine = rejected if config.on_error == "quarantine" else None
-        return survey_input(config.input, "corpus", step, config.on_error, quarantine)
+        return survey_input(config.input, "corpus", step, config.on_error, quarantine, say=say)
 
     rows = config.rows_per_file or _recorded_rows_per_file(Location.of(config.output))
     found = read(rows or _SURVEY_ROWS)
     if rows is None:
         rows = choose_rows_per_file(found.num_rows, config.workers.num)
-        found = found if rows >= _SURVEY_ROWS else read(rows)
+        # A small corpus is read again: small pieces from the start would cost a large one up to twice the time.
+        found = found if rows >= _SURVEY_ROWS else read(rows, say=False)
     return found, join_pieces(found.pieces, rows), rows
 
 

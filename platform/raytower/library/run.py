@@ -10,6 +10,7 @@ from typing import Any
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config, nested_keys
 from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.library.inputs import shown
 
 
 def run(command: str, /, **config: Any) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def run(command: str, /, **config: Any) -> dict[str, Any]:
     >>> raytower.run("search", index=index_dir, query="When do you open?", k=1)["results"][0]["id"]
     'hours'
     """
+    if not isinstance(command, str):
+        raise InputError(f"command is {shown(command)}; it must be the name of a command, such as 'encode'")
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(COMMANDS)}"

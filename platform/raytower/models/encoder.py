@@ -26,6 +26,7 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     inside,
+    is_sequence_classifier,
     load_tokenizer,
     load_weights,
     loading,
@@ -109,15 +110,22 @@ class Encoder(nn.Module):
                 parameter.requires_grad_(False)
 
     @classmethod
-    def load(cls, name: str | Path) -> Encoder:
+    def load(cls, name: str | Path, *, to_train: bool = False) -> Encoder:
         """Load a sentence-transformers directory, a plain Hugging Face encoder (mean pooling, normalised), or a hub id.
+
+        Args:
+            name: the directory, hub id or URI.
+            to_train: whether the backbone of a reranker or a classifier will do. Its vectors mean nothing yet.
 
         Raises:
             InputError: no such model.
-            FormatError: no safetensors weights, weights that do not fit the config, or a module this class lacks.
+            FormatError: no safetensors weights, weights that do not fit the config, or a module this class lacks; a
+                reranker or a classifier, unless `to_train`.
         """
         path = resolve_model(str(name))
         backbone = _load_backbone(path)
+        if not to_train:
+            _refuse_sequence_classifier(path, backbone)
         tokenizer = load_tokenizer(path, backbone.config)
         pooling, normalise, projections = _read_modules(path, int(backbone.config.hidden_size))
         sentence_config = read_json_object(path / "sentence_bert_config.json")
@@ -280,6 +288,15 @@ def _load_backbone(path: Path) -> PreTrainedModel:
             "its safetensors do not belong to its config.json"
         )
     return model
+
+
+def _refuse_sequence_classifier(path: Path, backbone: PreTrainedModel) -> None:
+    made_as = backbone.config.architectures or []
+    if any(is_sequence_classifier(name) for name in made_as) and not (path / "modules.json").is_file():
+        raise FormatError(
+            f"{str(path)!r} is a reranker or a classifier ({made_as[0]}), whose backbone was not trained to give "
+            "vectors: it is no encoder; train one with `raytower train-retriever`"
+        )
 
 
 def _read_prompts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -175,7 +175,7 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
     """
     # The same seed on every worker: fresh layers and adapters must be the same everywhere.
     torch.manual_seed(config.seed)
-    encoder = Encoder.load(start)
+    encoder = Encoder.load(start, to_train=True)
     if config.query_prefix is not None:
         encoder.prompts["query"] = config.query_prefix
     if config.document_prefix is not None:

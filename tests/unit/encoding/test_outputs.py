@@ -323,6 +323,16 @@ def test_the_number_of_workers_never_matters_to_a_resume(tmp_path: Path) -> None
     assert encode(encode_config(*values, rows_per_file=chosen))["files_encoded"] == 0
 
 
+def test_what_is_passed_over_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name, text in (("a.txt", "one\n"), ("empty.txt", ""), ("b.md", "")):
+        (tmp_path / "corpus" / name).write_text(text)
+    values = (build_tiny_encoder(tmp_path / "encoder"), tmp_path / "corpus", tmp_path / "out")
+    job_module.plan(encode_config(*values, rows_per_file=None))
+    said = capfd.readouterr().err
+    assert (said.count("empty.txt"), said.count("b.md")) == (1, 1)
+
+
 @pytest.mark.usefixtures("encoded")
 def test_rejected_rows_are_listed_only_by_the_job_that_owns_the_output(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "b"}\n')

@@ -36,6 +36,7 @@ from raytower.index.tasks import Run
 from raytower.index.versions import open_manifest, version_names
 from raytower.library import models, search, texts
 from raytower.library import run as run_module
+from raytower.models.encoder import Encoder as EncoderModel
 from raytower.models.text_classifier import TextClassifier
 from raytower.retrieval.config import SearchConfig
 from raytower.retrieval.search import search as search_command
@@ -319,6 +320,12 @@ class TestReranker:
     def test_wrong_values(self, reranker_dir: Path, arguments: tuple[Any, ...], message: str) -> None:
         with pytest.raises(InputError, match=re.escape(message)):
             raytower.load_reranker(reranker_dir).rank(*arguments)
+
+    def test_it_is_no_encoder(self, reranker_dir: Path, classifier_dir: Path) -> None:
+        for name in (reranker_dir, classifier_dir):
+            with pytest.raises(FormatError, match=r"is a reranker or a classifier .* it is no encoder"):
+                raytower.load_encoder(name)
+        assert EncoderModel.load(reranker_dir, to_train=True).dim > 0
 
     def test_an_encoder_is_none(self, encoder_dir: Path) -> None:
         with pytest.raises(FormatError, match="it is no reranker"):
@@ -785,6 +792,11 @@ class TestRun:
             raytower.run(command, **config)
 
     @pytest.mark.processes
+    @pytest.mark.parametrize("command", [None, ["encode"], 3])
+    def test_what_is_no_command(self, command: Any) -> None:
+        with pytest.raises(InputError, match=r"^command is .*; it must be the name of a command"):
+            raytower.run(command)
+
     def test_what_needs_ray_says_so_where_there_is_none(self) -> None:
         run_python(RUN_WITHOUT_RAY)
 
