@@ -172,6 +172,8 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
     """The job, after every row was read. Rejected rows are listed in a folder that goes with the block."""
     output_folder(config.output, JOB_NAME)
     encoder = Encoder.load(config.encoder)
+    if "max_length" not in config.model_fields_set:  # `up` has no such key to be told of
+        config = config.model_copy(update={"max_length": min(config.max_length, encoder.max_positions)})
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
     rejected = Path(tempfile.mkdtemp(prefix="raytower-rejected-"))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config, nested_keys
 from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.library.inputs import shown
+from raytower.library.inputs import plain, shown
 
 
 def run(command: str, /, **config: Any) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def run(command: str, /, **config: Any) -> dict[str, Any]:
         hint = f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(COMMANDS)}"
         raise InputError(f"there is no command {command!r}{hint}")
     try:
-        values = nested_keys({key: _plain(value) for key, value in config.items()})
+        values = nested_keys({key: plain(value) for key, value in config.items()})
         made = make_config(find_reference(COMMANDS[command].config), values, source=f"run({command!r})")
         result: dict[str, Any] = find_reference(COMMANDS[command].run)(made)
     except Exception as error:
@@ -48,11 +46,3 @@ def run(command: str, /, **config: Any) -> dict[str, Any]:
             raise cause from error
         raise
     return result
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

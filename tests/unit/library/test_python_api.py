@@ -390,6 +390,15 @@ class TestSearch:
         assert found == index.search(["moon 3", "sun"], k=3, filter={"year": 2005})
         assert [[hit.id for hit in hits] for hits in found] == [["d5"], ["d5"]]
 
+    def test_a_filter_may_hold_numbers_of_numpy(self, index_dir: Path, encoder: raytower.Encoder) -> None:
+        index = raytower.open_index(index_dir, encoder=encoder)
+        wanted = {"year": {"$in": list(np.array([2005, 2007]))}}
+        assert {hit.id for hit in index.search("moon", filter=wanted)} == {"d5", "d7"}
+        found = index.search_vectors(encoder.encode(["sun"]), filter={"year": np.int64(2005)})
+        assert [hit.id for hit in found[0]] == ["d5"]
+        asked = {"index": index_dir, "query": "sun", "filter": {"year": np.int64(2005)}}
+        assert [hit["id"] for hit in raytower.run("search", **asked)["results"]] == ["d5"]
+
     def test_it_stays_with_its_version(self, encoder: raytower.Encoder, tmp_path: Path) -> None:
         raytower.index_texts(["sun", "moon"], encoder, tmp_path / "index")
         index = raytower.open_index(tmp_path / "index")
