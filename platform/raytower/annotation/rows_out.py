@@ -61,8 +61,8 @@ def refuse_name_of_another_type(output: str, file_type: FileType) -> None:
     meant = FORMAT_BY_SUFFIX.get(suffix, file_type)
     if meant not in _NAMED_AS[file_type]:
         raise InputError(
-            f"output {output!r} ends with {suffix}, and file_type is {file_type}: the next job would read it as {meant}; "
-            f"name a .{file_type} file, or set file_type"
+            f"output {output!r} ends with {suffix}, and file_type is {file_type}: the next job would read it as "
+            f"{meant}; name a .{file_type} file, or set file_type"
         )
 
 
