@@ -107,7 +107,7 @@ def load_config(
     below = {} if path is None else _read_file(path)
     above = nested_keys(overrides or {})
     merged = _lay_over(config_class, below, above)
-    return _validated(config_class, merged, _source_of(str(path) if path else None, below, above))
+    return _validated(config_class, merged, _source_of(None if path is None else _named(path), below, above))
 
 
 def make_config(config_class: type[ConfigT], values: Mapping[str, Any], source: str = "config") -> ConfigT:
@@ -165,21 +165,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _named(path: str | Path) -> str:
+    """How messages call a config file."""
+    return f"config file {str(path)!r}"
+
+
 def _read_file(path: str | Path) -> dict[str, Any]:
     """A config file's keys and values, as they stand there."""
-    name = f"config file {str(path)!r}"
+    name = _named(path)
     try:
         loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8: {error}; save it as UTF-8") from error
+        raise InputError(f"{name}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-13-45 is a ValueError
-        raise InputError(f"{name} is not valid YAML: {error}") from error
+        raise InputError(f"{name}: not valid YAML: {error}") from error
     if loaded is not None and not isinstance(loaded, dict):
-        raise InputError(f"{name} holds a {type(loaded).__name__}; it must be a mapping of keys to values")
+        raise InputError(
+            f"{name}: it holds a {type(loaded).__name__} and must hold a mapping of keys to values"
+        )
     values: dict[str, Any] = loaded or {}
     return values
 

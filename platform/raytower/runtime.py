@@ -23,8 +23,9 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
-from raytower.errors import InputError
+from raytower.errors import InputError, RaytowerError
 from raytower.progress import log
+from raytower.storage.errors import one_line
 from raytower.worker_output import OUTPUT
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
@@ -55,6 +56,7 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
 
     Raises:
         InputError: RAY_AUTH_MODE was changed after Ray had read it, or no folder is short enough for Ray's sockets.
+        RaytowerError: Ray did not start in its time, or cannot be joined.
     """
     OUTPUT.expect()
     _make_quiet()
@@ -68,11 +70,21 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     with _sigterm_kept():
         if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             with _loopback_for_this_node() if _listens_on_loopback_only() else nullcontext():
-                ray.init(
-                    logging_level=logging.WARNING, log_to_driver=True, runtime_env=_environment_in_cluster()
-                )
+                _init(log_to_driver=True, runtime_env=_environment_in_cluster())
         else:
             _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
+
+
+def _init(**settings: Any) -> None:
+    """`ray.init`. Raises RaytowerError for whatever it raises, which has no class of its own and no remedy."""
+    try:
+        ray.init(logging_level=logging.WARNING, **settings)
+    except Exception as error:
+        address = os.environ.get("RAY_ADDRESS")
+        what = f"the Ray at {address} (RAY_ADDRESS) cannot be joined" if address else "Ray did not start"
+        raise RaytowerError(
+            f"{what}: {one_line(error)}; run the command again, where time ran out when the machine is less busy"
+        ) from error
 
 
 def _make_quiet() -> None:
@@ -110,11 +122,10 @@ def _start_local(num_cpus: int, secret_variables: Sequence[str]) -> None:
         "worker_process_setup_hook": "raytower.runtime.set_up_worker",
     }
     with _without(secret_variables), _loopback_for_this_node(), _current_folder(private):
-        ray.init(
+        _init(
             address="local",  # left open, Ray joins whatever `ray start` left on this machine, and refuses num_cpus
             num_cpus=num_cpus,
             include_dashboard=False,
-            logging_level=logging.WARNING,
             runtime_env=environment,
             object_spilling_directory=str(spilled),
             # Not the private folder itself: Ray makes this one, and all below it, writable for everybody.

@@ -8,7 +8,7 @@ from typing import Literal
 import pyarrow as pa
 
 from raytower.annotation.config import AnnotationConfig
-from raytower.annotation.rows_out import check_rows_output
+from raytower.annotation.rows_out import check_rows_output, refuse_name_of_another_type
 from raytower.data.pieces import Survey, read_pieces
 from raytower.data.pieces import survey as survey_input
 from raytower.data.rejects import quarantine_of
@@ -27,10 +27,11 @@ def survey_rows(
 
     Raises:
         InputError: no such input, bad rows under on_error fail, an output inside the input, one that cannot be written,
-            or a file that is no result of this job.
+            one whose name means another type of file, or a file that is no result of this job.
     """
     refuse_output_inside(config.output, config.input.path)
     check_rows_output(config.output, *written)
+    refuse_name_of_another_type(config.output, config.file_type)
     return survey_input(config.input, kind, on_error=config.on_error, quarantine=quarantine_of(config.output))
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import pyarrow as pa
 
 from raytower.annotation.config import FileType
+from raytower.data.sources import COMPRESSION_SUFFIXES, FORMAT_BY_SUFFIX
 from raytower.errors import InputError
 from raytower.storage import Location, check_output
 
 _FIRST_LINE_BYTES = 2**20
+# The formats that a name may mean for rows of each type; what a .txt file holds is seen when it is read.
+_NAMED_AS: dict[FileType, tuple[str, ...]] = {"tsv": ("tsv", "lines"), "jsonl": ("jsonl",)}
 
 
 class RowWriter:
@@ -44,6 +48,22 @@ class RowWriter:
 
     def _write_line(self, line: str) -> None:
         self._stream.write(line.encode() + b"\n")
+
+
+def refuse_name_of_another_type(output: str, file_type: FileType) -> None:
+    """Raise InputError for a file name by which the next job would take the rows for something else."""
+    suffix = PurePosixPath(Location.of(output).path).suffix
+    if suffix in COMPRESSION_SUFFIXES:
+        raise InputError(
+            f"output {output!r} ends with {suffix}, and the rows are written as they are; leave {suffix} away, and "
+            "compress the file afterwards"
+        )
+    meant = FORMAT_BY_SUFFIX.get(suffix, file_type)
+    if meant not in _NAMED_AS[file_type]:
+        raise InputError(
+            f"output {output!r} ends with {suffix}, and file_type is {file_type}: the next job would read it as "
+            f"{meant}; name a .{file_type} file, or set file_type"
+        )
 
 
 def check_rows_output(output: str, *written: Sequence[str]) -> None:

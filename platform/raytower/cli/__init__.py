@@ -122,7 +122,7 @@ def _execute(name: str, given: Sequence[str], default_config: Path | None) -> No
     if arguments.help:
         _show(help.command_help(name))
         return
-    path = arguments.config_path or (str(default_config) if default_config else None)
+    path = default_config if arguments.config_path is None else arguments.config_path
     config = load_config(config_class, path, arguments.overrides)
     if arguments.dry_run:
         plan = find_reference(command.plan)(config) if command.plan else {}

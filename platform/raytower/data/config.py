@@ -17,7 +17,7 @@ class PathConfig(Config):
 
     shorthand = "path"
 
-    path: str
+    path: str = Field(min_length=1)
     """A file, a folder or a glob, local or by URI."""
 
     @property

@@ -88,13 +88,15 @@ def survey(
     rows_per_piece: int = DEFAULT_ROWS_PER_PIECE,
     on_error: OnError | None = None,
     quarantine: Location | str | None = None,
+    *,
+    say: bool = True,
 ) -> Survey:
     """Read every row of the input once, check it, and cut the input into pieces of at most `rows_per_piece` rows.
 
     `rows_per_piece` counts rows of the file; a candidates row with 3 positives gives 3 rows of the piece.
     Memory is bounded by one piece, plus eight bytes a row where rows bring ids, plus, for BEIR pairs, the judgements.
     on_error None means `fail` in a command without that key. Under `quarantine`, rejected rows are listed in a file
-    in the folder `quarantine`, published when the survey ends.
+    in the folder `quarantine`, published when the survey ends. `say` names files that give no row on stderr.
 
     Raises:
         InputError: nothing to read; under `fail`, the first row that breaks a rule or repeats an id, naming file, line
@@ -107,7 +109,8 @@ def survey(
         if beir.is_beir(input):
             return _survey_beir(input, kind, rows_per_piece, rejects)
         found = find_files(input.path, input.format)
-        _say("passed over", found.ignored)
+        if say:
+            _say("passed over", found.ignored)
         layouts = [(file, detect_layout(file, kind, input)) for file in found.files]
         sources = [Source(file, layout) for file, layout in layouts if layout is not None]
         if not sources:
@@ -116,7 +119,8 @@ def survey(
         surveyed = _survey_sources(sources, kind, rows_per_piece, rejects)
         filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
         # One empty file must not stop a job, but the user must hear of it.
-        _say("no row in", [str(file) for file in found.files if str(file) not in filled])
+        if say:
+            _say("no row in", [str(file) for file in found.files if str(file) not in filled])
         return surveyed
 
 

@@ -154,7 +154,9 @@ def refuse_output_inside(output: str, path: str) -> None:
     """Raise InputError where a job would write below a folder, or over a file, that it reads from."""
     base, pattern = _split_glob(path)
     place = Location.of(output)
-    is_below = place.filesystem == base.filesystem and PurePosixPath(place.path).is_relative_to(base.path)
+    # By their real names: one place may be named by a link, or with `..`.
+    below, above = (os.path.realpath(each.path) if each.is_local else each.path for each in (place, base))
+    is_below = place.filesystem == base.filesystem and PurePosixPath(below).is_relative_to(above)
     if is_below and (pattern is None or "**" in pattern):
         raise InputError(
             f"output {output!r} lies inside the input {path!r}, where the next run would read it as data; give an "

@@ -29,7 +29,7 @@ class EncodeConfig(Config):
     dtype: EngineDtype = "float32"
     """Precision of the forward pass."""
     max_length: int = Field(default=256, ge=1)
-    """Tokens of a text."""
+    """Tokens of a text; left out, no more than the model has positions for."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
     """Padded tokens of a forward pass; null chooses by device. What does not fit into memory is halved."""
     embedding_dtype: Literal["float32", "float16"] = "float32"

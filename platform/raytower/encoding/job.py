@@ -172,6 +172,8 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
     """The job, after every row was read. Rejected rows are listed in a folder that goes with the block."""
     output_folder(config.output, JOB_NAME)
     encoder = Encoder.load(config.encoder)
+    if "max_length" not in config.model_fields_set:  # `up` has no such key to be told of
+        config = config.model_copy(update={"max_length": min(config.max_length, encoder.max_positions)})
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
     rejected = Path(tempfile.mkdtemp(prefix="raytower-rejected-"))
@@ -194,17 +196,18 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
 def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Piece, ...], int]:
     refuse_output_inside(config.output, config.input.path)
 
-    def read(rows: int) -> Survey:
+    def read(rows: int, say: bool = True) -> Survey:
         # Steps that fill a file evenly: whoever names the size and whoever leaves it to be chosen get the same files.
         step = rows // -(-rows // _SURVEY_ROWS)
         quarantine = rejected if config.on_error == "quarantine" else None
-        return survey_input(config.input, "corpus", step, config.on_error, quarantine)
+        return survey_input(config.input, "corpus", step, config.on_error, quarantine, say=say)
 
     rows = config.rows_per_file or _recorded_rows_per_file(Location.of(config.output))
     found = read(rows or _SURVEY_ROWS)
     if rows is None:
         rows = choose_rows_per_file(found.num_rows, config.workers.num)
-        found = found if rows >= _SURVEY_ROWS else read(rows)
+        # A small corpus is read again: small pieces from the start would cost a large one up to twice the time.
+        found = found if rows >= _SURVEY_ROWS else read(rows, say=False)
     return found, join_pieces(found.pieces, rows), rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Set
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import numpy as np
@@ -112,6 +112,17 @@ def name_of(value: Any, name: str, made_by: str) -> str:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise InputError(f"{name} is {shown(value)}; it must be {made_by}")
     return str(value)
+
+
+def plain(value: Any) -> Any:
+    """A config's value, or a filter, as a file would give it: paths as texts, numpy's numbers as Python's own."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _remedy(values: Any) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config, nested_keys
 from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.library.inputs import plain, shown
 
 
 def run(command: str, /, **config: Any) -> dict[str, Any]:
@@ -31,12 +30,14 @@ def run(command: str, /, **config: Any) -> dict[str, Any]:
     >>> raytower.run("search", index=index_dir, query="When do you open?", k=1)["results"][0]["id"]
     'hours'
     """
+    if not isinstance(command, str):
+        raise InputError(f"command is {shown(command)}; it must be the name of a command, such as 'encode'")
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(COMMANDS)}"
         raise InputError(f"there is no command {command!r}{hint}")
     try:
-        values = nested_keys({key: _plain(value) for key, value in config.items()})
+        values = nested_keys({key: plain(value) for key, value in config.items()})
         made = make_config(find_reference(COMMANDS[command].config), values, source=f"run({command!r})")
         result: dict[str, Any] = find_reference(COMMANDS[command].run)(made)
     except Exception as error:
@@ -45,11 +46,3 @@ def run(command: str, /, **config: Any) -> dict[str, Any]:
             raise cause from error
         raise
     return result
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from raytower.data.unseen import is_unseen
 from raytower.errors import FormatError, InputError
 from raytower.index.reader import Filter, Index
-from raytower.library.inputs import Unpicklable, count_of, name_of, texts_of, vectors_of
+from raytower.library.inputs import Unpicklable, count_of, name_of, plain, texts_of, vectors_of
 from raytower.library.models import ENCODER, Encoder, Reranker, Several, load_encoder, load_reranker
 from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_order
 
@@ -128,7 +128,7 @@ class SearchIndex(Unpicklable):
             scorer.fusion if scorer is not None else None,
             query_prefix=self.encoder.prefix("query"),
         )
-        recall = index_recall(self._index, filter)
+        recall = index_recall(self._index, plain(filter))
         return retriever.search(texts, k=k, recall_k=recall_k, recall=recall).hits
 
     def search_vectors(
@@ -152,7 +152,7 @@ class SearchIndex(Unpicklable):
         k, queries = count_of(k, "k"), vectors_of(vectors, "vectors", self.dim)
         if not len(queries):
             return []
-        return [recall_order(found) for found in index_recall(self._index, filter)(queries, k)]
+        return [recall_order(found) for found in index_recall(self._index, plain(filter))(queries, k)]
 
     @overload
     async def asearch(self, queries: str, k: int = 10, **settings: Unpack[_Settings]) -> list[Hit]: ...

@@ -48,7 +48,7 @@ def check_max_length(max_length: int, positions: int) -> int:
     if not _is_whole(max_length) or not 1 <= max_length <= positions:
         raise InputError(
             f"max_length is {max_length!r}; this model has positions for 1 to {positions} tokens; give a whole number "
-            "of them, or None for the model's own length"
+            "of them"
         )
     return int(max_length)
 

@@ -165,6 +165,11 @@ def loading(path: Path, what: str) -> Iterator[None]:
         ) from error
 
 
+def is_sequence_classifier(architecture: str) -> bool:
+    """Whether a name in `architectures` of a config.json is that of a model with a classification head."""
+    return architecture.endswith("ForSequenceClassification")
+
+
 def load_weights(kind: Any, path: Path, what: str, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
     """A model in fp32 from the safetensors of a directory, and the names of the weights that it lacks, sorted.
 

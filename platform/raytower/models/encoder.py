@@ -26,6 +26,7 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     inside,
+    is_sequence_classifier,
     load_tokenizer,
     load_weights,
     loading,
@@ -282,7 +283,7 @@ def _refuse_classifier(path: Path) -> None:
     if any(str(name).endswith(_CLASSIFIER) for name in names) and not (path / "modules.json").is_file():
         raise FormatError(
             f"{str(path)!r} is a {names[0]}, a reranker or a classifier; as an encoder it would lose its head and give "
-            "vectors that it was never trained for: name an encoder, or give this one as reranker or classifier"
+            "vectors that it was never trained for: name an encoder, or train one of it with `raytower train-retriever`"
         )
 
 

@@ -25,6 +25,7 @@ from raytower.models.directory import (
     hash_config,
     hash_tensors,
     hash_tokenizer,
+    is_sequence_classifier,
     load_weights,
     loading,
     max_positions,
@@ -135,8 +136,7 @@ def finished_config(path: Path) -> PretrainedConfig | None:
     """The config of a directory that holds a finished sequence classifier; None for an encoder."""
     with loading(path, "its config.json"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    names = config.architectures or []
-    return config if any(name.endswith("ForSequenceClassification") for name in names) else None
+    return config if any(map(is_sequence_classifier, config.architectures or [])) else None
 
 
 def recorded_max_length(path: Path, model: PreTrainedModel) -> int:

@@ -35,6 +35,8 @@ _DOWNLOAD_BYTES = 16 * 1024 * 1024
 _UPLOAD_BYTES = 64 * 1024 * 1024
 _LISTING_ATTEMPTS = 5
 _CACHE_BYTES = 50 * 2**30
+# When a cached file was last written, as we set it once its checksum is proven: whoever writes it sets another time.
+_PROVEN_NS = 0
 _JUST_FETCHED_SECONDS = 600.0
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
@@ -286,8 +288,9 @@ class Location:
     def fetch(self, cache_dir: Path, sha256: str, size_bytes: int) -> Path:
         """A local copy of this file: a local file itself, unchecked; otherwise a download, kept under its checksum.
 
-        A download is kept only if it has this checksum. An earlier download is used again if it has the right size. Any
-        number of processes may fetch one file: one downloads, the others wait.
+        A download is kept only if it has this checksum. An earlier one is used again if its size is right and nobody
+        has written it since; if somebody has, as its time says, its checksum is computed anew. Any number of processes
+        may fetch one file: one downloads, the others wait.
 
         Raises:
             InputError: there is no such file. FormatError: its content has another checksum.
@@ -297,10 +300,11 @@ class Location:
             return Path(self.path)
         target = cache_dir / sha256[:2] / f"{sha256}-{self.name}"
         with local.locked(target.with_name(f"{target.name}.lock")):
-            if not target.is_file() or target.stat().st_size != size_bytes:
+            if not _is_whole(target, sha256, size_bytes):
                 self._download(target, sha256)
                 _evict(cache_dir)
-            os.utime(target)  # used now, so it is not among the next to be evicted
+            # Read now, so it is not among the next to be evicted; as for writing, that would change the mark.
+            os.utime(target, ns=(time.time_ns(), _PROVEN_NS))
         return target
 
     def _download(self, target: Path, sha256: str) -> None:
@@ -335,6 +339,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RAYTOWER_CACHE", Path.home() / ".cache" / "raytower"))
 
 
+def _is_whole(file: Path, sha256: str, size_bytes: int) -> bool:
+    """Whether a file of the cache is there as it was downloaded."""
+    if not file.is_file() or file.stat().st_size != size_bytes:
+        return False
+    return file.stat().st_mtime_ns == _PROVEN_NS or Location.of(file).sha256() == sha256
+
+
 def _evict(cache: Path) -> None:
     """Remove the files that were not used for longest, until the cache keeps to $RAYTOWER_CACHE_BYTES.
 
@@ -348,7 +359,7 @@ def _evict(cache: Path) -> None:
     for path in cache.glob("[0-9a-f][0-9a-f]/[!.]*"):
         with suppress(FileNotFoundError):  # another process evicts too
             status = path.stat()
-            used.append((status.st_mtime, status.st_size, path))
+            used.append((status.st_atime, status.st_size, path))
     excess = sum(size for _, size, _ in used) - int(given)
     for when, size, path in sorted(used):
         if excess <= 0 or when > time.time() - _JUST_FETCHED_SECONDS:

@@ -61,6 +61,12 @@ class TestCommandLine:
         assert "Traceback" not in err
         assert out == ""
 
+    def test_an_empty_name_of_a_config_file_is_not_passed_over(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["encode", "--config", ""]) == 2
+        assert capsys.readouterr().err.startswith("raytower: config file '': cannot be read")
+
     def test_the_code_is_the_process_s_exit_code(self, tmp_path: Path) -> None:
         done = run_cli("enode", cwd=tmp_path)
         assert done.returncode == 2

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytower.data.config import InputConfig
-from raytower.data.sources import find_files
+from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from tests.support.data_files import read, survey_of, write
 
@@ -76,6 +76,17 @@ def test_missing_path(tmp_path: Path) -> None:
         survey_of(tmp_path / "nowhere", "corpus")
     with pytest.raises(InputError, match=r"no file matches '.*\*\.txt'; check the pattern"):
         survey_of(tmp_path / "*.txt", "corpus")
+
+
+def test_an_output_inside_the_input_is_seen_behind_any_name(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "a.tsv").write_text("a\tb\n")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for output in ("in/sub/../a.tsv", "link/a.tsv", "link/new", "in/../in/new/deep"):
+        for path in ("in", "link", "./link/../in"):
+            with pytest.raises(InputError, match="lies inside the input"):
+                refuse_output_inside(str(tmp_path / output), f"{tmp_path}/{path}")
+    refuse_output_inside(f"{tmp_path}/in/../out", f"{tmp_path}/in")
 
 
 def test_folder_without_data_files(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytower.config import make_config
 from raytower.data.config import InputConfig
 from raytower.data.pieces import Piece, read_piece, survey
 from raytower.encoding import job as job_module
@@ -26,7 +27,7 @@ from raytower.encoding.records import find_parts, remove_left_overs, write_recor
 from raytower.encoding.worker import EncodedPiece
 from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location, writer_lease
-from tests.support.encoding_here import encode_config, write_corpus
+from tests.support.encoding_here import encode_config, encode_here, write_corpus
 from tests.support.tiny_models import build_tiny_encoder
 
 
@@ -321,6 +322,31 @@ def test_the_number_of_workers_never_matters_to_a_resume(tmp_path: Path) -> None
     assert encode(encode_config(*values, rows_per_file=None, workers={"num": 8}))["files_encoded"] == 0
     chosen = json.loads((tmp_path / "out" / "job.json").read_text())["rows_per_file"]
     assert encode(encode_config(*values, rows_per_file=chosen))["files_encoded"] == 0
+
+
+def test_a_length_that_is_left_out_is_what_the_model_has_positions_for(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus.jsonl", 3)
+    encoder = build_tiny_encoder(tmp_path / "encoder")
+    values = {
+        "encoder": str(encoder),
+        "input": str(tmp_path / "corpus.jsonl"),
+        "output": str(tmp_path / "out"),
+    }
+    encode_here(make_config(EncodeConfig, values))
+    assert EmbeddingsManifest.read(Location.of(tmp_path / "out")).max_length == 64
+    assert encode_here(make_config(EncodeConfig, {**values, "max_length": 64}))["files_encoded"] == 0
+    with pytest.raises(InputError, match="max_length is 65; this model has positions for 1 to 64 tokens"):
+        encode_here(make_config(EncodeConfig, {**values, "max_length": 65}))
+
+
+def test_what_is_passed_over_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name, text in (("a.txt", "one\n"), ("empty.txt", ""), ("b.md", "")):
+        (tmp_path / "corpus" / name).write_text(text)
+    values = (build_tiny_encoder(tmp_path / "encoder"), tmp_path / "corpus", tmp_path / "out")
+    job_module.plan(encode_config(*values, rows_per_file=None))
+    said = capfd.readouterr().err
+    assert (said.count("empty.txt"), said.count("b.md")) == (1, 1)
 
 
 @pytest.mark.usefixtures("encoded")

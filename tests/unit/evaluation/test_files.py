@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytower.annotation.rows_out import check_rows_output, open_rows
+from raytower.annotation.rows_out import check_rows_output, open_rows, refuse_name_of_another_type
 from raytower.data.queries import QuerySet
 from raytower.errors import InputError
 from raytower.evaluation.judgements import absent_text, judge
@@ -141,6 +142,29 @@ def test_reports_are_written_beside_each_other(tmp_path: Path) -> None:
     assert sorted(place.name for place in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
     back = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (back["queries"], back["numpy"], back["nothing"]) == (2, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "file_type", "message"),
+    [
+        ("a.tsv.gz", "tsv", "ends with .gz"),
+        ("a.jsonl.zst", "jsonl", "ends with .zst"),
+        ("a.jsonl", "tsv", "ends with .jsonl, and file_type is tsv"),
+        ("a.tsv", "jsonl", "ends with .tsv, and file_type is jsonl"),
+        ("a.csv", "tsv", "would read it as csv"),
+        ("s3://bucket/a.csv?region=x", "tsv", "would read it as csv"),
+    ],
+)
+def test_a_name_that_means_another_type(name: str, file_type: Literal["tsv", "jsonl"], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        refuse_name_of_another_type(name, file_type)
+
+
+def test_a_name_that_means_the_type_or_nothing() -> None:
+    for name in ("a.tsv", "a.txt", "a", "a.out", "runs.gz/a.tsv"):
+        refuse_name_of_another_type(name, "tsv")
+    for name in ("a.jsonl", "a.json", "a"):
+        refuse_name_of_another_type(name, "jsonl")
 
 
 @pytest.mark.parametrize("check", [check_reports_output, check_rows_output])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from raytower.errors import RaytowerError
 from tests.support.processes import ROOT
 
 SETTINGS = ("RAY_USAGE_STATS_ENABLED", "RAY_DATA_LOG_LEVEL")
@@ -57,6 +58,31 @@ class TestSettings:
         if job is not None:
             monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
         assert runtime._environment_in_cluster() == {"env_vars": told}
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("", "Ray did not start: The current node timed out; run the command again"),
+        (
+            "10.0.0.1:6379",
+            "the Ray at 10.0.0.1:6379 (RAY_ADDRESS) cannot be joined: The current node timed out; run",
+        ),
+    ],
+)
+def test_a_ray_that_does_not_start_is_said_in_one_line(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raytower import runtime
+
+    def time_out(**_: Any) -> None:
+        raise Exception("The current node\ntimed out")  # as Ray raises it
+
+    monkeypatch.setattr(runtime.ray, "init", time_out)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RaytowerError) as raised:
+        runtime._init()
+    assert str(raised.value).startswith(message)
 
 
 def test_ray_starts_in_one_place() -> None:

@@ -36,6 +36,7 @@ from raytower.index.tasks import Run
 from raytower.index.versions import open_manifest, version_names
 from raytower.library import models, search, texts
 from raytower.library import run as run_module
+from raytower.models.encoder import Encoder as EncoderModel
 from raytower.models.text_classifier import TextClassifier
 from raytower.retrieval.config import SearchConfig
 from raytower.retrieval.search import search as search_command
@@ -320,6 +321,12 @@ class TestReranker:
         with pytest.raises(InputError, match=re.escape(message)):
             raytower.load_reranker(reranker_dir).rank(*arguments)
 
+    def test_it_is_no_encoder(self, reranker_dir: Path, classifier_dir: Path) -> None:
+        for name in (reranker_dir, classifier_dir):
+            with pytest.raises(FormatError, match=r"is a reranker or a classifier .* it is no encoder"):
+                raytower.load_encoder(name)
+        assert EncoderModel.load(reranker_dir, from_classifier=True).dim > 0
+
     def test_an_encoder_is_none(self, encoder_dir: Path) -> None:
         with pytest.raises(FormatError, match="it is no reranker"):
             raytower.load_reranker(encoder_dir)
@@ -382,6 +389,15 @@ class TestSearch:
         found = index.search_vectors(encoder.encode(["moon 3", "sun"], "query"), k=3, filter={"year": 2005})
         assert found == index.search(["moon 3", "sun"], k=3, filter={"year": 2005})
         assert [[hit.id for hit in hits] for hits in found] == [["d5"], ["d5"]]
+
+    def test_a_filter_may_hold_numbers_of_numpy(self, index_dir: Path, encoder: raytower.Encoder) -> None:
+        index = raytower.open_index(index_dir, encoder=encoder)
+        wanted = {"year": {"$in": list(np.array([2005, 2007]))}}
+        assert {hit.id for hit in index.search("moon", filter=wanted)} == {"d5", "d7"}
+        found = index.search_vectors(encoder.encode(["sun"]), filter={"year": np.int64(2005)})
+        assert [hit.id for hit in found[0]] == ["d5"]
+        asked = {"index": index_dir, "query": "sun", "filter": {"year": np.int64(2005)}}
+        assert [hit["id"] for hit in raytower.run("search", **asked)["results"]] == ["d5"]
 
     def test_it_stays_with_its_version(self, encoder: raytower.Encoder, tmp_path: Path) -> None:
         raytower.index_texts(["sun", "moon"], encoder, tmp_path / "index")
@@ -785,6 +801,11 @@ class TestRun:
             raytower.run(command, **config)
 
     @pytest.mark.processes
+    @pytest.mark.parametrize("command", [None, ["encode"], 3])
+    def test_what_is_no_command(self, command: Any) -> None:
+        with pytest.raises(InputError, match=r"^command is .*; it must be the name of a command"):
+            raytower.run(command)
+
     def test_what_needs_ray_says_so_where_there_is_none(self) -> None:
         run_python(RUN_WITHOUT_RAY)
 

@@ -371,11 +371,20 @@ class TestCache:
         s3.put("bucket", f"{prefix}/x", self.CONTENT)
         assert stored.fetch(tmp_path, self.SHA256, self.SIZE).read_bytes() == self.CONTENT
 
-    @pytest.mark.parametrize("damage", [CONTENT[:-1], b""])
+    @pytest.mark.parametrize("damage", [CONTENT[:-1], CONTENT[:-1] + b"x", b""])
     def test_a_damaged_copy_is_fetched_again(self, stored: Location, tmp_path: Path, damage: bytes) -> None:
         path = stored.fetch(tmp_path, self.SHA256, self.SIZE)
         path.write_bytes(damage)
         assert stored.fetch(tmp_path, self.SHA256, self.SIZE).read_bytes() == self.CONTENT
+
+    def test_a_copy_that_was_touched_alone_is_not_fetched_again(
+        self, s3: S3Server, stored: Location, tmp_path: Path
+    ) -> None:
+        path = stored.fetch(tmp_path, self.SHA256, self.SIZE)
+        path.touch()
+        before = s3.requests()
+        assert stored.fetch(tmp_path, self.SHA256, self.SIZE) == path
+        assert s3.requests() == before
 
     def test_a_missing_file_and_a_local_one(self, stored: Location, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no file at s3://"):
