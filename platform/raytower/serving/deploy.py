@@ -75,8 +75,8 @@ def start(config: ServeConfig) -> Server:
     """
     if not (joins_cluster() or ray.is_initialized()):  # a cluster's Serve may hold the port already
         config = config.model_copy(update={"port": check_port(config.host, config.port)})
-    active, key_digest = check_start(config)
-    application = build_application(config, active, key_digest)
+    active, keys = check_start(config)
+    application = build_application(config, active, keys)
     secret = [name for name in (config.security.key_env, config.security.admin_key_env) if name]
     cpus = needed_cpus(config, num_shard_groups(config, active)) + 1
     ensure_ray(min_cpus=cpus, secret_variables=secret, show_workers=True)

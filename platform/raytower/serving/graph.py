@@ -29,6 +29,7 @@ from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
 from raytower.serving.door import REPLICA_HEADER, AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.keys import StoredKey
 from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.resolve import resolve_settings
@@ -57,7 +58,7 @@ def app_builder(args: dict[str, Any]) -> serve.Application:
 
 
 def build_application(
-    config: ServeConfig, active: Mapping[str, Served], key_digest: str | None
+    config: ServeConfig, active: Mapping[str, Served], keys: Sequence[StoredKey]
 ) -> serve.Application:
     """The deployments of a config, which begin with serving `active`."""
     settings = replica_settings(config)
@@ -96,7 +97,7 @@ def build_application(
         max_queued_requests=config.max_queued_requests,
         **_replicas(config),
     )
-    return ingress.bind(origin, settings, key_digest, bound, reranker, *groups)
+    return ingress.bind(origin, settings, list(keys), bound, reranker, *groups)
 
 
 def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serve.Deployment:
@@ -273,7 +274,7 @@ class Ingress(_Replica):
         self,
         origin: str,
         settings: dict[str, Any],
-        key_digest: str | None,
+        keys: Sequence[StoredKey],
         conductor: DeploymentHandle,
         reranker: DeploymentHandle | None,
         *groups: DeploymentHandle,
@@ -306,7 +307,7 @@ class Ingress(_Replica):
         )
         self._engine = make_engine(config, parts)
         self._prefix = config.route_prefix.encode()
-        app = make_app(config, self._engine, key_digest, HandleControl(conductor))
+        app = make_app(config, self._engine, keys, HandleControl(conductor))
         self._app = app
         self._join(origin, INGRESS, EngineHolder(self._engine), conductor)
         await self._member.ready()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
+from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.serving.app import create_app
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Control
 from raytower.serving.engine import EngineLimits, OpenParts, SearchEngine
 from raytower.serving.generation import Generation
+from raytower.serving.keys import StoredKey
+from raytower.serving.schemas import ApiError, UnprocessableError
 
 
 def make_engine(config: ServeConfig, open_parts: OpenParts) -> SearchEngine:
@@ -20,9 +24,43 @@ def make_engine(config: ServeConfig, open_parts: OpenParts) -> SearchEngine:
     )
 
 
-def make_app(config: ServeConfig, engine: SearchEngine, key_digest: str | None, control: Control) -> Any:
+def make_app(config: ServeConfig, engine: SearchEngine, keys: Sequence[StoredKey], control: Control) -> Any:
     """The ASGI application over an engine."""
-    return create_app(engine, config, bytes.fromhex(key_digest) if key_digest else None)
+    return create_app(engine, config, bytes.fromhex(keys[0]["sha256"]) if keys else None)
+
+
+class ConflictError(ApiError):
+    """A change that was refused, or that came during another one; nothing has changed."""
+
+    status, type, code = 409, "invalid_request_error", "not_changed"
+
+
+class ApiControl:
+    """Operators' calls behind the admin routes: what `control` raises becomes an answer's status."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    async def status(self) -> Mapping[str, Any]:
+        return await _told(self._control.status())
+
+    async def reload(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        return await _told(self._control.reload(wanted))
+
+    async def rollback(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        return await _told(self._control.rollback(wanted))
+
+
+async def _told(call: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """Raises UnprocessableError, ConflictError."""
+    try:
+        return await call
+    except ApiError:
+        raise
+    except (InputError, FormatError) as error:
+        raise UnprocessableError(str(error)) from error
+    except RaytowerError as error:
+        raise ConflictError(str(error)) from error
 
 
 class EngineHolder:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member
 from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse
 from raytower.serving.forwards import Forwards
+from raytower.serving.keys import StoredKey
 from raytower.serving.listening import base_url, check_port
 from raytower.serving.local import EngineHolder, make_app, make_engine
 from raytower.serving.models import ModelPool
@@ -43,13 +44,15 @@ def serve_here(config: ServeConfig) -> dict[str, Any]:
         InputError: what cannot be served, a taken port, an empty key variable. FormatError: another encoder's index.
     """
     config = config.model_copy(update={"port": check_port(config.host, config.port)})
-    active, key_digest = check_start(config)
-    return asyncio.run(_serve(config, active, key_digest))
+    active, keys = check_start(config)
+    return asyncio.run(_serve(config, active, keys))
 
 
-async def _serve(config: ServeConfig, active: Mapping[str, Served], key_digest: str | None) -> dict[str, Any]:
+async def _serve(
+    config: ServeConfig, active: Mapping[str, Served], keys: Sequence[StoredKey]
+) -> dict[str, Any]:
     started = time.monotonic()
-    here = Here(config, key_digest)
+    here = Here(config, keys)
     url = base_url(config) + config.route_prefix.rstrip("/")
     ended = asyncio.Event()
     hung_up = asyncio.Event()
@@ -85,7 +88,7 @@ async def _serve(config: ServeConfig, active: Mapping[str, Served], key_digest: 
 class Here:
     """A conductor, its one member and the application, in this process."""
 
-    def __init__(self, config: ServeConfig, key_digest: str | None) -> None:
+    def __init__(self, config: ServeConfig, keys: Sequence[StoredKey]) -> None:
         self._config = config
         self._engine = make_engine(config, PlacedParts(ModelPool(Forwards())))
         self.conducting = Conducting(
@@ -97,7 +100,7 @@ class Here:
             prepare_timeout_s=config.start_timeout_s,
             adopt_s=0.0,
         )
-        self._app: AsgiApp = make_app(config, self._engine, key_digest, self.conducting)
+        self._app: AsgiApp = make_app(config, self._engine, keys, self.conducting)
         self._prefix = config.route_prefix.rstrip("/")
         self.draining = False
 
