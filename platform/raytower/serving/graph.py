@@ -263,8 +263,19 @@ class _ServedApp:
     """The ASGI application of whichever replica this is: what `serve.ingress` is given is copied into all of them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # it begins before Serve tells which replica this is
+            await _live(receive, send)
+            return
         app: AsgiApp = serve.get_replica_context().servable_object.served_app
         await app(scope, receive, send)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
 
 
 class Ingress(_Replica):
