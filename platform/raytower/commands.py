@@ -226,6 +226,15 @@ COMMANDS: dict[str, Command] = {
         positions=("index",),
         example="runs/index --port 8000",
     ),
+    "serve file": Command(
+        "print the Serve config file of a server, for `serve deploy` and for a RayService",
+        "raytower.serving.config:ServeConfig",
+        "raytower.serving.plan:serve_file",
+        render="raytower.serving.plan:render_serve_file",
+        always_rendered=True,
+        positions=("index",),
+        example="runs/index --replicas 2 > serve.yaml",
+    ),
     "serve reload": Command(
         "move a running server to a newer index version, or to other models, without a failed request",
         "raytower.serving.config:ServeReloadConfig",

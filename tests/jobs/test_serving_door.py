@@ -21,7 +21,7 @@ import psutil
 import pytest
 from ray.serve.generated.serve_pb2 import ASGIRequest
 
-from raytower.serving import deploy, ports
+from raytower.serving import deploy, protocol
 from tests.support.processes import clean_environment, free_port, wait_for
 from tests.support.served_index import write_version
 
@@ -168,7 +168,7 @@ def test_a_replica_unpickles_nothing_of_a_stranger(server: Server, tmp_path: Pat
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(request, timeout=5)
                 codes.append(caught.value.code())
-    assert codes.count(grpc.StatusCode.UNAUTHENTICATED) == 3, "the ingress and both shards"
+    assert codes.count(grpc.StatusCode.UNAUTHENTICATED) == 4, "ingress, conductor and both shards"
     assert not marker.exists()
     pickle.loads(payload)
     assert marker.exists(), "it would have been made"
@@ -234,7 +234,7 @@ def wait_for_end(port: int, start: bytes) -> float:
         began = time.monotonic()
         link.sendall(start)
         while True:
-            assert time.monotonic() - began < ports.HEAD_TIMEOUT_S + 10, "still waited for"
+            assert time.monotonic() - began < protocol.HEAD_TIMEOUT_S + 10, "still waited for"
             try:
                 if start:
                     link.sendall(b"X-A: y\r\n")  # a byte now and then earns no more time
@@ -252,7 +252,7 @@ def answers_twice(port: int) -> list[int]:
     """Two answers over one connection, further apart than the limit of a head."""
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     codes = []
-    for pause in (0.0, ports.HEAD_TIMEOUT_S + 1):
+    for pause in (0.0, protocol.HEAD_TIMEOUT_S + 1):
         time.sleep(pause)
         link.request("GET", "/readyz")
         answer = link.getresponse()
@@ -269,7 +269,7 @@ def test_a_head_that_does_not_come_is_not_waited_for_and_a_kept_connection_stays
         ended = {name: clients.submit(wait_for_end, server.port, start) for name, start in starts.items()}
         assert kept.result() == [200, 200]
         for name, end in ended.items():
-            assert end.result() > ports.HEAD_TIMEOUT_S - 1, name
+            assert end.result() > protocol.HEAD_TIMEOUT_S - 1, name
 
 
 # --- the end (last: it ends the server) -----------------------------------------------------------------------

@@ -26,7 +26,6 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     inside,
-    is_sequence_classifier,
     load_tokenizer,
     load_weights,
     loading,

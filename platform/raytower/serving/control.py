@@ -110,6 +110,7 @@ class Conducting:
     async def poll(self, origin: str, report: Report, wait_s: float = 0.0) -> Wanted:
         """Take a report; answer once something has changed since the member's last answer, or after `wait_s`."""
         if origin != self._origin:
+            await asyncio.sleep(wait_s)  # it asks again at once
             return Wanted(serial=-1)
         wanted = self._conductor.poll(report, time.monotonic())
         await self._tell()

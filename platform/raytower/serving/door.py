@@ -34,7 +34,7 @@ _REQUEST_ID = b"x-request-id"
 _PROXY_PATHS = ("/-/healthz", "/-/routes")
 _ADMIN = "/v1/admin/"
 # A replica answers by the deadline itself; past it and this much more, its answer is not waited for.
-_SPARE_S = 1.0
+_SPARE_S = 0.25
 _RETRY_PAUSE_S = 0.05
 
 
@@ -130,11 +130,9 @@ class Door:
             except TimeoutError:
                 if gate.is_open:
                     raise
-                if request.num_tries:
-                    await self._speak_for(_Answer(500), request, send)
-                    return
-                message = f"no answer within {request.timeout_ms} ms; raise timeout_ms"
-                await refuse(send, 504, message, "timeout_error", "out_of_time")
+                # A replica that lives says by then that it is late. None has this request, or it has died.
+                message = f"no replica has answered within {request.timeout_ms} ms; try again"
+                await refuse(send, 503, message, "server_error", "not_ready", retry=True)
                 return
             if gate.is_open:
                 if gate.prefix is not None:

@@ -30,6 +30,7 @@ from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
 from raytower.serving.door import REPLICA_HEADER, AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.keys import StoredKey
 from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.resolve import resolve_settings
@@ -58,7 +59,7 @@ def app_builder(args: dict[str, Any]) -> serve.Application:
 
 
 def build_application(
-    config: ServeConfig, active: Mapping[str, Served], keys: list[dict[str, Any]]
+    config: ServeConfig, active: Mapping[str, Served], keys: list[StoredKey]
 ) -> serve.Application:
     """The deployments of a config, which begin with serving `active`."""
     settings = replica_settings(config)
@@ -263,8 +264,19 @@ class _ServedApp:
     """The ASGI application of whichever replica this is: what `serve.ingress` is given is copied into all of them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # it begins before Serve tells which replica this is
+            await _live(receive, send)
+            return
         app: AsgiApp = serve.get_replica_context().servable_object.served_app
         await app(scope, receive, send)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
 
 
 class Ingress(_Replica):
@@ -274,7 +286,7 @@ class Ingress(_Replica):
         self,
         origin: str,
         settings: dict[str, Any],
-        keys: list[dict[str, Any]],
+        keys: list[StoredKey],
         conductor: DeploymentHandle,
         reranker: DeploymentHandle | None,
         *groups: DeploymentHandle,

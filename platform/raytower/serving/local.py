@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from raytower.serving import observe
 from raytower.serving.access_log import AccessLog, RequestFacts
@@ -15,7 +14,7 @@ from raytower.serving.generation import Generation
 from raytower.serving.http.admin import AdminRoutes
 from raytower.serving.http.application import create_app
 from raytower.serving.http.search import render
-from raytower.serving.keys import read_keys
+from raytower.serving.keys import StoredKey, read_keys
 from raytower.serving.metrics import Metrics
 from raytower.serving.models import ModelPool
 
@@ -26,7 +25,7 @@ class Serving:
     def __init__(
         self,
         config: ServeConfig,
-        keys: Sequence[dict[str, Any]],
+        keys: Sequence[StoredKey],
         control: Control,
         open_parts: Callable[[ModelPool], OpenParts],
         replica: str = "0",

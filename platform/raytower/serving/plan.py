@@ -6,17 +6,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from raytower.index.versions import open_manifest
 from raytower.serving import observe
 from raytower.serving.conductor import Served
 from raytower.serving.config import ServeConfig
 from raytower.serving.generation import Generation
-from raytower.serving.keys import keys_of
+from raytower.serving.keys import StoredKey, keys_of
 from raytower.serving.listening import base_url, check_host, check_port
-from raytower.serving.resolve import resolve_all
+from raytower.serving.resolve import absolute_places, resolve_all
 
 
-def check_start(config: ServeConfig) -> tuple[dict[str, Served], list[dict[str, Any]]]:
+def check_start(config: ServeConfig) -> tuple[dict[str, Served], list[StoredKey]]:
     """Refuse what can be refused at once; returns what is to be served, and the keys to ask for, hashed.
 
     Raises:
@@ -101,3 +103,39 @@ def needed_cpus(config: ServeConfig, num_groups: int) -> float:
     replicas = config.autoscaling.max if config.autoscaling else config.replicas
     cpus = replicas * config.num_cpus + num_groups * config.shard_replicas * config.shard_num_cpus
     return cpus + (config.rerank_replicas * config.rerank_num_cpus if config.layout == "split" else 0)
+
+
+# --- for clusters that are told by a file ---------------------------------------------------------------------
+
+_FILE_COMMENT = """\
+# A Serve config file, for `serve deploy` and for a RayService. Serve's proxies put raytower's door before the
+# application where Ray was started with this in its environment:
+#   RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=raytower.serving.ports.open_door
+# Keys are read from the variables that api_key_env or security name, in the cluster.
+"""
+
+
+def serve_file(config: ServeConfig) -> dict[str, Any]:
+    """The Serve config file that deploys what `serve` would serve."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    outside = {"port", "server", "name", "route_prefix", "replace", "drain_s", "start_timeout_s"}
+    args = absolute_places({name: value for name, value in given.items() if name not in outside})
+    if "collections" in args:
+        args["collections"] = {name: absolute_places(own) for name, own in args["collections"].items()}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "applications": [
+            {
+                "name": config.name,
+                "route_prefix": config.route_prefix,
+                "import_path": "raytower.serving.graph:app_builder",
+                "args": args,
+            }
+        ],
+    }
+
+
+def render_serve_file(result: dict[str, Any]) -> str:
+    """The file's text."""
+    return _FILE_COMMENT + yaml.safe_dump(result, sort_keys=False, allow_unicode=True).rstrip()

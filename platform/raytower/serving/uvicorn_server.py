@@ -18,6 +18,7 @@ from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member
 from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.keys import StoredKey
 from raytower.serving.listening import base_url, check_port
 from raytower.serving.local import EngineHolder, Serving
 from raytower.serving.placements import PlacedParts
@@ -45,9 +46,7 @@ def serve_here(config: ServeConfig) -> dict[str, Any]:
     return asyncio.run(_serve(config, active, keys))
 
 
-async def _serve(
-    config: ServeConfig, active: Mapping[str, Served], keys: list[dict[str, Any]]
-) -> dict[str, Any]:
+async def _serve(config: ServeConfig, active: Mapping[str, Served], keys: list[StoredKey]) -> dict[str, Any]:
     started = time.monotonic()
     here = Here(config, keys)
     url = base_url(config) + config.route_prefix.rstrip("/")
@@ -85,7 +84,7 @@ async def _serve(
 class Here:
     """A conductor, its one member and the application, in this process."""
 
-    def __init__(self, config: ServeConfig, keys: list[dict[str, Any]]) -> None:
+    def __init__(self, config: ServeConfig, keys: list[StoredKey]) -> None:
         self._config = config
         self.conducting = Conducting(
             _ORIGIN,

@@ -9,7 +9,7 @@ import pytest
 from raytower.config import make_config
 from raytower.errors import InputError
 from raytower.serving.config import CollectionConfig, ServeConfig
-from raytower.serving.keys import key_digest_of
+from raytower.serving.keys import keys_of
 
 
 def config(**values: Any) -> ServeConfig:
@@ -60,13 +60,14 @@ def test_one_key_is_said_in_short() -> None:
 
 def test_an_open_address_needs_a_key_or_the_word_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVE_TEST_KEY", " sesame\n")
-    assert key_digest_of(config(index="a")) is None
+    assert keys_of(config(index="a")) == []
     with pytest.raises(InputError, match=r"0\.0\.0\.0.*no key"):
-        key_digest_of(config(index="a", host="0.0.0.0"))
-    assert key_digest_of(config(index="a", host="0.0.0.0", security={"open": True})) is None
+        keys_of(config(index="a", host="0.0.0.0"))
+    assert keys_of(config(index="a", host="0.0.0.0", security={"open": True})) == []
     # printf sesame | sha256sum
     digest = "d0c04f4b1951e4aeaaec8223ed2039e542f3aae805a6fa7f6d794e5afff5d272"
-    assert key_digest_of(config(index="a", host="0.0.0.0", api_key_env="SERVE_TEST_KEY")) == digest
+    keys = keys_of(config(index="a", host="0.0.0.0", api_key_env="SERVE_TEST_KEY"))
+    assert keys == [{"name": "SERVE_TEST_KEY", "sha256": digest, "admin": False}]
     monkeypatch.setenv("SERVE_TEST_KEY", " ")
     with pytest.raises(InputError, match=r"SERVE_TEST_KEY.*unset or empty"):
-        key_digest_of(config(index="a", api_key_env="SERVE_TEST_KEY"))
+        keys_of(config(index="a", api_key_env="SERVE_TEST_KEY"))

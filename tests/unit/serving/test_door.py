@@ -143,7 +143,7 @@ def test_an_answer_is_not_waited_for_long_past_its_time(
     monkeypatch.setattr("raytower.serving.door._SPARE_S", 0.05)
     started = time.monotonic()
     status, body, _ = asked(Proxy("hang"), **request_)
-    assert (status, body["error"]["code"]) == (504, "out_of_time")
+    assert (status, body["error"]["code"]) == (503, "not_ready")
     assert "20 ms" in body["error"]["message"]
     assert time.monotonic() - started < 30
 

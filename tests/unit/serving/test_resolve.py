@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import socket
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
 
 from raytower.errors import FormatError, InputError
 from raytower.index.versions import open_manifest
@@ -16,7 +20,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.fusion import Fusion
 from raytower.serving.config import ServeConfig
 from raytower.serving.opening import checked_manifest
-from raytower.serving.plan import plan_serve
+from raytower.serving.plan import plan_serve, render_serve_file, serve_file
 from raytower.serving.resolve import absolute_places, generation_of, resolve_all, resolve_settings
 from tests.support.served_index import write_version
 from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker
@@ -122,6 +126,22 @@ def test_the_plan_says_what_would_run(index_dir: Path) -> None:
     assert sharded["index_bytes_per_process"] == size // 2
     split = plan_serve(config(index_dir, layout="split", rerank_replicas=2, rerank_num_cpus=3))
     assert (split["processes"], split["cpus"]) == (1 + 1 + 2, 1 + 2 * 3)
+
+
+def test_a_serve_config_file_holds_what_was_given(index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(index_dir.parent)
+    given = ServeConfig(
+        index="index", port=8123, replicas=2, name="faq", route_prefix="/faq", layout="sharded"
+    )
+    text = render_serve_file(serve_file(given))
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (application,) = schema.applications
+    assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8123)
+    assert (application.name, application.route_prefix) == ("faq", "/faq")
+    assert application.args == {"index": str(index_dir), "replicas": 2, "layout": "sharded"}
+    module, _, name = (application.import_path or "").partition(":")
+    build = getattr(importlib.import_module(module), name)
+    assert isinstance(build(application.args), Application)
 
 
 def test_a_taken_port_and_a_host_that_is_none_are_refused_by_the_plan(index_dir: Path) -> None:
