@@ -28,7 +28,7 @@ from raytower.serving.errors import NotFiniteError, OverloadedError
 from raytower.serving.http.answers import json_value
 from raytower.serving.http.application import create_app
 from raytower.serving.http.exchange import RequestRecord
-from raytower.serving.http.search import render
+from raytower.serving.http.search import SearchRequest, render
 from raytower.serving.http_config import HttpConfig
 from tests.support.dummy_engine import DummyEngine
 
@@ -504,6 +504,7 @@ def test_compressed_bodies_are_decoded(client: TestClient, engine: DummyEngine) 
     [
         ("br", b"abc", 415, "unsupported_media_type", "Content-Encoding 'br'"),
         ("gzip", b'{"query": "a"}', 400, "invalid_encoding", "gzip"),
+        ("gzip", gzip.compress(b'{"query": "a"}') + b"more", 400, "invalid_encoding", "behind the end"),
         ("gzip", gzip.compress(b'{"query": "a"}')[:-9], 400, "invalid_encoding", "too early"),
         ("gzip", gzip.compress(b"x" * 5_000_000), 413, "too_large", "4194304 bytes once it is decompressed"),
     ],
@@ -1090,6 +1091,8 @@ def test_every_request_is_told_to_the_metrics(engine: DummyEngine) -> None:
     good, bad, lost, scraped = records
     assert (good.route, good.collection, good.status) == ("/v1/{collection}/search", "laws", 200)
     assert (good.request_id, good.error, good.body_bytes) == ("mine-1", None, 13)
+    assert isinstance(good.request, SearchRequest)
+    assert good.request.query == "a"
     assert good.answer is not None
     assert (good.answer.generation, good.answer.counts) == ("0123456789ab", TokenCounts(tokens=1))
     assert good.seconds > 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
+from raytower.errors import InputError
 from raytower.serving.calls import Engine
 from raytower.serving.errors import ApiError, SlowBodyError, TooLargeError
 from raytower.serving.http import catalogue, comparing, embeddings, rerank, search
@@ -36,7 +37,7 @@ from raytower.serving.http.exchange import (
 from raytower.serving.http.mcp import mcp
 from raytower.serving.http.openapi import describe
 from raytower.serving.http.routing import Found, Route, Router, path_of
-from raytower.serving.http.security import Access, Doorkeeper, Key
+from raytower.serving.http.security import Access, Doorkeeper, Key, check_security
 from raytower.serving.http_config import HttpConfig
 from raytower.serving.page import load_page
 
@@ -62,7 +63,14 @@ def create_app(
     metrics: Metrics | None = None,
     control: Control | None = None,
 ) -> Application:
-    """The ASGI application over an engine. `keys` are those that requests may bring; none asks for none."""
+    """The ASGI application over an engine. `keys` are those that requests may bring, as `load_keys` gives them.
+
+    Raises:
+        InputError: the config asks for keys and there are none, or the server would be open to the network.
+    """
+    check_security(config)
+    if config.security.has_keys and not keys:
+        raise InputError("security names keys, but none was given to the application")
     return Application(Parts(engine=engine, config=config, metrics=metrics, control=control), keys)
 
 

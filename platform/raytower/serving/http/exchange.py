@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 from raytower.serving.calls import Answer, Engine, ServedCollection
 from raytower.serving.errors import NotFoundError, UnprocessableError
 from raytower.serving.http.bodies import check_content_type, parse_json
-from raytower.serving.http.requests import RequestT, check_timeout, read_request, shown
+from raytower.serving.http.requests import Request, RequestT, check_timeout, read_request, shown
 from raytower.serving.http.security import Access
 from raytower.serving.http_config import HttpConfig
 from raytower.serving.work import Deadline
@@ -32,7 +32,7 @@ ARRIVAL_HEADER = "x-raytower-arrival"
 
 @dataclass(kw_only=True)
 class RequestRecord:
-    """What is known of a request once it has ended, for metrics and the access log. Holds no text."""
+    """What is known of a request once it has ended, for metrics and the access log."""
 
     request_id: str
     method: str
@@ -45,6 +45,8 @@ class RequestRecord:
     key: str | None = None
     """The name of the key that was used."""
     collection: str | None = None
+    request: Request | None = None
+    """What was asked. Holds the caller's texts."""
     answer: Answer | None = None
     """What the engine answered: generation, token counts, for a search its timings and `reranked_k`."""
     error: str | None = None
@@ -140,7 +142,9 @@ class Exchange:
 
     def read(self, kind: type[RequestT]) -> RequestT:
         """The body as a checked request. Raises ApiError."""
-        return read_request(kind, self.value(), self.config.limits)
+        request = read_request(kind, self.value(), self.config.limits)
+        self.record.request = request
+        return request
 
     def value(self) -> Any:
         """The body's JSON. Raises ApiError."""
