@@ -504,6 +504,7 @@ def test_compressed_bodies_are_decoded(client: TestClient, engine: DummyEngine) 
     [
         ("br", b"abc", 415, "unsupported_media_type", "Content-Encoding 'br'"),
         ("gzip", b'{"query": "a"}', 400, "invalid_encoding", "gzip"),
+        ("gzip", gzip.compress(b'{"query": "a"}') + b"more", 400, "invalid_encoding", "behind the end"),
         ("gzip", gzip.compress(b'{"query": "a"}')[:-9], 400, "invalid_encoding", "too early"),
         ("gzip", gzip.compress(b"x" * 5_000_000), 413, "too_large", "4194304 bytes once it is decompressed"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import json
 import os
 from typing import Any
@@ -45,7 +46,7 @@ def answer(app: Application, case: Any) -> tuple[int, bytes]:
     scope = {
         "type": "http",
         "method": case.method.upper(),
-        "path": case.path.format(**(case.path_parameters or {})),
+        "path": case.path.format(**{**(case.path_parameters or {}), "collection": "default"}),
         "query_string": urlencode(case.query or {}, errors="replace").encode(),
         "headers": headers,
     }
@@ -64,13 +65,18 @@ def answer(app: Application, case: Any) -> tuple[int, bytes]:
     return sent[0]["status"], sent[1]["body"]
 
 
+@functools.cache
+def described() -> Any:
+    app = create_app(DummyEngine(), HttpConfig())
+    return schemathesis.openapi.from_dict(json.loads(app._description))
+
+
 @pytest.mark.parametrize("route", _ROUTES)
 def test_generated_requests(route: str) -> None:
-    app = create_app(DummyEngine(), HttpConfig())
+    app = create_app(DummyEngine(), HttpConfig(timeout_ms=60_000))
     method, path = route.split(" ")
-    document = json.loads(app._description)
-    operation = schemathesis.openapi.from_dict(document)[path][method]
-    examples = max(CASES // len(_ROUTES), 1) if CASES else 12
+    operation = described()[path][method]
+    examples = max(CASES // sum(name.startswith("POST") for name in _ROUTES), 1) if CASES else 10
     seen: collections.Counter[str] = collections.Counter()
     modes = schemathesis.GenerationMode
     right = operation.as_strategy(generation_mode=modes.POSITIVE)
@@ -89,11 +95,12 @@ def test_generated_requests(route: str) -> None:
         is_right, request = case
         status, body = answer(app, request)
         seen[f"{'right' if is_right else 'wrong'} {status}"] += 1
-        assert status < 500 or "/admin/" in path, body
+        # A request may ask for an answer within 1 ms.
+        assert status < 500 or status == 504, body
         if status != 200:
             told = json.loads(body)["error"]
             assert set(told) == {"message", "type", "code"}
-            if is_right and "{" not in path and "/admin/" not in path and "documents" not in path:
+            if is_right and status != 504 and method == "POST" and "/admin/" not in path:
                 assert told["message"].startswith(_BEYOND_SCHEMAS), told
 
     run()

@@ -221,6 +221,13 @@ def test_a_server_without_keys_listens_on_loopback_alone(host: str) -> None:
         check_security(HttpConfig(host=host, security=security))
 
 
+def test_an_application_is_not_left_open_by_mistake() -> None:
+    with pytest.raises(InputError, match="none was given"):
+        create_app(DummyEngine(), HttpConfig(security={"key_env": "X"}), [])
+    with pytest.raises(InputError, match="other machines"):
+        create_app(DummyEngine(), HttpConfig(host="0.0.0.0"), KEYS[:0])
+
+
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost", "LOCALHOST.", "a.localhost"]
 )

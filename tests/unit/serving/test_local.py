@@ -10,8 +10,8 @@ import pytest
 
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.serving.control import SwapRefusedError
-from raytower.serving.local import ApiControl
-from raytower.serving.schemas import ApiError
+from raytower.serving.errors import ApiError
+from raytower.serving.http.admin import AdminRoutes
 
 
 class Failing:
@@ -39,7 +39,7 @@ class Failing:
     ],
 )
 def test_a_refusal_has_its_status(error: Exception, status: int, code: str) -> None:
-    control = ApiControl(Failing(error))
+    control = AdminRoutes(Failing(error))
     for call in (control.reload({}), control.rollback({})):
         with pytest.raises(ApiError, match="no such version") as caught:
             asyncio.run(call)  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from raytower.serving.calls import ServedModel, TokenCounts
+from raytower.serving.errors import NotReadyError, OutOfTimeError
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation, ModelEntry
 from raytower.serving.parts import Scored
 from raytower.serving.placements import RemoteScorer, Reranker
-from raytower.serving.schemas import NotReadyError, OutOfTimeError
 from raytower.serving.work import Deadline
 
 LATER = 60_000

@@ -65,13 +65,11 @@ def usage(counts: TokenCounts) -> dict[str, int]:
 
 
 async def write(pieces: Callable[[], Iterable[bytes]], expected_bytes: int, most: int) -> bytes:
-    """The pieces of a body, joined; in a thread where there is much of it, so that other requests go on.
+    """The pieces of a body, joined; in a thread where much is expected, so that other requests go on.
 
     Raises:
         UnprocessableError: more than `most` bytes.
     """
-    if expected_bytes > most:
-        raise _too_much(most)
     if expected_bytes < _THREAD_BYTES:
         return _join(pieces(), most)
     return await asyncio.to_thread(lambda: _join(pieces(), most))
@@ -105,7 +103,8 @@ def error_answer(error: ApiError) -> HttpAnswer:
 
 def check_finite(what: str, values: NDArray[np.floating[Any]] | Iterable[float], answer: Answer) -> None:
     """Raises NotFiniteError where a value is NaN or infinite: JSON has no such numbers, and null would hide it."""
-    if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+    finite = np.isfinite(values).all() if isinstance(values, np.ndarray) else all(map(math.isfinite, values))
+    if not finite:
         raise NotFiniteError(
             f"the model gave {what} that is not a number (NaN or infinity); generation {answer.generation} is damaged"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
+from raytower.errors import InputError
 from raytower.serving.access_log import RequestFacts, RequestLog, current
 from raytower.serving.calls import Engine
 from raytower.serving.errors import ApiError, SlowBodyError, TooLargeError
@@ -35,7 +36,7 @@ from raytower.serving.http.exchange import (
 from raytower.serving.http.mcp import mcp
 from raytower.serving.http.openapi import describe
 from raytower.serving.http.routing import Found, Route, Router, path_of
-from raytower.serving.http.security import Access, Doorkeeper, Key
+from raytower.serving.http.security import Access, Doorkeeper, Key, check_security
 from raytower.serving.http_config import HttpConfig
 from raytower.serving.page import load_page
 
@@ -62,9 +63,15 @@ def create_app(
 ) -> Application:
     """The ASGI application over an engine.
 
-    `keys` are those that requests may bring; none asks for none. `observers` are told of every request that has ended,
-    as `metrics` is.
+    `keys` are those that requests may bring, as `load_keys` gives them. `observers` are told of every request that has
+    ended, as `metrics` is.
+
+    Raises:
+        InputError: the config asks for keys and there are none, or the server would be open to the network.
     """
+    check_security(config)
+    if config.security.has_keys and not keys:
+        raise InputError("security names keys, but none was given to the application")
     told = [*([metrics.record] if metrics is not None else []), *observers]
     return Application(Parts(engine=engine, config=config, metrics=metrics, control=control), keys, told)
 

@@ -60,6 +60,8 @@ def _inflate(body: bytes, name: str, max_bytes: int) -> bytes:
         raise TooLargeError(f"the body is larger than {max_bytes} bytes once it is decompressed")
     if not inflater.eof:
         raise BadRequestError(f"the body's {name} data ends too early", "invalid_encoding")
+    if inflater.unused_data:
+        raise BadRequestError(f"the body goes on behind the end of its {name} data", "invalid_encoding")
     return plain
 
 

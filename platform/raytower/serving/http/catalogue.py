@@ -205,7 +205,7 @@ async def read_document(exchange: Exchange, id: str) -> tuple[dict[str, Any], An
         raise UnprocessableError("id: must be valid Unicode") from error
     deadline = exchange.deadline()
     exchange.served()
-    answer = await exchange.ask(exchange.engine.document(exchange.collection, id, deadline), deadline)
+    answer = await exchange.ask(exchange.engine.document, id, deadline)
     if answer.text is None and answer.metadata is None:
         raise NotFoundError(f"there is no document {id[:200]!r} in collection {exchange.collection!r}")
     value = {

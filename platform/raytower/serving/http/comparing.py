@@ -99,7 +99,7 @@ async def similarity(exchange: Exchange) -> HttpAnswer:
     deadline = exchange.deadline(request.timeout_ms)
     call = SimilarityCall(pairs=[(first, second) for first, second in request.pairs])
     exchange.served()
-    answer = await exchange.ask(exchange.engine.similarity(exchange.collection, call, deadline), deadline)
+    answer = await exchange.ask(exchange.engine.similarity, call, deadline)
     check_finite("a cosine", answer.scores, answer)
     return json_answer(
         {"scores": answer.scores.tolist(), "model": answer.model, **_facts(answer)},
@@ -120,7 +120,7 @@ async def classify(exchange: Exchange) -> HttpAnswer:
         )
     top_k = request.top_k or min(DEFAULT_TOP_K, exchange.config.limits.max_k)
     call = ClassifyCall(texts=request.texts, top_k=top_k, mode=request.mode)
-    answer = await exchange.ask(exchange.engine.classify(exchange.collection, call, deadline), deadline)
+    answer = await exchange.ask(exchange.engine.classify, call, deadline)
     check_finite("a score", [score for labels in answer.labels for _, score in labels], answer)
     results = [
         [{"label": label, "score": float(score)} for label, score in labels] for labels in answer.labels

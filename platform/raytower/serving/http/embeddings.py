@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import decimal
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictBool, StrictStr, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictStr, WithJsonSchema
 
 from raytower.serving.calls import EmbedAnswer, EmbedCall, Role
 from raytower.serving.errors import TooLargeError, UnprocessableError
@@ -35,6 +36,7 @@ from raytower.serving.http.requests import (
     check_total,
     limit,
     shown,
+    whole,
 )
 from raytower.serving.http.search import Usage
 from raytower.serving.http_config import Limits
@@ -51,6 +53,13 @@ _COUNT = limit(maxItems="max_inputs")
 _COHERE_ROLES: dict[str, Role] = {"search_query": "query", "search_document": "document"}
 
 
+def _whole_ids(given: Any) -> Any:
+    """Token ids that were written with a point, as whole numbers."""
+    if not isinstance(given, list) or not {decimal.Decimal, list} & set(map(type, given)):
+        return given
+    return [_whole_ids(item) if isinstance(item, list) else whole(item) for item in given]
+
+
 class EmbeddingsRequest(ClientRequest):
     """OpenAI's shape. `model` and `user` are accepted for its clients; the answer names the model that was used."""
 
@@ -61,6 +70,7 @@ class EmbeddingsRequest(ClientRequest):
 
     input: Annotated[
         Any,
+        BeforeValidator(_whole_ids),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -316,7 +326,7 @@ async def _embed(
 ) -> EmbedAnswer:
     deadline = exchange.deadline(timeout_ms)
     served = exchange.served()
-    answer = await exchange.ask(exchange.engine.embed(exchange.collection, call, deadline), deadline)
+    answer = await exchange.ask(exchange.engine.embed, call, deadline)
     check_finite("a vector", answer.vectors, answer)
     if refuse_cut:
         refuse_cut_texts(answer, served.encoder.max_length)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 from raytower.serving.access_log import RequestFacts
-from raytower.serving.calls import Answer, Engine, SearchAnswer, ServedCollection
+from raytower.serving.calls import (
+    Answer,
+    ClassifyCall,
+    EmbedCall,
+    Engine,
+    RerankCall,
+    SearchAnswer,
+    SearchCall,
+    ServedCollection,
+    SimilarityCall,
+)
 from raytower.serving.errors import NotFoundError, UnprocessableError
 from raytower.serving.http.bodies import check_content_type, parse_json
 from raytower.serving.http.requests import RequestT, check_timeout, read_request, shown
@@ -23,6 +33,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+CallT = TypeVar("CallT")
 AnswerT = TypeVar("AnswerT", bound=Answer)
 ResultT = TypeVar("ResultT")
 
@@ -144,13 +155,25 @@ class Exchange:
         check_timeout(TIMEOUT_HEADER, timeout, self.config.limits)
         return timeout
 
-    async def ask(self, call: Coroutine[Any, Any, AnswerT], deadline: Deadline) -> AnswerT:
+    async def ask(
+        self,
+        method: Callable[[str, CallT, Deadline], Coroutine[Any, Any, AnswerT]],
+        call: CallT,
+        deadline: Deadline,
+    ) -> AnswerT:
         """The engine's answer; the call is cancelled at the deadline or when the client leaves.
 
         Raises:
             OutOfTimeError: at the deadline. ClientGone. What the call raises.
         """
-        answer = await self.watch(call, deadline)
+        facts = self.facts
+        facts.texts = _texts_of(call)
+        facts.num_queries = (
+            len(call.token_ids) if isinstance(call, EmbedCall) and call.token_ids else len(facts.texts)
+        )
+        if isinstance(call, SearchCall):
+            facts.k, facts.rerank_k = call.k, call.recall_k if call.rerank else 0
+        answer = await self.watch(method(self.collection, call, deadline), deadline)
         self._note(answer)
         return answer
 
@@ -191,6 +214,21 @@ class Exchange:
     async def _disconnected(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
+
+
+def _texts_of(call: object) -> Sequence[str]:
+    """The texts of an engine's call; an id is one too."""
+    match call:
+        case SearchCall():
+            return call.queries
+        case EmbedCall() | ClassifyCall():
+            return call.texts
+        case RerankCall():
+            return (call.query, *call.documents)
+        case SimilarityCall():
+            return [text for pair in call.pairs for text in pair]
+        case _:
+            return (str(call),)
 
 
 def _forget(task: asyncio.Future[Any]) -> None:

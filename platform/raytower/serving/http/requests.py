@@ -24,7 +24,7 @@ _SHOWN_ERRORS = 3
 _TOKEN_CHARACTERS = 4
 
 
-def _whole(value: object) -> object:
+def whole(value: object) -> object:
     """3.0 as 3: JSON knows one kind of number, and some clients write all of them with a point."""
     # `adjusted` is the exponent of the first digit. It is asked first, for no other way is quick for 1e999999999.
     if isinstance(value, decimal.Decimal) and value.adjusted() < 16 and value == value.to_integral_value():
@@ -50,8 +50,8 @@ _SHOWS = {"minLength": 1, "pattern": _pattern()}
 TEXT_SCHEMA = {"type": "string", **_SHOWS, **limit(maxLength="max_document_characters")}
 """A document's text, where a schema is written by hand."""
 # Bounds stand inside, beside the type: those around a union with None are kept to, but no schema tells them.
-WholeNumber = Annotated[StrictInt, Field(ge=0), BeforeValidator(_whole)]
-Positive = Annotated[StrictInt, Field(ge=1), BeforeValidator(_whole)]
+WholeNumber = Annotated[StrictInt, Field(ge=0), BeforeValidator(whole)]
+Positive = Annotated[StrictInt, Field(ge=1), BeforeValidator(whole)]
 QueryText = Annotated[
     StrictStr, Field(json_schema_extra={**_SHOWS, **limit(maxLength="max_query_characters")})
 ]

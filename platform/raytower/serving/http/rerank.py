@@ -137,7 +137,7 @@ async def rerank(exchange: Exchange, version: str = "1", bare_texts: bool = Fals
         )
     passages = request.passages()
     call = RerankCall(query=request.query, documents=passages)
-    answer = await exchange.ask(exchange.engine.rerank(exchange.collection, call, deadline), deadline)
+    answer = await exchange.ask(exchange.engine.rerank, call, deadline)
     check_finite("a logit", answer.logits, answer)
     if request.truncate is False:
         refuse_cut_texts(answer, served.reranker.max_length)

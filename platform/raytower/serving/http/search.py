@@ -233,7 +233,7 @@ async def run_search(exchange: Exchange, request: SearchRequest, deadline: Deadl
         mode=_mode(request, served),
         fields=_fields(request, served),
     )
-    answer = await exchange.ask(exchange.engine.search(exchange.collection, call, deadline), deadline)
+    answer = await exchange.ask(exchange.engine.search, call, deadline)
     check_scores(answer)
     return answer
 
