@@ -6,26 +6,14 @@ A label is a path in a tree, its levels parted by `##`; results show it with com
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
-from raytower.errors import InputError
+from raytower.annotation.labels import Prediction, count_votes, label_of, rank_labels, shown
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.retriever import Candidate, index_recall
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """A label as shown, with its score: the cosine of the nearest label text, its share of the votes, or its
-    probability."""
-
-    label: str
-    score: float
 
 
 class Labeller(Protocol):
@@ -83,20 +71,12 @@ class IndexLabeller:
         return _count_absent(label_counts, present)
 
     def _rank(self, candidates: Sequence[Candidate]) -> list[Prediction]:
-        neighbours = [(shown(self._label_of(item)), item.score) for item in candidates]
+        neighbours = [
+            (shown(label_of(item.id, item.text, item.metadata, self._label_field, self._mode)), item.score)
+            for item in candidates
+        ]
         return (
             rank_labels(neighbours) if self._mode == "labels" else count_votes(neighbours, self._temperature)
-        )
-
-    def _label_of(self, item: Candidate) -> str:
-        label = item.metadata.get(self._label_field)
-        if label is not None:
-            return str(label)
-        if self._mode == "labels":
-            return item.text
-        raise InputError(
-            f"document {item.id!r} of the index has no {self._label_field!r}, so it cannot vote; encode a corpus "
-            f"with a column {self._label_field!r}, name another label_field, or set mode to labels"
         )
 
 
@@ -120,41 +100,6 @@ class ClassifierLabeller:
 
     def count_missing(self, label_counts: Mapping[str, int]) -> int:
         return _count_absent(label_counts, {shown(label) for label in self._engine.labels})
-
-
-def shown(label: str) -> str:
-    """A label path as people read it: `A##B` is `A,B`."""
-    return label.replace("##", ",")
-
-
-def rank_labels(neighbours: Sequence[tuple[str, float]]) -> list[Prediction]:
-    """Labels by their nearest text; a label with several texts (descriptions) counts once, by its best one.
-
-    Args:
-        neighbours: label and score of each recalled document, best first.
-    """
-    best: dict[str, float] = {}
-    for label, score in neighbours:
-        best.setdefault(label, score)
-    return [Prediction(label, score) for label, score in best.items()]
-
-
-def count_votes(neighbours: Sequence[tuple[str, float]], temperature: float) -> list[Prediction]:
-    """Labels by their share of the votes, which sum to 1; of equal shares the label with the nearest text leads.
-
-    Args:
-        neighbours: label and score of each recalled document, best first.
-        temperature: a vote weighs exp(score / temperature).
-    """
-    if not neighbours:
-        return []
-    scores = np.array([score for _, score in neighbours], dtype=np.float64)
-    weights = np.exp((scores - scores.max()) / temperature)
-    shares: dict[str, float] = {}
-    for (label, _), weight in zip(neighbours, (weights / weights.sum()).tolist(), strict=True):
-        shares[label] = shares.get(label, 0.0) + weight
-    # sorted() is stable and the labels stand in the order of their nearest text.
-    return [Prediction(label, share) for label, share in sorted(shares.items(), key=lambda item: -item[1])]
 
 
 def _count_absent(label_counts: Mapping[str, int], present: set[str]) -> int:

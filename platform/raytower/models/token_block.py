@@ -70,6 +70,15 @@ class TokenBlock:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def take(self, rows_B: Ids) -> TokenBlock:
+        """A block of some rows, in this order."""
+        lengths_B = self.lengths[rows_B]
+        starts_B = np.cumsum(lengths_B) - lengths_B
+        # Each token's place: its row's start here, and how far it lies behind its row's start there.
+        place_T = np.repeat(self.starts[rows_B] - starts_B, lengths_B) + np.arange(int(lengths_B.sum()))
+        types_T = None if self.types is None else self.types[place_T]
+        return TokenBlock(self.ids[place_T], starts_B, lengths_B, types_T)
+
     def pad(self, rows_B: Ids, padding: Padding) -> dict[str, Ids]:
         """What a model takes of `rows_B`, each (B, L) and filled up to the longest: `input_ids`; `attention_mask`,
         unless nothing was filled up; `token_type_ids`, where the block has types.

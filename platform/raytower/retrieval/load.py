@@ -44,17 +44,25 @@ def load_reranker(
     """
     settings = {**config.engine_settings, "max_length": config.rerank_max_length}
     scorer = CrossScorer(CrossEncoder.load(name), **settings)
-    stored = scorer.fusion
-    if fusion_weight is None:
-        return scorer, stored
-    if stored is None:
-        if fusion_weight == 1:
-            return scorer, None
-        raise InputError(
-            f"fusion_weight is {fusion_weight}, but reranker {name!r} stores no fusion, so the scales of recall and "
-            "rerank scores are unknown; tune one on dev queries, or set fusion_weight to null (rerank scores alone)"
-        )
-    return scorer, replace(stored, weight=fusion_weight)
+    return scorer, fusion_of(name, scorer.fusion, fusion_weight)
+
+
+def fusion_of(reranker: str, stored: Fusion | None, weight: float | None) -> Fusion | None:
+    """How a reranker's logits mix with recall scores; None orders by the logit alone.
+
+    Raises:
+        InputError: a weight is given and the reranker has no stored means and deviations to use it with.
+    """
+    if weight is None:
+        return stored
+    if stored is not None:
+        return replace(stored, weight=weight)
+    if weight == 1:
+        return None
+    raise InputError(
+        f"fusion_weight is {weight}, but reranker {reranker!r} stores no fusion, so the scales of recall and "
+        "rerank scores are unknown; tune one on dev queries, or set fusion_weight to null (rerank scores alone)"
+    )
 
 
 def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig) -> Retriever:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from raytower.errors import InputError
 from raytower.index.reader import Filter, Index
 from raytower.models.fusion import Fusion
+from raytower.retrieval.ranking import rank
 
 Vectors = NDArray[np.float32]
 
@@ -209,16 +210,14 @@ class Retriever:
     def _order(
         self, head: Sequence[Candidate], tail: Sequence[Candidate], logits: NDArray[np.float32]
     ) -> list[Hit]:
-        recall_scores = np.array([item.score for item in head], dtype=np.float64)
-        fused = logits.astype(np.float64) if self.fusion is None else self.fusion.fuse(recall_scores, logits)
-        order = np.argsort(-fused, kind="stable")  # stable: a tie keeps the recall order
-        hits = [
-            _hit(head[place], rank, float(fused[place]), float(logits[place]))
-            for rank, place in enumerate(order.tolist(), start=1)
+        items = [*head, *tail]
+        ranking = rank(np.array([item.score for item in items]), logits, self.fusion)
+        return [
+            _hit(items[place], number, score, float(logits[place]) if place < len(head) else None)
+            for number, (place, score) in enumerate(
+                zip(ranking.places.tolist(), ranking.scores.tolist(), strict=True), start=1
+            )
         ]
-        for rank, item in enumerate(tail, start=len(hits) + 1):
-            hits.append(_hit(item, rank, float(fused.min() - (head[-1].score - item.score))))
-        return hits
 
 
 def recall_order(candidates: Sequence[Candidate]) -> list[Hit]:

@@ -6,20 +6,27 @@ import hashlib
 import hmac
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from raytower.retrieval.retriever import Hit
+from raytower.serving.calls import (
+    DEFAULT_COLLECTION,
+    EmbedAnswer,
+    EmbedCall,
+    Engine,
+    RerankAnswer,
+    RerankCall,
+    SearchAnswer,
+    SearchCall,
+)
 from raytower.serving.config import ServeConfig
 from raytower.serving.page import load_page
 from raytower.serving.schemas import (
@@ -45,7 +52,7 @@ from raytower.serving.schemas import (
     error_body,
     shorten,
 )
-from raytower.serving.work import Deadline, WorkGate
+from raytower.serving.work import Deadline
 
 _LOGGER = logging.getLogger("raytower.serving")
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
@@ -67,82 +74,14 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchCall:
-    """A search request: `k` documents of each query; if it reranks, the first `recall_k` are reranked."""
-
-    queries: list[str]
-    k: int
-    recall_k: int
-    rerank: bool
-    filter: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class SearchAnswer:
-    """Hits of each query, all from one index version; `partial` says that hits of a shard are missing."""
-
-    index_version: str
-    partial: bool
-    reranked: bool
-    hits: list[list[Hit]]
-    timings_ms: dict[str, float]
-
-
-@dataclass(frozen=True)
-class EmbedAnswer:
-    """Vectors float32 [N, D] and the tokens they were made from."""
-
-    index_version: str
-    model: str
-    vectors: NDArray[np.float32]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class ScoreAnswer:
-    """Raw logits float32 [N]."""
-
-    index_version: str
-    model: str
-    logits: NDArray[np.float32]
-
-
-class Engine(Protocol):
-    """The answers behind the routes. Methods block, are called from several threads, and may raise ApiError.
-
-    They should raise OutOfTimeError once `deadline` is past: the caller has got its 504 by then.
-    """
-
-    @property
-    def index_version(self) -> str | None:
-        """The version that is served now; None while nothing is loaded."""
-
-    def search(self, call: SearchCall, deadline: Deadline) -> SearchAnswer:
-        """Recall among the documents that the call's filter lets through, and rerank."""
-
-    def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
-        """Vectors of `texts`, each after the prefix of `role` ("query", "document" or None for no prefix)."""
-
-    def score(self, query: str, documents: list[str], deadline: Deadline) -> ScoreAnswer:
-        """The reranker's logits. Raises NotConfiguredError without a reranker."""
-
-
 def create_app(engine: Engine, config: ServeConfig, api_key_sha256: bytes | None = None) -> FastAPI:
     """The application. `api_key_sha256` is the digest of the key that requests must bring; None asks for none."""
-    gate = WorkGate(config.max_ongoing_requests, config.max_queued_requests)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        gate.close()
-
     # FastAPI's documentation pages load scripts from other hosts, so they are off; openapi.json stays.
-    app = FastAPI(title="raytower", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="raytower", version="1", docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
-    _add_work_routes(app, engine, config, gate)
+    _add_work_routes(app, engine, config)
     _add_open_routes(app, engine, config)
     app.add_middleware(
         Gatekeeper, max_body_bytes=int(config.limits.max_body_bytes), key_sha256=api_key_sha256
@@ -150,12 +89,10 @@ def create_app(engine: Engine, config: ServeConfig, api_key_sha256: bytes | None
     return app
 
 
-def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig, gate: WorkGate) -> None:
+def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig) -> None:
     limits = config.limits
 
     def begin(timeout_ms: int | None) -> Deadline:
-        if engine.index_version is None:
-            raise NotReadyError("the index is still being loaded; try again", headers={"Retry-After": "1"})
         return Deadline.after(timeout_ms or config.timeout_ms)
 
     @app.post("/v1/search", response_model=SearchResponse, responses=_ERRORS)
@@ -169,7 +106,7 @@ def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig, gate: Wo
             rerank=body.rerank,
             filter=body.filter,
         )
-        answer = await gate.run(lambda: engine.search(call, deadline), deadline)
+        answer = await engine.search(DEFAULT_COLLECTION, call, deadline)
         return _json(_search_response(answer, deadline))
 
     @app.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=_ERRORS)
@@ -177,7 +114,8 @@ def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig, gate: Wo
         body.check(limits)
         deadline = begin(body.timeout_ms)
         texts = body.texts()
-        answer = await gate.run(lambda: engine.embed(texts, body.input_type, deadline), deadline)
+        call = EmbedCall(texts=texts, role=body.input_type)
+        answer = await engine.embed(DEFAULT_COLLECTION, call, deadline)
         return _json(_embeddings_response(answer, body))
 
     @app.post(
@@ -187,7 +125,8 @@ def _add_work_routes(app: FastAPI, engine: Engine, config: ServeConfig, gate: Wo
         body.check(limits)
         deadline = begin(body.timeout_ms)
         texts = body.texts()
-        answer = await gate.run(lambda: engine.score(body.query, texts, deadline), deadline)
+        call = RerankCall(query=body.query, documents=texts)
+        answer = await engine.rerank(DEFAULT_COLLECTION, call, deadline)
         return _json(_rerank_response(answer, body))
 
 
@@ -197,18 +136,24 @@ def _add_open_routes(app: FastAPI, engine: Engine, config: ServeConfig) -> None:
     @app.get("/healthz")
     async def healthz() -> StatusResponse:
         """The process is alive."""
-        return StatusResponse(status="ok", index_version=engine.index_version)
+        return StatusResponse(status="ok", index_version=_version(engine))
 
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz() -> StatusResponse:
         """An index is loaded and searches are answered."""
-        if engine.index_version is None:
-            raise NotReadyError("no index is loaded yet")
-        return StatusResponse(status="ready", index_version=engine.index_version)
+        await engine.check()
+        return StatusResponse(status="ready", index_version=_version(engine))
 
     @app.get("/", include_in_schema=False)
     async def search_page() -> Response:
         return Response(page.content, media_type="text/html; charset=utf-8", headers=page.headers)
+
+
+def _version(engine: Engine) -> str | None:
+    try:
+        return engine.served(DEFAULT_COLLECTION).index_version
+    except NotReadyError:
+        return None
 
 
 # --- answers --------------------------------------------------------------------------------------------------
@@ -250,11 +195,11 @@ def _embeddings_response(answer: EmbedAnswer, body: EmbeddingsRequest) -> Embedd
         Embedding(index=number, embedding=encode_base64(vector) if as_text else vector.tolist())
         for number, vector in enumerate(vectors)
     ]
-    usage = Usage(prompt_tokens=answer.num_tokens, total_tokens=answer.num_tokens)
+    usage = Usage(prompt_tokens=answer.counts.tokens, total_tokens=answer.counts.tokens)
     return EmbeddingsResponse(data=data, model=answer.model, usage=usage, index_version=answer.index_version)
 
 
-def _rerank_response(answer: ScoreAnswer, body: RerankRequest) -> RerankResponse:
+def _rerank_response(answer: RerankAnswer, body: RerankRequest) -> RerankResponse:
     # Order by the logits: the logistic function maps all large ones to 1.0.
     order = np.argsort(-answer.logits, kind="stable")[: body.top_n or len(answer.logits)]
     relevance = 0.5 * (1 + np.tanh(answer.logits.astype(np.float64) / 2))

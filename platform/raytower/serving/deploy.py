@@ -33,9 +33,9 @@ from raytower.models.encoder import Encoder, read_encoder_info
 from raytower.progress import log
 from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, has_ended
 from raytower.serving.config import ServeConfig
-from raytower.serving.engine import encoder_for
 from raytower.serving.graph import QUIET, build_application, needed_cpus
 from raytower.serving.ports import PROXY_ENVIRONMENT
+from raytower.serving.resolve import encoder_for
 
 APP_NAME = "raytower"
 # It asks this machine, so it ignores a proxy that the environment names.

@@ -1,285 +1,497 @@
-"""The engine behind the routes: encoder, index and reranker of one moment, shared by concurrent requests. No Ray.
+"""The engine behind the routes: encode → recall → fetch → rerank over the generation of a moment. No Ray, no torch.
 
-A request works on one `Snapshot` from its first to its last step; `load` puts a new one in place while requests on
-the old one end undisturbed. So no answer mixes index versions.
+A request works on one generation's `Parts` from its first to its last stage; `activate` puts others in place while
+requests on the old ones end undisturbed. So no answer mixes generations.
+
+Shape legend: Q queries, K candidates a query, N texts.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.errors import FormatError, InputError
-from raytower.models.compute import ComputeDtype
-from raytower.models.cross_encoder import CrossEncoder, CrossScorer
-from raytower.models.encoder import Encoder
-from raytower.models.forward import ForwardEngine
-from raytower.models.fusion import Fusion
-from raytower.retrieval.retriever import Candidate, Retriever, Vectors
-from raytower.serving.app import EmbedAnswer, ScoreAnswer, SearchAnswer, SearchCall
-from raytower.serving.config import ServeConfig
-from raytower.serving.schemas import NotConfiguredError, NotReadyError, UnprocessableError
-from raytower.serving.work import Deadline, MicroBatcher
+from raytower.annotation.labels import count_votes, label_of, rank_labels, shown
+from raytower.errors import InputError
+from raytower.index.table import TEXT, Document
+from raytower.retrieval.ranking import Ranking, rank
+from raytower.retrieval.retriever import Hit
+from raytower.serving.calls import (
+    ClassifyAnswer,
+    ClassifyCall,
+    ClassifyMode,
+    DocumentAnswer,
+    EmbedAnswer,
+    EmbedCall,
+    RerankAnswer,
+    RerankCall,
+    SearchAnswer,
+    SearchCall,
+    ServedCollection,
+    SimilarityAnswer,
+    SimilarityCall,
+    TokenCounts,
+)
+from raytower.serving.costs import Admission, Ticket
+from raytower.serving.forwards import Lane
+from raytower.serving.generation import Generation
+from raytower.serving.parts import Parts, Recalled, Scored
+from raytower.serving.schemas import (
+    NotConfiguredError,
+    NotFoundError,
+    NotReadyError,
+    OutOfTimeError,
+    UnprocessableError,
+)
+from raytower.serving.work import Deadline
 
-# Limits how long one forward pass keeps other requests waiting; longer submissions are cut.
-_TEXTS_PER_FORWARD = 128
-_PAIRS_PER_FORWARD = 128
-_LOAD_TIMEOUT_MS = 60_000
-_WARM_UP = SearchCall(queries=["warm up"], k=1, recall_k=1, rerank=True)
-
-
-class ServedIndex(Protocol):
-    """One version of an index, wherever its shards are."""
-
-    @property
-    def version(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def encoder(self) -> str | None: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    def check_fingerprint(self, fingerprint: str) -> None:
-        """Raises FormatError where an encoder with this fingerprint did not make the vectors."""
-
-    def check_filter(self, filter: Mapping[str, Any]) -> None:
-        """Raises InputError if the filter does not fit the documents' columns."""
-
-    def recall(
-        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
-    ) -> tuple[list[list[Candidate]], bool]:
-        """Candidates of each vector of (Q, D), best first, and whether those of a shard are missing."""
-
-
-# Opens the named version, or the published one for None.
-OpenIndex = Callable[[str | None], ServedIndex]
+# What a search may take of forward passes and still go before bulk work.
+_URGENT_S = 2.0
+_WARM_UP_MS = 60_000
+_CHECK_MS = 5_000
+# What is left of a search's time once it has been reranked: fetching, sending.
+_AFTER_RERANK_MS = 15
+# As `raytower classify` has them by default.
+_TEMPERATURE, _NEIGHBOURS, _LABEL_DEPTH = 0.05, 10, 20
+_WARM_UP = SearchCall(queries=("warm up",), k=1, recall_k=2, rerank=True)
+OpenParts = Callable[[Generation], Parts]
+Render = Callable[[str, SearchCall, SearchAnswer], bytes]
 
 
-class SharedEncoder:
-    """One encoder that concurrent requests share: texts that wait together are encoded in one forward pass."""
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """How much work an engine takes on."""
 
-    def __init__(self, name: str, dtype: ComputeDtype, max_length: int | None) -> None:
-        """`max_length` None is the encoder's own. Raises InputError: no such model, or too long for its positions."""
-        encoder = Encoder.load(name)
-        self.name = model_name(name)
-        self.dim = encoder.dim
-        self.fingerprint = encoder.fingerprint
-        self.prefixes = {"query": encoder.prefix_for("query"), "document": encoder.prefix_for("document")}
-        self._engine = ForwardEngine(encoder, dtype=dtype, max_length=max_length)
-        self._batcher = MicroBatcher(self._run, _TEXTS_PER_FORWARD)
-
-    def encode(self, texts: Sequence[str], prefix: str, deadline: Deadline) -> tuple[Vectors, int]:
-        """Vectors float32 [N, D] and how many tokens they were made from. Raises OutOfTimeError."""
-        rows = self._batcher.submit([prefix + text for text in texts], deadline)
-        return np.stack([vector for vector, _ in rows]), sum(count for _, count in rows)
-
-    def _run(self, texts: list[str]) -> list[tuple[NDArray[np.float32], int]]:
-        block = self._engine.tokenise(texts)
-        return list(zip(self._engine.forward_block(block), block.lengths.tolist(), strict=True))
-
-
-class SharedScorer:
-    """One reranker that concurrent requests share."""
-
-    def __init__(self, name: str, dtype: ComputeDtype, max_length: int | None) -> None:
-        """`max_length` None is the reranker's own. Raises InputError as `SharedEncoder`."""
-        self.name = model_name(name)
-        self._scorer = CrossScorer(CrossEncoder.load(name), dtype=dtype, max_length=max_length)
-        self.fusion = self._scorer.fusion
-        self._batcher = MicroBatcher[tuple[str, str], np.float32](self._run, _PAIRS_PER_FORWARD)
-
-    def score(
-        self, queries: Sequence[str], documents: Sequence[str], deadline: Deadline
-    ) -> NDArray[np.float32]:
-        """Raw logits float32 [N] of the pairs. Raises OutOfTimeError."""
-        pairs = list(zip(queries, documents, strict=True))
-        return np.array(self._batcher.submit(pairs, deadline), dtype=np.float32)
-
-    def _run(self, pairs: list[tuple[str, str]]) -> list[np.float32]:
-        return list(self._scorer.score([query for query, _ in pairs], [document for _, document in pairs]))
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The models and the index of one request. `query_prefix` is put before each query when it is encoded."""
-
-    index: ServedIndex
-    encoder: SharedEncoder
-    scorer: SharedScorer | None
-    fusion: Fusion | None
-    query_prefix: str
+    max_requests: int = 256
+    """Requests that are worked on or wait, whatever they cost."""
+    max_wait_ms: int = 250
+    """Longest that a search may be expected to wait for those before it."""
 
 
 class SearchEngine:
-    """Answers searches, embeddings and reranks; safe to call from several threads."""
+    """Answers the calls of `calls.Engine`; all of them on one event loop."""
 
-    def __init__(self, config: ServeConfig, open_index: OpenIndex) -> None:
-        self._config = config
-        self._open_index = open_index
-        self._snapshot: Snapshot | None = None
-        self._load_lock = threading.Lock()
+    def __init__(
+        self,
+        collections: Sequence[str],
+        open_parts: OpenParts,
+        *,
+        limits: EngineLimits | None = None,
+        render: Render | None = None,
+    ) -> None:
+        """`open_parts` loads a generation in a thread; `render` makes the JSON of an answer, which is warmed too."""
+        limits = limits or EngineLimits()
+        self.collections = tuple(collections)
+        self._open_parts = open_parts
+        self._render = render
+        self._active: dict[str, Parts] = {}
+        self._prepared: dict[str, Parts] = {}
+        self._loading = asyncio.Lock()
+        self.admission = Admission(limits.max_requests, limits.max_wait_ms / 1000)
 
-    @property
-    def index_version(self) -> str | None:
-        """The version that is served now; None before the first `load`."""
-        snapshot = self._snapshot
-        return snapshot.index.version if snapshot else None
+    # --- generations ------------------------------------------------------------------------------------------
 
-    def load(self, version: str | None = None) -> str:
-        """Open an index version (None: the published one) and serve it from the next request on; returns its name.
-
-        If it raises, the version before stays in place.
+    async def prepare(self, generation: Generation) -> None:
+        """Load a generation beside the one that is served, and send a query through it to its JSON.
 
         Raises:
-            InputError: no such index or model, or the index records no encoder and the config names none.
-            FormatError: the index was made by another encoder, or a file is damaged.
+            InputError, FormatError: no such index or model, another encoder made the index, a file is damaged.
         """
-        with self._load_lock:
-            before = self._snapshot
-            index = self._open_index(version)
-            if before is not None and before.index.version == index.version:
-                return index.version
-            encoder = self._encoder_of(index, before)
-            scorer = before.scorer if before else self._load_scorer()
-            prefix = self._config.query_prefix
-            snapshot = Snapshot(
-                index=index,
-                encoder=encoder,
-                scorer=scorer,
-                fusion=choose_fusion(scorer, self._config.fusion_weight),
-                query_prefix=encoder.prefixes["query"] if prefix is None else prefix,
+        async with self._loading:
+            if generation.id in self._prepared or self._is_active(generation.id):
+                return
+            parts = await asyncio.to_thread(self._open_parts, generation)
+            # A model's first pass is slow, so it is made here and not in a user's request.
+            await self._try(parts, _WARM_UP_MS)
+            self._prepared[generation.id] = parts
+
+    def activate(self, generation_id: str) -> None:
+        """Serve a prepared generation from the next request on. Raises NotReadyError where it is not prepared."""
+        if self._is_active(generation_id):
+            return
+        parts = self._prepared.pop(generation_id, None)
+        if parts is None:
+            raise NotReadyError(f"generation {generation_id} is not prepared here")
+        self._active[parts.generation.collection] = parts
+
+    def drop(self, generation_id: str) -> None:
+        """Forget a prepared generation that will not be served."""
+        self._prepared.pop(generation_id, None)
+
+    def active(self) -> dict[str, Generation]:
+        """What each collection serves; those that serve nothing yet are left out."""
+        return {name: parts.generation for name, parts in self._active.items()}
+
+    def prepared(self) -> dict[str, Generation]:
+        """What could be served next, by id."""
+        return {name: parts.generation for name, parts in self._prepared.items()}
+
+    def _is_active(self, generation_id: str) -> bool:
+        return any(parts.generation.id == generation_id for parts in self._active.values())
+
+    # --- calls ------------------------------------------------------------------------------------------------
+
+    def served(self, collection: str) -> ServedCollection:
+        """What a collection serves now. Raises NotFoundError, NotReadyError."""
+        parts = self._parts(collection)
+        generation = parts.generation
+        return ServedCollection(
+            name=collection,
+            generation=generation.id,
+            index_version=generation.index_version,
+            rows=parts.recall.rows,
+            kind=parts.kind,
+            metric=parts.metric,
+            encoder=parts.encoder.served,
+            reranker=parts.scorer.served if parts.scorer else None,
+            classifier=parts.classifier.served if parts.classifier else None,
+            recall=parts.measured_recall,
+            columns=parts.recall.columns,
+            classify_modes=generation.classify_modes,
+        )
+
+    async def search(self, collection: str, call: SearchCall, deadline: Deadline) -> SearchAnswer:
+        """Recall among the documents that the call's filter lets through, and rerank.
+
+        Raises:
+            UnprocessableError: a filter, a field or a mode that the collection does not have. Else as `calls.Engine`.
+        """
+        parts = self._parts(collection)
+        self._check(parts, call)
+        reranks = call.rerank and parts.scorer is not None
+        cost_s = parts.encoder.predict(call.queries, Lane.QUERY)
+        if reranks and parts.scorer is not None:
+            pairs = len(call.queries) * min(call.recall_k, parts.recall.rows)
+            # A search that is short of time reranks less, so no more than its time is reckoned.
+            cost_s += min(parts.scorer.predict(pairs, Lane.RERANK), deadline.remaining_s() / 2)
+        urgent = cost_s <= _URGENT_S
+        with self.admission.admit(cost_s, deadline, urgent=urgent):
+            return await self._search(parts, call, deadline, urgent=urgent)
+
+    async def embed(self, collection: str, call: EmbedCall, deadline: Deadline) -> EmbedAnswer:
+        """Vectors of texts. Raises UnprocessableError for token ids that the encoder does not have."""
+        parts = self._parts(collection)
+        texts = list(call.texts) or parts.encoder.decode(call.token_ids)
+        generation = parts.generation
+        prefix = {
+            "query": generation.query_prefix,
+            "document": generation.document_prefix,
+            None: "",
+        }[call.role]
+        lane = Lane.QUERY if len(texts) == 1 else Lane.BULK
+        with self._admit(parts.encoder.predict(texts, lane), deadline, lane):
+            encoded = await parts.encoder.encode(texts, prefix, lane, deadline)
+        return EmbedAnswer(
+            generation=generation.id,
+            index_version=generation.index_version,
+            counts=encoded.counts,
+            model=parts.encoder.served.name,
+            vectors=encoded.vectors,
+        )
+
+    async def rerank(self, collection: str, call: RerankCall, deadline: Deadline) -> RerankAnswer:
+        """The reranker's logits. Raises NotConfiguredError without one."""
+        parts = self._parts(collection)
+        if parts.scorer is None:
+            raise NotConfiguredError(
+                f"collection {collection!r} has no reranker; start the server with `reranker` set"
             )
-            # A model's first forward pass is slow, so it is made here and not in a user's request.
-            self._search(snapshot, _WARM_UP, Deadline.after(_LOAD_TIMEOUT_MS))
-            self._snapshot = snapshot
-            return index.version
+        with self._admit(parts.scorer.predict(len(call.documents), Lane.BULK), deadline, Lane.BULK):
+            scored = await parts.scorer.score([call.query], [call.documents], Lane.BULK, deadline)
+        return RerankAnswer(
+            generation=parts.generation.id,
+            index_version=parts.generation.index_version,
+            counts=scored.counts,
+            model=parts.scorer.served.name,
+            logits=scored.logits[0],
+        )
 
-    def search(self, call: SearchCall, deadline: Deadline) -> SearchAnswer:
-        """Recall and rerank as the call asks, among the documents that its filter lets through.
+    async def similarity(self, collection: str, call: SimilarityCall, deadline: Deadline) -> SimilarityAnswer:
+        """Cosines of pairs of texts: the first text as a query, the second as a document.
 
         Raises:
-            UnprocessableError: a filter that does not fit the documents' columns. OutOfTimeError, NotReadyError.
+            UnprocessableError: a text whose vector is zero, which has no cosine with anything.
         """
-        return self._search(self._current(), call, deadline)
+        parts = self._parts(collection)
+        generation = parts.generation
+        sides = [[pair[side] for pair in call.pairs] for side in (0, 1)]
+        lane = Lane.QUERY if len(call.pairs) == 1 else Lane.BULK
+        with self._admit(parts.encoder.predict([*sides[0], *sides[1]], lane), deadline, lane):
+            first, second = await asyncio.gather(
+                parts.encoder.encode(sides[0], generation.query_prefix, lane, deadline),
+                parts.encoder.encode(sides[1], generation.document_prefix, lane, deadline),
+            )
+        return SimilarityAnswer(
+            generation=generation.id,
+            index_version=generation.index_version,
+            counts=first.counts + second.counts,
+            model=parts.encoder.served.name,
+            scores=_cosines(first.vectors, second.vectors),
+        )
 
-    def embed(self, texts: list[str], role: str | None, deadline: Deadline) -> EmbedAnswer:
-        """Vectors of `texts`, after the prefix of `role` if one is given. Raises OutOfTimeError, NotReadyError."""
-        snapshot = self._current()
-        prefixes = {**snapshot.encoder.prefixes, "query": snapshot.query_prefix}
-        vectors, num_tokens = snapshot.encoder.encode(texts, prefixes[role] if role else "", deadline)
-        return EmbedAnswer(snapshot.index.version, snapshot.encoder.name, vectors, num_tokens)
+    async def classify(self, collection: str, call: ClassifyCall, deadline: Deadline) -> ClassifyAnswer:
+        """Labels of texts, by the classifier, by the nearest label texts or by votes.
 
-    def score(self, query: str, documents: list[str], deadline: Deadline) -> ScoreAnswer:
-        """The reranker's logits. Raises NotConfiguredError without one, OutOfTimeError, NotReadyError."""
-        snapshot = self._current()
-        if snapshot.scorer is None:
-            raise NotConfiguredError("this server has no reranker; start it with `reranker` set")
-        logits = snapshot.scorer.score([query] * len(documents), documents, deadline)
-        return ScoreAnswer(snapshot.index.version, snapshot.scorer.name, logits)
+        Raises:
+            NotConfiguredError: the collection does not have this mode, or none.
+        """
+        parts = self._parts(collection)
+        modes = parts.generation.classify_modes
+        mode = call.mode or (modes[0] if modes else None)
+        if mode is None or mode not in modes:
+            has = f"it has {', '.join(modes)}" if modes else "it has no classification"
+            raise NotConfiguredError(
+                f"collection {collection!r} does not classify by {mode or 'anything'}; {has}"
+            )
+        lane = Lane.QUERY if len(call.texts) == 1 else Lane.BULK
+        model = parts.classifier if mode == "classifier" else parts.encoder
+        if model is None:
+            raise NotConfiguredError(f"collection {collection!r} has no classifier")
+        with self._admit(model.predict(call.texts, lane), deadline, lane):
+            if mode == "classifier":
+                labels, counts = await _by_classifier(parts, call, lane, deadline)
+            else:
+                labels, counts = await _by_index(parts, call, mode, lane, deadline)
+        return ClassifyAnswer(
+            generation=parts.generation.id,
+            index_version=parts.generation.index_version,
+            counts=counts,
+            model=model.served.name,
+            mode=mode,
+            labels=labels,
+        )
 
-    def _current(self) -> Snapshot:
-        if self._snapshot is None:
-            raise NotReadyError("no index is loaded yet")
-        return self._snapshot
+    async def document(self, collection: str, id: str, deadline: Deadline) -> DocumentAnswer:
+        """The document with an id; its text is None where there is none."""
+        parts = self._parts(collection)
+        found = await parts.recall.find(id, deadline)
+        return DocumentAnswer(
+            generation=parts.generation.id,
+            index_version=parts.generation.index_version,
+            id=id,
+            text=found.text if found else None,
+            metadata=found.metadata if found else None,
+        )
+
+    async def check(self) -> None:
+        """Send a query through every collection to its answer's JSON. Raises what the first to fail raised."""
+        for collection in self.collections:
+            await self._try(self._parts(collection), _CHECK_MS)
+
+    # --- stages -----------------------------------------------------------------------------------------------
+
+    def _parts(self, collection: str) -> Parts:
+        parts = self._active.get(collection)
+        if parts is not None:
+            return parts
+        if collection not in self.collections:
+            raise NotFoundError(
+                f"there is no collection {collection!r} here; there are {', '.join(self.collections)}"
+            )
+        raise NotReadyError(
+            f"collection {collection!r} is still being loaded; try again", headers={"Retry-After": "1"}
+        )
+
+    def _admit(self, cost_s: float, deadline: Deadline, lane: Lane) -> Ticket:
+        return self.admission.admit(cost_s, deadline, urgent=lane != Lane.BULK)
+
+    async def _try(self, parts: Parts, timeout_ms: int) -> None:
+        """A query through a generation's parts to its JSON, whatever else there is to do."""
+        answer = await self._search(parts, _WARM_UP, Deadline.after(timeout_ms), urgent=True)
+        if self._render is not None:
+            self._render(parts.generation.collection, _WARM_UP, answer)
 
     @staticmethod
-    def _search(snapshot: Snapshot, call: SearchCall, deadline: Deadline) -> SearchAnswer:
-        partial = False
+    def _check(parts: Parts, call: SearchCall) -> None:
+        if call.mode != "dense":
+            raise UnprocessableError(
+                f"mode: is {call.mode!r}; this collection's index has no lexical part, so it must be 'dense'"
+            )
+        known = parts.recall.columns
+        for name in call.fields or ():
+            if name not in known:
+                raise UnprocessableError(
+                    f"fields: there is no column {name!r}; this collection has {', '.join(known)}"
+                )
         if call.filter is not None:
             try:
-                snapshot.index.check_filter(call.filter)
+                parts.recall.check_filter(call.filter)
             except InputError as error:
                 raise UnprocessableError(str(error)) from error
 
-        def recall(vectors: Vectors, depth: int) -> list[list[Candidate]]:
-            nonlocal partial
-            deadline.check()
-            candidates, partial = snapshot.index.recall(vectors, depth, deadline, call.filter)
-            return candidates
-
-        retriever = Retriever(
-            _TimedEncoder(snapshot.encoder, deadline),
-            scorer=_TimedScorer(snapshot.scorer, deadline) if snapshot.scorer else None,
-            fusion=snapshot.fusion,
-            query_prefix=snapshot.query_prefix,
-            recall=recall,
+    async def _search(
+        self, parts: Parts, call: SearchCall, deadline: Deadline, *, urgent: bool
+    ) -> SearchAnswer:
+        lane = Lane.QUERY if urgent else Lane.BULK
+        reranks = call.rerank and parts.scorer is not None
+        clock = _Stages()
+        deadline.check()
+        encoded = await parts.encoder.encode(call.queries, parts.generation.query_prefix, lane, deadline)
+        clock.ended("encode")
+        depth = max(call.k, call.recall_k) if reranks else call.k
+        recalled = await parts.recall.search(encoded.vectors, depth, call.filter, deadline)
+        rows = [row[row >= 0] for row in recalled.rows]
+        clock.ended("recall")
+        scored = None
+        if reranks:
+            scored = await self._rerank(parts, call, rows, deadline, urgent=urgent, clock=clock)
+        clock.ended("rerank")
+        none = np.empty(0, np.float32)
+        logits = scored.logits if scored else [none] * len(rows)
+        rankings = [
+            rank(recalled.scores[query, : len(found)], logits[query], parts.fusion, call.k)
+            for query, found in enumerate(rows)
+        ]
+        documents = await _fetch(parts, call, rows, rankings, deadline)
+        clock.ended("fetch")
+        return SearchAnswer(
+            generation=parts.generation.id,
+            index_version=parts.generation.index_version,
+            counts=encoded.counts + (scored.counts if scored else TokenCounts()),
+            hits=[
+                _hits(recalled, query, ranking, logits[query], documents[query])
+                for query, ranking in enumerate(rankings)
+            ],
+            timings_ms=clock.timings_ms,
+            recall_ranks=[(ranking.places + 1).tolist() for ranking in rankings],
+            reranked_k=scored.depth if scored else 0,
+            missing_shards=recalled.missing,
         )
-        found = retriever.search(call.queries, k=call.k, recall_k=call.recall_k, rerank=call.rerank)
-        return SearchAnswer(snapshot.index.version, partial, found.reranked, found.hits, found.timings_ms)
 
-    def _encoder_of(self, index: ServedIndex, before: Snapshot | None) -> SharedEncoder:
-        if before is not None and before.encoder.fingerprint == index.fingerprint:
-            return before.encoder
-        name = encoder_for(self._config, index.encoder)
-        encoder = SharedEncoder(name, self._config.dtype, self._config.max_length)
-        index.check_fingerprint(encoder.fingerprint)
-        if encoder.dim != index.dim:
-            raise FormatError(f"encoder {name!r} gives vectors of {encoder.dim}, the index holds {index.dim}")
-        return encoder
-
-    def _load_scorer(self) -> SharedScorer | None:
-        config = self._config
-        if not config.reranker:
-            return None
-        return SharedScorer(config.reranker, config.dtype, config.rerank_max_length)
-
-
-@dataclass(frozen=True)
-class _TimedEncoder:
-    """A shared encoder as the retriever calls it, on behalf of one request."""
-
-    encoder: SharedEncoder
-    deadline: Deadline
-
-    def encode(self, texts: Sequence[str], prefix: str = "") -> Vectors:
-        return self.encoder.encode(texts, prefix, self.deadline)[0]
-
-
-@dataclass(frozen=True)
-class _TimedScorer:
-    """A shared scorer as the retriever calls it, on behalf of one request."""
-
-    scorer: SharedScorer
-    deadline: Deadline
-
-    def score(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
-        return self.scorer.score(queries, documents, self.deadline)
+    @staticmethod
+    async def _rerank(
+        parts: Parts,
+        call: SearchCall,
+        rows: Sequence[NDArray[np.int64]],
+        deadline: Deadline,
+        *,
+        urgent: bool,
+        clock: _Stages,
+    ) -> Scored | None:
+        """Logits of the first candidates, as many as the time allows; None where it allows none."""
+        assert parts.scorer is not None
+        heads = [found[: call.recall_k] for found in rows]
+        try:
+            fetched = await parts.recall.documents(
+                np.concatenate([np.empty(0, np.int64), *heads]), [TEXT], deadline
+            )
+            clock.ended("fetch")
+            texts = iter([document.text for document in fetched])
+            scored = await parts.scorer.score(
+                call.queries,
+                [[next(texts) for _ in head] for head in heads],
+                Lane.RERANK if urgent else Lane.BULK,
+                deadline.earlier(_AFTER_RERANK_MS),
+                may_shorten=True,
+            )
+        except OutOfTimeError:
+            return None  # the order of recall is still an answer
+        return scored if scored.depth else None
 
 
-def encoder_for(config: ServeConfig, recorded: str | None) -> str:
-    """The encoder to load: the config's, else the one that the index records.
+class _Stages:
+    """Milliseconds of each stage."""
 
-    Raises:
-        InputError: neither names one.
-    """
-    name = config.encoder or recorded
-    if not name:
-        raise InputError(
-            f"index {config.index!r} records no encoder; name the one it was made with as `encoder`"
+    def __init__(self) -> None:
+        self.timings_ms = dict.fromkeys(("encode", "recall", "fetch", "rerank"), 0.0)
+        self._since = time.perf_counter()
+
+    def ended(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.timings_ms[stage] += (now - self._since) * 1000
+        self._since = now
+
+
+async def _fetch(
+    parts: Parts,
+    call: SearchCall,
+    rows: Sequence[NDArray[np.int64]],
+    rankings: Sequence[Ranking],
+    deadline: Deadline,
+) -> list[list[Document]]:
+    """The documents of each query's hits, in one call: query by query costs more than the search."""
+    wanted = [found[ranking.places] for found, ranking in zip(rows, rankings, strict=True)]
+    fields = (
+        call.fields
+        if call.fields is not None
+        else tuple(name for name in parts.recall.columns if name != "id")
+    )
+    columns = [name for name in fields if name != "id"]
+    flat = np.concatenate([np.empty(0, np.int64), *wanted])
+    fetched = iter(await parts.recall.documents(flat, columns, deadline))
+    return [[next(fetched) for _ in found] for found in wanted]
+
+
+def _hits(
+    recalled: Recalled,
+    query: int,
+    ranking: Ranking,
+    logits: NDArray[np.float32],
+    documents: Sequence[Document],
+) -> list[Hit]:
+    hits = []
+    for number, (place, score, document) in enumerate(
+        zip(ranking.places.tolist(), ranking.scores.tolist(), documents, strict=True), start=1
+    ):
+        logit = float(logits[place]) if place < len(logits) else None
+        recall_score = float(recalled.scores[query, place])
+        hits.append(Hit(document.id, document.text, document.metadata, recall_score, logit, score, number))
+    return hits
+
+
+def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosines (N,) of vectors (N, D) with vectors (N, D)."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    if (norms == 0).any():
+        number = int(np.flatnonzero(norms == 0)[0])
+        raise UnprocessableError(
+            f"pairs.{number}: the vector of one of its texts is zero, which has no cosine with anything"
         )
-    return name
+    scores: NDArray[np.float32] = np.einsum("nd,nd->n", first, second) / norms
+    return scores
 
 
-def choose_fusion(scorer: SharedScorer | None, weight: float | None) -> Fusion | None:
-    """The fusion stored with the reranker, with `weight` in place of its own if given."""
-    if scorer is None:
-        return None
-    if weight is None:
-        return scorer.fusion
-    return replace(scorer.fusion or Fusion(weight=weight), weight=weight)
+async def _by_classifier(
+    parts: Parts, call: ClassifyCall, lane: Lane, deadline: Deadline
+) -> tuple[list[list[tuple[str, float]]], TokenCounts]:
+    assert parts.classifier is not None
+    probabilities, counts = await parts.classifier.probabilities(call.texts, lane, deadline)
+    names = parts.classifier.served.labels
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : call.top_k]
+    labels = [
+        [(names[place], float(row[place])) for place in places]
+        for row, places in zip(probabilities, order.tolist(), strict=True)
+    ]
+    return labels, counts
 
 
-def model_name(name: str) -> str:
-    """The model's name as callers see it: a hub id unchanged, of a directory only the last part."""
-    path = Path(name)
-    return path.resolve().name if path.is_dir() else name
+async def _by_index(
+    parts: Parts, call: ClassifyCall, mode: ClassifyMode, lane: Lane, deadline: Deadline
+) -> tuple[list[list[tuple[str, float]]], TokenCounts]:
+    """By the labels of the nearest documents; see `raytower.annotation.labels`."""
+    assert mode != "classifier"
+    field = parts.generation.label_field
+    columns = [name for name in (TEXT, field) if name in parts.recall.columns]
+    encoded = await parts.encoder.encode(call.texts, parts.generation.query_prefix, lane, deadline)
+    depth = _NEIGHBOURS if mode == "votes" else max(call.top_k, _LABEL_DEPTH)
+    recalled = await parts.recall.search(encoded.vectors, depth, None, deadline)
+    found = [row[row >= 0] for row in recalled.rows]
+    documents = iter(await parts.recall.documents(np.concatenate(found), columns, deadline))
+    labels = []
+    for row, scores in zip(found, recalled.scores, strict=True):
+        neighbours = []
+        for _, score in zip(row, scores.tolist(), strict=False):
+            document = next(documents)
+            try:
+                label = label_of(document.id, document.text, document.metadata, field, mode)
+            except InputError as error:
+                raise UnprocessableError(str(error)) from error
+            neighbours.append((shown(label), score))
+        ranked = rank_labels(neighbours) if mode == "labels" else count_votes(neighbours, _TEMPERATURE)
+        labels.append([(item.label, item.score) for item in ranked[: call.top_k]])
+    return labels, encoded.counts

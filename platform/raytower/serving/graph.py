@@ -14,22 +14,24 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from raytower import __version__
 from raytower.index.manifest import IndexManifest
 from raytower.serving.app import create_app
+from raytower.serving.calls import DEFAULT_COLLECTION
 from raytower.serving.config import ServeConfig
-from raytower.serving.engine import SearchEngine, encoder_for
+from raytower.serving.engine import SearchEngine
+from raytower.serving.forwards import Forwards
+from raytower.serving.models import ModelPool
+from raytower.serving.opening import LocalParts
 from raytower.serving.ports import keep_replica_local
-from raytower.serving.shards import LocalIndex, ShardedIndex, ShardServer, shard_deployment_name
+from raytower.serving.resolve import encoder_for, generation_of
 from raytower.storage import absolute_if_local
 
 INGRESS_NAME = "search"
 # Serve admits so many requests more than the application, so that the application answers 429 and health checks.
 _SERVE_HEADROOM = 64
-_SHARD_ONGOING_REQUESTS = 64
 # Keys that decide where the proxy listens or how many replicas there are, not what a replica does.
 _OUTSIDE_KEYS = {"host", "port", "replicas", "api_key_env", "start_timeout_s"}
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -39,34 +41,26 @@ _LOGGER = logging.getLogger("raytower.serving")
 class Ingress:
     """A replica of the HTTP ingress: one engine and the application over it."""
 
-    def __init__(
-        self, settings: dict[str, Any], api_key_sha256: str | None, *shards: DeploymentHandle
-    ) -> None:
+    def __init__(self, settings: dict[str, Any], api_key_sha256: str | None) -> None:
         keep_replica_local()
         config = ServeConfig.model_validate(settings)
         self._config = config
         self._api_key_sha256 = bytes.fromhex(api_key_sha256) if api_key_sha256 else None
-        self._engine = SearchEngine(config, lambda version: _open_index(config, version, shards))
+        self._engine = SearchEngine([DEFAULT_COLLECTION], LocalParts(ModelPool(Forwards())))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve the named version. If that fails, a replica that has an older one keeps it: old answers beat none."""
         try:
-            await asyncio.to_thread(self._engine.load, user_config["version"])
+            generation = await asyncio.to_thread(generation_of, self._config, user_config["version"])
+            await self._engine.prepare(generation)
+            self._engine.activate(generation.id)
         except Exception:
-            if self._engine.index_version is None:
+            if not self._engine.active():
                 raise
             _LOGGER.exception("index version %r cannot be served", user_config["version"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._engine, self._config, self._api_key_sha256)
-
-
-def _open_index(
-    config: ServeConfig, version: str | None, shards: tuple[DeploymentHandle, ...]
-) -> LocalIndex | ShardedIndex:
-    if not shards:
-        return LocalIndex.open(config.index, version)
-    return ShardedIndex.open(config.index, version, shards, config.shard_timeout_ms)
 
 
 def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.Application:
@@ -79,10 +73,9 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
     digest = config.api_key_sha256()
     key = digest.hex() if digest else None
     kept = {name: value for name, value in settings.items() if name not in _OUTSIDE_KEYS}
-    num_shards = len(manifest.shards) if config.layout == "apart" else 0
     # If the code version stays equal, Serve changes running replicas in place through `reconfigure`. By default
     # it gives every run a random one and restarts all replicas.
-    identity = json.dumps([__version__, kept, key, num_shards], sort_keys=True)
+    identity = json.dumps([__version__, kept, key], sort_keys=True)
     common: dict[str, Any] = {
         "version": hashlib.sha256(identity.encode()).hexdigest()[:16],
         "_internal": True,
@@ -94,16 +87,6 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
         "max_constructor_retry_count": 1,
         "logging_config": QUIET,
     }
-    shards = [
-        serve.deployment(
-            name=shard_deployment_name(number),
-            ray_actor_options={"num_cpus": config.shard_num_cpus},
-            max_ongoing_requests=_SHARD_ONGOING_REQUESTS,
-        )(ShardServer)
-        .options(**common)
-        .bind(settings["index"], number, num_shards)
-        for number in range(num_shards)
-    ]
     ingress = serve.deployment(
         name=INGRESS_NAME,
         num_replicas=config.replicas,
@@ -111,7 +94,7 @@ def build_application(config: ServeConfig, manifest: IndexManifest) -> serve.App
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _SERVE_HEADROOM,
     )(serve.ingress()(Ingress))
     # Only the driver's environment has the key's variable; replicas get the key's digest.
-    return ingress.options(**common).bind({**settings, "api_key_env": None}, key, *shards)
+    return ingress.options(**common).bind({**settings, "api_key_env": None}, key)
 
 
 def config_for_replicas(config: ServeConfig, manifest: IndexManifest) -> ServeConfig:

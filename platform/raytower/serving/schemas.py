@@ -273,6 +273,10 @@ class NotConfiguredError(ApiError):
     status, type, code = 404, "invalid_request_error", "not_configured"
 
 
+class NotFoundError(ApiError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
 class OverloadedError(ApiError):
     status, type, code = 429, "rate_limit_error", "overloaded"
 

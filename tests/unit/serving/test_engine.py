@@ -1,383 +1,508 @@
-"""The engine on tiny real models and an index in memory; the batcher and the gate by themselves. No Ray."""
+"""The engine's stages, over parts whose numbers are small enough to reckon by hand."""
 
 from __future__ import annotations
 
-import threading
-import time
+import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from fastapi.testclient import TestClient
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from numpy.typing import NDArray
 
-from raytower.errors import FormatError, InputError
-from raytower.index.filters import to_sql
-from raytower.models.encoder import Encoder
-from raytower.models.forward import ForwardEngine
+from raytower.errors import InputError
+from raytower.index.table import Document
 from raytower.models.fusion import Fusion
-from raytower.retrieval.retriever import Candidate, Vectors
-from raytower.serving.app import SearchCall, create_app
-from raytower.serving.config import ServeConfig
-from raytower.serving.engine import SearchEngine
-from raytower.serving.schemas import NotConfiguredError, NotReadyError, OutOfTimeError, UnprocessableError
-from raytower.serving.work import Deadline, MicroBatcher
-from tests.support.tiny_models import build_tiny_encoder
+from raytower.serving.calls import (
+    ClassifyCall,
+    EmbedCall,
+    RerankCall,
+    SearchAnswer,
+    SearchCall,
+    ServedModel,
+    SimilarityCall,
+    TokenCounts,
+)
+from raytower.serving.engine import EngineLimits, SearchEngine
+from raytower.serving.forwards import Lane
+from raytower.serving.generation import Generation, ModelEntry
+from raytower.serving.parts import Encoded, Parts, Recalled, Scored
+from raytower.serving.schemas import (
+    NotConfiguredError,
+    NotFoundError,
+    NotReadyError,
+    OutOfTimeError,
+    OverloadedError,
+    UnprocessableError,
+)
+from raytower.serving.work import Deadline
 
-TEXTS = ["the sun is hot", "月亮大", "a star, far away", "rain in the city", "time is up", "他在上"]
-SOON = 20_000
+# The vectors that texts have, and with them their cosines.
+VECTORS = {
+    "east": (1.0, 0.0),
+    "north": (0.0, 1.0),
+    "north-east": (0.8, 0.6),
+    "nowhere": (0.0, 0.0),
+    "warm up": (0.6, 0.8),
+}
+TEXTS = ("east", "north-east", "north")  # rows 0, 1, 2
+LATER = 60_000
 
 
-@dataclass
-class MemoryIndex:
-    """Exact search over a few vectors; document ids carry the version, so that a mix would show."""
+class FakeEncoder:
+    served = ServedModel(name="compass", max_length=8, dim=2)
 
-    version: str
-    fingerprint: str
-    vectors: np.ndarray
-    encoder: str | None = None
-    partial: bool = False
-    pause: threading.Event | None = field(default=None)
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[str, ...], str, Lane]] = []
+        self.seconds = 0.0
+        self.held = asyncio.Event()
+        self.held.set()
 
-    @property
-    def dim(self) -> int:
-        return int(self.vectors.shape[1])
+    def predict(self, texts: Sequence[str], lane: Lane) -> float:
+        return self.seconds
 
-    def check_fingerprint(self, fingerprint: str) -> None:
-        if fingerprint != self.fingerprint:
-            raise FormatError(f"made by {self.fingerprint}, given {fingerprint}")
+    async def encode(self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline) -> Encoded:
+        self.seen.append((tuple(texts), prefix, lane))
+        await self.held.wait()
+        vectors = np.array([VECTORS[text] for text in texts], np.float32)
+        return Encoded(vectors, TokenCounts(tokens=len(texts), truncated=0))
+
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        return [list(VECTORS)[ids[0]] for ids in token_ids]
+
+
+class FakeScorer:
+    """The logit of a pair is the document's place in the alphabet of TEXTS; `depth` is what time allows."""
+
+    served = ServedModel(name="judge", max_length=16)
+    LOGITS: ClassVar = {"east": -1.0, "north-east": 3.0, "north": 2.0}
+
+    def __init__(self) -> None:
+        self.depth = 100
+        self.seen: list[tuple[tuple[str, ...], Lane]] = []
+        self.error: Exception | None = None
+
+    def predict(self, num_pairs: int, lane: Lane) -> float:
+        return 0.0
+
+    async def score(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        lane: Lane,
+        deadline: Deadline,
+        *,
+        may_shorten: bool = False,
+    ) -> Scored:
+        if self.error is not None:
+            raise self.error
+        depth = min(self.depth, max(map(len, candidates))) if may_shorten else max(map(len, candidates))
+        heads = [texts[:depth] for texts in candidates]
+        self.seen.extend((tuple(head), lane) for head in heads)
+        logits = [np.array([self.LOGITS[text] for text in head], np.float32) for head in heads]
+        return Scored(logits, depth, TokenCounts(tokens=10, truncated=1))
+
+
+class FakeClassifier:
+    served = ServedModel(name="sorter", max_length=8, labels=("A##B", "C"))
+
+    def predict(self, texts: Sequence[str], lane: Lane) -> float:
+        return 0.0
+
+    async def probabilities(
+        self, texts: Sequence[str], lane: Lane, deadline: Deadline
+    ) -> tuple[NDArray[np.float32], TokenCounts]:
+        return np.array([[0.25, 0.75]] * len(texts), np.float32), TokenCounts(tokens=1)
+
+
+class FakeRecall:
+    rows = 3
+
+    def __init__(self, missing: tuple[int, ...] = ()) -> None:
+        self.columns = {"id": "string", "text": "string", "side": "string", "label": "string"}
+        self.missing = missing
+        self.fetched: list[tuple[list[int], tuple[str, ...]]] = []
 
     def check_filter(self, filter: Mapping[str, Any]) -> None:
-        to_sql(filter, pa.schema([("place", pa.int64())]))
+        if set(filter) != {"side"}:
+            raise InputError("there is no such column")
 
-    def recall(
-        self, vectors: Vectors, k: int, deadline: Deadline, filter: Mapping[str, Any] | None = None
-    ) -> tuple[list[list[Candidate]], bool]:
-        if self.pause is not None:
-            self.pause.wait(10)
-        scores = vectors @ self.vectors.T
-        found = []
-        for row in scores:
-            best = np.argsort(-row, kind="stable")[:k]
-            found.append([Candidate(f"{self.version}/{at}", TEXTS[at], {}, float(row[at])) for at in best])
-        return found, self.partial
+    async def search(
+        self, vectors: NDArray[np.float32], k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Recalled:
+        rows = [0, 1] if filter else [0, 1, 2]
+        scores = vectors @ np.array([VECTORS[TEXTS[row]] for row in rows], np.float32).T
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        found = np.array(rows)[order]
+        padding = max(min(k, 3) - found.shape[1], 0)
+        return Recalled(
+            np.pad(np.take_along_axis(scores, order, 1), ((0, 0), (0, padding)), constant_values=-np.inf),
+            np.pad(found, ((0, 0), (0, padding)), constant_values=-1),
+            self.missing,
+        )
 
-
-def call_for(
-    queries: list[str], k: int, recall_k: int, rerank: bool, filter: Mapping[str, Any] | None = None
-) -> SearchCall:
-    return SearchCall(queries=queries, k=k, recall_k=recall_k, rerank=rerank, filter=filter)
-
-
-def memory_index(encoder_dir: Path, version: str = "v1") -> MemoryIndex:
-    encoder = Encoder.load(str(encoder_dir))
-    vectors = ForwardEngine(encoder).encode(TEXTS, encoder.prefix_for("document"))
-    return MemoryIndex(version, encoder.fingerprint, vectors, str(encoder_dir))
-
-
-@pytest.fixture
-def index(dummy_encoder_dir: Path) -> MemoryIndex:
-    return memory_index(dummy_encoder_dir)
-
-
-def make_engine(index: MemoryIndex, **values: object) -> SearchEngine:
-    return SearchEngine(ServeConfig(index="memory", **values), lambda version: index)  # type: ignore[arg-type]
-
-
-def test_search_finds_each_text_by_itself(index: MemoryIndex) -> None:
-    engine = make_engine(index)
-    assert engine.index_version is None
-    assert engine.load() == "v1"
-    answer = engine.search(call_for(TEXTS, 2, 100, True), Deadline.after(SOON))
-    assert [hits[0].text for hits in answer.hits] == TEXTS
-    assert [hits[0].recall_score for hits in answer.hits] == pytest.approx([1.0] * len(TEXTS), abs=1e-5)
-    assert (answer.index_version, answer.partial, answer.reranked) == ("v1", False, False)
-    assert {"encode", "recall", "rerank"} <= set(answer.timings_ms)
-
-
-def test_rerank_scores_are_the_cross_encoder_s(index: MemoryIndex, dummy_reranker_dir: Path) -> None:
-    engine = make_engine(index, reranker=str(dummy_reranker_dir))
-    engine.load()
-    answer = engine.search(call_for(["time is up"], 6, 6, True), Deadline.after(SOON))
-    assert answer.reranked
-    peer = CrossEncoder(str(dummy_reranker_dir), device="cpu")
-    logits = peer.predict([("time is up", hit.text) for hit in answer.hits[0]], activation_fn=_identity)
-    assert [hit.rerank_score for hit in answer.hits[0]] == pytest.approx(logits.tolist(), abs=1e-5)
-    assert [hit.score for hit in answer.hits[0]] == [hit.rerank_score for hit in answer.hits[0]]
-    assert logits.tolist() == sorted(logits.tolist(), reverse=True)
-    scored = engine.score("time is up", TEXTS, Deadline.after(SOON))
-    expected = peer.predict([("time is up", text) for text in TEXTS], activation_fn=_identity)
-    assert scored.logits == pytest.approx(expected, abs=1e-5)
-    assert scored.model == "reranker"
-
-
-def test_texts_and_pairs_are_cut_to_the_lengths_of_the_config(
-    index: MemoryIndex, dummy_encoder_dir: Path, dummy_reranker_dir: Path
-) -> None:
-    engine = make_engine(index, reranker=str(dummy_reranker_dir), max_length=8, rerank_max_length=12)
-    engine.load()
-    peer = SentenceTransformer(str(dummy_encoder_dir), device="cpu")
-    peer.max_seq_length = 8
-    answer = engine.embed(TEXTS, None, Deadline.after(SOON))
-    assert np.abs(answer.vectors - peer.encode(TEXTS)).max() < 1e-5
-    # A token a character and two special ones; all texts but the two Chinese ones (3 and 3) are longer.
-    assert answer.num_tokens == 4 * 8 + 2 * 5
-    pairs = [("time is up", text) for text in TEXTS]
-    cut, whole = (CrossEncoder(str(dummy_reranker_dir), device="cpu", max_length=size) for size in (12, None))
-    expected = cut.predict(pairs, activation_fn=_identity)
-    assert np.abs(expected - whole.predict(pairs, activation_fn=_identity)).max() > 1e-3
-    assert engine.score("time is up", TEXTS, Deadline.after(SOON)).logits == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match="max_length is 9999"):
-        make_engine(index, max_length=9999).load()
-
-
-def test_the_fusion_weight_of_the_config_wins(index: MemoryIndex, dummy_reranker_dir: Path) -> None:
-    engine = make_engine(index, reranker=str(dummy_reranker_dir), fusion_weight=0.25)
-    engine.load()
-    (hits,) = engine.search(call_for(["rain"], 6, 6, True), Deadline.after(SOON)).hits
-    for hit in hits:
-        assert hit.score == pytest.approx(0.75 * hit.recall_score + 0.25 * hit.rerank_score, abs=1e-6)
-    assert Fusion(weight=0.25).fuse(1.0, 1.0) == 1.0
-
-
-def test_embeddings_are_the_encoder_s_with_the_prefix_of_the_role(tmp_path: Path) -> None:
-    folder = build_tiny_encoder(tmp_path / "e", prompts={"query": "query: ", "document": "passage: "})
-    engine = make_engine(memory_index(folder))
-    engine.load()
-    peer = SentenceTransformer(str(folder), device="cpu")
-    for role, prefix in ((None, ""), ("query", "query: "), ("document", "passage: ")):
-        answer = engine.embed(["moon", "a star"], role, Deadline.after(SOON))
-        expected = peer.encode([prefix + "moon", prefix + "a star"], prompt="")
-        assert np.abs(answer.vectors - expected).max() < 1e-5
-        # a token a character, spaces included, and two special ones
-        assert answer.num_tokens == 4 + 6 + 4 + 2 * len(prefix)
-    assert answer.model == "e"
-
-
-def test_queries_get_the_query_prefix_and_the_config_s_wins(tmp_path: Path) -> None:
-    folder = build_tiny_encoder(tmp_path / "e", prompts={"query": "query: ", "document": ""})
-    peer = SentenceTransformer(str(folder), device="cpu")
-    index = memory_index(folder)
-    for prefix, used in ((None, "query: "), ("", ""), ("other ", "other ")):
-        engine = make_engine(index, query_prefix=prefix)
-        engine.load()
-        (hits,) = engine.search(call_for(["moon"], 1, 1, False), Deadline.after(SOON)).hits
-        best = float((peer.encode([used + "moon"], prompt="") @ index.vectors.T).max())
-        assert hits[0].recall_score == pytest.approx(best, abs=1e-5)
-
-
-def test_nothing_loaded_is_not_ready(index: MemoryIndex) -> None:
-    engine = make_engine(index)
-    with pytest.raises(NotReadyError):
-        engine.search(call_for(["a"], 1, 1, False), Deadline.after(SOON))
-
-
-def test_no_reranker_is_said_so(index: MemoryIndex) -> None:
-    engine = make_engine(index)
-    engine.load()
-    with pytest.raises(NotConfiguredError, match="reranker"):
-        engine.score("a", ["b"], Deadline.after(SOON))
-
-
-def test_an_index_of_another_encoder_is_refused_naming_both(index: MemoryIndex, tmp_path: Path) -> None:
-    other = build_tiny_encoder(tmp_path / "other", seed=1)
-    engine = make_engine(index, encoder=str(other))
-    with pytest.raises(FormatError) as refused:
-        engine.load()
-    assert index.fingerprint in str(refused.value)
-    assert Encoder.load(str(other)).fingerprint in str(refused.value)
-    assert engine.index_version is None
-
-
-def test_an_index_that_records_no_encoder_needs_one_in_the_config(index: MemoryIndex) -> None:
-    index.encoder = None
-    with pytest.raises(InputError, match="encoder"):
-        make_engine(index).load()
-
-
-def test_a_failed_reload_keeps_the_version_before(index: MemoryIndex, dummy_encoder_dir: Path) -> None:
-    damaged = MemoryIndex("v2", "0000", index.vectors, str(dummy_encoder_dir))
-    engine = SearchEngine(ServeConfig(index="memory"), lambda version: damaged if version == "v2" else index)
-    engine.load("v1")
-    with pytest.raises(FormatError, match="0000"):
-        engine.load("v2")
-    assert engine.index_version == "v1"
-    assert engine.search(call_for(["a"], 1, 1, False), Deadline.after(SOON)).index_version == "v1"
-
-
-def test_a_request_under_way_ends_on_the_version_it_began_with(dummy_encoder_dir: Path) -> None:
-    old, new = memory_index(dummy_encoder_dir, "v1"), memory_index(dummy_encoder_dir, "v2")
-    engine = SearchEngine(ServeConfig(index="memory"), lambda version: new if version == "v2" else old)
-    engine.load("v1")
-    old.pause = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(engine.search, call_for(["moon"], 6, 6, True), Deadline.after(SOON))
-        time.sleep(0.05)
-        engine.load("v2")
-        after = engine.search(call_for(["moon"], 6, 6, True), Deadline.after(SOON))
-        old.pause.set()
-        before = under_way.result()
-    for answer, version in ((before, "v1"), (after, "v2")):
-        assert answer.index_version == version
-        assert {hit.id.split("/")[0] for hit in answer.hits[0]} == {version}
-
-
-def test_versions_never_mix_while_they_are_swapped_under_load(dummy_encoder_dir: Path) -> None:
-    versions = [memory_index(dummy_encoder_dir, f"v{number}") for number in range(4)]
-    engine = SearchEngine(ServeConfig(index="memory"), lambda version: versions[int((version or "v0")[1:])])
-    engine.load()
-    stop = threading.Event()
-
-    def ask() -> set[str]:
-        seen = set()
-        while not stop.is_set():
-            answer = engine.search(call_for(["moon", "star"], 6, 6, True), Deadline.after(SOON))
-            found = {hit.id.split("/")[0] for hits in answer.hits for hit in hits}
-            assert found == {answer.index_version}
-            seen |= found
-        return seen
-
-    with ThreadPoolExecutor(3) as pool:
-        askers = [pool.submit(ask) for _ in range(3)]
-        for number in (1, 2, 3):
-            time.sleep(0.1)
-            engine.load(f"v{number}")
-        time.sleep(0.1)
-        stop.set()
-        seen = set().union(*(asker.result() for asker in askers))
-    assert {"v0", "v3"} <= seen
-
-
-def test_a_filter_that_does_not_fit_is_the_callers_mistake(index: MemoryIndex) -> None:
-    engine = make_engine(index)
-    engine.load()
-    engine.search(call_for(["a"], 1, 1, False, {"place": {"$lt": 3}}), Deadline.after(SOON))
-    with pytest.raises(UnprocessableError, match="there is no column 'palce'; the nearest is 'place'"):
-        engine.search(call_for(["a"], 1, 1, False, {"palce": 3}), Deadline.after(SOON))
-
-
-def test_a_missing_shard_is_passed_on_and_time_is_kept(index: MemoryIndex) -> None:
-    engine = make_engine(index)
-    engine.load()
-    index.partial = True
-    assert engine.search(call_for(["a"], 1, 1, False), Deadline.after(SOON)).partial
-    past = Deadline(time.monotonic() - 1, 10)
-    with pytest.raises(OutOfTimeError):
-        engine.search(call_for(["a"], 1, 1, False), past)
-
-
-def test_the_app_over_the_real_engine(index: MemoryIndex, dummy_reranker_dir: Path) -> None:
-    config = ServeConfig(index="memory", reranker=str(dummy_reranker_dir), timeout_ms=SOON)
-    engine = SearchEngine(config, lambda version: index)
-    engine.load()
-    with TestClient(create_app(engine, config)) as client:
-        body = client.post("/v1/search", json={"queries": ["月亮大", "time"], "k": 100}).json()
-        assert body["reranked"] is True
-        assert [len(hits) for hits in body["results"]] == [6, 6]
-        assert body["timings_ms"]["rerank"] > 0
-        assert client.post("/v1/embeddings", json={"input": "a"}).json()["model"] == "encoder"
-        assert client.post("/v1/rerank", json={"query": "a", "documents": ["b"]}).status_code == 200
-
-
-# --- batching -------------------------------------------------------------------------------------------------
-
-
-def test_what_waits_while_a_forward_runs_shares_the_next_one() -> None:
-    calls: list[list[int]] = []
-    begun, release = threading.Event(), threading.Event()
-
-    def run(items: list[int]) -> list[int]:
-        calls.append(items)
-        begun.set()
-        release.wait(10)
-        return [item * 10 for item in items]
-
-    batcher = MicroBatcher(run, max_items=8)
-    with ThreadPoolExecutor(6) as pool:
-        first = pool.submit(batcher.submit, [0], Deadline.after(SOON))
-        assert begun.wait(5)
-        others = [
-            pool.submit(batcher.submit, [number, -number], Deadline.after(SOON)) for number in range(1, 5)
+    async def documents(
+        self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
+    ) -> list[Document]:
+        self.fetched.append((rows.tolist(), tuple(columns)))
+        values = {"side": "right", "label": "x##y"}
+        return [
+            Document(
+                f"d{row}",
+                TEXTS[row] if "text" in columns else "",
+                {name: value for name, value in values.items() if name in columns},
+            )
+            for row in rows.tolist()
         ]
-        _wait_for(lambda: len(batcher._waiting) == 4)
-        release.set()
-        assert first.result() == [0]
-        assert [other.result() for other in others] == [[number * 10, -number * 10] for number in range(1, 5)]
-    assert calls[0] == [0], "an idle batcher must not wait for company"
-    assert len(calls) == 2
-    assert sorted(calls[1]) == [-4, -3, -2, -1, 1, 2, 3, 4]
+
+    async def find(self, id: str, deadline: Deadline) -> Document | None:
+        return Document("d1", "north-east", {}) if id == "d1" else None
 
 
-def test_long_submissions_are_cut_and_keep_their_order() -> None:
-    calls: list[int] = []
-
-    def run(items: list[int]) -> list[int]:
-        calls.append(len(items))
-        return [item + 1 for item in items]
-
-    batcher = MicroBatcher(run, max_items=4)
-    assert batcher.submit(list(range(10)), Deadline.after(SOON)) == list(range(1, 11))
-    assert calls == [4, 4, 2]
-    assert batcher.submit([], Deadline.after(SOON)) == []
-
-
-def test_a_failed_forward_reaches_all_its_requests_and_the_next_one_works() -> None:
-    begun, release = threading.Event(), threading.Event()
-
-    def run(items: list[str]) -> list[str]:
-        begun.set()
-        release.wait(10)
-        if "bad" in items:
-            raise ValueError("broken")
-        return items
-
-    batcher = MicroBatcher(run, max_items=8)
-    with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(batcher.submit, ["ok"], Deadline.after(SOON))
-        assert begun.wait(5)
-        others = [pool.submit(batcher.submit, [item], Deadline.after(SOON)) for item in ("bad", "fine")]
-        _wait_for(lambda: len(batcher._waiting) == 2)
-        release.set()
-        assert first.result() == ["ok"]
-        for other in others:
-            with pytest.raises(ValueError, match="broken"):
-                other.result()
-    assert batcher.submit(["again"], Deadline.after(SOON)) == ["again"]
+def generation(version: str = "000001", **values: Any) -> Generation:
+    model = ModelEntry(uri="compass", fingerprint="f")
+    return Generation(
+        collection="default",
+        index="/index",
+        index_version=version,
+        manifest_sha256=version,
+        encoder=model,
+        query_prefix="Q: ",
+        document_prefix="D: ",
+        **values,
+    )
 
 
-def test_a_submission_that_waited_too_long_is_never_run() -> None:
-    calls: list[list[str]] = []
-    begun, release = threading.Event(), threading.Event()
+class Made:
+    """An engine that serves a generation of fakes."""
 
-    def run(items: list[str]) -> Sequence[str]:
-        calls.append(items)
-        begun.set()
-        release.wait(10)
-        return items
+    def __init__(self, *, fusion: Fusion | None = None, with_models: bool = True, **limits: int) -> None:
+        self.encoder, self.scorer, self.recall = FakeEncoder(), FakeScorer(), FakeRecall()
+        self.rendered: list[SearchAnswer] = []
+        self.opened: list[str] = []
 
-    batcher = MicroBatcher(run, max_items=8)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(batcher.submit, ["first"], Deadline.after(SOON))
-        assert begun.wait(5)
-        with pytest.raises(OutOfTimeError, match="30 ms"):
-            batcher.submit(["late"], Deadline.after(30))
-        release.set()
-        first.result()
-    assert batcher.submit(["next"], Deadline.after(SOON)) == ["next"]
-    assert calls == [["first"], ["next"]]
+        def open_parts(wanted: Generation) -> Parts:
+            self.opened.append(wanted.index_version)
+            if wanted.index_version == "999999":
+                raise InputError("there is no such version")
+            return Parts(
+                generation=wanted,
+                recall=self.recall,
+                encoder=self.encoder,
+                scorer=self.scorer if with_models else None,
+                classifier=FakeClassifier() if with_models else None,
+                fusion=fusion,
+                kind="flat",
+                metric="cosine",
+            )
+
+        def render(collection: str, call: SearchCall, answer: SearchAnswer) -> bytes:
+            self.rendered.append(answer)
+            return b"{}"
+
+        self.engine = SearchEngine(
+            ["default", "other"], open_parts, limits=EngineLimits(**limits), render=render
+        )
+
+    async def serve(self, **values: Any) -> SearchEngine:
+        modes = {"classify_modes": ("classifier", "labels", "votes")}
+        wanted = generation(**{**modes, **values})
+        await self.engine.prepare(wanted)
+        self.engine.activate(wanted.id)
+        self.encoder.seen.clear()
+        self.scorer.seen.clear()
+        self.recall.fetched.clear()
+        return self.engine
 
 
-def _identity(value: object) -> object:
-    return value
+def search(query: str = "east", **values: Any) -> SearchCall:
+    given: dict[str, Any] = {"queries": [query], "k": 2, "recall_k": 3, "rerank": True} | values
+    return SearchCall(**given)
 
 
-def _wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def ask(made: Made, call: SearchCall, timeout_ms: int = LATER) -> SearchAnswer:
+    async def run() -> SearchAnswer:
+        engine = await made.serve()
+        return await engine.search("default", call, Deadline.after(timeout_ms))
+
+    return asyncio.run(run())
+
+
+# --- search ---------------------------------------------------------------------------------------------------
+
+
+def test_a_search_recalls_reranks_and_fetches_the_final_hits_alone() -> None:
+    made = Made()
+    answer = ask(made, search(fields=("side",)))
+    (hits,) = answer.hits
+    assert [(hit.id, hit.rank, hit.score, hit.rerank_score) for hit in hits] == [
+        ("d1", 1, 3.0, 3.0),
+        ("d2", 2, 2.0, 2.0),
+    ]
+    assert [hit.recall_score for hit in hits] == pytest.approx([0.8, 0.0])
+    assert answer.recall_ranks == [[2, 3]]
+    assert (answer.reranked, answer.reranked_k, answer.partial) == (True, 3, False)
+    assert made.recall.fetched == [([0, 1, 2], ("text",)), ([1, 2], ("side",))]
+    assert answer.counts == TokenCounts(tokens=11, truncated=1)
+    assert set(answer.timings_ms) == {"encode", "recall", "fetch", "rerank"}
+
+
+def test_without_reranking_the_order_and_the_score_are_those_of_recall() -> None:
+    made = Made()
+    answer = ask(made, search(rerank=False))
+    (hits,) = answer.hits
+    assert [(hit.id, hit.rerank_score) for hit in hits] == [("d0", None), ("d1", None)]
+    assert [hit.score for hit in hits] == pytest.approx([1.0, 0.8])
+    assert (answer.reranked, made.scorer.seen) == (False, [])
+    assert made.recall.fetched == [([0, 1], ("text", "side", "label"))]
+
+
+def test_scores_are_fused_as_the_generation_says() -> None:
+    fusion = Fusion(weight=0.5, recall_mean=0.5, recall_std=0.5, rerank_mean=1.0, rerank_std=2.0)
+    answer = ask(Made(fusion=fusion), search(k=3))
+    # d1: (0.8 - 0.5) / 0.5 / 2 + (3 - 1) / 2 / 2; d0: 1 / 2 - 1 / 2; d2: -1 / 2 + 1 / 4.
+    assert [(hit.id, round(hit.score, 6)) for hit in answer.hits[0]] == [
+        ("d1", 0.8),
+        ("d0", 0.0),
+        ("d2", -0.25),
+    ]
+
+
+def test_what_is_past_the_depth_follows_in_recall_order() -> None:
+    answer = ask(Made(), search(k=3, recall_k=1))
+    hits = answer.hits[0]
+    assert [hit.id for hit in hits] == ["d0", "d1", "d2"]
+    assert [hit.score for hit in hits] == pytest.approx([-1.0, -1.2, -2.0])
+    assert [hit.rerank_score for hit in hits] == [-1.0, None, None]
+
+
+def test_a_search_that_is_short_of_time_reranks_what_fits_and_says_how_many() -> None:
+    made = Made()
+    made.scorer.depth = 2
+    answer = ask(made, search(k=3))
+    assert ([hit.id for hit in answer.hits[0]], answer.reranked_k) == (["d1", "d0", "d2"], 2)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_without_any_time_to_rerank_the_recall_order_is_the_answer(late: bool) -> None:
+    made = Made()
+
+    async def run() -> SearchAnswer:
+        engine = await made.serve()
+        made.scorer.depth = 0
+        made.scorer.error = OutOfTimeError("late") if late else None
+        return await engine.search("default", search(), Deadline.after(LATER))
+
+    answer = asyncio.run(run())
+    assert ([hit.id for hit in answer.hits[0]], answer.reranked, answer.reranked_k) == (
+        ["d0", "d1"],
+        False,
+        0,
+    )
+
+
+def test_queries_keep_their_order_and_short_answers_stay_short() -> None:
+    answer = ask(Made(), search(queries=["north", "east"], k=3, rerank=False, filter={"side": "right"}))
+    assert [[hit.id for hit in hits] for hits in answer.hits] == [["d1", "d0"], ["d0", "d1"]]
+
+
+def test_missing_shards_are_named() -> None:
+    made = Made()
+
+    async def run() -> SearchAnswer:
+        engine = await made.serve()
+        made.recall.missing = (3,)
+        return await engine.search("default", search(), Deadline.after(LATER))
+
+    answer = asyncio.run(run())
+    assert (answer.partial, answer.missing_shards) == (True, (3,))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"filter": {"weight": 1}}, "no such column"),
+        ({"fields": ("id", "price")}, "'price'; this collection has id, text"),
+        ({"mode": "hybrid"}, "must be 'dense'"),
+    ],
+)
+def test_what_the_collection_has_not_is_refused_by_name(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnprocessableError, match=words):
+        ask(Made(), search(**values))
+
+
+def test_a_search_puts_the_prefix_of_queries_and_goes_first() -> None:
+    made = Made()
+    ask(made, search())
+    assert made.encoder.seen == [(("east",), "Q: ", Lane.QUERY)]
+    assert [lane for _, lane in made.scorer.seen] == [Lane.RERANK]
+
+
+def test_a_search_that_costs_much_goes_with_the_bulk() -> None:
+    made = Made()
+    made.encoder.seconds = 30.0
+    ask(made, search())
+    assert made.encoder.seen[0][2] == Lane.BULK
+
+
+# --- the other calls ------------------------------------------------------------------------------------------
+
+
+def test_embeddings_take_the_prefix_of_their_role_and_go_with_the_bulk() -> None:
+    async def run() -> None:
+        made = Made()
+        engine = await made.serve()
+        calls = [
+            EmbedCall(texts=["east", "north"]),
+            EmbedCall(texts=["east", "north"], role="document"),
+            EmbedCall(texts=["east"], role="query"),
+            EmbedCall(token_ids=[[1], [0]]),
+        ]
+        for call in calls:
+            answer = await engine.embed("default", call, Deadline.after(LATER))
+        assert made.encoder.seen == [
+            (("east", "north"), "", Lane.BULK),
+            (("east", "north"), "D: ", Lane.BULK),
+            (("east",), "Q: ", Lane.QUERY),
+            (("north", "east"), "", Lane.BULK),
+        ]
+        assert answer.vectors.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+        assert (answer.model, answer.counts.tokens) == ("compass", 2)
+
+    asyncio.run(run())
+
+
+def test_similarity_is_the_cosine_and_a_zero_vector_has_none() -> None:
+    async def run() -> None:
+        engine = await Made().serve()
+        call = SimilarityCall(pairs=[("east", "north-east"), ("north", "north-east")])
+        answer = await engine.similarity("default", call, Deadline.after(LATER))
+        assert answer.scores.tolist() == pytest.approx([0.8, 0.6])
+        call = SimilarityCall(pairs=[("east", "north"), ("nowhere", "north")])
+        with pytest.raises(UnprocessableError, match=r"pairs\.1"):
+            await engine.similarity("default", call, Deadline.after(LATER))
+
+    asyncio.run(run())
+
+
+def test_classification_by_classifier_by_labels_and_by_votes() -> None:
+    async def run() -> None:
+        engine = await Made().serve()
+        found = {}
+        for mode in (None, "classifier", "labels", "votes"):
+            call = ClassifyCall(texts=["east"], top_k=1, mode=mode)  # type: ignore[arg-type]
+            answer = await engine.classify("default", call, Deadline.after(LATER))
+            found[mode] = (answer.mode, answer.model, answer.labels)
+        assert found[None] == found["classifier"]
+        assert found["classifier"] == ("classifier", "sorter", [[("C", 0.75)]])
+        assert found["labels"][:2] == ("labels", "compass")
+        assert found["labels"][2] == [[(answer_label, 1.0) for answer_label in ("x,y",)]]
+        assert found["votes"][2] == [[("x,y", pytest.approx(1.0))]]
+
+    asyncio.run(run())
+
+
+def test_what_is_not_configured_is_said() -> None:
+    async def run() -> None:
+        engine = await Made(with_models=False).serve(classify_modes=("votes",))
+        with pytest.raises(NotConfiguredError, match="has no reranker"):
+            await engine.rerank("default", RerankCall(query="q", documents=["d"]), Deadline.after(LATER))
+        with pytest.raises(NotConfiguredError, match="it has votes"):
+            await engine.classify(
+                "default", ClassifyCall(texts=["east"], mode="labels"), Deadline.after(LATER)
+            )
+        with pytest.raises(NotFoundError, match="there are default, other"):
+            engine.served("third")
+        with pytest.raises(NotReadyError, match="'other' is still being loaded"):
+            engine.served("other")
+
+    asyncio.run(run())
+
+
+def test_a_document_is_found_by_its_id() -> None:
+    async def run() -> None:
+        engine = await Made().serve()
+        found = [await engine.document("default", id, Deadline.after(LATER)) for id in ("d1", "d9")]
+        assert [answer.text for answer in found] == ["north-east", None]
+
+    asyncio.run(run())
+
+
+# --- generations ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_ends_on_the_generation_that_it_began_on() -> None:
+    async def run() -> None:
+        made = Made()
+        engine = await made.serve()
+        following = generation("000002")
+        await engine.prepare(following)
+        made.encoder.held.clear()
+        before = asyncio.ensure_future(engine.search("default", search(), Deadline.after(LATER)))
+        await asyncio.sleep(0.01)
+        engine.activate(following.id)
+        after = asyncio.ensure_future(engine.search("default", search(), Deadline.after(LATER)))
+        made.encoder.held.set()
+        assert [(await task).index_version for task in (before, after)] == ["000001", "000002"]
+        assert engine.served("default").generation == following.id
+
+    asyncio.run(run())
+
+
+def test_a_generation_that_cannot_be_loaded_leaves_the_one_before_in_place() -> None:
+    async def run() -> None:
+        made = Made()
+        engine = await made.serve()
+        with pytest.raises(InputError, match="no such version"):
+            await engine.prepare(generation("999999"))
+        assert [found.index_version for found in engine.active().values()] == ["000001"]
+        with pytest.raises(NotReadyError, match="not prepared"):
+            engine.activate(generation("999999").id)
+
+    asyncio.run(run())
+
+
+def test_preparing_sends_a_query_through_to_its_json_and_happens_once() -> None:
+    async def run() -> None:
+        made = Made()
+        wanted = generation("000002")
+        await asyncio.gather(made.engine.prepare(wanted), made.engine.prepare(wanted))
+        assert (made.opened, len(made.rendered), made.engine.active()) == (["000002"], 1, {})
+        made.engine.drop(wanted.id)
+        assert made.engine.prepared() == {}
+
+    asyncio.run(run())
+
+
+def test_the_check_fails_where_a_part_does() -> None:
+    async def run() -> None:
+        made = Made()
+        engine = await made.serve()
+        made.scorer.error = RuntimeError("the reranker is broken")
+        engine.collections = ("default",)
+        with pytest.raises(RuntimeError, match="reranker is broken"):
+            await engine.check()
+
+    asyncio.run(run())
+
+
+# --- admission ------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_end_in_time_is_refused_at_once_and_leaves_no_trace() -> None:
+    async def run() -> None:
+        made = Made(max_wait_ms=LATER)
+        engine = await made.serve()
+        made.encoder.seconds = 1.5
+        made.encoder.held.clear()
+        first = asyncio.ensure_future(engine.search("default", search(), Deadline.after(LATER)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(OverloadedError, match="try again in 2 s"):
+            await engine.search("default", search(), Deadline.after(2000))
+        first.cancel()
+        await asyncio.sleep(0.01)
+        made.encoder.held.set()
+        assert engine.admission.requests == 0
+        await engine.search("default", search(), Deadline.after(2000))
+
+    asyncio.run(run())

@@ -1,0 +1,292 @@
+"""Forward passes that concurrent requests share: one thread runs those of all models of a process, a batch at a time.
+
+A batch is cut by padded tokens, so that it takes a bounded time, from rows of similar length of all requests that wait.
+What is urgent goes first; a request that left or is late is not computed. Imports neither Ray nor torch.
+
+Shape legend: N rows of a submission, W values that the model gives for a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytower.models.token_block import Ids, TokenBlock
+from raytower.serving.costs import ForwardCost
+from raytower.serving.work import Deadline
+
+Rows = NDArray[np.float32]
+# Most seconds that a pass should take, so that what is urgent does not wait longer for one that has begun.
+_PASS_S = (0.05, 0.04, 0.025)
+# Rows up to so many tokens go together whatever their lengths.
+_SHORT = 32
+# After so many passes before it, one of a lane that waits has its turn.
+_PATIENCE = 6
+
+
+class Lane(IntEnum):
+    """What goes first: queries of searches, then their pairs to rerank, then everything in bulk."""
+
+    QUERY = 0
+    RERANK = 1
+    BULK = 2
+
+
+class Forward(Protocol):
+    """A model that computes rows, such as a `BlockEngine`."""
+
+    @property
+    def width(self) -> int: ...
+
+    tokens_per_batch: int
+
+    def forward_block(self, block: TokenBlock) -> Rows:
+        """(N, W) of a block's rows."""
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """What one forward pass was: for metrics."""
+
+    model: str
+    lane: Lane
+    rows: int
+    tokens: int
+    padded_tokens: int
+    seconds: float
+
+
+Observe = Callable[[PassFacts], None]
+
+
+class Forwards:
+    """The thread, and what waits for it. Safe for threads; closes with the process or by `close`."""
+
+    def __init__(self, observe: Observe | None = None) -> None:
+        self._observe = observe
+        self._changed = threading.Condition()
+        self._waiting: dict[Lane, deque[_Submission]] = {lane: deque() for lane in Lane}
+        self._passed_over: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, model: ModelForwards, block: TokenBlock, lane: Lane, deadline: Deadline) -> Future[Rows]:
+        """The model's values (N, W) of a block. A future that is cancelled is not computed any further."""
+        submission = _Submission(model, block, lane, deadline)
+        if not len(block):
+            submission.future.set_result(submission.output)
+            return submission.future
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the forward passes of this process have been closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="raytower-forwards", daemon=True)
+                self._thread.start()
+            self._waiting[lane].append(submission)
+            self._changed.notify()
+        return submission.future
+
+    def backlog_s(self, lane: Lane) -> float:
+        """Predicted seconds of what waits and goes before new work of a lane."""
+        with self._changed:
+            ahead = [item for first in Lane if first <= lane for item in self._waiting[first]]
+            lengths = [(item.model, item.block.lengths[item.left], item.lane) for item in ahead]
+        return sum(model.predict(left, first) for model, left, first in lengths)
+
+    def waiting_rows(self, lane: Lane) -> int:
+        """Rows of a lane whose pass has not begun."""
+        with self._changed:
+            return sum(len(item.left) for item in self._waiting[lane])
+
+    def close(self) -> None:
+        """End the thread after the pass that runs; what waits is cancelled."""
+        with self._changed:
+            self._closed = True
+            for waiting in self._waiting.values():
+                for submission in waiting:
+                    submission.future.cancel()
+                waiting.clear()
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._next()) is not None:
+            batch.compute(self._observe)
+            # A frame that waits would keep the models of the last batch alive.
+            del batch
+
+    def _next(self) -> _Batch | None:
+        with self._changed:
+            while not self._closed:
+                batch = self._take()
+                if batch is not None:
+                    return batch
+                self._changed.wait()
+        return None
+
+    def _take(self) -> _Batch | None:
+        for waiting in self._waiting.values():
+            _drop_ended(waiting)
+        lanes = [lane for lane in Lane if self._waiting[lane]]
+        if not lanes:
+            return None
+        chosen = next((lane for lane in lanes if self._passed_over[lane] >= _PATIENCE), lanes[0])
+        for lane in lanes:
+            self._passed_over[lane] = 0 if lane == chosen else self._passed_over[lane] + 1
+        return _Batch.of(self._waiting[chosen], chosen)
+
+
+class ModelForwards:
+    """One model's place at the thread: what its passes cost, and how requests hand rows in."""
+
+    def __init__(self, name: str, forward: Forward, forwards: Forwards) -> None:
+        self.name = name
+        self.forward = forward
+        self.cost = ForwardCost()
+        self._forwards = forwards
+
+    async def compute(self, block: TokenBlock, lane: Lane, deadline: Deadline) -> Rows:
+        """Values float32 (N, W) of a block's rows, in order.
+
+        Raises:
+            OutOfTimeError: the deadline came first. Also what the model raises.
+        """
+        future = self._forwards.submit(self, block, lane, deadline)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), deadline.remaining_s())
+        except TimeoutError:
+            raise deadline.exceeded() from None
+
+    def predict(self, lengths: Ids, lane: Lane) -> float:
+        """Seconds of the passes over rows of these lengths, with nothing else to do."""
+        return self.predict_tokens(int(lengths.sum()), lane)
+
+    def predict_tokens(self, tokens: int, lane: Lane) -> float:
+        """Seconds of the passes over so many tokens, with nothing else to do."""
+        if not tokens:
+            return 0.0
+        passes = max(round(tokens / self.tokens_per_pass(lane)), 1)
+        return self.cost.predict(tokens // passes) * passes
+
+    def backlog_s(self, lane: Lane) -> float:
+        """Predicted seconds of what waits before new work of a lane, whatever its model."""
+        return self._forwards.backlog_s(lane)
+
+    def tokens_per_pass(self, lane: Lane) -> int:
+        """Padded tokens of a pass of this lane at most."""
+        return min(self.cost.tokens_in(_PASS_S[lane]), self.forward.tokens_per_batch)
+
+
+@dataclass(eq=False)
+class _Submission:
+    model: ModelForwards
+    block: TokenBlock
+    lane: Lane
+    deadline: Deadline
+    future: Future[Rows] = field(default_factory=Future)
+    output: Rows = field(init=False)
+    left: Ids = field(init=False)
+    """Rows that no pass has taken yet, the longest first."""
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output = np.empty((len(self.block), self.model.forward.width), np.float32)
+        self.left = np.argsort(-self.block.lengths, kind="stable")
+        self.unfinished = len(self.block)
+
+    def ended(self) -> bool:
+        """Whether nobody waits any more; one that is late is told so."""
+        if self.future.done():
+            return True
+        if self.deadline.remaining_s():
+            return False
+        self.fail(self.deadline.exceeded())
+        return True
+
+    def finish(self, rows: Ids, values: Rows) -> None:
+        self.output[rows] = values
+        self.unfinished -= len(rows)
+        if not self.unfinished:
+            try:
+                self.future.set_result(self.output)
+            except InvalidStateError:  # it was cancelled meanwhile
+                return
+
+    def fail(self, error: BaseException) -> None:
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:  # it was cancelled meanwhile
+            return
+
+
+@dataclass(frozen=True)
+class _Batch:
+    model: ModelForwards
+    lane: Lane
+    parts: list[tuple[_Submission, Ids]]
+
+    @classmethod
+    def of(cls, waiting: deque[_Submission], lane: Lane) -> _Batch:
+        """Rows of the first submission's model, up to what one pass may hold; taken from `waiting`."""
+        model = waiting[0].model
+        budget = model.tokens_per_pass(lane)
+        longest = int(waiting[0].block.lengths[waiting[0].left[0]])
+        # Rows much longer than the first would widen the pass for all; they begin one of their own.
+        limit = max(longest * 5 // 4, _SHORT)
+        parts: list[tuple[_Submission, Ids]] = []
+        count = 0
+        for submission in [item for item in waiting if item.model is model]:
+            lengths = submission.block.lengths[submission.left]
+            start = int(np.searchsorted(-lengths, -limit))
+            if start == len(lengths):
+                continue
+            longest = max(longest, int(lengths[start]))
+            room = max(budget // max(longest, 1), 1) - count
+            if room <= 0:
+                break
+            parts.append((submission, submission.left[start : start + room]))
+            count += len(parts[-1][1])
+            submission.left = np.delete(submission.left, slice(start, start + room))
+            if not len(submission.left):
+                waiting.remove(submission)
+        return cls(model, lane, parts)
+
+    def compute(self, observe: Observe | None) -> None:
+        block = TokenBlock.join([submission.block.take(rows) for submission, rows in self.parts])
+        started = time.perf_counter()
+        try:
+            values = self.model.forward.forward_block(block)
+        except BaseException as error:
+            if len(self.parts) == 1:
+                self.parts[0][0].fail(error)
+            for part in self.parts if len(self.parts) > 1 else ():
+                # One request's rows must not fail those of the others.
+                _Batch(self.model, self.lane, [part]).compute(observe)
+            return
+        seconds = time.perf_counter() - started
+        padded = int(block.lengths.max()) * len(block)
+        self.model.cost.observe(padded, seconds)
+        start = 0
+        for submission, rows in self.parts:
+            submission.finish(rows, values[start : start + len(rows)])
+            start += len(rows)
+        if observe is not None:
+            observe(PassFacts(self.model.name, self.lane, len(block), len(block.ids), padded, seconds))
+
+
+def _drop_ended(waiting: deque[_Submission]) -> None:
+    if any(submission.ended() for submission in waiting):
+        kept = [submission for submission in waiting if not submission.ended()]
+        waiting.clear()
+        waiting.extend(kept)

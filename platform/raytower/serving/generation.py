@@ -1,0 +1,67 @@
+"""A generation: the one immutable document of what a collection serves, and the only thing that changes at run time."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelEntry(_Document):
+    """A model: where it lies, and the fingerprint of its weights."""
+
+    uri: str
+    fingerprint: str
+
+
+class FusionEntry(_Document):
+    """The constants of `raytower.models.fusion.Fusion`."""
+
+    weight: float
+    recall_mean: float
+    recall_std: float
+    rerank_mean: float
+    rerank_std: float
+
+
+class ComputeEntry(_Document):
+    """How the models compute. None of a length is the model's own limit."""
+
+    engine: Literal["torch", "onnx", "auto"] = "torch"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    max_length: int | None = None
+    rerank_max_length: int | None = None
+
+
+class Generation(_Document):
+    """Index version, encoder, reranker, classifier, fusion and prefixes of one collection.
+
+    Two generations with one `id` give the same answers. Models are shared between generations by their entries and
+    `compute`.
+    """
+
+    collection: str
+    index: str
+    """The index: an absolute path or a URI."""
+    index_version: str
+    manifest_sha256: str
+    encoder: ModelEntry
+    reranker: ModelEntry | None = None
+    classifier: ModelEntry | None = None
+    fusion: FusionEntry | None = None
+    query_prefix: str = ""
+    document_prefix: str = ""
+    label_field: str = "label"
+    """Column of a document that holds its label, for classification by votes or by label texts."""
+    classify_modes: tuple[Literal["labels", "votes", "classifier"], ...] = ()
+    compute: ComputeEntry = ComputeEntry()
+
+    @property
+    def id(self) -> str:
+        """12 hexadecimal digits over everything that the generation says."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]

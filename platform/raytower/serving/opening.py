@@ -1,0 +1,71 @@
+"""Opens a generation's parts in this process. Imports torch and FAISS, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+from raytower.errors import FormatError
+from raytower.index.manifest import IndexManifest
+from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
+from raytower.models.fusion import Fusion
+from raytower.serving.generation import FusionEntry, Generation
+from raytower.serving.models import ModelPool
+from raytower.serving.parts import Parts, RecallStage
+from raytower.serving.recall import LocalRecall
+
+
+class LocalParts:
+    """Opens generations with everything in this process. Models are shared between them."""
+
+    def __init__(self, models: ModelPool, recall_threads: int = 4) -> None:
+        self._models = models
+        self._threads = ThreadPoolExecutor(recall_threads, thread_name_prefix="raytower-recall")
+
+    def __call__(self, generation: Generation) -> Parts:
+        """Raises InputError: no such index or model. FormatError: another encoder made the index, or damage."""
+        manifest = checked_manifest(generation)
+        recall = LocalRecall(Index.open(generation.index, generation.index_version), self._threads)
+        return self.with_recall(generation, manifest, recall)
+
+    def with_recall(self, generation: Generation, manifest: IndexManifest, recall: RecallStage) -> Parts:
+        """The parts of a generation whose index is `recall`, wherever that is."""
+        encoder = self._models.encoder(generation)
+        if encoder.served.dim != manifest.dim:
+            raise FormatError(
+                f"encoder {generation.encoder.uri!r} gives vectors of {encoder.served.dim}, the index holds "
+                f"{manifest.dim}"
+            )
+        return Parts(
+            generation=generation,
+            recall=recall,
+            encoder=encoder,
+            scorer=self._models.scorer(generation),
+            classifier=self._models.classifier(generation),
+            fusion=Fusion(**generation.fusion.model_dump()) if generation.fusion else None,
+            kind=manifest.kind,
+            metric=manifest.metric,
+            measured_recall=manifest.recall,
+        )
+
+
+def checked_manifest(generation: Generation) -> IndexManifest:
+    """The manifest of a generation's index version. Raises FormatError where it is not the one that was meant."""
+    manifest = open_manifest(generation.index, generation.index_version)
+    if manifest_sha256(manifest) != generation.manifest_sha256:
+        raise FormatError(
+            f"version {generation.index_version} of index {generation.index} is not the one that generation "
+            f"{generation.id} names: it was built anew meanwhile; reload the server"
+        )
+    return manifest
+
+
+def manifest_sha256(manifest: IndexManifest) -> str:
+    """The digest by which a generation knows a manifest."""
+    return hashlib.sha256(manifest.to_json()).hexdigest()
+
+
+def fusion_entry(fusion: Fusion | None) -> FusionEntry | None:
+    """A fusion as a generation holds it."""
+    return FusionEntry(**fusion.to_dict()) if fusion else None

@@ -1,0 +1,148 @@
+"""The parts of a generation as the engine calls them. Each may lie in this process or in another one. No torch, no Ray.
+
+Shape legend: Q queries, D embedding dimension, K candidates a query, N texts or pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytower.index.table import Document
+from raytower.models.fusion import Fusion
+from raytower.serving.calls import ServedModel, TokenCounts
+from raytower.serving.forwards import Lane
+from raytower.serving.generation import Generation
+from raytower.serving.work import Deadline
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors float32 (N, D)."""
+
+    vectors: Vectors
+    counts: TokenCounts
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Logits float32 of the first `depth` candidates of each query, or of all it has where those are fewer."""
+
+    logits: Sequence[NDArray[np.float32]]
+    depth: int
+    counts: TokenCounts
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Scores float32 and rows of the index's table, both (Q, K), best first; short answers end in row -1.
+
+    `missing` are the numbers of shards that did not answer in time.
+    """
+
+    scores: Vectors
+    rows: NDArray[np.int64]
+    missing: tuple[int, ...] = ()
+
+
+class TextModel(Protocol):
+    """An encoder."""
+
+    @property
+    def served(self) -> ServedModel: ...
+
+    def predict(self, texts: Sequence[str], lane: Lane) -> float:
+        """Seconds of forward passes that the texts would take."""
+
+    async def encode(self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline) -> Encoded:
+        """Vectors of the texts, with `prefix` put before each. Raises OutOfTimeError."""
+
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The texts that lists of this model's token ids stand for. Raises UnprocessableError for ids it has not."""
+
+
+class PairModel(Protocol):
+    """A reranker."""
+
+    @property
+    def served(self) -> ServedModel: ...
+
+    def predict(self, num_pairs: int, lane: Lane) -> float:
+        """Seconds of forward passes that so many pairs would take."""
+
+    async def score(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        lane: Lane,
+        deadline: Deadline,
+        *,
+        may_shorten: bool = False,
+    ) -> Scored:
+        """Logits of each query with its candidates. With `may_shorten` only as many of the first as time allows.
+
+        Raises OutOfTimeError.
+        """
+
+
+class LabelModel(Protocol):
+    """A text classifier."""
+
+    @property
+    def served(self) -> ServedModel: ...
+
+    def predict(self, texts: Sequence[str], lane: Lane) -> float:
+        """Seconds of forward passes that the texts would take."""
+
+    async def probabilities(
+        self, texts: Sequence[str], lane: Lane, deadline: Deadline
+    ) -> tuple[NDArray[np.float32], TokenCounts]:
+        """Probabilities (N, C) in the order of `served.labels`. Raises OutOfTimeError."""
+
+
+class RecallStage(Protocol):
+    """One version of an index, wherever its shards are."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """The documents' columns and their types."""
+
+    def check_filter(self, filter: Mapping[str, Any]) -> None:
+        """Raises InputError where it does not fit the columns, or is too large."""
+
+    async def search(
+        self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Recalled:
+        """The best min(k, documents that match) rows for each vector of (Q, D)."""
+
+    async def documents(
+        self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
+    ) -> list[Document]:
+        """The documents of `rows` (n,), in order, with those columns; a text that is not asked for is empty."""
+
+    async def find(self, id: str, deadline: Deadline) -> Document | None:
+        """The document with an id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What answers the requests of one generation."""
+
+    generation: Generation
+    recall: RecallStage
+    encoder: TextModel
+    scorer: PairModel | None = None
+    classifier: LabelModel | None = None
+    fusion: Fusion | None = None
+    kind: str = ""
+    metric: str = ""
+    measured_recall: float | None = None

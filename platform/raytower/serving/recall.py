@@ -1,0 +1,120 @@
+"""Recall from an index whose shards all lie in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raytower.index.reader import Index
+from raytower.index.table import ID, TEXT, Document
+from raytower.serving.parts import Recalled, Vectors
+from raytower.serving.work import Deadline
+
+_OBJECT_BYTES = 500
+_Result = TypeVar("_Result")
+
+
+class KeptDocuments:
+    """The documents asked for last, so that those that many searches find are read once. For one event loop."""
+
+    def __init__(self, most_bytes: int = 64 * 2**20) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[tuple[int, tuple[str, ...]], tuple[Document, int]] = OrderedDict()
+
+    def get(self, row: int, columns: tuple[str, ...]) -> Document | None:
+        """The document of a row with those columns, if it is still kept."""
+        entry = self._kept.get((row, columns))
+        if entry is None:
+            return None
+        self._kept.move_to_end((row, columns))
+        return entry[0]
+
+    def put(self, row: int, columns: tuple[str, ...], document: Document, size: int) -> None:
+        """Keep a document of about so many bytes; those asked for longest ago give way."""
+        key = (row, columns)
+        if size > self._most_bytes or key in self._kept:
+            return
+        self._kept[key] = (document, size)
+        self._bytes += size
+        while self._bytes > self._most_bytes:
+            _, (_, gone) = self._kept.popitem(last=False)
+            self._bytes -= gone
+
+
+class LocalRecall:
+    """One opened index version; searches run in a few threads."""
+
+    def __init__(self, index: Index, threads: ThreadPoolExecutor) -> None:
+        self.index = index
+        self._threads = threads
+        self._kept = KeptDocuments()
+        self.columns = {field.name: str(field.type) for field in index.table.schema}
+
+    @property
+    def rows(self) -> int:
+        return self.index.num_rows
+
+    def check_filter(self, filter: Mapping[str, Any]) -> None:
+        """Raises InputError where it does not fit the columns."""
+        self.index.check_filter(filter)
+
+    async def search(
+        self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Recalled:
+        """The best min(k, documents that match) rows for each vector of (Q, D)."""
+        found = await self._run(lambda: self.index.search(vectors, k, filter=filter), deadline)
+        return Recalled(found.scores, found.rows)
+
+    async def documents(
+        self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
+    ) -> list[Document]:
+        """The documents of `rows` (n,), in order, with those columns; a text that is not asked for is empty."""
+        wanted = tuple(columns)
+        found = {row: self._kept.get(row, wanted) for row in rows.tolist()}
+        missing = np.array([row for row, document in found.items() if document is None], np.int64)
+        if len(missing):
+            table = await self._run(lambda: self.index.table.take(missing, [ID, *columns]), deadline)
+            # What a row weighs in Arrow is about a third of what it does as Python's objects.
+            size = 3 * table.nbytes // len(missing) + _OBJECT_BYTES
+            for row, document in zip(missing.tolist(), documents_of(table), strict=True):
+                found[row] = document
+                self._kept.put(row, wanted, document, size)
+        return [document for row in rows.tolist() if (document := found[row]) is not None]
+
+    async def find(self, id: str, deadline: Deadline) -> Document | None:
+        """The document with an id."""
+
+        def look() -> Document | None:
+            names = self.index.table.schema.names
+            for batch in self.index.table.find(ID, pa.array([id]), names):
+                return documents_of(batch)[0]
+            return None
+
+        return await self._run(look, deadline)
+
+    async def _run(self, work: Callable[[], _Result], deadline: Deadline) -> _Result:
+        """`work` in a thread, unless the time is over before its turn comes. Raises OutOfTimeError."""
+
+        def unless_late() -> _Result:
+            deadline.check()
+            return work()
+
+        waiting = asyncio.get_running_loop().run_in_executor(self._threads, unless_late)
+        try:
+            return await asyncio.wait_for(waiting, deadline.remaining_s())
+        except TimeoutError:
+            raise deadline.exceeded() from None
+
+
+def documents_of(table: pa.Table | pa.RecordBatch) -> list[Document]:
+    """The rows of a table with a column `id`, perhaps `text`, and others as metadata."""
+    values = table.to_pylist()
+    return [Document(value.pop(ID), value.pop(TEXT, None) or "", value) for value in values]

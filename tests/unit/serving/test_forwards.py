@@ -1,0 +1,282 @@
+"""Forward passes that requests share: what is computed together, in which order, and what is not computed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from raytower.models.token_block import TokenBlock
+from raytower.serving.costs import ForwardCost
+from raytower.serving.forwards import Forwards, Lane, ModelForwards, PassFacts, Rows
+from raytower.serving.schemas import OutOfTimeError
+from raytower.serving.work import Deadline
+
+LATER = 60_000
+
+
+class Doubler:
+    """Gives of each row its first token, doubled; waits at a gate, and notes the rows of each pass."""
+
+    width = 1
+
+    def __init__(self, tokens_per_batch: int = 10_000) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self.passes: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.began = threading.Event()
+
+    def forward_block(self, block: TokenBlock) -> Rows:
+        firsts = block.ids[block.starts]
+        self.passes.append(firsts.tolist())
+        self.began.set()
+        assert self.gate.wait(20)
+        if (firsts == 666).any():
+            raise ValueError("a row that no model takes")
+        return (2.0 * firsts[:, None]).astype(np.float32)
+
+
+def rows(*tokens: int, length: int = 4) -> TokenBlock:
+    return TokenBlock.of([[token] * length for token in tokens])
+
+
+class Steady(ForwardCost):
+    """Learns nothing, so that passes are as large as the model allows."""
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        pass
+
+
+def shared(doubler: Doubler, forwards: Forwards) -> ModelForwards:
+    model = ModelForwards("doubler", doubler, forwards)
+    model.cost = Steady()
+    return model
+
+
+@pytest.fixture
+def forwards() -> Iterator[Forwards]:
+    made = Forwards()
+    yield made
+    made.close()
+
+
+def holding(model: ModelForwards, doubler: Doubler) -> asyncio.Task[Rows]:
+    """A pass that has begun and waits at the gate."""
+    doubler.gate.clear()
+    return asyncio.ensure_future(model.compute(rows(0), Lane.QUERY, Deadline.after(LATER)))
+
+
+async def begun(doubler: Doubler) -> None:
+    await asyncio.to_thread(doubler.began.wait, 20)
+    await asyncio.sleep(0.01)
+
+
+def test_requests_that_wait_together_are_computed_in_one_pass(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+
+    async def ask() -> list[Rows]:
+        first = holding(model, doubler)
+        await begun(doubler)
+        others = [
+            asyncio.ensure_future(model.compute(rows(n, n + 100), Lane.QUERY, Deadline.after(LATER)))
+            for n in (1, 2, 3)
+        ]
+        await asyncio.sleep(0.01)
+        doubler.gate.set()
+        return list(await asyncio.gather(first, *others))
+
+    found = asyncio.run(ask())
+    assert [values[:, 0].tolist() for values in found] == [[0.0], [2.0, 202.0], [4.0, 204.0], [6.0, 206.0]]
+    assert [sorted(passed) for passed in doubler.passes] == [[0], [1, 2, 3, 101, 102, 103]]
+
+
+def test_what_is_urgent_goes_before_bulk_that_came_earlier(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+
+    async def ask() -> None:
+        first = holding(model, doubler)
+        await begun(doubler)
+        tasks = [first]
+        for lane, token in ((Lane.BULK, 7), (Lane.RERANK, 8), (Lane.QUERY, 9)):
+            tasks.append(asyncio.ensure_future(model.compute(rows(token), lane, Deadline.after(LATER))))
+            await asyncio.sleep(0.01)
+        doubler.gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(ask())
+    assert doubler.passes == [[0], [9], [8], [7]]
+
+
+def test_bulk_has_its_turn_though_searches_never_end(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+
+    async def ask() -> int:
+        bulk = asyncio.ensure_future(model.compute(rows(7), Lane.BULK, Deadline.after(LATER)))
+        searches = 0
+
+        async def search() -> None:
+            nonlocal searches
+            while not bulk.done() and searches < 500:
+                searches += 1
+                await model.compute(rows(1), Lane.QUERY, Deadline.after(LATER))
+
+        await asyncio.gather(*[search() for _ in range(4)])
+        await bulk
+        return searches
+
+    assert asyncio.run(ask()) < 200
+
+
+def test_long_work_is_cut_into_passes_that_let_others_in_between(forwards: Forwards) -> None:
+    doubler = Doubler(tokens_per_batch=40)  # ten rows of four tokens
+    model = shared(doubler, forwards)
+
+    async def ask() -> None:
+        first = holding(model, doubler)
+        await begun(doubler)
+        bulk = asyncio.ensure_future(model.compute(rows(*range(1, 36)), Lane.BULK, Deadline.after(LATER)))
+        await asyncio.sleep(0.01)
+        urgent = asyncio.ensure_future(model.compute(rows(99), Lane.QUERY, Deadline.after(LATER)))
+        await asyncio.sleep(0.01)
+        doubler.gate.set()
+        assert (await bulk)[:, 0].tolist() == [2.0 * n for n in range(1, 36)]
+        await asyncio.gather(first, urgent)
+
+    asyncio.run(ask())
+    assert doubler.passes[1] == [99]
+    assert [len(passed) for passed in doubler.passes[2:]] == [10, 10, 10, 5]
+
+
+def test_rows_of_one_pass_are_of_similar_length(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+
+    async def ask() -> None:
+        first = holding(model, doubler)
+        await begun(doubler)
+        tasks = [
+            asyncio.ensure_future(model.compute(rows(n, length=length), Lane.QUERY, Deadline.after(LATER)))
+            for n, length in ((1, 10), (2, 400), (3, 12))
+        ]
+        await asyncio.sleep(0.01)
+        doubler.gate.set()
+        await asyncio.gather(first, *tasks)
+
+    asyncio.run(ask())
+    assert [sorted(passed) for passed in doubler.passes[1:]] == [[1, 3], [2]]
+
+
+def test_a_pass_takes_about_the_time_that_others_may_wait(forwards: Forwards) -> None:
+    class Slow(Doubler):
+        def forward_block(self, block: TokenBlock) -> Rows:
+            time.sleep(0.001 * len(block.ids))  # a token takes a millisecond
+            return super().forward_block(block)
+
+    slow = Slow()
+    model = ModelForwards("slow", slow, forwards)
+
+    async def ask() -> None:
+        for _ in range(3):
+            await model.compute(rows(1, 2), Lane.QUERY, Deadline.after(LATER))
+            await model.compute(rows(1), Lane.QUERY, Deadline.after(LATER))
+        slow.passes.clear()
+        await model.compute(rows(*range(100)), Lane.BULK, Deadline.after(LATER))
+
+    asyncio.run(ask())
+    assert max(len(passed) for passed in slow.passes) <= 10  # 25 tokens fit; the machine may have been slower
+
+
+def test_what_was_cancelled_or_is_late_is_not_computed(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+
+    async def ask() -> None:
+        first = holding(model, doubler)
+        await begun(doubler)
+        left = asyncio.ensure_future(model.compute(rows(5), Lane.QUERY, Deadline.after(LATER)))
+        late = asyncio.ensure_future(model.compute(rows(6), Lane.QUERY, Deadline.after(20)))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        with pytest.raises(OutOfTimeError):
+            await late
+        doubler.gate.set()
+        await first
+        await model.compute(rows(1), Lane.QUERY, Deadline.after(LATER))
+
+    asyncio.run(ask())
+    assert doubler.passes == [[0], [1]]
+
+
+def test_a_row_that_fails_fails_its_own_request_alone(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+
+    async def ask() -> None:
+        first = holding(model, doubler)
+        await begun(doubler)
+        bad = asyncio.ensure_future(model.compute(rows(1, 666), Lane.QUERY, Deadline.after(LATER)))
+        good = asyncio.ensure_future(model.compute(rows(4), Lane.QUERY, Deadline.after(LATER)))
+        await asyncio.sleep(0.01)
+        doubler.gate.set()
+        with pytest.raises(ValueError, match="no model takes"):
+            await bad
+        assert (await good).tolist() == [[8.0]]
+        await first
+
+    asyncio.run(ask())
+
+
+def test_no_rows_need_no_pass(forwards: Forwards) -> None:
+    doubler = Doubler()
+    model = shared(doubler, forwards)
+    found = asyncio.run(model.compute(TokenBlock.of([]), Lane.QUERY, Deadline.after(LATER)))
+    assert (found.shape, doubler.passes) == ((0, 1), [])
+
+
+def test_passes_are_told_with_their_padding() -> None:
+    facts: list[PassFacts] = []
+    forwards = Forwards(facts.append)
+    model = ModelForwards("doubler", Doubler(), forwards)
+    block = TokenBlock.of([[1], [2, 2, 2]])
+    asyncio.run(model.compute(block, Lane.BULK, Deadline.after(LATER)))
+    forwards.close()
+    (told,) = facts
+    assert (told.model, told.lane, told.rows, told.tokens, told.padded_tokens) == (
+        "doubler",
+        Lane.BULK,
+        2,
+        4,
+        6,
+    )
+
+
+def test_a_request_does_not_wait_for_the_passes_of_another_that_goes_on(forwards: Forwards) -> None:
+    """Rows that are done were once handed out only when another request's forward had ended."""
+
+    class Slow(Doubler):
+        def forward_block(self, block: TokenBlock) -> Rows:
+            time.sleep(0.02)
+            return super().forward_block(block)
+
+    slow = Slow(tokens_per_batch=4)
+    model = ModelForwards("slow", slow, forwards)
+
+    async def ask() -> float:
+        bulk = asyncio.ensure_future(model.compute(rows(*range(50)), Lane.BULK, Deadline.after(LATER)))
+        await asyncio.sleep(0.03)
+        started = time.perf_counter()
+        await model.compute(rows(1), Lane.QUERY, Deadline.after(LATER))
+        took = time.perf_counter() - started
+        assert not bulk.done()
+        bulk.cancel()
+        return took
+
+    assert asyncio.run(ask()) < 0.5  # two passes of 0.02 s; all of the bulk takes a second
