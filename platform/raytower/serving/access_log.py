@@ -251,8 +251,7 @@ def describe(facts: RequestFacts, *, log_texts: bool = False) -> str:
         "texts": [text[:_MAX_TEXT] for text in facts.texts] if log_texts and facts.texts else None,
     }
     known = {name: value for name, value in line.items() if value is not None}
-    # ASCII alone has no line separators of Unicode and no lone surrogates; DEL is the one control that JSON leaves.
-    return _JSON.encode(known).replace("\x7f", "\\u007f")
+    return _JSON.encode(known)
 
 
 class AccessLog:

@@ -179,7 +179,7 @@ def test_a_caller_who_left_is_no_success(seen: list[RequestFacts]) -> None:
         await asyncio.sleep(30)
 
     async def run() -> None:
-        scope = {"type": "http", "method": "GET", "path": "/v1/search", "headers": []}
+        scope: Any = {"type": "http", "method": "GET", "path": "/v1/search", "headers": []}
         task = asyncio.create_task(RequestLog(silent, [seen.append])(scope, None, None))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         task.cancel()
@@ -194,6 +194,19 @@ def test_websockets_and_lifespan_pass(seen: list[RequestFacts]) -> None:
     with TestClient(RequestLog(make_app(), [seen.append])):
         pass
     assert seen == []
+
+
+def test_a_request_that_has_ended_leaves_no_facts_behind(seen: list[RequestFacts]) -> None:
+    async def run() -> str:
+        scope: Any = {"type": "http", "method": "GET", "path": "/v1/search", "headers": []}
+        await RequestLog(nothing, [seen.append])(scope, None, None)  # type: ignore[arg-type]
+        return current().request_id
+
+    async def nothing(scope: Any, receive: Any, send: Any) -> None:
+        assert current().request_id
+
+    assert asyncio.run(run()) == ""
+    assert len(seen) == 1
 
 
 def test_outside_a_request_facts_are_nobodys() -> None:
@@ -311,13 +324,15 @@ def test_a_slow_reader_holds_up_nobody_and_what_was_left_out_is_said(tmp_path: P
     thread.start()
     wait_for(lambda: log._waiting.empty())
     log.record(request(3000))
+    log.record(request(3001))
     log.close()
     thread.join(20)
     written = [line for line in lines if "id" in line]
-    dropped = sum(line.get("dropped_lines", 0) for line in lines)
-    assert dropped > 0
-    assert len(written) + dropped == 3001
-    assert written[-1]["id"] == "3000"
+    dropped = [line["dropped_lines"] for line in lines if "id" not in line]
+    assert dropped
+    assert 0 not in dropped
+    assert len(written) + sum(dropped) == 3002
+    assert [line["id"] for line in written[-2:]] == ["3000", "3001"]
 
 
 def test_a_folder_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
