@@ -47,7 +47,7 @@ class MethodError(ApiError):
 
 
 class ConflictError(ApiError):
-    status, type, code = 409, "conflict_error", "conflict"
+    status, type, code = 409, "invalid_request_error", "not_changed"
 
 
 class SlowBodyError(ApiError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from raytower.errors import InputError, RaytowerError
-from raytower.serving.control import Control, SwapRefusedError
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.serving.control import Control
 from raytower.serving.errors import ApiError, ConflictError, UnprocessableError
 
 
@@ -31,9 +31,7 @@ async def _answered(asked: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         return await asked
     except ApiError:
         raise
-    except SwapRefusedError as error:
-        raise ConflictError(str(error), "swap_refused") from error
-    except InputError as error:
+    except (InputError, FormatError) as error:
         raise UnprocessableError(str(error)) from error
     except RaytowerError as error:
-        raise ConflictError(str(error), "busy") from error
+        raise ConflictError(str(error)) from error
