@@ -186,7 +186,7 @@ def test_litellm_infinity_at_the_root(engine: DummyEngine, url: str, litellm: An
 )
 def test_litellm_embedding(engine: DummyEngine, url: str, litellm: Any, provider: str, path: str) -> None:
     # Without its task LiteLLM asks the hub for it.
-    task = {"input_type": "sentence-similarity"} if provider == "huggingface" else {}
+    task = {"input_type": "feature-extraction"} if provider == "huggingface" else {}
     made = litellm.embedding(
         model=f"{provider}/m", input=["ab", "c"], api_base=url + path, api_key=KEY, **task
     )
