@@ -25,7 +25,6 @@ from starlette.testclient import TestClient
 
 from raytower.errors import InputError
 from raytower.retrieval.retriever import Hit
-from raytower.serving import http
 from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall, TokenCounts
 from raytower.serving.errors import NotFiniteError, OverloadedError
 from raytower.serving.http.answers import json_value
@@ -1332,6 +1331,8 @@ def test_openapi_holds_the_limits_and_what_excludes_what(engine: DummyEngine) ->
 
 def test_the_interface_imports_neither_ray_nor_models() -> None:
     """So that it can be tested and imported without them; static, for this process may have them."""
+    from raytower.serving import http
+
     folder = Path(http.__file__).parent
     imported = {
         name.split(".")[0]
