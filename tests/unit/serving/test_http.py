@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import gzip
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -455,6 +457,34 @@ def test_malformed_json_is_400(client: TestClient, content: bytes, code: str, wo
 @pytest.mark.parametrize("content", [b"[]", b'"text"', b"3", b"null"])
 def test_json_that_is_no_object_is_422(client: TestClient, content: bytes) -> None:
     assert_error(post(client, content), 422, "invalid_value", "JSON object")
+
+
+@pytest.mark.parametrize("pair", [(b"[", b"]"), (b'{"a":', b"}")])
+def test_deep_values_in_any_field_are_no_500(client: TestClient, pair: tuple[bytes, bytes]) -> None:
+    deep = pair[0] * 900 + b"1" + pair[1] * 900
+    for path, body, fields in OPTIONAL:
+        for name in (*body, *fields, "unknown"):
+            others = b"".join(
+                b"%s:%s," % (json.dumps(key).encode(), json.dumps(value).encode())
+                for key, value in body.items()
+                if key != name
+            )
+            response = post(client, b'{%s"%s": %s}' % (others, name.encode(), deep), path)
+            assert response.status_code in (200, 422), (path, name, response.text)
+    for field in (b"method", b"params", b"id", b"jsonrpc"):
+        others = b'"jsonrpc":"2.0","id":1,"method":"tools/call",'
+        response = post(client, b'{%s"%s": %s}' % (others, field, deep), "/mcp")
+        assert response.status_code in (400, 404), field
+    call = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"search","arguments":%s}}'
+    assert post(client, call % deep, "/mcp").json()["result"]["isError"] is True
+    assert post(client, call.replace(b'"search"', deep) % b"{}", "/mcp").status_code == 400
+
+
+def test_token_ids_may_have_a_point(client: TestClient, engine: DummyEngine) -> None:
+    assert post(client, b'{"input": [[5.0, 6], [7]]}', "/v1/embeddings").status_code == 200
+    assert post(client, b'{"input": [5.0, 6e0]}', "/v1/embeddings").status_code == 200
+    assert [call.token_ids for call in engine.calls] == [[[5, 6], [7]], [[5, 6]]]
+    assert post(client, b'{"input": [5.5]}', "/v1/embeddings").status_code == 422
 
 
 def test_a_mark_of_utf_8_is_dropped(client: TestClient, engine: DummyEngine) -> None:
@@ -1294,3 +1324,24 @@ def test_openapi_holds_the_limits_and_what_excludes_what(engine: DummyEngine) ->
     assert search["additionalProperties"] is False
     assert [branch["required"] for branch in search["oneOf"]] == [["query"], ["queries"]]
     assert "additionalProperties" not in schemas["EmbeddingsRequest"]
+
+
+def test_the_interface_imports_neither_ray_nor_models() -> None:
+    """So that it can be tested and imported without them; static, for this process may have them."""
+    from raytower.serving import http
+
+    folder = Path(http.__file__).parent
+    imported = {
+        name.split(".")[0]
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert {"raytower", "starlette", "uvicorn"} <= imported
+    assert not imported & {"ray", "torch", "faiss", "transformers", "lance", "fastapi"}

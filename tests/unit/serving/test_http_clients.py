@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -185,7 +186,7 @@ def test_litellm_infinity_at_the_root(engine: DummyEngine, url: str, litellm: An
 )
 def test_litellm_embedding(engine: DummyEngine, url: str, litellm: Any, provider: str, path: str) -> None:
     # Without its task LiteLLM asks the hub for it.
-    task = {"input_type": "sentence-similarity"} if provider == "huggingface" else {}
+    task = {"input_type": "feature-extraction"} if provider == "huggingface" else {}
     made = litellm.embedding(
         model=f"{provider}/m", input=["ab", "c"], api_base=url + path, api_key=KEY, **task
     )
@@ -301,3 +302,40 @@ def test_java_s_own_client(engine: DummyEngine, url: str, tmp_path: Path) -> Non
         pytest.skip("needs Java's compiler")
     assert ran.stdout == "200", ran.stderr
     assert engine.calls[0].queries == ["who pays"]
+
+
+def _raw(url: str, data: bytes) -> bytes:
+    """What comes back for bytes as they are, until the server closes."""
+    got = b""
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(65536):
+                got += chunk
+    return got
+
+
+def test_10_mb_are_refused_with_and_without_a_length(engine: DummyEngine, url: str) -> None:
+    for head in (
+        HEAD + b"Content-Length: 10485760\r\n\r\n" + b" " * 1000,
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"100000\r\n%s\r\n" % (b" " * 0x100000) * 10,
+    ):
+        assert b" 413 " in _raw(url, head).split(b"\r\n")[0]
+    assert engine.calls == []
+
+
+def test_half_a_body_leaves_the_server_well(engine: DummyEngine, url: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as connection:
+        connection.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"query": ')
+    closing = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+    assert _raw(url, closing).startswith(b"HTTP/1.1 200 ")
+    assert len(engine.calls) == 1
+
+
+def test_head_over_the_wire_has_no_body(url: str) -> None:
+    said = _raw(url, b"HEAD /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"content-length: " in head.lower()
+    assert body == b""

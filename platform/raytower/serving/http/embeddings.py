@@ -55,9 +55,13 @@ _COHERE_ROLES: dict[str, Role] = {"search_query": "query", "search_document": "d
 
 def _whole_ids(given: Any) -> Any:
     """Token ids that were written with a point, as whole numbers."""
-    if not isinstance(given, list) or not {decimal.Decimal, list} & set(map(type, given)):
+    if not isinstance(given, list):
         return given
-    return [_whole_ids(item) if isinstance(item, list) else whole(item) for item in given]
+    return [_whole_list(item) if isinstance(item, list) else item for item in _whole_list(given)]
+
+
+def _whole_list(items: list[Any]) -> list[Any]:
+    return list(map(whole, items)) if decimal.Decimal in set(map(type, items)) else items
 
 
 class EmbeddingsRequest(ClientRequest):

@@ -157,7 +157,10 @@ def characters_of_tokens(token_ids: Sequence[Sequence[int]]) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: huge numbers and long texts shortened."""
+    """A value in a message: huge numbers and long texts shortened, lists and objects by their kind."""
+    if isinstance(value, (list, dict)):
+        # Their text may be nested too deeply to be written.
+        return "a list" if isinstance(value, list) else "an object"
     if isinstance(value, int) and abs(value) >= 10**_SHOWN_CHARACTERS:
         value = decimal.Decimal(value)
     if isinstance(value, decimal.Decimal) and value.is_finite() and value.adjusted() >= _SHOWN_CHARACTERS:
