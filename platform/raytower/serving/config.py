@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from raytower.config import Config, FractionField
+from raytower.errors import InputError
+from raytower.models.compute import EngineChoice, EngineDtype, check_compute
 from raytower.serving.access_log import AccessLogConfig
 from raytower.serving.calls import DEFAULT_COLLECTION
 from raytower.serving.http_config import HttpConfig
@@ -52,9 +54,9 @@ class CollectionConfig(Config):
     """Weight of the rerank score beside the recall score; null is the one stored with the reranker."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own prompt."""
-    engine: Literal["torch", "onnx", "auto"] = "torch"
+    engine: EngineChoice = "torch"
     """What runs the models' forward passes; auto times those that compute in dtype, and takes the faster."""
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    dtype: EngineDtype = "float32"
     """Precision of the models' forward passes."""
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of a text; null is the encoder's own limit."""
@@ -69,6 +71,14 @@ class CollectionConfig(Config):
                 f"engine is what the models compute with; what the server runs on is `server: {value}`"
             )
         return value
+
+    @model_validator(mode="after")
+    def _check_compute(self) -> Self:
+        try:
+            check_compute(self.engine, self.dtype)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     def settings(self) -> dict[str, Any]:
         """The collection's keys alone, as JSON."""

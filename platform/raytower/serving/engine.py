@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.labels import count_votes, label_of, rank_labels
 from raytower.errors import InputError
 from raytower.index.table import TEXT, Document
@@ -41,6 +42,7 @@ from raytower.serving.calls import (
 from raytower.serving.costs import Admission, Ticket
 from raytower.serving.errors import (
     NotConfiguredError,
+    NotFiniteError,
     NotFoundError,
     NotReadyError,
     OutOfTimeError,
@@ -479,14 +481,12 @@ def _hits(
 
 def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cosines (N,) of vectors (N, D) with vectors (N, D)."""
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    if (norms == 0).any():
-        number = int(np.flatnonzero(norms == 0)[0])
-        raise UnprocessableError(
-            f"pairs.{number}: the vector of one of its texts is zero, which has no cosine with anything"
-        )
-    scores: NDArray[np.float32] = np.einsum("nd,nd->n", first, second) / norms
-    return scores
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise NotFiniteError("the encoder gave a vector that holds NaN or infinity; its weights are damaged")
+    try:
+        return pair_cosines(first, second).astype(np.float32)
+    except InputError as error:
+        raise UnprocessableError(str(error)) from error
 
 
 async def _by_classifier(

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from raytower.models.compute import EngineChoice, EngineDtype
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -32,8 +34,8 @@ class FusionEntry(_Document):
 class ComputeEntry(_Document):
     """How the models compute. None of a length is the model's own limit."""
 
-    engine: Literal["torch", "onnx", "auto"] = "torch"
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    engine: EngineChoice = "torch"
+    dtype: EngineDtype = "float32"
     max_length: int | None = None
     rerank_max_length: int | None = None
 

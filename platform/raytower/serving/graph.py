@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -102,7 +102,7 @@ def build_application(
 
 
 def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serve.Deployment:
-    deployment: serve.Deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         cls,
         name=name,
         graceful_shutdown_wait_loop_s=0.5,
@@ -114,7 +114,7 @@ def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serv
         max_surge_percent=100,
         logging_config=QUIET,
     )
-    return deployment
+    return cast("serve.Deployment", deployment)
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
@@ -225,7 +225,9 @@ class _Replica:
 class RerankerReplica(_Replica):
     """The rerankers of all generations that are served or prepared."""
 
-    async def __init__(self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle
+    ) -> None:
         keep_replica_local()
         from raytower.serving.forwards import Forwards
         from raytower.serving.models import ModelPool
@@ -245,7 +247,9 @@ class RerankerReplica(_Replica):
 class ShardReplica(_Replica):
     """One group of shards of all generations that are served or prepared."""
 
-    async def __init__(self, origin: str, number: int, num_groups: int, conductor: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, origin: str, number: int, num_groups: int, conductor: DeploymentHandle
+    ) -> None:
         keep_replica_local()
         from raytower.serving.shards import ShardGroup
 
@@ -267,7 +271,8 @@ class _ServedApp:
         if scope["type"] == "lifespan":  # it begins before Serve tells which replica this is
             await _live(receive, send)
             return
-        app: AsgiApp = serve.get_replica_context().servable_object.served_app
+        servable: Any = serve.get_replica_context().servable_object
+        app: AsgiApp = servable.served_app
         await app(scope, receive, send)
 
 
@@ -282,7 +287,7 @@ async def _live(receive: Receive, send: Send) -> None:
 class Ingress(_Replica):
     """A replica of the HTTP ingress: one engine and the application over it."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         origin: str,
         settings: dict[str, Any],
@@ -299,16 +304,13 @@ class Ingress(_Replica):
         loop = asyncio.get_running_loop()
         open_parts = partial(
             PlacedParts,
-            reranker=reranker
-            and RerankerCalls(
-                describe=lambda id: _wait_for(loop, reranker.describe.remote(id)),
-                score=_async_call(reranker.score),
+            reranker=None
+            if reranker is None
+            else RerankerCalls(
+                describe=_blocking_call(loop, reranker.describe), score=_async_call(reranker.score)
             ),
             groups=[
-                GroupCalls(
-                    counts=lambda id, group=group: _wait_for(loop, group.counts.remote(id)),
-                    search=_async_call(group.search),
-                )
+                GroupCalls(counts=_blocking_call(loop, group.counts), search=_async_call(group.search))
                 for group in groups
             ],
             shard_timeout_ms=config.shard_timeout_ms,
@@ -385,10 +387,13 @@ def _async_call(method: Any) -> Callable[..., Awaitable[Any]]:
     return call
 
 
-def _wait_for(loop: asyncio.AbstractEventLoop, response: Any) -> Any:
-    """The answer of a handle's call, waited for in a thread; the loop is the replica's."""
+def _blocking_call(loop: asyncio.AbstractEventLoop, method: Any) -> Callable[..., Any]:
+    """A handle's call for threads, which wait for its answer; the loop is the replica's."""
 
-    async def wait() -> Any:
-        return await response
+    def call(*arguments: Any) -> Any:
+        async def wait() -> Any:
+            return await method.remote(*arguments)
 
-    return asyncio.run_coroutine_threadsafe(wait(), loop).result()
+        return asyncio.run_coroutine_threadsafe(wait(), loop).result()
+
+    return call

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
+from raytower.models.class_ranks import softmax
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
+from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.token_block import Ids, TokenBlock
@@ -120,9 +122,7 @@ class SharedEncoder(SharedModel):
         self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, pool: ThreadPoolExecutor
     ) -> None:
         encoder = Encoder.load(entry.uri)
-        engine = ForwardEngine(
-            encoder, engine=cast(Any, compute.engine), dtype=compute.dtype, max_length=compute.max_length
-        )
+        engine = ForwardEngine(encoder, max_length=compute.max_length, **_compute_settings(entry, compute))
         super().__init__(model_name(entry.uri), engine, forwards, pool)
         self.fingerprint = engine.fingerprint
         self.served = ServedModel(
@@ -165,9 +165,8 @@ class SharedScorer(SharedModel):
     def __init__(
         self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, pool: ThreadPoolExecutor
     ) -> None:
-        engine = CrossScorer(
-            CrossEncoder.load(entry.uri), dtype=cast(Any, compute.dtype), max_length=compute.rerank_max_length
-        )
+        model = CrossEncoder.load(entry.uri)
+        engine = CrossScorer(model, max_length=compute.rerank_max_length, **_compute_settings(entry, compute))
         super().__init__(model_name(entry.uri), engine, forwards, pool)
         self.fingerprint = engine.fingerprint
         self.served = ServedModel(name=model_name(entry.uri), max_length=engine.max_length)
@@ -231,7 +230,7 @@ class SharedClassifier(SharedModel):
     def __init__(
         self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, pool: ThreadPoolExecutor
     ) -> None:
-        engine = ClassifierEngine(TextClassifier.load(entry.uri), dtype=cast(Any, compute.dtype))
+        engine = ClassifierEngine(TextClassifier.load(entry.uri), **_compute_settings(entry, compute))
         super().__init__(model_name(entry.uri), engine, forwards, pool)
         self.fingerprint = engine.fingerprint
         self.served = ServedModel(
@@ -248,8 +247,7 @@ class SharedClassifier(SharedModel):
             return engine.model.tokenise([[texts[row] for row in rows]], length)
 
         logits, counts = await self._compute(tokenise_rows, [len(text) for text in texts], lane, deadline)
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True)) if len(logits) else logits
-        return powers / powers.sum(axis=1, keepdims=True), counts
+        return softmax(logits), counts
 
 
 class ModelPool:
@@ -292,6 +290,12 @@ class ModelPool:
                     )
                 self._loaded[key] = known
             return cast(_ModelT, known)
+
+
+def _compute_settings(entry: ModelEntry, compute: ComputeEntry) -> dict[str, Any]:
+    """What every engine is told of how to compute."""
+    directory = graph_directory(entry.uri, compute.engine)
+    return {"engine": compute.engine, "dtype": compute.dtype, "directory": directory}
 
 
 def model_name(uri: str) -> str:

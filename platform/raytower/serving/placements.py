@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 from raytower.errors import FormatError, RaytowerError
@@ -130,9 +131,7 @@ class PlacedParts:
             return self._local.recall(generation)
         counts: dict[int, int] = {}
         for number, group in enumerate(self._groups):
-            counts.update(
-                self._once_prepared(lambda group=group: group.counts(generation.id), f"shard group {number}")
-            )
+            counts.update(self._once_prepared(partial(group.counts, generation.id), f"shard group {number}"))
         place = Location.of(generation.index)
         index = Index(manifest, DocumentTable.open(place, manifest.table_version), [])
         return RemoteRecall(

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytower.index.json_values import json_rows
 from raytower.index.reader import Index
-from raytower.index.table import ID, TEXT, Document
+from raytower.index.table import ID, Document, documents_of
 from raytower.serving.parts import Recalled, Vectors
 from raytower.serving.work import Deadline
 
@@ -88,7 +87,7 @@ class LocalRecall:
             for row, document in zip(missing.tolist(), documents_of(table), strict=True):
                 found[row] = document
                 self._kept.put(row, wanted, document, size)
-        return [document for row in rows.tolist() if (document := found[row]) is not None]
+        return [kept for row in rows.tolist() if (kept := found[row]) is not None]
 
     async def find(self, id: str, deadline: Deadline) -> Document | None:
         """The document with an id."""
@@ -113,9 +112,3 @@ class LocalRecall:
             return await asyncio.wait_for(waiting, deadline.remaining_s())
         except TimeoutError:
             raise deadline.exceeded() from None
-
-
-def documents_of(table: pa.Table | pa.RecordBatch) -> list[Document]:
-    """The rows of a table with a column `id`, perhaps `text`, and others as metadata."""
-    values = json_rows(table)
-    return [Document(value.pop(ID), value.pop(TEXT, None) or "", value) for value in values]

@@ -379,7 +379,7 @@ def test_similarity_is_the_cosine_and_a_zero_vector_has_none() -> None:
         answer = await engine.similarity("default", call, Deadline.after(LATER))
         assert answer.scores.tolist() == pytest.approx([0.8, 0.6])
         call = SimilarityCall(pairs=[("east", "north"), ("nowhere", "north")])
-        with pytest.raises(UnprocessableError, match=r"pairs\.1"):
+        with pytest.raises(UnprocessableError, match=r"pairs\[1\]"):
             await engine.similarity("default", call, Deadline.after(LATER))
 
     asyncio.run(run())

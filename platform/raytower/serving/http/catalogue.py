@@ -284,7 +284,7 @@ async def metrics(exchange: Exchange) -> HttpAnswer:
     """Metrics for Prometheus."""
     if exchange.parts.metrics is None:
         raise NotConfiguredError("this server keeps no metrics")
-    body, content_type = exchange.parts.metrics.render()
+    body, content_type = await asyncio.to_thread(exchange.parts.metrics.render)
     return HttpAnswer(body, content_type=content_type)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -227,6 +228,10 @@ class CohereEmbedResponse(BaseModel):
     meta: dict[str, Any]
 
 
+def _converted(convert: Callable[[NDArray[np.float32]], Any], _: int, vector: NDArray[np.float32]) -> Any:
+    return convert(vector)
+
+
 async def cohere_embed(exchange: Exchange, version: str = "2") -> HttpAnswer:
     """Vectors of texts, in Cohere's shape."""
     request = exchange.read(CohereEmbedRequest)
@@ -247,7 +252,7 @@ async def cohere_embed(exchange: Exchange, version: str = "2") -> HttpAnswer:
         for number, (kind, convert) in enumerate(by_type.items()):
             yield (b"," if number else b"") + (b"" if bare else dump(kind) + b":")
             yield b"["
-            yield from _vectors(vectors, lambda _, vector, convert=convert: convert(vector))
+            yield from _vectors(vectors, partial(_converted, convert))
             yield b"]"
         yield (b"," if bare else b"},") + dump(facts)[1:]
 
