@@ -281,7 +281,7 @@ def test_mcp_refuses_pages_of_other_sites() -> None:
         for origin in (None, "http://localhost", "http://localhost:3000", "https://app.example"):
             headers = {} if origin is None else {"origin": origin}
             assert client.post("/mcp", json=ping, headers=headers).status_code == 200
-        for origin in ("https://evil.example", "null.evil.example"):
+        for origin in ("https://evil.example", "null.evil.example", "//[.x", "https://[::1.evil.example"):
             assert_error(client.post("/mcp", json=ping, headers={"origin": origin}), 403, "forbidden")
 
 

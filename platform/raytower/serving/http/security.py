@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -163,7 +162,7 @@ class Doorkeeper:
         """Refuse a page of another site, as MCP asks servers to. Raises ForbiddenError."""
         if not origin or origin.lower() in self._origins or "*" in self._origins:
             return
-        name = (urlsplit(origin).netloc if "//" in origin else origin).lower()
+        name = origin.partition("//")[2].lower() or origin.lower()
         if name == host.lower() or self._knows(name):
             return
         raise ForbiddenError(f"pages of {origin[:80]!r} may not ask here; name it in security.cors_origins")
