@@ -13,8 +13,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -102,7 +102,6 @@ def build_application(
 
 def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serve.Deployment:
     deployment: serve.Deployment = serve.deployment(
-        cls,
         name=name,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=config.limits.max_timeout_ms / 1000 + _SHUTDOWN_SPARE_S,
@@ -112,7 +111,7 @@ def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serv
         # Replicas of another config come before those that they replace go.
         max_surge_percent=100,
         logging_config=QUIET,
-    )
+    )(cls)
     return deployment
 
 
@@ -224,7 +223,9 @@ class _Replica:
 class RerankerReplica(_Replica):
     """The rerankers of all generations that are served or prepared."""
 
-    async def __init__(self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle
+    ) -> None:
         keep_replica_local()
         from raytower.serving.forwards import Forwards
         from raytower.serving.models import ModelPool
@@ -266,8 +267,8 @@ class _ServedApp:
         if scope["type"] == "lifespan":  # it begins before Serve tells which replica this is
             await _live(receive, send)
             return
-        app: AsgiApp = serve.get_replica_context().servable_object.served_app
-        await app(scope, receive, send)
+        ingress = cast(Ingress, serve.get_replica_context().servable_object)
+        await ingress.served_app(scope, receive, send)
 
 
 async def _live(receive: Receive, send: Send) -> None:
@@ -281,7 +282,7 @@ async def _live(receive: Receive, send: Send) -> None:
 class Ingress(_Replica):
     """A replica of the HTTP ingress: one engine and the application over it."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self,
         origin: str,
         settings: dict[str, Any],
@@ -297,19 +298,15 @@ class Ingress(_Replica):
         from raytower.serving.placements import GroupCalls, PlacedParts, RerankerCalls
 
         config = ServeConfig.model_validate(settings)
-        loop = asyncio.get_running_loop()
         parts = PlacedParts(
             ModelPool(Forwards()),
-            reranker=reranker
-            and RerankerCalls(
-                describe=lambda id: _wait_for(loop, reranker.describe.remote(id)),
-                score=_async_call(reranker.score),
-            ),
+            reranker=RerankerCalls(
+                describe=_blocking_call(reranker.describe), score=_async_call(reranker.score)
+            )
+            if reranker
+            else None,
             groups=[
-                GroupCalls(
-                    counts=lambda id, group=group: _wait_for(loop, group.counts.remote(id)),
-                    search=_async_call(group.search),
-                )
+                GroupCalls(counts=_blocking_call(group.counts), search=_async_call(group.search))
                 for group in groups
             ],
             shard_timeout_ms=config.shard_timeout_ms,
@@ -318,8 +315,7 @@ class Ingress(_Replica):
         )
         self._engine = make_engine(config, parts)
         self._prefix = config.route_prefix.encode()
-        app = make_app(config, self._engine, keys, HandleControl(conductor))
-        self._app = app
+        self._app: AsgiApp = make_app(config, self._engine, keys, HandleControl(conductor))
         self._join(origin, INGRESS, EngineHolder(self._engine), conductor)
         await self._member.ready()
 
@@ -369,7 +365,7 @@ def answer_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _async_call(method: Any) -> Callable[..., Awaitable[Any]]:
+def _async_call(method: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
     async def call(*arguments: Any) -> Any:
         response = method.remote(*arguments)
         try:
@@ -381,10 +377,12 @@ def _async_call(method: Any) -> Callable[..., Awaitable[Any]]:
     return call
 
 
-def _wait_for(loop: asyncio.AbstractEventLoop, response: Any) -> Any:
-    """The answer of a handle's call, waited for in a thread; the loop is the replica's."""
+def _blocking_call(method: Any) -> Callable[..., Any]:
+    """A handle's call for threads beside the loop that this is made on."""
+    loop = asyncio.get_running_loop()
+    call = _async_call(method)
 
-    async def wait() -> Any:
-        return await response
+    def wait(*arguments: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(call(*arguments), loop).result()
 
-    return asyncio.run_coroutine_threadsafe(wait(), loop).result()
+    return wait

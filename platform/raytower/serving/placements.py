@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 from raytower.errors import FormatError, RaytowerError
@@ -130,9 +131,7 @@ class PlacedParts:
             return self._local.recall(generation)
         counts: dict[int, int] = {}
         for number, group in enumerate(self._groups):
-            counts.update(
-                self._once_prepared(lambda group=group: group.counts(generation.id), f"shard group {number}")
-            )
+            counts.update(self._once_prepared(partial(group.counts, generation.id), f"shard group {number}"))
         place = Location.of(generation.index)
         index = Index(manifest, DocumentTable.open(place, manifest.table_version), [])
         return RemoteRecall(
@@ -147,8 +146,7 @@ class PlacedParts:
     def _scorer(self, generation: Generation) -> PairModel | None:
         if self._reranker is None or generation.reranker is None:
             return self._models.scorer(generation)
-        describe = self._reranker.describe
-        served = self._once_prepared(lambda: describe(generation.id), "the reranker")
+        served = self._once_prepared(partial(self._reranker.describe, generation.id), "the reranker")
         if served is None:
             raise RaytowerError("the reranker's process holds no reranker for this generation")
         return RemoteScorer(generation.id, served, self._reranker.score)
