@@ -245,7 +245,9 @@ class RerankerReplica(_Replica):
 class ShardReplica(_Replica):
     """One group of shards of all generations that are served or prepared."""
 
-    async def __init__(self, origin: str, number: int, num_groups: int, conductor: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, origin: str, number: int, num_groups: int, conductor: DeploymentHandle
+    ) -> None:
         keep_replica_local()
         from raytower.serving.shards import ShardGroup
 
