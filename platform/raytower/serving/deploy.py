@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import threading
@@ -47,6 +48,8 @@ _POLL_S = 0.2
 # Looked at so often: whether the application is still there.
 _WATCH_S = 2.0
 _STATUS_TIMEOUT_S = 10.0
+# Left alone, Serve kills a proxy that has not started within 15 seconds, which a busy machine needs for its imports.
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 _ANY_ADDRESS = ("0.0.0.0", "::")
 Result = TypeVar("Result")
 
@@ -75,6 +78,8 @@ def start(config: ServeConfig) -> Server:
     """
     if not (joins_cluster() or ray.is_initialized()):  # a cluster's Serve may hold the port already
         config = config.model_copy(update={"port": check_port(config.host, config.port)})
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
     active, keys = check_start(config)
     application = build_application(config, active, keys)
     secret = [name for name in (config.security.key_env, config.security.admin_key_env) if name]

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from raytower.index.hits import Hits
 from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
-from raytower.serving.door import REPLICA_HEADER, AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.door import REPLICA_HEADER, Message, Receive, Scope, Send, refuse
 from raytower.serving.keys import StoredKey
 from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
@@ -102,8 +102,7 @@ def build_application(
 
 
 def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serve.Deployment:
-    deployment: Any = serve.deployment(
-        cls,
+    deployment: serve.Deployment = serve.deployment(
         name=name,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=config.limits.max_timeout_ms / 1000 + _SHUTDOWN_SPARE_S,
@@ -113,8 +112,8 @@ def _deployment(config: ServeConfig, name: str, cls: Callable[..., Any]) -> serv
         # Replicas of another config come before those that they replace go.
         max_surge_percent=100,
         logging_config=QUIET,
-    )
-    return cast("serve.Deployment", deployment)
+    )(cls)
+    return deployment
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
@@ -271,9 +270,8 @@ class _ServedApp:
         if scope["type"] == "lifespan":  # it begins before Serve tells which replica this is
             await _live(receive, send)
             return
-        servable: Any = serve.get_replica_context().servable_object
-        app: AsgiApp = servable.served_app
-        await app(scope, receive, send)
+        ingress = cast(Ingress, serve.get_replica_context().servable_object)
+        await ingress.served_app(scope, receive, send)
 
 
 async def _live(receive: Receive, send: Send) -> None:
@@ -375,7 +373,7 @@ def answer_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _async_call(method: Any) -> Callable[..., Awaitable[Any]]:
+def _async_call(method: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
     async def call(*arguments: Any) -> Any:
         response = method.remote(*arguments)
         try:

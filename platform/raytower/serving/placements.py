@@ -146,8 +146,7 @@ class PlacedParts:
     def _scorer(self, generation: Generation) -> PairModel | None:
         if self._reranker is None or generation.reranker is None:
             return self._models.scorer(generation)
-        describe = self._reranker.describe
-        served = self._once_prepared(lambda: describe(generation.id), "the reranker")
+        served = self._once_prepared(partial(self._reranker.describe, generation.id), "the reranker")
         if served is None:
             raise RaytowerError("the reranker's process holds no reranker for this generation")
         return RemoteScorer(generation.id, served, self._reranker.score)
