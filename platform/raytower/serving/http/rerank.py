@@ -27,7 +27,7 @@ from raytower.serving.http.requests import (
 from raytower.serving.http.search import Usage
 from raytower.serving.http_config import Limits
 
-_EXCLUSIVE = [
+_EXCLUSIVE: list[Any] = [
     {"required": ["documents"], "properties": {"texts": {"type": "null"}}},
     {"required": ["texts"], "properties": {"texts": {"type": "array"}, "documents": {"type": "null"}}},
 ]

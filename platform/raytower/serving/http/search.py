@@ -45,7 +45,7 @@ _MOST_EXPONENT = 400
 # Each filter inside another takes two; the index takes 16 of them.
 _MOST_LEVELS = 64
 _HIT_BYTES = 200
-_EXCLUSIVE = [
+_EXCLUSIVE: list[Any] = [
     {
         "required": ["query"],
         "properties": {"query": {"type": "string"}, "queries": {"type": "null"}},
