@@ -1343,5 +1343,5 @@ def test_the_interface_imports_neither_ray_nor_models() -> None:
             else []
         )
     }
-    assert {"raytower", "starlette", "uvicorn"} <= imported
+    assert {"raytower", "starlette"} <= imported
     assert not imported & {"ray", "torch", "faiss", "transformers", "lance", "fastapi"}
