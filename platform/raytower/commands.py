@@ -233,7 +233,7 @@ COMMANDS: dict[str, Command] = {
         render="raytower.serving.plan:render_serve_file",
         always_rendered=True,
         positions=("index",),
-        example="runs/index --replicas 2 > serve.yaml",
+        example="runs/index --replicas 2",
     ),
     "serve reload": Command(
         "move a running server to a newer index version, or to other models, without a failed request",

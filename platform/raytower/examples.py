@@ -185,6 +185,10 @@ EXAMPLES: dict[str, Example] = {
         },
         "Loopback unless told otherwise; set api_key_env before opening it to others.",
     ),
+    "serve file": Example({"index": "runs/index", "replicas": 2}),
+    "serve reload": Example({"url": "http://127.0.0.1:8000"}),
+    "serve rollback": Example({"url": "http://127.0.0.1:8000"}),
+    "serve status": Example({"url": "http://127.0.0.1:8000"}),
     "pipeline": Example(
         {
             "state": "runs/pipeline.json",

@@ -82,14 +82,16 @@ def _add_commands(
     place: argparse._SubParsersAction[argparse.ArgumentParser],
     options: Callable[[Command], list[argparse.ArgumentParser]],
 ) -> None:
-    """Every command with its options; groups such as `index` are commands of commands."""
+    """Every command with its options; groups such as `index` are commands of commands, and `serve` is both."""
+    parsers: dict[str, argparse.ArgumentParser] = {}
     groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
     for name, command in COMMANDS.items():
         *group, last = name.split(" ")
         if group and group[0] not in groups:
-            groups[group[0]] = place.add_parser(group[0], help=f"{group[0]} commands").add_subparsers()
+            parser = parsers.get(group[0]) or place.add_parser(group[0], help=f"{group[0]} commands")
+            groups[group[0]] = parser.add_subparsers()
         where = groups[group[0]] if group else place
-        where.add_parser(last, help=command.help, parents=options(command), add_help=False)
+        parsers[name] = where.add_parser(last, help=command.help, parents=options(command), add_help=False)
 
 
 def _completed_parser(command: Command) -> argparse.ArgumentParser:

@@ -245,7 +245,7 @@ class TestArguments:
         (tmp_path / "c.yaml").write_text(file)
         with pytest.raises(InputError) as raised:
             load_config(Example, tmp_path / "c.yaml", above)
-        assert str(raised.value).startswith(message.replace("FILE", str(tmp_path / "c.yaml")))
+        assert str(raised.value).startswith(message.replace("FILE", f"config file '{tmp_path / 'c.yaml'}'"))
 
     @pytest.mark.parametrize("below", ["ranked", {"name": "ranked", "depth": 9}])
     def test_what_a_file_chose_stays_chosen(self, below: object, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ class TestArguments:
 
     def test_a_config_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_bytes("text: 中文".encode("gbk"))
-        with pytest.raises(InputError, match="is not UTF-8"):
+        with pytest.raises(InputError, match="not UTF-8"):
             load_config(Example, tmp_path / "c.yaml")
 
 

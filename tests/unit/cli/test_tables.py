@@ -79,6 +79,7 @@ def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) 
             "recall_stage": None,
             "output": evil,
         },
+        "raytower.serving.plan:render_serve_file": {"import_path": evil},
         "raytower.cli.tables:render_tuning": {"weight": 0.0, "curve": [point], "reranker": evil},
     }
     assert results.keys() == {command.render for command in COMMANDS.values() if command.render}

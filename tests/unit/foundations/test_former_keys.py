@@ -62,7 +62,7 @@ def test_a_former_key_is_refused_with_its_name_of_now(
     file.write_text(yaml.safe_dump(nested(old, 8)))
     with pytest.raises(InputError) as raised:
         load_config(config_of(command), file)
-    assert str(raised.value) == f"{file}: {message}"
+    assert str(raised.value) == f"config file '{file}': {message}"
     # The name of now is known: what is missing besides is another message.
     with pytest.raises(InputError) as raised:
         load_config(config_of(command), None, {new: "null"})

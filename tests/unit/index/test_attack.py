@@ -26,6 +26,7 @@ from raytower.index.change_config import (
 from raytower.index.collect import collect_garbage
 from raytower.index.compact import compact_index
 from raytower.index.config import IndexCompactConfig
+from raytower.index.json_values import json_values
 from raytower.index.manage import index_rollback
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
@@ -128,7 +129,7 @@ class TestAttack:
         build(index, _embeddings(tmp_path, "a", 2, odd=held))
         with pytest.raises(InputError, match=f"column 'odd' is {types}"):
             add_to_index(IndexAddConfig(index=index, embeddings=_embeddings(tmp_path, "b", 2, odd=added)))
-        assert [document.metadata["odd"] for document in _documents(index)] == held.to_pylist()
+        assert [document.metadata["odd"] for document in _documents(index)] == json_values(held)
 
     def test_the_copy_that_widens_a_column_takes_no_name_of_another(self, tmp_path: Path) -> None:
         index = str(tmp_path / "index")

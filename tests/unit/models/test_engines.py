@@ -212,7 +212,7 @@ class TestExport:
         ("key", "kind", "message"),
         [
             ("encoder", "reranker", "is a BertForSequenceClassification, a reranker or a classifier"),
-            ("encoder", "classifier", "give this one as reranker or classifier"),
+            ("encoder", "classifier", "a reranker or a classifier; as an encoder"),
             ("reranker", "encoder", "it is no reranker"),
             ("reranker", "classifier", "has 3 labels; a reranker has 1 logit or 2 classes"),
             ("classifier", "encoder", "it is no classifier"),

@@ -229,7 +229,7 @@ class TestJob:
         assert written[0] == "text\tlabel\tscore"
         for text, row, line in zip(texts, peer, written[1:], strict=True):
             first, label, score = line.split("\t")
-            assert (first, label) == (text, row[0]["label"].replace("##", ","))
+            assert (first, label) == (text, row[0]["label"])
             assert float(score) == pytest.approx(row[0]["score"], abs=1e-5)
         assert (result["rows"], result["mode"], result["labels_missing"]) == (5, "classifier", 1)
         assert (result["accuracy"], result["hit@5"]) == (pytest.approx(2 / 5), pytest.approx(4 / 5))
@@ -253,7 +253,7 @@ class TestJob:
         row = json.loads(written[0])
         (peer,) = peer_scores(classifier_dir, [TEXTS[3]])
         assert [label for label, _ in row["labels"]] == [
-            item["label"].replace("##", ",") for item in peer[:2]
+            item["label"] for item in peer[:2]
         ]
         assert [p for _, p in row["labels"]] == pytest.approx([item["score"] for item in peer[:2]], abs=1e-5)
         assert (row["label"], row["expected"]) == (row["labels"][0][0], "sports")

@@ -67,7 +67,15 @@ def test_an_open_address_needs_a_key_or_the_word_for_it(monkeypatch: pytest.Monk
     # printf sesame | sha256sum
     digest = "d0c04f4b1951e4aeaaec8223ed2039e542f3aae805a6fa7f6d794e5afff5d272"
     keys = keys_of(config(index="a", host="0.0.0.0", api_key_env="SERVE_TEST_KEY"))
-    assert keys == [{"name": "SERVE_TEST_KEY", "sha256": digest, "admin": False}]
+    assert keys == [
+        {
+            "name": "SERVE_TEST_KEY",
+            "sha256": digest,
+            "admin": False,
+            "requests_per_second": None,
+            "max_in_flight": None,
+        }
+    ]
     monkeypatch.setenv("SERVE_TEST_KEY", " ")
     with pytest.raises(InputError, match=r"SERVE_TEST_KEY.*unset or empty"):
         keys_of(config(index="a", api_key_env="SERVE_TEST_KEY"))

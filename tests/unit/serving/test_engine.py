@@ -396,8 +396,8 @@ def test_classification_by_classifier_by_labels_and_by_votes() -> None:
         assert found[None] == found["classifier"]
         assert found["classifier"] == ("classifier", "sorter", [[("C", 0.75)]])
         assert found["labels"][:2] == ("labels", "compass")
-        assert found["labels"][2] == [[(answer_label, 1.0) for answer_label in ("x,y",)]]
-        assert found["votes"][2] == [[("x,y", pytest.approx(1.0))]]
+        assert found["labels"][2] == [[(answer_label, 1.0) for answer_label in ("x##y",)]]
+        assert found["votes"][2] == [[("x##y", pytest.approx(1.0))]]
 
     asyncio.run(run())
 

@@ -20,7 +20,7 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall
-from raytower.serving.config import ServeConfig
+from raytower.serving.config import CollectionConfig
 from raytower.serving.engine import SearchEngine
 from raytower.serving.errors import UnprocessableError
 from raytower.serving.forwards import Forwards, Lane
@@ -66,7 +66,7 @@ def engine_over(forwards: Forwards) -> SearchEngine:
 
 
 async def serve(engine: SearchEngine, index: Path, version: str, **values: Any) -> str:
-    generation = generation_of(ServeConfig(index=str(index), **values), version)
+    generation = generation_of("default", CollectionConfig(index=str(index), **values), version)
     await engine.prepare(generation)
     engine.activate(generation.id)
     return generation.id
@@ -161,8 +161,8 @@ def test_a_model_is_loaded_once_for_all_generations_and_goes_with_the_last(
     index: Path, dummy_encoder_dir: Path, dummy_reranker_dir: Path, forwards: Forwards
 ) -> None:
     models = ModelPool(forwards)
-    config = ServeConfig(index=str(index), reranker=str(dummy_reranker_dir))
-    first, second = (generation_of(config, version) for version in ("000001", "000002"))
+    config = CollectionConfig(index=str(index), reranker=str(dummy_reranker_dir))
+    first, second = (generation_of("default", config, version) for version in ("000001", "000002"))
     encoder, scorer = models.encoder(first), models.scorer(first)
     assert models.encoder(second) is encoder
     assert models.scorer(second) is scorer
@@ -173,7 +173,7 @@ def test_a_model_is_loaded_once_for_all_generations_and_goes_with_the_last(
 
 
 def test_weights_that_changed_under_a_generation_are_refused(index: Path, forwards: Forwards) -> None:
-    generation = generation_of(ServeConfig(index=str(index)), "000001")
+    generation = generation_of("default", CollectionConfig(index=str(index)), "000001")
     changed = generation.model_copy(
         update={"encoder": ModelEntry(uri=generation.encoder.uri, fingerprint="other")}
     )
@@ -182,14 +182,14 @@ def test_weights_that_changed_under_a_generation_are_refused(index: Path, forwar
 
 
 def test_an_index_version_built_anew_under_its_name_is_refused(index: Path, forwards: Forwards) -> None:
-    generation = generation_of(ServeConfig(index=str(index)), "000001")
+    generation = generation_of("default", CollectionConfig(index=str(index)), "000001")
     with pytest.raises(FormatError, match="built anew"):
         LocalParts(ModelPool(forwards))(generation.model_copy(update={"manifest_sha256": "0" * 64}))
 
 
 def test_an_index_of_another_encoder_is_refused_naming_both(index: Path, minilm_dir: Path) -> None:
     with pytest.raises(FormatError, match="fingerprint"):
-        generation_of(ServeConfig(index=str(index), encoder=str(minilm_dir)))
+        generation_of("default", CollectionConfig(index=str(index), encoder=str(minilm_dir)))
 
 
 def test_a_search_finds_each_text_by_itself(index: Path, forwards: Forwards) -> None:
