@@ -18,7 +18,6 @@ from raytower.serving.work import Deadline
 Role = Literal["query", "document"]
 Mode = Literal["dense", "lexical", "hybrid"]
 ClassifyMode = Literal["labels", "votes", "classifier"]
-DEFAULT_COLLECTION = "default"
 
 
 # --- calls ----------------------------------------------------------------------------------------------------

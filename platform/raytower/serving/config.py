@@ -13,7 +13,7 @@ from raytower.config import Config, FractionField
 from raytower.errors import InputError
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
 from raytower.serving.access_log import AccessLogConfig
-from raytower.serving.calls import DEFAULT_COLLECTION
+from raytower.serving.generation import DEFAULT_COLLECTION
 from raytower.serving.http_config import HttpConfig
 from raytower.serving.observe import ObserveConfig
 

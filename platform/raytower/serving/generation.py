@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 from raytower.models.compute import EngineChoice, EngineDtype
 
+# The collection of a server that was given one index.
+DEFAULT_COLLECTION = "default"
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
