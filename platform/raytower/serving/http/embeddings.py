@@ -40,6 +40,7 @@ from raytower.serving.http.requests import (
     whole,
 )
 from raytower.serving.http.search import Usage
+from raytower.serving.http.token_ids import with_texts
 from raytower.serving.http_config import Limits
 
 Vectors = NDArray[np.float32]
@@ -169,7 +170,9 @@ class EmbeddingsResponse(BaseModel):
 async def embeddings(exchange: Exchange) -> HttpAnswer:
     """Vectors of texts, in OpenAI's shape."""
     request = exchange.read(EmbeddingsRequest)
-    answer = await _embed(exchange, request.call(), request.timeout_ms)
+    answer = await _embed(
+        exchange, await with_texts(request.call(), exchange.config.token_ids), request.timeout_ms
+    )
     vectors = shorten(answer.vectors, request.dimensions, exchange.served().encoder.dimensions)
     as_text = request.encoding_format == "base64"
     facts = {
