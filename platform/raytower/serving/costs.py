@@ -19,6 +19,8 @@ _SECONDS_PER_PASS = 2e-3
 _FORGETTING = 0.05
 # Beyond so many times its prediction a pass says more of the machine's other work than of the model.
 _STALLED = 5.0
+# So few requests are no overload, however long a machine takes for them.
+_FEW = 4
 
 
 class ForwardCost:
@@ -114,7 +116,8 @@ class Admission:
                 raise _overloaded(wait_s)
             # Dear requests may wait longer: nobody is surprised by twice what a request takes anyway.
             patience_s = max(self._max_wait_s, 2 * cost_s * self._factor)
-            if not alone and (expected_s > deadline.remaining_s() or (urgent and wait_s > patience_s)):
+            waits_long = urgent and wait_s > patience_s and self._requests >= _FEW
+            if not alone and (expected_s > deadline.remaining_s() or waits_long):
                 raise _overloaded(wait_s)
             self._requests += 1
             if urgent:
