@@ -91,8 +91,8 @@ class HttpConfig(Config):
     security: SecurityConfig = SecurityConfig()
     """Who may ask."""
     token_ids: TokenIds = "cl100k_base"
-    """What lists of token ids in embeddings requests are read as: OpenAI's clients send those of cl100k_base, which need
-    tiktoken; model takes them as ids of the encoder's own tokenizer."""
+    """What lists of token ids in embeddings requests are read as: OpenAI's clients send those of cl100k_base, which
+    need tiktoken; model takes them as ids of the encoder's own tokenizer."""
     page_title: str = Field(default="Search", min_length=1)
     """Title of the search page."""
 

@@ -19,8 +19,8 @@ _REMEDY = (
 async def with_texts(call: EmbedCall, token_ids: TokenIds) -> EmbedCall:
     """The call with the texts that its ids stand for, unless they are the model's own.
 
-    Clients of OpenAI count tokens by tiktoken before they ask, and send what they counted: ids of `cl100k_base`. Read as
-    ids of another tokenizer they would give the vectors of other texts, without a word.
+    Clients of OpenAI count tokens by tiktoken before they ask, and send what they counted: ids of `cl100k_base`. Read
+    as ids of another tokenizer they would give the vectors of other texts, without a word.
 
     Raises:
         UnprocessableError: ids that the encoding does not have, or no tiktoken or vocabulary of it on this server.
