@@ -166,6 +166,8 @@ class ServeConfig(HttpConfig, CollectionConfig):
     """Where errors and spans are sent; nowhere by default."""
     start_timeout_s: float = Field(default=180, gt=0)
     """Seconds for loading index and models on all replicas."""
+    end_s: float = Field(default=25, ge=0)
+    """Seconds that requests under way have to end once a server is told to stop; those that take longer are cut off."""
     drain_s: float = Field(default=1.0, ge=0)
     """Seconds for which a server that stops says so, by 503 to readyz and new requests, before it closes its door."""
 

@@ -43,6 +43,7 @@ from raytower.serving.ports import proxy_environment
 # It asks this machine, so it ignores a proxy that the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _READY_TIMEOUT_S = 60.0
+# Serve's own processes end in that time once no request is under way.
 _STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.2
 # Looked at so often: whether the application is still there.
@@ -65,6 +66,8 @@ class Server:
     started_serve: bool
     """Whether Serve was started for it."""
     drain_s: float
+    end_s: float
+    """How long requests under way may take once it stops."""
 
 
 def start(config: ServeConfig) -> Server:
@@ -105,6 +108,7 @@ def _bring_up(config: ServeConfig, application: ray_serve.Application) -> Server
         collections=tuple(config.served_collections()),
         started_serve=started_serve,
         drain_s=config.drain_s,
+        end_s=config.end_s,
     )
     try:
         _deploy(config, application)
@@ -123,7 +127,7 @@ def stop(server: Server) -> None:
     if not ray.is_initialized() or has_ended():
         return
     try:
-        _within(_STOP_TIMEOUT_S, lambda: _stop(server))
+        _within(server.drain_s + server.end_s + _STOP_TIMEOUT_S, lambda: _stop(server))
     except TimeoutError:
         log("warning: Ray Serve did not stop in order; what is left of it ends with this process")
 

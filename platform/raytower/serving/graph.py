@@ -132,7 +132,7 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 def replica_settings(config: ServeConfig) -> dict[str, Any]:
     """What replicas do, without what decides only where the proxy listens and how many there are."""
-    outside = {"port", "replicas", "autoscaling", "start_timeout_s", "drain_s"}
+    outside = {"port", "replicas", "autoscaling", "start_timeout_s", "drain_s", "end_s"}
     return {name: value for name, value in config.model_dump(mode="json").items() if name not in outside}
 
 

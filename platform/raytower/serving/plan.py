@@ -118,7 +118,7 @@ _FILE_COMMENT = """\
 def serve_file(config: ServeConfig) -> dict[str, Any]:
     """The Serve config file that deploys what `serve` would serve."""
     given = config.model_dump(mode="json", exclude_unset=True)
-    outside = {"port", "server", "name", "route_prefix", "replace", "drain_s", "start_timeout_s"}
+    outside = {"port", "server", "name", "route_prefix", "replace", "drain_s", "end_s", "start_timeout_s"}
     args = absolute_places({name: value for name, value in given.items() if name not in outside})
     if "collections" in args:
         args["collections"] = {name: absolute_places(own) for name, own in args["collections"].items()}

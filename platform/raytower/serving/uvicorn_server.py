@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,6 @@ from raytower.serving.resolve import resolve_settings
 
 _ORIGIN = "here"
 _ROLE = "search"
-# Requests under way may take so long to end once a signal has come; orchestrators kill after 10 s.
-_END_S = 6
 
 
 def serve_here(config: ServeConfig) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _uvicorn_config(config: ServeConfig, app: AsgiApp) -> uvicorn.Config:
         server_header=False,
         backlog=512,
         limit_concurrency=config.max_ongoing_requests + config.max_queued_requests,
-        timeout_graceful_shutdown=_END_S,
+        timeout_graceful_shutdown=math.ceil(config.end_s),
     )
 
 
