@@ -134,14 +134,21 @@ def stop(server: Server) -> None:
 
 def _stop(server: Server) -> None:
     if server.name in ray_serve.status().applications:
-        try:
-            _conductor(server).drain.remote().result(timeout_s=_STATUS_TIMEOUT_S / 2)
-            time.sleep(server.drain_s)
-        except Exception as error:  # it may be what has failed
-            log(f"warning: the server could not say that it stops: {type(error).__name__}")
+        _say_that_it_stops(server)
+        time.sleep(server.drain_s)
         ray_serve.delete(server.name)
     if server.started_serve and not ray_serve.status().applications:
         ray_serve.shutdown()
+
+
+def _say_that_it_stops(server: Server) -> None:
+    """From now on readyz and new requests are answered 503."""
+    if has_ended():
+        return
+    try:
+        _conductor(server).drain.remote().result(timeout_s=_STATUS_TIMEOUT_S / 2)
+    except Exception as error:  # it may be what has failed
+        log(f"warning: the server could not say that it stops: {type(error).__name__}")
 
 
 def reload(server: Server, wanted: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -192,6 +199,7 @@ def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
         except (KeyboardInterrupt, Terminated):
             if server is None:
                 raise
+            _say_that_it_stops(server)
             time.sleep(SIGNALLED_S)
             versions = served_versions(server.url, server.collections) if not has_ended() else versions
         finally:
