@@ -232,8 +232,7 @@ _NONE = object()
         (_NONE, "x", pa.string(), [None, "x"]),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("rows_per_piece", [1, 10])
-@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize(("files", "rows_per_piece"), [(1, 1), (1, 10), (2, 10)])
 def test_json_values_find_their_type(
     tmp_path: Path,
     first: Any,
