@@ -295,7 +295,7 @@ def test_a_start_that_takes_too_long_is_given_up_with_the_memory_that_is_used(
     assert time.monotonic() - began < 40
 
 
-SERVER = deploy.Server("raytower", "http://127.0.0.1:9", ("default",), False, 0.0)
+SERVER = deploy.Server("raytower", "http://127.0.0.1:9", ("default",), False, 0.0, 0.0)
 
 
 def test_a_stop_that_takes_too_long_is_left_alone(

@@ -32,6 +32,8 @@ STEP_JOBS = (
     "similarity",
 )
 
+_GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
+
 
 @dataclass(frozen=True)
 class _Prepared:
@@ -99,7 +101,7 @@ def _prepare(config: PipelineConfig) -> list[_Prepared]:
         job_config = make_config(
             find_reference(command.config), step.config, source=f"step {number} ({step.job})"
         )
-        key = _key_after(key, step.job, job_config.model_dump(mode="json"))
+        key = _key_after(key, step.job, _without_newer(step.job, job_config.model_dump(mode="json")))
         former_key = _key_after(former_key, step.job, _former_values(step.job, job_config))
         prepared.append(_Prepared(step.job, command, job_config, key, former_key))
     return prepared
@@ -110,11 +112,18 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Without keys that came later, where they say what was done before them: a finished step stays finished."""
+    if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
+        return {name: value for name, value in values.items() if name != "engine"}
+    return values
+
+
 def _former_values(job: str, config: Config) -> dict[str, Any]:
     """The config of a step as it was dumped before keys were renamed."""
     if job.startswith("train-"):  # none of their keys was renamed
         return config.model_dump(mode="json")
-    values = _under_former_keys(config)
+    values = _without_newer(job, _under_former_keys(config))
     if isinstance(config, IndexBuildConfig) and config.target.queries is not None:
         values["target"]["queries"] = config.target.queries.path_alone
     if job == "mine":  # its `format` was what `file_type` is now

@@ -73,7 +73,7 @@ def described() -> Any:
 
 @pytest.mark.parametrize("route", _ROUTES)
 def test_generated_requests(route: str) -> None:
-    app = create_app(DummyEngine(), HttpConfig(timeout_ms=60_000))
+    app = create_app(DummyEngine(), HttpConfig(timeout_ms=60_000, token_ids="model"))
     method, path = route.split(" ")
     operation = described()[path][method]
     examples = max(CASES // sum(name.startswith("POST") for name in _ROUTES), 1) if CASES else 10

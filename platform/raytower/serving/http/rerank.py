@@ -28,7 +28,7 @@ from raytower.serving.http.search import Usage
 from raytower.serving.http_config import Limits
 
 _EXCLUSIVE: list[Any] = [
-    {"required": ["documents"], "properties": {"texts": {"type": "null"}}},
+    {"required": ["documents"], "properties": {"documents": {"type": "array"}, "texts": {"type": "null"}}},
     {"required": ["texts"], "properties": {"texts": {"type": "array"}, "documents": {"type": "null"}}},
 ]
 
