@@ -33,7 +33,7 @@ class Serving:
         control: Control,
         open_parts: Callable[[ModelPool], OpenParts],
         replica: str = "0",
-        others: Callable[[], Mapping[str, Figures]] | None = None,
+        others: Callable[[], Mapping[str, Figures]] = dict,
     ) -> None:
         self.metrics = Metrics(replica)
         self._forwards = counted_forwards(self.metrics)
@@ -49,7 +49,7 @@ class Serving:
         observers: list[Callable[[RequestFacts], None]] = [self._telemetry.record]
         if self._log is not None:
             observers.append(self._log.record)
-        told = self.metrics if others is None else AllMetrics(self.metrics, others)
+        told = AllMetrics(self.metrics, others)
         self.app = create_app(self.engine, config, read_keys(keys), told, AdminRoutes(control), observers)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from raytower.serving.figures import AllMetrics, Figures, FiguresBoard, counted_forwards, keep_reporting
+from raytower.serving.figures import AllMetrics, FiguresBoard, counted_forwards, keep_reporting
 from raytower.serving.forwards import Lane, PassFacts
 from raytower.serving.metrics import Metrics
 from tests.support.metric_names import series
@@ -96,8 +96,7 @@ def test_a_process_hands_its_figures_over_again_and_again_also_after_a_failure()
 
 def test_without_the_others_a_replica_tells_its_own() -> None:
     own = ready("one", 1)
-    nobody: dict[str, Figures] = {}
-    found = series(AllMetrics(own, lambda: nobody).render()[0])
+    found = series(AllMetrics(own, dict).render()[0])
     assert found["raytower_admitted_total", (("lane", "search"), ("replica", "one"))] == 1
 
 

@@ -66,7 +66,7 @@ def engine_over(forwards: Forwards) -> SearchEngine:
     return SearchEngine(["default"], LocalParts(ModelPool(forwards)))
 
 
-async def serve(engine: SearchEngine, index: Path, version: str, **values: Any) -> str:
+async def serve(engine: SearchEngine, index: Path, version: str, /, **values: Any) -> str:
     generation = generation_of("default", CollectionConfig(index=str(index), **values), version)
     await engine.prepare(generation)
     engine.activate(generation.id)
