@@ -118,10 +118,6 @@ class Metrics:
         """`length` is called whenever metrics are read; it must be quick and must not wait for a lock."""
         self._queue_items.labels(queue, lane).set_function(length)
 
-    def unwatch_queue(self, queue: str, lane: str) -> None:
-        """A queue is gone, with the model behind it, which `length` would keep in memory."""
-        self._queue_items.remove(queue, lane)
-
     def admitted(self, lane: str) -> None:
         """A request was let in."""
         self._admitted.labels(lane).inc()
@@ -139,12 +135,6 @@ class Metrics:
         # Last, so that whoever reads metrics meanwhile never finds a collection without a generation.
         if former is not None and former != new:
             self._generation.remove(collection, *former)
-
-    def stops_serving(self, collection: str) -> None:
-        """A collection was taken away."""
-        if (former := self._served.pop(collection, None)) is not None:
-            self._generation.remove(collection, *former)
-            self._rows.remove(collection)
 
     def _define_work(self) -> None:
         where = self._registry
