@@ -18,7 +18,9 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
         " ('raytower[train]' if you train, 'raytower[serve]' if you serve, 'raytower[all]' for everything)",
     ),
     "tensorboardX": ("tensorboardX, which writes down the course of a training,", "train", ""),
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), ("FastAPI, which answers over HTTP,", "serve", "")),
+    **dict.fromkeys(
+        ("starlette", "uvicorn"), ("Starlette and uvicorn, which answer over HTTP,", "serve", "")
+    ),
     **dict.fromkeys(("onnx", "onnxruntime"), ("ONNX, which engine onnx and export need,", "onnx", "")),
     "peft": ("peft, which lora needs,", "lora", ""),
     "prometheus_client": ("prometheus_client, which counts what a server does,", "serve", ""),

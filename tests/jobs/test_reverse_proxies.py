@@ -11,17 +11,45 @@ from typing import Any
 
 import pytest
 
-from tests.support import fake_server
+from raytower.serving.http.application import create_app
+from raytower.serving.http_config import HttpConfig, Limits
+from tests.support.dummy_engine import DummyEngine
+from tests.support.http_server import listening
+from tests.support.metric_names import busy_metrics
 from tests.support.reverse_proxies import PROXIES, Proxy, free_port
 
 SEARCH = json.dumps({"query": "怎么开通微粒贷", "k": 2})
+JSON = ("-H", "content-type: application/json")
+EPOCH = 4711
+
+
+class Control:
+    """What operators would be told."""
+
+    async def status(self) -> dict[str, Any]:
+        return {"epoch": EPOCH}
+
+    async def reload(self, wanted: Any) -> dict[str, Any]:
+        return {"epoch": EPOCH}
+
+    rollback = reload
+
+
+@pytest.fixture(scope="module")
+def engine() -> DummyEngine:
+    return DummyEngine()
 
 
 @pytest.fixture(scope="module", params=sorted(PROXIES))
-def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    with fake_server.running(fake_server.make_app(), http="h11") as url:
+def proxy(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, engine: DummyEngine
+) -> Iterator[Proxy]:
+    """A proxy before an application without keys: whatever reaches it is answered."""
+    limits = Limits(max_document_characters=8_000_000)
+    app = create_app(engine, HttpConfig(limits=limits), metrics=busy_metrics(), control=Control())
+    with listening(app) as port:
         folder = tmp_path_factory.mktemp(request.param)
-        with PROXIES[request.param](folder, url.removeprefix("http://")) as started:  # type: ignore[attr-defined]
+        with PROXIES[request.param](folder, f"127.0.0.1:{port}") as started:  # type: ignore[attr-defined]
             yield started
 
 
@@ -59,9 +87,7 @@ def test_the_prefix_is_stripped_and_the_body_arrives(
 ) -> None:
     base = proxy.secure if secure else proxy.plain
     options = [*options, "--cacert", str(proxy.certificate), "-w", "%{http_version}"]
-    status, headers, body = curl(
-        *options, f"{base}/v1/search", "-H", "content-type: application/json", "-d", SEARCH
-    )
+    status, headers, body = curl(*options, f"{base}/v1/search", *JSON, "-d", SEARCH)
     answer, _, spoken = body.rpartition("}")
     assert (status, spoken) == (200, version)
     assert len(json.loads(answer + "}")["results"][0]) == 2
@@ -79,8 +105,8 @@ def test_the_page_is_there_with_and_without_the_last_slash(proxy: Proxy) -> None
 def test_head_and_query_strings_pass(proxy: Proxy) -> None:
     status, _, body = curl("-I", f"{proxy.plain}/readyz")
     assert (status, body.strip()) == (200, "")
-    status, _, body = curl("-G", f"{proxy.plain}/v1/documents", "--data-urlencode", "id=a7")
-    assert (status, json.loads(body)["id"]) == (200, "a7")
+    status, _, body = curl("-G", f"{proxy.plain}/v1/documents", "--data-urlencode", "id=d:0")
+    assert (status, json.loads(body)["id"]) == (200, "d:0")
 
 
 def test_an_id_goes_through_and_one_is_made_where_none_is(proxy: Proxy) -> None:
@@ -88,10 +114,12 @@ def test_an_id_goes_through_and_one_is_made_where_none_is(proxy: Proxy) -> None:
     assert len(curl(f"{proxy.plain}/readyz")[1]["x-request-id"]) == 32
 
 
-def test_the_servers_errors_pass_as_they_are(proxy: Proxy) -> None:
-    status, headers, body = curl(f"{proxy.plain}/busy")
+def test_the_servers_errors_pass_as_they_are(proxy: Proxy, engine: DummyEngine) -> None:
+    engine.ready = False
+    status, headers, body = curl(f"{proxy.plain}/v1/models")
+    engine.ready = True
     assert (status, headers["retry-after"]) == (503, "1")
-    assert json.loads(body)["error"]["code"] == "draining"
+    assert json.loads(body)["error"]["code"] == "not_ready"
     status, _, body = curl(f"{proxy.plain}/no/such/route")
     assert (status, json.loads(body)["error"]["code"]) == (404, "not_found")
 
@@ -105,7 +133,7 @@ def test_figures_and_control_are_not_for_the_outside(proxy: Proxy, path: str) ->
     status, _, body = curl("--path-as-is", proxy.plain + path)
     assert status in (404, 400)
     assert "raytower_" not in body
-    assert "000007" not in body
+    assert str(EPOCH) not in body
 
 
 def document_of(size: int) -> bytes:
@@ -114,7 +142,7 @@ def document_of(size: int) -> bytes:
 
 def test_a_body_within_the_limit_passes(proxy: Proxy) -> None:
     raw = document_of(4 * 1024 * 1024 - 1000)
-    status, _, body = curl(f"{proxy.plain}/v1/rerank", "--data-binary", "@-", send=raw)
+    status, _, body = curl(f"{proxy.plain}/v1/rerank", *JSON, "--data-binary", "@-", send=raw)
     assert status == 200, body[:200]
 
 
@@ -122,7 +150,7 @@ def test_a_body_within_the_limit_passes(proxy: Proxy) -> None:
 def test_a_body_beyond_the_limit_is_refused_in_the_servers_words(proxy: Proxy, chunked: bool) -> None:
     options = ["-H", "transfer-encoding: chunked"] if chunked else []
     raw = document_of(10 * 1024 * 1024)
-    status, headers, body = curl(*options, f"{proxy.plain}/v1/rerank", "--data-binary", "@-", send=raw)
+    status, headers, body = curl(*options, f"{proxy.plain}/v1/rerank", *JSON, "--data-binary", "@-", send=raw)
     assert status == 413
     assert headers["content-type"].startswith("application/json")
     assert json.loads(body)["error"]["code"] == "too_large"

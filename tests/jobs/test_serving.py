@@ -28,6 +28,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.serving import deploy
 from raytower.serving.config import ServeConfig
+from tests.support.metric_names import series
 from tests.support.processes import clean_environment, free_port, wait_for
 from tests.support.served_index import TEXTS, write_version
 
@@ -129,6 +130,13 @@ def replicas(server: deploy.Server, deployment: str) -> dict[str, int]:
     return dict(zip((item["name"] for item in found), pids, strict=True))
 
 
+def counted(url: str, name: str) -> set[str]:
+    """The replicas of which /metrics has a series."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        found = series(reply.read())
+    return {dict(labels)["replica"] for series_name, labels in found if series_name == name}
+
+
 def test_together_swaps_survives_a_kill_and_says_that_it_stops(
     served: Start, index_dir: Path, dummy_reranker_dir: Path, dummy_encoder_dir: Path
 ) -> None:
@@ -141,6 +149,8 @@ def test_together_swaps_survives_a_kill_and_says_that_it_stops(
     }
     before = replicas(server, "search")
     assert len(before) == 2
+    names = {name.rpartition("#")[2] for name in before}
+    wait_for(lambda: counted(server.url, "raytower_rows") == names, "any replica answers for both", 30)
     with Load(server.url, rerank=False) as load:
         assert deploy.reload(server, {"index_version": OLD})["index_version"] == OLD
         versions = {
@@ -206,6 +216,8 @@ def test_split_and_sharded_answer_as_together_and_live_beside_each_other(
     (_, first), (_, second) = answers
     assert first["reranked"] is second["reranked"] is True
     assert first["results"] == second["results"]
+    wait_for(lambda: len(counted(split.url, "raytower_forward_rows_sum")) == 2, "the reranker's passes", 30)
+    wait_for(lambda: len(counted(sharded.url, "process_open_fds")) == 3, "an ingress and two groups", 30)
     with Load(sharded.url, rerank=False, k=5) as load:
         assert deploy.reload(sharded, {"index_version": OLD})["changed"]
     assert {status for status, _ in load.answers} == {200}

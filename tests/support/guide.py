@@ -10,12 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.fake_server import Served
-
 # Every answer must be a success; the last one of a block is kept, to be compared with what the guide shows.
 _PREAMBLE = """set -euo pipefail
 curl() { command curl --fail-with-body --max-time 60 -sS "$@" | tee "$LAST_ANSWER"; }
 """
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server of the guide: without keys at `url`, and one that asks for `key` at `keyed_url`.
+
+    Both have the collection `faq` with a reranker and labels to classify by.
+    """
+
+    url: str
+    keyed_url: str
+    key: str
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from raytower.serving.access_log import RequestFacts
+from raytower.serving.figures import AllMetrics
 from raytower.serving.metrics import Metrics
 
 
@@ -50,6 +51,6 @@ def series(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def known_series() -> dict[str, set[str]]:
     """Names of series, each with its labels."""
     found: dict[str, set[str]] = {}
-    for name, labels in series(busy_metrics().render()[0]):
+    for name, labels in series(AllMetrics(busy_metrics(), dict).render()[0]):
         found.setdefault(name, set()).update(label for label, _ in labels)
     return found

@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from raytower.serving.page import load_page
+from tests.support.http_server import listening
 
 FIRST_NUMBER = 9007199254740993
 """2^53 + 1, which JavaScript reads as 2^53."""
@@ -198,15 +196,6 @@ def refusal(status: int, message: str, **headers: str) -> Response:
 @contextlib.contextmanager
 def served(server: SearchServer) -> Iterator[SearchServer]:
     """The server on a free port of this machine, in a thread of this process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(server.app(), log_level="warning", lifespan="off")
-        runner = uvicorn.Server(config)
-        thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            runner.should_exit = True
-            thread.join(10)
+    with listening(server.app()) as port:
+        server.url = f"http://127.0.0.1:{port}"
+        yield server

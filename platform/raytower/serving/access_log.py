@@ -190,7 +190,7 @@ class RequestLog:
             _FACTS.reset(token)
             facts.ended_ns = facts.started_ns + time.perf_counter_ns() - since
             facts.status = facts.status or CLIENT_LEFT
-            facts.route = facts.route or getattr(scope.get("route"), "path", None) or UNMATCHED
+            facts.route = facts.route or UNMATCHED
             self._tell(facts)
 
     def _tell(self, facts: RequestFacts) -> None:

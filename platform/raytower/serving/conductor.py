@@ -149,11 +149,6 @@ class Conductor:
         self.tick(now)
         return self.wanted()
 
-    def leave(self, member: str, now: float) -> None:
-        """A member ends in order."""
-        self._members.pop(member, None)
-        self.tick(now)
-
     def wanted(self) -> Wanted:
         """What is wanted of every member now."""
         targets = self._targets()

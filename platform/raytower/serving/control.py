@@ -120,11 +120,6 @@ class Conducting:
                     await self._changed.wait_for(lambda: self._conductor.wanted().serial != report.heard)
         return self._conductor.wanted()
 
-    async def leave(self, member: str) -> None:
-        """A member ends in order."""
-        self._conductor.leave(member, time.monotonic())
-        await self._tell()
-
     async def drain(self) -> None:
         """Have all members refuse new requests."""
         self._conductor.drain()

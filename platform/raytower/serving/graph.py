@@ -30,7 +30,9 @@ from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
 from raytower.serving.door import REPLICA_HEADER, Message, Receive, Scope, Send, refuse
+from raytower.serving.figures import Figures, FiguresBoard, counted_forwards, keep_reporting
 from raytower.serving.keys import StoredKey
+from raytower.serving.metrics import Metrics
 from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.resolve import resolve_settings
@@ -45,6 +47,8 @@ _STAGE_REQUESTS = 256
 _SERVE_HEADROOM = 64
 _HEALTH_PERIOD_S = 1.0
 _HEALTH_TIMEOUT_S = 10.0
+# The conductor is waited for so long by a scrape; without it there are the replica's own figures.
+_METRICS_S = 1.0
 # Requests that a caller gave the longest time end by then.
 _SHUTDOWN_SPARE_S = 3.0
 
@@ -145,6 +149,8 @@ class ConductorReplica:
     def __init__(self, origin: str, roles: Sequence[str], settings: dict[str, Any]) -> None:
         keep_replica_local()
         config = ServeConfig.model_validate(settings)
+        self._origin = origin
+        self._figures = FiguresBoard()
         self._conducting = Conducting(
             origin,
             roles,
@@ -166,8 +172,13 @@ class ConductorReplica:
     async def poll(self, origin: str, report: Report, wait_s: float) -> Wanted:
         return await self._conducting.poll(origin, report, wait_s)
 
-    async def leave(self, member: str) -> None:
-        await self._conducting.leave(member)
+    async def put_metrics(self, origin: str, process: str, text: bytes) -> None:
+        """Take a process's metrics. Those of a former config's are not joined to those of this one."""
+        if origin == self._origin:
+            self._figures.put(process, text)
+
+    async def metrics_of_others(self, process: str) -> dict[str, Figures]:
+        return self._figures.others(process)
 
     async def drain(self) -> None:
         await self._conducting.drain()
@@ -206,19 +217,26 @@ class _Replica:
     """A process that holds parts of generations, as the conductor's member."""
 
     _member: Member
-    _conductor: DeploymentHandle
+    _reporting: asyncio.Task[None]
 
-    def _join(self, origin: str, role: str, holder: Any, conductor: DeploymentHandle) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._conductor = conductor
-
+    def _join(
+        self, origin: str, role: str, holder: Any, conductor: DeploymentHandle, metrics: Metrics
+    ) -> None:
         async def poll(report: Report, wait_s: float) -> Wanted:
             wanted: Wanted = await conductor.poll.remote(origin, report, wait_s)
             return wanted
 
-        name = serve.get_replica_context().replica_id.unique_id
-        self._member = Member(name, role, holder, poll)
+        async def put(process: str, text: bytes) -> None:
+            await conductor.put_metrics.remote(origin, process, text)
+
+        self._member = Member(_own_name(), role, holder, poll)
         self._member.start()
+        self._reporting = asyncio.create_task(keep_reporting(metrics, put))
+
+
+def _own_name() -> str:
+    """This replica's name, unlike that of every other process of the server."""
+    return str(serve.get_replica_context().replica_id.unique_id)
 
 
 class RerankerReplica(_Replica):
@@ -228,12 +246,12 @@ class RerankerReplica(_Replica):
         self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle
     ) -> None:
         keep_replica_local()
-        from raytower.serving.forwards import Forwards
         from raytower.serving.models import ModelPool
         from raytower.serving.placements import Reranker
 
-        self._reranker = Reranker(ModelPool(Forwards()))
-        self._join(origin, RERANKER, self._reranker, conductor)
+        metrics = Metrics(_own_name())
+        self._reranker = Reranker(ModelPool(counted_forwards(metrics)))
+        self._join(origin, RERANKER, self._reranker, conductor, metrics)
         await self._member.ready()
 
     async def describe(self, generation_id: str) -> Any:
@@ -253,7 +271,7 @@ class ShardReplica(_Replica):
         from raytower.serving.shards import ShardGroup
 
         self._group = ShardGroup(number, num_groups)
-        self._join(origin, group_name(number), self._group, conductor)
+        self._join(origin, group_name(number), self._group, conductor, Metrics(_own_name()))
         await self._member.ready()
 
     async def counts(self, generation_id: str) -> dict[int, int]:
@@ -315,12 +333,12 @@ class Ingress(_Replica):
             copies=max(config.shard_replicas if groups else 1, config.rerank_replicas if reranker else 1),
             patience_s=config.start_timeout_s,
         )
-        replica = serve.get_replica_context().replica_id.unique_id
-        self._serving = Serving(config, keys, HandleControl(conductor), open_parts, replica)
+        others = _others_metrics(loop, conductor)
+        self._serving = Serving(config, keys, HandleControl(conductor), open_parts, _own_name(), others)
         self._engine = self._serving.engine
         self._prefix = config.route_prefix.encode()
         self._app = self._serving.app
-        self._join(origin, INGRESS, EngineHolder(self._engine), conductor)
+        self._join(origin, INGRESS, EngineHolder(self._engine), conductor, self._serving.metrics)
         await self._member.ready()
 
     def __del__(self) -> None:
@@ -371,6 +389,24 @@ def answer_of(result: Mapping[str, Any]) -> dict[str, Any]:
         raise kinds.get(result["kind"], RaytowerError)(result["error"])
     answer: dict[str, Any] = result["answer"]
     return answer
+
+
+def _others_metrics(
+    loop: asyncio.AbstractEventLoop, conductor: DeploymentHandle
+) -> Callable[[], Mapping[str, Figures]]:
+    """For threads: what the other processes have handed to the conductor; nothing where it does not answer soon."""
+    process = _own_name()
+
+    async def ask() -> Mapping[str, Figures]:
+        try:
+            async with asyncio.timeout(_METRICS_S):
+                found: Mapping[str, Figures] = await conductor.metrics_of_others.remote(process)
+                return found
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            _LOGGER.warning("/metrics lacks the other replicas: %s: %s", type(error).__name__, error)
+            return {}
+
+    return lambda: asyncio.run_coroutine_threadsafe(ask(), loop).result()
 
 
 def _async_call(method: Any) -> Callable[..., Coroutine[Any, Any, Any]]:

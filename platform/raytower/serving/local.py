@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from raytower.serving import observe
 from raytower.serving.access_log import AccessLog, RequestFacts
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Control
 from raytower.serving.engine import EngineLimits, OpenParts, SearchEngine
-from raytower.serving.forwards import Forwards, Lane, PassFacts
+from raytower.serving.figures import AllMetrics, Figures, counted_forwards
 from raytower.serving.generation import Generation
 from raytower.serving.http.admin import AdminRoutes
 from raytower.serving.http.application import create_app
@@ -20,7 +20,11 @@ from raytower.serving.models import ModelPool
 
 
 class Serving:
-    """The engine and the application of a process. `replica` tells its metrics and spans from those of others."""
+    """The engine and the application of a process.
+
+    `replica` tells its metrics and spans from those of others. `others` gives the metrics of the other processes, where
+    there are any; it may block.
+    """
 
     def __init__(
         self,
@@ -29,11 +33,10 @@ class Serving:
         control: Control,
         open_parts: Callable[[ModelPool], OpenParts],
         replica: str = "0",
+        others: Callable[[], Mapping[str, Figures]] = dict,
     ) -> None:
         self.metrics = Metrics(replica)
-        self._forwards = Forwards(self._passed)
-        for lane in Lane:
-            self.metrics.watch_queue("forwards", lane.name.lower(), _waiting(self._forwards, lane))
+        self._forwards = counted_forwards(self.metrics)
         self.engine = SearchEngine(
             list(config.served_collections()),
             open_parts(ModelPool(self._forwards)),
@@ -46,9 +49,8 @@ class Serving:
         observers: list[Callable[[RequestFacts], None]] = [self._telemetry.record]
         if self._log is not None:
             observers.append(self._log.record)
-        self.app = create_app(
-            self.engine, config, read_keys(keys), self.metrics, AdminRoutes(control), observers
-        )
+        told = AllMetrics(self.metrics, others)
+        self.app = create_app(self.engine, config, read_keys(keys), told, AdminRoutes(control), observers)
 
     def close(self) -> None:
         """Write and send what waits; no more passes are computed."""
@@ -56,21 +58,6 @@ class Serving:
         self._telemetry.close()
         if self._log is not None:
             self._log.close()
-
-    def _passed(self, facts: PassFacts) -> None:
-        self.metrics.forward(
-            facts.model,
-            rows=facts.rows,
-            tokens=facts.tokens,
-            padding=facts.padded_tokens - facts.tokens,
-            seconds=facts.seconds,
-        )
-        for seconds in facts.waits:
-            self.metrics.queue_waited("forwards", facts.lane.name.lower(), seconds)
-
-
-def _waiting(forwards: Forwards, lane: Lane) -> Callable[[], float]:
-    return lambda: float(forwards.waiting_rows(lane))
 
 
 class EngineHolder:

@@ -8,7 +8,7 @@ replicas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -28,6 +28,7 @@ class Metrics:
     """The metrics of one replica. All methods may be called from any thread."""
 
     def __init__(self, replica: str = "0") -> None:
+        self.replica = replica
         self._registry = CollectorRegistry()
         self._labelled = _Labelled(self._registry, replica)
         self._served: dict[str, tuple[str, str]] = {}
@@ -117,10 +118,6 @@ class Metrics:
         """`length` is called whenever metrics are read; it must be quick and must not wait for a lock."""
         self._queue_items.labels(queue, lane).set_function(length)
 
-    def unwatch_queue(self, queue: str, lane: str) -> None:
-        """A queue is gone, with the model behind it, which `length` would keep in memory."""
-        self._queue_items.remove(queue, lane)
-
     def admitted(self, lane: str) -> None:
         """A request was let in."""
         self._admitted.labels(lane).inc()
@@ -138,12 +135,6 @@ class Metrics:
         # Last, so that whoever reads metrics meanwhile never finds a collection without a generation.
         if former is not None and former != new:
             self._generation.remove(collection, *former)
-
-    def stops_serving(self, collection: str) -> None:
-        """A collection was taken away."""
-        if (former := self._served.pop(collection, None)) is not None:
-            self._generation.remove(collection, *former)
-            self._rows.remove(collection)
 
     def _define_work(self) -> None:
         where = self._registry
@@ -240,3 +231,17 @@ def merge(texts: Sequence[bytes]) -> bytes:
                 series.add(name)
                 samples.append(line)
     return b"".join(line + b"\n" for head, samples in families.items() for line in (head, *samples))
+
+
+def age_text(ages: Mapping[str, float]) -> bytes:
+    """How many seconds ago the figures of each replica were true, as a text that `merge` takes."""
+    registry = CollectorRegistry()
+    gauge = Gauge(
+        "raytower_figures_age_seconds",
+        "Seconds since a replica's figures were true; those of the replica that is asked are fresh",
+        ["replica"],
+        registry=registry,
+    )
+    for replica, seconds in ages.items():
+        gauge.labels(replica).set(round(seconds, 3))
+    return generate_latest(registry)

@@ -10,7 +10,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.models.fusion import Fusion
-from raytower.serving.generation import FusionEntry, Generation
+from raytower.serving.generation import Generation
 from raytower.serving.models import ModelPool
 from raytower.serving.parts import Parts, RecallStage
 from raytower.serving.recall import LocalRecall
@@ -66,8 +66,3 @@ def checked_manifest(generation: Generation) -> IndexManifest:
 def manifest_sha256(manifest: IndexManifest) -> str:
     """The digest by which a generation knows a manifest."""
     return hashlib.sha256(manifest.to_json()).hexdigest()
-
-
-def fusion_entry(fusion: Fusion | None) -> FusionEntry | None:
-    """A fusion as a generation holds it."""
-    return FusionEntry(**fusion.to_dict()) if fusion else None

@@ -163,11 +163,11 @@ def test_a_lost_member_is_not_waited_for_and_catches_up_when_it_returns() -> Non
 def test_without_a_member_of_a_needed_role_a_swap_waits_and_is_refused_in_the_end() -> None:
     one = Member("one")
     conductor = started(one)
-    conductor.leave("one", 1)
-    swap = conductor.begin({"default": served("2")}, 1, 1000)
-    conductor.tick(600)
+    conductor.tick(6)  # five seconds after its last word it counts as lost
+    swap = conductor.begin({"default": served("2")}, 6, 1000)
+    conductor.tick(605)
     assert swap.phase is Phase.PREPARING
-    conductor.tick(602)
+    conductor.tick(607)
     assert swap.phase is Phase.REFUSED
     assert swap.reason == "not prepared within 600 s: ingress"
 

@@ -1228,17 +1228,6 @@ def test_a_query_that_hangs_is_not_ready(engine: DummyEngine) -> None:
         assert_error(client.get("/readyz"), 503, "not_ready", "0.04 s")
 
 
-def test_while_draining_new_requests_are_503(engine: DummyEngine) -> None:
-    app = create_app(engine, HttpConfig())
-    with TestClient(app, base_url="http://localhost") as client:
-        assert client.get("/readyz").status_code == 200
-        app.drain()
-        for response in (client.get("/readyz"), client.post("/v1/search", json={"query": "a"})):
-            assert_error(response, 503, "draining")
-            assert response.headers["retry-after"] == "1"
-        assert client.get("/healthz").status_code == 200
-
-
 def test_a_websocket_is_closed(client: TestClient) -> None:
     with pytest.raises(Exception), client.websocket_connect("/v1/search"):  # noqa: B017, PT011
         pass

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from raytower.errors import FormatError, InputError
+from raytower.models import engine_choice
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
@@ -65,7 +66,7 @@ def engine_over(forwards: Forwards) -> SearchEngine:
     return SearchEngine(["default"], LocalParts(ModelPool(forwards)))
 
 
-async def serve(engine: SearchEngine, index: Path, version: str, **values: Any) -> str:
+async def serve(engine: SearchEngine, index: Path, version: str, /, **values: Any) -> str:
     generation = generation_of("default", CollectionConfig(index=str(index), **values), version)
     await engine.prepare(generation)
     engine.activate(generation.id)
@@ -278,3 +279,67 @@ def test_loading_does_not_hold_up_the_requests_meanwhile(index: Path, forwards: 
         return took
 
     assert asyncio.run(ask()) < 5
+
+
+def test_what_was_served_before_is_let_go_of(
+    index: Path, dummy_encoder_dir: Path, dummy_reranker_dir: Path, forwards: Forwards
+) -> None:
+    """After three swaps: indexes with their mapped files and tables, and the model that nothing names, are gone."""
+    held: dict[str, list[weakref.ref[Any]]] = {}
+    parts = LocalParts(ModelPool(forwards))
+
+    def opened(generation: Any) -> Any:
+        made = parts(generation)
+        index = made.recall.index
+        shard, table = index.shards[0], index.table
+        named: list[Any] = [made, made.recall, index, shard, shard._index, table, table._dataset]
+        named += [made.scorer] if made.scorer else []
+        held.setdefault(generation.id, []).extend(weakref.ref(item) for item in named)
+        return made
+
+    async def swap_and_ask() -> list[str]:
+        engine = SearchEngine(["default"], opened)
+        served = []
+        for version, values in (
+            ("000001", {"reranker": str(dummy_reranker_dir)}),
+            ("000002", {}),
+            ("000001", {}),
+        ):
+            served.append(await serve(engine, index, version, **values))
+            call = SearchCall(queries=["sun 1"], k=5, recall_k=5, rerank=True, filter={"number": {"$gte": 0}})
+            await engine.search("default", call, Deadline.after(LATER))
+            await engine.document("default", f"{version}/3", Deadline.after(LATER))
+        gc.collect()
+        alive = {id: [type(item()).__name__ for item in items if item()] for id, items in held.items()}
+        assert [bool(alive[id]) for id in served] == [False, False, True], alive
+        return served
+
+    assert len(set(asyncio.run(swap_and_ask()))) == 3
+    assert [len(items) for items in held.values()] == [8, 7, 7]
+
+
+@pytest.mark.parametrize("faster", ["torch", "onnx"])
+def test_engine_auto_serves_by_the_faster_and_says_which(
+    faster: str,
+    index: Path,
+    forwards: Forwards,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    monkeypatch.setenv("RAYTOWER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        engine_choice, "race", lambda ways: {name: 0.001 if name == faster else 0.002 for name in ways}
+    )
+
+    async def ask() -> SearchAnswer:
+        engine = engine_over(forwards)
+        await serve(engine, index, "000001", engine="auto")
+        call = SearchCall(queries=["sun 1"], k=1, recall_k=1, rerank=False)
+        return await engine.search("default", call, Deadline.after(LATER))
+
+    answer = asyncio.run(ask())
+    assert answer.hits[0][0].text == "sun 1"
+    assert answer.hits[0][0].recall_score == pytest.approx(1, abs=1e-4)
+    assert f"engine auto takes {faster}: the faster on a few texts" in capsys.readouterr().err

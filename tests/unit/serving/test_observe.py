@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from raytower.errors import InputError, MissingExtraError
 from raytower.serving.access_log import RequestFacts, RequestLog, current, stage
@@ -24,25 +27,23 @@ LOGGER = logging.getLogger("raytower.serving")
 
 
 def make_app(*observers: Any) -> TestClient:
-    app = FastAPI()
-
-    @app.get("/v1/search")
-    async def search(fail: bool = False) -> str:
+    async def search(request: Request) -> Response:
         query = SECRET
         facts = current()
-        facts.collection, facts.num_queries, facts.texts = "faq", 1, [query]
+        facts.route, facts.collection = "/v1/search", "faq"
+        facts.num_queries, facts.texts = 1, [query]
         with stage("encode"):
             pass
         with stage("recall"):
-            if fail:
+            if "fail" in request.query_params:
                 try:
                     raise ValueError(f"cannot encode {query!r}")
                 except ValueError:
                     LOGGER.exception("request %s failed", facts.request_id)
                     logging.getLogger("somebody").error("quotes %s", query)
-        return "ok"
+        return JSONResponse("ok")
 
-    return TestClient(RequestLog(app, observers))
+    return TestClient(RequestLog(Starlette(routes=[Route("/v1/search", search)]), observers))
 
 
 def missing(monkeypatch: pytest.MonkeyPatch, module: str) -> None:

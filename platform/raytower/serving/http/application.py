@@ -77,7 +77,7 @@ def create_app(
 
 
 class Application:
-    """An ASGI application. `drain` makes it refuse new requests while those that it has end."""
+    """An ASGI application."""
 
     def __init__(
         self, parts: Parts, keys: Sequence[Key], observers: Sequence[Callable[[RequestFacts], None]]
@@ -98,10 +98,6 @@ class Application:
                 expose_headers=_EXPOSED,
             )
         self._http = RequestLog(http, observers)
-
-    def drain(self) -> None:
-        """From now on answer readyz and new requests 503, so that a balancer asks others."""
-        self._parts.draining = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -166,8 +162,6 @@ class Application:
             # Strangers are not told which paths there are.
             access = self._doorkeeper.admit(header(scope, "authorization"), header(scope, "host"))
             facts.key = access.key.name if access.key else None
-            if self._parts.draining:
-                raise catalogue.draining()
         if found is None:
             assert problem is not None
             raise problem

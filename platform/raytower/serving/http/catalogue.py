@@ -230,9 +230,7 @@ class Readiness:
         self._begun = 0.0
 
     async def check(self) -> None:
-        """Raises NotReadyError: draining, or the query failed or took too long."""
-        if self._parts.draining:
-            raise draining()
+        """Raises NotReadyError: the query failed or took too long."""
         task = self._check
         if task is None or time.monotonic() - self._begun > _READY_SECONDS:
             if task is not None and not task.done():
@@ -255,10 +253,6 @@ class Readiness:
         except Exception as error:
             _LOGGER.exception("the query that tells readiness failed")
             raise NotReadyError("a query failed; the server's log says why") from error
-
-
-def draining() -> NotReadyError:
-    return NotReadyError("the server is stopping; ask another one", "draining", headers={"Retry-After": "1"})
 
 
 async def healthz(exchange: Exchange) -> HttpAnswer:

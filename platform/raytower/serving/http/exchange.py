@@ -76,7 +76,6 @@ class Parts:
     config: HttpConfig
     metrics: Metrics | None = None
     control: Control | None = None
-    draining: bool = False
 
 
 @dataclass(kw_only=True)
