@@ -55,8 +55,13 @@ class ForwardCost:
         return self._per_pass + self._per_token * tokens
 
     def tokens_in(self, seconds: float) -> int:
-        """Padded tokens that one pass gets through in so much time; at least 1."""
-        return max(int((seconds - self._per_pass) / self._per_token), 1)
+        """Padded tokens that one pass gets through in so much time; at least 1.
+
+        At least as many too as take the time that every pass takes: smaller passes would do little else, which a slow
+        machine cannot afford.
+        """
+        left_s = max(seconds - self._per_pass, self._per_pass)
+        return max(int(left_s / self._per_token), 1)
 
 
 @dataclass(eq=False)

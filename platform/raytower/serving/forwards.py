@@ -172,13 +172,14 @@ class ModelForwards:
 
     def predict(self, lengths: Ids, lane: Lane) -> float:
         """Seconds of the passes over rows of these lengths, with nothing else to do."""
-        return self.predict_tokens(int(lengths.sum()), lane)
+        return self.predict_tokens(int(lengths.sum()), len(lengths), lane)
 
-    def predict_tokens(self, tokens: int, lane: Lane) -> float:
-        """Seconds of the passes over so many tokens, with nothing else to do."""
+    def predict_tokens(self, tokens: int, num_rows: int, lane: Lane) -> float:
+        """Seconds of the passes over rows of so many tokens together, with nothing else to do."""
         if not tokens:
             return 0.0
-        passes = max(round(tokens / self.tokens_per_pass(lane)), 1)
+        # A pass holds a row at least, however few tokens it ought to hold.
+        passes = min(max(round(tokens / self.tokens_per_pass(lane)), 1), num_rows)
         return self.cost.predict(tokens // passes) * passes
 
     def backlog_s(self, lane: Lane) -> float:

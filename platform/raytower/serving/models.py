@@ -27,7 +27,7 @@ from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.token_block import Ids, TokenBlock
 from raytower.models.tokenising import tokenise
 from raytower.serving.calls import ServedModel, TokenCounts
-from raytower.serving.errors import UnprocessableError
+from raytower.serving.errors import OutOfTimeError, UnprocessableError
 from raytower.serving.forwards import Forwards, Lane, ModelForwards
 from raytower.serving.generation import ComputeEntry, Generation, ModelEntry
 from raytower.serving.parts import Encoded, Scored
@@ -41,6 +41,8 @@ _CHARACTERS_AT_ONCE = 65_536
 _FORGETTING = 0.05
 # What is left of a search's time for everything behind its reranking.
 _AFTER_RERANK_S = 0.02
+# The first candidates of a search, which are reranked first.
+_FIRST_RUN = 8
 # Tokenises some rows of a request, cut to a length.
 Tokenise = Callable[[Sequence[int], int], TokenBlock]
 _ModelT = TypeVar("_ModelT", bound="SharedModel")
@@ -112,7 +114,7 @@ class SharedModel:
         """Seconds of forward passes that the texts would take."""
         limit = self._engine.max_length
         tokens = sum(min(2 + len(text) * self._tokens_a_character, limit) for text in texts)
-        return self._passes.predict_tokens(int(tokens), lane)
+        return self._passes.predict_tokens(int(tokens), len(texts), lane)
 
 
 class SharedEncoder(SharedModel):
@@ -173,7 +175,7 @@ class SharedScorer(SharedModel):
 
     def predict(self, num_pairs: int, lane: Lane) -> float:  # type: ignore[override]
         """Seconds of forward passes that so many pairs would take, at the length of those seen last."""
-        return self._passes.predict_tokens(int(num_pairs * self._tokens_a_row), lane)
+        return self._passes.predict_tokens(int(num_pairs * self._tokens_a_row), num_pairs, lane)
 
     async def score(
         self,
@@ -189,7 +191,7 @@ class SharedScorer(SharedModel):
         Raises OutOfTimeError.
         """
         pairs = [(query, text) for query, texts in zip(queries, candidates, strict=True) for text in texts]
-        place = [rank for texts in candidates for rank in range(len(texts))]
+        places = np.array([rank for texts in candidates for rank in range(len(texts))], np.int64)
         engine: CrossScorer = self._engine
 
         def tokenise_rows(rows: Sequence[int], length: int) -> TokenBlock:
@@ -200,27 +202,57 @@ class SharedScorer(SharedModel):
         sizes = [len(query) + len(text) for query, text in pairs]
         block = await self._tokenised(tokenise_rows, sizes)
         if may_shorten:
-            depth = self._depth_in_time(block.lengths, np.array(place, np.int64), depth, lane, deadline)
-        kept = np.flatnonzero(np.array(place, np.int64) < depth)
-        if not len(kept):
-            return Scored([np.empty(0, np.float32) for _ in candidates], depth, TokenCounts())
-        block = block.take(kept)
-        values = await self._passes.compute(block, lane, deadline)
+            depth = self._depth_in_time(block.lengths, places, depth, lane, deadline)
+            values, depth = await self._first_in_time(block, places, depth, lane, deadline)
+        else:
+            values = await self._passes.compute(block, lane, deadline)
+        kept = np.flatnonzero(places < depth)
         rows = kept.tolist()
         counts = await self._counted(
-            block,
-            lambda places, length: tokenise_rows([rows[place] for place in places], length),
+            block.take(kept),
+            lambda numbers, length: tokenise_rows([rows[number] for number in numbers], length),
             [sizes[row] for row in rows],
         )
         logits = values[:, 0] if values.shape[1] == 1 else values[:, 1] - values[:, 0]
         ends = np.cumsum([min(len(texts), depth) for texts in candidates])[:-1]
-        return Scored(np.split(logits, ends) if candidates else [], depth, counts)
+        return Scored(np.split(logits[kept], ends) if candidates else [], depth, counts)
+
+    async def _first_in_time(
+        self, block: TokenBlock, places: Ids, depth: int, lane: Lane, deadline: Deadline
+    ) -> tuple[NDArray[np.float32], int]:
+        """Values of the rows, and of how many first candidates (at most `depth`) of every query they are there.
+
+        The first are handed in first, in runs of 8, 8, 16, 32, …: where the time ends sooner than passes were expected
+        to, what has been computed still counts.
+        """
+        ends = [end for end in (_FIRST_RUN << number for number in range(32)) if end < depth] + [depth]
+        runs = [
+            np.flatnonzero((places >= start) & (places < end))
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        computed = await asyncio.gather(
+            *(self._passes.compute(block.take(rows), lane, deadline) for rows in runs), return_exceptions=True
+        )
+        values = np.zeros((len(block), self._engine.width), np.float32)
+        reached = 0
+        for rows, end, result in zip(runs, ends, computed, strict=True):
+            if isinstance(result, OutOfTimeError):
+                break
+            if isinstance(result, BaseException):
+                raise result
+            values[rows] = result
+            reached = end
+        return values, reached
 
     def _depth_in_time(self, lengths: Ids, places: Ids, depth: int, lane: Lane, deadline: Deadline) -> int:
         """The most first candidates of every query that are scored before the deadline, by what passes cost."""
         left_s = deadline.remaining_s() - _AFTER_RERANK_S - self._passes.backlog_s(lane)
         tokens = np.cumsum(np.bincount(places, weights=lengths, minlength=depth))
-        fits = [self._passes.predict_tokens(int(count), lane) <= left_s for count in tokens]
+        rows = np.cumsum(np.bincount(places, minlength=depth))
+        fits = [
+            self._passes.predict_tokens(int(count), int(num_rows), lane) <= left_s
+            for count, num_rows in zip(tokens, rows, strict=True)
+        ]
         return depth if all(fits) else fits.index(False)
 
 

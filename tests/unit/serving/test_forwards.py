@@ -280,3 +280,12 @@ def test_a_request_does_not_wait_for_the_passes_of_another_that_goes_on(forwards
         return took
 
     assert asyncio.run(ask()) < 0.5  # two passes of 0.02 s; all of the bulk takes a second
+
+
+def test_rows_take_no_more_passes_than_they_are(forwards: Forwards) -> None:
+    """One pass that took longer than it should made each token a pass of its own: 100 rows were to take minutes."""
+    model = ModelForwards("doubler", Doubler(tokens_per_batch=1), forwards)
+    for tokens in (10, 100, 1000, 50, 500):
+        model.cost.observe(tokens, 0.004 + tokens * 1e-4)
+    lengths = np.full(10, 60)
+    assert model.predict(lengths, Lane.RERANK) == pytest.approx(10 * (0.004 + 60 * 1e-4))

@@ -28,8 +28,10 @@ from raytower.retrieval.retriever import Hit
 from raytower.serving.access_log import UNMATCHED, RequestFacts
 from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall
 from raytower.serving.errors import NotFiniteError, OverloadedError
+from raytower.serving.http import catalogue
 from raytower.serving.http.answers import json_value
 from raytower.serving.http.application import create_app
+from raytower.serving.http.exchange import Parts
 from raytower.serving.http.search import render
 from raytower.serving.http_config import HttpConfig
 from tests.support.dummy_engine import DummyEngine
@@ -1202,6 +1204,28 @@ def test_readiness_is_a_query_that_askers_share(client: TestClient, engine: Dumm
         body = client.get("/readyz").json()
     assert body == {"status": "ready", "index_version": "v7", "generation": "0123456789ab"}
     assert engine.checks < 5
+
+
+def test_an_asker_does_not_end_the_slow_query_of_those_before(
+    engine: DummyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes of two balancers once cancelled each other's queries, so a slow server was never ready."""
+    monkeypatch.setattr(catalogue, "_READY_SECONDS", 0.01)
+
+    async def slow() -> None:
+        await asyncio.sleep(0.1)
+
+    engine.work = slow
+
+    async def ask() -> None:
+        readiness = catalogue.Readiness(Parts(engine=engine, config=HttpConfig()))
+        first = asyncio.create_task(readiness.check())
+        await asyncio.sleep(0.05)
+        await readiness.check()
+        await first
+
+    asyncio.run(ask())
+    assert engine.checks == 1
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from raytower.serving.forwards import Forwards, Lane
 from raytower.serving.generation import ComputeEntry, ModelEntry
 from raytower.serving.models import ModelPool, SharedEncoder, SharedScorer
 from raytower.serving.opening import LocalParts
+from raytower.serving.parts import Scored
 from raytower.serving.resolve import generation_of
 from raytower.serving.work import Deadline
 from tests.support.served_index import TEXTS, write_version
@@ -156,6 +157,30 @@ def test_only_as_many_candidates_are_scored_as_there_is_time_for(
     assert asyncio.run(ask(1)) == 0
     assert 0 < asyncio.run(ask(1000)) < 20
     assert asyncio.run(ask(LATER)) == 30
+
+
+def test_what_was_scored_counts_where_passes_take_longer_than_was_expected(
+    dummy_reranker_dir: Path, forwards: Forwards, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it was thrown away once: a search took its whole time, and its answer was not reranked."""
+    shared = SharedScorer(
+        ModelEntry(uri=str(dummy_reranker_dir), fingerprint="f"), ComputeEntry(), forwards, pool
+    )
+    # The longest come last, so that no order by length alone scores the first ones.
+    candidates = [["sun " * number for number in range(1, 41)]]
+
+    async def score(timeout_ms: int, may_shorten: bool) -> Scored:
+        deadline = Deadline.after(timeout_ms)
+        return await shared.score(["a"], candidates, Lane.RERANK, deadline, may_shorten=may_shorten)
+
+    expected = asyncio.run(score(LATER, False)).logits[0]
+    forward = shared._engine.forward_block
+    monkeypatch.setattr(shared._engine, "tokens_per_batch", 200)
+    monkeypatch.setattr(shared._engine, "forward_block", lambda block: (time.sleep(0.2), forward(block))[1])
+    monkeypatch.setattr(shared._passes.cost, "predict", lambda tokens: 0.0)
+    scored = asyncio.run(score(700, True))
+    assert scored.depth in (8, 16)
+    np.testing.assert_allclose(scored.logits[0], expected[: scored.depth], atol=1e-5)
 
 
 def test_a_model_is_loaded_once_for_all_generations_and_goes_with_the_last(

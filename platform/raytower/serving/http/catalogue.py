@@ -222,7 +222,7 @@ async def read_document(exchange: Exchange, id: str) -> tuple[dict[str, Any], An
 
 
 class Readiness:
-    """Answers readyz by a query through the engine; askers within a second share one."""
+    """Answers readyz by a query through the engine; askers share one while it runs, and for a second."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -232,9 +232,8 @@ class Readiness:
     async def check(self) -> None:
         """Raises NotReadyError: the query failed or took too long."""
         task = self._check
-        if task is None or time.monotonic() - self._begun > _READY_SECONDS:
-            if task is not None and not task.done():
-                task.cancel()
+        # A slow query is not begun anew: its askers would be answered nothing, and no query would ever end.
+        if task is None or (task.done() and time.monotonic() - self._begun > _READY_SECONDS):
             self._begun = time.monotonic()
             task = self._check = asyncio.create_task(self._query())
         # One asker that leaves must not end the query of the others.
