@@ -16,7 +16,8 @@ from raytower.serving.http_config import HttpConfig, Limits
 from tests.support.dummy_engine import DummyEngine
 from tests.support.http_server import listening
 from tests.support.metric_names import busy_metrics
-from tests.support.reverse_proxies import PROXIES, Proxy, free_port
+from tests.support.processes import free_port
+from tests.support.reverse_proxies import PROXIES, Proxy
 
 SEARCH = json.dumps({"query": "怎么开通微粒贷", "k": 2})
 JSON = ("-H", "content-type: application/json")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import free_port
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
@@ -24,12 +26,6 @@ class Proxy:
     secure: str
     plain: str
     certificate: Path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_certificate(folder: Path) -> Path:
