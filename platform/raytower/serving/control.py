@@ -25,6 +25,8 @@ _TICK_S = 0.25
 _ANSWER_S = 5.0
 # (collection, its settings, index version or None) → what is to be served. It blocks.
 Resolve = Callable[[str, Mapping[str, Any], str | None], Awaitable[Served]]
+# An index → its newest version. It blocks, and is quick.
+Newest = Callable[[str], str | None]
 NONE = "none"
 """What a change says in place of a model to serve without one."""
 # What a change may name beside a collection's own settings.
@@ -64,6 +66,7 @@ class Conducting:
         origin: names the config that the members were started by; reports of members of another are not counted.
         roles: as the conductor's.
         resolve: makes a generation of settings.
+        newest: the newest version of an index.
         watch_s: seconds between looks for newer index versions; None does not look.
     """
 
@@ -72,6 +75,7 @@ class Conducting:
         origin: str,
         roles: Sequence[str],
         resolve: Resolve,
+        newest: Newest,
         *,
         watch_s: float | None = None,
         linger_s: float = 65.0,
@@ -83,6 +87,7 @@ class Conducting:
             roles=frozenset(roles), linger_s=linger_s, prepare_timeout_s=prepare_timeout_s
         )
         self._resolve = resolve
+        self._newest = newest
         self._watch_s = watch_s
         self._adopt_s = adopt_s
         self._began = time.monotonic()
@@ -97,7 +102,10 @@ class Conducting:
         self._conductor.start(active)
         await self._tell()
         if self._watch_s is not None:
-            self._tasks.append(asyncio.create_task(self._watch(self._watch_s)))
+            # What was published since `active` was resolved is new; a conductor that was restarted cannot tell.
+            has_begun = self._conductor.state.epoch == 1
+            seen = {name: _version_of(item) for name, item in active.items()} if has_begun else {}
+            self._tasks.append(asyncio.create_task(self._watch(self._watch_s, seen)))
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -240,22 +248,40 @@ class Conducting:
             self._conductor.tick(time.monotonic())
             await self._tell()
 
-    async def _watch(self, seconds: float) -> None:
-        """Serve each version that is published from now on; what was refused or rolled back from is not tried again."""
-        seen: dict[tuple[str, str], str] = {}
+    async def _watch(self, seconds: float, seen: dict[str, tuple[str, str]]) -> None:
+        """Serve each version that is published from now on; what was refused or rolled back from is not tried again.
+
+        Only a new version is resolved: that may load models.
+
+        Args:
+            seen: by collection the index and the version that were looked at last.
+        """
         while True:
             for name, item in list(self._active.items()):
                 try:
-                    target = await self._resolve(name, item.settings, None)
-                    newest = target.generation.index_version
-                    before = seen.setdefault((name, target.generation.index), newest)
-                    if newest != before:
-                        seen[name, target.generation.index] = newest
-                        await self._swap(name, target)
-                        _LOGGER.warning("collection %s serves index version %s", name, newest)
+                    index = item.generation.index
+                    newest = await asyncio.to_thread(self._newest, index)
+                    before, before_version = seen.get(name, ("", ""))
+                    if newest is None or (before == index and newest == before_version):
+                        continue
+                    if before == index:
+                        await self._move_on(name, item, newest)
+                    seen[name] = (index, newest)
                 except Exception as error:
-                    _LOGGER.warning("collection %s stays as it is: %s", name, error)
+                    _LOGGER.warning("collection %s stays as it is, and is looked at again: %s", name, error)
             await asyncio.sleep(seconds)
+
+    async def _move_on(self, name: str, item: Served, version: str) -> None:
+        """Serve another version. One that cannot be served is logged. Raises RaytowerError where it was not tried."""
+        try:
+            await self._swap(name, await self._resolve(name, item.settings, version))
+            _LOGGER.warning("collection %s serves index version %s", name, version)
+        except (InputError, SwapRefusedError) as error:
+            _LOGGER.warning("collection %s stays as it is: %s", name, error)
+
+
+def _version_of(item: Served) -> tuple[str, str]:
+    return item.generation.index, item.generation.index_version
 
 
 def _described(generation: Generation) -> dict[str, Any]:

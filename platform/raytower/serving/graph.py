@@ -35,7 +35,7 @@ from raytower.serving.keys import StoredKey
 from raytower.serving.metrics import Metrics
 from raytower.serving.plan import check_start, group_name, num_shard_groups
 from raytower.serving.ports import keep_replica_local
-from raytower.serving.resolve import resolve_settings
+from raytower.serving.resolve import newest_version, resolve_settings
 
 INGRESS, CONDUCTOR, RERANKER = "search", "conductor", "reranker"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -155,6 +155,7 @@ class ConductorReplica:
             origin,
             roles,
             _resolve_in_task,
+            newest_version,
             watch_s=config.watch_s,
             linger_s=config.limits.max_timeout_ms / 1000 + 5,
             prepare_timeout_s=max(config.start_timeout_s, 60),

@@ -11,16 +11,18 @@ from raytower.config import make_config
 from raytower.errors import InputError
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
-from raytower.index.versions import open_manifest
+from raytower.index.versions import open_manifest, published_version
 from raytower.serving.conductor import Served
 from raytower.serving.config import CollectionConfig, ServeConfig
 from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, ModelEntry
-from raytower.storage import absolute_if_local
+from raytower.storage import Location, absolute_if_local
 
 if TYPE_CHECKING:
     from raytower.models.fusion import Fusion
 
-
+# A directory's files, their sizes and when they were written.
+_Files = frozenset[tuple[str, int, int]]
+_fingerprints: dict[Path, tuple[_Files, str]] = {}
 # Settings that may be paths of this machine.
 _PLACES = ("index", "encoder", "reranker", "classifier")
 
@@ -37,6 +39,11 @@ def resolve_settings(collection: str, settings: Mapping[str, Any], version: str 
     """What a collection serves by its settings, the keys of `CollectionConfig`. Raises as `generation_of`."""
     config = make_config(CollectionConfig, absolute_places(settings), f"collection {collection!r}")
     return Served(generation=generation_of(collection, config, version), settings=config.settings())
+
+
+def newest_version(index: str) -> str | None:
+    """The index's newest version; None where there is none. Reads neither it nor a model. Raises StorageError."""
+    return published_version(Location.of(index))
 
 
 def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def _encoder_entry(name: str) -> tuple[ModelEntry, Path]:
     from raytower.models.encoder import Encoder, read_encoder_info
 
     path = resolve_model(name)
-    return _entry(name, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
+    return _entry(name, path, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
 
 
 def _classifier_entry(name: str) -> ModelEntry:
@@ -104,7 +111,7 @@ def _classifier_entry(name: str) -> ModelEntry:
     from raytower.models.text_classifier import TextClassifier
 
     path = resolve_model(name)
-    return _entry(name, read_info(path), lambda: TextClassifier.load(path).fingerprint)
+    return _entry(name, path, read_info(path), lambda: TextClassifier.load(path).fingerprint)
 
 
 def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | None]:
@@ -123,15 +130,26 @@ def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | Non
     path = resolve_model(config.reranker)
     info = read_info(path)
     stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
-    entry = _entry(config.reranker, info, lambda: CrossEncoder.load(path).fingerprint)
+    entry = _entry(config.reranker, path, info, lambda: CrossEncoder.load(path).fingerprint)
     return entry, fusion_of(config.reranker, stored, config.fusion_weight)
 
 
-def _entry(name: str, info: dict[str, Any], load_fingerprint: Callable[[], str]) -> ModelEntry:
-    """A model that raytower did not write records no fingerprint; it is loaded for it, which takes time."""
-    return ModelEntry(
-        uri=absolute_if_local(name), fingerprint=str(info.get("fingerprint") or load_fingerprint())
-    )
+def _entry(name: str, path: Path, info: dict[str, Any], load_fingerprint: Callable[[], str]) -> ModelEntry:
+    """A model that raytower did not write records no fingerprint; it is loaded for it, once while its files stay."""
+    fingerprint = info.get("fingerprint")
+    if not fingerprint:
+        files = _files(path)
+        known = _fingerprints.get(path)
+        if known is None or known[0] != files:
+            known = _fingerprints[path] = (files, load_fingerprint())
+        fingerprint = known[1]
+    return ModelEntry(uri=absolute_if_local(name), fingerprint=str(fingerprint))
+
+
+def _files(folder: Path) -> _Files:
+    """Stands for what is in a folder, without reading it."""
+    found = ((str(file.relative_to(folder)), file.stat()) for file in folder.rglob("*") if file.is_file())
+    return frozenset((name, facts.st_size, facts.st_mtime_ns) for name, facts in found)
 
 
 def _query_prompt(path: Path) -> str:

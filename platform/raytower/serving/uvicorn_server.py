@@ -25,7 +25,7 @@ from raytower.serving.local import EngineHolder, Serving
 from raytower.serving.placements import PlacedParts
 from raytower.serving.plan import check_start
 from raytower.serving.protocol import PROTOCOL
-from raytower.serving.resolve import resolve_settings
+from raytower.serving.resolve import newest_version, resolve_settings
 
 _ORIGIN = "here"
 _ROLE = "search"
@@ -89,6 +89,7 @@ class Here:
             _ORIGIN,
             [_ROLE],
             _resolve,
+            newest_version,
             watch_s=config.watch_s,
             linger_s=0.0,
             prepare_timeout_s=config.start_timeout_s,

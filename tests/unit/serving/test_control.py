@@ -47,6 +47,11 @@ class Published:
     def __init__(self) -> None:
         self.newest = "1"
         self.asked: list[tuple[dict[str, Any], str | None]] = []
+        self.looks = 0
+
+    def look(self, index: str) -> str:
+        self.looks += 1
+        return self.newest
 
     async def resolve(self, collection: str, settings: Mapping[str, Any], version: str | None) -> Served:
         self.asked.append((dict(settings), version))
@@ -65,7 +70,9 @@ class Server:
 
     def __init__(self, *holders: Holder, **settings: Any) -> None:
         self.published = Published()
-        self.conducting = Conducting("here", ["ingress"], self.published.resolve, adopt_s=0.02, **settings)
+        self.conducting = Conducting(
+            "here", ["ingress"], self.published.resolve, self.published.look, adopt_s=0.02, **settings
+        )
         self.holders = holders
         self.members = [self.member(f"m{number}", holder) for number, holder in enumerate(holders)]
 
@@ -166,23 +173,50 @@ def test_two_changes_at_once_are_not_mixed() -> None:
     run(lambda: Server(Holder()), work)
 
 
-def test_watching_moves_to_what_is_published_and_tries_a_refused_version_once() -> None:
-    async def until(found: Callable[[], bool]) -> None:
-        while not found():
-            await asyncio.sleep(0.01)
+async def until(found: Callable[[], bool]) -> None:
+    while not found():
+        await asyncio.sleep(0.01)
 
+
+def test_watching_moves_to_what_is_published_and_tries_a_refused_version_once() -> None:
     async def work(server: Server) -> None:
         (holder,) = server.holders
-        await until(lambda: len(server.published.asked) > 1)
+        await until(lambda: server.published.looks > 1)
         server.published.newest = "2"
         await until(lambda: holder.served == ["1", "2"])
         await server.conducting.rollback({})
         server.published.newest = "3"
         await until(lambda: holder.served == ["1", "2", "1", "3"])
         await server.conducting.rollback({})
-        asked = len(server.published.asked)
-        await until(lambda: len(server.published.asked) > asked + 3)
+        looks = server.published.looks
+        await until(lambda: server.published.looks > looks + 3)
         assert holder.served[-1] == "1", "what was rolled back from does not come back by itself"
+        # A look resolves nothing: that may load models, each time.
+        assert [version for _, version in server.published.asked] == [None, "2", "3"]
+
+    run(lambda: Server(Holder(), watch_s=0.03), work)
+
+
+def test_watching_finds_what_was_published_while_the_server_started() -> None:
+    async def work(server: Server) -> None:
+        await until(lambda: server.holders[0].served == ["1", "2"])
+
+    def starting() -> Server:
+        server = Server(Holder(), watch_s=0.03)
+        server.published.look = lambda index: "2"  # type: ignore[method-assign]
+        server.conducting._newest = server.published.look
+        return server
+
+    run(starting, work)
+
+
+def test_watching_comes_back_to_a_version_that_another_change_was_in_the_way_of() -> None:
+    async def work(server: Server) -> None:
+        async with server.conducting._changing:
+            server.published.newest = "2"
+            looks = server.published.looks
+            await until(lambda: server.published.looks > looks + 2)
+        await until(lambda: server.holders[0].served == ["1", "2"])
 
     run(lambda: Server(Holder(), watch_s=0.03), work)
 
@@ -203,7 +237,8 @@ def test_a_restarted_conductor_learns_from_its_members() -> None:
     async def work(server: Server) -> None:
         await server.conducting.reload({"index_version": "2"})
         await server.conducting.close()
-        server.conducting = Conducting("here", ["ingress"], server.published.resolve, adopt_s=1.5)
+        published = server.published
+        server.conducting = Conducting("here", ["ingress"], published.resolve, published.look, adopt_s=1.5)
         await server.conducting.start({"default": await server.published.resolve("default", {}, "9")})
         status = await server.conducting.status()
         assert status["collections"]["default"]["index_version"] == "2"

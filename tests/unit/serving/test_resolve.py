@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from raytower.errors import FormatError, InputError
 from raytower.index.versions import open_manifest
+from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder
 from raytower.models.fusion import Fusion
 from raytower.serving.config import ServeConfig
@@ -51,6 +54,23 @@ def test_the_newest_version_is_taken_unless_one_is_named(index_dir: Path, dummy_
     assert newest.id == generation(index_dir).id
     assert newest.encoder.fingerprint == Encoder.load(str(dummy_encoder_dir)).fingerprint
     assert checked_manifest(newest) == open_manifest(str(index_dir), NEW)
+
+
+def test_a_model_without_a_fingerprint_is_loaded_once_for_it(
+    index_dir: Path, dummy_encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was loaded whole by every reload, beside the one that is served."""
+    reranker = shutil.copytree(build_tiny_reranker(tmp_path / "first"), tmp_path / "second")
+    (reranker / "raytower.json").unlink(missing_ok=True)
+    loaded = []
+    load = CrossEncoder.load
+    monkeypatch.setattr(CrossEncoder, "load", lambda uri: (loaded.append(uri), load(uri))[1])
+    first = generation(index_dir, reranker=str(reranker))
+    assert generation(index_dir, OLD, reranker=str(reranker)).reranker == first.reranker
+    assert len(loaded) == 1
+    os.utime(reranker / "model.safetensors", (1, 1))
+    assert generation(index_dir, reranker=str(reranker)).reranker == first.reranker
+    assert len(loaded) == 2
 
 
 def test_prefixes_are_the_encoders_or_the_configs(index_dir: Path, tmp_path: Path) -> None:
