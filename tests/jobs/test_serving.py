@@ -125,9 +125,13 @@ def replicas(server: deploy.Server, deployment: str) -> dict[str, int]:
     prefix = f"SERVE_REPLICA::{server.name}#{deployment}#"
     named = ray.util.list_named_actors(all_namespaces=True)
     found = [item for item in named if item["name"].startswith(prefix)]
-    actors = [ray.get_actor(item["name"], namespace=item["namespace"]) for item in found]
-    pids = ray.get([actor.__ray_call__.remote(lambda self: os.getpid()) for actor in actors])
-    return dict(zip((item["name"] for item in found), pids, strict=True))
+    pids = {}
+    for item in found:
+        # One that was killed keeps its name for a moment.
+        with suppress(ray.exceptions.RayActorError, ValueError):
+            actor = ray.get_actor(item["name"], namespace=item["namespace"])
+            pids[item["name"]] = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+    return pids
 
 
 def counted(url: str, name: str) -> set[str]:

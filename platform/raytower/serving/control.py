@@ -90,7 +90,6 @@ class Conducting:
         self._newest = newest
         self._watch_s = watch_s
         self._adopt_s = adopt_s
-        self._began = time.monotonic()
         self._changed = asyncio.Condition()
         self._changing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []

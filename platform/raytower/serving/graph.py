@@ -85,7 +85,7 @@ def build_application(
             ray_actor_options=cpus,
             max_ongoing_requests=_STAGE_REQUESTS,
         )
-        reranker = deployment.bind(origin, settings, bound)
+        reranker = deployment.bind(origin, bound)
     groups = [
         _deployment(config, group_name(number), ShardReplica)
         .options(
@@ -244,7 +244,7 @@ class RerankerReplica(_Replica):
     """The rerankers of all generations that are served or prepared."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, origin: str, settings: dict[str, Any], conductor: DeploymentHandle
+        self, origin: str, conductor: DeploymentHandle
     ) -> None:
         keep_replica_local()
         from raytower.serving.models import ModelPool
