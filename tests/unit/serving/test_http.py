@@ -19,6 +19,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
@@ -131,6 +132,35 @@ def test_search_passes_what_was_asked_for(client: TestClient, engine: DummyEngin
     )
     assert engine.calls == [wanted]
     assert engine.deadlines[0].timeout_ms == 900
+
+
+def test_others_are_answered_while_a_large_body_is_read(client: TestClient, engine: DummyEngine) -> None:
+    """A million numbers took the event loop a second."""
+    body = b'{"query": "a", "numbers": [' + b"1.5," * 400_000 + b"1]}"
+    app = client.app
+    gaps: list[float] = []
+    took: list[float] = []
+
+    async def watch() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            gaps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    async def ask() -> None:
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:  # type: ignore[arg-type]
+            headers = {"content-type": "application/json"}
+            started = time.perf_counter()
+            assert (await http.post("/v1/search", content=body, headers=headers)).status_code == 422
+            took.append(time.perf_counter() - started)
+        await asyncio.sleep(0.01)
+        watching.cancel()
+
+    asyncio.run(ask())
+    assert max(gaps) < took[0] / 2
 
 
 def test_recall_depth_is_at_least_k(client: TestClient, engine: DummyEngine) -> None:

@@ -300,19 +300,19 @@ async def admin_status(exchange: Exchange) -> HttpAnswer:
 async def admin_reload(exchange: Exchange) -> HttpAnswer:
     """Swap to another generation on all members, or on none."""
     control = _control(exchange)
-    return json_answer(json_value(dict(await control.reload(_wanted(exchange)))))
+    return json_answer(json_value(dict(await control.reload(await _wanted(exchange)))))
 
 
 async def admin_rollback(exchange: Exchange) -> HttpAnswer:
     """Swap back to the generation before."""
     control = _control(exchange)
-    return json_answer(json_value(dict(await control.rollback(_wanted(exchange)))))
+    return json_answer(json_value(dict(await control.rollback(await _wanted(exchange)))))
 
 
-def _wanted(exchange: Exchange) -> Mapping[str, Any]:
+async def _wanted(exchange: Exchange) -> Mapping[str, Any]:
     if not exchange.body:
         return {}
-    value = exchange.value()
+    value = await exchange.value()
     if not isinstance(value, dict):
         raise UnprocessableError("the body must be a JSON object")
     return {name: item for name, item in value.items() if item is not None}

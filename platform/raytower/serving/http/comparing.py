@@ -95,7 +95,7 @@ class ClassifyResponse(BaseModel):
 
 async def similarity(exchange: Exchange) -> HttpAnswer:
     """Compare pairs of texts by the cosine of their vectors."""
-    request = exchange.read(SimilarityRequest)
+    request = await exchange.read(SimilarityRequest)
     deadline = exchange.deadline(request.timeout_ms)
     call = SimilarityCall(pairs=[(first, second) for first, second in request.pairs])
     exchange.served()
@@ -109,7 +109,7 @@ async def similarity(exchange: Exchange) -> HttpAnswer:
 
 async def classify(exchange: Exchange) -> HttpAnswer:
     """Label texts."""
-    request = exchange.read(ClassifyRequest)
+    request = await exchange.read(ClassifyRequest)
     deadline = exchange.deadline(request.timeout_ms)
     served = exchange.served()
     if not served.classify_modes:

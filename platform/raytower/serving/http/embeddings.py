@@ -169,7 +169,7 @@ class EmbeddingsResponse(BaseModel):
 
 async def embeddings(exchange: Exchange) -> HttpAnswer:
     """Vectors of texts, in OpenAI's shape."""
-    request = exchange.read(EmbeddingsRequest)
+    request = await exchange.read(EmbeddingsRequest)
     answer = await _embed(
         exchange, await with_texts(request.call(), exchange.config.token_ids), request.timeout_ms
     )
@@ -237,7 +237,7 @@ def _converted(convert: Callable[[NDArray[np.float32]], Any], _: int, vector: ND
 
 async def cohere_embed(exchange: Exchange, version: str = "2") -> HttpAnswer:
     """Vectors of texts, in Cohere's shape."""
-    request = exchange.read(CohereEmbedRequest)
+    request = await exchange.read(CohereEmbedRequest)
     call = EmbedCall(texts=request.texts, role=_COHERE_ROLES.get(request.input_type or ""))
     answer = await _embed(exchange, call, request.timeout_ms, refuse_cut=request.truncate == "NONE")
     vectors = shorten(answer.vectors, request.output_dimension, exchange.served().encoder.dimensions)
@@ -325,7 +325,7 @@ class TeiEmbedRequest(ClientRequest):
 
 async def tei_embed(exchange: Exchange) -> HttpAnswer:
     """Vectors of texts, as a bare list."""
-    request = exchange.read(TeiEmbedRequest)
+    request = await exchange.read(TeiEmbedRequest)
     roles: dict[str, Role] = {"query": "query", "document": "document", "passage": "document"}
     call = EmbedCall(texts=request.texts(), role=roles.get(request.prompt_name or ""))
     answer = await _embed(exchange, call, request.timeout_ms, refuse_cut=request.truncate is False)

@@ -63,7 +63,7 @@ class _RpcError(Exception):
 
 async def mcp(exchange: Exchange) -> HttpAnswer:
     """One message of the Model Context Protocol."""
-    message = exchange.value()
+    message = await exchange.value()
     if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
         return _error(None, _RpcError(_INVALID_REQUEST, "the body must be one JSON-RPC 2.0 message"), 400)
     if "method" not in message or "id" not in message:

@@ -128,7 +128,7 @@ class ScoredText(BaseModel):
 
 async def rerank(exchange: Exchange, version: str = "1", bare_texts: bool = False) -> HttpAnswer:
     """Score documents for a query."""
-    request = exchange.read(RerankRequest)
+    request = await exchange.read(RerankRequest)
     deadline = exchange.deadline(request.timeout_ms)
     served = exchange.served()
     if served.reranker is None:

@@ -204,7 +204,7 @@ class SearchResponse(BaseModel):
 
 async def search(exchange: Exchange) -> HttpAnswer:
     """Recall documents and rerank them."""
-    request = exchange.read(SearchRequest)
+    request = await exchange.read(SearchRequest)
     deadline = exchange.deadline(request.timeout_ms)
     answer = await run_search(exchange, request, deadline)
     size = sum(len(hit.text) + _HIT_BYTES for hits in answer.hits for hit in hits)
