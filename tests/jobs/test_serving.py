@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -188,7 +189,8 @@ def test_together_swaps_survives_a_kill_and_says_that_it_stops(
     stopping = threading.Thread(target=deploy.stop, args=(server,))
     stopping.start()
     while stopping.is_alive():
-        with suppress(OSError):
+        # In the end the door itself closes, at times in the middle of its answer.
+        with suppress(OSError, http.client.HTTPException):
             said.append(ask(server.url, query="moon", timeout_ms=SOON))
         time.sleep(0.02)
     stopping.join()
