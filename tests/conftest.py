@@ -26,6 +26,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Left alone, Ray's workers are so nice that they wait for the other process of pytest.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# By default a proxy of Serve that imports for more than 15 seconds is killed.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

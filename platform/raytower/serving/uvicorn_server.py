@@ -100,6 +100,8 @@ class Here:
         self._app: AsgiApp = self._serving.app
         self._prefix = config.route_prefix.rstrip("/")
         self.draining = False
+        self._requests = 0
+        self._most_requests = config.max_ongoing_requests + config.max_queued_requests
 
         async def poll(report: Report, wait_s: float) -> Wanted:
             return await self.conducting.poll(_ORIGIN, report, wait_s)
@@ -133,8 +135,16 @@ class Here:
         elif self.draining and not path.endswith("/healthz"):
             message = "the server is stopping; ask another one"
             await refuse(_closing(send), 503, message, "server_error", "draining", retry=True)
+        elif self._requests >= self._most_requests:
+            await refuse(
+                send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True
+            )
         else:
-            await self._app({**scope, "root_path": self._prefix}, receive, send)
+            self._requests += 1
+            try:
+                await self._app({**scope, "root_path": self._prefix}, receive, send)
+            finally:
+                self._requests -= 1
 
 
 def _closing(send: Send) -> Send:
@@ -171,7 +181,6 @@ def _uvicorn_config(config: ServeConfig, app: AsgiApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         backlog=512,
-        limit_concurrency=config.max_ongoing_requests + config.max_queued_requests,
         timeout_graceful_shutdown=math.ceil(config.end_s),
     )
 
