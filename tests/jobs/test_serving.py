@@ -221,7 +221,11 @@ def test_split_and_sharded_answer_as_together_and_live_beside_each_other(
     assert [status for status, _ in answers] == [200, 200]
     (_, first), (_, second) = answers
     assert first["reranked"] is second["reranked"] is True
-    assert first["results"] == second["results"]
+    assert ids(first) == ids(second)
+    # A score depends on the batch that its pair was computed in, by the last digits.
+    for left, right in zip(first["results"], second["results"], strict=True):
+        for name in ("score", "recall_score"):
+            assert [hit[name] for hit in left] == pytest.approx([hit[name] for hit in right], abs=1e-5)
     wait_for(lambda: len(counted(split.url, "raytower_forward_rows_sum")) == 2, "the reranker's passes", 30)
     wait_for(lambda: len(counted(sharded.url, "process_open_fds")) == 3, "an ingress and two groups", 30)
     with Load(sharded.url, rerank=False, k=5) as load:

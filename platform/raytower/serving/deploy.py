@@ -199,9 +199,10 @@ def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
         except (KeyboardInterrupt, Terminated):
             if server is None:
                 raise
-            _say_that_it_stops(server)
+            if not has_ended():
+                versions = served_versions(server.url, server.collections)  # watched indexes may have moved on
+                _say_that_it_stops(server)
             time.sleep(SIGNALLED_S)
-            versions = served_versions(server.url, server.collections) if not has_ended() else versions
         finally:
             if server is not None:
                 log("stopping")
