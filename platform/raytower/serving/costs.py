@@ -97,6 +97,8 @@ class Admission:
         self._urgent_s = self._other_s = 0.0
         self._requests = 0
         self._factor = 1.0
+        self.answered = 0
+        """How many have been answered."""
 
     @property
     def requests(self) -> int:
@@ -136,6 +138,7 @@ class Admission:
         took_s = self._clock() - ticket.started
         with self._lock:
             self._requests -= 1
+            self.answered += answered
             if ticket.urgent:
                 self._urgent_s = max(self._urgent_s - ticket.cost_s, 0.0)
             else:

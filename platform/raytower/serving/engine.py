@@ -58,8 +58,10 @@ from raytower.serving.work import Deadline
 _URGENT_S = 2.0
 _WARM_UP_MS = 60_000
 _CHECK_MS = 5_000
-# What is left of a search's time once it has been reranked: fetching, sending.
+# What is left of a search's time once it has been reranked, at least: fetching, sending. More, where fetching the
+# candidates' texts took long, for a busy machine will be as slow again.
 _AFTER_RERANK_MS = 15
+_FETCHES_AFTER_RERANK = 3
 # As `raytower classify` has them by default.
 _TEMPERATURE, _NEIGHBOURS, _LABEL_DEPTH = 0.05, 10, 20
 _WARM_UP = SearchCall(queries=("warm up",), k=1, recall_k=2, rerank=True)
@@ -305,9 +307,18 @@ class SearchEngine:
         )
 
     async def check(self) -> None:
-        """Send a query through every collection to its answer's JSON. Raises what the first to fail raised."""
+        """Send a query through every collection to its answer's JSON. Raises what the first to fail raised.
+
+        One that is late while requests are answered says that there is much to do: replaced for it, a process would
+        leave its work to others that have as much.
+        """
+        answered = self.admission.answered
         for collection in self.collections:
-            await self._try(self._parts(collection), _CHECK_MS)
+            try:
+                await self._try(self._parts(collection), _CHECK_MS)
+            except OutOfTimeError:
+                if self.admission.answered == answered:
+                    raise
 
     # --- stages -----------------------------------------------------------------------------------------------
 
@@ -421,12 +432,18 @@ class SearchEngine:
                 call.queries,
                 [[next(texts) for _ in head] for head in heads],
                 Lane.RERANK if urgent else Lane.BULK,
-                deadline.earlier(_AFTER_RERANK_MS),
+                deadline.earlier(_reserve_ms(clock, deadline)),
                 may_shorten=True,
             )
         except OutOfTimeError:
             return None  # the order of recall is still an answer
         return scored if scored.depth else None
+
+
+def _reserve_ms(clock: _Stages, deadline: Deadline) -> int:
+    """Milliseconds to leave for what follows reranking; at most half of the time that is left."""
+    reserve = max(_AFTER_RERANK_MS, _FETCHES_AFTER_RERANK * clock.timings_ms["fetch"])
+    return int(min(reserve, deadline.remaining_s() * 500))
 
 
 class _Stages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -283,6 +284,39 @@ def test_a_search_that_is_short_of_time_reranks_what_fits_and_says_how_many() ->
     assert ([hit.id for hit in answer.hits[0]], answer.reranked_k) == (["d1", "d0", "d2"], 2)
 
 
+class SlowRecall(FakeRecall):
+    """Fetches documents as a busy machine does."""
+
+    async def documents(
+        self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
+    ) -> list[Document]:
+        await asyncio.sleep(0.1)
+        deadline.check()
+        return await super().documents(rows, columns, deadline)
+
+
+class SlowScorer(FakeScorer):
+    """Takes all the time that it is given."""
+
+    async def score(self, *arguments: Any, **named: Any) -> Scored:
+        deadline = arguments[3]
+        await asyncio.sleep(deadline.remaining_s())
+        raise deadline.exceeded()
+
+
+def test_reranking_leaves_the_time_that_fetching_takes() -> None:
+    """It left 15 ms, so a search on a busy machine was answered 504 in place of the order of recall."""
+    made = Made()
+
+    async def run() -> SearchAnswer:
+        engine = await made.serve()
+        parts = engine._active["default"]
+        engine._active["default"] = replace(parts, recall=SlowRecall(), scorer=SlowScorer())
+        return await engine.search("default", search(), Deadline.after(1000))
+
+    assert asyncio.run(run()).reranked_k == 0
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_without_any_time_to_rerank_the_recall_order_is_the_answer(late: bool) -> None:
     made = Made()
@@ -481,6 +515,30 @@ def test_the_check_fails_where_a_part_does() -> None:
         made.scorer.error = RuntimeError("the reranker is broken")
         engine.collections = ("default",)
         with pytest.raises(RuntimeError, match="reranker is broken"):
+            await engine.check()
+
+    asyncio.run(run())
+
+
+def test_a_late_check_is_well_while_requests_are_answered() -> None:
+    """Health checks that were late thrice had a replica replaced, for nothing but the work that it had."""
+
+    async def run() -> None:
+        made = Made()
+        engine = await made.serve()
+        engine.collections = ("default",)
+        await engine.check()
+
+        async def late(*arguments: Any) -> Encoded:
+            if is_busy:
+                engine.admission.admit(0.0, Deadline.after(LATER), urgent=True).__exit__(None, None, None)
+            raise OutOfTimeError("late")
+
+        made.encoder.encode = late  # type: ignore[method-assign]
+        is_busy = True
+        await engine.check()
+        is_busy = False
+        with pytest.raises(OutOfTimeError):
             await engine.check()
 
     asyncio.run(run())
