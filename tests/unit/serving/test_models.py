@@ -176,7 +176,12 @@ def test_what_was_scored_counts_where_passes_take_longer_than_was_expected(
     expected = asyncio.run(score(LATER, False)).logits[0]
     forward = shared._engine.forward_block
     monkeypatch.setattr(shared._engine, "tokens_per_batch", 200)
-    monkeypatch.setattr(shared._engine, "forward_block", lambda block: (time.sleep(0.2), forward(block))[1])
+
+    def slow(block: Any) -> Any:
+        time.sleep(0.2)
+        return forward(block)
+
+    monkeypatch.setattr(shared._engine, "forward_block", slow)
     monkeypatch.setattr(shared._passes.cost, "predict", lambda tokens: 0.0)
     scored = asyncio.run(score(700, True))
     assert scored.depth in (8, 16)

@@ -62,9 +62,14 @@ def test_a_model_without_a_fingerprint_is_loaded_once_for_it(
     """It was loaded whole by every reload, beside the one that is served."""
     reranker = shutil.copytree(build_tiny_reranker(tmp_path / "first"), tmp_path / "second")
     (reranker / "raytower.json").unlink(missing_ok=True)
-    loaded = []
+    loaded: list[Any] = []
     load = CrossEncoder.load
-    monkeypatch.setattr(CrossEncoder, "load", lambda uri: (loaded.append(uri), load(uri))[1])
+
+    def counted(uri: Any) -> CrossEncoder:
+        loaded.append(uri)
+        return load(uri)
+
+    monkeypatch.setattr(CrossEncoder, "load", counted)
     first = generation(index_dir, reranker=str(reranker))
     assert generation(index_dir, OLD, reranker=str(reranker)).reranker == first.reranker
     assert len(loaded) == 1
