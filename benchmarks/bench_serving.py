@@ -78,7 +78,7 @@ def insurance(name: str) -> Any:
 
 
 def questions() -> list[str]:
-    return [item["question"]["en"] for item in insurance("test").values()]
+    return [item["en"] for item in insurance("test").values()]
 
 
 def prepare(folder: Path, rows: int) -> None:
