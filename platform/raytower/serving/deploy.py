@@ -200,7 +200,9 @@ def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
             if server is None:
                 raise
             if not has_ended():
-                versions = served_versions(server.url, server.collections)  # watched indexes may have moved on
+                versions = served_versions(
+                    server.url, server.collections
+                )  # watched indexes may have moved on
                 _say_that_it_stops(server)
             time.sleep(SIGNALLED_S)
         finally:
