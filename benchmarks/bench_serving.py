@@ -45,6 +45,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from pydantic import BaseModel
 
 SEED = 7
 START_S = 300
@@ -98,12 +99,19 @@ def prepare(folder: Path, rows: int) -> None:
 # --- servers --------------------------------------------------------------------------------------------------
 
 
+class Query(BaseModel):
+    """What the peer is asked."""
+
+    query: str
+    k: int = 10
+    recall_k: int = 20
+
+
 def run_fastapi(folder: Path, port: int, rerank: bool) -> None:
     """The peer: what a team would write first."""
     import faiss
     import uvicorn
     from fastapi import FastAPI
-    from pydantic import BaseModel
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
     texts = json.loads((folder / "texts.json").read_text())
@@ -112,11 +120,6 @@ def run_fastapi(folder: Path, port: int, rerank: bool) -> None:
     index = faiss.IndexFlatIP(384)
     index.add(encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False))
     app = FastAPI()
-
-    class Query(BaseModel):
-        query: str
-        k: int = 10
-        recall_k: int = 20
 
     @app.post("/v1/search")
     def search(body: Query) -> dict[str, Any]:

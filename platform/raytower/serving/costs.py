@@ -20,7 +20,7 @@ _FORGETTING = 0.05
 # Beyond so many times its prediction a pass says more of the machine's other work than of the model.
 _STALLED = 5.0
 # So few requests are no overload, however long a machine takes for them.
-_FEW = 4
+_FEW = 16
 
 
 class ForwardCost:

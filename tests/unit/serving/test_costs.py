@@ -86,17 +86,17 @@ def test_urgent_requests_do_not_wait_for_bulk_but_bulk_for_them() -> None:
 
 
 def test_an_urgent_request_is_refused_where_it_would_wait_long_though_it_has_time() -> None:
-    admission = Admission(10, 0.25, Clock())
-    for _ in range(4):
+    admission = Admission(100, 0.25, Clock())
+    for _ in range(16):
         admission.admit(0.1, Deadline.after(60_000), urgent=True)
     with pytest.raises(OverloadedError):
         admission.admit(0.1, Deadline.after(60_000), urgent=True)
-    admission.admit(0.2, Deadline.after(60_000), urgent=True)  # which takes long itself
+    admission.admit(1.0, Deadline.after(60_000), urgent=True)  # which takes long itself
 
 
 def test_few_requests_are_no_overload_on_a_slow_machine() -> None:
-    admission = Admission(10, 0.25, Clock())
-    for _ in range(4):
+    admission = Admission(100, 0.25, Clock())
+    for _ in range(16):
         admission.admit(1.0, Deadline.after(60_000), urgent=True)
 
 
