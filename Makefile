@@ -16,9 +16,9 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(PYTEST) -n $(PROCESSES) $(ARGS)
 
-# What needs no Ray and no other process that imports all of raytower.
+# What needs no Ray, no browser and no other process that imports all of raytower.
 quick: $(STAMP)
-	$(PYTEST) -n 2 -m 'not slow and not processes' $(ARGS)
+	$(PYTEST) -n 2 -m 'not slow and not processes and not browser' $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check platform jobs tests benchmarks
