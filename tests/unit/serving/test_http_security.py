@@ -281,7 +281,13 @@ def test_mcp_refuses_pages_of_other_sites() -> None:
         for origin in (None, "http://localhost", "http://localhost:3000", "https://app.example"):
             headers = {} if origin is None else {"origin": origin}
             assert client.post("/mcp", json=ping, headers=headers).status_code == 200
-        for origin in ("https://evil.example", "null.evil.example", "//[.x", "https://[::1.evil.example"):
+        for origin in (
+            "https://evil.example",
+            "null",
+            "null.evil.example",
+            "//[.x",
+            "https://[::1.evil.example",
+        ):
             assert_error(client.post("/mcp", json=ping, headers={"origin": origin}), 403, "forbidden")
 
 
@@ -342,6 +348,17 @@ def test_admin_routes_ask_for_an_admin_key() -> None:
         assert client.post("/v1/admin/rollback", headers=admin).json() == {"generation": "old"}
         assert_error(client.post("/v1/admin/reload", json=[1], headers=admin), 422, "invalid_value", "object")
     assert control.asked == [("reload", {"collection": "laws"}), ("rollback", {})]
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+@pytest.mark.parametrize("path", ["/v1/admin/reload", "/v1/admin/rollback"])
+def test_a_page_of_another_site_changes_nothing_that_is_served(path: str, origin: str) -> None:
+    """A browser asks nobody before it sends a POST without a body, and a server without keys on loopback would obey."""
+    control = Conductor()
+    with client_of(control=control) as client:
+        assert_error(client.post(path, headers={"origin": origin}), 403, "forbidden", "cors_origins")
+        assert control.asked == []
+        assert client.post(path, headers={"origin": "http://localhost"}).status_code == 200
 
 
 def test_without_keys_admin_routes_are_for_loopback() -> None:

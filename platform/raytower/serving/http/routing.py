@@ -33,6 +33,7 @@ class Route:
     is_open: bool = False
     """Whether it is answered without a key, and while the server stops."""
     checks_origin: bool = False
+    """Whether pages of other sites are refused that security.cors_origins does not name."""
 
     @property
     def summary(self) -> str:
