@@ -189,6 +189,10 @@ class ServeConfig(HttpConfig, CollectionConfig):
                     f"collections: {name!r} cannot be a collection's name; use lower-case letters, digits, - and _, "
                     f"and none of {', '.join(sorted(_PATH_WORDS))}"
                 )
+        if self.server == "ray" and self.access_log.path == "-":
+            raise ValueError(
+                "access_log.path is '-', and Ray keeps what replicas print to itself; name a file, or set server to uvicorn"
+            )
         if self.server == "uvicorn" and self.layout != "together":
             raise ValueError(f"server uvicorn has one process, and cannot have layout {self.layout}")
         if self.server == "uvicorn" and (self.replicas > 1 or self.autoscaling):

@@ -211,7 +211,9 @@ class SearchEngine:
         }[call.role]
         lane = Lane.QUERY if len(texts) == 1 else Lane.BULK
         with self._admit(parts.encoder.predict(texts, lane), deadline, urgent=lane != Lane.BULK):
-            encoded = await parts.encoder.encode(texts, prefix, lane, deadline)
+            # What is embedded as a document is cut as the index's own documents were.
+            length = generation.document_max_length if call.role == "document" else None
+            encoded = await parts.encoder.encode(texts, prefix, lane, deadline, length)
         return EmbedAnswer(
             generation=generation.id,
             index_version=generation.index_version,

@@ -61,6 +61,8 @@ class Generation(_Document):
     fusion: FusionEntry | None = None
     query_prefix: str = ""
     document_prefix: str = ""
+    document_max_length: int | None = None
+    """Tokens that documents were cut to when the index was made; None is the encoder's limit."""
     label_field: str = "label"
     """Column of a document that holds its label, for classification by votes or by label texts."""
     classify_modes: tuple[Literal["labels", "votes", "classifier"], ...] = ()

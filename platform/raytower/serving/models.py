@@ -61,15 +61,20 @@ class SharedModel:
         self._tokens_a_character = 0.5
 
     async def _compute(
-        self, tokenise: Tokenise, sizes: Sequence[int], lane: Lane, deadline: Deadline
+        self,
+        tokenise: Tokenise,
+        sizes: Sequence[int],
+        lane: Lane,
+        deadline: Deadline,
+        max_length: int | None = None,
     ) -> tuple[NDArray[np.float32], TokenCounts]:
-        block = await self._tokenised(tokenise, sizes)
-        counts = await self._counted(block, tokenise, sizes)
+        length = max_length or self._engine.max_length
+        block = await self._tokenised(tokenise, sizes, length)
+        counts = await self._counted(block, tokenise, sizes, length)
         return await self._passes.compute(block, lane, deadline), counts
 
-    async def _tokenised(self, tokenise: Tokenise, sizes: Sequence[int]) -> TokenBlock:
+    async def _tokenised(self, tokenise: Tokenise, sizes: Sequence[int], length: int) -> TokenBlock:
         """All rows, of so many characters each; `tokenise` is given rows and the length to cut them to."""
-        length = self._engine.max_length
         if sum(sizes) <= _INLINE_CHARACTERS and self._lock.acquire(blocking=False):
             try:
                 block = tokenise(range(len(sizes)), length)
@@ -80,9 +85,10 @@ class SharedModel:
         self._learn(block, sum(sizes))
         return block
 
-    async def _counted(self, block: TokenBlock, tokenise: Tokenise, sizes: Sequence[int]) -> TokenCounts:
+    async def _counted(
+        self, block: TokenBlock, tokenise: Tokenise, sizes: Sequence[int], length: int
+    ) -> TokenCounts:
         """Tokens, and how many rows were cut: those that one token more of room makes longer."""
-        length = self._engine.max_length
         full = np.flatnonzero(block.lengths >= length).tolist()
         longer = await self._in_thread(tokenise, full, [sizes[row] for row in full], length + 1)
         return TokenCounts(tokens=len(block.ids), truncated=int((longer.lengths > length).sum()))
@@ -134,8 +140,18 @@ class SharedEncoder(SharedModel):
             dimensions=trained_dimensions(entry.uri),
         )
 
-    async def encode(self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline) -> Encoded:
-        """Vectors of the texts, with `prefix` put before each. Raises OutOfTimeError."""
+    async def encode(
+        self,
+        texts: Sequence[str],
+        prefix: str,
+        lane: Lane,
+        deadline: Deadline,
+        max_length: int | None = None,
+    ) -> Encoded:
+        """Vectors of the texts, with `prefix` put before each, cut to `max_length` tokens (None: the encoder's own).
+
+        Raises OutOfTimeError.
+        """
         engine: ForwardEngine = self._engine
         prepared = engine.encoder.prepared(texts, prefix)
         tokenizer = engine.encoder.tokenizer
@@ -143,7 +159,8 @@ class SharedEncoder(SharedModel):
         def tokenise_rows(rows: Sequence[int], length: int) -> TokenBlock:
             return tokenise(tokenizer, [[prepared[row] for row in rows]], length)
 
-        vectors, counts = await self._compute(tokenise_rows, [len(text) for text in prepared], lane, deadline)
+        sizes = [len(text) for text in prepared]
+        vectors, counts = await self._compute(tokenise_rows, sizes, lane, deadline, max_length)
         return Encoded(vectors, counts)
 
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
@@ -200,7 +217,8 @@ class SharedScorer(SharedModel):
 
         depth = max(map(len, candidates), default=0)
         sizes = [len(query) + len(text) for query, text in pairs]
-        block = await self._tokenised(tokenise_rows, sizes)
+        max_length = engine.max_length
+        block = await self._tokenised(tokenise_rows, sizes, max_length)
         if may_shorten:
             depth = self._depth_in_time(block.lengths, places, depth, lane, deadline)
             values, depth = await self._first_in_time(block, places, depth, lane, deadline)
@@ -212,6 +230,7 @@ class SharedScorer(SharedModel):
             block.take(kept),
             lambda numbers, length: tokenise_rows([rows[number] for number in numbers], length),
             [sizes[row] for row in rows],
+            max_length,
         )
         logits = values[:, 0] if values.shape[1] == 1 else values[:, 1] - values[:, 0]
         ends = np.cumsum([min(len(texts), depth) for texts in candidates])[:-1]

@@ -60,8 +60,18 @@ class TextModel(Protocol):
     def predict(self, texts: Sequence[str], lane: Lane) -> float:
         """Seconds of forward passes that the texts would take."""
 
-    async def encode(self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline) -> Encoded:
-        """Vectors of the texts, with `prefix` put before each. Raises OutOfTimeError."""
+    async def encode(
+        self,
+        texts: Sequence[str],
+        prefix: str,
+        lane: Lane,
+        deadline: Deadline,
+        max_length: int | None = None,
+    ) -> Encoded:
+        """Vectors of the texts, with `prefix` put before each, cut to `max_length` tokens (None: the encoder's own).
+
+        Raises OutOfTimeError.
+        """
 
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """The texts that lists of this model's token ids stand for. Raises UnprocessableError for ids it has not."""

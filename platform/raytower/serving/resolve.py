@@ -78,6 +78,7 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         fusion=FusionEntry(**fusion.to_dict()) if fusion else None,
         query_prefix=_query_prompt(path) if config.query_prefix is None else config.query_prefix,
         document_prefix=manifest.prefix,
+        document_max_length=manifest.max_length,
         label_field=config.label_field,
         classify_modes=_classify_modes(config),
         compute=ComputeEntry(

@@ -45,6 +45,7 @@ def test_keys_beside_collections_are_those_of_each_that_does_not_set_them() -> N
         ({"index": "a", "autoscaling": {"min": 3, "max": 2}}, "lower min or raise max"),
         ({"index": "a", "route_prefix": "a"}, "route_prefix"),
         ({"index": "a", "api_key_env": "A", "security": {"key_env": "B"}}, "set one"),
+        ({"index": "a", "access_log": "-"}, "name a file, or set server to uvicorn"),
         ({"index": "a", "fusion_weight": 1.5}, "fusion_weight"),
     ],
 )

@@ -62,7 +62,14 @@ class FakeEncoder:
     def predict(self, texts: Sequence[str], lane: Lane) -> float:
         return self.seconds
 
-    async def encode(self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline) -> Encoded:
+    async def encode(
+        self,
+        texts: Sequence[str],
+        prefix: str,
+        lane: Lane,
+        deadline: Deadline,
+        max_length: int | None = None,
+    ) -> Encoded:
         self.seen.append((tuple(texts), prefix, lane))
         await self.held.wait()
         vectors = np.array([VECTORS[text] for text in texts], np.float32)

@@ -236,6 +236,29 @@ def test_a_search_finds_each_text_by_itself(index: Path, forwards: Forwards) -> 
     assert answer.hits[3][0].metadata == {"number": 3}
 
 
+def test_what_is_embedded_as_a_document_is_cut_as_the_documents_of_the_index_were(
+    index: Path, dummy_encoder_dir: Path, forwards: Forwards
+) -> None:
+    text = "sun moon star " * 30
+
+    async def ask(role: Any) -> Any:
+        engine = engine_over(forwards)
+        config = CollectionConfig(index=str(index))
+        generation = generation_of("default", config, "000001")
+        assert generation.document_max_length == 64  # as the manifest says
+        shorter = generation.model_copy(update={"document_max_length": 9, "document_prefix": "p: "})
+        await engine.prepare(shorter)
+        engine.activate(shorter.id)
+        return await engine.embed("default", EmbedCall(texts=[text], role=role), Deadline.after(LATER))
+
+    as_document, as_text = asyncio.run(ask("document")), asyncio.run(ask(None))
+    encoder = Encoder.load(dummy_encoder_dir)
+    cut = ForwardEngine(encoder, max_length=9).encode([text], "p: ")
+    np.testing.assert_allclose(as_document.vectors, cut, atol=1e-5)
+    np.testing.assert_allclose(as_text.vectors, ForwardEngine(encoder).encode([text]), atol=1e-5)
+    assert (as_document.counts.tokens, as_document.counts.truncated) == (9, 1)
+
+
 def test_rerank_scores_are_the_cross_encoders(
     index: Path, dummy_reranker_dir: Path, forwards: Forwards
 ) -> None:
