@@ -106,7 +106,7 @@ class Index:
         if number == 0:
             tail = _tail(index, manifest, table, shards if parts == 1 else None)
             shards += [tail] if tail is not None else []
-        return cls(manifest, table, shards, _open_placement(index, manifest) if parts == 1 else None)
+        return cls(manifest, table, shards, open_placement(index, manifest) if parts == 1 else None)
 
     def use_gpu(self) -> int:
         """Search flat shards and shards of lists on the GPU that FAISS sees; returns how many it holds."""
@@ -312,7 +312,8 @@ def _tail(
     return Shard.in_memory(table.vectors(rows, unit=manifest.metric == "cosine"), rows, table.row_map)
 
 
-def _open_placement(index: Location, manifest: IndexManifest) -> Placement | None:
+def open_placement(index: Location, manifest: IndexManifest) -> Placement | None:
+    """Which shard holds which part of space; None where the version is not placed by cluster."""
     entry = manifest.placement
     if entry is None:
         return None

@@ -26,6 +26,7 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     inside,
+    is_sequence_classifier,
     load_tokenizer,
     load_weights,
     loading,
@@ -57,7 +58,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "Sigmoid": nn.Sigmoid,
 }
 _MODULE_ORDER = re.compile(r"Transformer Pooling( Dense)*( Normalize)?")
-_CLASSIFIER = "ForSequenceClassification"
 # The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
 _FINGERPRINT_VERSION = 2
 
@@ -279,7 +279,7 @@ def _is_outside_map(name: str) -> bool:
 
 def _refuse_classifier(path: Path) -> None:
     names = read_json_object(path / "config.json").get("architectures") or []
-    if any(str(name).endswith(_CLASSIFIER) for name in names) and not (path / "modules.json").is_file():
+    if any(is_sequence_classifier(str(name)) for name in names) and not (path / "modules.json").is_file():
         raise FormatError(
             f"{str(path)!r} is a {names[0]}, a reranker or a classifier; as an encoder it would lose its head and give "
             "vectors that it was never trained for: name an encoder, or train one of it with `raytower train-retriever`"

@@ -191,7 +191,8 @@ class ServeConfig(HttpConfig, CollectionConfig):
                 )
         if self.server == "ray" and self.access_log.path == "-":
             raise ValueError(
-                "access_log.path is '-', and Ray keeps what replicas print to itself; name a file, or set server to uvicorn"
+                "access_log.path is '-', and Ray keeps what replicas print to itself; name a file, or set server to "
+                "uvicorn"
             )
         if self.server == "uvicorn" and self.layout != "together":
             raise ValueError(f"server uvicorn has one process, and cannot have layout {self.layout}")

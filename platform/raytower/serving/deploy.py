@@ -200,9 +200,8 @@ def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
             if server is None:
                 raise
             if not has_ended():
-                versions = served_versions(
-                    server.url, server.collections
-                )  # watched indexes may have moved on
+                # Watched indexes may have moved on.
+                versions = served_versions(server.url, server.collections)
                 _say_that_it_stops(server)
             time.sleep(SIGNALLED_S)
         finally:

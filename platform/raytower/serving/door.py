@@ -81,9 +81,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         if self._num_requests >= self._settings.max_requests:
-            await refuse(
-                send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True
-            )
+            await refuse_busy(send)
             return
         self._num_requests += 1
         request = _Request(scope, receive, self._settings)
@@ -100,14 +98,7 @@ class Door:
                 async for size in request.read():
                     self._held_bytes += size
                     if self._held_bytes > settings.max_held_bytes:
-                        await refuse(
-                            send,
-                            429,
-                            "the server is busy; try again",
-                            "rate_limit_error",
-                            "overloaded",
-                            retry=True,
-                        )
+                        await refuse_busy(send)
                         return
         except TimeoutError:
             message = f"the body did not arrive within {settings.body_timeout_ms} ms"
@@ -153,9 +144,7 @@ class Door:
             message = "the server is stopping, or being started again; try again"
             await refuse(send, 503, message, "server_error", "not_ready", retry=True)
         elif answer.status in (429, 503) and b"ackpressure" in answer.body:
-            await refuse(
-                send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True
-            )
+            await refuse_busy(send)
         elif answer.status in (408, 504):
             await refuse(send, 504, "no answer in time", "timeout_error", "out_of_time")
         else:
@@ -284,6 +273,11 @@ async def refuse(
     with suppress(OSError):
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def refuse_busy(send: Send) -> None:
+    """Answer that there is too much to do."""
+    await refuse(send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.annotation.cosines import pair_cosines
-from raytower.annotation.labels import count_votes, label_of, rank_labels
+from raytower.annotation.labels import count_votes, label_logits, label_of, rank_labels
 from raytower.errors import InputError
 from raytower.index.table import TEXT, Document
 from raytower.retrieval.ranking import Ranking, rank
@@ -512,14 +512,12 @@ async def _by_classifier(
     parts: Parts, call: ClassifyCall, lane: Lane, deadline: Deadline
 ) -> tuple[list[list[tuple[str, float]]], TokenCounts]:
     assert parts.classifier is not None
-    probabilities, counts = await parts.classifier.probabilities(call.texts, lane, deadline)
-    names = parts.classifier.served.labels
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : call.top_k]
-    labels = [
-        [(names[place], float(row[place])) for place in places]
-        for row, places in zip(probabilities, order.tolist(), strict=True)
-    ]
-    return labels, counts
+    logits, counts = await parts.classifier.logits(call.texts, lane, deadline)
+    try:
+        ranked = label_logits(parts.classifier.served.labels, logits, call.top_k)
+    except InputError as error:
+        raise NotFiniteError(str(error)) from error
+    return [[(item.label, item.score) for item in row] for row in ranked], counts
 
 
 async def _by_index(

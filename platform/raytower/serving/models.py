@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
-from raytower.models.class_ranks import softmax
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder, read_encoder_info
@@ -288,17 +287,16 @@ class SharedClassifier(SharedModel):
             name=model_name(entry.uri), max_length=engine.max_length, labels=engine.labels
         )
 
-    async def probabilities(
+    async def logits(
         self, texts: Sequence[str], lane: Lane, deadline: Deadline
     ) -> tuple[NDArray[np.float32], TokenCounts]:
-        """Probabilities (N, C) in the order of `served.labels`. Raises OutOfTimeError."""
+        """Logits float32 (N, C) in the order of `served.labels`. Raises OutOfTimeError."""
         engine: ClassifierEngine = self._engine
 
         def tokenise_rows(rows: Sequence[int], length: int) -> TokenBlock:
             return engine.model.tokenise([[texts[row] for row in rows]], length)
 
-        logits, counts = await self._compute(tokenise_rows, [len(text) for text in texts], lane, deadline)
-        return softmax(logits), counts
+        return await self._compute(tokenise_rows, [len(text) for text in texts], lane, deadline)
 
 
 class ModelPool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from raytower.errors import FormatError
@@ -12,7 +13,7 @@ from raytower.index.versions import open_manifest
 from raytower.models.fusion import Fusion
 from raytower.serving.generation import Generation
 from raytower.serving.models import ModelPool
-from raytower.serving.parts import Parts, RecallStage
+from raytower.serving.parts import PairModel, Parts, RecallStage
 from raytower.serving.recall import LocalRecall
 
 
@@ -25,14 +26,27 @@ class LocalParts:
 
     def __call__(self, generation: Generation) -> Parts:
         """Raises InputError: no such index or model. FormatError: another encoder made the index, or damage."""
-        return self.with_recall(generation, checked_manifest(generation), self.recall(generation))
+        manifest = checked_manifest(generation)
+        return self.of_stages(
+            generation, manifest, lambda: self.recall(generation), lambda: self.scorer(generation)
+        )
 
     def recall(self, generation: Generation) -> LocalRecall:
         """A generation's index, all shards in this process."""
         return LocalRecall(Index.open(generation.index, generation.index_version), self._threads)
 
-    def with_recall(self, generation: Generation, manifest: IndexManifest, recall: RecallStage) -> Parts:
-        """The parts of a generation whose index is `recall`, wherever that is."""
+    def scorer(self, generation: Generation) -> PairModel | None:
+        """A generation's reranker in this process; None where it has none."""
+        return self._models.scorer(generation)
+
+    def of_stages(
+        self,
+        generation: Generation,
+        manifest: IndexManifest,
+        recall: Callable[[], RecallStage],
+        scorer: Callable[[], PairModel | None],
+    ) -> Parts:
+        """The parts of a generation whose index and reranker are opened by these, wherever they lie."""
         encoder = self._models.encoder(generation)
         if encoder.served.dim != manifest.dim:
             raise FormatError(
@@ -41,9 +55,9 @@ class LocalParts:
             )
         return Parts(
             generation=generation,
-            recall=recall,
+            recall=recall(),
             encoder=encoder,
-            scorer=self._models.scorer(generation),
+            scorer=scorer(),
             classifier=self._models.classifier(generation),
             fusion=Fusion(**generation.fusion.model_dump()) if generation.fusion else None,
             kind=manifest.kind,

@@ -110,10 +110,10 @@ class LabelModel(Protocol):
     def predict(self, texts: Sequence[str], lane: Lane) -> float:
         """Seconds of forward passes that the texts would take."""
 
-    async def probabilities(
+    async def logits(
         self, texts: Sequence[str], lane: Lane, deadline: Deadline
     ) -> tuple[NDArray[np.float32], TokenCounts]:
-        """Probabilities (N, C) in the order of `served.labels`. Raises OutOfTimeError."""
+        """Logits float32 (N, C) in the order of `served.labels`. Raises OutOfTimeError."""
 
 
 class RecallStage(Protocol):

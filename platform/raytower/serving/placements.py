@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from raytower.errors import FormatError, RaytowerError
-from raytower.index.manifest import PLACEMENTS_NAME, IndexManifest
-from raytower.index.placement import Placement
-from raytower.index.reader import Index
-from raytower.index.shard import local_file
+from raytower.errors import RaytowerError
+from raytower.index.manifest import IndexManifest
+from raytower.index.reader import Index, open_placement
 from raytower.index.table import DocumentTable
-from raytower.models.fusion import Fusion
 from raytower.serving.calls import ServedModel
 from raytower.serving.errors import NotReadyError, OutOfTimeError
 from raytower.serving.forwards import Lane
@@ -94,7 +91,6 @@ class PlacedParts:
         patience_s: float = 600.0,
         recall_threads: int = 4,
     ) -> None:
-        self._models = models
         self._reranker = reranker
         self._groups = groups
         self._shard_timeout_ms = shard_timeout_ms
@@ -108,22 +104,11 @@ class PlacedParts:
         if self._reranker is None and not self._groups:
             return self._local(generation)
         manifest = checked_manifest(generation)
-        encoder = self._models.encoder(generation)
-        if encoder.served.dim != manifest.dim:
-            raise FormatError(
-                f"encoder {generation.encoder.uri!r} gives vectors of {encoder.served.dim}, the index holds "
-                f"{manifest.dim}"
-            )
-        return Parts(
-            generation=generation,
-            recall=self._recall(generation, manifest),
-            encoder=encoder,
-            scorer=self._scorer(generation),
-            classifier=self._models.classifier(generation),
-            fusion=Fusion(**generation.fusion.model_dump()) if generation.fusion else None,
-            kind=manifest.kind,
-            metric=manifest.metric,
-            measured_recall=manifest.recall,
+        return self._local.of_stages(
+            generation,
+            manifest,
+            lambda: self._recall(generation, manifest),
+            lambda: self._scorer(generation),
         )
 
     def _recall(self, generation: Generation, manifest: IndexManifest) -> RecallStage:
@@ -137,7 +122,7 @@ class PlacedParts:
         return RemoteRecall(
             generation.id,
             index,
-            planner_of(manifest, _placement(place, manifest), counts),
+            planner_of(manifest, open_placement(place, manifest), counts),
             [group.search for group in self._groups],
             self._shard_timeout_ms,
             self._threads,
@@ -145,7 +130,7 @@ class PlacedParts:
 
     def _scorer(self, generation: Generation) -> PairModel | None:
         if self._reranker is None or generation.reranker is None:
-            return self._models.scorer(generation)
+            return self._local.scorer(generation)
         served = self._once_prepared(partial(self._reranker.describe, generation.id), "the reranker")
         if served is None:
             raise RaytowerError("the reranker's process holds no reranker for this generation")
@@ -166,13 +151,6 @@ class PlacedParts:
                 if time.monotonic() > until:
                     raise RaytowerError(f"{who} did not prepare it in {self._patience_s:g} s") from error
                 time.sleep(_POLL_S)
-
-
-def _placement(place: Location, manifest: IndexManifest) -> Placement | None:
-    entry = manifest.placement
-    if entry is None:
-        return None
-    return Placement.load(local_file(place / PLACEMENTS_NAME / f"{entry.digest}.npz", entry.file))
 
 
 class RemoteScorer:

@@ -18,7 +18,7 @@ from raytower.progress import log
 from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member
-from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse
+from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse, refuse_busy
 from raytower.serving.keys import StoredKey
 from raytower.serving.listening import base_url, check_port
 from raytower.serving.local import EngineHolder, Serving
@@ -136,9 +136,7 @@ class Here:
             message = "the server is stopping; ask another one"
             await refuse(_closing(send), 503, message, "server_error", "draining", retry=True)
         elif self._requests >= self._most_requests:
-            await refuse(
-                send, 429, "the server is busy; try again", "rate_limit_error", "overloaded", retry=True
-            )
+            await refuse_busy(send)
         else:
             self._requests += 1
             try:

@@ -117,10 +117,11 @@ class FakeClassifier:
     def predict(self, texts: Sequence[str], lane: Lane) -> float:
         return 0.0
 
-    async def probabilities(
+    async def logits(
         self, texts: Sequence[str], lane: Lane, deadline: Deadline
     ) -> tuple[NDArray[np.float32], TokenCounts]:
-        return np.array([[0.25, 0.75]] * len(texts), np.float32), TokenCounts(tokens=1)
+        # Their probabilities are 1/4 and 3/4.
+        return np.log(np.array([[1, 3]] * len(texts), np.float32)), TokenCounts(tokens=1)
 
 
 class FakeRecall:
