@@ -321,6 +321,22 @@ def test_a_start_that_takes_too_long_is_given_up_with_the_memory_that_is_used(
 SERVER = deploy.Server("raytower", "http://127.0.0.1:9", ("default",), False, 0.0, 0.0)
 
 
+def test_the_version_of_every_collection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = deploy.Server("raytower", "http://127.0.0.1:9", ("faq", "laws"), False, 0.0, 0.0)
+    served = {"faq": {"index_version": NEW}, "laws": {"index_version": OLD}}
+    monkeypatch.setattr(deploy, "status", lambda server: {"collections": served})
+    versions = deploy.served_versions(server, {})
+    assert versions == {"faq": NEW, "laws": OLD}
+    del served["laws"]
+    assert deploy.served_versions(server, versions) == {"faq": NEW, "laws": OLD}
+
+    def silent(server: deploy.Server) -> Any:
+        raise TimeoutError
+
+    monkeypatch.setattr(deploy, "status", silent)
+    assert deploy.served_versions(server, {"faq": OLD}) == {"faq": OLD, "laws": None}
+
+
 def test_a_stop_that_takes_too_long_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ from raytower.serving.graph import (
     answer_of,
     build_application,
 )
-from raytower.serving.listening import base_url, check_port
+from raytower.serving.listening import base_url, check_port, shown_versions
 from raytower.serving.plan import check_start, joins_cluster, needed_cpus, num_shard_groups
 from raytower.serving.ports import proxy_environment
 
@@ -185,8 +185,8 @@ def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
     with hangups() as wanted:
         try:
             server = start(config)
-            versions = served_versions(server.url, server.collections)
-            log(f"serving {_shown(versions)} at {server.url}/ (the search page); stop with Ctrl-C")
+            versions = served_versions(server, versions)
+            log(f"serving {shown_versions(versions)} at {server.url}/ (the search page); stop with Ctrl-C")
             watch = _Watch(server)
             while True:
                 time.sleep(_POLL_S)
@@ -194,14 +194,14 @@ def serve_on_ray(config: ServeConfig) -> dict[str, Any]:
                 if wanted:
                     wanted.clear()
                     _reload_all(server)
-                    versions = served_versions(server.url, server.collections)
-                    log(f"serving {_shown(versions)}")
+                    versions = served_versions(server, versions)
+                    log(f"serving {shown_versions(versions)}")
         except (KeyboardInterrupt, Terminated):
             if server is None:
                 raise
             if not has_ended():
                 # Watched indexes may have moved on.
-                versions = served_versions(server.url, server.collections)
+                versions = served_versions(server, versions)
                 _say_that_it_stops(server)
             time.sleep(SIGNALLED_S)
         finally:
@@ -344,15 +344,17 @@ def served_version(url: str) -> str | None:
         return None
 
 
-def served_versions(url: str, collections: tuple[str, ...]) -> dict[str, str | None]:
-    """The index version of each collection; None where it is not told."""
-    return {name: served_version(url) if number == 0 else None for number, name in enumerate(collections)}
-
-
-def _shown(versions: Mapping[str, str | None]) -> str:
-    if len(versions) == 1:
-        return f"index version {next(iter(versions.values()))}"
-    return ", ".join(versions)
+def served_versions(server: Server, before: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The index version of each collection; where the conductor does not say, what it was `before`."""
+    try:
+        found = status(server)["collections"]
+    except (RaytowerError, TimeoutError, RayServeException, ray.exceptions.RayError) as error:
+        log(f"warning: the server does not say what it serves: {type(error).__name__}")
+        found = {}
+    return {
+        name: found[name]["index_version"] if name in found else before.get(name)
+        for name in server.collections
+    }
 
 
 # --- signals of the job ---------------------------------------------------------------------------------------

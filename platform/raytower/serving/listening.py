@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 
 from raytower.errors import InputError
 from raytower.serving.config import ServeConfig
@@ -41,3 +42,10 @@ def base_url(config: ServeConfig) -> str:
     """Where this machine reaches the proxy."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def shown_versions(versions: Mapping[str, str | None]) -> str:
+    """What is served, in a line for people: index versions by collection."""
+    if len(versions) == 1:
+        return f"index version {next(iter(versions.values()))}"
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -20,7 +20,7 @@ from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member
 from raytower.serving.door import AsgiApp, Message, Receive, Scope, Send, refuse, refuse_busy
 from raytower.serving.keys import StoredKey
-from raytower.serving.listening import base_url, check_port
+from raytower.serving.listening import base_url, check_port, shown_versions
 from raytower.serving.local import EngineHolder, Serving
 from raytower.serving.placements import PlacedParts
 from raytower.serving.plan import check_start
@@ -63,7 +63,7 @@ async def _serve(config: ServeConfig, active: Mapping[str, Served], keys: list[S
         running = asyncio.create_task(server.serve())
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        log(f"serving {_shown(here)} at {url}/ (the search page); stop with Ctrl-C")
+        log(f"serving {shown_versions(here.versions())} at {url}/ (the search page); stop with Ctrl-C")
         while not ended.is_set() and not running.done():
             await _first(ended.wait(), hung_up.wait(), running)
             if hung_up.is_set():
@@ -193,7 +193,7 @@ async def _reload_all(here: Here) -> None:
             await here.conducting.reload({"collection": name})
         except RaytowerError as error:
             log(f"warning: {error}")
-    log(f"serving {_shown(here)}")
+    log(f"serving {shown_versions(here.versions())}")
 
 
 async def _unless(ended: asyncio.Event, work: Any) -> None:
@@ -227,10 +227,3 @@ def _result(url: str, here: Here, started: float) -> dict[str, Any]:
         "collections": versions,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _shown(here: Here) -> str:
-    versions = here.versions()
-    if len(versions) == 1:
-        return f"index version {next(iter(versions.values()))}"
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
