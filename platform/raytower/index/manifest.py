@@ -10,6 +10,7 @@ index/versions/000004.json             this document, immutable
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Annotated, Any, Literal
 
@@ -168,6 +169,10 @@ class IndexManifest(Origin):
     def to_json(self) -> bytes:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
         return json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"
+
+    def sha256(self) -> str:
+        """The digest of its JSON, in hex: two versions of one name differ by it."""
+        return hashlib.sha256(self.to_json()).hexdigest()
 
     @staticmethod
     def read(place: Location) -> IndexManifest:

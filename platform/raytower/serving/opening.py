@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,14 +68,9 @@ class LocalParts:
 def checked_manifest(generation: Generation) -> IndexManifest:
     """The manifest of a generation's index version. Raises FormatError where it is not the one that was meant."""
     manifest = open_manifest(generation.index, generation.index_version)
-    if manifest_sha256(manifest) != generation.manifest_sha256:
+    if manifest.sha256() != generation.manifest_sha256:
         raise FormatError(
             f"version {generation.index_version} of index {generation.index} is not the one that generation "
             f"{generation.id} names: it was built anew meanwhile; reload the server"
         )
     return manifest
-
-
-def manifest_sha256(manifest: IndexManifest) -> str:
-    """The digest by which a generation knows a manifest."""
-    return hashlib.sha256(manifest.to_json()).hexdigest()

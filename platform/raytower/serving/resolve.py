@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +70,7 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         collection=collection,
         index=absolute_if_local(config.index),
         index_version=manifest.version,
-        manifest_sha256=hashlib.sha256(manifest.to_json()).hexdigest(),
+        manifest_sha256=manifest.sha256(),
         encoder=encoder,
         reranker=reranker,
         classifier=classifier,

@@ -17,7 +17,6 @@ from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.serving.errors import NotReadyError, OutOfTimeError
 from raytower.serving.generation import Generation, ModelEntry
-from raytower.serving.opening import manifest_sha256
 from raytower.serving.placements import GroupCalls, PlacedParts
 from raytower.serving.shards import RemoteRecall, ShardGroup, planner_of
 from raytower.serving.work import Deadline
@@ -41,7 +40,7 @@ def generation_for(index: Path) -> Generation:
         collection="default",
         index=str(index),
         index_version=manifest.version,
-        manifest_sha256=manifest_sha256(manifest),
+        manifest_sha256=manifest.sha256(),
         encoder=ModelEntry(uri="", fingerprint=manifest.fingerprint),
     )
 
