@@ -41,4 +41,7 @@ class Deadline:
             raise self.exceeded()
 
     def exceeded(self) -> OutOfTimeError:
-        return OutOfTimeError(f"no answer within {self.timeout_ms} ms; raise timeout_ms, or lower recall_k")
+        return OutOfTimeError(
+            f"no answer within {self.timeout_ms} ms; raise timeout_ms, or ask for less: "
+            "fewer or shorter texts, a smaller recall_k"
+        )
