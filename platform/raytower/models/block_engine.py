@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytower.errors import RaytowerError
 from raytower.models.ahead import Ahead
@@ -73,9 +73,25 @@ class BlockEngine(ABC):
     def width(self) -> int:
         """W, the values that the model gives for a row."""
 
+    @property
+    @abstractmethod
+    def transformer(self) -> nn.Module:
+        """The transformer inside the model, or the graph in its place."""
+
     @abstractmethod
     def compute(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the model makes (B, W) of padded rows, each of `inputs` (B, L), all on the device."""
+
+    def call_between_layers(self, call: Callable[[], None]) -> int:
+        """Have `call` called between the layers of every batch from now on, where others may compute meanwhile.
+
+        Returns the number of parts that this cuts a batch into: 1 where there is nothing to call it from, such as in an
+        ONNX graph.
+        """
+        layers = _layers_of(self.transformer)
+        for layer in layers[1:]:
+            layer.register_forward_pre_hook(lambda *_: call())
+        return max(len(layers), 1)
 
     def forward_rows(self, num_rows: int, tokenise: Callable[[slice], TokenBlock]) -> NDArray[np.float32]:
         """Results float32 (num_rows, W), in input order; `tokenise` is asked for one block of rows after another."""
@@ -152,3 +168,13 @@ class BlockEngine(ABC):
             before,
             self.tokens_per_batch,
         )
+
+
+def _layers_of(transformer: nn.Module) -> list[nn.Module]:
+    """The layers that a transformer runs one after another: the longest list of modules that lies outermost."""
+    lists = [
+        (name.count("."), -len(module), list(module))
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    return min(lists, key=lambda item: item[:2], default=(0, 0, []))[2]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytower.models.ahead import Ahead
 from raytower.models.block_engine import BlockEngine
@@ -17,6 +17,7 @@ from raytower.models.compute import EngineChoice, EngineDtype, check_compute, ch
 from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.encoder import Encoder
 from raytower.models.engine_choice import RACE_TEXTS, Settled, narrowed, settle_engine
+from raytower.models.onnx_export import body_of
 from raytower.models.token_block import TokenBlock
 from raytower.models.tokenising import tokenise
 
@@ -72,6 +73,11 @@ class ForwardEngine(BlockEngine):
     def width(self) -> int:
         """D: what the encoder gives for a row."""
         return self.encoder.dim
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The encoder's backbone."""
+        return body_of(self.encoder)
 
     def compute(self, inputs: dict[str, Tensor]) -> Tensor:
         """Vectors (B, D) of padded texts."""

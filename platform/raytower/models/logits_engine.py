@@ -12,12 +12,13 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytower.models.block_engine import BlockEngine
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute, check_max_length
 from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.engine_choice import RACE_TEXTS, Settled, narrowed, settle_engine
+from raytower.models.onnx_export import body_of
 from raytower.models.sequence_classifier import SequenceClassifier
 from raytower.models.token_block import TokenBlock
 
@@ -67,6 +68,11 @@ class LogitsEngine(BlockEngine, Generic[ClassifierT]):
     def width(self) -> int:
         """C, the logits of a row."""
         return self.model.num_labels
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The model without its tokenizer."""
+        return body_of(self.model)
 
     def compute(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, C) of padded rows."""

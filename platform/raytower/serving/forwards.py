@@ -1,7 +1,8 @@
 """Forward passes that concurrent requests share: one thread runs those of all models of a process, a batch at a time.
 
 A batch is cut by padded tokens, so that it takes a bounded time, from rows of similar length of all requests that wait.
-What is urgent goes first; a request that left or is late is not computed. Imports neither Ray nor torch.
+What is urgent goes first, also between the layers of a pass that is not. A request that left or is late is not
+computed. Imports neither Ray nor torch.
 
 Shape legend: N rows of a submission, W values that the model gives for a row.
 """
@@ -26,8 +27,10 @@ from raytower.serving.costs import ForwardCost
 from raytower.serving.work import Deadline
 
 Rows = NDArray[np.float32]
-# Most seconds that a pass should take, so that what is urgent does not wait longer for one that has begun.
-_PASS_S = (0.05, 0.04, 0.025)
+# Most seconds, by lane, until what is urgent is let in: of a pass, or of the part between two layers.
+_PART_S = (0.05, 0.04, 0.025)
+# Most seconds of a pass whose layers let others in: what is as urgent as the pass waits for its end.
+_PASS_S = (0.05, 0.12, 0.15)
 # Rows up to so many tokens go together whatever their lengths.
 _SHORT = 32
 # After so many passes before it, one of a lane that waits has its turn.
@@ -49,6 +52,9 @@ class Forward(Protocol):
     def width(self) -> int: ...
 
     tokens_per_batch: int
+
+    def call_between_layers(self, call: Callable[[], None]) -> int:
+        """Have `call` called while a block is computed, about so many times less one as is returned."""
 
     def forward_block(self, block: TokenBlock) -> Rows:
         """(N, W) of a block's rows."""
@@ -81,6 +87,9 @@ class Forwards:
         self._passed_over: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self._closed = False
         self._thread: threading.Thread | None = None
+        # Of the thread alone: the lanes of passes that have begun, the innermost last, and seconds spent in inner ones.
+        self._running: list[Lane] = []
+        self._inner_s = 0.0
 
     def submit(self, model: ModelForwards, block: TokenBlock, lane: Lane, deadline: Deadline) -> Future[Rows]:
         """The model's values (N, W) of a block. A future that is cancelled is not computed any further."""
@@ -122,11 +131,30 @@ class Forwards:
         if self._thread is not None:
             self._thread.join()
 
+    def let_in(self) -> None:
+        """Compute one pass that is more urgent than the one that runs; a model calls this between its layers."""
+        if threading.current_thread() is not self._thread or not self._running or not self._running[-1]:
+            return
+        with self._changed:
+            batch = self._take(more_urgent_than=self._running[-1])
+        if batch is None:
+            return
+        before_s, started = self._inner_s, time.perf_counter()
+        self._compute(batch)
+        self._inner_s = before_s + time.perf_counter() - started
+
     def _work(self) -> None:
         while (batch := self._next()) is not None:
-            batch.compute(self._observe)
+            self._compute(batch)
             # A frame that waits would keep the models of the last batch alive.
             del batch
+
+    def _compute(self, batch: _Batch) -> None:
+        self._running.append(batch.lane)
+        try:
+            batch.compute(self._observe, lambda: self._inner_s)
+        finally:
+            self._running.pop()
 
     def _next(self) -> _Batch | None:
         with self._changed:
@@ -137,10 +165,12 @@ class Forwards:
                 self._changed.wait()
         return None
 
-    def _take(self) -> _Batch | None:
+    def _take(self, more_urgent_than: Lane | None = None) -> _Batch | None:
         for waiting in self._waiting.values():
             _drop_ended(waiting)
         lanes = [lane for lane in Lane if self._waiting[lane]]
+        if more_urgent_than is not None:
+            lanes = [lane for lane in lanes if lane < more_urgent_than]
         if not lanes:
             return None
         chosen = next((lane for lane in lanes if self._passed_over[lane] >= _PATIENCE), lanes[0])
@@ -157,6 +187,7 @@ class ModelForwards:
         self.forward = forward
         self.cost = ForwardCost()
         self._forwards = forwards
+        self._parts = forward.call_between_layers(forwards.let_in)
 
     async def compute(self, block: TokenBlock, lane: Lane, deadline: Deadline) -> Rows:
         """Values float32 (N, W) of a block's rows, in order.
@@ -188,7 +219,8 @@ class ModelForwards:
 
     def tokens_per_pass(self, lane: Lane) -> int:
         """Padded tokens of a pass of this lane at most."""
-        return min(self.cost.tokens_in(_PASS_S[lane]), self.forward.tokens_per_batch)
+        seconds = min(_PART_S[lane] * self._parts, _PASS_S[lane])
+        return min(self.cost.tokens_in(seconds), self.forward.tokens_per_batch)
 
 
 @dataclass(eq=False)
@@ -266,9 +298,10 @@ class _Batch:
                 waiting.remove(submission)
         return cls(model, lane, parts)
 
-    def compute(self, observe: Observe | None) -> None:
+    def compute(self, observe: Observe | None, inner_s: Callable[[], float]) -> None:
+        """`inner_s` tells the seconds that other passes have taken in the midst of this one, and of those before it."""
         block = TokenBlock.join([submission.block.take(rows) for submission, rows in self.parts])
-        started = time.perf_counter()
+        started, inner_before_s = time.perf_counter(), inner_s()
         try:
             values = self.model.forward.forward_block(block)
         except BaseException as error:
@@ -276,9 +309,9 @@ class _Batch:
                 self.parts[0][0].fail(error)
             for part in self.parts if len(self.parts) > 1 else ():
                 # One request's rows must not fail those of the others.
-                _Batch(self.model, self.lane, [part]).compute(observe)
+                _Batch(self.model, self.lane, [part]).compute(observe, inner_s)
             return
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - (inner_s() - inner_before_s)
         padded = int(block.lengths.max()) * len(block)
         self.model.cost.observe(padded, seconds)
         waits = tuple(

@@ -433,3 +433,26 @@ class TestWrongValues:
                 run()
         with pytest.raises(InputError, match=r"max_length is 2, .* 3 special tokens to each pair; .*least 4"):
             scorer.score(["a"], ["b"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_may_be_used_in_the_midst_of_its_own_pass(
+    kind: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerFast]],
+) -> None:
+    engine = ClassifierEngine(build(kind, TextClassifier, 3), tokens_per_batch=10_000)
+    blocks = [engine.model.tokenise([texts], 64) for texts in (DOCUMENTS, QUERIES, ["x"])]
+    expected = [engine.forward_block(block) for block in blocks]
+    inner: list[np.ndarray] = []
+    waiting: list[TokenBlock] = []
+
+    def use() -> None:
+        if waiting:  # the inner pass calls this too
+            inner.append(engine.forward_block(waiting.pop()))
+
+    assert engine.call_between_layers(use) == 2
+    waiting.extend(blocks[1:])
+    outer = engine.forward_block(blocks[0])
+    np.testing.assert_array_equal(outer, expected[0])
+    # The last was asked for first, and the other in its midst.
+    for found, wanted in zip(inner, expected[1:], strict=True):
+        np.testing.assert_array_equal(found, wanted)

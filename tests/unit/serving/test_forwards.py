@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -30,6 +31,9 @@ class Doubler:
         self.gate = threading.Event()
         self.gate.set()
         self.began = threading.Event()
+
+    def call_between_layers(self, call: Callable[[], None]) -> int:
+        return 1
 
     def forward_block(self, block: TokenBlock) -> Rows:
         firsts = block.ids[block.starts]
@@ -112,6 +116,88 @@ def test_what_is_urgent_goes_before_bulk_that_came_earlier(forwards: Forwards) -
 
     asyncio.run(ask())
     assert doubler.passes == [[0], [9], [8], [7]]
+
+
+class Layered(Doubler):
+    """Passes of three layers, which let others in twice; `before` each of these it does what a test wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: list[Callable[[], None]] = []
+        self.ended: list[list[int]] = []
+
+    def call_between_layers(self, call: Callable[[], None]) -> int:
+        self._call = call
+        return 3
+
+    def forward_block(self, block: TokenBlock) -> Rows:
+        values = super().forward_block(block)
+        for _ in range(2):
+            if self.before:
+                self.before.pop(0)()
+            self._call()
+        self.ended.append(block.ids[block.starts].tolist())
+        return values
+
+
+def test_what_is_urgent_is_let_in_between_the_layers_of_a_pass_that_is_not(forwards: Forwards) -> None:
+    layered = Layered()
+    facts: list[PassFacts] = []
+    forwards._observe = facts.append
+    model = shared(layered, forwards)
+
+    def submit(token: int, lane: Lane, seconds: float = 0.0) -> Callable[[], None]:
+        def act() -> None:
+            futures[token] = forwards.submit(model, rows(token), lane, Deadline.after(LATER))
+            time.sleep(seconds)
+
+        return act
+
+    futures: dict[int, Future[Rows]] = {}
+    # While bulk 7 is computed a rerank arrives, in its midst a search, another rerank and more bulk.
+    layered.before = [
+        submit(8, Lane.RERANK, 0.03),
+        lambda: [submit(9, Lane.QUERY)(), submit(81, Lane.RERANK)(), submit(71, Lane.BULK)()],  # type: ignore[list-item]
+        lambda: time.sleep(0.05),
+    ]
+    submit(7, Lane.BULK)()
+    futures[7].result(20)
+    futures[71].result(20)
+    assert layered.passes == [[7], [8], [9], [81], [71]]
+    assert layered.ended == [[9], [8], [81], [7], [71]]
+    assert {token: float(future.result(20)[0, 0]) for token, future in futures.items()} == {
+        7: 14.0,
+        8: 16.0,
+        9: 18.0,
+        81: 162.0,
+        71: 142.0,
+    }
+    # Seconds of a pass are its own, without those of passes that were let in.
+    seconds = {(fact.lane, number): fact.seconds for number, fact in enumerate(facts)}
+    assert seconds[(Lane.QUERY, 0)] >= 0.05
+    assert 0 < seconds[(Lane.RERANK, 1)] < 0.05
+    assert 0.03 <= seconds[(Lane.BULK, 3)] < 0.08
+
+
+def test_a_search_that_fails_in_the_midst_of_bulk_leaves_bulk_as_it_was(forwards: Forwards) -> None:
+    layered = Layered()
+    model = shared(layered, forwards)
+    futures: list[Future[Rows]] = []
+    layered.before = [
+        lambda: futures.append(forwards.submit(model, rows(666), Lane.QUERY, Deadline.after(LATER)))
+    ]
+    bulk = forwards.submit(model, rows(7), Lane.BULK, Deadline.after(LATER))
+    assert float(bulk.result(20)[0, 0]) == 14.0
+    with pytest.raises(ValueError, match="no model takes"):
+        futures[0].result(20)
+
+
+def test_passes_of_layers_may_be_longer_where_others_are_let_in(forwards: Forwards) -> None:
+    layered, plain = shared(Layered(), forwards), shared(Doubler(), forwards)
+    # 2 ms a pass and 0.2 ms a token: 25 ms of bulk hold 115 tokens, three parts of it 365.
+    assert plain.tokens_per_pass(Lane.BULK) == pytest.approx(115, abs=1)
+    assert layered.tokens_per_pass(Lane.BULK) == pytest.approx(365, abs=1)
+    assert plain.tokens_per_pass(Lane.QUERY) == layered.tokens_per_pass(Lane.QUERY)
 
 
 def test_bulk_has_its_turn_though_searches_never_end(forwards: Forwards) -> None:
