@@ -38,26 +38,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
+from http_load import SEED, Answered, closed_loop, open_loop
 from pydantic import BaseModel
 
-SEED = 7
 START_S = 300
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What one request came to: when it was sent (seconds from the start), how long it took, its status."""
-
-    sent: float
-    took: float
-    status: int
 
 
 # --- data and models ------------------------------------------------------------------------------------------
@@ -221,52 +211,6 @@ async def _until_ready(url: str, process: subprocess.Popen[bytes], log: str) -> 
 def from_another_process(work: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
-
-
-async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], start: float) -> Answered:
-    sent = time.perf_counter()
-    try:
-        async with session.post(url, json=body, timeout=aiohttp.ClientTimeout(120)) as reply:
-            await reply.read()
-            status = reply.status
-    except (TimeoutError, aiohttp.ClientError):
-        status = 0
-    return Answered(sent - start, time.perf_counter() - sent, status)
-
-
-def closed_loop(url: str, bodies: list[dict[str, Any]], clients: int, seconds: float) -> list[Answered]:
-    """Each client sends its next request when the last is answered."""
-
-    async def run() -> list[Answered]:
-        start = time.perf_counter()
-        answers: list[Answered] = []
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-
-            async def client(number: int) -> None:
-                draw = random.Random(number)
-                while time.perf_counter() - start < seconds:
-                    answers.append(await _ask(session, url, draw.choice(bodies), start))
-
-            await asyncio.gather(*[client(number) for number in range(clients)])
-        return answers
-
-    return asyncio.run(run())
-
-
-def open_loop(url: str, bodies: list[dict[str, Any]], rate: float, seconds: float) -> list[Answered]:
-    """Requests at fixed times, whatever comes back."""
-
-    async def run() -> list[Answered]:
-        start = time.perf_counter()
-        draw = random.Random(SEED)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            tasks = []
-            for number in range(int(rate * seconds)):
-                await asyncio.sleep(max(start + number / rate - time.perf_counter(), 0))
-                tasks.append(asyncio.create_task(_ask(session, url, draw.choice(bodies), start)))
-            return list(await asyncio.gather(*tasks))
-
-    return asyncio.run(run())
 
 
 def percentile(values: list[float], share: float) -> float:

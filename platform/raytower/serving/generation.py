@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -71,4 +72,10 @@ class Generation(_Document):
     @property
     def id(self) -> str:
         """12 hexadecimal digits over everything that the generation says."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        return _id_of(self)
+
+
+# Every request asks; a cached property would go along into copies with other values.
+@lru_cache(maxsize=256)
+def _id_of(generation: Generation) -> str:
+    return hashlib.sha256(generation.model_dump_json().encode()).hexdigest()[:12]

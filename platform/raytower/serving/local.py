@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 
 from raytower.serving import observe
@@ -35,6 +36,9 @@ class Serving:
         replica: str = "0",
         others: Callable[[], Mapping[str, Figures]] = dict,
     ) -> None:
+        # torch and transformers leave half a million objects, and everybody waits while a full collection looks at all of
+        # them. What is loaded from now on comes and goes with generations.
+        gc.freeze()
         self.metrics = Metrics(replica)
         self._forwards = counted_forwards(self.metrics)
         self.engine = SearchEngine(

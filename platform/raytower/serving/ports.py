@@ -29,7 +29,7 @@ def proxy_environment(settings: DoorSettings) -> dict[str, str]:
 def open_door() -> list[Middleware]:
     """Make this process's uvicorn read requests by BoundedHeads, and put the door before what it serves.
 
-    uvicorn's default, httptools, takes heads of any size, and loses the body of a request that offers HTTP/2.
+    uvicorn's own takes heads of any size and for any time, and reads nothing behind a request that offers HTTP/2.
     """
     uvicorn.config.HTTP_PROTOCOLS["auto"] = PROTOCOL_NAME
     return [Middleware(Door, DoorSettings.from_json(os.environ.get(DOOR_VARIABLE, "{}")))]

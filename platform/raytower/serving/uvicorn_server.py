@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from raytower.errors import RaytowerError
 from raytower.progress import log
@@ -42,7 +43,8 @@ def serve_here(config: ServeConfig) -> dict[str, Any]:
     """
     config = config.model_copy(update={"port": check_port(config.host, config.port)})
     active, keys = check_start(config)
-    return asyncio.run(_serve(config, active, keys))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, active, keys))
 
 
 async def _serve(config: ServeConfig, active: Mapping[str, Served], keys: list[StoredKey]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,3 +340,38 @@ def test_head_over_the_wire_has_no_body(url: str) -> None:
     assert head.startswith(b"HTTP/1.1 200 ")
     assert b"content-length: " in head.lower()
     assert body == b""
+
+
+def test_offers_of_http_2_in_every_cut_and_one_behind_another(engine: DummyEngine, url: str) -> None:
+    """Requests with and without a body, in two pieces cut anywhere, and both at once."""
+    length = b"Content-Length: %d\r\n\r\n" % len(BODY)
+    asked = HEAD + OFFER + length + BODY
+    probe = b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + OFFER + b"\r\n"
+    address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for cut in range(1, len(asked), 7):
+            connection.sendall(asked[:cut])
+            time.sleep(0.002)
+            connection.sendall(asked[cut:])
+            assert _answer(connection).startswith(b"HTTP/1.1 200 ")
+        engine.calls.clear()
+        connection.sendall(probe + asked + HEAD + length + BODY + probe)
+        answers = [_answer(connection) for _ in range(4)]
+    assert [answer[9:12] for answer in answers] == [b"200"] * 4
+    assert [call.queries for call in engine.calls] == [["who pays"]] * 2
+
+
+def _answer(connection: socket.socket) -> bytes:
+    """One answer with its body; not a byte of the next."""
+    got = b""
+    while b"\r\n\r\n" not in got:
+        byte = connection.recv(1)
+        assert byte, got
+        got += byte
+    length = int(got.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+    while length > 0:
+        piece = connection.recv(length)
+        assert piece, got
+        got, length = got + piece, length - len(piece)
+    return got
