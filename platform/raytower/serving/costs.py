@@ -15,6 +15,10 @@ Clock = Callable[[], float]
 # What is taken before anything was measured: a small model on one core.
 _SECONDS_PER_TOKEN = 2e-4
 _SECONDS_PER_PASS = 2e-3
+# Passes grow beyond the time they should take where twice the tokens take less than so many times as long.
+_GAIN = 1.8
+# Taken together though passes take long; fewer hardly take less.
+_LEAST_TOKENS = 64
 # Of a measurement, this share is forgotten with each that follows.
 _FORGETTING = 0.05
 # Beyond so many times its prediction a pass says more of the machine's other work than of the model.
@@ -24,44 +28,78 @@ _FEW = 16
 
 
 class ForwardCost:
-    """The seconds of a forward pass as a line over its padded tokens, fitted to the passes seen last."""
+    """The seconds of a forward pass by its padded tokens, from the passes seen last.
+
+    Sizes within a factor of two are one class, which keeps the means of its own last passes: thousands of short queries
+    do not make what long texts take forgotten. Between the means of two classes, time is a line.
+    """
 
     def __init__(self) -> None:
-        self._per_pass = _SECONDS_PER_PASS
-        self._per_token = _SECONDS_PER_TOKEN
-        self._count = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self._classes: dict[int, _Mean] = {}
+        # (tokens, seconds) of the classes, both rising; replaced as a whole, since other threads read it.
+        self._points: tuple[tuple[float, float], ...] = ()
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take a pass over so many padded tokens into account; one that stalled counts as a few times its usual."""
-        keep = 1 - _FORGETTING
-        seconds = min(seconds, _STALLED * self.predict(tokens))
-        self._count = self._count * keep + 1
-        self._tokens = self._tokens * keep + tokens
-        self._seconds = self._seconds * keep + seconds
-        self._squares = self._squares * keep + tokens * tokens
-        self._products = self._products * keep + tokens * seconds
-        variance = self._squares - self._tokens**2 / self._count
-        slope = 0.0
-        if variance > 1e-9 * self._squares:
-            slope = (self._products - self._tokens * self._seconds / self._count) / variance
-        # Passes of one size say nothing of the slope, and noise may turn it: then all of the time is the tokens'.
-        if slope <= 0 or slope * self._tokens > self._seconds:
-            slope = self._seconds / self._tokens
-        self._per_token = slope
-        self._per_pass = max((self._seconds - slope * self._tokens) / self._count, 0.0)
+        if self._points:
+            seconds = min(seconds, _STALLED * self.predict(tokens))
+        self._classes.setdefault(tokens.bit_length(), _Mean()).add(tokens, seconds)
+        points: list[tuple[float, float]] = []
+        for _, mean in sorted(self._classes.items()):
+            # Noise never makes more tokens cheaper.
+            points.append((mean.tokens, max(mean.seconds, points[-1][1] if points else 0.0)))
+        self._points = tuple(points)
 
     def predict(self, tokens: int) -> float:
         """Seconds of one pass over so many padded tokens."""
-        return self._per_pass + self._per_token * tokens
+        (left, low), (right, high) = self._segment(lambda point: point[0] >= tokens)
+        return max(low + (high - low) * (tokens - left) / (right - left), 0.0)
 
-    def tokens_in(self, seconds: float) -> int:
+    def tokens_in(self, seconds: float, most_s: float) -> int:
         """Padded tokens that one pass gets through in so much time; at least 1.
 
-        At least as many too as take the time that every pass takes: smaller passes would do little else, which a slow
-        machine cannot afford.
+        More, up to what takes `most_s`, where twice the tokens take much less than twice the time: small passes would
+        mostly do what every pass does once, which a slow machine cannot afford. Where even the smallest passes took
+        longer than `seconds`, 64: what more tokens take has to be seen.
         """
-        left_s = max(seconds - self._per_pass, self._per_pass)
-        return max(int(left_s / self._per_token), 1)
+        tokens = self._first_in(seconds)
+        while self.predict(2 * tokens) < min(_GAIN * self.predict(tokens), most_s):
+            tokens *= 2
+        least = _LEAST_TOKENS if self._points and seconds <= self._points[0][1] else 1
+        return max(tokens, least)
+
+    def _first_in(self, seconds: float) -> int:
+        (left, low), (right, high) = self._segment(lambda point: point[1] >= seconds)
+        return max(int(left + (seconds - low) * (right - left) / max(high - low, 1e-9) + 1e-6), 1)
+
+    def _segment(
+        self, is_beyond: Callable[[tuple[float, float]], bool]
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The two points between which, or in whose direction, the first place lies that is beyond."""
+        points = self._points
+        if not points:
+            return (0.0, _SECONDS_PER_PASS), (1.0, _SECONDS_PER_PASS + _SECONDS_PER_TOKEN)
+        if len(points) == 1:  # nothing says what a pass of no tokens takes
+            return (0.0, 0.0), points[0]
+        end = next((number for number, point in enumerate(points) if is_beyond(point)), len(points) - 1)
+        end = max(end, 1)
+        if points[end][1] <= points[end - 1][1] and not is_beyond(points[end]):
+            return (0.0, 0.0), points[end]
+        return points[end - 1], points[end]
+
+
+class _Mean:
+    """Means of tokens and seconds that forget."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.tokens = self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._count += 1
+        share = max(1 / self._count, _FORGETTING)
+        self.tokens += share * (tokens - self.tokens)
+        self.seconds += share * (seconds - self.seconds)
 
 
 @dataclass(eq=False)

@@ -31,6 +31,9 @@ Rows = NDArray[np.float32]
 _PART_S = (0.05, 0.04, 0.025)
 # Most seconds of a pass whose layers let others in: what is as urgent as the pass waits for its end.
 _PASS_S = (0.05, 0.12, 0.15)
+# A pass may take so many times as long on a machine so slow that it would be inefficient otherwise. Queries wait for
+# nobody but other queries, which all end sooner in one large pass than in many small ones.
+_SLOW = (4.0, 2.0, 2.0)
 # Rows up to so many tokens go together whatever their lengths.
 _SHORT = 32
 # After so many passes before it, one of a lane that waits has its turn.
@@ -201,6 +204,14 @@ class ModelForwards:
         except TimeoutError:
             raise deadline.exceeded() from None
 
+    def calibrate(self, block: TokenBlock) -> None:
+        """Learn what a pass over `block` takes before requests come: what short ones take tells little of long ones."""
+        padded = int(block.lengths.max()) * len(block)
+        self.forward.forward_block(block)  # the first is slower than any other
+        started = time.perf_counter()
+        self.forward.forward_block(block)
+        self.cost.observe(padded, time.perf_counter() - started)
+
     def predict(self, lengths: Ids, lane: Lane) -> float:
         """Seconds of the passes over rows of these lengths, with nothing else to do."""
         return self.predict_tokens(int(lengths.sum()), len(lengths), lane)
@@ -220,7 +231,7 @@ class ModelForwards:
     def tokens_per_pass(self, lane: Lane) -> int:
         """Padded tokens of a pass of this lane at most."""
         seconds = min(_PART_S[lane] * self._parts, _PASS_S[lane])
-        return min(self.cost.tokens_in(seconds), self.forward.tokens_per_batch)
+        return min(self.cost.tokens_in(seconds, _SLOW[lane] * seconds), self.forward.tokens_per_batch)
 
 
 @dataclass(eq=False)

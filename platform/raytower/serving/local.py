@@ -36,8 +36,8 @@ class Serving:
         replica: str = "0",
         others: Callable[[], Mapping[str, Figures]] = dict,
     ) -> None:
-        # torch and transformers leave half a million objects, and everybody waits while a full collection looks at all of
-        # them. What is loaded from now on comes and goes with generations.
+        # torch and transformers leave half a million objects; everybody waits while a full collection looks at them.
+        # What is loaded from now on comes and goes with generations.
         gc.freeze()
         self.metrics = Metrics(replica)
         self._forwards = counted_forwards(self.metrics)

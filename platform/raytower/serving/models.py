@@ -42,6 +42,8 @@ _FORGETTING = 0.05
 _AFTER_RERANK_S = 0.02
 # The first candidates of a search, which are reranked first.
 _FIRST_RUN = 8
+# When a model is loaded, the time of a pass over this passage is measured.
+_PASSAGE = "The invoice of March was paid twice; the second payment is returned within fourteen days. " * 6
 # Tokenises some rows of a request, cut to a length.
 Tokenise = Callable[[Sequence[int], int], TokenBlock]
 _ModelT = TypeVar("_ModelT", bound="SharedModel")
@@ -138,6 +140,7 @@ class SharedEncoder(SharedModel):
             dim=engine.dim,
             dimensions=trained_dimensions(entry.uri),
         )
+        self._passes.calibrate(engine.tokenise([_PASSAGE]))
 
     async def encode(
         self,
@@ -188,6 +191,7 @@ class SharedScorer(SharedModel):
         super().__init__(model_name(entry.uri), engine, forwards, pool)
         self.fingerprint = engine.fingerprint
         self.served = ServedModel(name=model_name(entry.uri), max_length=engine.max_length)
+        self._passes.calibrate(engine.model.tokenise([["paid twice"], [_PASSAGE]], engine.max_length))
 
     def predict(self, num_pairs: int, lane: Lane) -> float:  # type: ignore[override]
         """Seconds of forward passes that so many pairs would take, at the length of those seen last."""
@@ -286,6 +290,7 @@ class SharedClassifier(SharedModel):
         self.served = ServedModel(
             name=model_name(entry.uri), max_length=engine.max_length, labels=engine.labels
         )
+        self._passes.calibrate(engine.model.tokenise([[_PASSAGE]], engine.max_length))
 
     async def logits(
         self, texts: Sequence[str], lane: Lane, deadline: Deadline

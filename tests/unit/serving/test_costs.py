@@ -21,14 +21,20 @@ def test_a_cost_is_the_line_through_the_passes_seen() -> None:
     for tokens in (10, 100, 1000, 50, 500):
         cost.observe(tokens, 0.004 + tokens * 1e-4)
     assert cost.predict(2000) == pytest.approx(0.204)
-    assert cost.tokens_in(0.054) == 500
+    assert cost.tokens_in(0.054, 0.054) == 500
 
 
-def test_a_pass_holds_as_much_as_its_fixed_part_takes() -> None:
+def test_passes_grow_on_a_slow_machine_while_that_makes_them_efficient_and_no_further_than_told() -> None:
     cost = ForwardCost()
     for tokens in (10, 100, 1000, 50, 500) * 40:
         cost.observe(tokens, 0.1 + tokens * 1e-4)
-    assert cost.tokens_in(0.04) == pytest.approx(1000, rel=0.05)
+    # Twice 4,000 tokens take 0.9 s, 1.8 times as long as they do.
+    assert cost.tokens_in(0.04, 10.0) == 4096
+    assert cost.tokens_in(0.04, 0.2) == 512
+    linear = ForwardCost()
+    for tokens in (10, 100, 1000) * 10:
+        linear.observe(tokens, tokens * 1e-3)
+    assert linear.tokens_in(0.04, 10.0) == 40
 
 
 def test_passes_of_one_size_still_give_a_cost_for_each_token() -> None:
@@ -51,7 +57,7 @@ def test_noise_never_makes_more_tokens_cheaper() -> None:
     cost.observe(10, 0.5)
     cost.observe(1000, 0.1)
     assert cost.predict(1000) >= cost.predict(10) > 0
-    assert cost.tokens_in(0.0) >= 1
+    assert cost.tokens_in(0.0, 0.0) >= 1
 
 
 def test_a_cost_forgets_a_slow_time() -> None:
@@ -63,6 +69,37 @@ def test_a_cost_forgets_a_slow_time() -> None:
         cost.observe(100, 0.1)
         cost.observe(10, 0.01)
     assert cost.predict(100) == pytest.approx(0.1, rel=0.05)
+
+
+def test_thousands_of_short_passes_do_not_make_what_long_ones_take_forgotten() -> None:
+    cost = ForwardCost()
+    cost.observe(130, 0.080)
+    for _ in range(5000):
+        cost.observe(12, 0.050)
+    # 50 ms of overhead and 0.25 ms a token; by the short ones alone, a token would take 4 ms.
+    assert cost.predict(130) == pytest.approx(0.080)
+    assert cost.predict(1000) == pytest.approx(0.050 + 988 * 0.030 / 118)
+    # A pass of one query alone takes the 50 ms; larger ones may take twice as long.
+    assert cost.tokens_in(0.05, 0.1) > 100
+
+
+def test_where_the_smallest_passes_take_too_long_larger_ones_are_tried() -> None:
+    cost = ForwardCost()
+    for _ in range(100):
+        cost.observe(12, 0.052)
+    assert cost.tokens_in(0.05, 0.05) == 64
+    cost.observe(60, 0.056)
+    assert cost.tokens_in(0.05, 0.2) > 400
+
+
+def test_passes_of_one_slow_size_do_not_hide_that_longer_ones_take_longer() -> None:
+    cost = ForwardCost()
+    cost.observe(10, 0.01)
+    cost.observe(1000, 0.2)
+    for _ in range(200):
+        cost.observe(10, 0.5)
+    assert cost.predict(1000) >= cost.predict(10) == pytest.approx(0.5, rel=0.05)
+    assert cost.predict(2000) > cost.predict(1000)
 
 
 def test_a_request_that_would_not_end_in_time_is_refused_and_told_when() -> None:
