@@ -183,10 +183,12 @@ def test_watching_moves_to_what_is_published_and_tries_a_refused_version_once() 
         (holder,) = server.holders
         await until(lambda: server.published.looks > 1)
         server.published.newest = "2"
-        await until(lambda: holder.served == ["1", "2"])
+        await until(lambda: holder.served == ["1", "2"] and not server.conducting._changing.locked())
         await server.conducting.rollback({})
         server.published.newest = "3"
-        await until(lambda: holder.served == ["1", "2", "1", "3"])
+        await until(
+            lambda: holder.served == ["1", "2", "1", "3"] and not server.conducting._changing.locked()
+        )
         await server.conducting.rollback({})
         looks = server.published.looks
         await until(lambda: server.published.looks > looks + 3)
