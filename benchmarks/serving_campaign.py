@@ -2,10 +2,10 @@
 
     python benchmarks/serving_campaign.py [--seconds 300] [--swaps 20] [--kills 5]
 
-`raytower serve` under Ray with two replicas; four clients ask without a pause, and ask once more where the answer is none or a
-refusal. Meanwhile generations are swapped (index version, encoder with its index, reranker, and back by rollback) and replicas killed
-by SIGKILL, at even distances. Every answer is compared with the known answer of the generation that it names: without a
-reranker that of a brute-force search by sentence-transformers and numpy, with one that of the quiet server before.
+`raytower serve` under Ray with two replicas. Four clients ask without a pause, and ask once more where the answer is
+none or a refusal. Meanwhile generations are swapped (index version, encoder with its index, reranker) and replicas
+killed by SIGKILL, at even distances. Every answer is compared with the known one of the generation that it names:
+without a reranker that of a brute-force search by sentence-transformers and numpy, with one that of the quiet server.
 """
 
 from __future__ import annotations
@@ -198,8 +198,9 @@ class Campaign:
         )
         print(f"failed after one retry: {len(self.failed)} {self.failed[:3]}")
         print(f"wrong or mixed: {len(self.wrong)} {self.wrong[:3]}")
+        print(f"{len(took)} swaps, each {min(took):.1f} to {max(took):.1f} s")
         print(
-            f"{len(took)} swaps, each {min(took):.1f} to {max(took):.1f} s; {len(self.recovered)} kills, a new process after {self.recovered}"
+            f"{len(self.recovered)} kills, a new process after {[round(value, 1) for value in self.recovered]} s"
         )
         print(f"longest wait of a client {max(self.took):.1f} s, p99 {np.quantile(self.took, 0.99):.2f} s")
 
