@@ -108,6 +108,9 @@ class Campaign:
         self.answered = Counter[str]()
         self.retried = self.shortened = 0
         self.took: list[float] = []
+        self.why: list[tuple[float, float, int, str]] = []
+        self.events: list[tuple[float, str]] = []
+        self.start = time.monotonic()
         self.recovered: list[float] = []
         self.over = False
 
@@ -127,6 +130,9 @@ class Campaign:
             status, answer = await self.ask(session, query)
             if status != 200:
                 self.retried += 1
+                self.why.append(
+                    (round(began - self.start, 1), round(time.monotonic() - began, 1), status, str(answer))
+                )
                 await asyncio.sleep(1.0)  # what Retry-After says at least
                 status, answer = await self.ask(session, query)
             self.took.append(time.monotonic() - began)
@@ -182,6 +188,7 @@ class Campaign:
             began = time.monotonic()
             await self.reload(session, OTHERS[number % len(OTHERS)])
             took.append(time.monotonic() - began)
+            self.events.append((round(began - self.start, 1), f"swap {number} {took[-1]:.1f} s"))
         return took
 
     def replicas(self) -> list[psutil.Process]:
@@ -200,6 +207,7 @@ class Campaign:
             victim = draw.choice(victims)
             os.kill(victim.pid, signal.SIGKILL)
             began = time.monotonic()
+            self.events.append((round(began - self.start, 1), "kill"))
             while True:
                 await asyncio.sleep(0.5)
                 now = await asyncio.to_thread(self.replicas)
@@ -211,6 +219,7 @@ class Campaign:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
             await self.learn(session)
+            self.start = time.monotonic()
             print(f"{len(self.known)} generations known")
             clients = [asyncio.create_task(self.client(session, number)) for number in range(4)]
             took, _ = await asyncio.gather(
@@ -221,6 +230,9 @@ class Campaign:
         print(
             f"{sum(self.answered.values())} answers of {len(self.answered)} generations; {self.retried} asked again"
         )
+        for second, took_s, status, answer in self.why:
+            print(f"  at {second} s, after {took_s} s: {status} {answer[:150]}")
+        print(f"events: {sorted(self.events)}")
         print(f"failed after one retry: {len(self.failed)} {self.failed[:3]}")
         print(f"reranked fewer than asked for, and said so: {self.shortened}")
         print(f"wrong or mixed: {len(self.wrong)} {self.wrong[:3]}")
