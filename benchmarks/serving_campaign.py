@@ -122,6 +122,13 @@ class Campaign:
         except (aiohttp.ClientError, TimeoutError) as error:
             return 0, repr(error)
 
+    async def ask_until_answered(self, session: aiohttp.ClientSession, query: str) -> Any:
+        for _ in range(20):
+            status, answer = await self.ask(session, query)
+            if status == 200 and (not answer["reranked"] or answer["reranked_k"] == RECALL_K):
+                return answer
+        raise RuntimeError(f"the quiet server does not answer: {status} {answer}")
+
     async def client(self, session: aiohttp.ClientSession, number: int) -> None:
         draw = random.Random(number)
         while not self.over:
@@ -169,7 +176,7 @@ class Campaign:
         texts = json.loads((self.folder / "texts.json").read_text())
         for wanted in [*OTHERS, *OTHERS]:
             generation = await self.reload(session, wanted)
-            said = {query: (await self.ask(session, query))[1] for query in self.asked}
+            said = {query: await self.ask_until_answered(session, query) for query in self.asked}
             assert {answer["generation"] for answer in said.values()} == {generation}
             found = {query: hits(answer) for query, answer in said.items()}
             if not next(iter(said.values()))["reranked"]:
