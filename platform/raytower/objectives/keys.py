@@ -9,6 +9,9 @@ carries three keys, and two texts are equal when any of them agrees:
 
 Document d is known to be relevant to query i when d equals the first document of i, or of a query equal to i.
 
+A row with fewer documents than others has none in some columns. Such a place carries NO_KEY three times: a document
+always has a text, so none looks like that.
+
 Shape legend: B rows of this worker, W workers, N = B·W rows of all, C documents of all workers (N to a column), 3 keys.
 """
 
@@ -43,7 +46,7 @@ class BatchKeys:
 
 
 def known_relevant(keys: BatchKeys) -> Tensor:
-    """(B, C) True where a document of the gathered batch is known to be relevant to a query of this worker.
+    """(B, C) True where a document of the gathered batch is known to be relevant to a query of this worker, or missing.
 
     A query's own document is among them.
     """
@@ -55,7 +58,12 @@ def known_relevant(keys: BatchKeys) -> Tensor:
     # Over all n: query i equals query n, and n's first document equals document c.
     paths_BC = asked_BN.float() @ equal_keys(first_N3, document_C3).float()
     paths_BC[rows_B, own_places(keys.query)] += 1
-    return paths_BC > 0
+    return (paths_BC > 0) | missing_documents(document_C3)
+
+
+def missing_documents(document_C3: Tensor) -> Tensor:
+    """(C,) True where a column has no document in this row; such a place is nobody's negative."""
+    return (document_C3 == NO_KEY).all(-1)
 
 
 def own_places(rows: Tensor) -> Tensor:
@@ -72,16 +80,19 @@ def equal_keys(left_B3: Tensor, right_C3: Tensor) -> Tensor:
 
 
 def text_keys(
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     ids: Sequence[str | None] | None = None,
     labels: Sequence[str | None] | None = None,
 ) -> Tensor:
-    """int64 (B, 3): keys of the stripped text, of the id and of the label, for BatchKeys."""
+    """int64 (B, 3): keys of the stripped text, of the id and of the label, for BatchKeys.
+
+    A text is None where a row has no document in this column.
+    """
     nothing = [None] * len(texts)
     given_ids = nothing if ids is None else ids
     given_labels = nothing if labels is None else labels
     rows = [
-        [_key(text.strip()), _key(name), _key(label)]
+        [_key(None if text is None else text.strip()), _key(name), _key(label)]
         for text, name, label in zip(texts, given_ids, given_labels, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), 3)
