@@ -141,7 +141,7 @@ def _place(
     by side then, and go round the batches. Rows that share nothing fill the rest in their order.
     """
     batch_of = np.full(len(codes), _NONE)
-    counts = np.bincount(np.concatenate([codes, begun]).ravel() + 1)
+    counts = np.bincount(np.concatenate([codes, begun]).ravel() + 1, minlength=1)
     counts[0] = 0
     count_NC = counts[codes + 1]
     most = count_NC.argmax(1)

@@ -249,7 +249,7 @@ class TestDistinctBatches:
     def test_nothing_is_shared_where_there_are_batches_enough(
         self, groups: list[int], sizes: list[int], batch_size: int, seed: int
     ) -> None:
-        """A window of 30 rows has at least six whole batches of four or less, and no value comes more than five times."""
+        """A window of 30 rows has six whole batches or more, and no value comes more than five times in it."""
         rows = [(f"{g}", None) for g, size in enumerate(groups) for _ in range(min(size, 5))]
         rows = [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
         rows = (rows * 9)[: sum(sizes)]
