@@ -214,6 +214,26 @@ class TestListsOfUnequalLength:
             losses = [every(torch.cat(logits), labels)]
         assert loss == pytest.approx(float(sum(losses)) / len(losses), abs=1e-5)
 
+    def test_workers_with_unequal_lists_make_the_step_of_one(
+        self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Their mean loss is the mean over all pairs, though one worker holds 4 of them and the other 8."""
+        train = write_lists(tmp_path / "train.jsonl", [2, 2, 3, 5])
+        changes = {"batch_size": 4, "optimizer": {"lr": 1e-12}}
+        config = make_config(TrainRerankerConfig, values_of(still_encoder, train, tmp_path, changes))
+        surveyed = RerankerTask.survey(config)
+        task = RerankerTask.prepare(config, surveyed)
+        rows = [json.loads(line) for line in train.read_text().splitlines()]
+
+        def loss_of(some: list[dict[str, Any]]) -> float:
+            batch = {name: [row[name] for row in some] for name in rows[0]}
+            monkeypatch.setattr("tests.support.tiny_training.batches_of", lambda *_: iter([batch]))
+            return train_here(task, config, surveyed, 1)[1][0]
+
+        whole = loss_of(rows)
+        monkeypatch.setattr("raytower.training.reranker.gather_constants", lambda _: torch.tensor([4.0, 8.0]))
+        assert (loss_of(rows[:2]) + loss_of(rows[2:])) / 2 == pytest.approx(whole, abs=1e-6)
+
     def test_more_than_all_rows_have(
         self, dummy_encoder_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
