@@ -142,8 +142,9 @@ class MarginMSE(EncoderSettings):
     formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
 
     name: Literal["margin_mse"] = "margin_mse"
-    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Brings differences of cosines to the teacher's range."""
+    scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Brings differences of cosines to the teacher's range; null takes the one that fits the teacher's margins in a
+    sample of the rows."""
 
 
 class KLDivergence(EncoderSettings):

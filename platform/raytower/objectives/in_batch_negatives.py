@@ -85,6 +85,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
             own = (torch.arange(len(own_R), device=device), own_R)
             positive_R = logits_RC[own] - scale * margin
             logits_RC[known.pairs(rows)] = -torch.inf
+            logits_RC[:, known.missing_M] = -torch.inf
             logits_RC[own] = positive_R
             # In place: beside the product, passes over memory are what a block costs.
             largest_R1 = logits_RC.amax(1, keepdim=True)

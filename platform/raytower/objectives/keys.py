@@ -9,6 +9,9 @@ carries three keys, and two texts are equal when any of them agrees:
 
 Document d is known to be relevant to query i when d equals the first document of i, or of a query equal to i.
 
+A row with fewer documents than others has none in some columns. Such a place carries NO_KEY three times: a document
+always has a text, so none looks like that.
+
 Equal rows are few, so nothing here holds a row for each query and a column for each document: keys become small ids by
 sorting, and the known pairs of a block of queries are listed when a loss comes to that block.
 
@@ -66,25 +69,27 @@ class BatchKeys:
 
 
 class KnownRelevant:
-    """Which documents of the gathered batch are known to be relevant to a query of this worker.
+    """Which documents of the gathered batch are known to be relevant to a query of this worker, or missing.
 
     Memory is linear in the rows. Example: queries 0 and 2 are equal, document 2 equals document 1. The group {0, 2} of
     queries leads to document 0, alone, and to the group {1, 2} of documents: these are known to queries 0 and 2.
     """
 
     def __init__(
-        self, own_B: Tensor, num_documents: int, group_B4: Tensor, reached: _Lists, held: _Lists
+        self, own_B: Tensor, missing_C: Tensor, group_B4: Tensor, reached: _Lists, held: _Lists
     ) -> None:
         """
         Args:
             own_B: place of each query's own document.
-            num_documents: C, of all workers.
+            missing_C: True where a column has no document in its row.
             group_B4: groups of queries that each query lies in, -1 for none.
             reached: groups of documents that each group of queries leads to.
             held: documents of each group of documents.
         """
         self.own_B = own_B
-        self.num_documents = num_documents
+        self.num_documents = len(missing_C)
+        self.missing_M = missing_C.nonzero(as_tuple=True)[0]
+        """Places without a document, which are nobody's negative."""
         self._group_B4 = group_B4
         self._reached = reached
         self._held = held
@@ -107,11 +112,12 @@ class KnownRelevant:
         return row_E[entry_E][pair_P], document_P
 
     def mask(self, rows: slice) -> Tensor:
-        """(R, C) True where a document is known to be relevant to a query of the slice; its own is among them."""
+        """(R, C) True where a document is missing, or known to be relevant to a query of the slice, as its own is."""
         own_R = self.own_B[rows]
         known_RC = torch.zeros(len(own_R), self.num_documents, dtype=torch.bool, device=own_R.device)
         known_RC[torch.arange(len(own_R), device=own_R.device), own_R] = True
         known_RC[self.pairs(rows)] = True
+        known_RC[:, self.missing_M] = True
         return known_RC
 
 
@@ -162,7 +168,12 @@ def known_relevant(keys: BatchKeys) -> KnownRelevant:
     document_E, column_E = (bag_C3 >= 0).nonzero(as_tuple=True)
     held = _Lists(bag_C3[document_E, column_E], document_E, num_bags)
     own_B = own_places(keys.query)
-    return KnownRelevant(own_B, len(document_C3), group_N4[own_B], reached, held)
+    return KnownRelevant(own_B, missing_documents(document_C3), group_N4[own_B], reached, held)
+
+
+def missing_documents(document_C3: Tensor) -> Tensor:
+    """(C,) True where a column has no document in this row; such a place is nobody's negative."""
+    return (document_C3 == NO_KEY).all(-1)
 
 
 def own_places(rows: Tensor) -> Tensor:
@@ -185,16 +196,19 @@ def _groups(keys_N3: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def text_keys(
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     ids: Sequence[str | None] | None = None,
     labels: Sequence[str | None] | None = None,
 ) -> Tensor:
-    """int64 (B, 3): keys of the stripped text, of the id and of the label, for BatchKeys."""
+    """int64 (B, 3): keys of the stripped text, of the id and of the label, for BatchKeys.
+
+    A text is None where a row has no document in this column.
+    """
     nothing = [None] * len(texts)
     given_ids = nothing if ids is None else ids
     given_labels = nothing if labels is None else labels
     rows = [
-        [_key(text.strip()), _key(name), _key(label)]
+        [_key(None if text is None else text.strip()), _key(name), _key(label)]
         for text, name, label in zip(texts, given_ids, given_labels, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), 3)

@@ -169,7 +169,7 @@ class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
-    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
+    """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
 
 class RetrieverDevConfig(DevConfig):
@@ -216,7 +216,8 @@ class TrainRetrieverConfig(TrainJobConfig):
     teacher: str | None = None
     """A reranker directory that scores candidates while training, for margin_mse and kl_divergence."""
     sampler: Literal["shuffle", "no_duplicates"] = "shuffle"
-    """no_duplicates: no two rows of a batch share a query, document, id or label."""
+    """no_duplicates: rows that share a query, document, id or label come in different batches, as far as there are
+    enough batches."""
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
     max_length: int = Field(default=64, ge=1)
@@ -233,7 +234,7 @@ class RerankerTrainInput(TrainInput):
     format: Literal["auto", RerankerFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
-    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
+    """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
 
 class RerankerDevConfig(DevConfig):

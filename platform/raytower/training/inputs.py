@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -87,18 +88,17 @@ def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
     )
 
 
-def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_documents: int | None = None) -> None:
+def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
     """Apply the objective to all labels once before training, so that a bad one fails now and not hours later.
 
     `apply` computes the objective for labels (B,) with a constant in place of a model's output. It raises InputError
-    for a label that breaks the objective's rule. The labels of candidates are the scores of their best
-    `num_documents`.
+    for a label that breaks the objective's rule. The labels of candidates are their scores.
     """
     for table in tables(survey):
         if "label" in table.column_names:
             labels = table["label"].to_pylist()
         else:
-            labels = [score for row in table["scores"].to_pylist() for score in row[:num_documents]]
+            labels = [score for row in table["scores"].to_pylist() for score in row]
         try:
             apply(torch.tensor(labels, dtype=torch.float32))
         except InputError as error:
@@ -106,28 +106,41 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_document
 
 
 def count_documents(survey: Survey, wanted: int | None) -> int | None:
-    """Documents to take from each candidate list: `wanted`, or as many as every row has; None for other rows.
+    """Most documents of a candidate list in training: `wanted`, or those of the longest list; None for other rows.
 
-    Raises:
-        InputError: a row has fewer than `wanted`.
+    A shorter list keeps what it has. It tells how many lists are shorter, and of how many a part is drawn.
     """
     if "documents" not in survey.schema.names:
         return None
-    lengths = [pc.list_value_length(table["documents"]) for table in tables(survey)]
-    fewest = min(int(pc.min(length).as_py()) for length in lengths)
-    if wanted is not None and fewest < wanted:
-        raise InputError(
-            f"train.num_documents is {wanted}, and a row has only {fewest}; lower it, or leave it out to take "
-            f"{fewest} from every row"
+    lengths = np.concatenate(
+        [pc.list_value_length(table["documents"]).to_numpy().astype(np.int64) for table in tables(survey)]
+    )
+    longest = int(lengths.max())
+    count = longest if wanted is None else min(wanted, longest)
+    if wanted is not None and longest < wanted:
+        log(f"train.num_documents is {wanted}, and no row has more than {longest}: all of each row are taken")
+    shorter, longer = int((lengths < count).sum()), int((lengths > count).sum())
+    if shorter:
+        log(
+            f"{shorter:,} of {len(lengths):,} rows have fewer than {count} documents (down to {lengths.min()}); they "
+            "train with those that they have"
         )
-    count = wanted if wanted is not None else fewest
-    longer = sum(int(pc.sum(pc.greater(length, count)).as_py() or 0) for length in lengths)
     if longer:
         log(
-            f"{longer:,} of {survey.num_rows:,} rows have more than {count} documents and are cut to their best "
-            f"{count}; train.num_documents says how many to take"
+            f"{longer:,} of {len(lengths):,} rows have more than {count} documents (up to {longest}): each epoch takes "
+            f"the first one and draws {count - 1} of the others; train.num_documents says how many to take"
         )
     return count
+
+
+def sample_rows(survey: Survey, num_rows: int, seed: int) -> pa.Table:
+    """Up to `num_rows` rows, drawn from up to 8 pieces that lie evenly over the input; the same for the same seed."""
+    pieces = [
+        survey.pieces[i] for i in sorted({*np.linspace(0, len(survey.pieces) - 1, 8).astype(int).tolist()})
+    ]
+    table = pa.concat_tables([read_piece(piece) for piece in pieces])
+    drawn = np.random.default_rng(seed).permutation(table.num_rows)[:num_rows]
+    return table.take(np.sort(drawn))
 
 
 def content_hash(path: str) -> str:

@@ -109,7 +109,7 @@ class _Worker:
     def run(self) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         accumulated = self.config.accumulate_batches
-        batches = stream_batches(plan.stream, skip_batches=progress.step * accumulated)
+        batches = stream_batches(plan.stream, progress.step * accumulated, self._say)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while not self._is_over():
             loss = self._make_step([next(batches) for _ in range(accumulated)])

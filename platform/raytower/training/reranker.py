@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytower.collectives import gather_constants
 from raytower.data.pieces import Survey
 from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
@@ -53,9 +54,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
         names, shape = surveyed.schema.names, config.objective.num_labels
         count = count_documents(surveyed, config.train.num_documents)
         if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
-            check_labels(
-                surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels), count
-            )
+            check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
         return cls(config, absolute_if_local(config.start), count)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
@@ -65,15 +64,19 @@ class RerankerTask(Task[TrainRerankerConfig]):
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)
-        queries, documents, labels, per_query = judged_pairs(rows, self.num_documents)
-        chunks = model.plan_chunks(model.inner.tokenise([queries, documents], self.config.max_length))
+        pairs = judged_pairs(rows, self.num_documents)
+        block = model.inner.tokenise([pairs.queries, pairs.documents], self.config.max_length)
+        chunks = model.plan_chunks(block)
 
         def compute_loss() -> Tensor:
             with step.autocast():
                 logits_BC = step.parallel(chunks)
             if self.config.objective.name in _LISTWISE:
-                logits_BC = logits_BC.reshape(-1, per_query)
-            return self.config.objective(logits_BC, torch.tensor(labels, device=logits_BC.device))
+                return self.config.objective(pairs.as_lists(logits_BC[:, 0]))
+            loss = self.config.objective(logits_BC, torch.tensor(pairs.labels, device=logits_BC.device))
+            # Workers whose lists are longer hold more pairs: this makes it the mean over the pairs of all workers.
+            num_pairs_W = gather_constants(torch.tensor([float(len(pairs.labels))]))
+            return loss * float(len(pairs.labels) / num_pairs_W.mean())
 
         return step.propagate(compute_loss)
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raytower.data.pieces import Survey
 from raytower.errors import InputError
-from raytower.models.chunks import Chunk
+from raytower.models.chunks import Chunk, in_row_order
 from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
 from raytower.models.forward import ForwardEngine
-from raytower.models.two_tower import TwoTower, split_columns
+from raytower.models.two_tower import TwoTower
+from raytower.objectives.config import MarginMSE
+from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
-from raytower.objectives.targets import EncoderObjective, Targets
+from raytower.objectives.targets import EncoderObjective, Targets, needed, present_documents
+from raytower.progress import log
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
@@ -27,15 +32,27 @@ from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, count_documents, refuse_single_text, survey_training
+from raytower.training.inputs import (
+    check_labels,
+    count_documents,
+    refuse_single_text,
+    sample_rows,
+    survey_training,
+)
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
+from raytower.training.windows import draw_documents
 
 # Rows with an equal value in one of these are false negatives of each other; of candidates the best document counts.
 _DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
 _CPU = torch.device("cpu")
+# Rows, or (query, document) pairs for a teacher that has to score them here, from which margin_mse's scale is taken;
+# and how many documents of a row. 256 pairs take a large teacher a minute on a CPU.
+_SAMPLED_SCORES = 10_000
+_SAMPLED_PAIRS = 256
+_SAMPLED_DOCUMENTS = 4
 
 
 class RetrieverTask(Task[TrainRetrieverConfig]):
@@ -70,8 +87,9 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         _check_rows(config, surveyed)
         count = count_documents(surveyed, config.train.num_documents)
         teacher = None if config.teacher is None else absolute_if_local(config.teacher)
-        if teacher is not None:
-            CrossEncoder.load(teacher)  # a mistyped name is refused here, not by every worker
+        # A mistyped name is refused here, not by every worker.
+        loaded = None if teacher is None else CrossEncoder.load(teacher)
+        config = _with_fitting_scale(config, surveyed, count, loaded)
         task = cls(config, absolute_if_local(config.start), count, teacher)
         if config.sampler == "no_duplicates":
             names = surveyed.schema.names
@@ -94,8 +112,10 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         tower = cast(TwoTower, step.model)
         columns = text_columns(rows, self.num_documents)
         query_prefix, document_prefix = _prefixes(tower.encoder)
-        blocks = [tower.tokenise(columns.queries, query_prefix)]
-        blocks += [tower.tokenise(texts, document_prefix) for texts in columns.documents]
+        blocks = [
+            tower.tokenise(columns.queries, query_prefix),
+            tower.tokenise(columns.present_documents, document_prefix),
+        ]
         chunks = tower.plan_chunks(blocks)
         targets = self._taught(columns)
         objective = make_objective(self.config)
@@ -105,7 +125,8 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
                 return cast(list[Tensor], step.parallel(some))
 
         def loss_of(vectors: Any) -> Tensor:
-            return objective(split_columns(vectors, chunks, len(blocks)), targets)
+            query_BD, document_RD = in_row_order(vectors, chunks).tensor_split([len(columns.queries)])
+            return objective([query_BD, *columns.place(document_RD)], targets)
 
         if self.config.gradient_cache is None:
             return step.propagate(lambda: loss_of(embed(chunks)))
@@ -139,11 +160,45 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         """The targets; if there is a teacher, with its scores."""
         if self._teacher is None:
             return columns.targets
-        scores = [self._teacher.score(columns.queries, texts) for texts in columns.documents]
-        teacher_BK = torch.from_numpy(scores[0][:, None].repeat(len(scores), axis=1))
-        for number, column in enumerate(scores):
-            teacher_BK[:, number] = torch.from_numpy(column)
-        return Targets(keys=columns.targets.keys, labels_B=columns.targets.labels_B, teacher_BK=teacher_BK)
+        return dataclasses.replace(columns.targets, teacher_BK=_taught_scores(self._teacher, columns))
+
+
+def _taught_scores(teacher: CrossScorer, columns: TextColumns) -> Tensor:
+    """(B, K) the teacher's score of each document, 0 where a row has none."""
+    scores_R = torch.from_numpy(teacher.score(columns.asking_queries, columns.present_documents))
+    return columns.place(scores_R).T
+
+
+def _with_fitting_scale(
+    config: TrainRetrieverConfig, surveyed: Survey, num_documents: int | None, teacher: CrossEncoder | None
+) -> TrainRetrieverConfig:
+    """The config, where its margin_mse has no scale, with the one that fits the teacher's margins in a sample.
+
+    Raises:
+        InputError: the given scale saturates, or the teacher's scores are all alike.
+    """
+    objective = config.objective
+    if not isinstance(objective, MarginMSE):
+        return config
+    rows = sample_rows(surveyed, _SAMPLED_SCORES if teacher is None else _SAMPLED_PAIRS // 2, config.seed)
+    if num_documents is not None:
+        few = num_documents if teacher is None else min(num_documents, _SAMPLED_DOCUMENTS)
+        rows = draw_documents(rows, few, np.random.default_rng(config.seed))
+        if teacher is not None:
+            rows = rows.slice(0, _SAMPLED_PAIRS // few)
+    columns = text_columns(rows.to_pydict())
+    teacher_BK = columns.targets.teacher_BK
+    if teacher is not None:
+        teacher_BK = _taught_scores(CrossScorer(teacher, dtype="float32", device=_CPU), columns)
+    teacher_BK = needed(teacher_BK, "a teacher's score of each document", objective.name)
+    margin_BK = teacher_BK[:, :1] - teacher_BK[:, 1:]
+    margins = margin_BK[present_documents(columns.targets, teacher_BK)[:, 1:]]
+    if objective.scale is not None:
+        refuse_saturating_scale(objective.scale, margins)
+        return config
+    scale = fitting_scale(margins)
+    log(f"objective.scale is {scale:g}, from {margins.numel()} margins of the teacher")
+    return config.model_copy(update={"objective": objective.model_copy(update={"scale": scale})})
 
 
 def make_objective(config: TrainRetrieverConfig) -> EncoderObjective:

@@ -184,6 +184,7 @@ def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> Train
         seed=config.seed,
         window_rows=config.shuffle_rows,
         distinct_columns=task.distinct_columns,
+        num_documents=task.num_documents,
     )
     return TrainingPlan(
         config=config,

@@ -91,7 +91,7 @@ def cases(rows: int, num_columns: int) -> dict[str, BatchKeys]:
 
 
 def dense_known(keys: BatchKeys) -> Tensor:
-    """(N, C) by the definition: over all n, query i equals query n, and document n equals document c."""
+    """(N, C) by the definition: over all n, query i equals query n, and document n equals document c; or c is none."""
 
     def equal(left_N3: Tensor, right_C3: Tensor) -> Tensor:
         return ((left_N3[:, None] == right_C3[None]) & (left_N3[:, None] != NO_KEY)).any(-1)
@@ -100,7 +100,8 @@ def dense_known(keys: BatchKeys) -> Tensor:
     asked = equal(keys.query, keys.query) | itself
     known = (asked.double() @ equal(keys.documents[0], torch.cat(keys.documents)).double()) > 0
     known[:, : len(itself)] |= itself
-    return known
+    # A place without a document carries no key, and is nobody's negative.
+    return known | (torch.cat(keys.documents) == NO_KEY).all(-1)
 
 
 @pytest.mark.parametrize("num_columns", [1, 3])

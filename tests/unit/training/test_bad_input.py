@@ -268,10 +268,15 @@ def test_a_format_that_the_objective_does_not_train_from(dummy_encoder_dir: Path
     assert "objective simcse trains from lines" in message
 
 
-def test_candidates_shorter_than_asked_for(dummy_encoder_dir: Path, tmp_path: Path) -> None:
-    train = write_candidates(tmp_path / "train.jsonl", 16, documents=3)
-    message = refused("retriever", dummy_encoder_dir, train, train={"path": str(train), "num_documents": 4})
-    assert "train.num_documents is 4, and a row has only 3" in message
+def test_a_scale_that_the_teacher_leaves_behind(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        json.dumps({"query": f"q{i}", "documents": ["a", "b"], "scores": [9 + i / 8, -1]}) for i in range(16)
+    ]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    objective = {"name": "margin_mse", "scale": 1}
+    message = refused("retriever", dummy_encoder_dir, train, objective=objective)
+    assert "objective.scale is 1, so differences of cosines reach 2" in message
+    assert "median 10.9" in message
 
 
 def test_matryoshka_beyond_the_embedding(dummy_encoder_dir: Path, tmp_path: Path) -> None:
