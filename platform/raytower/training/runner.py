@@ -22,7 +22,7 @@ from raytower.runtime import ensure_ray
 from raytower.storage import Location, check_output, output_folder, publish_directory
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import FREE_KEYS, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
@@ -64,23 +64,12 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
     }
 
 
-# Keys that change how a run goes but not its result, so a job may continue with other values.
-_FREE_KEYS = {
-    "output",
-    "log_dir",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "max_failures",
-}
-
-
 def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     """All that decides the result: the config, the content of every file it reads, and the model it starts from.
 
     Two runs with the same identity give the same output.
     """
-    values = config.model_dump(mode="json", exclude={*_FREE_KEYS, "model", "init_from", "workers"})
+    values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from", "workers"})
     values["start"] = config.start
     values["workers.num"] = config.workers.num
     dev = config.dev
