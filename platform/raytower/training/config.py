@@ -42,6 +42,17 @@ RetrieverObjective = (
 RerankerFormat = Literal["scored", "triples", "candidates"]
 RerankerObjective = PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax
 ClassifierObjective = CrossEntropy | Focal
+# Keys that change how a run goes but not its result, so a job may continue with other values.
+FREE_KEYS = frozenset(
+    {
+        "output",
+        "log_dir",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_failures",
+    }
+)
 
 
 class OptimizerConfig(Config):

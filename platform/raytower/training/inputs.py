@@ -20,6 +20,7 @@ from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
+from raytower.storage import known_sha256
 from raytower.training.config import TrainJobConfig
 
 
@@ -147,5 +148,5 @@ def content_hash(path: str) -> str:
     """Hash over the content of all files of an input: a file, a folder or a glob."""
     digest = hashlib.sha256()
     for file in find_files(path).files:
-        digest.update(f"{file.location.name} {file.location.sha256()}\n".encode())
+        digest.update(f"{file.location.name} {known_sha256(file.location)}\n".encode())
     return digest.hexdigest()[:16]

@@ -14,14 +14,15 @@ import ray.train.torch
 from torch import nn
 
 from raytower.data.pieces import Survey
-from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.models.directory import INFO_NAME, read_info
+from raytower.errors import InputError, OtherOutputError, RaytowerError, find_cause
+from raytower.models.content import hash_model
+from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray
 from raytower.storage import Location, check_output, output_folder, publish_directory
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import FREE_KEYS, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
@@ -63,23 +64,12 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
     }
 
 
-# Keys that change how a run goes but not its result, so a job may continue with other values.
-_FREE_KEYS = {
-    "output",
-    "log_dir",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "max_failures",
-}
-
-
 def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
-    """All that decides the result: the config, the content of every file it reads, and the weights it starts from.
+    """All that decides the result: the config, the content of every file it reads, and the model it starts from.
 
     Two runs with the same identity give the same output.
     """
-    values = config.model_dump(mode="json", exclude={*_FREE_KEYS, "model", "init_from", "workers"})
+    values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from", "workers"})
     values["start"] = config.start
     values["workers.num"] = config.workers.num
     dev = config.dev
@@ -94,7 +84,7 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
             values[f"content of {name}"] = content_hash(path)
     for name in ("start", "teacher"):
         if values.get(name) is not None:
-            values[f"weights of {name}"] = read_info(Path(values[name])).get("fingerprint")
+            values[f"content of {name}"] = hash_model(values[name])
     values["rows"] = survey.num_rows
     return values
 
@@ -107,7 +97,8 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     """The figures of a finished run with this identity, or None.
 
     Raises:
-        InputError: the output holds something else; the message names what differs.
+        OtherOutputError: another run made the output; the message names what differs.
+        InputError: no training job wrote it.
     """
     output = check_output(config.output, is_folder=True)
     if not output.exists() or (output.is_dir() and not output.children()):
@@ -122,9 +113,16 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     if made_by == identity:
         return dict(info["figures"])
     other = sorted(key for key in {*made_by, *identity} if made_by.get(key) != identity.get(key))
-    raise InputError(
+    error = OtherOutputError if made_by else InputError
+    older = (
+        "; an older version of raytower wrote it, which did not record the content of every starting model"
+        if "weights of start" in made_by
+        else ""
+    )
+    raise error(
         f"output {config.output!r} exists and was made by another config or other data "
-        f"({', '.join(other) if made_by else 'no training job wrote it'}); choose a new output, or remove it first"
+        f"({', '.join(other) if made_by else 'no training job wrote it'}){older}; choose a new output, or remove it "
+        "first"
     )
 
 

@@ -347,7 +347,7 @@ class TestIdentity:
         build_tiny_encoder(start, seed=7)
         seen.append(self.identity(config))
         changed = [{key for key in later if later[key] != earlier[key]} for earlier, later in pairwise(seen)]
-        assert changed == [{"content of train"}, {"content of dev"}, {"weights of start"}]
+        assert changed == [{"content of train"}, {"content of dev"}, {"content of start"}]
 
     def test_keys_that_change_nothing_do_not_count(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 8)
