@@ -23,6 +23,7 @@ from raytower.models.sequence_classifier import (
     SequenceClassifier,
     finished_config,
     load_classifier,
+    pad_apart,
     recorded_max_length,
 )
 
@@ -77,7 +78,9 @@ class CrossEncoder(SequenceClassifier):
         finished = finished_config(path)
         if finished is None:
             model, _ = load_classifier(path, num_labels=num_labels)
-            return cls(model, load_tokenizer(path, model.config), recorded_max_length(path, model))
+            tokenizer = load_tokenizer(path, model.config)
+            pad_apart(model, tokenizer)
+            return cls(model, tokenizer, recorded_max_length(path, model))
         if finished.num_labels != num_labels:
             raise InputError(
                 f"{str(path)!r} is a finished classifier with num_labels {finished.num_labels}, and the objective "

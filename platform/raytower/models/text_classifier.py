@@ -24,6 +24,7 @@ from raytower.models.sequence_classifier import (
     SequenceClassifier,
     finished_config,
     load_classifier,
+    pad_apart,
     recorded_max_length,
 )
 
@@ -74,7 +75,9 @@ class TextClassifier(SequenceClassifier):
             numbers = dict(enumerate(labels))
             names = {label: number for number, label in numbers.items()}
             model, _ = load_classifier(path, id2label=numbers, label2id=names, problem_type=_PROBLEM_TYPE)
-            return cls(model, load_tokenizer(path, model.config), recorded_max_length(path, model))
+            tokenizer = load_tokenizer(path, model.config)
+            pad_apart(model, tokenizer)
+            return cls(model, tokenizer, recorded_max_length(path, model))
         if _labels_of(finished) != tuple(labels):
             raise InputError(
                 f"{str(path)!r} is a finished classifier and {_difference(_labels_of(finished), labels)}; train from "
