@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
-from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model
+from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model, transformer_folder
 from raytower.models.fusion import Fusion
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
@@ -74,7 +74,7 @@ class CrossEncoder(SequenceClassifier):
         Raises:
             InputError: `name` is a finished classifier with another number of logits, so its head cannot go on.
         """
-        path = resolve_model(str(name))
+        path = transformer_folder(resolve_model(str(name)))
         finished = finished_config(path)
         if finished is None:
             model, _ = load_classifier(path, num_labels=num_labels)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.class_ranks import rank_classes, softmax
-from raytower.models.directory import load_tokenizer, read_info, resolve_model
+from raytower.models.directory import load_tokenizer, read_info, resolve_model, transformer_folder
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
     SequenceClassifier,
@@ -69,7 +69,7 @@ class TextClassifier(SequenceClassifier):
                 labels are not these in this order, so its head cannot go on.
         """
         _check_labels(labels)
-        path = resolve_model(str(name))
+        path = transformer_folder(resolve_model(str(name)))
         finished = finished_config(path)
         if finished is None:
             numbers = dict(enumerate(labels))
