@@ -16,7 +16,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
-from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model, transformer_folder
+from raytower.models.directory import (
+    load_tokenizer,
+    read_info,
+    read_json_object,
+    resolve_model,
+    transformer_folder,
+)
 from raytower.models.fusion import Fusion
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (

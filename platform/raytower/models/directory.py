@@ -207,10 +207,10 @@ def load_weights(kind: Any, path: Path, what: str, **changes: Any) -> tuple[PreT
             output_loading_info=True,
             **changes,
         )
-    # A cache serves generation only; a decoder would hold the keys and values of all layers during each forward pass.
-    for part in (model.config, model.config.get_text_config()):
-        if getattr(part, "use_cache", False):
-            part.use_cache = False
+        # A cache serves generation only; a decoder would hold keys and values of all layers during each forward pass.
+        for part in (model.config, model.config.get_text_config()):
+            if getattr(part, "use_cache", False):
+                part.use_cache = False
     # Position ids are computed where a directory does not hold them.
     missing = [key for key in report.get("missing_keys", []) if "position_ids" not in key]
     return cast(PreTrainedModel, model), sorted(missing)

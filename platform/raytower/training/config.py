@@ -139,9 +139,9 @@ class TrainJobConfig(Config):
             )
         if self.workers.num_gpus not in (0, 1):
             raise ValueError(
-                f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs with 0: "
-                "no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num to the "
-                "number of GPUs"
+                f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
+                "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
+                "to the number of GPUs"
             )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")

@@ -319,7 +319,11 @@ class TestPooling:
             },
             {"transformer_task": "fill-mask"},
             {"module_output_name": "sentence_embedding"},
-            {"modality_config": {"message": {"method": "forward", "method_output_name": "last_hidden_state"}}},
+            {
+                "modality_config": {
+                    "message": {"method": "forward", "method_output_name": "last_hidden_state"}
+                }
+            },
         ],
     )
     def test_another_output_of_the_transformer_is_refused(
@@ -358,7 +362,12 @@ def test_the_width_is_that_of_the_vectors(tmp_path: Path) -> None:
     """A model of several parts has no hidden_size of its own."""
     parts = {
         "text_config": {**DECODER, "query_pre_attn_scalar": 8, "sliding_window": 16},
-        "vision_config": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+        "vision_config": {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 8,
+        },
     }
     torch.manual_seed(0)
     transformers.Gemma3Model(transformers.Gemma3Config(**parts)).save_pretrained(tmp_path / "plain")
@@ -371,5 +380,5 @@ def test_the_width_is_that_of_the_vectors(tmp_path: Path) -> None:
 
 
 def test_a_head_that_needs_a_decoder_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(FormatError, match="lacks weights of its backbone, 'transformer.decoder"):
+    with pytest.raises(FormatError, match=r"lacks weights of its backbone, 'transformer\.decoder"):
         CrossEncoder.start_from(folders["t5"])

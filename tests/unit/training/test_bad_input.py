@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raytower.cli.arguments import read_arguments
 from raytower.config import load_config, make_config
-from raytower.errors import InputError
+from raytower.errors import InputError, MissingExtraError
 from raytower.storage import Location
+from raytower.storage.errors import StorageError, StorageRefusedError
 from raytower.training.classifier import ClassifierTask, plan_train_classifier, train_classifier
 from raytower.training.config import (
     TrainClassifierConfig,
@@ -19,9 +21,10 @@ from raytower.training.config import (
     TrainRerankerConfig,
     TrainRetrieverConfig,
 )
-from raytower.training.loop import probe_storage
+from raytower.training.loop import lasting_failure, probe_storage
 from raytower.training.reranker import RerankerTask, plan_train_reranker, train_reranker
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
+from raytower.training.step import NotANumberError
 from tests.support.tiny_training import (
     write_candidates,
     write_labelled,
