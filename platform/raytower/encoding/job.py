@@ -459,7 +459,7 @@ def _mean_tokens(job: _Job) -> float:
 def _model_size(encoder: Encoder) -> ModelSize:
     tables = [module for module in encoder.modules() if isinstance(module, torch.nn.Embedding)]
     config = encoder.backbone.config
-    width = int(config.hidden_size)
+    width = encoder.width
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         embedding_parameters=sum(table.weight.numel() for table in tables),

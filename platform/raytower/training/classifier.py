@@ -22,7 +22,13 @@ from raytower.models.logits_model import LogitsModel
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.objectives.classification import weights_of
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
+from raytower.training.backbone import (
+    PROBE,
+    evaluation_copy,
+    freeze_unreached,
+    merged_copy,
+    prepare_backbone,
+)
 from raytower.training.batches import Rows
 from raytower.training.config import TrainClassifierConfig
 from raytower.training.inputs import survey_training, tables
@@ -65,7 +71,11 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
-        return LogitsModel(model)
+        whole = LogitsModel(model.eval())
+        freeze_unreached(
+            whole, lambda: whole(whole.plan_chunks(model.tokenise([[PROBE]], self.config.max_length)))
+        )
+        return whole
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)

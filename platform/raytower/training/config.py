@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField, OnError, WorkersConfig
-from raytower.models.config import LoraConfig
+from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
     CosineEmbedding,
     CosineRegression,
@@ -148,6 +148,12 @@ class TrainJobConfig(Config):
                 f"batch_size is {self.batch_size}, which {self.workers.num} workers cannot share evenly; "
                 "make it a multiple of workers.num"
             )
+        if self.workers.num_gpus not in (0, 1):
+            raise ValueError(
+                f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
+                "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
+                "to the number of GPUs"
+            )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
 
@@ -222,6 +228,9 @@ class TrainRetrieverConfig(TrainJobConfig):
     """What is learnt: the loss and its settings. A name alone takes its defaults."""
     matryoshka: Matryoshka | None = None
     """Train several prefix lengths of an embedding at once; null trains the whole one."""
+    pooling: PoolingMode | None = None
+    """How the vectors of a text's tokens become one, for a plain Hugging Face directory: their mean, cls (the first),
+    max, or lasttoken (of decoders); null is mean. A sentence-transformers directory brings its own."""
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None

@@ -16,9 +16,11 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from raytower.errors import InputError
+from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.models.device import is_out_of_memory
 from raytower.progress import log
 from raytower.storage import Location
+from raytower.storage.errors import StorageError, StorageRefusedError, one_line
 from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
@@ -41,6 +43,8 @@ class TrainingPlan:
     storage: Location
     """Where checkpoints and the output go; every worker must be able to write there."""
     log_dir: Location
+    failure_file: Location
+    """Where a worker leaves the failure that ends the run for all of them."""
 
 
 @dataclass
@@ -59,16 +63,51 @@ class Progress:
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """The function that Ray Train runs on each worker; returns the run's figures, or `failure`, the reason to stop."""
+    """The function that Ray Train runs on each worker; returns the run's figures, or a failure that ends the run.
+
+    Ray Train would take an exception for a lost worker, start all of them again and meet the same failure. One that
+    no new start can mend is returned instead: `failure`, its message, and `is_input`, whether the input is to blame.
+    """
     plan: TrainingPlan = loop_config["plan"]
-    probe_storage(plan.storage, ray.train.get_context().get_world_rank())
+    context = ray.train.get_context()
     torch.set_num_threads(plan.num_threads)
     try:
+        if plan.failure_file.is_file():
+            return dict(plan.failure_file.read_json())
+        probe_storage(plan.storage, context.get_world_rank())
         return _Worker(plan).run()
-    except NotANumberError as error:
-        # All workers see the same mean loss and stop together. Ray Train would take an exception for a lost worker,
-        # start again and meet the same batch.
-        return {"failure": str(error)}
+    except Exception as error:
+        failure = lasting_failure(error, plan.config)
+        if failure is None:
+            raise
+        # All workers see the same mean loss and stop together. Any other failure may be one worker's, for which the
+        # others would wait: Ray Train ends them, and when it starts them again all find the failure here.
+        if context.get_world_size() > 1 and not isinstance(error, NotANumberError):
+            plan.failure_file.parent.make_dir()
+            plan.failure_file.write_json(failure)
+            raise
+        return failure
+
+
+def lasting_failure(error: Exception, config: TrainJobConfig) -> dict[str, Any] | None:
+    """What `train_worker` returns for an error that the same start would meet again, or None for any other.
+
+    Lasting are the errors of raytower, but for storage that could not be reached, and memory that ran out.
+    """
+    cause = find_cause(error)
+    if isinstance(cause, StorageError) and not isinstance(cause, StorageRefusedError):
+        return None
+    if isinstance(cause, RaytowerError):
+        return {"failure": str(cause), "is_input": isinstance(cause, InputError)}
+    if is_out_of_memory(cause):
+        rows = config.batch_size // config.workers.num
+        return {
+            "failure": f"a worker's share of a batch, {rows} rows, does not fit into its memory "
+            f"({one_line(error)}); lower batch_size (accumulate_batches makes up for it) or max_length, or set "
+            "recompute to true",
+            "is_input": False,
+        }
+    return None
 
 
 class _Worker:

@@ -16,7 +16,13 @@ from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
+from raytower.training.backbone import (
+    PROBE,
+    evaluation_copy,
+    freeze_unreached,
+    merged_copy,
+    prepare_backbone,
+)
 from raytower.training.batches import Rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
@@ -60,7 +66,12 @@ class RerankerTask(Task[TrainRerankerConfig]):
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
-        return LogitsModel(model)
+        whole = LogitsModel(model.eval())
+        pair = [[PROBE], [PROBE]]
+        freeze_unreached(
+            whole, lambda: whole(whole.plan_chunks(model.tokenise(pair, self.config.max_length)))
+        )
+        return whole
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)

@@ -26,7 +26,14 @@ from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets, needed, present_documents
 from raytower.progress import log
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
+from raytower.training.backbone import (
+    PROBE,
+    evaluation_copy,
+    freeze_unreached,
+    has_dropout,
+    merged_copy,
+    prepare_backbone,
+)
 from raytower.training.batches import Rows
 from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
@@ -106,7 +113,9 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             dtype = evaluation_dtype(config.dtype, device)
             self._teacher = CrossScorer(CrossEncoder.load(self.teacher), dtype=dtype, device=device)
         tokens = default_tokens_per_encoder_chunk(device)
-        return TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
+        tower = TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
+        freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
+        return tower
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         tower = cast(TwoTower, step.model)
@@ -225,12 +234,12 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
     """The encoder to train, with the config's prefixes and projection.
 
     Raises:
-        InputError: no such model, a length beyond its positions, matryoshka dimensions beyond its own, or SimCSE for a
-            model without dropout.
+        InputError: no such model, another pooling than its own, a length beyond its positions, matryoshka dimensions
+            beyond its own, or SimCSE for a model without dropout.
     """
     # The same seed on every worker: fresh layers and adapters must be the same everywhere.
     torch.manual_seed(config.seed)
-    encoder = Encoder.load(start, from_classifier=True)
+    encoder = Encoder.load(start, from_classifier=True, pooling=config.pooling)
     if config.query_prefix is not None:
         encoder.prompts["query"] = config.query_prefix
     if config.document_prefix is not None:

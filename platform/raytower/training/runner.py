@@ -146,7 +146,10 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         return done
     probe_storage(output.parent)
     _name_other_runs(output, run_folder)
-    plan = _make_plan(config, survey, task_class.prepare(config, survey))
+    plan = _make_plan(
+        config, survey, task_class.prepare(config, survey), failure_file=run_folder / "failure.json"
+    )
+    plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
     _compare_with_cluster(config)
     result = _run_trainer(plan, run_folder.name)
@@ -157,6 +160,9 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
             if result.checkpoint
             else "there is no checkpoint"
         )
+        plan.failure_file.delete()
+        if outcome.get("is_input"):
+            raise InputError(outcome["failure"])
         raise RaytowerError(f"{outcome['failure']}; {kept}")
     checkpoint, metrics = _chosen_checkpoint(result, plan.task.dev.metric if plan.task.dev else None)
     figures = {**outcome, "best_step": metrics.get("step", outcome["steps"]), "output": config.output}
@@ -172,7 +178,9 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     return figures
 
 
-def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> TrainingPlan:
+def _make_plan(
+    config: TrainJobConfig, survey: Survey, task: Task[Any], failure_file: Location
+) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
     output = Location.of(config.output)
     stream = StreamPlan(
@@ -192,6 +200,7 @@ def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> Train
         num_threads=config.workers.num_threads,
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
+        failure_file=failure_file,
     )
 
 
@@ -233,6 +242,8 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
         cause = find_cause(error)
         if isinstance(cause, RaytowerError):
             raise cause from error
+        if plan.failure_file.is_file():  # max_failures 0: no worker was started again to tell of it
+            raise RaytowerError(plan.failure_file.read_json()["failure"]) from error
         raise RaytowerError(f"training failed: {error}") from error
 
 
