@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from raytower.data.candidates import NUM_POSITIVES
 from raytower.data.extras import refuse_too_many
-from raytower.data.labels import label_text
+from raytower.data.plain_labels import plain_label
 from raytower.data.layouts import Layout, Source, name_among, refuse_other_kind
 from raytower.data.records import RecordField
 from raytower.data.row_batch import BadRowError, Rejection, RowBatch
@@ -135,7 +135,7 @@ def _json_value(row: dict[str, Any], wanted: RecordField) -> Any:
         raise BadRowError(
             f"{name!r} is {value}, which is no number and no label; leave the row out, or name its label"
         )
-    return label_text(value)
+    return plain_label(value)
 
 
 def _json_list(name: str, value: Any, element_type: str) -> list[Any]:

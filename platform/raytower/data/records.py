@@ -11,7 +11,7 @@ RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "labe
 
 FieldType = Literal["text", "id", "number", "category", "texts", "numbers"]
 """text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text in
-normal form (data/labels.py). texts, numbers: a list of such."""
+normal form (data/plain_labels.py). texts, numbers: a list of such."""
 _TYPES: dict[FieldType, tuple[str, pa.DataType]] = {
     "text": ("string", pa.string()),
     "id": ("string or an integer", pa.string()),

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from raytower.data.candidates import make_candidates
 from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
-from raytower.data.labels import normal_labels
+from raytower.data.plain_labels import WHOLE_NUMBER
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
@@ -167,7 +167,7 @@ def _check_field(batch: RowBatch, wanted: RecordField) -> None:
     if wanted.is_list:
         return  # its elements are checked with the lists that belong to it
     if wanted.type == "category":
-        batch.columns[name] = normal_labels(batch.columns[name])
+        batch.columns[name] = _plain_labels(batch.columns[name])
     if not wanted.may_be_blank:
         _reject_unseen(batch, name, label)
     if wanted.type == "id":
@@ -185,6 +185,12 @@ def _check_field(batch: RowBatch, wanted: RecordField) -> None:
 def _reject_unseen(batch: RowBatch, column: str, label: str) -> None:
     texts = batch.columns[column]
     batch.reject(shows_nothing(texts), lambda i: describe_unseen(label, texts[i].as_py()))
+
+
+def _plain_labels(labels: pa.Array) -> pa.Array:
+    """Each label in its normal form; see data/plain_labels.py."""
+    whole = pc.replace_substring_regex(pc.utf8_trim_whitespace(labels), WHOLE_NUMBER, r"\1")
+    return pc.if_else(pc.equal(whole, "-0"), "0", whole)
 
 
 def _reject_equal_sides(batch: RowBatch) -> None:

@@ -273,7 +273,8 @@ class TrainClassifierConfig(TrainJobConfig):
     """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
 
     labels: str | None = None
-    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
+    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted, numbers
+    by value."""
     dev: ClassifierDevConfig | None = None
     """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[ClassifierObjective, Field(discriminator="name")] = CrossEntropy()

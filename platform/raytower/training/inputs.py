@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -20,6 +21,8 @@ from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.training.config import TrainJobConfig
+
+_NAMED_COLUMNS = 8
 
 
 def survey_training(
@@ -45,10 +48,14 @@ def survey_training(
         )
     quarantine = quarantine_of(config.output)
     candidates = cast(Sequence[RecordKind], kinds if wanted == "auto" else [wanted])
+    if config.on_error == "quarantine" and len(candidates) > 1:
+        candidates = _likeliest_kind(source, candidates) or candidates
     reasons = []
     for kind in candidates:
         try:
-            return survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            _name_what_is_left_out(path, kind, surveyed)
+            return surveyed
         except InputError as error:
             if len(candidates) == 1:
                 raise
@@ -57,6 +64,38 @@ def survey_training(
         f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
         + "\n".join(reasons)
     )
+
+
+def _likeliest_kind(source: NamedInput, kinds: Sequence[RecordKind]) -> list[RecordKind]:
+    """The kind that most rows fit, of equals the first; none where no row fits any.
+
+    Where bad rows are put aside, every kind reads every file that holds one row of it, so the first that can be read
+    may be that of two rows in a hundred. What a kind rejects here is listed nowhere: the rows are judged by the kind
+    that they are.
+    """
+    fitting: dict[RecordKind, int] = {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                surveyed = survey_input(source, kind, on_error="quarantine", quarantine=folder, say=False)
+            except InputError:
+                continue
+        if not surveyed.num_rejected:
+            return [kind]
+        fitting[kind] = surveyed.num_rows
+    return [max(fitting, key=lambda kind: fitting[kind])] if fitting else []
+
+
+def _name_what_is_left_out(path: str, kind: RecordKind, surveyed: Survey) -> None:
+    if surveyed.unread_columns:
+        names = ", ".join(map(repr, surveyed.unread_columns[:_NAMED_COLUMNS]))
+        more = len(surveyed.unread_columns) - _NAMED_COLUMNS
+        log(f"{path}: read as {kind}, of which {names}{f' and {more} more' if more > 0 else ''} are no part")
+    if surveyed.num_repeated:
+        log(
+            f"{path}: {surveyed.num_repeated:,} documents are left out, which stand twice in their row, such as a "
+            "positive among its own negatives"
+        )
 
 
 def tables(survey: Survey) -> Iterator[pa.Table]:
@@ -92,17 +131,24 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_document
 
     `apply` computes the objective for labels (B,) with a constant in place of a model's output. It raises InputError
     for a label that breaks the objective's rule. The labels of candidates are the scores of their best
-    `num_documents`.
+    `num_documents`. Labels that are all equal are refused too: no pair is to score otherwise than another.
     """
+    found: set[float] = set()
     for table in tables(survey):
         if "label" in table.column_names:
             labels = table["label"].to_pylist()
         else:
             labels = [score for row in table["scores"].to_pylist() for score in row[:num_documents]]
+        found.update(labels)
         try:
             apply(torch.tensor(labels, dtype=torch.float32))
         except InputError as error:
             raise InputError(f"{', '.join(survey.files[:3])}: {error}") from error
+    if len(found) == 1:
+        raise InputError(
+            f"{', '.join(survey.files[:3])}: every label is {found.pop():g}, so that one score for all pairs is right; "
+            "add pairs with other labels, or train pairs that all match by objective in_batch_negatives"
+        )
 
 
 def count_documents(survey: Survey, wanted: int | None) -> int | None:

@@ -230,7 +230,7 @@ def test_a_header_of_other_names_is_no_row(tmp_path: Path, kind: RecordKind, hea
 
 def test_a_triple_of_one_document_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tsv", "query\ttitle\tneg_title\nq\ta\ta \n")
-    with pytest.raises(InputError, match="x.tsv:2: negative is the document itself, 'a'"):
+    with pytest.raises(InputError, match=r"x\.tsv:2: negative is the document itself, 'a'"):
         survey_of(path, "triples")
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytower.data.labels import in_order, label_text
+from raytower.data.plain_labels import in_order, plain_label
 from raytower.errors import InputError
 from tests.support.data_files import read, survey_of, write
 
@@ -30,7 +30,7 @@ from tests.support.data_files import read, survey_of, write
     ],
 )
 def test_the_normal_form(label: str | float, text: str) -> None:
-    assert label_text(label) == text
+    assert plain_label(label) == text
 
 
 def test_one_label_in_every_format(tmp_path: Path) -> None:
