@@ -151,9 +151,11 @@ def _value_at(values: Any, path: tuple[str, ...]) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Reads YAML, which JSON is, with every key as the text that stands there: `0: 1.5` has the key "0", and `no: 2` the
-    key "no", of which YAML would make a number and a boolean. A key that stands twice is refused, of which YAML would
-    take the last."""
+    """Reads YAML, which JSON is, with every key as the text that stands there.
+
+    `0: 1.5` has the key "0", and `no: 2` the key "no", of which YAML would make a number and a boolean. A key that
+    stands twice is refused, of which YAML would take the last.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -164,7 +166,7 @@ class Loader(yaml.SafeLoader):
                     f"key {key!r} stands twice, in lines {lines[key]} and {line}; keep one of them"
                 )
             lines[key] = line
-        self.flatten_mapping(node)  # type: ignore[no-untyped-call]  # before `<<` would become a text too
+        self.flatten_mapping(node)  # before `<<` would become a text too
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode):
                 key_node.tag = "tag:yaml.org,2002:str"

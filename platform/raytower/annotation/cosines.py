@@ -19,8 +19,8 @@ def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     broken = np.flatnonzero(~np.isfinite(norms))
     if len(broken):
         raise InputError(
-            f"a vector of pair number {int(broken[0])} holds NaN or infinity, which has no cosine; check the encoder that "
-            "made it"
+            f"a vector of pair number {int(broken[0])} holds NaN or infinity, which has no cosine; check the encoder "
+            "that made it"
         )
     return np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=norms > 0)
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from raytower.data.candidates import NUM_POSITIVES
 from raytower.data.extras import refuse_too_many
-from raytower.data.plain_labels import plain_label
 from raytower.data.layouts import Layout, Source, name_among, refuse_other_kind
+from raytower.data.plain_labels import plain_label
 from raytower.data.records import RecordField
 from raytower.data.row_batch import BadRowError, Rejection, RowBatch
 

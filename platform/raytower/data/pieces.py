@@ -296,7 +296,11 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
             f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
         )
     schema = canonical_schema("pairs")
-    sources = folder.qrels(config.split or "train"), folder.queries(), folder.corpus("lines")
+    sources = (
+        folder.qrels(config.split or "train", config.split_key),
+        folder.queries(),
+        folder.corpus("lines"),
+    )
     judged = beir.survey_pairs(*sources, rows_per_piece, rejects)
     drafts = [
         Piece(pairs, 0, Extent(0, len(pairs.query_ids), 0), 0, len(pairs.query_ids), schema)
@@ -306,6 +310,6 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
     if not surveyed.pieces:
         raise InputError(
             f"{sources[0].file} holds no judgement with a score above 0 whose query and document exist; "
-            "pairs need some. Set input.split to another split"
+            f"pairs need some{f'. Set {config.split_key} to another split' if config.split_key else ''}"
         )
     return surveyed

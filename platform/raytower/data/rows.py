@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from raytower.data.candidates import make_candidates
 from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
-from raytower.data.plain_labels import WHOLE_NUMBER
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
+from raytower.data.plain_labels import WHOLE_NUMBER
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
 from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, iter_slices

@@ -179,8 +179,9 @@ def refuse_no_numbers(values_NW: NDArray[np.float32], model: str, row_name: str)
     broken = np.flatnonzero(~np.isfinite(values_NW).all(axis=1))
     if len(broken):
         raise InputError(
-            f"the {model} gives {row_name} number {int(broken[0])} the values {values_NW[broken[0]][:5].tolist()}, which are "
-            f"no numbers ({len(broken)} of {len(values_NW)} such rows); compute in float32, or check the model's weights"
+            f"the {model} gives {row_name} number {int(broken[0])} the values {values_NW[broken[0]][:5].tolist()}, "
+            f"which are no numbers ({len(broken)} of {len(values_NW)} such rows); compute in float32, or check the "
+            "model's weights"
         )
     return values_NW
 

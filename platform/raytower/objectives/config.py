@@ -80,8 +80,8 @@ class ClassifierSettings(ObjectiveSettings):
         for key, weight in given.items():
             if isinstance(key, bool):
                 raise ValueError(
-                    f"it has the key {str(key).lower()}, a boolean, where a label is a text (YAML reads yes, no, on and "
-                    "off so): write it in quotes"
+                    f"it has the key {str(key).lower()}, a boolean, where a label is a text (YAML reads yes, no, on "
+                    "and off so): write it in quotes"
                 )
             label = plain_label(key) if isinstance(key, (str, int, float)) else key
             if label in named:

@@ -161,8 +161,8 @@ def _name_likely_header(surveyed: Survey, counts: Counter[str]) -> None:
     are_words = first["text"].isidentifier() and first["label"].isidentifier()
     if are_words and counts[first["label"]] == 1:
         log(
-            f"{surveyed.files[0]}:1: {first['text']!r} is the only text with the label {first['label']!r}; if this line "
-            "is a header, name its columns text and label"
+            f"{surveyed.files[0]}:1: {first['text']!r} is the only text with the label {first['label']!r}; if this "
+            "line is a header, name its columns text and label"
         )
 
 

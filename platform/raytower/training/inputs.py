@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from raytower.data.config import NamedInput
+from raytower.data.beir import is_beir
+from raytower.data.config import NamedInput, TrainRows
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
@@ -26,7 +27,12 @@ _NAMED_COLUMNS = 8
 
 
 def survey_training(
-    config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
+    config: TrainJobConfig,
+    path: str,
+    wanted: str,
+    kinds: Sequence[str],
+    objective: str,
+    split: str | None = None,
 ) -> Survey:
     """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
 
@@ -36,12 +42,15 @@ def survey_training(
         wanted: train.format.
         kinds: what the objective trains from.
         objective: its name, for messages.
+        split: of a BEIR folder; None is train.
 
     Raises:
-        InputError: bad rows under on_error fail, rows that fit none of `kinds`, or a `wanted` that is none of them.
+        InputError: a split of what is no BEIR folder, bad rows under on_error fail, rows that fit none of `kinds`, or
+            a `wanted` that is none of them.
     """
     refuse_output_inside(config.output, path)
-    source = NamedInput(path=path)
+    source = TrainRows(path=path, split=split)
+    refuse_split(source)
     if wanted != "auto" and wanted not in kinds:
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
@@ -64,6 +73,15 @@ def survey_training(
         f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
         + "\n".join(reasons)
     )
+
+
+def refuse_split(source: NamedInput) -> None:
+    """Raise InputError where a split is named of what has none."""
+    if source.split is not None and not is_beir(source):
+        raise InputError(
+            f"{source.split_key} is {source.split!r}, and {source.path!r} is no BEIR folder, which alone has splits; "
+            "remove it, or name the file of that split by its path"
+        )
 
 
 def _likeliest_kind(source: NamedInput, kinds: Sequence[RecordKind]) -> list[RecordKind]:

@@ -168,9 +168,8 @@ class _Worker:
         else:
             progress.stale_evaluations += 1
         progress.history.append({"step": progress.step, **metrics})
-        self._say(
-            f"step {progress.step}: dev {dev.metric} {value:.4f} (best {'none' if progress.best is None else f'{progress.best:.4f}'})"
-        )
+        best = "none" if progress.best is None else f"{progress.best:.4f}"
+        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {best})")
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
         self._report({**metrics, dev.metric: value if math.isfinite(value) else float("-inf")})

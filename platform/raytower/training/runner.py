@@ -181,8 +181,8 @@ def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
     unused = count_unused(survey.num_rows, batch_rows, config.epochs)
     if unused:
         log(
-            f"{unused:,} of {survey.num_rows:,} rows are not trained on in the last pass: a step takes {batch_rows:,} rows, "
-            "and they fill none; a smaller batch_size uses more of them"
+            f"{unused:,} of {survey.num_rows:,} rows are not trained on in the last pass: a step takes {batch_rows:,} "
+            "rows, and they fill none; a smaller batch_size uses more of them"
         )
     return unused
 
