@@ -50,7 +50,7 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
 
     A list grows by every argument that names it; all else may be given once.
     `--key value`, `--key=value`, `--section.key value`, `--section value` (its shorthand), `--switch`, `--no-switch`;
-    dashes and underscores in names are the same. A mapping is written as JSON; a list as JSON, by one argument an item,
+    dashes and underscores in names are the same. A mapping is written as JSON or as in a config file, `{0: 1}`; a list as JSON, by one argument an item,
     or, of numbers, with commas.
 
     Raises:

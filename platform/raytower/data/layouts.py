@@ -40,11 +40,11 @@ _HEADER_WORDS = {
 _COLUMN_NAMES = _HEADER_WORDS | {
     "query", "queries", "question", "questions", "question1", "question2", "answer", "answers", "anchor", "positive",
     "pos", "negative", "neg", "sentence", "sentences", "sentence1", "sentence2", "sentence_1", "sentence_2", "text1",
-    "text2", "text_a", "text_b", "texta", "textb", "q", "a", "q1", "q2", "passages", "documents", "doc", "response",
+    "text2", "text_a", "text_b", "texta", "textb", "q1", "q2", "passages", "documents", "doc", "response",
     "instruction", "input", "output", "context", "abstract", "summary", "body", "premise", "hypothesis", "similar_text",
     "query_text", "doc_text", "source", "target", "review", "reviews", "comment", "comments", "message", "utterance",
     "tweet", "description", "name", "labels", "class", "classes", "category", "categories", "sentiment", "intent",
-    "topic", "tag", "tags", "type", "rating", "stars", "score", "y", "x", "gold", "gold_label", "is_duplicate",
+    "topic", "tag", "tags", "type", "rating", "stars", "score", "gold", "gold_label", "is_duplicate",
     "文本", "内容", "正文", "句子", "标题", "问题", "答案", "回答", "查询", "文档", "评论", "标签", "类别", "分类",
     "意图", "情感", "类型", "主题", "分数", "相似度",
 }  # fmt: skip
