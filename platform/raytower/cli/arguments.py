@@ -50,8 +50,8 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
 
     A list grows by every argument that names it; all else may be given once.
     `--key value`, `--key=value`, `--section.key value`, `--section value` (its shorthand), `--switch`, `--no-switch`;
-    dashes and underscores in names are the same. A mapping is written as JSON or as in a config file, `{0: 1}`; a list as JSON, by one argument an item,
-    or, of numbers, with commas.
+    dashes and underscores in names are the same. A mapping is written as JSON, or in braces as in a config file; a list
+    as JSON, by one argument an item, or, of numbers, with commas.
 
     Raises:
         InputError: an unknown key (the nearest one is named), a key without a value, or an argument too many.
