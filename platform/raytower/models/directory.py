@@ -99,7 +99,8 @@ def _refuse_pointers(path: Path) -> None:
         with open(file, "rb") as stream:
             if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise FormatError(
-                    f"{str(file)!r} is a Git LFS pointer, not the file itself; run git lfs pull in the model's repository"
+                    f"{str(file)!r} is a Git LFS pointer, not the file itself; run git lfs pull in the model's "
+                    "repository"
                 )
 
 

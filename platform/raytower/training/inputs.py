@@ -157,7 +157,8 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_document
             labels = table["label"].to_pylist()
         else:
             labels = [score for row in table["scores"].to_pylist() for score in row[:num_documents]]
-        found.update(labels)
+        if len(found) < 2:
+            found.update(labels)
         try:
             apply(torch.tensor(labels, dtype=torch.float32))
         except InputError as error:
