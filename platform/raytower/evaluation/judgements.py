@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raytower.data.queries import QuerySet
@@ -26,6 +27,14 @@ class Judgements:
     """Judgements whose document is not in the index."""
     num_without_relevant: int
     """Queries of the input that nothing is relevant to; they are no part of the lists above."""
+    relevant_texts: list[list[str]] | None = None
+    """The texts that are relevant to each query where relevance goes by text, else None."""
+
+    def by_text(self, part: slice) -> TextJudgements | None:
+        """Those of the queries in `part` where relevance goes by text, else None."""
+        if self.relevant_texts is None:
+            return None
+        return TextJudgements(self.texts[part], self.relevant_texts[part])
 
 
 def judge(queries: QuerySet, index: Index) -> Judgements:
@@ -47,7 +56,29 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
             for texts in queries.relevant_texts
         ]
         num_missing = sum(text not in ids for texts in queries.relevant_texts for text in texts)
-    return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant)
+    return Judgements(
+        queries.ids,
+        queries.texts,
+        relevant,
+        num_missing,
+        queries.num_without_relevant,
+        queries.relevant_texts,
+    )
+
+
+@dataclass(frozen=True)
+class TextJudgements:
+    """Relevance by text, as training counts it on dev pairs: documents of one text are one answer, at the best place of
+    any of them, and a query's own text is none unless it is relevant to itself."""
+
+    queries: list[str]
+    relevant: list[list[str]]
+
+    def answers(self, row: int, texts: Iterable[str]) -> list[str]:
+        """The answers among the texts of ranked documents, best first, to query number `row`."""
+        query = self.queries[row]
+        is_answer = query in self.relevant[row]
+        return [text for text in dict.fromkeys(texts) if is_answer or text != query]
 
 
 def absent_text(identifier: str) -> str | None:

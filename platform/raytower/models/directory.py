@@ -67,6 +67,7 @@ def resolve_model(name: str) -> Path:
         StorageError: the storage cannot be reached, or the cache cannot be written.
     """
     path = _find(name)
+    _refuse_pointers(path)
     if (path / _ADAPTER).is_file():
         raise FormatError(
             f"model {name!r} holds a LoRA adapter ({_ADAPTER}); merge it into its base model "
@@ -100,6 +101,23 @@ def transformer_folder(path: Path) -> Path:
     if not isinstance(first, dict) or not str(first.get("type")).endswith(".Transformer"):
         return path
     return inside(path, first.get("path"), file)
+
+
+def _refuse_pointers(path: Path) -> None:
+    """Refuse a clone without Git LFS, whose tokenizer and configs may be pointers as its weights are (`_damage`)."""
+    for file in sorted({*path.glob("*"), *path.glob("*/*")}):
+        if (
+            file.suffix not in (".json", ".txt", ".model")
+            or not file.is_file()
+            or not os.access(file, os.R_OK)
+        ):
+            continue
+        with open(file, "rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise FormatError(
+                    f"{str(file)!r} is a Git LFS pointer, not the file itself; run git lfs pull in the model's "
+                    "repository"
+                )
 
 
 def _find(name: str) -> Path:

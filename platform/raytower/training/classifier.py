@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytower.data.config import NamedInput
-from raytower.data.pieces import Survey
+from raytower.data.layouts import Source
+from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
+from raytower.data.plain_labels import in_order, plain_label
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
 from raytower.models.compute import check_max_length
 from raytower.models.logits_model import LogitsModel
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.objectives.classification import weights_of
+from raytower.progress import log
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
     PROBE,
@@ -141,23 +144,41 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
     counts: Counter[str] = Counter()
     for table in tables(surveyed):
         counts.update(table["label"].to_pylist())
-    labels = sorted(counts) if config.labels is None else _read_labels(config.labels)
+    labels = in_order(counts) if config.labels is None else _read_labels(config.labels)
     unknown = sorted(set(counts) - set(labels))
     if unknown:
         raise InputError(
             f"{config.train.path}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
             f"labels, {sum(counts[label] for label in unknown)} rows); add them there, or remove labels"
         )
-    if len(labels) < 2:
+    if len(counts) < 2:
         raise InputError(
-            f"{config.train.path}: the only label is {labels[0]!r}; a classifier needs at least two"
+            f"{config.train.path}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
         )
+    _name_likely_header(surveyed, counts)
     return labels, counts
+
+
+def _name_likely_header(surveyed: Survey, counts: Counter[str]) -> None:
+    """Say so where the first row looks like the header of other columns: two words, the second a label of its own."""
+    source, first = surveyed.pieces[0].source, read_piece(surveyed.pieces[0]).slice(0, 1).to_pylist()[0]
+    if (
+        not isinstance(source, Source)
+        or source.layout.format not in ("tsv", "csv")
+        or source.layout.first_line > 1
+    ):
+        return
+    are_words = first["text"].isidentifier() and first["label"].isidentifier()
+    if are_words and counts[first["label"]] == 1:
+        log(
+            f"{surveyed.files[0]}:1: {first['text']!r} is the only text with the label {first['label']!r}; if this "
+            "line is a header, name its columns text and label"
+        )
 
 
 def _read_labels(path: str) -> list[str]:
     surveyed = survey_input(NamedInput(path=path, format="lines"), "lines")
-    labels = [text.strip() for table in tables(surveyed) for text in table["text"].to_pylist()]
+    labels = [plain_label(text) for table in tables(surveyed) for text in table["text"].to_pylist()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise InputError(f"labels {path!r}: {twice[0]!r} is in it more than once; write each label once")

@@ -185,6 +185,8 @@ def _with_default_name(name: str) -> Any:
 class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
+    split: str | None = None
+    """Split of a BEIR folder, whose pairs are those that qrels/<split>.tsv judges relevant; null reads train."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
@@ -193,6 +195,8 @@ class RetrieverDevConfig(DevConfig):
     """Measuring during training: recall of dev pairs against a corpus, or, for the metrics auc, accuracy, f1 and
     spearman, the cosines of scored dev pairs."""
 
+    split: str | None = None
+    """Split of a BEIR folder, whose queries are those that qrels/<split>.tsv judges; null reads dev."""
     corpus: str | None = None
     """Texts to search among; null takes the dev documents themselves."""
     corpus_rows: int = Field(default=20_000, ge=1)
@@ -209,6 +213,8 @@ class RetrieverDevConfig(DevConfig):
             raise ValueError(
                 f"dev.corpus is set, and dev.metric {self.metric} searches none; remove it, or measure recall@10"
             )
+        if self.is_scored and self.split is not None:
+            raise ValueError(f"dev.split is set, and dev.metric {self.metric} reads scored pairs; remove it")
         if self.threshold is not None and self.metric not in ("auc", "accuracy", "f1"):
             raise ValueError(f"dev.threshold is set, and dev.metric {self.metric} has none; remove it")
 
@@ -294,7 +300,8 @@ class TrainClassifierConfig(TrainJobConfig):
     """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
 
     labels: str | None = None
-    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
+    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted,
+    numbers by value."""
     dev: ClassifierDevConfig | None = None
     """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[ClassifierObjective, Field(discriminator="name")] = CrossEntropy()

@@ -16,23 +16,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.collectives import gather_constants
-from raytower.data.config import InputConfig, NamedInput
+from raytower.data.beir import is_beir
+from raytower.data.config import DevRows, InputConfig, NamedInput
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine
 from raytower.training.config import RetrieverDevConfig
+from raytower.training.inputs import refuse_split
 from raytower.training.shares import gather_rows_in_order, own_rows
 
 
 @dataclass(frozen=True)
 class DevSet:
-    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus."""
+    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus.
+
+    `own` is each query's own position there, -1 where the corpus does not hold it or it is relevant to itself: a text
+    that asks is no answer.
+    """
 
     queries: list[str]
     corpus: list[str]
     relevant: list[list[int]]
+    own: list[int]
 
 
 def load_dev_set(config: RetrieverDevConfig) -> DevSet:
@@ -40,22 +47,27 @@ def load_dev_set(config: RetrieverDevConfig) -> DevSet:
 
     The documents of all rows of a query are relevant to it. Equal texts of the corpus count once.
     """
+    source = DevRows(path=config.path, split=config.split)
+    refuse_split(source)
+    if config.split is None and is_beir(source):
+        # Never the training split, which is what a reader of pairs would take.
+        source = DevRows(path=config.path, split="dev")
     positives: dict[str, dict[str, None]] = {}
-    for query, document in _rows(NamedInput(path=config.path), "pairs", ("query", "document")):
+    for query, document in _rows(source, "pairs", ("query", "document")):
         positives.setdefault(query, {})[document] = None
     places: dict[str, int] = {}
     for documents in positives.values():
         for document in documents:
             places.setdefault(document, len(places))
     if config.corpus is not None:
-        source = NamedInput(path=config.corpus)
-        surveyed = survey_input(source, "corpus")
+        surveyed = survey_input(NamedInput(path=config.corpus), "corpus")
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):
             if text not in places and _position(text) < wanted:
                 places[text] = len(places)
     relevant = [[places[document] for document in documents] for documents in positives.values()]
-    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant)
+    own = [-1 if query in documents else places.get(query, -1) for query, documents in positives.items()]
+    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant, own=own)
 
 
 def evaluate_recall(
@@ -71,8 +83,12 @@ def evaluate_recall(
     query_QD = gather_rows_in_order(engine.encode(own_queries, prefixes[0]), len(dev.queries))
     corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
     cutoffs = sorted({1, 10, int(metric.partition("@")[2])})
-    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs))
-    ids = [[str(row) for row in rows] for rows in ranked.tolist()]
+    # One more than is looked at, as a query's own text may be among them.
+    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs) + 1)
+    ids = [
+        [str(row) for row in rows if row != own or row < 0]
+        for rows, own in zip(ranked.tolist(), dev.own, strict=True)
+    ]
     judged = [{str(row): 1.0 for row in rows} for rows in dev.relevant]
     values = {key: float(value.mean()) for key, value in ranking_metrics(ids, judged, cutoffs).items()}
     if metric not in values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -12,7 +13,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from raytower.data.config import NamedInput
+from raytower.data.beir import is_beir
+from raytower.data.config import NamedInput, TrainRows
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
@@ -23,9 +25,16 @@ from raytower.progress import log
 from raytower.storage import known_sha256
 from raytower.training.config import TrainJobConfig
 
+_NAMED_COLUMNS = 8
+
 
 def survey_training(
-    config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
+    config: TrainJobConfig,
+    path: str,
+    wanted: str,
+    kinds: Sequence[str],
+    objective: str,
+    split: str | None = None,
 ) -> Survey:
     """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
 
@@ -35,22 +44,29 @@ def survey_training(
         wanted: train.format.
         kinds: what the objective trains from.
         objective: its name, for messages.
+        split: of a BEIR folder; None is train.
 
     Raises:
-        InputError: bad rows under on_error fail, rows that fit none of `kinds`, or a `wanted` that is none of them.
+        InputError: a split of what is no BEIR folder, bad rows under on_error fail, rows that fit none of `kinds`, or
+            a `wanted` that is none of them.
     """
     refuse_output_inside(config.output, path)
-    source = NamedInput(path=path)
+    source = TrainRows(path=path, split=split)
+    refuse_split(source)
     if wanted != "auto" and wanted not in kinds:
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
         )
     quarantine = quarantine_of(config.output)
     candidates = cast(Sequence[RecordKind], kinds if wanted == "auto" else [wanted])
+    if config.on_error == "quarantine" and len(candidates) > 1:
+        candidates = _likeliest_kind(source, candidates) or candidates
     reasons = []
     for kind in candidates:
         try:
-            return survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            _name_what_is_left_out(path, kind, surveyed)
+            return surveyed
         except InputError as error:
             if len(candidates) == 1:
                 raise
@@ -59,6 +75,47 @@ def survey_training(
         f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
         + "\n".join(reasons)
     )
+
+
+def refuse_split(source: NamedInput) -> None:
+    """Raise InputError where a split is named of what has none."""
+    if source.split is not None and not is_beir(source):
+        raise InputError(
+            f"{source.split_key} is {source.split!r}, and {source.path!r} is no BEIR folder, which alone has splits; "
+            "remove it, or name the file of that split by its path"
+        )
+
+
+def _likeliest_kind(source: NamedInput, kinds: Sequence[RecordKind]) -> list[RecordKind]:
+    """The kind that most rows fit, of equals the first; none where no row fits any.
+
+    Where bad rows are put aside, every kind reads every file that holds one row of it, so the first that can be read
+    may be that of two rows in a hundred. What a kind rejects here is listed nowhere: the rows are judged by the kind
+    that they are.
+    """
+    fitting: dict[RecordKind, int] = {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                surveyed = survey_input(source, kind, on_error="quarantine", quarantine=folder, say=False)
+            except InputError:
+                continue
+        if not surveyed.num_rejected:
+            return [kind]
+        fitting[kind] = surveyed.num_rows
+    return [max(fitting, key=lambda kind: fitting[kind])] if fitting else []
+
+
+def _name_what_is_left_out(path: str, kind: RecordKind, surveyed: Survey) -> None:
+    if surveyed.unread_columns:
+        names = ", ".join(map(repr, surveyed.unread_columns[:_NAMED_COLUMNS]))
+        more = len(surveyed.unread_columns) - _NAMED_COLUMNS
+        log(f"{path}: read as {kind}, of which {names}{f' and {more} more' if more > 0 else ''} are no part")
+    if surveyed.num_repeated:
+        log(
+            f"{path}: {surveyed.num_repeated:,} documents are left out, which stand twice in their row, such as a "
+            "positive among its own negatives"
+        )
 
 
 def tables(survey: Survey) -> Iterator[pa.Table]:
@@ -93,17 +150,26 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
     """Apply the objective to all labels once before training, so that a bad one fails now and not hours later.
 
     `apply` computes the objective for labels (B,) with a constant in place of a model's output. It raises InputError
-    for a label that breaks the objective's rule. The labels of candidates are their scores.
+    for a label that breaks the objective's rule. The labels of candidates are their scores. Labels that are all equal
+    are refused too: no pair is to score otherwise than another.
     """
+    found: set[float] = set()
     for table in tables(survey):
         if "label" in table.column_names:
             labels = table["label"].to_pylist()
         else:
             labels = [score for row in table["scores"].to_pylist() for score in row]
+        if len(found) < 2:
+            found.update(labels)
         try:
             apply(torch.tensor(labels, dtype=torch.float32))
         except InputError as error:
             raise InputError(f"{', '.join(survey.files[:3])}: {error}") from error
+    if len(found) == 1:
+        raise InputError(
+            f"{', '.join(survey.files[:3])}: every label is {found.pop():g}, so that one score for all pairs is right; "
+            "add pairs with other labels, or train pairs that all match by objective in_batch_negatives"
+        )
 
 
 def count_documents(survey: Survey, wanted: int | None) -> int | None:

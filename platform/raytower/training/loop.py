@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import tempfile
 import time
@@ -200,15 +201,17 @@ class _Worker:
         metrics = self.plan.task.evaluate(self.model)
         self.model.train()
         value = metrics[dev.metric]
-        if progress.best is None or value > progress.best:
+        # NaN (Spearman of scores that are all equal) is worse than any number, and no first one to beat.
+        if math.isfinite(value) and (progress.best is None or value > progress.best):
             progress.best, progress.best_step, progress.stale_evaluations = value, progress.step, 0
         else:
             progress.stale_evaluations += 1
         progress.history.append({"step": progress.step, **metrics})
-        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {progress.best:.4f})")
+        best = "none" if progress.best is None else f"{progress.best:.4f}"
+        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {best})")
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
-        self._report(metrics)
+        self._report({**metrics, dev.metric: value if math.isfinite(value) else float("-inf")})
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""

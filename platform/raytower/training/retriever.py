@@ -83,7 +83,12 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
     @classmethod
     def survey(cls, config: TrainRetrieverConfig) -> Survey:
         return survey_training(
-            config, config.train.path, config.train.format, config.objective.formats, config.objective.name
+            config,
+            config.train.path,
+            config.train.format,
+            config.objective.formats,
+            config.objective.name,
+            config.train.split,
         )
 
     @classmethod

@@ -20,7 +20,7 @@ from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray
 from raytower.storage import Location, check_output, output_folder, publish_directory
-from raytower.training.batches import count_steps
+from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainJobConfig
 from raytower.training.inputs import content_hash
@@ -55,6 +55,7 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
         "rows": survey.num_rows,
         "rejected_rows": survey.num_rejected,
         "steps": _count_steps(config, survey),
+        "unused_rows": _count_unused(config, survey),
         "batches_per_step": config.accumulate_batches,
         "rows_per_worker_and_batch": config.batch_size // config.workers.num,
         "workers": config.workers.num,
@@ -178,10 +179,23 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     return figures
 
 
+def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
+    """Rows that fill no step, which is said: of few rows they may be half."""
+    batch_rows = config.batch_size * config.accumulate_batches
+    unused = count_unused(survey.num_rows, batch_rows, config.epochs)
+    if unused:
+        log(
+            f"{unused:,} of {survey.num_rows:,} rows are not trained on in the last pass: a step takes {batch_rows:,} "
+            "rows, and they fill none; a smaller batch_size uses more of them"
+        )
+    return unused
+
+
 def _make_plan(
     config: TrainJobConfig, survey: Survey, task: Task[Any], failure_file: Location
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
+    _count_unused(config, survey)
     output = Location.of(config.output)
     stream = StreamPlan(
         pieces=survey.pieces,
