@@ -96,7 +96,10 @@ class _MeanCrossEntropy(torch.autograd.Function):
             share_RC[own] -= 1
             slope_RC = share_RC.to(precision)
             query_gradient_BD[rows] = slope_RC @ vector_CD
-            document_gradient_CD += slope_RC.T @ scaled_BD[rows]
+            if precision == exact:  # no (C, D) matrix of each block
+                document_gradient_CD.addmm_(slope_RC.T, scaled_BD[rows])
+            else:
+                document_gradient_CD += slope_RC.T @ scaled_BD[rows]
         num_queries = len(query_BD)
         query_gradient_BD *= scale / num_queries
         document_gradient_CD /= num_queries
