@@ -13,7 +13,7 @@ import numpy as np
 
 from raytower.data.queries import read_queries
 from raytower.evaluation.config import EvaluateConfig
-from raytower.evaluation.judgements import Judgements, TextJudgements, absent_text, judge
+from raytower.evaluation.judgements import Judgements, absent_text, judge
 from raytower.evaluation.reports import RUN_NAME, check_reports_output, open_run, write_reports
 from raytower.index.reader import Index
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH, Floats, bootstrap_interval, ranking_metrics
@@ -21,7 +21,7 @@ from raytower.progress import Progress, log
 from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import Candidate, Hit, Retriever, Vectors, recall_order
+from raytower.retrieval.retriever import Hit, Retriever, recall_order
 from raytower.storage import Location
 
 _WORST_QUERIES = 20
@@ -152,51 +152,31 @@ def _search(
     times = [time.perf_counter()]
     vectors = retriever.encode(texts)
     times.append(time.perf_counter())
-    by_text = judgements.by_text(part)
-    candidates = _recall(retriever, vectors, _depth(config), by_text)
+    candidates = retriever.recall(vectors, _depth(config))
     times.append(time.perf_counter())
     by_recall = [recall_order(items) for items in candidates]
     final = by_recall
     if retriever.scorer is not None:
         final = retriever.rerank(texts, candidates, config.recall_k)
-        measured.recall.append(_metrics(by_recall, relevant, config.k, by_text))
+        measured.recall.append(_metrics(by_recall, relevant, config.k, judgements))
     times.append(time.perf_counter())
-    measured.final.append(_metrics(final, relevant, config.k, by_text))
+    measured.final.append(_metrics(final, relevant, config.k, judgements))
     for name, seconds in zip(("encode", "recall", "rerank"), np.diff(times), strict=True):
         measured.milliseconds[name] += float(seconds) * 1000
     return final
-
-
-def _recall(
-    retriever: Retriever, vectors: Vectors, depth: int, by_text: TextJudgements | None
-) -> list[list[Candidate]]:
-    """The first `depth` candidates of each query; by text, as many more as make `depth` different answers of them."""
-    candidates = [list(items) for items in retriever.recall(vectors, depth)]
-    if by_text is None:
-        return candidates
-    asked, short = depth, list(range(len(candidates)))
-    while short := [
-        row
-        for row in short
-        if len(candidates[row]) == asked
-        and len(by_text.answers(row, [item.text for item in candidates[row]])) < depth
-    ]:
-        asked *= 2
-        for row, items in zip(short, retriever.recall(vectors[short], asked), strict=True):
-            candidates[row] = list(items)
-    return candidates
 
 
 def _metrics(
     ranked: Sequence[Sequence[Hit]],
     relevant: Sequence[Mapping[str, float]],
     ks: Sequence[int],
-    by_text: TextJudgements | None,
+    judgements: Judgements,
 ) -> dict[str, Floats]:
-    if by_text is None:
-        return ranking_metrics([[hit.id for hit in hits] for hits in ranked], relevant, ks)
-    answers = [by_text.answers(row, [hit.text for hit in hits]) for row, hits in enumerate(ranked)]
-    return ranking_metrics(answers, [dict.fromkeys(texts, 1.0) for texts in by_text.relevant], ks)
+    counted = [
+        judgements.counted_once([hit.id for hit in hits], judged)
+        for hits, judged in zip(ranked, relevant, strict=True)
+    ]
+    return ranking_metrics([ids for ids, _ in counted], [judged for _, judged in counted], ks)
 
 
 def _depth(config: EvaluateConfig) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raytower.models.block_engine import BlockEngine, refuse_no_numbers
+from raytower.models.block_engine import BlockEngine
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute, check_max_length
 from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.engine_choice import RACE_TEXTS, Settled, narrowed, settle_engine
@@ -82,15 +82,14 @@ class LogitsEngine(BlockEngine, Generic[ClassifierT]):
         """Logits, float32 (N, C), of texts, or of the pairs of two columns, in input order.
 
         Raises:
-            InputError: a text that is no valid Unicode, or a logit that is NaN or infinite; it is named.
+            InputError: a text that is no valid Unicode; it is named.
             RaytowerError: one row alone does not fit into memory.
         """
 
         def tokenise_rows(rows: slice) -> TokenBlock:
             return self.model.tokenise([column[rows] for column in columns], self.max_length, rows.start)
 
-        logits_NC = self.forward_rows(len(columns[0]), tokenise_rows)
-        return refuse_no_numbers(logits_NC, type(self.model).__name__, self.row_name)
+        return self.forward_rows(len(columns[0]), tokenise_rows)
 
     def _race(self) -> None:
         for number in range(len(RACE_TEXTS)):

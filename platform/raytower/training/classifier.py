@@ -19,6 +19,7 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.plain_labels import in_order, plain_label
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
+from raytower.models.block_engine import refuse_no_numbers
 from raytower.models.compute import check_max_length
 from raytower.models.logits_model import LogitsModel
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
@@ -103,7 +104,10 @@ class ClassifierTask(Task[TrainClassifierConfig]):
             max_length=self.config.max_length,
         )
         rows = own_rows(len(self.dev_texts)).tolist()
-        best_own = engine.logits([self.dev_texts[row] for row in rows]).argmax(1).astype(np.float32)
+        logits_NC = refuse_no_numbers(
+            engine.logits([self.dev_texts[row] for row in rows]), "classifier", "dev text"
+        )
+        best_own = logits_NC.argmax(1).astype(np.float32)
         best = gather_rows_in_order(best_own, len(self.dev_texts))
         predicted = [self.labels[int(number)] for number in best]
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -14,12 +13,10 @@ from raytower.annotation.cosines import cosines
 from raytower.cli.arguments import read_arguments
 from raytower.config import load_config, make_config
 from raytower.errors import InputError
-from raytower.evaluation.evaluate import _recall
-from raytower.evaluation.judgements import TextJudgements
-from raytower.metrics import spearman
+from raytower.evaluation.judgements import Judgements
+from raytower.metrics import ranking_metrics, spearman
 from raytower.models.block_engine import refuse_no_numbers
 from raytower.models.forward import ForwardEngine
-from raytower.retrieval.retriever import Candidate, Retriever
 from raytower.training.batches import count_unused
 from raytower.training.classifier import _labels
 from raytower.training.config import RetrieverDevConfig, TrainClassifierConfig, TrainRetrieverConfig
@@ -107,20 +104,13 @@ def test_a_query_in_the_corpus_is_no_answer_to_itself(tmp_path: Path) -> None:
     assert evaluate_recall(engine, known, "recall@1", ("", ""))["recall@1"] == 0.5
 
 
-def test_equal_texts_are_one_answer() -> None:
-    """The dev recall of training counts the texts of a corpus once, so evaluate does."""
-    judged = TextJudgements(["q"], [["b"]])
-    assert judged.answers(0, ["q", "a", "a", "b", "b"]) == ["a", "b"]
-    assert TextJudgements(["q"], [["q"]]).answers(0, ["q", "a"]) == ["q", "a"]
-    texts = ["a", "a", "a", "b", "c"]
-
-    def recall(vectors: np.ndarray, depth: int) -> list[list[Candidate]]:
-        return [[Candidate(str(i), text, {}, -i) for i, text in enumerate(texts[:depth])] for _ in vectors]
-
-    retriever = cast(Retriever, SimpleNamespace(recall=recall))
-    found = _recall(retriever, np.zeros((1, 2), np.float32), 2, judged)
-    assert judged.answers(0, [item.text for item in found[0]])[:2] == ["a", "b"]
-    assert len(_recall(retriever, np.zeros((1, 2), np.float32), 2, None)[0]) == 2
+def test_copies_of_a_text_count_once() -> None:
+    """By hand: of the texts a (twice) and b, one is found at rank 1, then its copy, which adds nothing, then b."""
+    judged = {"a1": 1.0, "a2": 1.0, "b": 1.0}
+    judgements = Judgements(["q"], ["q"], [judged], 0, 0, {"a1": "a1", "a2": "a1"})
+    ids, once = judgements.counted_once(["a2", "a1", "b"], judged)
+    found = ranking_metrics([ids], [once], [1, 2, 3])
+    assert [float(found[f"recall@{k}"][0]) for k in (1, 2, 3)] == [0.5, 0.5, 1.0]
 
 
 def _classes(tmp_path: Path, content: str, **changes: Any) -> list[str]:
