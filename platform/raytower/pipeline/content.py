@@ -114,15 +114,18 @@ def is_empty(output: str) -> bool:
     return not any(not child.name.startswith(".") for child in place.children())
 
 
-def put_aside(output: str) -> Location | None:
-    """Rename an output to a hidden name beside it, and return that; None on storage that cannot rename: it is removed.
+def put_aside(output: str) -> Location:
+    """Rename an output to a hidden name beside it, since no job takes what is hidden for data; returns the new place.
 
-    Hidden, because no job takes what is hidden for data.
+    Raises:
+        InputError: object stores cannot rename, and nothing is removed that somebody may want.
     """
     place = Location.of(output)
     if not place.is_local:
-        place.delete()
-        return None
+        raise InputError(
+            f"output {output!r} was made by an earlier config or from other data, and its storage cannot rename it to "
+            "make room; remove it, or name another output"
+        )
     names = (place.parent / f".{place.name}.former-{number}" for number in count(1))
     target = next(name for name in names if not name.exists())
     Path(place.path).rename(target.path)

@@ -354,10 +354,10 @@ def _in_place_of_later_builds(config: IndexBuildConfig, title: str) -> IndexBuil
 def _make_room(step: _Step, key: str, state: _State) -> None:
     assert step.output is not None
     former = put_aside(step.output)
-    where = (
-        f"is {former} now; remove it if not wanted" if former else "was removed: its storage cannot rename"
+    log(
+        f"{step.title}: what an earlier config or other data made of {step.output} is {former} now; remove it if not "
+        "wanted"
     )
-    log(f"{step.title}: what an earlier config or other data made of {step.output} {where}")
     state.put(step, _Record(key=key, finished=False))
 
 

@@ -16,6 +16,7 @@ from raytower.config import Config, make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.build import build_index
 from raytower.pipeline.config import PipelineConfig
+from raytower.pipeline.content import put_aside
 from raytower.pipeline.job import INPUT_KEYS, STEP_JOBS, plan_pipeline, run_pipeline
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
@@ -333,3 +334,8 @@ def text_keys(config: type[Config]) -> set[str]:
             elif kind is str:
                 found.add(name)
     return found
+
+
+def test_nothing_is_removed_where_storage_cannot_rename() -> None:
+    with pytest.raises(InputError, match=r"'s3://bucket/model' was made .* cannot rename .* remove it"):
+        put_aside("s3://bucket/model")
