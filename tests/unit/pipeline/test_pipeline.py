@@ -18,6 +18,7 @@ from raytower.index.build import build_index
 from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.content import put_aside
 from raytower.pipeline.job import INPUT_KEYS, STEP_JOBS, plan_pipeline, run_pipeline
+from raytower.storage import Location
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import finished_run, run_identity, run_key
@@ -336,6 +337,11 @@ def text_keys(config: type[Config]) -> set[str]:
     return found
 
 
-def test_nothing_is_removed_where_storage_cannot_rename() -> None:
-    with pytest.raises(InputError, match=r"'s3://bucket/model' was made .* cannot rename .* remove it"):
-        put_aside("s3://bucket/model")
+def test_nothing_is_removed_where_storage_cannot_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(Location, "is_local", property(lambda place: False))
+    with pytest.raises(InputError, match=r"model' was made by .* cannot rename it .* remove it"):
+        put_aside(str(tmp_path / "model"))
+    assert (tmp_path / "model").is_dir()
