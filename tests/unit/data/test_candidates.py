@@ -318,7 +318,10 @@ _CANDIDATES = st.lists(st.tuples(_TEXTS, _SCORES), min_size=2, max_size=6).filte
 
 def _once(texts: list[str]) -> list[str]:
     """The first of texts that are equal but for space around them."""
-    return list({text.strip(): text for text in reversed(texts)}.values())[::-1]
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(text.strip(), text)
+    return list(first.values())
 
 
 @settings(deadline=None, max_examples=60)

@@ -310,6 +310,8 @@ def test_every_key_that_names_something_to_read_counts() -> None:
     """A key that is added later is to be looked at here: does it name an input, or not?"""
     no_inputs = {"output", "log_dir", "label_field", "input.id_field", "input.split", "queries.split"}
     no_inputs |= {
+        "train.split",
+        "dev.split",
         "target.queries.split",
         "input.text_fields",
         "indexed",
