@@ -122,7 +122,8 @@ def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]
     # The same seed on every worker: a fresh head must be the same everywhere.
     torch.manual_seed(config.seed)
     model = TextClassifier.start_from(start, labels)
-    model.max_length = check_max_length(config.max_length, model.max_positions)
+    # What is published keeps its own length, which training on shorter rows does not lower.
+    check_max_length(config.max_length, model.max_positions)
     return model
 
 

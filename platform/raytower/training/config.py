@@ -220,7 +220,7 @@ class TrainRetrieverConfig(TrainJobConfig):
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
     max_length: int = Field(default=64, ge=1)
-    """Tokens of a text."""
+    """Tokens of a text while training; the published encoder keeps the length of its start."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     document_prefix: str | None = None
@@ -257,7 +257,7 @@ class TrainRerankerConfig(TrainJobConfig):
     batch_size: int = Field(default=32, ge=1)
     """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
-    """Tokens of a (query, document) pair."""
+    """Tokens of a (query, document) pair while training; the published reranker keeps the length of its start."""
 
     _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
 
@@ -281,6 +281,6 @@ class TrainClassifierConfig(TrainJobConfig):
     batch_size: int = Field(default=32, ge=1)
     """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
-    """Tokens of a text."""
+    """Tokens of a text while training; the published classifier keeps the length of its start."""
 
     _objective_name = model_validator(mode="before")(_with_default_name("cross_entropy"))

@@ -121,5 +121,6 @@ def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
     torch.manual_seed(config.seed)
     model = CrossEncoder.start_from(start, num_labels=config.objective.num_labels)
     model.activation = config.objective.activation
-    model.max_length = check_max_length(config.max_length, model.max_positions)
+    # What is published keeps its own length, which training on shorter rows does not lower.
+    check_max_length(config.max_length, model.max_positions)
     return model

@@ -16,6 +16,7 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoTokenizer
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertIntermediate
 
 from raytower.config import make_config
@@ -294,7 +295,22 @@ def test_every_cross_encoder_objective_trains_from_a_config(
     saved = CrossEncoder.load(tmp_path / "saved")
     assert saved.num_labels == (2 if objective["name"] == "pointwise_cross_entropy" else 1)
     assert saved.activation == config.objective.activation
-    assert saved.max_length == 32
+
+
+@pytest.mark.parametrize("kind", ["reranker", "classifier"])
+def test_a_published_model_keeps_its_own_length(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
+    """Trained at 32 tokens, its backbone has positions for 64: transformers reads on up to those."""
+    config_class, task_class, write = {
+        "reranker": (TrainRerankerConfig, RerankerTask, write_scored),
+        "classifier": (TrainClassifierConfig, ClassifierTask, write_labelled),
+    }[kind]
+    train = write(tmp_path / "train.tsv", 16)
+    config: Any = make_config(config_class, values_of(dummy_encoder_dir, train, tmp_path, {}))
+    task: Any = task_class.prepare(config, task_class.survey(config))
+    task.save(task.build(None), tmp_path / "saved", {})
+    continued = task.build(tmp_path / "saved")
+    assert continued.inner.max_length == 64
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 64
 
 
 def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
