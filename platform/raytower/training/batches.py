@@ -103,7 +103,12 @@ def _keys(row: dict[str, Any], columns: Sequence[str]) -> frozenset[tuple[str, A
     return frozenset((name, value) for name, value in values if value is not None)
 
 
+def num_rows(rows: Rows) -> int:
+    """How many rows there are."""
+    return len(next(iter(rows.values())))
+
+
 def worker_slice(rows: Rows, rank: int, world_size: int) -> Rows:
     """The rows of a global batch that belong to one worker: contiguous and equally many for each."""
-    size = len(next(iter(rows.values()))) // world_size
+    size = num_rows(rows) // world_size
     return {name: values[rank * size : (rank + 1) * size] for name, values in rows.items()}

@@ -25,6 +25,7 @@ from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
 from raytower.training.config import TrainClassifierConfig
+from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
 from raytower.training.inputs import survey_training, tables
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
@@ -59,7 +60,10 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     @classmethod
     def prepare(cls, config: TrainClassifierConfig, surveyed: Survey) -> Self:
         labels, counts = _labels(config, surveyed)
-        _load_start(config, config.start, labels)
+        model = _load_start(config, config.start, labels)
+        texts = sample_rows(surveyed)["text"]
+        shares = cut_shares(model.tokenizer, {"text": [texts]}, config.max_length)
+        say_cut_shares(shares, config.max_length, len(texts))
         return cls(config, absolute_if_local(config.start), labels, counts)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:

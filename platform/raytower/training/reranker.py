@@ -16,9 +16,10 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
-from raytower.training.batches import Rows
+from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
+from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
 from raytower.training.runner import fit, plan_training
@@ -49,13 +50,19 @@ class RerankerTask(Task[TrainRerankerConfig]):
 
     @classmethod
     def prepare(cls, config: TrainRerankerConfig, surveyed: Survey) -> Self:
-        _load_start(config, config.start)
+        model = _load_start(config, config.start)
         names, shape = surveyed.schema.names, config.objective.num_labels
         count = count_documents(surveyed, config.train.num_documents)
         if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
             check_labels(
                 surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels), count
             )
+        rows = sample_rows(surveyed)
+        queries, documents, _, _ = judged_pairs(rows, count)
+        shares = cut_shares(
+            model.tokenizer, {"pair of query and document": [queries, documents]}, config.max_length
+        )
+        say_cut_shares(shares, config.max_length, num_rows(rows))
         return cls(config, absolute_if_local(config.start), count)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:

@@ -22,9 +22,10 @@ from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
-from raytower.training.batches import Rows
+from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
+from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, refuse_single_text, survey_training
@@ -64,11 +65,11 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
 
     @classmethod
     def prepare(cls, config: TrainRetrieverConfig, surveyed: Survey) -> Self:
-        prepare_backbone(
-            _load_start(config, config.start).backbone, config.model_copy(update={"compile": False})
-        )
+        encoder = _load_start(config, config.start)
+        prepare_backbone(encoder.backbone, config.model_copy(update={"compile": False}))
         _check_rows(config, surveyed)
         count = count_documents(surveyed, config.train.num_documents)
+        _say_what_is_cut(config, surveyed, encoder, count)
         teacher = None if config.teacher is None else absolute_if_local(config.teacher)
         if teacher is not None:
             CrossEncoder.load(teacher)  # a mistyped name is refused here, not by every worker
@@ -218,6 +219,25 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:
         refuse_single_text(surveyed, ("text", "label") if "label" in names else ("text",))
+
+
+def _say_what_is_cut(
+    config: TrainRetrieverConfig, surveyed: Survey, encoder: Encoder, num_documents: int | None
+) -> None:
+    """Log the share of each column's texts that `max_length` cuts, prefixes counted."""
+    rows = sample_rows(surveyed)
+    query_prefix, document_prefix = _prefixes(encoder)
+    columns = {}
+    for name in ("query", "text", "document", "documents", "negative"):
+        if name not in rows:
+            continue
+        texts = rows[name]
+        if name == "documents":
+            texts = [text for documents in texts for text in documents[:num_documents]]
+        prefix = query_prefix if name in ("query", "text") else document_prefix
+        columns[name] = [encoder.prepared(texts, prefix)]
+    shares = cut_shares(encoder.tokenizer, columns, config.max_length)
+    say_cut_shares(shares, config.max_length, num_rows(rows))
 
 
 def _loss_of_equal_vectors(config: TrainRetrieverConfig, labels_B: Tensor) -> Tensor:
