@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +28,7 @@ from raytower.objectives.config import (
     SimCSE,
 )
 
+_EVERY_STEPS = 200
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
 RetrieverObjective = (
@@ -66,10 +68,34 @@ class DevConfig(Config):
     """Dev rows: a file, a folder or a glob, local or by URI."""
     metric: str
     """What is measured; higher is better."""
-    every_steps: int = Field(default=200, ge=1)
-    """Steps between two measurements."""
-    patience: int = Field(default=3, ge=1)
-    """Evaluations in a row without a better value before training stops."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two measurements; null is 200, or what every_epochs says."""
+    every_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows between two measurements, in place of every_steps; 0.5 measures twice a pass."""
+    patience: int | None = Field(default=3, ge=1)
+    """Evaluations in a row without a better value before training stops; null never stops it."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError(
+                f"dev.every_steps is {self.every_steps} and dev.every_epochs {self.every_epochs:g}; give one of them"
+            )
+
+    def is_due(self, step: int, rows_per_step: int, num_rows: int) -> bool:
+        """Whether step number `step`, counted from 1, ends with a measurement.
+
+        every_epochs need not be whole steps: the step that brings the rows seen to the next multiple is meant. Of 100
+        rows at 16 a step these are steps 7, 13, 19 and 25 for every_epochs 1.
+        """
+        if self.every_epochs is None:
+            return step % (self.every_steps or _EVERY_STEPS) == 0
+        # As a fraction, since 0.3 of 100 rows in floating point is not always 30.
+        rows_between = Fraction(str(self.every_epochs)) * num_rows
+        return step * rows_per_step // rows_between > (step - 1) * rows_per_step // rows_between
+
+    def is_over(self, stale_evaluations: int) -> bool:
+        """Whether so many evaluations in a row without a better value end training."""
+        return self.patience is not None and stale_evaluations >= self.patience
 
 
 class TrainInput(Config):
@@ -188,6 +214,7 @@ class RetrieverDevConfig(DevConfig):
     """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
 
     def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
         if self.is_scored and self.corpus is not None:
             raise ValueError(
                 f"dev.corpus is set, and dev.metric {self.metric} searches none; remove it, or measure recall@10"

@@ -109,6 +109,8 @@ class _Worker:
     def run(self) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         accumulated = self.config.accumulate_batches
+        rows_per_step = self.config.batch_size * accumulated
+        num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
         batches = stream_batches(plan.stream, skip_batches=progress.step * accumulated)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while not self._is_over():
@@ -118,7 +120,7 @@ class _Worker:
             last = progress.step == plan.num_steps
             if last or progress.step % self.config.log_every_steps == 0:
                 self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
-            if dev is not None and (last or progress.step % dev.every_steps == 0):
+            if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
                 # This checkpoint is only there to continue from, so it counts as the worst by the metric.
@@ -150,7 +152,7 @@ class _Worker:
     def _is_over(self) -> bool:
         """All steps are made, or patience has run out. True at once if a run was killed after its last step."""
         dev = self.plan.task.dev
-        impatient = dev is not None and self.progress.stale_evaluations >= dev.patience
+        impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
 
     def _evaluate(self) -> None:

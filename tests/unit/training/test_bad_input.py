@@ -300,6 +300,10 @@ def test_lora_layers_that_do_not_exist(dummy_encoder_dir: Path, tmp_path: Path) 
         ({"dev": {"path": "x", "metric": "recal@10"}}, "dev.metric"),
         ({"dev": {"path": "x", "metric": "auc", "corpus": "y"}}, "dev.metric auc searches none"),
         ({"dev": {"path": "x", "threshold": 0.5}}, "dev.metric recall@10 has none"),
+        (
+            {"dev": {"path": "x", "every_steps": 10, "every_epochs": 1}},
+            "dev.every_steps is 10 and dev.every_epochs 1; give one of them",
+        ),
         ({"seed": 2**32}, "seed"),
     ],
 )
