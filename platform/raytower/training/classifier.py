@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytower.data.config import NamedInput
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Piece, Survey
 from raytower.data.pieces import survey as survey_input
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
@@ -24,9 +24,9 @@ from raytower.objectives.classification import weights_of
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
 from raytower.training.batches import Rows
-from raytower.training.config import TrainClassifierConfig
+from raytower.training.config import DevConfig, TrainClassifierConfig
 from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
-from raytower.training.inputs import survey_training, tables
+from raytower.training.inputs import dev_tables, survey_training, tables
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
@@ -39,9 +39,14 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     """Training of one text classifier; see training.task.Task."""
 
     def __init__(
-        self, config: TrainClassifierConfig, start: str, labels: Sequence[str], counts: Mapping[str, int]
+        self,
+        config: TrainClassifierConfig,
+        start: str,
+        labels: Sequence[str],
+        counts: Mapping[str, int],
+        set_aside: Sequence[Piece] = (),
     ) -> None:
-        """`labels` in the order of the classes, `counts` of them among the training rows."""
+        """`labels` in the order of the classes, `counts` of them among the training rows, `set_aside` dev rows."""
         super().__init__(config, start)
         self.labels = tuple(labels)
         self.classes = {label: number for number, label in enumerate(labels)}
@@ -49,7 +54,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         self.dev_texts: list[str] = []
         self.dev_labels: list[str] = []
         if config.dev is not None:
-            self.dev_texts, self.dev_labels = _load_dev(config.dev.path, self.classes)
+            self.dev_texts, self.dev_labels = _load_dev(config.dev, self.classes, set_aside)
 
     @classmethod
     def survey(cls, config: TrainClassifierConfig) -> Survey:
@@ -64,7 +69,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         texts = sample_rows(surveyed)["text"]
         shares = cut_shares(model.tokenizer, {"text": [texts]}, config.max_length)
         say_cut_shares(shares, config.max_length, len(texts))
-        return cls(config, absolute_if_local(config.start), labels, counts)
+        return cls(config, absolute_if_local(config.start), labels, counts, surveyed.set_aside)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)
@@ -159,17 +164,18 @@ def _read_labels(path: str) -> list[str]:
     return labels
 
 
-def _load_dev(path: str, classes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+def _load_dev(
+    dev: DevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
+) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    surveyed = survey_input(NamedInput(path=path), "labelled")
-    for table in tables(surveyed):
+    for table in dev_tables(dev, "labelled", set_aside):
         texts += table["text"].to_pylist()
         labels += table["label"].to_pylist()
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise InputError(
-            f"dev.path {path!r}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
+            f"{dev.origin}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
             "set can only hold labels of the training set or of `labels`"
         )
     return texts, labels

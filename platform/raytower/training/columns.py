@@ -56,6 +56,12 @@ def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[
     return rows["query"], [rows["document"], *([rows["negative"]] if "negative" in rows else [])]
 
 
+def best_documents(rows: Rows) -> tuple[list[str], list[str]]:
+    """The queries of rows of any kind, and of each the document that it is trained to find."""
+    queries, documents = _texts(rows, 1)
+    return queries, documents[0]
+
+
 def judged_pairs(
     rows: Rows, num_documents: int | None = None
 ) -> tuple[list[str], list[str], list[float], int]:

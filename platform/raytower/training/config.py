@@ -64,8 +64,11 @@ class DevConfig(Config):
 
     shorthand = "path"
 
-    path: str
-    """Dev rows: a file, a folder or a glob, local or by URI."""
+    path: str | None = None
+    """Dev rows: a file, a folder or a glob, local or by URI; null sets `share` of the training rows aside."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training rows that are dev rows and not trained, in place of path. `seed` draws them: all rows of a
+    query together, and of each label of a classifier the same share."""
     metric: str
     """What is measured; higher is better."""
     every_steps: int | None = Field(default=None, ge=1)
@@ -76,10 +79,21 @@ class DevConfig(Config):
     """Evaluations in a row without a better value before training stops; null never stops it."""
 
     def model_post_init(self, context: Any) -> None:
+        if self.path is None and self.share is None:
+            raise ValueError("dev.path is required and not given; name dev rows, or give dev.share")
+        if self.path is not None and self.share is not None:
+            raise ValueError(
+                f"dev.path is {self.path!r} and dev.share {self.share:g}; dev rows come from one of them: give one"
+            )
         if self.every_steps is not None and self.every_epochs is not None:
             raise ValueError(
                 f"dev.every_steps is {self.every_steps} and dev.every_epochs {self.every_epochs:g}; give one of them"
             )
+
+    @property
+    def origin(self) -> str:
+        """Where the dev rows come from, for messages."""
+        return f"dev.path {self.path!r}" if self.path is not None else f"dev.share {self.share:g}"
 
     def is_due(self, step: int, rows_per_step: int, num_rows: int) -> bool:
         """Whether step number `step`, counted from 1, ends with a measurement.

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from raytower.data.config import NamedInput
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.dev_split import set_dev_aside
 
 
 def survey_training(
     config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
 ) -> Survey:
     """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
+
+    With dev.share the survey's pieces are those that are trained, and its `set_aside` hold the dev rows.
 
     Args:
         config: says what happens to bad rows.
@@ -48,11 +51,14 @@ def survey_training(
     reasons = []
     for kind in candidates:
         try:
-            return survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
         except InputError as error:
             if len(candidates) == 1:
                 raise
             reasons.append(f"as {kind}: {error}")
+        else:
+            share = config.dev.share if config.dev else None
+            return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)
     raise InputError(
         f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
         + "\n".join(reasons)
@@ -62,6 +68,17 @@ def survey_training(
 def tables(survey: Survey) -> Iterator[pa.Table]:
     """The rows of an input, a piece at a time."""
     return (read_piece(piece) for piece in survey.pieces)
+
+
+def dev_tables(dev: DevConfig, kind: RecordKind, set_aside: Sequence[Piece]) -> Iterator[pa.Table]:
+    """The dev rows, a piece at a time: those of dev.path as `kind`, or the training rows that were set aside.
+
+    Raises:
+        InputError: bad rows in dev.path.
+    """
+    if dev.path is None:
+        return map(read_piece, set_aside)
+    return tables(survey_input(NamedInput(path=dev.path), kind))
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Piece, Survey
 from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.logits_model import LogitsModel
@@ -35,12 +35,19 @@ _LISTWISE = ("pairwise_margin", "listwise_softmax")
 class RerankerTask(Task[TrainRerankerConfig]):
     """Training of one cross-encoder; see training.task.Task."""
 
-    def __init__(self, config: TrainRerankerConfig, start: str, num_documents: int | None) -> None:
+    def __init__(
+        self,
+        config: TrainRerankerConfig,
+        start: str,
+        num_documents: int | None,
+        set_aside: Sequence[Piece] = (),
+    ) -> None:
+        """`set_aside` are dev rows among the training rows."""
         super().__init__(config, start)
         self.num_documents = num_documents
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None:
-            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
 
     @classmethod
     def survey(cls, config: TrainRerankerConfig) -> Survey:
@@ -63,7 +70,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
             model.tokenizer, {"pair of query and document": [queries, documents]}, config.max_length
         )
         say_cut_shares(shares, config.max_length, num_rows(rows))
-        return cls(config, absolute_if_local(config.start), count)
+        return cls(config, absolute_if_local(config.start), count, surveyed.set_aside)
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Piece, Survey
 from raytower.errors import InputError
 from raytower.models.chunks import Chunk
 from raytower.models.compute import check_max_length
@@ -43,18 +43,23 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
     """Training of one encoder; see training.task.Task."""
 
     def __init__(
-        self, config: TrainRetrieverConfig, start: str, num_documents: int | None, teacher: str | None
+        self,
+        config: TrainRetrieverConfig,
+        start: str,
+        num_documents: int | None,
+        teacher: str | None,
+        set_aside: Sequence[Piece] = (),
     ) -> None:
-        """`teacher` is config.teacher, absolute where it is a directory here."""
+        """`teacher` is config.teacher, absolute where it is a directory here; `set_aside` are dev rows."""
         super().__init__(config, start)
         self.num_documents = num_documents
         self.teacher = teacher
         self.recall_dev: DevSet | None = None
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None and config.dev.is_scored:
-            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
         elif config.dev is not None:
-            self.recall_dev = load_dev_set(config.dev)
+            self.recall_dev = load_dev_set(config.dev, set_aside)
         self._teacher: CrossScorer | None = None
 
     @classmethod
@@ -73,7 +78,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         teacher = None if config.teacher is None else absolute_if_local(config.teacher)
         if teacher is not None:
             CrossEncoder.load(teacher)  # a mistyped name is refused here, not by every worker
-        task = cls(config, absolute_if_local(config.start), count, teacher)
+        task = cls(config, absolute_if_local(config.start), count, teacher, surveyed.set_aside)
         if config.sampler == "no_duplicates":
             names = surveyed.schema.names
             # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
@@ -227,7 +232,7 @@ def _say_what_is_cut(
     """Log the share of each column's texts that `max_length` cuts, prefixes counted."""
     rows = sample_rows(surveyed)
     query_prefix, document_prefix = _prefixes(encoder)
-    columns = {}
+    columns: dict[str, list[list[str]]] = {}
     for name in ("query", "text", "document", "documents", "negative"):
         if name not in rows:
             continue
