@@ -26,6 +26,7 @@ from raytower.training.backbone import evaluation_copy, merged_copy, prepare_bac
 from raytower.training.batches import Rows
 from raytower.training.config import DevConfig, TrainClassifierConfig
 from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.inputs import dev_tables, survey_training, tables
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
@@ -69,7 +70,9 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         texts = sample_rows(surveyed)["text"]
         shares = cut_shares(model.tokenizer, {"text": [texts]}, config.max_length)
         say_cut_shares(shares, config.max_length, len(texts))
-        return cls(config, absolute_if_local(config.start), labels, counts, surveyed.set_aside)
+        task = cls(config, absolute_if_local(config.start), labels, counts, surveyed.set_aside)
+        say_overlap(surveyed, config.dev, [task.dev_texts])
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)

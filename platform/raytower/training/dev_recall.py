@@ -35,6 +35,16 @@ class DevSet:
     corpus: list[str]
     relevant: list[list[int]]
 
+    @property
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """Queries and relevant documents, one pair for each document of each query."""
+        pairs = [
+            (query, self.corpus[place])
+            for query, places in zip(self.queries, self.relevant, strict=True)
+            for place in places
+        ]
+        return [query for query, _ in pairs], [document for _, document in pairs]
+
 
 def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) -> DevSet:
     """Read dev pairs and a sample of the corpus that holds every relevant text; memory holds the sample only.
@@ -58,8 +68,7 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
                 f"{config.origin}: the training rows are single texts, to which no document is relevant; name dev "
                 "pairs by dev.path"
             )
-        queries, documents = best_documents(table.to_pydict())
-        for query, document in zip(queries, documents, strict=True):
+        for query, document in zip(*best_documents(table.to_pydict()), strict=True):
             positives.setdefault(query, {})[document] = None
     places: dict[str, int] = {}
     for documents in positives.values():

@@ -20,6 +20,7 @@ from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
 from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
 from raytower.training.runner import fit, plan_training
@@ -70,7 +71,10 @@ class RerankerTask(Task[TrainRerankerConfig]):
             model.tokenizer, {"pair of query and document": [queries, documents]}, config.max_length
         )
         say_cut_shares(shares, config.max_length, num_rows(rows))
-        return cls(config, absolute_if_local(config.start), count, surveyed.set_aside)
+        task = cls(config, absolute_if_local(config.start), count, surveyed.set_aside)
+        if task.scored_dev is not None:
+            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))

@@ -26,6 +26,7 @@ from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.cut_texts import cut_shares, sample_rows, say_cut_shares
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, refuse_single_text, survey_training
@@ -79,6 +80,10 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         if teacher is not None:
             CrossEncoder.load(teacher)  # a mistyped name is refused here, not by every worker
         task = cls(config, absolute_if_local(config.start), count, teacher, surveyed.set_aside)
+        if task.recall_dev is not None:
+            say_overlap(surveyed, config.dev, task.recall_dev.pairs)
+        elif task.scored_dev is not None:
+            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
         if config.sampler == "no_duplicates":
             names = surveyed.schema.names
             # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.

@@ -183,3 +183,59 @@ def test_rows_that_cannot_be_measured_are_refused(
     values = {"dev": {"share": 0.2}, **changes}
     with pytest.raises(InputError, match=words):
         prepared(RetrieverTask, TrainRetrieverConfig, dummy_encoder_dir, train, **values)
+
+
+@pytest.mark.parametrize(
+    ("task_class", "config_class", "name", "train", "dev", "count"),
+    [
+        (
+            RetrieverTask,
+            TrainRetrieverConfig,
+            "train.tsv",
+            [*(f"q {i}\ta {i}" for i in range(8))],
+            ["Q  1\tＡ 1", "q 2\ta 3", "q 9\ta 9", "q 4\ta 4"],
+            "2 of 4",
+        ),
+        (
+            RerankerTask,
+            TrainRerankerConfig,
+            "train.tsv",
+            ["query\ttitle\tneg_title", *(f"q {i}\ta {i}\tb {i}" for i in range(8))],
+            ["query\ttitle\tlabel", "q 1\tA 1\t1", "q 2\tb 2\t0", "q 2\tb 3\t0"],
+            "2 of 3",
+        ),
+        (
+            RerankerTask,
+            TrainRerankerConfig,
+            "train.jsonl",
+            [f'{{"query": "q {i}", "documents": ["a {i}", "b {i}"], "scores": [1, 0]}}' for i in range(8)],
+            ["query\ttitle\tlabel", "q 1\tA 1\t1", "q 2\tb 2\t0", "q 2\tb 3\t0"],
+            "2 of 3",
+        ),
+        (
+            ClassifierTask,
+            TrainClassifierConfig,
+            "train.tsv",
+            [f"text {i}\t{'AB'[i % 2]}" for i in range(8)],
+            ["TEXT 1\tA", "text 2\tA", "text 20\tB"],
+            "2 of 3",
+        ),
+    ],
+)
+def test_dev_rows_that_are_trained_too_are_counted(
+    task_class: Any,
+    config_class: Any,
+    name: str,
+    train: list[str],
+    dev: list[str],
+    count: str,
+    dummy_encoder_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = write_rows(tmp_path / name, train)
+    path = write_rows(tmp_path / "dev.tsv", dev)
+    prepared(task_class, config_class, dummy_encoder_dir, rows, dev={"path": str(path)})
+    assert f"warning: {count} rows of dev.path '{path}' are training rows too" in capsys.readouterr().err
+    prepared(task_class, config_class, dummy_encoder_dir, rows, dev={"share": 0.25})
+    assert "warning" not in capsys.readouterr().err
