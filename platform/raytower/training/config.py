@@ -295,10 +295,25 @@ class TrainRerankerConfig(TrainJobConfig):
     """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[RerankerObjective, Field(discriminator="name")] = PointwiseRegression()
     """What is learnt: the loss and its settings. A name alone takes its defaults."""
+    labels: list[str] | None = Field(default=None, min_length=2, max_length=2)
+    """Names of the two classes of pointwise_cross_entropy, the one of pairs that do not match first, as config.json of
+    the output gives them; null keeps those of the model."""
     batch_size: int = Field(default=32, ge=1)
     """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
     """Tokens of a (query, document) pair while training; the published reranker keeps the length of its start."""
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        if self.labels is None:
+            return
+        if self.objective.num_labels != 2:
+            raise ValueError(
+                f"labels are {self.labels}, and objective {self.objective.name} has no classes to name; remove them, "
+                "or choose pointwise_cross_entropy"
+            )
+        if len(set(self.labels)) < 2 or not all(label.strip() for label in self.labels):
+            raise ValueError(f"labels are {self.labels}; give two different names")
 
     _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
 

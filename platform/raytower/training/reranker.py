@@ -139,6 +139,9 @@ def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
     torch.manual_seed(config.seed)
     model = CrossEncoder.start_from(start, num_labels=config.objective.num_labels)
     model.activation = config.objective.activation
+    if config.labels is not None:
+        model.model.config.id2label = dict(enumerate(config.labels))
+        model.model.config.label2id = {label: number for number, label in enumerate(config.labels)}
     # What is published keeps its own length, which training on shorter rows does not lower.
     check_max_length(config.max_length, model.max_positions)
     return model

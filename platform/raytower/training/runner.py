@@ -21,7 +21,7 @@ from raytower.runtime import ensure_ray
 from raytower.storage import Location, check_output, output_folder, publish_directory
 from raytower.training.batches import count_steps
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import TrainClassifierConfig, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
@@ -87,7 +87,7 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
         "train": config.train.path,
         "dev": dev.path if dev else None,
         "dev.corpus": getattr(dev, "corpus", None),
-        "labels": getattr(config, "labels", None),
+        "labels": config.labels if isinstance(config, TrainClassifierConfig) else None,
     }
     for name, path in paths.items():
         if path is not None:

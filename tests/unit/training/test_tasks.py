@@ -16,11 +16,11 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertIntermediate
 
 from raytower.config import make_config
-from raytower.errors import RaytowerError
+from raytower.errors import InputError, RaytowerError
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder
 from raytower.models.text_classifier import TextClassifier
@@ -311,6 +311,33 @@ def test_a_published_model_keeps_its_own_length(dummy_encoder_dir: Path, tmp_pat
     continued = task.build(tmp_path / "saved")
     assert continued.inner.max_length == 64
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 64
+
+
+def test_two_classes_of_a_reranker_keep_their_names(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """Given by the config, and kept by a training that goes on from there and gives none."""
+    train = write_scored(tmp_path / "train.tsv", 16)
+    changes = {"objective": "pointwise_cross_entropy", "labels": ["other", "same"]}
+    for folder, more in (("first", changes), ("second", {**changes, "labels": None})):
+        start = tmp_path / "first" if folder == "second" else dummy_encoder_dir
+        config = make_config(TrainRerankerConfig, values_of(start, train, tmp_path, more))
+        task = RerankerTask.prepare(config, RerankerTask.survey(config))
+        task.save(task.build(None), tmp_path / folder, {})
+        saved = AutoConfig.from_pretrained(tmp_path / folder)
+        assert saved.id2label == {0: "other", 1: "same"}
+        assert saved.label2id == {"other": 0, "same": 1}
+    assert PeerCrossEncoder(str(tmp_path / "second"), device="cpu").num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": ["other", "same"]}, "objective pointwise_regression has no classes to name"),
+        ({"labels": ["same", "same"], "objective": "pointwise_cross_entropy"}, "give two different names"),
+    ],
+)
+def test_labels_that_name_nothing_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        make_config(TrainRerankerConfig, values_of(tmp_path, tmp_path, tmp_path, changes))
 
 
 def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
