@@ -227,3 +227,7 @@ def test_classifier_learns_and_writes_its_log(still_encoder: Path, tmp_path: Pat
     )
     assert logged["dev/accuracy"].keys() == {row["step"] for row in info["history"]}
     assert set(logged) >= {"train/lr", "train/rows_per_second", "dev/f1"}
+    assert logged["train/accuracy"] == pytest.approx(
+        {row["step"]: row["accuracy"] for row in info["curve"]}, rel=1e-5
+    )
+    assert list(logged["train/accuracy"].values())[-1] > 0.8

@@ -87,6 +87,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         def compute_loss() -> Tensor:
             with step.autocast():
                 logits_BC = step.parallel(chunks)
+            step.observe("accuracy", (logits_BC.argmax(1) == classes_B).float().mean())
             weights_C = None if self.weights_C is None else self.weights_C.to(step.device)
             return self.config.objective(logits_BC, classes_B, weights_C)
 

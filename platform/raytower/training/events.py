@@ -35,7 +35,7 @@ class EventLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` by name at `step`."""
         for name, value in values.items():
-            # Not the library's `scalar`, which renames recall@10, and warns of that and of an infinite threshold each time.
+            # Not the library's `scalar`, which renames recall@10, and warns of that and of an infinite threshold.
             summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
             self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 

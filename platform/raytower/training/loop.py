@@ -55,7 +55,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     """Dev metrics of each evaluation."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Loss and learning rate of each logged step."""
+    """Loss, what the task observes beside it (a classifier's accuracy) and learning rate of each logged step."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -193,16 +193,19 @@ class _Worker:
     def _log(self, loss: float, steps_per_second: float) -> None:
         progress = self.progress
         lr = float(self.step.schedule.get_last_lr()[0])
-        progress.curve.append({"step": progress.step, "loss": loss, "lr": lr})
+        seen = {"loss": loss, **self.step.observed}
+        progress.curve.append({"step": progress.step, **seen, "lr": lr})
         rows_per_second = steps_per_second * self.config.batch_size * self.config.accumulate_batches
         seconds_left = (self.plan.num_steps - progress.step) / max(steps_per_second, 1e-9)
         self._say(
-            f"step {progress.step}/{self.plan.num_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"step {progress.step}/{self.plan.num_steps}  "
+            + "".join(f"{name} {value:.4f}  " for name, value in seen.items())
+            + f"lr {lr:.2e}  "
             f"{rows_per_second:.1f} rows/s  {seconds_left:.0f} s left"
         )
         if self.events is not None:
-            values = {"train/loss": loss, "train/lr": lr, "train/rows_per_second": rows_per_second}
-            self.events.write(progress.step, values)
+            values = {**seen, "lr": lr, "rows_per_second": rows_per_second}
+            self.events.write(progress.step, {f"train/{name}": value for name, value in values.items()})
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

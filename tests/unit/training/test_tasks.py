@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, pipeline
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertIntermediate
 
 from raytower.config import make_config
@@ -27,9 +28,12 @@ from raytower.models.text_classifier import TextClassifier
 from raytower.models.two_tower import TwoTower
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
+from raytower.training.step import TrainingStep
 from tests.support.tiny_training import (
+    batches_of,
     train_here,
     write_candidates,
     write_labelled,
@@ -419,3 +423,26 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_move(still_encoder: P
     train = write_pairs(tmp_path / "train.tsv", 64)
     with pytest.raises(RaytowerError, match=r"is (nan|inf)"):
         train_retriever_here(still_encoder, train, tmp_path, steps=8, optimizer={"lr": 1e30})
+
+
+def test_a_classifiers_step_observes_the_accuracy_on_its_rows(still_encoder: Path, tmp_path: Path) -> None:
+    """Of the weights before the step, over both accumulated batches; transformers predicts the same labels."""
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    changes = {"optimizer": {"lr": 5e-3, "warmup_ratio": 0.0}, "accumulate_batches": 2}
+    config = make_config(TrainClassifierConfig, values_of(still_encoder, train, tmp_path, changes))
+    surveyed = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, surveyed)
+    model = task.build(None).train()
+    optimizer = make_optimizer(model, config.optimizer)
+    step = TrainingStep(model, optimizer, make_schedule(optimizer, 100, 0.0))
+    batches = batches_of(surveyed, config)
+    for number in range(10):
+        pair = [next(batches), next(batches)]
+        if number == 9:
+            task.save(model, tmp_path / "saved", {})
+        step.run(number, pair, task.backward)
+    peer = pipeline("text-classification", model=str(tmp_path / "saved"), device="cpu")
+    texts, labels = ([*chain.from_iterable(batch[name] for batch in pair)] for name in ("text", "label"))
+    hits = [found["label"] == label for found, label in zip(peer(texts), labels, strict=True)]
+    assert step.observed == {"accuracy": pytest.approx(sum(hits) / 32)}
+    assert 0.2 < sum(hits) / 32 < 1
