@@ -27,7 +27,8 @@ import numpy as np
 import psutil
 from bench_serving import SEED, insurance, model_folder, ours, questions, running
 
-ROWS, QUERIES, K = 300, 12, 5
+ROWS, QUERIES, K, RECALL_K = 300, 12, 5, 20
+TIE = 1e-4
 # Long enough that no reranking is shortened: this asks for right answers, not for quick ones.
 TIMEOUT_MS = 20_000
 OTHERS = [
@@ -66,14 +67,34 @@ def prepare(folder: Path) -> None:
     raytower.index_texts(texts[ROWS:], str(folder / "second"), str(folder / "b"), kind="flat")
 
 
-def brute_force(folder: Path, encoder: str, rows: list[str], asked: list[str]) -> dict[str, list[str]]:
+Hits = list[tuple[str, float]]
+
+
+def hits(answer: dict[str, Any]) -> Hits:
+    return [(hit["text"], hit["score"]) for hit in answer["results"][0]]
+
+
+def same(found: Hits, known: Hits) -> bool:
+    """The same texts in the same order, but for those whose scores are equal to what a batch changes."""
+    if [text for text, _ in found] == [text for text, _ in known]:
+        return True
+    scores = dict(known)
+    least = known[-1][1]
+    return all(
+        abs(score - place[1]) < TIE and abs(scores.get(text, least) - score) < TIE
+        for (text, score), place in zip(found, known, strict=True)
+    )
+
+
+def brute_force(folder: Path, encoder: str, rows: list[str], asked: list[str]) -> dict[str, Hits]:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder / encoder))
     vectors = model.encode([*rows, *asked], normalize_embeddings=True, show_progress_bar=False)
     scores = vectors[len(rows) :] @ vectors[: len(rows)].T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :K]
     return {
-        query: [rows[row] for row in np.argsort(-scores[number], kind="stable")[:K]]
+        query: [(rows[row], float(scores[number, row])) for row in order[number]]
         for number, query in enumerate(asked)
     }
 
@@ -81,22 +102,32 @@ def brute_force(folder: Path, encoder: str, rows: list[str], asked: list[str]) -
 class Campaign:
     def __init__(self, url: str, pid: int, folder: Path, asked: list[str]) -> None:
         self.url, self.pid, self.folder, self.asked = url, pid, folder, asked
-        self.known: dict[str, dict[str, list[str]]] = {}
+        self.known: dict[str, dict[str, Hits]] = {}
         self.failed: list[str] = []
         self.wrong: list[str] = []
         self.answered = Counter[str]()
-        self.retried = 0
+        self.retried = self.shortened = 0
         self.took: list[float] = []
+        self.why: list[tuple[float, float, int, str]] = []
+        self.events: list[tuple[float, str]] = []
+        self.start = time.monotonic()
         self.recovered: list[float] = []
         self.over = False
 
     async def ask(self, session: aiohttp.ClientSession, query: str) -> tuple[int, Any]:
-        body = {"query": query, "k": K, "recall_k": 20, "timeout_ms": TIMEOUT_MS}
+        body = {"query": query, "k": K, "recall_k": RECALL_K, "timeout_ms": TIMEOUT_MS}
         try:
             async with session.post(f"{self.url}/v1/search", json=body) as reply:
                 return reply.status, await reply.json()
         except (aiohttp.ClientError, TimeoutError) as error:
             return 0, repr(error)
+
+    async def ask_until_answered(self, session: aiohttp.ClientSession, query: str) -> Any:
+        for _ in range(20):
+            status, answer = await self.ask(session, query)
+            if status == 200 and (not answer["reranked"] or answer["reranked_k"] == RECALL_K):
+                return answer
+        raise RuntimeError(f"the quiet server does not answer: {status} {answer}")
 
     async def client(self, session: aiohttp.ClientSession, number: int) -> None:
         draw = random.Random(number)
@@ -106,6 +137,9 @@ class Campaign:
             status, answer = await self.ask(session, query)
             if status != 200:
                 self.retried += 1
+                self.why.append(
+                    (round(began - self.start, 1), round(time.monotonic() - began, 1), status, str(answer))
+                )
                 await asyncio.sleep(1.0)  # what Retry-After says at least
                 status, answer = await self.ask(session, query)
             self.took.append(time.monotonic() - began)
@@ -113,9 +147,11 @@ class Campaign:
                 self.failed.append(f"{status} {answer}")
                 continue
             self.answered[answer["generation"]] += 1
-            found = [hit["text"] for hit in answer["results"][0]]
-            if found != self.known.get(answer["generation"], {}).get(query):
-                self.wrong.append(f"{answer['generation']} {query}")
+            known = self.known.get(answer["generation"], {}).get(query)
+            if answer["reranked"] and answer["reranked_k"] < RECALL_K:
+                self.shortened += 1
+            elif known is None or not same(hits(answer), known):
+                self.wrong.append(f"{answer['generation']} {query!r}: {hits(answer)}, known {known}")
 
     async def admin(self, session: aiohttp.ClientSession, what: str, body: dict[str, str] | None) -> Any:
         timeout = aiohttp.ClientTimeout(600)
@@ -140,14 +176,16 @@ class Campaign:
         texts = json.loads((self.folder / "texts.json").read_text())
         for wanted in [*OTHERS, *OTHERS]:
             generation = await self.reload(session, wanted)
-            said = {query: (await self.ask(session, query))[1] for query in self.asked}
+            said = {query: await self.ask_until_answered(session, query) for query in self.asked}
             assert {answer["generation"] for answer in said.values()} == {generation}
-            found = {query: [hit["text"] for hit in answer["results"][0]] for query, answer in said.items()}
+            found = {query: hits(answer) for query, answer in said.items()}
             if not next(iter(said.values()))["reranked"]:
                 version = next(iter(said.values()))["index_version"]
                 rows = texts[:ROWS] if version == "000001" else texts[ROWS // 2 : ROWS // 2 + ROWS]
-                assert found == brute_force(self.folder, "first", rows, self.asked), wanted
-            assert self.known.setdefault(generation, found) == found
+                right = brute_force(self.folder, "first", rows, self.asked)
+                assert all(same(found[query], right[query]) for query in self.asked), wanted
+            before = self.known.setdefault(generation, found)
+            assert all(same(found[query], before[query]) for query in self.asked), wanted
 
     async def swap(self, session: aiohttp.ClientSession, times: int, seconds: float) -> list[float]:
         took = []
@@ -157,6 +195,7 @@ class Campaign:
             began = time.monotonic()
             await self.reload(session, OTHERS[number % len(OTHERS)])
             took.append(time.monotonic() - began)
+            self.events.append((round(began - self.start, 1), f"swap {number} {took[-1]:.1f} s"))
         return took
 
     def replicas(self) -> list[psutil.Process]:
@@ -175,6 +214,7 @@ class Campaign:
             victim = draw.choice(victims)
             os.kill(victim.pid, signal.SIGKILL)
             began = time.monotonic()
+            self.events.append((round(began - self.start, 1), "kill"))
             while True:
                 await asyncio.sleep(0.5)
                 now = await asyncio.to_thread(self.replicas)
@@ -186,6 +226,7 @@ class Campaign:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
             await self.learn(session)
+            self.start = time.monotonic()
             print(f"{len(self.known)} generations known")
             clients = [asyncio.create_task(self.client(session, number)) for number in range(4)]
             took, _ = await asyncio.gather(
@@ -196,7 +237,11 @@ class Campaign:
         print(
             f"{sum(self.answered.values())} answers of {len(self.answered)} generations; {self.retried} asked again"
         )
+        for second, took_s, status, answer in self.why:
+            print(f"  at {second} s, after {took_s} s: {status} {answer[:150]}")
+        print(f"events: {sorted(self.events)}")
         print(f"failed after one retry: {len(self.failed)} {self.failed[:3]}")
+        print(f"reranked fewer than asked for, and said so: {self.shortened}")
         print(f"wrong or mixed: {len(self.wrong)} {self.wrong[:3]}")
         print(f"{len(took)} swaps, each {min(took):.1f} to {max(took):.1f} s")
         print(
