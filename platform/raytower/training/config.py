@@ -166,8 +166,9 @@ class TrainJobConfig(Config):
     """TensorBoard's event files; null is `<output>.tensorboard`."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest."""
+    keep_checkpoints: Literal["all"] | Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest; all keeps each one,
+    and leaves their model directories in `<output>.checkpoints` when training has ended."""
     max_failures: int = Field(default=2, ge=0)
     """Times that lost workers are replaced before the job fails; a job started again counts anew."""
 

@@ -169,6 +169,8 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
+    if config.keep_checkpoints == "all":
+        _keep_checkpoints(result, output)
     _publish(checkpoint, output, info)
     run_folder.delete()
     return figures
@@ -205,10 +207,22 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
         path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
+def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
+    """The model directories of all checkpoints as `<output>.checkpoints/step-<number>`."""
+    for checkpoint, metrics in result.best_checkpoints or []:
+        target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
+        if (
+            target.exists()
+        ):  # of a job that was killed while it published; the steps of a run are the same every time
+            target.delete()
+        with checkpoint.as_directory() as folder, publish_directory(target) as place:
+            shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
+
+
 def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
-        num_to_keep=config.keep_checkpoints,
+        num_to_keep=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
         checkpoint_score_attribute=dev.metric if dev else None,
         checkpoint_score_order="max",
     )
