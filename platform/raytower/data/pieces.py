@@ -107,6 +107,11 @@ class Survey:
     quarantine_file: str | None = None
     set_aside: tuple[Piece, ...] = ()
     """Pieces with rows of the input that are not among those of `pieces`: dev rows of a training."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns or keys that the rows have and their kind does not read, sorted; of a corpus, which passes columns on,
+    none."""
+    num_repeated: int = 0
+    """Documents of candidates that were left out because their row has them already."""
 
 
 def survey(
@@ -209,6 +214,8 @@ def _survey_sources(
     hashes: list[np.ndarray] = []
     types = ExtraTypes()
     derived_ids = False
+    unread: set[str] = set()
+    num_repeated = 0
     drafts: list[Piece] = []
     for source in sources:
         for chunk in open_reader(source).scan(rows_per_piece):
@@ -216,6 +223,8 @@ def _survey_sources(
                 rejects.add(source.file, rows.rejections, chunk.raw)
                 types.observe(rows, source.file)
                 derived_ids |= rows.derived_ids
+                unread |= rows.unread
+                num_repeated += rows.num_repeated
             if num_rows := len(chunk.lines):
                 drafts.append(Piece(source, 0, chunk.extent, 0, num_rows, canonical_schema(kind)))
                 if have_ids:
@@ -226,7 +235,11 @@ def _survey_sources(
     if not surveyed.pieces:
         raise InputError(_no_rows(sources, kind, surveyed.quarantine_file))
     return dataclasses.replace(
-        surveyed, renamed_columns=tuple(types.renamed.items()), derived_ids=derived_ids
+        surveyed,
+        renamed_columns=tuple(types.renamed.items()),
+        derived_ids=derived_ids,
+        unread_columns=() if kind == "corpus" else tuple(sorted(unread)),
+        num_repeated=num_repeated,
     )
 
 
@@ -313,7 +326,11 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
             f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
         )
     schema = canonical_schema("pairs")
-    sources = folder.qrels(config.split or "train"), folder.queries(), folder.corpus("lines")
+    sources = (
+        folder.qrels(config.split or "train", config.split_key),
+        folder.queries(),
+        folder.corpus("lines"),
+    )
     judged = beir.survey_pairs(*sources, rows_per_piece, rejects)
     drafts = [
         Piece(pairs, 0, Extent(0, len(pairs.query_ids), 0), 0, len(pairs.query_ids), schema)
@@ -323,6 +340,6 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
     if not surveyed.pieces:
         raise InputError(
             f"{sources[0].file} holds no judgement with a score above 0 whose query and document exist; "
-            "pairs need some. Set input.split to another split"
+            f"pairs need some{f'. Set {config.split_key} to another split' if config.split_key else ''}"
         )
     return surveyed

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField, OnError, WorkersConfig
-from raytower.models.config import LoraConfig
+from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
     CosineEmbedding,
     CosineRegression,
@@ -44,6 +44,17 @@ RetrieverObjective = (
 RerankerFormat = Literal["scored", "triples", "candidates"]
 RerankerObjective = PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax
 ClassifierObjective = CrossEntropy | Focal
+# Keys that change how a run goes but not its result, so a job may continue with other values.
+FREE_KEYS = frozenset(
+    {
+        "output",
+        "log_dir",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_failures",
+    }
+)
 
 
 class OptimizerConfig(Config):
@@ -178,6 +189,12 @@ class TrainJobConfig(Config):
                 f"batch_size is {self.batch_size}, which {self.workers.num} workers cannot share evenly; "
                 "make it a multiple of workers.num"
             )
+        if self.workers.num_gpus not in (0, 1):
+            raise ValueError(
+                f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
+                "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
+                "to the number of GPUs"
+            )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
 
@@ -209,14 +226,18 @@ def _with_default_name(name: str) -> Any:
 class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
+    split: str | None = None
+    """Split of a BEIR folder, whose pairs are those that qrels/<split>.tsv judges relevant; null reads train."""
     num_documents: int | None = Field(default=None, ge=2)
-    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
+    """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
 
 class RetrieverDevConfig(DevConfig):
     """Measuring during training: recall of dev pairs against a corpus, or, for the metrics auc, accuracy, f1 and
     spearman, the cosines of scored dev pairs."""
 
+    split: str | None = None
+    """Split of a BEIR folder, whose queries are those that qrels/<split>.tsv judges; null reads dev."""
     corpus: str | None = None
     """Texts to search among; null takes the dev documents themselves."""
     corpus_rows: int = Field(default=20_000, ge=1)
@@ -233,6 +254,13 @@ class RetrieverDevConfig(DevConfig):
         if self.is_scored and self.corpus is not None:
             raise ValueError(
                 f"dev.corpus is set, and dev.metric {self.metric} searches none; remove it, or measure recall@10"
+            )
+        if self.is_scored and self.split is not None:
+            raise ValueError(f"dev.split is set, and dev.metric {self.metric} reads scored pairs; remove it")
+        if self.path is None and self.split is not None:
+            raise ValueError(
+                f"dev.split is {self.split!r}, and dev.share takes dev rows from the training rows, whose split is "
+                "train.split; remove dev.split, or name the folder by dev.path"
             )
         if self.threshold is not None and self.metric not in ("auc", "accuracy", "f1"):
             raise ValueError(f"dev.threshold is set, and dev.metric {self.metric} has none; remove it")
@@ -253,12 +281,16 @@ class TrainRetrieverConfig(TrainJobConfig):
     """What is learnt: the loss and its settings. A name alone takes its defaults."""
     matryoshka: Matryoshka | None = None
     """Train several prefix lengths of an embedding at once; null trains the whole one."""
+    pooling: PoolingMode | None = None
+    """How the vectors of a text's tokens become one, for a plain Hugging Face directory: their mean, cls (the first),
+    max, or lasttoken (of decoders); null is mean. A sentence-transformers directory brings its own."""
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None
     """A reranker directory that scores candidates while training, for margin_mse and kl_divergence."""
     sampler: Literal["shuffle", "no_duplicates"] = "shuffle"
-    """no_duplicates: no two rows of a batch share a query, document, id or label."""
+    """no_duplicates: rows that share a query, document, id or label come in different batches, as far as there are
+    enough batches."""
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
     max_length: int = Field(default=64, ge=1)
@@ -275,7 +307,7 @@ class RerankerTrainInput(TrainInput):
     format: Literal["auto", RerankerFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
-    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
+    """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
 
 class RerankerDevConfig(DevConfig):
@@ -330,7 +362,8 @@ class TrainClassifierConfig(TrainJobConfig):
     """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
 
     labels: str | None = None
-    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
+    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted,
+    numbers by value."""
     dev: ClassifierDevConfig | None = None
     """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[ClassifierObjective, Field(discriminator="name")] = CrossEntropy()

@@ -12,14 +12,18 @@ from raytower.data.pieces import Survey, read_piece
 from raytower.models.tokenising import tokenise
 from raytower.progress import log
 from raytower.training.batches import Rows
+from raytower.training.windows import draw_documents
 
 SAMPLE_ROWS = 1000
 # Few, because a piece of a compressed file is found by reading all before it.
 _SAMPLED_PIECES = 4
 
 
-def sample_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS) -> Rows:
-    """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time."""
+def spaced_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS, num_documents: int | None = None) -> Rows:
+    """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time.
+
+    Of candidate lists longer than `num_documents`, so many are drawn, as training does.
+    """
     count = min(_SAMPLED_PIECES, len(surveyed.pieces))
     chosen = [
         surveyed.pieces[(2 * number + 1) * len(surveyed.pieces) // (2 * count)] for number in range(count)
@@ -29,7 +33,10 @@ def sample_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS) -> Rows:
     for piece in chosen:
         table = read_piece(piece)
         tables.append(table.take(_spaced(table.num_rows, wanted)))
-    return pa.concat_tables(tables).to_pydict()
+    rows = pa.concat_tables(tables)
+    if num_documents is not None:
+        rows = draw_documents(rows, num_documents, np.random.default_rng(0))
+    return rows.to_pydict()
 
 
 def _spaced(num_rows: int, wanted: int) -> pa.Array:

@@ -29,11 +29,16 @@ from raytower.training.shares import gather_rows_in_order, own_rows
 
 @dataclass(frozen=True)
 class DevSet:
-    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus."""
+    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus.
+
+    `own` is each query's own position there, -1 where the corpus does not hold it or it is relevant to itself: a text
+    that asks is no answer.
+    """
 
     queries: list[str]
     corpus: list[str]
     relevant: list[list[int]]
+    own: list[int]
 
     @property
     def pairs(self) -> tuple[list[str], list[str]]:
@@ -53,10 +58,10 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
     were set aside, the document that the query is trained to find is relevant.
 
     Raises:
-        InputError: bad rows, or training rows that name no relevant document.
+        InputError: a split of what is no BEIR folder, bad rows, or training rows that name no relevant document.
     """
     positives: dict[str, dict[str, None]] = {}
-    for table in dev_tables(config, "pairs", set_aside):
+    for table in dev_tables(config, "pairs", set_aside, config.split):
         names = table.column_names
         if "query" in names and "label" in names:
             raise InputError(
@@ -75,14 +80,14 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
         for document in documents:
             places.setdefault(document, len(places))
     if config.corpus is not None:
-        source = NamedInput(path=config.corpus)
-        surveyed = survey_input(source, "corpus")
+        surveyed = survey_input(NamedInput(path=config.corpus), "corpus")
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):
             if text not in places and _position(text) < wanted:
                 places[text] = len(places)
     relevant = [[places[document] for document in documents] for documents in positives.values()]
-    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant)
+    own = [-1 if query in documents else places.get(query, -1) for query, documents in positives.items()]
+    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant, own=own)
 
 
 def evaluate_recall(
@@ -98,8 +103,12 @@ def evaluate_recall(
     query_QD = gather_rows_in_order(engine.encode(own_queries, prefixes[0]), len(dev.queries))
     corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
     cutoffs = sorted({1, 10, int(metric.partition("@")[2])})
-    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs))
-    ids = [[str(row) for row in rows] for rows in ranked.tolist()]
+    # One more than is looked at, as a query's own text may be among them.
+    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs) + 1)
+    ids = [
+        [str(row) for row in rows if row != own or row < 0]
+        for rows, own in zip(ranked.tolist(), dev.own, strict=True)
+    ]
     judged = [{str(row): 1.0 for row in rows} for rows in dev.relevant]
     values = {key: float(value.mean()) for key, value in ranking_metrics(ids, judged, cutoffs).items()}
     if metric not in values:

@@ -44,9 +44,9 @@ def load_scored_pairs(dev: DevConfig, metric: str, set_aside: Sequence[Piece] = 
         # Row by row, for lists of candidates may differ in length.
         for row in table.to_pylist():
             pairs = judged_pairs({name: [value] for name, value in row.items()})
-            queries += pairs[0]
-            documents += pairs[1]
-            labels += pairs[2]
+            queries += pairs.queries
+            documents += pairs.documents
+            labels += pairs.labels
     found = sorted(set(labels))
     if metric == "spearman":
         if len(found) < 2:

@@ -14,7 +14,7 @@ from raytower.data.pieces import survey
 from raytower.errors import InputError
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
-from raytower.training.cut_texts import cut_shares, sample_rows
+from raytower.training.cut_texts import cut_shares, spaced_rows
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
 from tests.support.tiny_training import write_lines, write_rows
@@ -48,14 +48,14 @@ def test_the_sample_is_spread_over_the_whole_input(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "lines.txt", 100)
     surveyed = survey(NamedInput(path=str(path)), "lines", rows_per_piece=10)
     # Of pieces 0 to 9 those in the middle of each quarter: 1, 3, 6 and 8; of each the rows 0, 3 and 6.
-    texts = sample_rows(surveyed, 12)["text"]
+    texts = spaced_rows(surveyed, 12)["text"]
     assert [int(text.split()[-1].strip("?")) for text in texts] == [
         *(10, 13, 16),
         *(30, 33, 36),
         *(60, 63, 66),
         *(80, 83, 86),
     ]
-    assert len(sample_rows(surveyed, 1000)["text"]) == 40
+    assert len(spaced_rows(surveyed, 1000)["text"]) == 40
 
 
 CASES: list[tuple[Any, Any, str, list[str], str]] = [
