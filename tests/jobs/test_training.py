@@ -246,8 +246,9 @@ def test_classifier_learns_and_writes_its_log(still_encoder: Path, tmp_path: Pat
         still_encoder,
         train,
         tmp_path / "classifier",
-        dev={"path": str(train), "metric": "accuracy", "every_steps": 8, "patience": 1},
+        dev={"path": str(train), "metric": "accuracy", "every_epochs": 2, "patience": 1},
         epochs=40,
+        keep_checkpoints="all",
         optimizer={"lr": 5e-3},
         log_every_steps=4,
         dtype="float32",
@@ -264,3 +265,14 @@ def test_classifier_learns_and_writes_its_log(still_encoder: Path, tmp_path: Pat
     )
     assert logged["dev/accuracy"].keys() == {row["step"] for row in info["history"]}
     assert set(logged) >= {"train/lr", "train/rows_per_second", "dev/f1"}
+    assert logged["train/accuracy"] == pytest.approx(
+        {row["step"]: row["accuracy"] for row in info["curve"]}, rel=1e-5
+    )
+    assert list(logged["train/accuracy"].values())[-1] > 0.8
+    # Two epochs of four steps lie between two measurements, and each left a model directory.
+    steps = [row["step"] for row in info["history"]]
+    assert steps == [*range(8, figures["steps"] + 1, 8)]
+    kept = {path.name: TextClassifier.load(path) for path in (tmp_path / "classifier.checkpoints").iterdir()}
+    assert kept.keys() == {f"step-{step}" for step in steps}
+    best = kept[f"step-{figures['best_step']}"]
+    assert best.fingerprint == TextClassifier.load(tmp_path / "classifier").fingerprint

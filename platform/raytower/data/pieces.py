@@ -38,6 +38,29 @@ _last = threading.local()
 
 
 @dataclass(frozen=True)
+class Picked:
+    """Which rows of a piece's table are read."""
+
+    rows: tuple[int, ...]
+    """Their positions in the table, ascending; or the positions of those that are not read."""
+    of_rows: int
+    """Good rows of the whole table."""
+    leave_out: bool
+    """Whether `rows` are those that are not read."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many are read."""
+        return self.of_rows - len(self.rows) if self.leave_out else len(self.rows)
+
+    def take(self, table: pa.Table) -> pa.Table:
+        """The rows that are read, of the whole table."""
+        mask = np.full(self.of_rows, self.leave_out)
+        mask[list(self.rows)] = not self.leave_out
+        return table.filter(pa.array(mask))
+
+
+@dataclass(frozen=True)
 class Piece:
     """A run of rows that is read as one table. Picklable; the pieces of an input, in order, hold all its good rows."""
 
@@ -55,6 +78,8 @@ class Piece:
     """Lines that parse well and yet are rejected: later rows with an id that an earlier row has."""
     parts: tuple[Piece, ...] = ()
     """If the piece joins many small files: one piece per file, and `source` and `extent` are the first one's."""
+    picked: Picked | None = None
+    """Which of these rows are read; None reads all. `num_rows` counts those that are."""
 
     @property
     def runs(self) -> tuple[Piece, ...]:
@@ -80,6 +105,8 @@ class Survey:
     derived_ids: bool = False
     """Some documents bring no id and got `<file stem>:<line>`."""
     quarantine_file: str | None = None
+    set_aside: tuple[Piece, ...] = ()
+    """Pieces with rows of the input that are not among those of `pieces`: dev rows of a training."""
     unread_columns: tuple[str, ...] = ()
     """Columns or keys that the rows have and their kind does not read, sorted; of a corpus, which passes columns on,
     none."""
@@ -135,6 +162,9 @@ def read_piece(piece: Piece) -> pa.Table:
     Raises:
         InputError: the file is gone, or has changed since it was surveyed.
     """
+    if piece.picked is not None:
+        whole = dataclasses.replace(piece, picked=None, num_rows=piece.picked.of_rows)
+        return piece.picked.take(read_piece(whole))
     if piece.parts:
         return pa.concat_tables(read_pieces(piece.parts))
     if isinstance(piece.source, beir.JudgedPairs):

@@ -394,7 +394,9 @@ def _inputs(config: Config, earlier: Sequence[_Step]) -> list[_Input]:
         for name in path:
             section = getattr(section, name, None)
         value = getattr(section, last, None)
-        if value is None or (key == "model" and getattr(config, "init_from", None) is not None):
+        if not isinstance(value, str):  # null, or the names that `labels` of a reranker are
+            continue
+        if key == "model" and getattr(config, "init_from", None) is not None:
             continue
         file_format = section.format if isinstance(section, InputConfig) else "auto"
         makers = [step.number for step in earlier if step.output and may_hold(value, step.output)]

@@ -74,7 +74,12 @@ def skip_rows(tables: Iterable[pa.Table], count: int) -> Iterator[pa.Table]:
             yield table.slice(skipped)
 
 
+def num_rows(rows: Rows) -> int:
+    """How many rows there are."""
+    return len(next(iter(rows.values())))
+
+
 def worker_slice(rows: Rows, rank: int, world_size: int) -> Rows:
     """The rows of a global batch that belong to one worker: contiguous and equally many for each."""
-    size = len(next(iter(rows.values()))) // world_size
+    size = num_rows(rows) // world_size
     return {name: values[rank * size : (rank + 1) * size] for name, values in rows.items()}

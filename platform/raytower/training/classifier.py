@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from raytower.data.config import NamedInput
 from raytower.data.layouts import Source
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.plain_labels import in_order, plain_label
 from raytower.errors import InputError
@@ -34,8 +34,10 @@ from raytower.training.backbone import (
     prepare_backbone,
 )
 from raytower.training.batches import Rows
-from raytower.training.config import TrainClassifierConfig
-from raytower.training.inputs import survey_training, tables
+from raytower.training.config import DevConfig, TrainClassifierConfig
+from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
+from raytower.training.dev_overlap import say_overlap
+from raytower.training.inputs import dev_tables, survey_training, tables
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
@@ -48,9 +50,14 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     """Training of one text classifier; see training.task.Task."""
 
     def __init__(
-        self, config: TrainClassifierConfig, start: str, labels: Sequence[str], counts: Mapping[str, int]
+        self,
+        config: TrainClassifierConfig,
+        start: str,
+        labels: Sequence[str],
+        counts: Mapping[str, int],
+        set_aside: Sequence[Piece] = (),
     ) -> None:
-        """`labels` in the order of the classes, `counts` of them among the training rows."""
+        """`labels` in the order of the classes, `counts` of them among the training rows, `set_aside` dev rows."""
         super().__init__(config, start)
         self.labels = tuple(labels)
         self.classes = {label: number for number, label in enumerate(labels)}
@@ -58,7 +65,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         self.dev_texts: list[str] = []
         self.dev_labels: list[str] = []
         if config.dev is not None:
-            self.dev_texts, self.dev_labels = _load_dev(config.dev.path, self.classes)
+            self.dev_texts, self.dev_labels = _load_dev(config.dev, self.classes, set_aside)
 
     @classmethod
     def survey(cls, config: TrainClassifierConfig) -> Survey:
@@ -69,8 +76,13 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     @classmethod
     def prepare(cls, config: TrainClassifierConfig, surveyed: Survey) -> Self:
         labels, counts = _labels(config, surveyed)
-        _load_start(config, config.start, labels)
-        return cls(config, absolute_if_local(config.start), labels, counts)
+        model = _load_start(config, config.start, labels)
+        texts = spaced_rows(surveyed)["text"]
+        shares = cut_shares(model.tokenizer, {"text": [texts]}, config.max_length)
+        say_cut_shares(shares, config.max_length, len(texts))
+        task = cls(config, absolute_if_local(config.start), labels, counts, surveyed.set_aside)
+        say_overlap(surveyed, config.dev, [task.dev_texts])
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)
@@ -89,6 +101,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         def compute_loss() -> Tensor:
             with step.autocast():
                 logits_BC = step.parallel(chunks)
+            step.observe("accuracy", (logits_BC.argmax(1) == classes_B).float().mean())
             weights_C = None if self.weights_C is None else self.weights_C.to(step.device)
             return self.config.objective(logits_BC, classes_B, weights_C)
 
@@ -139,7 +152,8 @@ def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]
     # The same seed on every worker: a fresh head must be the same everywhere.
     torch.manual_seed(config.seed)
     model = TextClassifier.start_from(start, labels)
-    model.max_length = check_max_length(config.max_length, model.max_positions)
+    # What is published keeps its own length, which training on shorter rows does not lower.
+    check_max_length(config.max_length, model.max_positions)
     return model
 
 
@@ -189,17 +203,18 @@ def _read_labels(path: str) -> list[str]:
     return labels
 
 
-def _load_dev(path: str, classes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+def _load_dev(
+    dev: DevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
+) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    surveyed = survey_input(NamedInput(path=path), "labelled")
-    for table in tables(surveyed):
+    for table in dev_tables(dev, "labelled", set_aside):
         texts += table["text"].to_pylist()
         labels += table["label"].to_pylist()
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise InputError(
-            f"dev.path {path!r}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
+            f"{dev.origin}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
             "set can only hold labels of the training set or of `labels`"
         )
     return texts, labels

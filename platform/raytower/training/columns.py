@@ -94,6 +94,15 @@ def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[
     return rows["query"], [rows["document"], *([rows["negative"]] if "negative" in rows else [])]
 
 
+def best_documents(rows: Rows) -> tuple[list[str], list[str]]:
+    """The queries of rows of any kind, and of each the document that it is trained to find."""
+    if "documents" in rows:
+        return rows["query"], [documents[0] for documents in rows["documents"]]
+    if "text" in rows:
+        return rows["text"], rows["label"] if "label" in rows else rows["text"]
+    return rows["query"], rows["document"]
+
+
 @dataclass(frozen=True)
 class JudgedPairs:
     """Pairs of a cross-encoder. Those of a query stand together, the relevant one first.
@@ -118,15 +127,17 @@ class JudgedPairs:
 def judged_pairs(rows: Rows, num_documents: int | None = None) -> JudgedPairs:
     """Rows as pairs for a cross-encoder.
 
-    A triple is a relevant and an irrelevant pair; candidates keep their scores, and are at most `num_documents`.
+    A pair is relevant; a triple is a relevant and an irrelevant one; candidates keep their scores, and are at most
+    `num_documents`.
     """
     if "label" in rows:
         return JudgedPairs(rows["query"], rows["document"], rows["label"], [1] * len(rows["query"]), 1)
     if "scores" in rows:
         lists, scores = rows["documents"], rows["scores"]
     else:
-        lists = [list(pair) for pair in zip(rows["document"], rows["negative"], strict=True)]
-        scores = [[1.0, 0.0]] * len(lists)
+        negatives = [rows["negative"]] if "negative" in rows else []
+        lists = [list(texts) for texts in zip(rows["document"], *negatives, strict=True)]
+        scores = [[1.0, *[0.0] * len(negatives)]] * len(lists)
     lengths = [len(documents) for documents in lists]
     return JudgedPairs(
         queries=[query for query, length in zip(rows["query"], lengths, strict=True) for _ in range(length)],

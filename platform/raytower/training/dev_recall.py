@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.collectives import gather_constants
-from raytower.data.beir import is_beir
-from raytower.data.config import DevRows, InputConfig, NamedInput
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.config import NamedInput
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine
+from raytower.training.columns import best_documents
 from raytower.training.config import RetrieverDevConfig
-from raytower.training.inputs import refuse_split
+from raytower.training.inputs import dev_tables
 from raytower.training.shares import gather_rows_in_order, own_rows
 
 
@@ -41,20 +40,41 @@ class DevSet:
     relevant: list[list[int]]
     own: list[int]
 
+    @property
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """Queries and relevant documents, one pair for each document of each query."""
+        pairs = [
+            (query, self.corpus[place])
+            for query, places in zip(self.queries, self.relevant, strict=True)
+            for place in places
+        ]
+        return [query for query, _ in pairs], [document for _, document in pairs]
 
-def load_dev_set(config: RetrieverDevConfig) -> DevSet:
+
+def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) -> DevSet:
     """Read dev pairs and a sample of the corpus that holds every relevant text; memory holds the sample only.
 
-    The documents of all rows of a query are relevant to it. Equal texts of the corpus count once.
+    The documents of all rows of a query are relevant to it. Equal texts of the corpus count once. Of training rows that
+    were set aside, the document that the query is trained to find is relevant.
+
+    Raises:
+        InputError: a split of what is no BEIR folder, bad rows, or training rows that name no relevant document.
     """
-    source = DevRows(path=config.path, split=config.split)
-    refuse_split(source)
-    if config.split is None and is_beir(source):
-        # Never the training split, which is what a reader of pairs would take.
-        source = DevRows(path=config.path, split="dev")
     positives: dict[str, dict[str, None]] = {}
-    for query, document in _rows(source, "pairs", ("query", "document")):
-        positives.setdefault(query, {})[document] = None
+    for table in dev_tables(config, "pairs", set_aside, config.split):
+        names = table.column_names
+        if "query" in names and "label" in names:
+            raise InputError(
+                f"{config.origin}: the training rows are scored pairs, of which dev.metric {config.metric} cannot tell "
+                "the relevant ones; measure auc or spearman, or name pairs by dev.path"
+            )
+        if "query" not in names and "label" not in names:
+            raise InputError(
+                f"{config.origin}: the training rows are single texts, to which no document is relevant; name dev "
+                "pairs by dev.path"
+            )
+        for query, document in zip(*best_documents(table.to_pydict()), strict=True):
+            positives.setdefault(query, {})[document] = None
     places: dict[str, int] = {}
     for documents in positives.values():
         for document in documents:
@@ -118,12 +138,6 @@ def _rank_documents(
     # Where the corpus is smaller than the depth, fillers remain at the end; -1 makes them name no document.
     ranked[torch.isinf(best.values)] = -1
     return ranked.numpy()
-
-
-def _rows(
-    source: InputConfig, kind: Literal["pairs", "corpus"], names: Sequence[str]
-) -> Iterator[tuple[str, ...]]:
-    yield from _survey_rows(survey_input(source, kind), names)
 
 
 def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:

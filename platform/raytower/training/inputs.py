@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from raytower.data.beir import is_beir
-from raytower.data.config import NamedInput, TrainRows
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.config import DevRows, NamedInput, TrainRows
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
@@ -23,7 +23,8 @@ from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.storage import known_sha256
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.dev_split import set_dev_aside
 
 _NAMED_COLUMNS = 8
 
@@ -37,6 +38,8 @@ def survey_training(
     split: str | None = None,
 ) -> Survey:
     """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
+
+    With dev.share the survey's pieces are those that are trained, and its `set_aside` hold the dev rows.
 
     Args:
         config: says what happens to bad rows.
@@ -65,12 +68,14 @@ def survey_training(
     for kind in candidates:
         try:
             surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
-            _name_what_is_left_out(path, kind, surveyed)
-            return surveyed
         except InputError as error:
             if len(candidates) == 1:
                 raise
             reasons.append(f"as {kind}: {error}")
+        else:
+            _name_what_is_left_out(path, kind, surveyed)
+            share = config.dev.share if config.dev else None
+            return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)
     raise InputError(
         f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
         + "\n".join(reasons)
@@ -121,6 +126,26 @@ def _name_what_is_left_out(path: str, kind: RecordKind, surveyed: Survey) -> Non
 def tables(survey: Survey) -> Iterator[pa.Table]:
     """The rows of an input, a piece at a time."""
     return (read_piece(piece) for piece in survey.pieces)
+
+
+def dev_tables(
+    dev: DevConfig, kind: RecordKind, set_aside: Sequence[Piece], split: str | None = None
+) -> Iterator[pa.Table]:
+    """The dev rows, a piece at a time: those of dev.path as `kind`, or the training rows that were set aside.
+
+    `split` is that of a BEIR folder; None is dev.
+
+    Raises:
+        InputError: a split of what is no BEIR folder, or bad rows in dev.path.
+    """
+    if dev.path is None:
+        return map(read_piece, set_aside)
+    source = DevRows(path=dev.path, split=split)
+    refuse_split(source)
+    if split is None and is_beir(source):
+        # Never the training split, which is what a reader of pairs would take.
+        source = DevRows(path=dev.path, split="dev")
+    return tables(survey_input(source, kind))
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:

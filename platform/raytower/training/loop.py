@@ -60,7 +60,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     """Dev metrics of each evaluation."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Loss and learning rate of each logged step."""
+    """Loss, what the task observes beside it (a classifier's accuracy) and learning rate of each logged step."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +149,8 @@ class _Worker:
     def run(self) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         accumulated = self.config.accumulate_batches
+        rows_per_step = self.config.batch_size * accumulated
+        num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
         batches = stream_batches(plan.stream, progress.step * accumulated, self._say)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while not self._is_over():
@@ -158,7 +160,7 @@ class _Worker:
             last = progress.step == plan.num_steps
             if last or progress.step % self.config.log_every_steps == 0:
                 self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
-            if dev is not None and (last or progress.step % dev.every_steps == 0):
+            if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
                 # This checkpoint is only there to continue from, so it counts as the worst by the metric.
@@ -190,7 +192,7 @@ class _Worker:
     def _is_over(self) -> bool:
         """All steps are made, or patience has run out. True at once if a run was killed after its last step."""
         dev = self.plan.task.dev
-        impatient = dev is not None and self.progress.stale_evaluations >= dev.patience
+        impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
 
     def _evaluate(self) -> None:
@@ -233,16 +235,19 @@ class _Worker:
     def _log(self, loss: float, steps_per_second: float) -> None:
         progress = self.progress
         lr = float(self.step.schedule.get_last_lr()[0])
-        progress.curve.append({"step": progress.step, "loss": loss, "lr": lr})
+        seen = {"loss": loss, **self.step.observed}
+        progress.curve.append({"step": progress.step, **seen, "lr": lr})
         rows_per_second = steps_per_second * self.config.batch_size * self.config.accumulate_batches
         seconds_left = (self.plan.num_steps - progress.step) / max(steps_per_second, 1e-9)
         self._say(
-            f"step {progress.step}/{self.plan.num_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"step {progress.step}/{self.plan.num_steps}  "
+            + "".join(f"{name} {value:.4f}  " for name, value in seen.items())
+            + f"lr {lr:.2e}  "
             f"{rows_per_second:.1f} rows/s  {seconds_left:.0f} s left"
         )
         if self.events is not None:
-            values = {"train/loss": loss, "train/lr": lr, "train/rows_per_second": rows_per_second}
-            self.events.write(progress.step, values)
+            values = {**seen, "lr": lr, "rows_per_second": rows_per_second}
+            self.events.write(progress.step, {f"train/{name}": value for name, value in values.items()})
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytower.collectives import gather_constants
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Piece, Survey
 from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.logits_model import LogitsModel
@@ -23,9 +23,11 @@ from raytower.training.backbone import (
     merged_copy,
     prepare_backbone,
 )
-from raytower.training.batches import Rows
+from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
+from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
 from raytower.training.runner import fit, plan_training
@@ -41,12 +43,19 @@ _LISTWISE = ("pairwise_margin", "listwise_softmax")
 class RerankerTask(Task[TrainRerankerConfig]):
     """Training of one cross-encoder; see training.task.Task."""
 
-    def __init__(self, config: TrainRerankerConfig, start: str, num_documents: int | None) -> None:
+    def __init__(
+        self,
+        config: TrainRerankerConfig,
+        start: str,
+        num_documents: int | None,
+        set_aside: Sequence[Piece] = (),
+    ) -> None:
+        """`set_aside` are dev rows among the training rows."""
         super().__init__(config, start)
         self.num_documents = num_documents
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None:
-            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
 
     @classmethod
     def survey(cls, config: TrainRerankerConfig) -> Survey:
@@ -56,12 +65,23 @@ class RerankerTask(Task[TrainRerankerConfig]):
 
     @classmethod
     def prepare(cls, config: TrainRerankerConfig, surveyed: Survey) -> Self:
-        _load_start(config, config.start)
+        model = _load_start(config, config.start)
         names, shape = surveyed.schema.names, config.objective.num_labels
         count = count_documents(surveyed, config.train.num_documents)
         if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
             check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
-        return cls(config, absolute_if_local(config.start), count)
+        rows = spaced_rows(surveyed, num_documents=count)
+        pairs = judged_pairs(rows)
+        shares = cut_shares(
+            model.tokenizer,
+            {"pair of query and document": [pairs.queries, pairs.documents]},
+            config.max_length,
+        )
+        say_cut_shares(shares, config.max_length, num_rows(rows))
+        task = cls(config, absolute_if_local(config.start), count, surveyed.set_aside)
+        if task.scored_dev is not None:
+            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))
@@ -135,5 +155,9 @@ def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
     torch.manual_seed(config.seed)
     model = CrossEncoder.start_from(start, num_labels=config.objective.num_labels)
     model.activation = config.objective.activation
-    model.max_length = check_max_length(config.max_length, model.max_positions)
+    if config.labels is not None:
+        model.model.config.id2label = dict(enumerate(config.labels))
+        model.model.config.label2id = {label: number for number, label in enumerate(config.labels)}
+    # What is published keeps its own length, which training on shorter rows does not lower.
+    check_max_length(config.max_length, model.max_positions)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Piece, Survey
 from raytower.errors import InputError
 from raytower.models.chunks import Chunk, in_row_order
 from raytower.models.compute import check_max_length
@@ -34,9 +34,11 @@ from raytower.training.backbone import (
     merged_copy,
     prepare_backbone,
 )
-from raytower.training.batches import Rows
+from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
+from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import (
@@ -66,18 +68,23 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
     """Training of one encoder; see training.task.Task."""
 
     def __init__(
-        self, config: TrainRetrieverConfig, start: str, num_documents: int | None, teacher: str | None
+        self,
+        config: TrainRetrieverConfig,
+        start: str,
+        num_documents: int | None,
+        teacher: str | None,
+        set_aside: Sequence[Piece] = (),
     ) -> None:
-        """`teacher` is config.teacher, absolute where it is a directory here."""
+        """`teacher` is config.teacher, absolute where it is a directory here; `set_aside` are dev rows."""
         super().__init__(config, start)
         self.num_documents = num_documents
         self.teacher = teacher
         self.recall_dev: DevSet | None = None
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None and config.dev.is_scored:
-            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
         elif config.dev is not None:
-            self.recall_dev = load_dev_set(config.dev)
+            self.recall_dev = load_dev_set(config.dev, set_aside)
         self._teacher: CrossScorer | None = None
 
     @classmethod
@@ -93,16 +100,20 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
 
     @classmethod
     def prepare(cls, config: TrainRetrieverConfig, surveyed: Survey) -> Self:
-        prepare_backbone(
-            _load_start(config, config.start).backbone, config.model_copy(update={"compile": False})
-        )
+        encoder = _load_start(config, config.start)
+        prepare_backbone(encoder.backbone, config.model_copy(update={"compile": False}))
         _check_rows(config, surveyed)
         count = count_documents(surveyed, config.train.num_documents)
+        _say_what_is_cut(config, surveyed, encoder, count)
         teacher = None if config.teacher is None else absolute_if_local(config.teacher)
         # A mistyped name is refused here, not by every worker.
         loaded = None if teacher is None else CrossEncoder.load(teacher)
         config = _with_fitting_scale(config, surveyed, count, loaded)
-        task = cls(config, absolute_if_local(config.start), count, teacher)
+        task = cls(config, absolute_if_local(config.start), count, teacher, surveyed.set_aside)
+        if task.recall_dev is not None:
+            say_overlap(surveyed, config.dev, task.recall_dev.pairs)
+        elif task.scored_dev is not None:
+            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
         if config.sampler == "no_duplicates":
             names = surveyed.schema.names
             # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
@@ -287,6 +298,25 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:
         refuse_single_text(surveyed, ("text", "label") if "label" in names else ("text",))
+
+
+def _say_what_is_cut(
+    config: TrainRetrieverConfig, surveyed: Survey, encoder: Encoder, num_documents: int | None
+) -> None:
+    """Log the share of each column's texts that `max_length` cuts, prefixes counted."""
+    rows = spaced_rows(surveyed, num_documents=num_documents)
+    query_prefix, document_prefix = _prefixes(encoder)
+    columns: dict[str, list[list[str]]] = {}
+    for name in ("query", "text", "document", "documents", "negative"):
+        if name not in rows:
+            continue
+        texts = rows[name]
+        if name == "documents":
+            texts = [text for documents in texts for text in documents]
+        prefix = query_prefix if name in ("query", "text") else document_prefix
+        columns[name] = [encoder.prepared(texts, prefix)]
+    shares = cut_shares(encoder.tokenizer, columns, config.max_length)
+    say_cut_shares(shares, config.max_length, num_rows(rows))
 
 
 def _loss_of_equal_vectors(config: TrainRetrieverConfig, labels_B: Tensor) -> Tensor:

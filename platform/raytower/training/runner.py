@@ -22,7 +22,7 @@ from raytower.runtime import ensure_ray
 from raytower.storage import Location, check_output, output_folder, publish_directory
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import FREE_KEYS, TrainJobConfig
+from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
@@ -78,7 +78,7 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
         "train": config.train.path,
         "dev": dev.path if dev else None,
         "dev.corpus": getattr(dev, "corpus", None),
-        "labels": getattr(config, "labels", None),
+        "labels": config.labels if isinstance(config, TrainClassifierConfig) else None,
     }
     for name, path in paths.items():
         if path is not None:
@@ -174,6 +174,8 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
+    if config.keep_checkpoints == "all":
+        _keep_checkpoints(result, output)
     _publish(checkpoint, output, info)
     run_folder.delete()
     return figures
@@ -227,10 +229,22 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
         path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
+def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
+    """The model directories of all checkpoints as `<output>.checkpoints/step-<number>`."""
+    for checkpoint, metrics in result.best_checkpoints or []:
+        target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
+        if (
+            target.exists()
+        ):  # of a job that was killed while it published; the steps of a run are the same every time
+            target.delete()
+        with checkpoint.as_directory() as folder, publish_directory(target) as place:
+            shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
+
+
 def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
-        num_to_keep=config.keep_checkpoints,
+        num_to_keep=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
         checkpoint_score_attribute=dev.metric if dev else None,
         checkpoint_score_order="max",
     )

@@ -298,6 +298,20 @@ def test_a_missing_input_is_named_with_its_step(work: Work) -> None:
         plan_pipeline(work.config())
 
 
+def test_the_names_of_classes_are_no_file(work: Work) -> None:
+    """`labels` names a file in a classifier's config, and two classes in a reranker's."""
+    config = {
+        "model": "start",
+        "train": "train.tsv",
+        "output": "runs/reranker",
+        "objective": "pointwise_cross_entropy",
+        "labels": ["no", "yes"],
+    }
+    steps = [{"job": "train-reranker", "config": config}]
+    plan = plan_pipeline(make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps}))
+    assert [step["skipped"] for step in plan["steps"]] == [False]
+
+
 def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
     Path("runs").mkdir()
     for content in ("[]", '{"format_version": 3}'):

@@ -354,6 +354,20 @@ def test_lora_layers_that_do_not_exist(dummy_encoder_dir: Path, tmp_path: Path) 
         ({"dev": {"path": "x", "metric": "recal@10"}}, "dev.metric"),
         ({"dev": {"path": "x", "metric": "auc", "corpus": "y"}}, "dev.metric auc searches none"),
         ({"dev": {"path": "x", "threshold": 0.5}}, "dev.metric recall@10 has none"),
+        (
+            {"dev": {"path": "x", "every_steps": 10, "every_epochs": 1}},
+            "dev.every_steps is 10 and dev.every_epochs 1; give one of them",
+        ),
+        (
+            {"dev": {"metric": "recall@1"}},
+            "dev.path is required and not given; name dev rows, or give dev.share",
+        ),
+        (
+            {"dev": {"path": "x", "share": 0.1}},
+            "dev.path is 'x' and dev.share 0.1; dev rows come from one of them",
+        ),
+        ({"dev": {"share": 1.0}}, "dev.share is 1.0; it must be"),
+        ({"dev": {"share": 0.1, "split": "dev"}}, "dev.split is 'dev', and dev.share takes dev rows from"),
         ({"seed": 2**32}, "seed"),
     ],
 )

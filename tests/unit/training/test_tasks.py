@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoConfig, AutoTokenizer, pipeline
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertIntermediate
 
 from raytower.config import make_config
-from raytower.errors import RaytowerError
+from raytower.errors import InputError, RaytowerError
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.text_classifier import TextClassifier
@@ -29,8 +31,10 @@ from raytower.models.two_tower import TwoTower
 from raytower.training.classifier import ClassifierTask
 from raytower.training.columns import text_columns
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
+from raytower.training.step import TrainingStep
 from tests.support.tiny_training import (
     answer,
     batches_of,
@@ -415,7 +419,49 @@ def test_every_cross_encoder_objective_trains_from_a_config(
     saved = CrossEncoder.load(tmp_path / "saved")
     assert saved.num_labels == (2 if objective["name"] == "pointwise_cross_entropy" else 1)
     assert saved.activation == config.objective.activation
-    assert saved.max_length == 32
+
+
+@pytest.mark.parametrize("kind", ["reranker", "classifier"])
+def test_a_published_model_keeps_its_own_length(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
+    """Trained at 32 tokens, its backbone has positions for 64: transformers reads on up to those."""
+    config_class, task_class, write = {
+        "reranker": (TrainRerankerConfig, RerankerTask, write_scored),
+        "classifier": (TrainClassifierConfig, ClassifierTask, write_labelled),
+    }[kind]
+    train = write(tmp_path / "train.tsv", 16)
+    config: Any = make_config(config_class, values_of(dummy_encoder_dir, train, tmp_path, {}))
+    task: Any = task_class.prepare(config, task_class.survey(config))
+    task.save(task.build(None), tmp_path / "saved", {})
+    continued = task.build(tmp_path / "saved")
+    assert continued.inner.max_length == 64
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 64
+
+
+def test_two_classes_of_a_reranker_keep_their_names(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """Given by the config, and kept by a training that goes on from there and gives none."""
+    train = write_scored(tmp_path / "train.tsv", 16)
+    changes = {"objective": "pointwise_cross_entropy", "labels": ["other", "same"]}
+    for folder, more in (("first", changes), ("second", {**changes, "labels": None})):
+        start = tmp_path / "first" if folder == "second" else dummy_encoder_dir
+        config = make_config(TrainRerankerConfig, values_of(start, train, tmp_path, more))
+        task = RerankerTask.prepare(config, RerankerTask.survey(config))
+        task.save(task.build(None), tmp_path / folder, {})
+        saved = AutoConfig.from_pretrained(tmp_path / folder)
+        assert saved.id2label == {0: "other", 1: "same"}
+        assert saved.label2id == {"other": 0, "same": 1}
+    assert PeerCrossEncoder(str(tmp_path / "second"), device="cpu").num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": ["other", "same"]}, "objective pointwise_regression has no classes to name"),
+        ({"labels": ["same", "same"], "objective": "pointwise_cross_entropy"}, "give two different names"),
+    ],
+)
+def test_labels_that_name_nothing_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        make_config(TrainRerankerConfig, values_of(tmp_path, tmp_path, tmp_path, changes))
 
 
 def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
@@ -497,3 +543,26 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_move(still_encoder: P
     train = write_pairs(tmp_path / "train.tsv", 64)
     with pytest.raises(RaytowerError, match=r"is (nan|inf)"):
         train_retriever_here(still_encoder, train, tmp_path, steps=8, optimizer={"lr": 1e30})
+
+
+def test_a_classifiers_step_observes_the_accuracy_on_its_rows(still_encoder: Path, tmp_path: Path) -> None:
+    """Of the weights before the step, over both accumulated batches; transformers predicts the same labels."""
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    changes = {"optimizer": {"lr": 5e-3, "warmup_ratio": 0.0}, "accumulate_batches": 2}
+    config = make_config(TrainClassifierConfig, values_of(still_encoder, train, tmp_path, changes))
+    surveyed = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, surveyed)
+    model = task.build(None).train()
+    optimizer = make_optimizer(model, config.optimizer)
+    step = TrainingStep(model, optimizer, make_schedule(optimizer, 100, 0.0))
+    batches = batches_of(surveyed, config)
+    for number in range(10):
+        pair = [next(batches), next(batches)]
+        if number == 9:
+            task.save(model, tmp_path / "saved", {})
+        step.run(number, pair, task.backward)
+    peer = pipeline("text-classification", model=str(tmp_path / "saved"), device="cpu")
+    texts, labels = ([*chain.from_iterable(batch[name] for batch in pair)] for name in ("text", "label"))
+    hits = [found["label"] == label for found, label in zip(peer(texts), labels, strict=True)]
+    assert step.observed == {"accuracy": pytest.approx(sum(hits) / 32)}
+    assert 0.2 < sum(hits) / 32 < 1
