@@ -43,7 +43,8 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     }
     config = make_config(TrainClassifierConfig, values)
     surveyed = ClassifierTask.survey(config)
-    plan = _make_plan(config, surveyed, ClassifierTask.prepare(config, surveyed))
+    failure_file = Location.of(tmp_path / "failure.json")
+    plan = _make_plan(config, surveyed, ClassifierTask.prepare(config, surveyed), failure_file)
     reported: list[tuple[Any, dict[str, Any]]] = []
 
     def report(metrics: dict[str, Any], checkpoint: Any) -> None:
