@@ -333,8 +333,6 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "document_prefix",
         "prefix",
         "dev.metric",
-        "train.split",
-        "dev.split",
     }
     found: set[str] = set()
     for job in STEP_JOBS:
