@@ -78,6 +78,8 @@ _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
     "encode": frozenset({"workers", "tokens_per_batch"}),
 }
+# Keys that trainings have gained; null is what was done before.
+_NEWER = frozenset({"split", "share", "every_epochs", "pooling", "labels"})
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -198,6 +200,10 @@ class _State:
 
     def put(self, step: _Step, record: _Record) -> None:
         self._records[step.slot] = record
+        self.write()
+
+    def write(self) -> None:
+        """Raises StorageError."""
         steps = {name: vars(each) for name, each in self._records.items()}
         self._place.write_json({"format_version": _STATE_VERSION, "steps": steps})
 
@@ -230,6 +236,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     steps = _prepare(config)
     state = _State(Location.of(config.state), steps)
     _check_outputs(steps, state)
+    state.write()  # one of an older version becomes one of this
     keys: dict[int, str] = {}
     results = []
     for step in steps:
@@ -451,13 +458,23 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
+    if job.startswith("train-"):
+        kept = {name: value for name, value in values.items() if value is not None or name not in _NEWER}
+        for section in ("train", "dev"):
+            if isinstance(rows := kept.get(section), dict):
+                kept[section] = {
+                    name: value for name, value in rows.items() if value is not None or name not in _NEWER
+                }
+        if isinstance(dev := kept.get("dev"), dict) and dev["every_steps"] is None:
+            dev["every_steps"] = 200  # what null means, and the default was
+        return kept
     return values
 
 
 def _former_values(job: str, config: Config) -> dict[str, Any]:
     """The config of a step as it was dumped before keys were renamed."""
     if job.startswith("train-"):  # none of their keys was renamed
-        return config.model_dump(mode="json")
+        return _without_newer(job, config.model_dump(mode="json"))
     values = _without_newer(job, _under_former_keys(config))
     if isinstance(config, IndexBuildConfig) and config.target.queries is not None:
         values["target"]["queries"] = config.target.queries.path_alone
