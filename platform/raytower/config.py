@@ -150,18 +150,26 @@ def _value_at(values: Any, path: tuple[str, ...]) -> Any:
     return "null" if values is None else values or None if isinstance(values, Mapping) else values
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML, which JSON is, and refuses a key that stands twice, of which YAML would take the last."""
+class Loader(yaml.SafeLoader):
+    """Reads YAML, which JSON is, with every key as the text that stands there.
+
+    `0: 1.5` has the key "0", and `no: 2` the key "no", of which YAML would make a number and a boolean. A key that
+    stands twice is refused, of which YAML would take the last.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
-            key, line = (key_node.tag, str(key_node.value)), key_node.start_mark.line + 1
+            key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in lines:
                 raise InputError(
-                    f"key {key[1]!r} stands twice, in lines {lines[key]} and {line}; keep one of them"
+                    f"key {key!r} stands twice, in lines {lines[key]} and {line}; keep one of them"
                 )
             lines[key] = line
+        self.flatten_mapping(node)  # before `<<` would become a text too
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                key_node.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
@@ -174,7 +182,7 @@ def _read_file(path: str | Path) -> dict[str, Any]:
     """A config file's keys and values, as they stand there."""
     name = _named(path)
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:

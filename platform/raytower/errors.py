@@ -49,6 +49,10 @@ class InputError(RaytowerError, ValueError):
     """Bad input or configuration. The command line answers it with exit code 2 and no traceback."""
 
 
+class OtherOutputError(InputError):
+    """The output is that of another run of the same kind of job: of another config, other data or another model."""
+
+
 class FormatError(InputError):
     """A stored artefact (model directory, embeddings, index) that breaks its contract: refused, never guessed at."""
 

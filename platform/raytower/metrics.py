@@ -219,8 +219,12 @@ def spearman(scores: ArrayLike, labels: ArrayLike) -> float:
     """Spearman's rank correlation of [N] and [N] with midranks; NaN where either side is constant.
 
     Raises:
-        InputError: lengths differ or there are fewer than two items.
+        InputError: lengths differ, there are fewer than two items, or a score or label is not finite.
     """
+    for name, values in (("scores", scores), ("labels", labels)):
+        wrong = ~np.isfinite(np.asarray(values, dtype=np.float64))
+        if wrong.any():
+            raise InputError(f"{int(wrong.sum())} {name} are not finite; every one must be a number")
     left, right = midranks(scores), midranks(labels)
     if len(left) != len(right) or len(left) < 2:
         raise InputError(f"{len(left)} scores for {len(right)} labels; give as many of each, at least two")

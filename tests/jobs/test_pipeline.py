@@ -12,6 +12,7 @@ from raytower.config import make_config
 from raytower.errors import InputError
 from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.job import plan_pipeline, run_pipeline
+from tests.support.tiny_training import retriever_config, write_pairs
 
 
 def pipeline(folder: Path, encoder: Path, **index: Any) -> PipelineConfig:
@@ -55,6 +56,27 @@ def test_finished_steps_are_skipped_and_a_change_runs_what_follows_it(
     again = run_pipeline(changed)["steps"]
     assert [step["skipped"] for step in again] == [True, False, False]
     assert again[1]["version"] == "000002"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_changed_training_is_made_anew_in_place_of_the_former(still_encoder: Path, tmp_path: Path) -> None:
+    """It ended with "output exists and was made by another config"; after a change of the rows alone it was skipped."""
+    pairs = write_pairs(tmp_path / "pairs.tsv", 16)
+    state, output = str(tmp_path / "state.json"), tmp_path / "encoder"
+
+    def run(epochs: int) -> bool:
+        config = retriever_config(still_encoder, pairs, output, epochs=epochs).model_dump(mode="json")
+        step = {"job": "train-retriever", "config": config}
+        (figures,) = run_pipeline(make_config(PipelineConfig, {"state": state, "steps": [step]}))["steps"]
+        assert figures["steps"] == 2 * epochs
+        return not figures["skipped"]
+
+    assert [run(1), run(1), run(2), run(2)] == [True, False, True, False]
+    former = tmp_path / ".encoder.former-1"
+    steps = [
+        json.loads((folder / "raytower.json").read_text())["figures"]["steps"] for folder in (former, output)
+    ]
+    assert steps == [2, 4]
 
 
 def test_every_step_is_checked_before_the_first_runs(dummy_encoder_dir: Path, tmp_path: Path) -> None:
@@ -108,11 +130,20 @@ def every_job(**evaluate: Any) -> PipelineConfig:
 def test_steps_that_were_finished_before_keys_were_renamed_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And from then on by what they read, too."""
     monkeypatch.chdir(tmp_path)
+    contents = {"corpus.txt": "1"}
+    monkeypatch.setattr("raytower.pipeline.job.content_of", lambda kind, name, _: contents.get(name, "0"))
+    monkeypatch.setattr("raytower.pipeline.job.content_of_output", lambda *_: "1")
+    monkeypatch.setattr("raytower.pipeline.job.mark_of", lambda *_: "1")
     for step in every_job().steps:
-        Path(step.config.get("output", "x")).touch()
+        Path(step.config.get("output", "x")).write_text("made before")
     Path("state.json").write_text(json.dumps({key: {"number": n} for n, key in enumerate(FORMER_KEYS)}))
     steps = run_pipeline(every_job())["steps"]
     assert [(step["skipped"], step["number"]) for step in steps] == [(True, n) for n in range(7)]
+    assert json.loads(Path("state.json").read_text())["format_version"] == 2
     changed = plan_pipeline(every_job(recall_k=21))["steps"]
-    assert [step["skipped"] for step in changed] == [True, True, True, False, False, False, False]
+    assert [step["skipped"] for step in changed] == [True, True, True, False, True, True, True]
+    contents["corpus.txt"] = "2"
+    changed = plan_pipeline(every_job())["steps"]
+    assert [step["skipped"] for step in changed] == [True, False, False, False, False, False, True]

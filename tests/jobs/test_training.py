@@ -8,20 +8,24 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from torch import Tensor, nn
 
+from raytower.collectives import rank
 from raytower.config import make_config
 from raytower.data.config import InputConfig
 from raytower.data.pieces import survey
-from raytower.errors import RaytowerError
+from raytower.errors import InputError, RaytowerError
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import TextClassifier
+from raytower.training.batches import Rows
 from raytower.training.classifier import train_classifier
 from raytower.training.config import (
     TrainClassifierConfig,
@@ -31,6 +35,8 @@ from raytower.training.dev_recall import evaluate_recall, load_dev_set
 from raytower.training.reranker import train_reranker
 from raytower.training.retriever import RetrieverTask, train_retriever
 from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.runner import fit
+from raytower.training.step import TrainingStep
 from raytower.training.windows import Window, read_window
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_training import (
@@ -41,6 +47,8 @@ from tests.support.tiny_training import (
     write_scored,
     write_triples,
 )
+
+_CPU = torch.device("cpu")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -73,9 +81,9 @@ class TestRowStream:
         """Ray Data reads ahead without bound, so no more than a few windows are ever given to it at a time."""
         given_out: list[Window] = []
 
-        def record(windows: list[Window], pieces: object, seed: int) -> Iterator[pa.Table]:
+        def record(windows: list[Window], pieces: object, own: StreamPlan) -> Iterator[pa.Table]:
             given_out.extend(windows)
-            return (read_window(window, plan.pieces, seed) for window in windows)
+            return (read_window(window, own.pieces, own.seed) for window in windows)
 
         monkeypatch.setattr("raytower.training.row_stream._execute", record)
         batches = stream_batches(StreamPlan(**{**vars(plan), "window_rows": 7, "num_batches": 10_000}))
@@ -86,7 +94,8 @@ class TestRowStream:
     def test_distinct_batches_continue_too(self, plan: StreamPlan) -> None:
         values = {**vars(plan), "distinct_columns": ("query", "document"), "num_batches": 12}
         whole = list(stream_batches(StreamPlan(**values)))
-        assert list(stream_batches(StreamPlan(**values), 9)) == whole[9:]
+        for skip in (1, 3, 6, 9):
+            assert list(stream_batches(StreamPlan(**values), skip)) == whole[skip:]
         assert len(whole) == 12
 
 
@@ -169,6 +178,34 @@ class TestRetrieverRuns:
         for path in kept:
             assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_failure_that_a_new_start_would_meet_again_ends_the_run(
+        self, still_encoder: Path, tmp_path: Path, workers: int
+    ) -> None:
+        """Ray took it for a lost worker: it started all workers three times, and each time it failed again."""
+        pairs = write_pairs(tmp_path / "pairs.tsv", 40)
+        config = retriever_config(
+            still_encoder, pairs, tmp_path / "out", workers={"num": workers, "num_cpus": 0.5}
+        )
+        with pytest.raises(InputError, match=r"^the last worker cannot read its rows$"):
+            fit(RefusingTask, config)
+        # The other of two workers waits for the gradients of the one that failed, until Ray ends both.
+        assert len(list(tmp_path.glob("built-*"))) == workers
+        assert not list(tmp_path.glob(".out.*.train/failure.json"))
+
+
+class RefusingTask(RetrieverTask):
+    """Its last worker fails in the first step; each start of a worker leaves a file beside the output."""
+
+    def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
+        (Path(self.config.output).parent / f"built-{uuid4().hex}").touch()
+        return super().build(start_from, device)
+
+    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+        if rank() == self.config.workers.num - 1:
+            raise InputError("the last worker cannot read its rows")
+        return super().backward(step, rows)
+
 
 def job_values(model: Path, train: Path, output: Path, **changes: object) -> dict[str, Any]:
     return {
@@ -209,8 +246,9 @@ def test_classifier_learns_and_writes_its_log(still_encoder: Path, tmp_path: Pat
         still_encoder,
         train,
         tmp_path / "classifier",
-        dev={"path": str(train), "metric": "accuracy", "every_steps": 8, "patience": 1},
+        dev={"path": str(train), "metric": "accuracy", "every_epochs": 2, "patience": 1},
         epochs=40,
+        keep_checkpoints="all",
         optimizer={"lr": 5e-3},
         log_every_steps=4,
         dtype="float32",
@@ -227,3 +265,14 @@ def test_classifier_learns_and_writes_its_log(still_encoder: Path, tmp_path: Pat
     )
     assert logged["dev/accuracy"].keys() == {row["step"] for row in info["history"]}
     assert set(logged) >= {"train/lr", "train/rows_per_second", "dev/f1"}
+    assert logged["train/accuracy"] == pytest.approx(
+        {row["step"]: row["accuracy"] for row in info["curve"]}, rel=1e-5
+    )
+    assert list(logged["train/accuracy"].values())[-1] > 0.8
+    # Two epochs of four steps lie between two measurements, and each left a model directory.
+    steps = [row["step"] for row in info["history"]]
+    assert steps == [*range(8, figures["steps"] + 1, 8)]
+    kept = {path.name: TextClassifier.load(path) for path in (tmp_path / "classifier.checkpoints").iterdir()}
+    assert kept.keys() == {f"step-{step}" for step in steps}
+    best = kept[f"step-{figures['best_step']}"]
+    assert best.fingerprint == TextClassifier.load(tmp_path / "classifier").fingerprint

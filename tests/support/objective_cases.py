@@ -118,7 +118,7 @@ ROW_BY_ROW = {
     "cosine regression": Case(
         objective=CosineRegression(), columns=PAIRS, scores=[1, 0.2, -0.5, 0, 0.9, -1, 0.3, 0.7]
     ),
-    "margin mse": Case(objective=MarginMSE(), columns=TRIPLES, teacher=TEACHER),
+    "margin mse": Case(objective=MarginMSE(scale=1), columns=TRIPLES, teacher=TEACHER),
     "kl divergence": Case(objective=KLDivergence(temperature=0.5), columns=TRIPLES, teacher=TEACHER),
 }
 CASES = {**IN_BATCH, **ROW_BY_ROW}

@@ -82,11 +82,11 @@ def write_labelled(path: Path, rows: int) -> Path:
     return write_rows(path, [f"{question(i)}\ttopics##{TOPICS[i % 8]}" for i in range(rows)])
 
 
-def batches_of(survey: Survey, config: TrainJobConfig) -> Iterator[Rows]:
+def batches_of(survey: Survey, config: TrainJobConfig, num_documents: int | None = None) -> Iterator[Rows]:
     """The batches that a run under Ray gets, read in this process."""
     rows = [piece.num_rows for piece in survey.pieces]
     windows = plan_windows(rows, seed=config.seed, window_rows=config.shuffle_rows)
-    tables = (read_window(window, survey.pieces, config.seed) for window in windows)
+    tables = (read_window(window, survey.pieces, config.seed, num_documents) for window in windows)
     return cut_batches(tables, config.batch_size)
 
 
@@ -105,7 +105,7 @@ def train_here(
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.seed,
     )
-    batches = batches_of(survey, config)
+    batches = batches_of(survey, config, task.num_documents)
     many = config.accumulate_batches
     losses = [step.run(number, list(islice(batches, many)), task.backward) for number in range(num_steps)]
     return model, losses

@@ -9,9 +9,19 @@ from raytower.errors import InputError
 
 
 def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each pair of rows, float64 [N]; 0 where a vector is all zeros."""
+    """Cosine of each pair of rows, float64 [N]; 0 where a vector is all zeros.
+
+    Raises:
+        InputError: a vector holds NaN or infinity, which is no reason for a cosine of 0.
+    """
     a, b = left.astype(np.float64), right.astype(np.float64)
     norms = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    broken = np.flatnonzero(~np.isfinite(norms))
+    if len(broken):
+        raise InputError(
+            f"a vector of pair number {int(broken[0])} holds NaN or infinity, which has no cosine; check the encoder "
+            "that made it"
+        )
     return np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=norms > 0)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from raytower.annotation.labels import Prediction, count_votes, label_logits, label_of, rank_labels
+from raytower.data.plain_labels import plain_label
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine
@@ -82,6 +83,8 @@ class ClassifierLabeller:
 
     def __init__(self, engine: ClassifierEngine, depth: int) -> None:
         self._engine = engine
+        # In the form in which rows bring theirs: a model that others trained may call a class 1.0.
+        self._labels = [plain_label(label) for label in engine.labels]
         self._depth = depth
 
     @property
@@ -89,10 +92,10 @@ class ClassifierLabeller:
         return {"fingerprint": self._engine.fingerprint}
 
     def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
-        return label_logits(self._engine.labels, self._engine.logits(texts), self._depth)
+        return label_logits(self._labels, self._engine.logits(texts), self._depth)
 
     def count_missing(self, label_counts: Mapping[str, int]) -> int:
-        return _count_absent(label_counts, set(self._engine.labels))
+        return _count_absent(label_counts, set(self._labels))
 
 
 def _count_absent(label_counts: Mapping[str, int], present: set[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.data.plain_labels import plain_label
 from raytower.errors import InputError
 from raytower.models.class_ranks import rank_classes
 
@@ -84,7 +85,7 @@ def label_of(
     """
     label = metadata.get(label_field)
     if label is not None:
-        return str(label)
+        return plain_label(label) if isinstance(label, (str, int, float)) else str(label)
     if mode == "labels":
         return text
     raise InputError(

@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import yaml
+
 from raytower.cli.keys import Key, keys_of
-from raytower.config import Config, describe_unknown, nested_keys, refuse_unknown_keys
+from raytower.config import Config, Loader, describe_unknown, nested_keys, refuse_unknown_keys
 from raytower.errors import InputError
 
 _FLAGS = ("dry_run", "json", "help")
@@ -48,8 +50,8 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
 
     A list grows by every argument that names it; all else may be given once.
     `--key value`, `--key=value`, `--section.key value`, `--section value` (its shorthand), `--switch`, `--no-switch`;
-    dashes and underscores in names are the same. A mapping is written as JSON; a list as JSON, by one argument an item,
-    or, of numbers, with commas.
+    dashes and underscores in names are the same. A mapping is written as JSON, or in braces as in a config file; a list
+    as JSON, by one argument an item, or, of numbers, with commas.
 
     Raises:
         InputError: an unknown key (the nearest one is named), a key without a value, or an argument too many.
@@ -197,8 +199,20 @@ def _mapping(value: str) -> Mapping[str, Any] | None:
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        return None
+        read = _yaml_mapping(value)
     return read if isinstance(read, dict) else None
+
+
+def _yaml_mapping(value: str) -> Any:
+    """`{0: 1, 1: 5}`, as it stands in a config file; None for what is no such mapping."""
+    if not value.lstrip().startswith("{"):
+        return None
+    try:
+        return yaml.load(value, Loader)
+    except InputError as error:
+        raise InputError(f"the command line: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
 
 
 def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -77,14 +77,15 @@ class BeirFolder:
         """queries.jsonl as records of ids and texts."""
         return self._texts("queries.jsonl", "lines", ("text",))
 
-    def qrels(self, split: str) -> Source:
-        """qrels/<split>.tsv as scored records whose query and document are ids.
+    def qrels(self, split: str, key: str) -> Source:
+        """qrels/<split>.tsv as scored records whose query and document are ids; `key` chooses the split.
 
         Raises:
             InputError: there is no such split, or the file's first line is not BEIR's header.
         """
         found = [re.sub(r"\.tsv(\.\w+)?$", "", place.name) for place in (self.root / "qrels").children()]
-        remedy = f"; input.split may be one of: {', '.join(found)}" if found else ""
+        choice = f"{key} may be" if key else "the splits that it has are"
+        remedy = f"; {choice} one of: {', '.join(sorted(found))}" if found else ""
         file = self._file(self.root / "qrels", f"{split}.tsv", remedy)
         line, _, after_line = split_first_line(read_head(file))
         columns = tuple(line.split("\t"))
@@ -121,7 +122,7 @@ def read_qrels(path: str, split: str = "test") -> dict[str, dict[str, float]]:
     """
     judged: dict[str, dict[str, float]] = {}
     with Rejects(None, None, path, "qrels") as rejects:
-        for judgement in _judgements(BeirFolder.of(path).qrels(split), rejects):
+        for judgement in _judgements(BeirFolder.of(path).qrels(split, "queries.split"), rejects):
             judged.setdefault(judgement.query_id, {})[judgement.document_id] = judgement.score
     return judged
 

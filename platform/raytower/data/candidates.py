@@ -1,8 +1,9 @@
 """Candidate lists: a query with the documents to compare for it and a score of each, best-scored first.
 
-A row comes with Arrow lists of documents and of scores. A row with several positives (see NUM_POSITIVES) becomes one
-record per positive, each with all the negatives, so the number of records is known only after the rows are checked.
-All rows are processed at once, on their flattened lists.
+A document that stands in a row more than once counts once, by its best score. A row comes with Arrow lists of documents
+and of scores. A row with several positives (see NUM_POSITIVES) becomes one record per positive, each with all the
+negatives, so the number of records is known only after the rows are checked. All rows are processed at once, on their
+flattened lists.
 """
 
 from __future__ import annotations
@@ -39,7 +40,45 @@ def make_candidates(batch: RowBatch) -> None:
     _check_elements(
         batch, "scores", _is_not_finite, lambda name, value: f"{name} {str(value)!r} is not a finite number"
     )
+    _drop_repeated(batch)
     _split_and_sort(batch)
+
+
+def _drop_repeated(batch: RowBatch) -> None:
+    """Leave each document once in its row, where it scores best; what is left must still hold something to compare.
+
+    A positive among its own negatives would be trained as relevant and as irrelevant at once. Texts that differ in
+    space around them alone are one, as for objectives/keys.py.
+    """
+    lengths = _lengths(batch, "documents")
+    row = np.repeat(np.arange(len(lengths)), lengths)  # [elements], as all below
+    documents, scores = batch.columns["documents"].flatten(), batch.columns["scores"].flatten()
+    texts = pc.utf8_trim_whitespace(documents).dictionary_encode().indices.to_numpy().astype(np.int64)
+    best_first = np.lexsort((-scores.to_numpy(), row))  # stable
+    key = row * (int(texts.max(initial=0)) + 1) + texts
+    _, first = np.unique(key[best_first], return_index=True)
+    kept = np.zeros(len(row), dtype=bool)
+    kept[best_first[first]] = True
+    heads = _num_positives(batch)
+    is_head = _count_up(lengths) < heads[row]
+    kept_heads = np.bincount(row[kept & is_head], minlength=len(lengths))
+    left = np.bincount(row[kept], minlength=len(lengths))
+    batch.num_repeated += int((~kept & (left > np.maximum(kept_heads, 1))[row]).sum())
+    if kept.all():
+        return
+    offsets = pa.array(np.concatenate([[0], np.cumsum(left)]), pa.int32())
+    for name, values in (("documents", documents), ("scores", scores)):
+        batch.columns[name] = pa.ListArray.from_arrays(offsets, values.filter(pa.array(kept)))
+    if NUM_POSITIVES in batch.columns:
+        batch.columns[NUM_POSITIVES] = pa.array(np.where(heads > 0, kept_heads, 0), pa.int64())
+    batch.reject(
+        left <= np.maximum(kept_heads, 1),
+        lambda i: (
+            "every negative is one of its positives; a negative is another text"
+            if heads[i]
+            else "documents hold one text alone, several times; must hold at least 2 different ones"
+        ),
+    )
 
 
 def _check_elements(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,9 @@ class InputConfig(PathConfig):
     split: str | None = None
     """Split of a BEIR folder: its pairs are those that qrels/<split>.tsv judges relevant. Null reads train."""
 
+    split_key: ClassVar[str] = "input.split"
+    """How the command calls the key of the split, for messages; empty where it has none."""
+
     def remedy(self, text: str) -> str:
         """The end of a message: `text`, which advises to set keys of this section."""
         return f"; {text}"
@@ -46,8 +49,22 @@ class InputConfig(PathConfig):
 class NamedInput(InputConfig):
     """An input of which the command's config holds the path alone, so no message may advise to set another key."""
 
+    split_key: ClassVar[str] = ""
+
     def remedy(self, text: str) -> str:
         return ""
+
+
+class TrainRows(NamedInput):
+    """Training rows: path and split."""
+
+    split_key: ClassVar[str] = "train.split"
+
+
+class DevRows(NamedInput):
+    """Dev rows: path and split."""
+
+    split_key: ClassVar[str] = "dev.split"
 
 
 class QueriesConfig(PathConfig):

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from raytower.data.candidates import NUM_POSITIVES
 from raytower.data.extras import refuse_too_many
-from raytower.data.layouts import Source, name_among, refuse_other_kind
+from raytower.data.layouts import Layout, Source, name_among, refuse_other_kind
+from raytower.data.plain_labels import plain_label
 from raytower.data.records import RecordField
 from raytower.data.row_batch import BadRowError, Rejection, RowBatch
 
@@ -28,16 +29,19 @@ def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> R
     extra: list[dict[str, Any]] = []
     rejections: list[Rejection] = []
     text_names = {name for f in layout.fields if f.type == "text" for name in f.names}
+    unread: dict[tuple[str, ...], frozenset[str]] = {}  # by the keys of a row: most rows have the same
     for number, line in zip(numbers, lines, strict=True):
         try:
             row = _json_object(line)
+            keys = tuple(row)
             row, positives = _with_documents(row) if layout.kind == "candidates" else (row, 0)
             record = [_json_value(row, wanted) for wanted in layout.fields]
         except BadRowError as error:
             rejections.append(Rejection(number, str(error)))
             continue
-        if layout.kind == "pairs":
-            refuse_other_kind(f"{source.file}:{number}", "pairs", row)
+        if keys not in unread:
+            unread[keys] = _unread(keys, layout)
+            refuse_other_kind(f"{source.file}:{number}", layout.kind, unread[keys])
         records.append(record)
         num_positives.append(positives)
         kept.append(number)
@@ -50,7 +54,21 @@ def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> R
     }
     if layout.kind == "candidates":
         arrays[NUM_POSITIVES] = pa.array(num_positives, pa.int64())
-    return RowBatch(np.array(kept, dtype=np.int64), arrays, _columns(extra, source), rejections)
+    return RowBatch(
+        np.array(kept, dtype=np.int64),
+        arrays,
+        _columns(extra, source),
+        rejections,
+        unread=frozenset().union(*unread.values()),
+    )
+
+
+def _unread(keys: tuple[str, ...], layout: Layout) -> frozenset[str]:
+    """The keys of a row that no field comes from."""
+    used = {name_among(wanted, keys) for wanted in layout.fields}
+    if layout.kind == "candidates" and "documents" not in keys:
+        used |= {"positive", "negatives"}
+    return frozenset(keys) - used
 
 
 def _columns(rows: list[dict[str, Any]], source: Source) -> dict[str, list[Any]]:
@@ -111,7 +129,13 @@ def _json_value(row: dict[str, Any], wanted: RecordField) -> Any:
     others: dict[str, tuple[type, ...]] = {"text": (), "id": (int,)}
     if type(value) not in others.get(wanted.type, (int, float)):
         raise BadRowError(f"{name!r} {_found(value)}, must be a {wanted.expected}")
-    return str(value)
+    if wanted.type != "category":
+        return str(value)
+    if not math.isfinite(value):
+        raise BadRowError(
+            f"{name!r} is {value}, which is no number and no label; leave the row out, or name its label"
+        )
+    return plain_label(value)
 
 
 def _json_list(name: str, value: Any, element_type: str) -> list[Any]:
@@ -142,6 +166,11 @@ def _with_documents(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
     row gives documents and scores itself.
     """
     if "documents" in row:
+        both = [key for key in ("positive", "negatives") if key in row]
+        if both:
+            raise BadRowError(
+                f"{both[0]!r} stands beside 'documents'; give documents with scores, or positive with negatives"
+            )
         return row, 0
     missing = [key for key in ("positive", "negatives") if key not in row]
     if len(missing) == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -36,6 +36,25 @@ _HEAD_BYTES = 64 * 1024
 _HEADER_WORDS = {
     "id", "_id", "docid", "doc_id", "pid", "text", "title", "content", "contents", "document", "passage", "label"
 }  # fmt: skip
+# Names of columns in other people's files of pairs and labelled texts. A first line of nothing else is a header.
+_COLUMN_NAMES = _HEADER_WORDS | {
+    "query", "queries", "question", "questions", "question1", "question2", "answer", "answers", "anchor", "positive",
+    "pos", "negative", "neg", "sentence", "sentences", "sentence1", "sentence2", "sentence_1", "sentence_2", "text1",
+    "text2", "text_a", "text_b", "texta", "textb", "q1", "q2", "passages", "documents", "doc", "response",
+    "instruction", "input", "output", "context", "abstract", "summary", "body", "premise", "hypothesis", "similar_text",
+    "query_text", "doc_text", "source", "target", "review", "reviews", "comment", "comments", "message", "utterance",
+    "tweet", "description", "name", "labels", "class", "classes", "category", "categories", "sentiment", "intent",
+    "topic", "tag", "tags", "type", "rating", "stars", "score", "gold", "gold_label", "is_duplicate",
+    "文本", "内容", "正文", "句子", "标题", "问题", "答案", "回答", "查询", "文档", "评论", "标签", "类别", "分类",
+    "意图", "情感", "类型", "主题", "分数", "相似度",
+}  # fmt: skip
+# Words in the name of a column that says how well two texts go together, and of one that holds texts which do not.
+_VERDICTS = {
+    "label", "labels", "score", "scores", "similarity", "similarities", "relevance", "relevances", "relevant",
+    "duplicate", "duplicates", "paraphrase", "match", "matches", "verdict", "entailment", "judgement", "judgment",
+    "标签", "分数", "得分", "相似度", "相关性", "相关度",
+}  # fmt: skip
+_NEGATIVES = {"neg", "negs", "negative", "negatives"}
 _MIN_REPEATED_LINES = 8
 _MIN_TEXT_CHARACTERS = 4
 
@@ -203,15 +222,29 @@ def _refuse_labels(file: SourceFile, config: InputConfig, head: bytes) -> None:
         )
 
 
-def refuse_other_kind(place: str, kind: RecordKind, columns: Container[str]) -> None:
-    """Raise InputError where pairs are asked for and the columns say that the file holds judged texts."""
-    if kind != "pairs":
-        return
-    for column, other in (("label", "scored"), ("neg_title", "triples"), ("negative", "triples")):
-        if column in columns:
+def refuse_other_kind(place: str, kind: RecordKind, unread: Iterable[str]) -> None:
+    """Refuse to train rows as what they are not: a verdict on a pair, or negatives, that the kind would pass over.
+
+    Args:
+        place: the file, or the file and its line.
+        kind: what the rows are read as.
+        unread: names of columns or keys of the file that the kind does not read.
+
+    Raises:
+        InputError: naming the column, what the rows are, and what to do.
+    """
+    for column in sorted(unread):
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\x00-\x7f]+", column)}
+        if kind == "pairs" and words & _VERDICTS:
             raise InputError(
-                f"{place}: the file has {column!r}, so its rows are {other} and not pairs (every row would count as "
-                f"a match); read it as {other}"
+                f"{place}: the file has {column!r}, so its rows are scored and not pairs (every row would count as "
+                f"a match); read it as scored, with that column named label, or take the column out if it is no verdict"
+            )
+        if kind in ("pairs", "triples") and words & _NEGATIVES:
+            raise InputError(
+                f"{place}: the file has {column!r}, which {kind} do not read, so its rows are others; read it as "
+                "triples (query, document, negative), or as candidates (query, positive, negatives) where a query has "
+                "several negatives"
             )
 
 
@@ -283,20 +316,27 @@ def _table_columns(
 ) -> tuple[tuple[str, ...], bool]:
     """The columns of a TSV or CSV whose first line is `first`, and whether that line is a header."""
     kind, fields = layout.kind, layout.fields
-    refuse_other_kind(f"{file}:1", kind, first if len(first) > 2 else ())
+    used = {name_among(field, first) for field in fields}
+    if len(first) > 2:
+        refuse_other_kind(f"{file}:1", kind, set(first) - used)
     if is_corpus_like(kind):
         return _corpus_columns(file, config, fields, first)
     expected = EXPECTED_HEADER.get(kind)
     required = [name_among(field, first) for field in fields if field.required]
-    known = {name_among(field, first) for field in fields}
     names_all = None not in required and len(set(required)) == len(required)
     # For kinds that need no header, the first line is one only if every column bears a known name.
-    if names_all and (expected is not None or known >= set(first)):
+    if names_all and (expected is not None or used >= set(first)):
         return first, True
     if expected is not None:
         raise InputError(
             f"{file}:1: no header; the first line of a {kind} file names its columns: {'<TAB>'.join(expected)}. "
             f"It is {'<TAB>'.join(first)[:120]!r}; add the header, or check that the file holds {kind}"
+        )
+    if len(first) > 1 and {cell.strip(" \"'").lower() for cell in first} <= _COLUMN_NAMES:
+        names = "<TAB>".join(HEADERLESS[kind])
+        raise InputError(
+            f"{file}:1: the first line, {'<TAB>'.join(first)[:120]!r}, reads like a header, but does not name the "
+            f"columns of {kind}, and as a row it would count. Name them {names} in it, or remove the line"
         )
     return HEADERLESS[kind], False
 
@@ -330,7 +370,8 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
         InputError: a required column is missing or of a type that cannot be read as what the field holds.
     """
     refuse_repeated(file, schema.names)
-    refuse_other_kind(str(file), layout.kind, schema.names)
+    used = {name_among(field, schema.names) for field in layout.fields}
+    refuse_other_kind(str(file), layout.kind, set(schema.names) - used)
     types = pa.types
     chosen: dict[str, str | None] = {}
     for field in layout.fields:

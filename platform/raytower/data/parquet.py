@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raytower.data.layouts import Source, parquet_columns
@@ -95,12 +96,16 @@ class RowGroupReader:
         return parts
 
     def _parse(self, rows: pa.RecordBatch, first_row: int) -> RowBatch:
-        batch = RowBatch(np.arange(first_row, first_row + len(rows), dtype=np.int64), {})
+        lines = np.arange(first_row, first_row + len(rows), dtype=np.int64)
+        batch = RowBatch(lines, {}, unread=frozenset(self._schema.names) - set(self._names.values()))
         for wanted in self.source.layout.fields:
             name = self._names[wanted.name]
             array = pa.nulls(len(rows), wanted.read_type) if name is None else rows.column(name)
             if pa.types.is_dictionary(array.type):
                 array = array.dictionary_decode()
+            if wanted.type == "category" and pa.types.is_floating(array.type):
+                # A label that is no number is missing, and no class called nan.
+                array = pc.if_else(pc.is_finite(array), array, pa.scalar(None, array.type))
             # Unsafe: integer scores may be rounded.
             batch.columns[wanted.name] = array.cast(wanted.read_type, safe=not wanted.is_list)
         if self.source.layout.passes_columns_through:

@@ -38,6 +38,29 @@ _last = threading.local()
 
 
 @dataclass(frozen=True)
+class Picked:
+    """Which rows of a piece's table are read."""
+
+    rows: tuple[int, ...]
+    """Their positions in the table, ascending; or the positions of those that are not read."""
+    of_rows: int
+    """Good rows of the whole table."""
+    leave_out: bool
+    """Whether `rows` are those that are not read."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many are read."""
+        return self.of_rows - len(self.rows) if self.leave_out else len(self.rows)
+
+    def take(self, table: pa.Table) -> pa.Table:
+        """The rows that are read, of the whole table."""
+        mask = np.full(self.of_rows, self.leave_out)
+        mask[list(self.rows)] = not self.leave_out
+        return table.filter(pa.array(mask))
+
+
+@dataclass(frozen=True)
 class Piece:
     """A run of rows that is read as one table. Picklable; the pieces of an input, in order, hold all its good rows."""
 
@@ -55,6 +78,8 @@ class Piece:
     """Lines that parse well and yet are rejected: later rows with an id that an earlier row has."""
     parts: tuple[Piece, ...] = ()
     """If the piece joins many small files: one piece per file, and `source` and `extent` are the first one's."""
+    picked: Picked | None = None
+    """Which of these rows are read; None reads all. `num_rows` counts those that are."""
 
     @property
     def runs(self) -> tuple[Piece, ...]:
@@ -80,6 +105,13 @@ class Survey:
     derived_ids: bool = False
     """Some documents bring no id and got `<file stem>:<line>`."""
     quarantine_file: str | None = None
+    set_aside: tuple[Piece, ...] = ()
+    """Pieces with rows of the input that are not among those of `pieces`: dev rows of a training."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns or keys that the rows have and their kind does not read, sorted; of a corpus, which passes columns on,
+    none."""
+    num_repeated: int = 0
+    """Documents of candidates that were left out because their row has them already."""
 
 
 def survey(
@@ -130,6 +162,9 @@ def read_piece(piece: Piece) -> pa.Table:
     Raises:
         InputError: the file is gone, or has changed since it was surveyed.
     """
+    if piece.picked is not None:
+        whole = dataclasses.replace(piece, picked=None, num_rows=piece.picked.of_rows)
+        return piece.picked.take(read_piece(whole))
     if piece.parts:
         return pa.concat_tables(read_pieces(piece.parts))
     if isinstance(piece.source, beir.JudgedPairs):
@@ -179,6 +214,8 @@ def _survey_sources(
     hashes: list[np.ndarray] = []
     types = ExtraTypes()
     derived_ids = False
+    unread: set[str] = set()
+    num_repeated = 0
     drafts: list[Piece] = []
     for source in sources:
         for chunk in open_reader(source).scan(rows_per_piece):
@@ -186,6 +223,8 @@ def _survey_sources(
                 rejects.add(source.file, rows.rejections, chunk.raw)
                 types.observe(rows, source.file)
                 derived_ids |= rows.derived_ids
+                unread |= rows.unread
+                num_repeated += rows.num_repeated
             if num_rows := len(chunk.lines):
                 drafts.append(Piece(source, 0, chunk.extent, 0, num_rows, canonical_schema(kind)))
                 if have_ids:
@@ -196,7 +235,11 @@ def _survey_sources(
     if not surveyed.pieces:
         raise InputError(_no_rows(sources, kind, surveyed.quarantine_file))
     return dataclasses.replace(
-        surveyed, renamed_columns=tuple(types.renamed.items()), derived_ids=derived_ids
+        surveyed,
+        renamed_columns=tuple(types.renamed.items()),
+        derived_ids=derived_ids,
+        unread_columns=() if kind == "corpus" else tuple(sorted(unread)),
+        num_repeated=num_repeated,
     )
 
 
@@ -283,7 +326,11 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
             f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
         )
     schema = canonical_schema("pairs")
-    sources = folder.qrels(config.split or "train"), folder.queries(), folder.corpus("lines")
+    sources = (
+        folder.qrels(config.split or "train", config.split_key),
+        folder.queries(),
+        folder.corpus("lines"),
+    )
     judged = beir.survey_pairs(*sources, rows_per_piece, rejects)
     drafts = [
         Piece(pairs, 0, Extent(0, len(pairs.query_ids), 0), 0, len(pairs.query_ids), schema)
@@ -293,6 +340,6 @@ def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rej
     if not surveyed.pieces:
         raise InputError(
             f"{sources[0].file} holds no judgement with a score above 0 whose query and document exist; "
-            "pairs need some. Set input.split to another split"
+            f"pairs need some{f'. Set {config.split_key} to another split' if config.split_key else ''}"
         )
     return surveyed

@@ -10,8 +10,8 @@ import pyarrow as pa
 RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "labelled", "lines"]
 
 FieldType = Literal["text", "id", "number", "category", "texts", "numbers"]
-"""text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text.
-texts, numbers: a list of such."""
+"""text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text in
+normal form (data/plain_labels.py). texts, numbers: a list of such."""
 _TYPES: dict[FieldType, tuple[str, pa.DataType]] = {
     "text": ("string", pa.string()),
     "id": ("string or an integer", pa.string()),
@@ -62,7 +62,7 @@ _FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
         RecordField("document_id", ("document_id",), "id", required=False),
     ),
     "triples": (_QUERY, _DOCUMENT, RecordField("negative", ("negative", "neg_title"))),
-    "scored": (_QUERY, _DOCUMENT, RecordField("label", ("label",), "number")),
+    "scored": (_QUERY, _DOCUMENT, RecordField("label", ("label", "score"), "number")),
     # The best-scored document first. JSON lines may give `positive` and `negatives` in place of the lists.
     "candidates": (
         RecordField("query", ("query",)),

@@ -43,6 +43,10 @@ class RowBatch:
     rejections: list[Rejection] = field(default_factory=list)
     derived_ids: bool = False
     """Some rows bring no id and get one from their file and line."""
+    unread: frozenset[str] = frozenset()
+    """Columns or keys of the file that no field of the record comes from."""
+    num_repeated: int = 0
+    """Documents of candidates that were left out because their row has them already."""
 
     def reject(self, bad: np.ndarray, reason: Callable[[int], str]) -> None:
         """Take out the rows where `bad`, bool [rows], holds; `reason(position)` gives each one's reason."""

@@ -19,6 +19,7 @@ from raytower.data.candidates import make_candidates
 from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
+from raytower.data.plain_labels import WHOLE_NUMBER
 from raytower.data.records import RecordField, canonical_schema, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
 from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, iter_slices
@@ -96,6 +97,8 @@ def to_records(batch: RowBatch, source: Source) -> RowBatch:
         _make_corpus(batch, layout, source.file.stem)
     if layout.kind == "candidates":
         make_candidates(batch)
+    if layout.kind == "triples":
+        _reject_equal_sides(batch)
     batch.columns = {name: batch.columns[name] for name in canonical_schema(layout.kind).names}
     batch.rejections.sort(key=lambda rejection: rejection.line)
     return batch
@@ -129,6 +132,7 @@ def _split(texts: Sequence[str], numbers: Sequence[int], source: Source) -> RowB
         np.array(lines, dtype=np.int64),
         {name: nulls if column is None else by_name[column] for name, column in used.items()},
         rejections=rejections,
+        unread=frozenset(layout.columns) - set(used.values()),
     )
     if layout.passes_columns_through:
         batch.extra = {name: column for name, column in by_name.items() if name not in used.values()}
@@ -162,6 +166,8 @@ def _check_field(batch: RowBatch, wanted: RecordField) -> None:
         batch.reject(nulls, lambda i: f"{label!r} is null, must be a {wanted.expected}")
     if wanted.is_list:
         return  # its elements are checked with the lists that belong to it
+    if wanted.type == "category":
+        batch.columns[name] = _plain_labels(batch.columns[name])
     if not wanted.may_be_blank:
         _reject_unseen(batch, name, label)
     if wanted.type == "id":
@@ -179,6 +185,23 @@ def _check_field(batch: RowBatch, wanted: RecordField) -> None:
 def _reject_unseen(batch: RowBatch, column: str, label: str) -> None:
     texts = batch.columns[column]
     batch.reject(shows_nothing(texts), lambda i: describe_unseen(label, texts[i].as_py()))
+
+
+def _plain_labels(labels: pa.Array) -> pa.Array:
+    """Each label in its normal form; see data/plain_labels.py."""
+    whole = pc.replace_substring_regex(pc.utf8_trim_whitespace(labels), WHOLE_NUMBER, r"\1")
+    return pc.if_else(pc.equal(whole, "-0"), "0", whole)
+
+
+def _reject_equal_sides(batch: RowBatch) -> None:
+    """Reject the triples whose negative is their document: they would train it as relevant and irrelevant at once."""
+    document, negative = (pc.utf8_trim_whitespace(batch.columns[name]) for name in ("document", "negative"))
+    batch.reject(
+        mask_of(pc.equal(document, negative)),
+        lambda i: (
+            f"negative is the document itself, {document[i].as_py()[:60]!r}; a negative is another text"
+        ),
+    )
 
 
 def _parse_numbers(texts: pa.Array) -> np.ndarray:

@@ -110,7 +110,7 @@ def find_files(path: str, file_format: str = "auto") -> Found:
     Raises:
         InputError: nothing is there, or nothing that is data; a link leads nowhere, or a name is not UTF-8.
     """
-    base, pattern = _split_glob(path)
+    base, pattern = split_glob(path)
     if pattern is None and base.is_file():
         return Found(_make_files([base], base.parent))
     if pattern is None and not base.is_dir():
@@ -152,7 +152,7 @@ def find_files(path: str, file_format: str = "auto") -> Found:
 
 def refuse_output_inside(output: str, path: str) -> None:
     """Raise InputError where a job would write below a folder, or over a file, that it reads from."""
-    base, pattern = _split_glob(path)
+    base, pattern = split_glob(path)
     place = Location.of(output)
     # By their real names: one place may be named by a link, or with `..`.
     below, above = (os.path.realpath(each.path) if each.is_local else each.path for each in (place, base))
@@ -368,7 +368,7 @@ def _split_options(path: str) -> tuple[str, str]:
     return (path[: found.start()], found[0]) if found else (path, "")
 
 
-def _split_glob(path: str) -> tuple[Location, tuple[str, ...] | None]:
+def split_glob(path: str) -> tuple[Location, tuple[str, ...] | None]:
     """The place that `path` names, or the folder above its first wildcard and the pattern below that folder."""
     refuse_other_than_utf8(path)
     if not is_glob(path):

@@ -47,7 +47,7 @@ from raytower.encoding.plan import (
 from raytower.encoding.progress import progress
 from raytower.encoding.records import collect_records, find_parts, remove_left_overs
 from raytower.encoding.worker import EncodedPiece, PieceEncoder, read_answer
-from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.errors import FormatError, InputError, OtherOutputError, RaytowerError
 from raytower.models.compute import check_max_length
 from raytower.models.device import default_block_rows, default_tokens_per_batch
 from raytower.models.directory import resolve_model
@@ -251,7 +251,7 @@ def _refuse_another_job(job: _Job, found: dict[str, Any], spec: dict[str, Any]) 
     remedy = "choose a new output, or remove the old one"
     if found.get("format_version") != JOB_FORMAT:
         is_same_model = found.get("fingerprint") == job.encoder.former_fingerprint
-        raise InputError(
+        raise OtherOutputError(
             f"output {job.config.output!r} was begun by another version of raytower: {JOB_NAME} has format "
             f"{found.get('format_version', 1)}, this version writes {JOB_FORMAT}. Format 1 left the model's "
             "config.json, query prompt and similarity, and the names of input folders, out of what it compared. "
@@ -261,7 +261,9 @@ def _refuse_another_job(job: _Job, found: dict[str, Any], spec: dict[str, Any]) 
     different = [key for key in spec if found.get(key) != spec[key]]
     if different:
         sides = "; ".join(f"{key} is {found.get(key)!r} there and {spec[key]!r} now" for key in different)
-        raise InputError(f"output {job.config.output!r} belongs to another encoding job: {sides}; {remedy}")
+        raise OtherOutputError(
+            f"output {job.config.output!r} belongs to another encoding job: {sides}; {remedy}"
+        )
 
 
 def _publish_quarantine(job: _Job) -> None:
@@ -457,7 +459,7 @@ def _mean_tokens(job: _Job) -> float:
 def _model_size(encoder: Encoder) -> ModelSize:
     tables = [module for module in encoder.modules() if isinstance(module, torch.nn.Embedding)]
     config = encoder.backbone.config
-    width = int(config.hidden_size)
+    width = encoder.width
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         embedding_parameters=sum(table.weight.numel() for table in tables),

@@ -158,18 +158,25 @@ def _search(
     final = by_recall
     if retriever.scorer is not None:
         final = retriever.rerank(texts, candidates, config.recall_k)
-        measured.recall.append(_metrics(by_recall, relevant, config.k))
+        measured.recall.append(_metrics(by_recall, relevant, config.k, judgements))
     times.append(time.perf_counter())
-    measured.final.append(_metrics(final, relevant, config.k))
+    measured.final.append(_metrics(final, relevant, config.k, judgements))
     for name, seconds in zip(("encode", "recall", "rerank"), np.diff(times), strict=True):
         measured.milliseconds[name] += float(seconds) * 1000
     return final
 
 
 def _metrics(
-    ranked: Sequence[Sequence[Hit]], relevant: Sequence[Mapping[str, float]], ks: Sequence[int]
+    ranked: Sequence[Sequence[Hit]],
+    relevant: Sequence[Mapping[str, float]],
+    ks: Sequence[int],
+    judgements: Judgements,
 ) -> dict[str, Floats]:
-    return ranking_metrics([[hit.id for hit in hits] for hits in ranked], relevant, ks)
+    counted = [
+        judgements.counted_once([hit.id for hit in hits], judged)
+        for hits, judged in zip(ranked, relevant, strict=True)
+    ]
+    return ranking_metrics([ids for ids, _ in counted], [judged for _, judged in counted], ks)
 
 
 def _depth(config: EvaluateConfig) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from raytower.data.queries import QuerySet
 from raytower.index.reader import Index
@@ -26,6 +27,20 @@ class Judgements:
     """Judgements whose document is not in the index."""
     num_without_relevant: int
     """Queries of the input that nothing is relevant to; they are no part of the lists above."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Where relevance goes by text: document id → id of the first document with its text, of texts that stand in the
+    index more than once."""
+
+    def counted_once(
+        self, ids: Sequence[str], relevant: Mapping[str, float]
+    ) -> tuple[list[str], dict[str, float]]:
+        """Ranked ids and judgements of one query with the first id of a text for each of its copies.
+
+        So one judged text, found at rank 1, is a recall of 1, as on the dev pairs of training: recall and nDCG count a
+        text at its first place alone.
+        """
+        first = self.copies
+        return [first.get(item, item) for item in ids], {first.get(i, i): j for i, j in relevant.items()}
 
 
 def judge(queries: QuerySet, index: Index) -> Judgements:
@@ -33,6 +48,7 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
 
     Relevance by id is taken as it is. Relevance by text (pairs) means every document whose text is equal.
     """
+    copies: dict[str, str] = {}
     if queries.relevant is not None:
         known = {doc_id for judged in queries.relevant for doc_id in judged}
         present = set(find_documents(index, "id", known, "id"))
@@ -46,8 +62,9 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
             {doc_id: 1.0 for text in texts for doc_id in ids.get(text, (_ABSENT + text,))}
             for texts in queries.relevant_texts
         ]
+        copies = {doc_id: same[0] for same in ids.values() if len(same) > 1 for doc_id in same}
         num_missing = sum(text not in ids for texts in queries.relevant_texts for text in texts)
-    return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant)
+    return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant, copies)
 
 
 def absent_text(identifier: str) -> str | None:

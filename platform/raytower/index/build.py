@@ -542,6 +542,12 @@ def remove_work(index: Location, digest: str) -> None:
     (index / WORK_NAME / digest).delete()
 
 
+def build_identity(config: IndexBuildConfig) -> str:
+    """What names the build of a config among those that a version was built by."""
+    source = Embeddings(Location.of(config.embeddings))
+    return _identity(config, source, _plan(config, source))
+
+
 def _identity(config: IndexBuildConfig, source: Embeddings, plan: IndexPlan) -> str:
     """What names this build: rows, what shards are made of them, and the recall that they must reach."""
     settings = config.model_dump(mode="json", exclude={"embeddings", "output", "workers", "replace"})

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raytower.errors import RaytowerError
+from raytower.errors import InputError, RaytowerError
 from raytower.models.ahead import Ahead
 from raytower.models.batch_planner import plan_batches
 from raytower.models.chunks import load_rows
@@ -168,6 +168,22 @@ class BlockEngine(ABC):
             before,
             self.tokens_per_batch,
         )
+
+
+def refuse_no_numbers(values_NW: NDArray[np.float32], model: str, row_name: str) -> NDArray[np.float32]:
+    """What a model gave for rows, (N, W), as it is.
+
+    Raises:
+        InputError: it holds NaN or infinity, of which no score can be made; the first such row is named.
+    """
+    broken = np.flatnonzero(~np.isfinite(values_NW).all(axis=1))
+    if len(broken):
+        raise InputError(
+            f"the {model} gives {row_name} number {int(broken[0])} the values {values_NW[broken[0]][:5].tolist()}, "
+            f"which are no numbers ({len(broken)} of {len(values_NW)} such rows); compute in float32, or check the "
+            "model's weights"
+        )
+    return values_NW
 
 
 def _layers_of(transformer: nn.Module) -> list[nn.Module]:

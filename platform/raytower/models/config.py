@@ -8,6 +8,8 @@ from pydantic import Field
 
 from raytower.config import Config
 
+# How the vectors of a text's tokens become one: their mean, the first, their maximum, or the last.
+PoolingMode = Literal["mean", "cls", "max", "lasttoken"]
 _EXPORTED: tuple[Literal["encoder", "reranker", "classifier"], ...] = ("encoder", "reranker", "classifier")
 
 

@@ -16,13 +16,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
-from raytower.models.directory import load_tokenizer, read_info, read_json_object, resolve_model
+from raytower.models.directory import (
+    load_tokenizer,
+    read_info,
+    read_json_object,
+    resolve_model,
+    transformer_folder,
+)
 from raytower.models.fusion import Fusion
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
     SequenceClassifier,
     finished_config,
     load_classifier,
+    pad_apart,
     recorded_max_length,
 )
 
@@ -73,11 +80,13 @@ class CrossEncoder(SequenceClassifier):
         Raises:
             InputError: `name` is a finished classifier with another number of logits, so its head cannot go on.
         """
-        path = resolve_model(str(name))
+        path = transformer_folder(resolve_model(str(name)))
         finished = finished_config(path)
         if finished is None:
             model, _ = load_classifier(path, num_labels=num_labels)
-            return cls(model, load_tokenizer(path, model.config), recorded_max_length(path, model))
+            tokenizer = load_tokenizer(path, model.config)
+            pad_apart(model, tokenizer)
+            return cls(model, tokenizer, recorded_max_length(path, model))
         if finished.num_labels != num_labels:
             raise InputError(
                 f"{str(path)!r} is a finished classifier with num_labels {finished.num_labels}, and the objective "

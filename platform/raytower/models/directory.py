@@ -67,23 +67,57 @@ def resolve_model(name: str) -> Path:
         StorageError: the storage cannot be reached, or the cache cannot be written.
     """
     path = _find(name)
+    _refuse_pointers(path)
     if (path / _ADAPTER).is_file():
         raise FormatError(
             f"model {name!r} holds a LoRA adapter ({_ADAPTER}); merge it into its base model "
             "(merge_and_unload() of peft) and save that"
         )
-    if not (path / "config.json").is_file():
+    body = transformer_folder(path)
+    if not (body / "config.json").is_file():
         raise FormatError(
-            f"model directory {str(path)!r} has no config.json; it must be a Hugging Face directory"
+            f"model directory {str(body)!r} has no config.json; it must be a Hugging Face directory"
         )
-    tensors = [_count_tensors(file) for file in _weight_files(path, name)]
-    layers = read_json_object(path / "config.json").get("num_hidden_layers", 0)
+    tensors = [_count_tensors(file) for file in _weight_files(body, name)]
+    layers = read_json_object(body / "config.json").get("num_hidden_layers", 0)
     if isinstance(layers, int) and layers > max(_MAX_LAYERS, sum(tensors)):
         raise FormatError(
-            f"{str(path / 'config.json')!r} has num_hidden_layers {layers}, its weights are {sum(tensors)} tensors; "
+            f"{str(body / 'config.json')!r} has num_hidden_layers {layers}, its weights are {sum(tensors)} tensors; "
             "they do not belong together"
         )
     return path
+
+
+def transformer_folder(path: Path) -> Path:
+    """Where a model directory keeps config.json, weights and tokenizer: at its top, or in a folder of their own.
+
+    Older versions of the peer library wrote them into `0_Transformer`, as the first of modules.json says.
+    """
+    file = path / "modules.json"
+    if (path / "config.json").is_file() or not file.is_file():
+        return path
+    modules = read_json(file)
+    first = modules[0] if isinstance(modules, list) and modules else None
+    if not isinstance(first, dict) or not str(first.get("type")).endswith(".Transformer"):
+        return path
+    return inside(path, first.get("path"), file)
+
+
+def _refuse_pointers(path: Path) -> None:
+    """Refuse a clone without Git LFS, whose tokenizer and configs may be pointers as its weights are (`_damage`)."""
+    for file in sorted({*path.glob("*"), *path.glob("*/*")}):
+        if (
+            file.suffix not in (".json", ".txt", ".model")
+            or not file.is_file()
+            or not os.access(file, os.R_OK)
+        ):
+            continue
+        with open(file, "rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise FormatError(
+                    f"{str(file)!r} is a Git LFS pointer, not the file itself; run git lfs pull in the model's "
+                    "repository"
+                )
 
 
 def _find(name: str) -> Path:
@@ -191,6 +225,10 @@ def load_weights(kind: Any, path: Path, what: str, **changes: Any) -> tuple[PreT
             output_loading_info=True,
             **changes,
         )
+        # A cache serves generation only; a decoder would hold keys and values of all layers during each forward pass.
+        for part in (model.config, model.config.get_text_config()):
+            if getattr(part, "use_cache", False):
+                part.use_cache = False
     # Position ids are computed where a directory does not hold them.
     missing = [key for key in report.get("missing_keys", []) if "position_ids" not in key]
     return cast(PreTrainedModel, model), sorted(missing)
@@ -219,18 +257,23 @@ def _download(name: str) -> Path:
 def load_tokenizer(path: Path, config: Any) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a directory whose backbone has `config`.
 
+    A decoder's may have no padding token; its end of text then fills batches up, which the attention mask hides.
+
     Raises:
         FormatError: it cannot be loaded as a fast one, or gives ids that the embedding table does not have.
     """
     with loading(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise FormatError(f"the tokenizer in {str(path)!r} must be a fast one with a padding token")
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if last >= config.vocab_size:
+    rows = config.get_text_config().vocab_size
+    if last >= rows:
         raise FormatError(
             f"the tokenizer in {str(path)!r} has {last + 1} tokens, {token!r} the last, and the embedding table "
-            f"{config.vocab_size} rows; resize it with resize_token_embeddings(), or give the tokenizer it was "
+            f"{rows} rows; resize it with resize_token_embeddings(), or give the tokenizer it was "
             "trained with"
         )
     return tokenizer
@@ -238,7 +281,7 @@ def load_tokenizer(path: Path, config: Any) -> PreTrainedTokenizerBase:
 
 def max_positions(config: Any) -> int:
     """Most tokens that a text may have for a backbone with this config; RoBERTa's kind loses two to its offset."""
-    positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
     if positions < 1:  # XLNet, whose positions are relative, says -1
         return 1 << 20
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer") else 0

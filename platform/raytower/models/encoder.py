@@ -17,9 +17,18 @@ from typing import Any, Literal, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    LongT5EncoderModel,
+    MT5EncoderModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
-from raytower.errors import FormatError, RaytowerError
+from raytower.errors import FormatError, InputError, RaytowerError
+from raytower.models.config import PoolingMode
 from raytower.models.directory import (
     INFO_NAME,
     hash_config,
@@ -39,11 +48,18 @@ from raytower.models.directory import (
     save_pretrained,
     save_tensors,
     tensor_shapes,
+    transformer_folder,
     write_json,
 )
 from raytower.models.token_block import Padding
 
-PoolingMode = Literal["mean", "cls", "max", "lasttoken"]
+# Of these kinds AutoModel would take the decoder too, whose weights an encoder's directory lacks.
+_ENCODERS_ALONE: dict[object, type[PreTrainedModel]] = {
+    "longt5": LongT5EncoderModel,
+    "mt5": MT5EncoderModel,
+    "t5": T5EncoderModel,
+    "umt5": UMT5EncoderModel,
+}
 _POOLING_FLAGS: dict[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -57,6 +73,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "GELU": nn.GELU,
     "Sigmoid": nn.Sigmoid,
 }
+# The output that the peer library pools where nothing else is said.
+_KNOWN_OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 _MODULE_ORDER = re.compile(r"Transformer Pooling( Dense)*( Normalize)?")
 # The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
 _FINGERPRINT_VERSION = 2
@@ -97,8 +115,11 @@ class Encoder(nn.Module):
         settings: EncoderSettings,
         projections: list[Projection] | None = None,
         prompts: Mapping[str, str] | None = None,
+        width: int | None = None,
     ) -> None:
+        """`width` is H, where it is known already; it is found by a forward pass otherwise."""
         super().__init__()
+        self.width = _output_width(backbone) if width is None else width
         self.backbone = backbone
         self.projections = nn.ModuleList(projections or [])
         self.tokenizer = tokenizer
@@ -110,48 +131,63 @@ class Encoder(nn.Module):
                 parameter.requires_grad_(False)
 
     @classmethod
-    def load(cls, name: str | Path, *, from_classifier: bool = False) -> Encoder:
-        """Load a sentence-transformers directory, a plain Hugging Face encoder (mean pooling, normalised), or a hub id.
+    def load(
+        cls, name: str | Path, *, from_classifier: bool = False, pooling: PoolingMode | None = None
+    ) -> Encoder:
+        """Load a sentence-transformers directory, a plain Hugging Face encoder (normalised), or a hub id.
 
-        `from_classifier` also takes a reranker or classifier, whose transformer an encoder may be trained from.
+        Args:
+            name: a directory, a hub id or a storage URI.
+            from_classifier: take a reranker or classifier too, whose transformer an encoder may be trained from.
+            pooling: of a plain directory; None is mean. A sentence-transformers directory brings its own.
 
         Raises:
-            InputError: no such model.
+            InputError: no such model, or `pooling` is not that of the directory.
             FormatError: no safetensors weights, weights that do not fit the config, a module this class lacks, or a
                 reranker or classifier, whose vectors mean nothing.
         """
         path = resolve_model(str(name))
+        body = transformer_folder(path)
         if not from_classifier:
             _refuse_classifier(path)
-        backbone = _load_backbone(path)
-        tokenizer = load_tokenizer(path, backbone.config)
-        pooling, normalise, projections = _read_modules(path, int(backbone.config.hidden_size))
-        sentence_config = read_json_object(path / "sentence_bert_config.json")
+        backbone = _load_backbone(body)
+        tokenizer = load_tokenizer(body, backbone.config)
+        with loading(body, "a forward pass of its backbone"):
+            width = _output_width(backbone)
+        own_pooling, normalise, projections = _read_modules(path, width)
+        if own_pooling is not None and pooling not in (None, own_pooling):
+            raise InputError(
+                f"pooling is {pooling!r}, and model {str(name)!r} brings its own, {own_pooling!r}, which its vectors "
+                "were trained for; leave pooling out, or give a plain Hugging Face directory"
+            )
+        sentence_file = _sentence_file(body)
+        sentence_config = read_json_object(sentence_file)
+        _refuse_other_output(sentence_file, sentence_config)
         st_config = read_json_object(path / "config_sentence_transformers.json")
         limit = max_positions(backbone.config)
         length = sentence_config.get("max_seq_length") or min(tokenizer.model_max_length, limit)
         if not isinstance(length, int) or length < 1:
             raise FormatError(
-                f"{str(path / 'sentence_bert_config.json')!r} has max_seq_length {length!r}; it must be a whole number "
+                f"{str(sentence_file)!r} has max_seq_length {length!r}; it must be a whole number "
                 "of tokens, at least 1"
             )
         settings = EncoderSettings(
-            pooling=pooling,
+            pooling=own_pooling or pooling or "mean",
             normalise=normalise,
             max_length=min(length, limit),
             lower_case=bool(sentence_config.get("do_lower_case", False)),
             similarity="dot" if st_config.get("similarity_fn_name") in ("dot", "dot_score") else "cosine",
         )
-        return cls(backbone, tokenizer, settings, projections, prompts=_read_prompts(path, st_config)).eval()
+        prompts = _read_prompts(path, st_config)
+        return cls(backbone, tokenizer, settings, projections, prompts=prompts, width=width).eval()
 
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory (safetensors, fp32 as held); `info` goes into raytower.json with the fingerprint."""
         folder = Path(path)
         save_pretrained(self.backbone, self.tokenizer, folder)
         modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
-        width = int(self.backbone.config.hidden_size)
         pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
-        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling})
+        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling})
         for module in self.projections:
             projection = cast(Projection, module)
             number = str(len(modules))
@@ -200,7 +236,7 @@ class Encoder(nn.Module):
         """D, the embedding dimension."""
         if len(self.projections):
             return cast(Projection, self.projections[-1]).linear.out_features
-        return int(self.backbone.config.hidden_size)
+        return self.width
 
     @property
     def max_length(self) -> int:
@@ -278,7 +314,7 @@ def _is_outside_map(name: str) -> bool:
 
 
 def _refuse_classifier(path: Path) -> None:
-    names = read_json_object(path / "config.json").get("architectures") or []
+    names = read_json_object(transformer_folder(path) / "config.json").get("architectures") or []
     if any(is_sequence_classifier(str(name)) for name in names) and not (path / "modules.json").is_file():
         raise FormatError(
             f"{str(path)!r} is a {names[0]}, a reranker or a classifier; as an encoder it would lose its head and give "
@@ -287,7 +323,8 @@ def _refuse_classifier(path: Path) -> None:
 
 
 def _load_backbone(path: Path) -> PreTrainedModel:
-    model, lacking = load_weights(AutoModel, path, "its backbone")
+    kind = _ENCODERS_ALONE.get(read_json_object(path / "config.json").get("model_type"), AutoModel)
+    model, lacking = load_weights(kind, path, "its backbone")
     missing = [key for key in lacking if "pooler." not in key]
     if missing:
         raise FormatError(
@@ -295,6 +332,50 @@ def _load_backbone(path: Path) -> PreTrainedModel:
             "its safetensors do not belong to its config.json"
         )
     return model
+
+
+def _output_width(backbone: PreTrainedModel) -> int:
+    """H: the length of the vectors that the backbone gives for one token.
+
+    Configs say it under many names, those made of several under none, and some project what they call hidden size.
+    """
+    was_training = backbone.training
+    token_11 = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    with torch.no_grad():
+        hidden_11H = backbone.eval()(input_ids=token_11).last_hidden_state
+    backbone.train(was_training)
+    return int(hidden_11H.shape[-1])
+
+
+def _sentence_file(folder: Path) -> Path:
+    """Settings of the Transformer module; older directories name the file after the kind of backbone."""
+    named = folder / "sentence_bert_config.json"
+    other = sorted(folder.glob("sentence_*_config.json"))
+    return other[0] if other and not named.is_file() else named
+
+
+def _refuse_other_output(file: Path, config: Mapping[str, Any]) -> None:
+    """Pooling is over the backbone's last hidden state; a directory may say that it takes another output."""
+    modalities = config.get("modality_config") or {}
+    text = modalities.get("text", _KNOWN_OUTPUT) if isinstance(modalities, dict) else modalities
+    stated = {
+        "transformer_task": config.get("transformer_task") or "feature-extraction",
+        "modality_config of text": text,
+        "module_output_name": config.get("module_output_name") or "token_embeddings",
+    }
+    known = {
+        "transformer_task": "feature-extraction",
+        "modality_config of text": _KNOWN_OUTPUT,
+        "module_output_name": "token_embeddings",
+    }
+    other = {key: value for key, value in stated.items() if value != known[key]}
+    if isinstance(modalities, dict) and "message" in modalities:
+        other["modality_config"] = "message (a chat template)"
+    if other:
+        raise FormatError(
+            f"{str(file)!r} has {', '.join(f'{key} {value!r}' for key, value in other.items())}; known is pooling over "
+            f"the transformer's last hidden state: {known}"
+        )
 
 
 def _read_prompts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -307,11 +388,11 @@ def _read_prompts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return prompts
 
 
-def _read_modules(path: Path, width: int) -> tuple[PoolingMode, bool, list[Projection]]:
-    """Pooling, whether vectors are normalised, and the projections of a backbone of `width`."""
+def _read_modules(path: Path, width: int) -> tuple[PoolingMode | None, bool, list[Projection]]:
+    """Pooling (None of a plain directory), whether vectors are normalised, and projections of a backbone of `width`."""
     file = path / "modules.json"
     if not file.is_file():
-        return "mean", True, []
+        return None, True, []
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise FormatError(f"{str(file)!r} must hold a list of modules, each an object with type and path")
@@ -327,10 +408,12 @@ def _read_modules(path: Path, width: int) -> tuple[PoolingMode, bool, list[Proje
         elif kind == "Dense":
             projections.append(_load_projection(place, width))
             width = projections[-1].linear.out_features
-        elif kind not in ("Transformer", "Normalize") or (kind == "Transformer" and module["path"] != ""):
+        elif kind not in ("Transformer", "Normalize") or (
+            kind == "Transformer" and place != transformer_folder(path)
+        ):
             raise FormatError(
-                f"{str(file)!r} names the module {module.get('type')!r}; known are Transformer (at the top), Pooling, "
-                "Dense and Normalize"
+                f"{str(file)!r} names the module {module.get('type')!r} in {module['path']!r}; known are Transformer "
+                "(at the top, or first in a folder of its own), Pooling, Dense and Normalize"
             )
     if not _MODULE_ORDER.fullmatch(" ".join(kinds)):
         raise FormatError(
@@ -342,8 +425,8 @@ def _read_modules(path: Path, width: int) -> tuple[PoolingMode, bool, list[Proje
 
 def _read_pooling(place: Path) -> PoolingMode:
     config = read_json_object(place / "config.json")
-    modes = [config["pooling_mode"]] if "pooling_mode" in config else []
-    modes = [item for mode in modes for item in ([mode] if isinstance(mode, str) else mode)]
+    stated = config.get("pooling_mode", [])
+    modes = stated if isinstance(stated, list) else [stated]
     modes = modes or [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
     other = [
         key

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytower.models.ahead import Ahead
-from raytower.models.block_engine import BlockEngine
+from raytower.models.block_engine import BlockEngine, refuse_no_numbers
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute, check_max_length
 from raytower.models.device import TORCH_DTYPES, choose_device
 from raytower.models.encoder import Encoder
@@ -87,10 +87,13 @@ class ForwardEngine(BlockEngine):
         """Vectors of `texts`, float32 (len(texts), D), in input order; `prefix` is put before each text.
 
         Raises:
-            InputError: a text that is no valid Unicode; it is named.
+            InputError: a text that is no valid Unicode, or a vector that holds NaN or infinity; it is named.
             RaytowerError: one text alone does not fit into memory.
         """
-        return self.forward_rows(len(texts), lambda rows: self.tokenise(texts[rows], prefix, rows.start))
+        vectors_ND = self.forward_rows(
+            len(texts), lambda rows: self.tokenise(texts[rows], prefix, rows.start)
+        )
+        return refuse_no_numbers(vectors_ND, "encoder", self.row_name)
 
     def tokenise(self, texts: Sequence[str], prefix: str = "", start: int = 0) -> TokenBlock:
         """The texts behind `prefix`, cut to `max_length`; `start` is the first one's number, for messages."""

@@ -25,7 +25,7 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules or "all-linear",
-        exclude_modules=r"(.*\.)?pooler\..*",
+        exclude_modules=r"(.*\.)?pooler(\..*)?",  # ALBERT's is a linear layer itself
     )
     # The pooler belongs to a classifier's head, which trains as a whole; that of an encoder is frozen already.
     pooler = [p for name, p in backbone.named_parameters() if name.startswith("pooler.") and p.requires_grad]

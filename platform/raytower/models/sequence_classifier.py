@@ -55,6 +55,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        _tell_padding(model, tokenizer)
         self.max_length = max_length
         self.info = dict(info or {})
 
@@ -111,6 +112,28 @@ class SequenceClassifier(nn.Module):
         hash_tokenizer(digest, self.tokenizer)
         hash_config(digest, self.model.config)
         return digest
+
+
+def _tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the tokenizer's padding into the model's config, by which a decoder's head finds a row's last token."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None or reads_last_token(model):
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def reads_last_token(model: PreTrainedModel) -> bool:
+    """Whether the head reads a row's last token that is no padding, as transformers' heads of decoders do."""
+    return hasattr(model, "score")
+
+
+def pad_apart(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad by the end of text where the tokenizer ends texts by its padding token and a fresh head reads the last token.
+
+    The head would take that last token for padding. Qwen3-Embedding ends texts so, and it keeps their vector there.
+    """
+    ids = tokenizer("a")["input_ids"]
+    if reads_last_token(model) and ids[-1] == tokenizer.pad_token_id and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[str]]:

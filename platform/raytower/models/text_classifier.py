@@ -18,12 +18,13 @@ from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.class_ranks import rank_classes, softmax
-from raytower.models.directory import load_tokenizer, read_info, resolve_model
+from raytower.models.directory import load_tokenizer, read_info, resolve_model, transformer_folder
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
     SequenceClassifier,
     finished_config,
     load_classifier,
+    pad_apart,
     recorded_max_length,
 )
 
@@ -68,13 +69,15 @@ class TextClassifier(SequenceClassifier):
                 labels are not these in this order, so its head cannot go on.
         """
         _check_labels(labels)
-        path = resolve_model(str(name))
+        path = transformer_folder(resolve_model(str(name)))
         finished = finished_config(path)
         if finished is None:
             numbers = dict(enumerate(labels))
             names = {label: number for number, label in numbers.items()}
             model, _ = load_classifier(path, id2label=numbers, label2id=names, problem_type=_PROBLEM_TYPE)
-            return cls(model, load_tokenizer(path, model.config), recorded_max_length(path, model))
+            tokenizer = load_tokenizer(path, model.config)
+            pad_apart(model, tokenizer)
+            return cls(model, tokenizer, recorded_max_length(path, model))
         if _labels_of(finished) != tuple(labels):
             raise InputError(
                 f"{str(path)!r} is a finished classifier and {_difference(_labels_of(finished), labels)}; train from "

@@ -15,7 +15,10 @@ query. From an untrained model it can collapse all texts to one point; start fro
 random_negative. in_batch_negatives weighs all negatives softly instead.
 Source: Hermans et al. 2017 (batch-hard triplet loss); Faghri et al. 2018 (VSE++, maximum of hinges).
 
-Shape legend: B queries of this worker, C documents of all workers, D embedding dimension.
+Negatives are chosen a block of queries at a time, and their cosines computed again for the gradient: memory is linear
+in the batch.
+
+Shape legend: B queries of this worker, C documents of all workers, R queries of a block, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from raytower.collectives import gather_rows
 from raytower.objectives.config import HardestNegative
-from raytower.objectives.keys import known_relevant
+from raytower.objectives.keys import KnownRelevant
 from raytower.objectives.targets import Targets, needed
 
 
@@ -36,8 +39,19 @@ def hardest_negative(settings: HardestNegative, columns: Sequence[Tensor], targe
     query_BD, *documents = columns
     keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
     document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])
-    cosine_BC = query_BD @ document_CD.T
+    hardest_B, has_any_B = _hardest(query_BD, document_CD, keys.known)
     positive_B = (query_BD * documents[0]).sum(-1)
-    # Without any negative the maximum is -inf and the hinge 0, with gradient 0.
-    hardest_B = cosine_BC.masked_fill(known_relevant(keys), -torch.inf).amax(-1)
-    return torch.relu(settings.margin - positive_B + hardest_B).mean()
+    negative_B = (query_BD * document_CD[hardest_B]).sum(-1)
+    return torch.where(has_any_B, torch.relu(settings.margin - positive_B + negative_B), 0.0).mean()
+
+
+@torch.no_grad()
+def _hardest(query_BD: Tensor, document_CD: Tensor, known: KnownRelevant) -> tuple[Tensor, Tensor]:
+    """(B,) the most similar document that is not relevant to each query, the first of equals; (B,) if there is any."""
+    found = [
+        (query_BD[rows] @ document_CD.T).masked_fill(known.mask(rows), -torch.inf).max(-1)
+        for rows in known.blocks()
+    ]
+    return torch.cat([best.indices for best in found]), torch.cat(
+        [best.values for best in found]
+    ) > -torch.inf

@@ -17,19 +17,24 @@ hardest_negative and random_negative look at one negative of the batch; margin_m
 Source: Henderson et al. 2017 (smart reply); Karpukhin et al. 2020 (DPR); margin on the positive: Yang et al. 2019;
 symmetric: Radford et al. 2021 (CLIP).
 
-Shape legend: B queries of this worker, N queries of all workers, C documents of all workers, D embedding dimension.
+The loss and its gradient are computed together, a block of queries at a time: memory is that of the embeddings and
+of one block, linear in the batch, and no product is made twice.
+
+Shape legend: B queries of this worker, C documents of all workers, R queries of a block, D embedding dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from raytower.collectives import gather_rows
 from raytower.objectives.config import InBatchNegatives
-from raytower.objectives.keys import BatchKeys, known_relevant, own_places
+from raytower.objectives.keys import BatchKeys, KnownRelevant
 from raytower.objectives.targets import Targets, needed
 
 
@@ -40,20 +45,73 @@ def in_batch_negatives(settings: InBatchNegatives, columns: Sequence[Tensor], ta
     loss = _one_direction(settings, query_BD, documents, keys)
     if not settings.symmetric:
         return loss
-    exchanged = BatchKeys(query=keys.documents[0], documents=(keys.query,))
-    return (loss + _one_direction(settings, documents[0], [query_BD], exchanged)) / 2
+    return (loss + _one_direction(settings, documents[0], [query_BD], keys.exchanged)) / 2
 
 
 def _one_direction(
     settings: InBatchNegatives, query_BD: Tensor, documents: Sequence[Tensor], keys: BatchKeys
 ) -> Tensor:
     """Mean cross-entropy of finding each query's first document among the documents of all workers."""
-    document_CD = torch.cat([gather_rows(column_BD) for column_BD in documents])
-    cosine_BC = query_BD @ document_CD.T
-    rows_B, positive_B = torch.arange(len(query_BD), device=query_BD.device), own_places(query_BD)
-    known_BC = known_relevant(keys)
-    known_BC[rows_B, positive_B] = False
-    margin_BC = torch.zeros_like(cosine_BC)
-    margin_BC[rows_B, positive_B] = settings.margin
-    logits_BC = settings.scale * (cosine_BC - margin_BC)
-    return nn.functional.cross_entropy(logits_BC.masked_fill(known_BC, -torch.inf), positive_B)
+    gathered = [gather_rows(column_BD) for column_BD in documents]
+    document_CD = gathered[0] if len(gathered) == 1 else torch.cat(gathered)
+    return cast(
+        Tensor, _MeanCrossEntropy.apply(query_BD, document_CD, keys.known, settings.scale, settings.margin)
+    )
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Forward: the mean over the queries, and its gradients, which are all that is kept. Backward multiplies them.
+
+    With p the softmax over the documents that are in the sum, the gradient of loss_i by the logit of document j is
+    p[i, j] - [j is the positive of i]. Products are made in the columns' precision, or autocast's; the softmax, its
+    sums and the gradients are float32 at least.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, query_BD: Tensor, document_CD: Tensor, known: KnownRelevant, scale: float, margin: float
+    ) -> Tensor:
+        device = query_BD.device
+        exact = torch.promote_types(query_BD.dtype, torch.float32)
+        is_mixed = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if is_mixed else query_BD.dtype
+        scaled_BD, vector_CD = (query_BD * scale).to(precision), document_CD.to(precision)
+        loss = torch.zeros((), dtype=exact, device=device)
+        query_gradient_BD = torch.empty_like(query_BD, dtype=exact)
+        document_gradient_CD = torch.zeros_like(document_CD, dtype=exact)
+        for rows in known.blocks():
+            logits_RC = (scaled_BD[rows] @ vector_CD.T).to(exact)
+            own_R = known.own_B[rows]
+            own = (torch.arange(len(own_R), device=device), own_R)
+            positive_R = logits_RC[own] - scale * margin
+            logits_RC[known.pairs(rows)] = -torch.inf
+            logits_RC[:, known.missing_M] = -torch.inf
+            logits_RC[own] = positive_R
+            # In place: beside the product, passes over memory are what a block costs.
+            largest_R1 = logits_RC.amax(1, keepdim=True)
+            share_RC = logits_RC.sub_(largest_R1).exp_()
+            sum_R1 = share_RC.sum(1, keepdim=True)
+            loss += (largest_R1 + sum_R1.log()).sum() - positive_R.sum()
+            share_RC.div_(sum_R1)
+            share_RC[own] -= 1
+            slope_RC = share_RC.to(precision)
+            query_gradient_BD[rows] = slope_RC @ vector_CD
+            if precision == exact:  # no (C, D) matrix of each block
+                document_gradient_CD.addmm_(slope_RC.T, scaled_BD[rows])
+            else:
+                document_gradient_CD += slope_RC.T @ scaled_BD[rows]
+        num_queries = len(query_BD)
+        query_gradient_BD *= scale / num_queries
+        document_gradient_CD /= num_queries
+        context.save_for_backward(query_gradient_BD, document_gradient_CD)
+        context.precisions = (query_BD.dtype, document_CD.dtype)
+        return loss / num_queries
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        columns = [
+            (gradients[0] * kept).to(precision)
+            for kept, precision in zip(context.saved_tensors, context.precisions, strict=True)
+        ]
+        return (*columns, None, None, None)

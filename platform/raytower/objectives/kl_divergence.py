@@ -5,7 +5,7 @@ For query i with documents d_1 … d_K, cosine similarities s and the teacher's 
     P_i = softmax over k of t[i, k] / τ,    Q_i = softmax over k of a·s[i, d_k]
     loss_i = sum over k of P_i(k) · ( log P_i(k) - log Q_i(k) )
 
-with the teacher's temperature τ and the student's scale a.
+with the teacher's temperature τ and the student's scale a. The sums go over the documents that the row has.
 
     columns      queries (B, D), then K ≥ 2 document columns (B, D), all of unit length
     targets      teacher's scores (B, K), in the order of the document columns
@@ -22,10 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from raytower.objectives.config import KLDivergence
-from raytower.objectives.targets import Targets, distilled
+from raytower.objectives.targets import Targets, distilled, present_documents
 
 
 def kl_divergence(settings: KLDivergence, columns: Sequence[Tensor], targets: Targets) -> Tensor:
@@ -35,9 +36,15 @@ def kl_divergence(settings: KLDivergence, columns: Sequence[Tensor], targets: Ta
         InputError: fewer than two documents, or no finite teacher score for each.
     """
     cosine_BK, teacher_BK = distilled(columns, targets, settings.name)
+    missing_BK = ~present_documents(targets, cosine_BK)
+
+    def log_softmax(logits_BK: Tensor) -> Tensor:
+        # A missing document has the share 0, whose logarithm would make the sum NaN: it counts as equal on both sides.
+        return logits_BK.masked_fill(missing_BK, -torch.inf).log_softmax(-1).masked_fill(missing_BK, 0)
+
     return nn.functional.kl_div(
-        (settings.scale * cosine_BK).log_softmax(-1),
-        (teacher_BK / settings.temperature).log_softmax(-1),
+        log_softmax(settings.scale * cosine_BK),
+        log_softmax(teacher_BK / settings.temperature),
         log_target=True,
         reduction="batchmean",
     )

@@ -26,6 +26,8 @@ from raytower.objectives.targets import refuse_single_documents
 def listwise_softmax(settings: ListwiseSoftmax, logits_BK: Tensor, labels: Tensor | None = None) -> Tensor:
     """Mean loss, a scalar, of logits (B, K) whose first column is of the relevant documents; `labels` are not read.
 
+    A logit is -inf where a query has no such document: its share of the sum is 0.
+
     Raises:
         InputError: K is 1.
     """

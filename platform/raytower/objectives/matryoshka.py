@@ -14,6 +14,7 @@ Shape legend: B rows of this worker, D embedding dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -39,6 +40,8 @@ def _weighted_sum(
             f"start at {available} or less"
         )
     weights = settings.weights or (1.0,) * len(settings.dims)
+    if targets.keys is not None:  # moved here, so that all dims share what is known of them
+        targets = replace(targets, keys=targets.keys.to(columns[0].device))
     losses = [
         weight * objective([_cut(column_BD, dim) for column_BD in columns], targets)
         for dim, weight in zip(settings.dims, weights, strict=True)

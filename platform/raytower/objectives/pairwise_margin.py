@@ -4,6 +4,8 @@ For a query whose documents have the logits z₀ (relevant) and z₁ … z₍K�
 
     loss = mean over k ≥ 1 of max(0, m - σ(z₀) + σ(zₖ)),    mean over queries
 
+K is the number of the query's own documents; a query without negatives adds 0.
+
 σ comes first, because a margin such as 0.1 means something on 0..1 only. A pair that keeps the margin adds nothing,
 so training ends up on the pairs that are still wrong.
 
@@ -16,6 +18,7 @@ Shape legend: B queries of this worker, K documents of each.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from raytower.objectives.config import PairwiseMargin
@@ -25,9 +28,13 @@ from raytower.objectives.targets import refuse_single_documents
 def pairwise_margin(settings: PairwiseMargin, logits_BK: Tensor, labels: Tensor | None = None) -> Tensor:
     """Mean loss, a scalar, of logits (B, K) whose first column is of the relevant documents; `labels` are not read.
 
+    A logit is -inf where a query has no such document.
+
     Raises:
         InputError: K is 1.
     """
     refuse_single_documents(logits_BK, settings.name)
     scores_BK = logits_BK.sigmoid()
-    return (settings.margin - scores_BK[:, :1] + scores_BK[:, 1:]).clamp(min=0).mean()
+    hinge_BK = (settings.margin - scores_BK[:, :1] + scores_BK[:, 1:]).clamp(min=0)
+    present_BK = logits_BK[:, 1:] > -torch.inf
+    return ((hinge_BK * present_BK).sum(-1) / present_BK.sum(-1).clamp(min=1)).mean()

@@ -15,7 +15,7 @@ Use it to start from a model that knows nothing of the domain, or where most tex
 other. Siblings: hardest_negative takes the most similar document, in_batch_negatives all of them.
 Source: Schroff et al. 2015 (FaceNet, triplet loss); Huang et al. 2020 (random negatives in embedding-based retrieval).
 
-Shape legend: B queries of this worker, N rows of all workers, D embedding dimension.
+Shape legend: B queries of this worker, N rows of all workers, R queries of a block, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from raytower.collectives import gather_rows
 from raytower.objectives.config import RandomNegative
-from raytower.objectives.keys import known_relevant, own_places
+from raytower.objectives.keys import KnownRelevant
 from raytower.objectives.targets import Targets, needed
 
 
@@ -36,11 +36,20 @@ def random_negative(settings: RandomNegative, columns: Sequence[Tensor], targets
     query_BD, document_BD = columns
     keys = needed(targets.keys, "the keys of its texts", settings.name).to(query_BD.device)
     document_ND = gather_rows(document_BD)
-    num_rows = len(document_ND)
-    rows_N = torch.arange(num_rows, device=query_BD.device)
-    # Rows from the query's own to each document, cyclically: own row 2 of 4 gives 2 3 0 1. Forbidden ones come last.
-    steps_BN = (rows_N[None] - own_places(query_BD)[:, None]) % num_rows
-    nearest_B, negative_B = steps_BN.masked_fill(known_relevant(keys), num_rows).min(-1)
+    negative_B, has_any_B = _next_rows(keys.known)
     positive_B = (query_BD * document_BD).sum(-1)
     hinge_B = torch.relu(settings.margin - positive_B + (query_BD * document_ND[negative_B]).sum(-1))
-    return torch.where(nearest_B < num_rows, hinge_B, 0.0).mean()
+    return torch.where(has_any_B, hinge_B, 0.0).mean()
+
+
+def _next_rows(known: KnownRelevant) -> tuple[Tensor, Tensor]:
+    """(B,) the next document after each query's own that is not relevant to it, cyclically; (B,) if there is any."""
+    num_rows = known.num_documents
+    row_N = torch.arange(num_rows, device=known.own_B.device)
+    found = []
+    for rows in known.blocks():
+        # Rows from the query's own to each document: own row 2 of 4 gives 2 3 0 1. Forbidden ones come last.
+        steps_RN = (row_N[None] - known.own_B[rows, None]) % num_rows
+        found.append(steps_RN.masked_fill_(known.mask(rows), num_rows).min(-1))
+    nearest_B = torch.cat([best.values for best in found])
+    return torch.cat([best.indices for best in found]), nearest_B < num_rows

@@ -31,6 +31,10 @@ class Targets:
     teacher_BK: Tensor | None = None  # noqa: N815
     """For distillation: the teacher's score of each candidate document; column 0 is the first document column."""
 
+    present_BK: Tensor | None = None  # noqa: N815
+    """False where a row has no document in a column; its vector and its score are 0 and count nothing. None: all are
+    there."""
+
 
 EncoderObjective = Callable[[Sequence[Tensor], Targets], Tensor]
 """(unit-length embeddings (B, D) of each column: queries first, then documents; targets) → mean loss of the B rows."""
@@ -55,6 +59,13 @@ def candidate_cosines(columns: Sequence[Tensor], objective: str) -> Tensor:
             "train from triples or candidates"
         )
     return (query_BD[:, None] * torch.stack(list(documents), dim=1)).sum(-1)
+
+
+def present_documents(targets: Targets, cosine_BK: Tensor) -> Tensor:
+    """(B, K) True where a row has a document, on the device of the student's cosines."""
+    if targets.present_BK is None:
+        return torch.ones_like(cosine_BK, dtype=torch.bool)
+    return targets.present_BK.to(cosine_BK.device)
 
 
 def refuse_single_documents(logits_BK: Tensor, objective: str) -> None:

@@ -17,7 +17,7 @@ class StepConfig(Config):
 
 
 class PipelineConfig(Config):
-    """`state` is the file that remembers finished steps."""
+    """`state` is the file that remembers finished steps, and which outputs the pipeline has written."""
 
     steps: list[StepConfig] = Field(min_length=1)
     """Jobs in their order, each `{job: NAME, config: {…}}`."""

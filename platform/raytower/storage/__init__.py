@@ -2,6 +2,7 @@
 
 from raytower.storage.errors import StorageError, StorageRefusedError, explaining
 from raytower.storage.hashed import HashedFile
+from raytower.storage.known import known_sha256
 from raytower.storage.lease import Lease, writer_lease
 from raytower.storage.local import fsync_dir, locked
 from raytower.storage.location import (
@@ -23,6 +24,7 @@ __all__ = [
     "check_output",
     "explaining",
     "fsync_dir",
+    "known_sha256",
     "locked",
     "output_folder",
     "publish_directory",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +30,14 @@ def count_steps(num_rows: int, batch_rows: int, epochs: float) -> int:
     return max(int(num_rows * epochs) // batch_rows, 1)
 
 
+def count_unused(num_rows: int, batch_rows: int, epochs: float) -> int:
+    """Rows of a run that fill no step: what is left of its last pass. Of 127 rows and steps of 64, 63.
+
+    Arguments as of `count_steps`.
+    """
+    return max(int(num_rows * epochs) - count_steps(num_rows, batch_rows, epochs) * batch_rows, 0)
+
+
 def cut_batches(tables: Iterable[pa.Table], batch_size: int) -> Iterator[Rows]:
     """Batches of `batch_size` rows in the tables' order. A batch may span tables; an incomplete one is left out."""
     pending: list[pa.Table] = []
@@ -47,63 +55,31 @@ def cut_batches(tables: Iterable[pa.Table], batch_size: int) -> Iterator[Rows]:
         pending, num_pending = [table.slice(start)], num_pending - start
 
 
-def cut_distinct_batches(
-    tables: Iterable[pa.Table], batch_size: int, columns: Sequence[str], max_waiting: int
-) -> Iterator[Rows]:
-    """Batches in which no two rows share a value of any of `columns`; null equals nothing.
+def join_windows(tables: Iterable[pa.Table], window_rows: Iterable[int]) -> Iterator[pa.Table]:
+    """One table for each window of `window_rows` rows from tables that may hold a part of one each."""
+    arriving = iter(tables)
+    for num_rows in window_rows:
+        parts: list[pa.Table] = []
+        while sum(part.num_rows for part in parts) < num_rows:
+            parts.append(next(arriving))
+        yield pa.concat_tables(parts)
 
-    Rows are taken in order. A row that collides waits and comes first for the next batch. So no row is lost, and a row
-    that collides often comes later, perhaps in the next epoch.
 
-    Raises:
-        InputError: more than `max_waiting` rows wait: the data repeat themselves too much for distinct batches.
-    """
-    waiting: list[_KeyedRow] = []
-    batch = _DistinctBatch(batch_size)
+def skip_rows(tables: Iterable[pa.Table], count: int) -> Iterator[pa.Table]:
+    """The tables without their first `count` rows."""
     for table in tables:
-        for row in table.to_pylist():
-            keyed = (_keys(row, columns), row)
-            if not batch.take(keyed):
-                waiting.append(keyed)
-                if len(waiting) > max_waiting:
-                    raise InputError(
-                        f"more than {max_waiting} rows cannot be placed in batches of {batch_size} without sharing a "
-                        f"{' or '.join(columns)}; use sampler: shuffle (false negatives are masked anyway) or a "
-                        "smaller batch_size"
-                    )
-            while len(batch.rows) == batch_size:
-                yield {name: [item[name] for item in batch.rows] for name in table.column_names}
-                batch = _DistinctBatch(batch_size)
-                waiting = [item for item in waiting if not batch.take(item)]
+        skipped = min(count, table.num_rows)
+        count -= skipped
+        if skipped < table.num_rows:
+            yield table.slice(skipped)
 
 
-_KeyedRow = tuple[frozenset[tuple[str, Any]], dict[str, Any]]
-
-
-class _DistinctBatch:
-    """Rows that share no key."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.rows: list[dict[str, Any]] = []
-        self._seen: set[tuple[str, Any]] = set()
-
-    def take(self, keyed: _KeyedRow) -> bool:
-        """Take a row in, unless the batch is full or has one of its keys."""
-        keys, row = keyed
-        if len(self.rows) == self.size or not self._seen.isdisjoint(keys):
-            return False
-        self.rows.append(row)
-        self._seen |= keys
-        return True
-
-
-def _keys(row: dict[str, Any], columns: Sequence[str]) -> frozenset[tuple[str, Any]]:
-    values = ((name, row[name][0] if isinstance(row[name], list) else row[name]) for name in columns)
-    return frozenset((name, value) for name, value in values if value is not None)
+def num_rows(rows: Rows) -> int:
+    """How many rows there are."""
+    return len(next(iter(rows.values())))
 
 
 def worker_slice(rows: Rows, rank: int, world_size: int) -> Rows:
     """The rows of a global batch that belong to one worker: contiguous and equally many for each."""
-    size = len(next(iter(rows.values()))) // world_size
+    size = num_rows(rows) // world_size
     return {name: values[rank * size : (rank + 1) * size] for name, values in rows.items()}

@@ -13,19 +13,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytower.data.config import NamedInput
-from raytower.data.pieces import Survey
+from raytower.data.layouts import Source
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
+from raytower.data.plain_labels import in_order, plain_label
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
+from raytower.models.block_engine import refuse_no_numbers
 from raytower.models.compute import check_max_length
 from raytower.models.logits_model import LogitsModel
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.objectives.classification import weights_of
+from raytower.progress import log
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
+from raytower.training.backbone import (
+    PROBE,
+    evaluation_copy,
+    freeze_unreached,
+    merged_copy,
+    prepare_backbone,
+)
 from raytower.training.batches import Rows
-from raytower.training.config import TrainClassifierConfig
-from raytower.training.inputs import survey_training, tables
+from raytower.training.config import DevConfig, TrainClassifierConfig
+from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
+from raytower.training.dev_overlap import say_overlap
+from raytower.training.inputs import dev_tables, survey_training, tables
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
@@ -38,9 +50,14 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     """Training of one text classifier; see training.task.Task."""
 
     def __init__(
-        self, config: TrainClassifierConfig, start: str, labels: Sequence[str], counts: Mapping[str, int]
+        self,
+        config: TrainClassifierConfig,
+        start: str,
+        labels: Sequence[str],
+        counts: Mapping[str, int],
+        set_aside: Sequence[Piece] = (),
     ) -> None:
-        """`labels` in the order of the classes, `counts` of them among the training rows."""
+        """`labels` in the order of the classes, `counts` of them among the training rows, `set_aside` dev rows."""
         super().__init__(config, start)
         self.labels = tuple(labels)
         self.classes = {label: number for number, label in enumerate(labels)}
@@ -48,7 +65,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         self.dev_texts: list[str] = []
         self.dev_labels: list[str] = []
         if config.dev is not None:
-            self.dev_texts, self.dev_labels = _load_dev(config.dev.path, self.classes)
+            self.dev_texts, self.dev_labels = _load_dev(config.dev, self.classes, set_aside)
 
     @classmethod
     def survey(cls, config: TrainClassifierConfig) -> Survey:
@@ -59,13 +76,22 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     @classmethod
     def prepare(cls, config: TrainClassifierConfig, surveyed: Survey) -> Self:
         labels, counts = _labels(config, surveyed)
-        _load_start(config, config.start, labels)
-        return cls(config, absolute_if_local(config.start), labels, counts)
+        model = _load_start(config, config.start, labels)
+        texts = spaced_rows(surveyed)["text"]
+        shares = cut_shares(model.tokenizer, {"text": [texts]}, config.max_length)
+        say_cut_shares(shares, config.max_length, len(texts))
+        task = cls(config, absolute_if_local(config.start), labels, counts, surveyed.set_aside)
+        say_overlap(surveyed, config.dev, [task.dev_texts])
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start), self.labels)
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
-        return LogitsModel(model)
+        whole = LogitsModel(model.eval())
+        freeze_unreached(
+            whole, lambda: whole(whole.plan_chunks(model.tokenise([[PROBE]], self.config.max_length)))
+        )
+        return whole
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)
@@ -75,6 +101,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         def compute_loss() -> Tensor:
             with step.autocast():
                 logits_BC = step.parallel(chunks)
+            step.observe("accuracy", (logits_BC.argmax(1) == classes_B).float().mean())
             weights_C = None if self.weights_C is None else self.weights_C.to(step.device)
             return self.config.objective(logits_BC, classes_B, weights_C)
 
@@ -90,7 +117,10 @@ class ClassifierTask(Task[TrainClassifierConfig]):
             max_length=self.config.max_length,
         )
         rows = own_rows(len(self.dev_texts)).tolist()
-        best_own = engine.logits([self.dev_texts[row] for row in rows]).argmax(1).astype(np.float32)
+        logits_NC = refuse_no_numbers(
+            engine.logits([self.dev_texts[row] for row in rows]), "classifier", "dev text"
+        )
+        best_own = logits_NC.argmax(1).astype(np.float32)
         best = gather_rows_in_order(best_own, len(self.dev_texts))
         predicted = [self.labels[int(number)] for number in best]
         return {
@@ -122,7 +152,8 @@ def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]
     # The same seed on every worker: a fresh head must be the same everywhere.
     torch.manual_seed(config.seed)
     model = TextClassifier.start_from(start, labels)
-    model.max_length = check_max_length(config.max_length, model.max_positions)
+    # What is published keeps its own length, which training on shorter rows does not lower.
+    check_max_length(config.max_length, model.max_positions)
     return model
 
 
@@ -131,40 +162,59 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
     counts: Counter[str] = Counter()
     for table in tables(surveyed):
         counts.update(table["label"].to_pylist())
-    labels = sorted(counts) if config.labels is None else _read_labels(config.labels)
+    labels = in_order(counts) if config.labels is None else _read_labels(config.labels)
     unknown = sorted(set(counts) - set(labels))
     if unknown:
         raise InputError(
             f"{config.train.path}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
             f"labels, {sum(counts[label] for label in unknown)} rows); add them there, or remove labels"
         )
-    if len(labels) < 2:
+    if len(counts) < 2:
         raise InputError(
-            f"{config.train.path}: the only label is {labels[0]!r}; a classifier needs at least two"
+            f"{config.train.path}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
         )
+    _name_likely_header(surveyed, counts)
     return labels, counts
+
+
+def _name_likely_header(surveyed: Survey, counts: Counter[str]) -> None:
+    """Say so where the first row looks like the header of other columns: two words, the second a label of its own."""
+    source, first = surveyed.pieces[0].source, read_piece(surveyed.pieces[0]).slice(0, 1).to_pylist()[0]
+    if (
+        not isinstance(source, Source)
+        or source.layout.format not in ("tsv", "csv")
+        or source.layout.first_line > 1
+    ):
+        return
+    are_words = first["text"].isidentifier() and first["label"].isidentifier()
+    if are_words and counts[first["label"]] == 1:
+        log(
+            f"{surveyed.files[0]}:1: {first['text']!r} is the only text with the label {first['label']!r}; if this "
+            "line is a header, name its columns text and label"
+        )
 
 
 def _read_labels(path: str) -> list[str]:
     surveyed = survey_input(NamedInput(path=path, format="lines"), "lines")
-    labels = [text.strip() for table in tables(surveyed) for text in table["text"].to_pylist()]
+    labels = [plain_label(text) for table in tables(surveyed) for text in table["text"].to_pylist()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise InputError(f"labels {path!r}: {twice[0]!r} is in it more than once; write each label once")
     return labels
 
 
-def _load_dev(path: str, classes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+def _load_dev(
+    dev: DevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
+) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    surveyed = survey_input(NamedInput(path=path), "labelled")
-    for table in tables(surveyed):
+    for table in dev_tables(dev, "labelled", set_aside):
         texts += table["text"].to_pylist()
         labels += table["label"].to_pylist()
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise InputError(
-            f"dev.path {path!r}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
+            f"{dev.origin}: label {unknown[0]!r} is none of the {len(classes)} labels that are trained; the dev "
             "set can only hold labels of the training set or of `labels`"
         )
     return texts, labels

@@ -4,10 +4,14 @@
 |--------------|-------|-------------------------------|-------------------|
 | pairs        | query | document                      | ids               |
 | triples      | query | document, negative            |                   |
-| candidates   | query | the first `num_documents`     | their scores      |
+| candidates   | query | up to `num_documents`         | their scores      |
 | scored       | query | document                      | label             |
 | labelled     | text  | the label's own text          | label             |
 | lines        | text  | the same text once more       |                   |
+
+Candidate lists differ in length: shorter ones have no document in the last columns.
+
+Shape legend: B rows of this worker, K document columns, R texts (or pairs) that there are, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
@@ -27,12 +32,41 @@ class TextColumns:
     """The queries of a batch and their document columns, all equally long, with the targets."""
 
     queries: Sequence[str]
-    documents: Sequence[Sequence[str]]
+    documents: Sequence[Sequence[str | None]]
+    """None where a row has no document in this column; the first column has all."""
     targets: Targets
+
+    @property
+    def present_documents(self) -> list[str]:
+        """The documents that there are, column after column."""
+        return [text for column in self.documents for text in column if text is not None]
+
+    @property
+    def asking_queries(self) -> list[str]:
+        """The query of each of `present_documents`."""
+        return [
+            query
+            for column in self.documents
+            for query, text in zip(self.queries, column, strict=True)
+            if text is not None
+        ]
+
+    def place(self, values_R: Tensor) -> Tensor:
+        """(K, B, …) values (R, …) of `present_documents` in their columns and rows; 0 where there is no document."""
+        # 0 1 3 where 4 places hold a document each but the third
+        places_R = torch.tensor([text is not None for column in self.documents for text in column]).nonzero()[
+            :, 0
+        ]
+        shape = (len(self.documents), len(self.queries), *values_R.shape[1:])
+        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R.to(values_R.device), values_R)
+        return placed.reshape(shape)
 
 
 def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
-    """The columns of an encoder objective from rows of any kind; candidates are cut to their best `num_documents`."""
+    """The columns of an encoder objective from rows of any kind.
+
+    Candidates have `num_documents` columns, or as many as the longest of them.
+    """
     queries, documents = _texts(rows, num_documents)
     labels = rows["label"] if "text" in rows and "label" in rows else None
     columns = [
@@ -41,36 +75,74 @@ def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
     ]
     keys = BatchKeys(query=text_keys(queries, rows.get("query_id"), labels), documents=tuple(columns))
     scores = torch.tensor(rows["label"], dtype=torch.float32) if "query" in rows and "label" in rows else None
-    teacher = None
+    present_BK, teacher = None, None
     if "scores" in rows:
-        teacher = torch.tensor([row[: len(documents)] for row in rows["scores"]], dtype=torch.float32)
-    return TextColumns(queries, documents, Targets(keys=keys, labels_B=scores, teacher_BK=teacher))
+        present_BK = torch.tensor([[text is not None for text in column] for column in documents]).T
+        filled = [[*row, *[0.0] * (len(documents) - len(row))] for row in rows["scores"]]
+        teacher = torch.tensor(filled, dtype=torch.float32)
+    targets = Targets(keys=keys, labels_B=scores, teacher_BK=teacher, present_BK=present_BK)
+    return TextColumns(queries, documents, targets)
 
 
-def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[str]]]:
+def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[str | None]]]:
     if "documents" in rows:
-        columns = zip(*(row[:num_documents] for row in rows["documents"]), strict=True)
-        return rows["query"], [list(column) for column in columns]
+        width = num_documents or max(len(row) for row in rows["documents"])
+        filled = ([*row, *[None] * (width - len(row))] for row in rows["documents"])
+        return rows["query"], [list(column) for column in zip(*filled, strict=True)]
     if "text" in rows:
         return rows["text"], [rows["label"] if "label" in rows else rows["text"]]
     return rows["query"], [rows["document"], *([rows["negative"]] if "negative" in rows else [])]
 
 
-def judged_pairs(
-    rows: Rows, num_documents: int | None = None
-) -> tuple[list[str], list[str], list[float], int]:
-    """Rows as (query, document, label) for a cross-encoder, and how many of them belong to each query.
+def best_documents(rows: Rows) -> tuple[list[str], list[str]]:
+    """The queries of rows of any kind, and of each the document that it is trained to find."""
+    if "documents" in rows:
+        return rows["query"], [documents[0] for documents in rows["documents"]]
+    if "text" in rows:
+        return rows["text"], rows["label"] if "label" in rows else rows["text"]
+    return rows["query"], rows["document"]
 
-    A triple is a relevant and an irrelevant pair; candidates keep their scores. Pairs of a query stand together, the
-    relevant one first.
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """Pairs of a cross-encoder. Those of a query stand together, the relevant one first.
+
+    list_lengths: pairs of each query. width: the longest list of the run.
+    """
+
+    queries: list[str]
+    documents: list[str]
+    labels: list[float]
+    list_lengths: list[int]
+    width: int
+
+    def as_lists(self, logits_R: Tensor) -> Tensor:
+        """(B, K) logits (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""
+        lengths_B1 = torch.tensor(self.list_lengths)[:, None]
+        places_R = (torch.arange(self.width) < lengths_B1).flatten().nonzero()[:, 0].to(logits_R.device)
+        filled = logits_R.new_full((len(self.list_lengths) * self.width,), -torch.inf)
+        return filled.index_copy(0, places_R, logits_R).reshape(-1, self.width)
+
+
+def judged_pairs(rows: Rows, num_documents: int | None = None) -> JudgedPairs:
+    """Rows as pairs for a cross-encoder.
+
+    A pair is relevant; a triple is a relevant and an irrelevant one; candidates keep their scores, and are at most
+    `num_documents`.
     """
     if "label" in rows:
-        return rows["query"], rows["document"], rows["label"], 1
-    queries, documents = _texts(rows, num_documents)
-    size = len(documents)
+        return JudgedPairs(rows["query"], rows["document"], rows["label"], [1] * len(rows["query"]), 1)
     if "scores" in rows:
-        labels = [float(score) for row in rows["scores"] for score in row[:size]]
+        lists, scores = rows["documents"], rows["scores"]
     else:
-        labels = [1.0, *[0.0] * (size - 1)] * len(queries)
-    flat = [column[row] for row in range(len(queries)) for column in documents]
-    return [query for query in queries for _ in range(size)], flat, labels, size
+        negatives = [rows["negative"]] if "negative" in rows else []
+        lists = [list(texts) for texts in zip(rows["document"], *negatives, strict=True)]
+        scores = [[1.0, *[0.0] * len(negatives)]] * len(lists)
+    lengths = [len(documents) for documents in lists]
+    return JudgedPairs(
+        queries=[query for query, length in zip(rows["query"], lengths, strict=True) for _ in range(length)],
+        documents=[text for documents in lists for text in documents],
+        labels=[float(score) for row in scores for score in row],
+        list_lengths=lengths,
+        width=num_documents or max(lengths),
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from raytower.config import Config, FractionField, OnError, WorkersConfig
-from raytower.models.config import LoraConfig
+from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
     CosineEmbedding,
     CosineRegression,
@@ -27,6 +28,7 @@ from raytower.objectives.config import (
     SimCSE,
 )
 
+_EVERY_STEPS = 200
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
 RetrieverObjective = (
@@ -42,6 +44,17 @@ RetrieverObjective = (
 RerankerFormat = Literal["scored", "triples", "candidates"]
 RerankerObjective = PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax
 ClassifierObjective = CrossEntropy | Focal
+# Keys that change how a run goes but not its result, so a job may continue with other values.
+FREE_KEYS = frozenset(
+    {
+        "output",
+        "log_dir",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_failures",
+    }
+)
 
 
 class OptimizerConfig(Config):
@@ -62,14 +75,52 @@ class DevConfig(Config):
 
     shorthand = "path"
 
-    path: str
-    """Dev rows: a file, a folder or a glob, local or by URI."""
+    path: str | None = None
+    """Dev rows: a file, a folder or a glob, local or by URI; null sets `share` of the training rows aside."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training rows that are dev rows and not trained, in place of path. `seed` draws them: all rows of a
+    query together, and of each label of a classifier the same share."""
     metric: str
     """What is measured; higher is better."""
-    every_steps: int = Field(default=200, ge=1)
-    """Steps between two measurements."""
-    patience: int = Field(default=3, ge=1)
-    """Evaluations in a row without a better value before training stops."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two measurements; null is 200, or what every_epochs says."""
+    every_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows between two measurements, in place of every_steps; 0.5 measures twice a pass."""
+    patience: int | None = Field(default=3, ge=1)
+    """Evaluations in a row without a better value before training stops; null never stops it."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.path is None and self.share is None:
+            raise ValueError("dev.path is required and not given; name dev rows, or give dev.share")
+        if self.path is not None and self.share is not None:
+            raise ValueError(
+                f"dev.path is {self.path!r} and dev.share {self.share:g}; dev rows come from one of them: give one"
+            )
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError(
+                f"dev.every_steps is {self.every_steps} and dev.every_epochs {self.every_epochs:g}; give one of them"
+            )
+
+    @property
+    def origin(self) -> str:
+        """Where the dev rows come from, for messages."""
+        return f"dev.path {self.path!r}" if self.path is not None else f"dev.share {self.share:g}"
+
+    def is_due(self, step: int, rows_per_step: int, num_rows: int) -> bool:
+        """Whether step number `step`, counted from 1, ends with a measurement.
+
+        every_epochs need not be whole steps: the step that brings the rows seen to the next multiple is meant. Of 100
+        rows at 16 a step these are steps 7, 13, 19 and 25 for every_epochs 1.
+        """
+        if self.every_epochs is None:
+            return step % (self.every_steps or _EVERY_STEPS) == 0
+        # As a fraction, since 0.3 of 100 rows in floating point is not always 30.
+        rows_between = Fraction(str(self.every_epochs)) * num_rows
+        return step * rows_per_step // rows_between > (step - 1) * rows_per_step // rows_between
+
+    def is_over(self, stale_evaluations: int) -> bool:
+        """Whether so many evaluations in a row without a better value end training."""
+        return self.patience is not None and stale_evaluations >= self.patience
 
 
 class TrainInput(Config):
@@ -126,8 +177,9 @@ class TrainJobConfig(Config):
     """TensorBoard's event files; null is `<output>.tensorboard`."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest."""
+    keep_checkpoints: Literal["all"] | Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest; all keeps each one,
+    and leaves their model directories in `<output>.checkpoints` when training has ended."""
     max_failures: int = Field(default=2, ge=0)
     """Times that lost workers are replaced before the job fails; a job started again counts anew."""
 
@@ -136,6 +188,12 @@ class TrainJobConfig(Config):
             raise ValueError(
                 f"batch_size is {self.batch_size}, which {self.workers.num} workers cannot share evenly; "
                 "make it a multiple of workers.num"
+            )
+        if self.workers.num_gpus not in (0, 1):
+            raise ValueError(
+                f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
+                "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
+                "to the number of GPUs"
             )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
@@ -168,14 +226,18 @@ def _with_default_name(name: str) -> Any:
 class RetrieverTrainInput(TrainInput):
     format: Literal["auto", RetrieverFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
+    split: str | None = None
+    """Split of a BEIR folder, whose pairs are those that qrels/<split>.tsv judges relevant; null reads train."""
     num_documents: int | None = Field(default=None, ge=2)
-    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
+    """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
 
 class RetrieverDevConfig(DevConfig):
     """Measuring during training: recall of dev pairs against a corpus, or, for the metrics auc, accuracy, f1 and
     spearman, the cosines of scored dev pairs."""
 
+    split: str | None = None
+    """Split of a BEIR folder, whose queries are those that qrels/<split>.tsv judges; null reads dev."""
     corpus: str | None = None
     """Texts to search among; null takes the dev documents themselves."""
     corpus_rows: int = Field(default=20_000, ge=1)
@@ -188,9 +250,17 @@ class RetrieverDevConfig(DevConfig):
     """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
 
     def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
         if self.is_scored and self.corpus is not None:
             raise ValueError(
                 f"dev.corpus is set, and dev.metric {self.metric} searches none; remove it, or measure recall@10"
+            )
+        if self.is_scored and self.split is not None:
+            raise ValueError(f"dev.split is set, and dev.metric {self.metric} reads scored pairs; remove it")
+        if self.path is None and self.split is not None:
+            raise ValueError(
+                f"dev.split is {self.split!r}, and dev.share takes dev rows from the training rows, whose split is "
+                "train.split; remove dev.split, or name the folder by dev.path"
             )
         if self.threshold is not None and self.metric not in ("auc", "accuracy", "f1"):
             raise ValueError(f"dev.threshold is set, and dev.metric {self.metric} has none; remove it")
@@ -211,16 +281,20 @@ class TrainRetrieverConfig(TrainJobConfig):
     """What is learnt: the loss and its settings. A name alone takes its defaults."""
     matryoshka: Matryoshka | None = None
     """Train several prefix lengths of an embedding at once; null trains the whole one."""
+    pooling: PoolingMode | None = None
+    """How the vectors of a text's tokens become one, for a plain Hugging Face directory: their mean, cls (the first),
+    max, or lasttoken (of decoders); null is mean. A sentence-transformers directory brings its own."""
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None
     """A reranker directory that scores candidates while training, for margin_mse and kl_divergence."""
     sampler: Literal["shuffle", "no_duplicates"] = "shuffle"
-    """no_duplicates: no two rows of a batch share a query, document, id or label."""
+    """no_duplicates: rows that share a query, document, id or label come in different batches, as far as there are
+    enough batches."""
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
     max_length: int = Field(default=64, ge=1)
-    """Tokens of a text."""
+    """Tokens of a text while training; the published encoder keeps the length of its start."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     document_prefix: str | None = None
@@ -233,7 +307,7 @@ class RerankerTrainInput(TrainInput):
     format: Literal["auto", RerankerFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
-    """Candidates: documents taken from each row, its best first; null takes as many as every row has."""
+    """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
 
 
 class RerankerDevConfig(DevConfig):
@@ -254,10 +328,25 @@ class TrainRerankerConfig(TrainJobConfig):
     """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[RerankerObjective, Field(discriminator="name")] = PointwiseRegression()
     """What is learnt: the loss and its settings. A name alone takes its defaults."""
+    labels: list[str] | None = Field(default=None, min_length=2, max_length=2)
+    """Names of the two classes of pointwise_cross_entropy, the one of pairs that do not match first, as config.json of
+    the output gives them; null keeps those of the model."""
     batch_size: int = Field(default=32, ge=1)
     """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
-    """Tokens of a (query, document) pair."""
+    """Tokens of a (query, document) pair while training; the published reranker keeps the length of its start."""
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        if self.labels is None:
+            return
+        if self.objective.num_labels != 2:
+            raise ValueError(
+                f"labels are {self.labels}, and objective {self.objective.name} has no classes to name; remove them, "
+                "or choose pointwise_cross_entropy"
+            )
+        if len(set(self.labels)) < 2 or not all(label.strip() for label in self.labels):
+            raise ValueError(f"labels are {self.labels}; give two different names")
 
     _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
 
@@ -273,7 +362,8 @@ class TrainClassifierConfig(TrainJobConfig):
     """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
 
     labels: str | None = None
-    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted."""
+    """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted,
+    numbers by value."""
     dev: ClassifierDevConfig | None = None
     """Measuring during training; null measures nothing and keeps the last weights."""
     objective: Annotated[ClassifierObjective, Field(discriminator="name")] = CrossEntropy()
@@ -281,6 +371,6 @@ class TrainClassifierConfig(TrainJobConfig):
     batch_size: int = Field(default=32, ge=1)
     """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
-    """Tokens of a text."""
+    """Tokens of a text while training; the published classifier keeps the length of its start."""
 
     _objective_name = model_validator(mode="before")(_with_default_name("cross_entropy"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,46 +15,79 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.collectives import gather_constants
-from raytower.data.config import InputConfig, NamedInput
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.config import NamedInput
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine
+from raytower.training.columns import best_documents
 from raytower.training.config import RetrieverDevConfig
+from raytower.training.inputs import dev_tables
 from raytower.training.shares import gather_rows_in_order, own_rows
 
 
 @dataclass(frozen=True)
 class DevSet:
-    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus."""
+    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus.
+
+    `own` is each query's own position there, -1 where the corpus does not hold it or it is relevant to itself: a text
+    that asks is no answer.
+    """
 
     queries: list[str]
     corpus: list[str]
     relevant: list[list[int]]
+    own: list[int]
+
+    @property
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """Queries and relevant documents, one pair for each document of each query."""
+        pairs = [
+            (query, self.corpus[place])
+            for query, places in zip(self.queries, self.relevant, strict=True)
+            for place in places
+        ]
+        return [query for query, _ in pairs], [document for _, document in pairs]
 
 
-def load_dev_set(config: RetrieverDevConfig) -> DevSet:
+def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) -> DevSet:
     """Read dev pairs and a sample of the corpus that holds every relevant text; memory holds the sample only.
 
-    The documents of all rows of a query are relevant to it. Equal texts of the corpus count once.
+    The documents of all rows of a query are relevant to it. Equal texts of the corpus count once. Of training rows that
+    were set aside, the document that the query is trained to find is relevant.
+
+    Raises:
+        InputError: a split of what is no BEIR folder, bad rows, or training rows that name no relevant document.
     """
     positives: dict[str, dict[str, None]] = {}
-    for query, document in _rows(NamedInput(path=config.path), "pairs", ("query", "document")):
-        positives.setdefault(query, {})[document] = None
+    for table in dev_tables(config, "pairs", set_aside, config.split):
+        names = table.column_names
+        if "query" in names and "label" in names:
+            raise InputError(
+                f"{config.origin}: the training rows are scored pairs, of which dev.metric {config.metric} cannot tell "
+                "the relevant ones; measure auc or spearman, or name pairs by dev.path"
+            )
+        if "query" not in names and "label" not in names:
+            raise InputError(
+                f"{config.origin}: the training rows are single texts, to which no document is relevant; name dev "
+                "pairs by dev.path"
+            )
+        for query, document in zip(*best_documents(table.to_pydict()), strict=True):
+            positives.setdefault(query, {})[document] = None
     places: dict[str, int] = {}
     for documents in positives.values():
         for document in documents:
             places.setdefault(document, len(places))
     if config.corpus is not None:
-        source = NamedInput(path=config.corpus)
-        surveyed = survey_input(source, "corpus")
+        surveyed = survey_input(NamedInput(path=config.corpus), "corpus")
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):
             if text not in places and _position(text) < wanted:
                 places[text] = len(places)
     relevant = [[places[document] for document in documents] for documents in positives.values()]
-    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant)
+    own = [-1 if query in documents else places.get(query, -1) for query, documents in positives.items()]
+    return DevSet(queries=list(positives), corpus=list(places), relevant=relevant, own=own)
 
 
 def evaluate_recall(
@@ -71,8 +103,12 @@ def evaluate_recall(
     query_QD = gather_rows_in_order(engine.encode(own_queries, prefixes[0]), len(dev.queries))
     corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
     cutoffs = sorted({1, 10, int(metric.partition("@")[2])})
-    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs))
-    ids = [[str(row) for row in rows] for rows in ranked.tolist()]
+    # One more than is looked at, as a query's own text may be among them.
+    ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs) + 1)
+    ids = [
+        [str(row) for row in rows if row != own or row < 0]
+        for rows, own in zip(ranked.tolist(), dev.own, strict=True)
+    ]
     judged = [{str(row): 1.0 for row in rows} for rows in dev.relevant]
     values = {key: float(value.mean()) for key, value in ranking_metrics(ids, judged, cutoffs).items()}
     if metric not in values:
@@ -102,12 +138,6 @@ def _rank_documents(
     # Where the corpus is smaller than the depth, fillers remain at the end; -1 makes them name no document.
     ranked[torch.isinf(best.values)] = -1
     return ranked.numpy()
-
-
-def _rows(
-    source: InputConfig, kind: Literal["pairs", "corpus"], names: Sequence[str]
-) -> Iterator[tuple[str, ...]]:
-    yield from _survey_rows(survey_input(source, kind), names)
 
 
 def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:

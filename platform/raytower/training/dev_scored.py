@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raytower.data.config import NamedInput
-from raytower.data.pieces import read_piece
-from raytower.data.pieces import survey as survey_input
+from raytower.data.pieces import Piece
 from raytower.errors import InputError
 from raytower.metrics import accuracy_f1, auc, best_threshold, spearman
+from raytower.training.columns import judged_pairs
+from raytower.training.config import DevConfig
+from raytower.training.inputs import dev_tables
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class ScoredPairs:
     labels: list[float]
 
 
-def load_scored_pairs(path: str, metric: str) -> ScoredPairs:
+def load_scored_pairs(dev: DevConfig, metric: str, set_aside: Sequence[Piece] = ()) -> ScoredPairs:
     """Read scored pairs and check that `metric` can be computed of them, before any training; -1 counts as 0.
+
+    Triples and candidates among the training rows that were set aside are pairs with the labels that train them.
 
     Raises:
         InputError: bad rows, or labels that `metric` cannot use.
@@ -32,27 +36,33 @@ def load_scored_pairs(path: str, metric: str) -> ScoredPairs:
     queries: list[str] = []
     documents: list[str] = []
     labels: list[float] = []
-    for piece in survey_input(NamedInput(path=path), "scored").pieces:
-        table = read_piece(piece)
-        queries += table["query"].to_pylist()
-        documents += table["document"].to_pylist()
-        labels += table["label"].to_pylist()
+    for table in dev_tables(dev, "scored", set_aside):
+        if "query" not in table.column_names:
+            raise InputError(
+                f"{dev.origin}: the training rows are single texts; dev.metric {metric} needs judged pairs, by dev.path"
+            )
+        # Row by row, for lists of candidates may differ in length.
+        for row in table.to_pylist():
+            pairs = judged_pairs({name: [value] for name, value in row.items()})
+            queries += pairs.queries
+            documents += pairs.documents
+            labels += pairs.labels
     found = sorted(set(labels))
     if metric == "spearman":
         if len(found) < 2:
             raise InputError(
-                f"dev.path {path!r}: every label is {found[0]:g}; dev.metric spearman needs labels that differ"
+                f"{dev.origin}: every label is {found[0]:g}; dev.metric spearman needs labels that differ"
             )
         return ScoredPairs(queries, documents, labels)
     wrong = [label for label in found if label not in (-1, 0, 1)]
     if wrong or found == [-1, 0, 1]:
         raise InputError(
-            f"dev.path {path!r} has the labels {[f'{label:g}' for label in found[:5]]}; dev.metric {metric} needs two "
+            f"{dev.origin} has the labels {[f'{label:g}' for label in found[:5]]}; dev.metric {metric} needs two "
             "classes, 0 (or -1) and 1; use spearman for graded labels"
         )
     if len(found) < 2:
         raise InputError(
-            f"dev.path {path!r}: all {len(labels)} labels are {found[0]:g}; dev.metric {metric} needs pairs of both "
+            f"{dev.origin}: all {len(labels)} labels are {found[0]:g}; dev.metric {metric} needs pairs of both "
             "classes, 0 and 1"
         )
     return ScoredPairs(queries, documents, [float(label == 1) for label in labels])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary
 
 from raytower.storage import Location
 
@@ -35,7 +35,8 @@ class EventLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` by name at `step`."""
         for name, value in values.items():
-            summary = scalar(name, value)
+            # Not the library's `scalar`, which renames recall@10, and warns of that and of an infinite threshold.
+            summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
             self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:

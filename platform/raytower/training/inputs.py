@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from raytower.data.config import NamedInput
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.beir import is_beir
+from raytower.data.config import DevRows, NamedInput, TrainRows
+from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
 from raytower.errors import InputError
 from raytower.progress import log
-from raytower.training.config import TrainJobConfig
+from raytower.storage import known_sha256
+from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.dev_split import set_dev_aside
+
+_NAMED_COLUMNS = 8
 
 
 def survey_training(
-    config: TrainJobConfig, path: str, wanted: str, kinds: Sequence[str], objective: str
+    config: TrainJobConfig,
+    path: str,
+    wanted: str,
+    kinds: Sequence[str],
+    objective: str,
+    split: str | None = None,
 ) -> Survey:
     """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
+
+    With dev.share the survey's pieces are those that are trained, and its `set_aside` hold the dev rows.
 
     Args:
         config: says what happens to bad rows.
@@ -33,35 +47,105 @@ def survey_training(
         wanted: train.format.
         kinds: what the objective trains from.
         objective: its name, for messages.
+        split: of a BEIR folder; None is train.
 
     Raises:
-        InputError: bad rows under on_error fail, rows that fit none of `kinds`, or a `wanted` that is none of them.
+        InputError: a split of what is no BEIR folder, bad rows under on_error fail, rows that fit none of `kinds`, or
+            a `wanted` that is none of them.
     """
     refuse_output_inside(config.output, path)
-    source = NamedInput(path=path)
+    source = TrainRows(path=path, split=split)
+    refuse_split(source)
     if wanted != "auto" and wanted not in kinds:
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
         )
     quarantine = quarantine_of(config.output)
     candidates = cast(Sequence[RecordKind], kinds if wanted == "auto" else [wanted])
+    if config.on_error == "quarantine" and len(candidates) > 1:
+        candidates = _likeliest_kind(source, candidates) or candidates
     reasons = []
     for kind in candidates:
         try:
-            return survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
         except InputError as error:
             if len(candidates) == 1:
                 raise
             reasons.append(f"as {kind}: {error}")
+        else:
+            _name_what_is_left_out(path, kind, surveyed)
+            share = config.dev.share if config.dev else None
+            return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)
     raise InputError(
         f"{path!r} holds no rows that objective {objective} trains from; name what they are by train.format:\n"
         + "\n".join(reasons)
     )
 
 
+def refuse_split(source: NamedInput) -> None:
+    """Raise InputError where a split is named of what has none."""
+    if source.split is not None and not is_beir(source):
+        raise InputError(
+            f"{source.split_key} is {source.split!r}, and {source.path!r} is no BEIR folder, which alone has splits; "
+            "remove it, or name the file of that split by its path"
+        )
+
+
+def _likeliest_kind(source: NamedInput, kinds: Sequence[RecordKind]) -> list[RecordKind]:
+    """The kind that most rows fit, of equals the first; none where no row fits any.
+
+    Where bad rows are put aside, every kind reads every file that holds one row of it, so the first that can be read
+    may be that of two rows in a hundred. What a kind rejects here is listed nowhere: the rows are judged by the kind
+    that they are.
+    """
+    fitting: dict[RecordKind, int] = {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                surveyed = survey_input(source, kind, on_error="quarantine", quarantine=folder, say=False)
+            except InputError:
+                continue
+        if not surveyed.num_rejected:
+            return [kind]
+        fitting[kind] = surveyed.num_rows
+    return [max(fitting, key=lambda kind: fitting[kind])] if fitting else []
+
+
+def _name_what_is_left_out(path: str, kind: RecordKind, surveyed: Survey) -> None:
+    if surveyed.unread_columns:
+        names = ", ".join(map(repr, surveyed.unread_columns[:_NAMED_COLUMNS]))
+        more = len(surveyed.unread_columns) - _NAMED_COLUMNS
+        log(f"{path}: read as {kind}, of which {names}{f' and {more} more' if more > 0 else ''} are no part")
+    if surveyed.num_repeated:
+        log(
+            f"{path}: {surveyed.num_repeated:,} documents are left out, which stand twice in their row, such as a "
+            "positive among its own negatives"
+        )
+
+
 def tables(survey: Survey) -> Iterator[pa.Table]:
     """The rows of an input, a piece at a time."""
     return (read_piece(piece) for piece in survey.pieces)
+
+
+def dev_tables(
+    dev: DevConfig, kind: RecordKind, set_aside: Sequence[Piece], split: str | None = None
+) -> Iterator[pa.Table]:
+    """The dev rows, a piece at a time: those of dev.path as `kind`, or the training rows that were set aside.
+
+    `split` is that of a BEIR folder; None is dev.
+
+    Raises:
+        InputError: a split of what is no BEIR folder, or bad rows in dev.path.
+    """
+    if dev.path is None:
+        return map(read_piece, set_aside)
+    source = DevRows(path=dev.path, split=split)
+    refuse_split(source)
+    if split is None and is_beir(source):
+        # Never the training split, which is what a reader of pairs would take.
+        source = DevRows(path=dev.path, split="dev")
+    return tables(survey_input(source, kind))
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
@@ -87,52 +171,73 @@ def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
     )
 
 
-def check_labels(survey: Survey, apply: Callable[[Tensor], object], num_documents: int | None = None) -> None:
+def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
     """Apply the objective to all labels once before training, so that a bad one fails now and not hours later.
 
     `apply` computes the objective for labels (B,) with a constant in place of a model's output. It raises InputError
-    for a label that breaks the objective's rule. The labels of candidates are the scores of their best
-    `num_documents`.
+    for a label that breaks the objective's rule. The labels of candidates are their scores. Labels that are all equal
+    are refused too: no pair is to score otherwise than another.
     """
+    found: set[float] = set()
     for table in tables(survey):
         if "label" in table.column_names:
             labels = table["label"].to_pylist()
         else:
-            labels = [score for row in table["scores"].to_pylist() for score in row[:num_documents]]
+            labels = [score for row in table["scores"].to_pylist() for score in row]
+        if len(found) < 2:
+            found.update(labels)
         try:
             apply(torch.tensor(labels, dtype=torch.float32))
         except InputError as error:
             raise InputError(f"{', '.join(survey.files[:3])}: {error}") from error
+    if len(found) == 1:
+        raise InputError(
+            f"{', '.join(survey.files[:3])}: every label is {found.pop():g}, so that one score for all pairs is right; "
+            "add pairs with other labels, or train pairs that all match by objective in_batch_negatives"
+        )
 
 
 def count_documents(survey: Survey, wanted: int | None) -> int | None:
-    """Documents to take from each candidate list: `wanted`, or as many as every row has; None for other rows.
+    """Most documents of a candidate list in training: `wanted`, or those of the longest list; None for other rows.
 
-    Raises:
-        InputError: a row has fewer than `wanted`.
+    A shorter list keeps what it has. It tells how many lists are shorter, and of how many a part is drawn.
     """
     if "documents" not in survey.schema.names:
         return None
-    lengths = [pc.list_value_length(table["documents"]) for table in tables(survey)]
-    fewest = min(int(pc.min(length).as_py()) for length in lengths)
-    if wanted is not None and fewest < wanted:
-        raise InputError(
-            f"train.num_documents is {wanted}, and a row has only {fewest}; lower it, or leave it out to take "
-            f"{fewest} from every row"
+    lengths = np.concatenate(
+        [pc.list_value_length(table["documents"]).to_numpy().astype(np.int64) for table in tables(survey)]
+    )
+    longest = int(lengths.max())
+    count = longest if wanted is None else min(wanted, longest)
+    if wanted is not None and longest < wanted:
+        log(f"train.num_documents is {wanted}, and no row has more than {longest}: all of each row are taken")
+    shorter, longer = int((lengths < count).sum()), int((lengths > count).sum())
+    if shorter:
+        log(
+            f"{shorter:,} of {len(lengths):,} rows have fewer than {count} documents (down to {lengths.min()}); they "
+            "train with those that they have"
         )
-    count = wanted if wanted is not None else fewest
-    longer = sum(int(pc.sum(pc.greater(length, count)).as_py() or 0) for length in lengths)
     if longer:
         log(
-            f"{longer:,} of {survey.num_rows:,} rows have more than {count} documents and are cut to their best "
-            f"{count}; train.num_documents says how many to take"
+            f"{longer:,} of {len(lengths):,} rows have more than {count} documents (up to {longest}): each epoch takes "
+            f"the first one and draws {count - 1} of the others; train.num_documents says how many to take"
         )
     return count
+
+
+def sample_rows(survey: Survey, num_rows: int, seed: int) -> pa.Table:
+    """Up to `num_rows` rows, drawn from up to 8 pieces that lie evenly over the input; the same for the same seed."""
+    pieces = [
+        survey.pieces[i] for i in sorted({*np.linspace(0, len(survey.pieces) - 1, 8).astype(int).tolist()})
+    ]
+    table = pa.concat_tables([read_piece(piece) for piece in pieces])
+    drawn = np.random.default_rng(seed).permutation(table.num_rows)[:num_rows]
+    return table.take(np.sort(drawn))
 
 
 def content_hash(path: str) -> str:
     """Hash over the content of all files of an input: a file, a folder or a glob."""
     digest = hashlib.sha256()
     for file in find_files(path).files:
-        digest.update(f"{file.location.name} {file.location.sha256()}\n".encode())
+        digest.update(f"{file.location.name} {known_sha256(file.location)}\n".encode())
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import tempfile
 import time
@@ -16,9 +17,11 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from raytower.errors import InputError
+from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.models.device import is_out_of_memory
 from raytower.progress import log
 from raytower.storage import Location
+from raytower.storage.errors import StorageError, StorageRefusedError, one_line
 from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
@@ -41,6 +44,8 @@ class TrainingPlan:
     storage: Location
     """Where checkpoints and the output go; every worker must be able to write there."""
     log_dir: Location
+    failure_file: Location
+    """Where a worker leaves the failure that ends the run for all of them."""
 
 
 @dataclass
@@ -55,20 +60,55 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     """Dev metrics of each evaluation."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Loss and learning rate of each logged step."""
+    """Loss, what the task observes beside it (a classifier's accuracy) and learning rate of each logged step."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """The function that Ray Train runs on each worker; returns the run's figures, or `failure`, the reason to stop."""
+    """The function that Ray Train runs on each worker; returns the run's figures, or a failure that ends the run.
+
+    Ray Train would take an exception for a lost worker, start all of them again and meet the same failure. One that
+    no new start can mend is returned instead: `failure`, its message, and `is_input`, whether the input is to blame.
+    """
     plan: TrainingPlan = loop_config["plan"]
-    probe_storage(plan.storage, ray.train.get_context().get_world_rank())
+    context = ray.train.get_context()
     torch.set_num_threads(plan.num_threads)
     try:
+        if plan.failure_file.is_file():
+            return dict(plan.failure_file.read_json())
+        probe_storage(plan.storage, context.get_world_rank())
         return _Worker(plan).run()
-    except NotANumberError as error:
-        # All workers see the same mean loss and stop together. Ray Train would take an exception for a lost worker,
-        # start again and meet the same batch.
-        return {"failure": str(error)}
+    except Exception as error:
+        failure = lasting_failure(error, plan.config)
+        if failure is None:
+            raise
+        # All workers see the same mean loss and stop together. Any other failure may be one worker's, for which the
+        # others would wait: Ray Train ends them, and when it starts them again all find the failure here.
+        if context.get_world_size() > 1 and not isinstance(error, NotANumberError):
+            plan.failure_file.parent.make_dir()
+            plan.failure_file.write_json(failure)
+            raise
+        return failure
+
+
+def lasting_failure(error: Exception, config: TrainJobConfig) -> dict[str, Any] | None:
+    """What `train_worker` returns for an error that the same start would meet again, or None for any other.
+
+    Lasting are the errors of raytower, but for storage that could not be reached, and memory that ran out.
+    """
+    cause = find_cause(error)
+    if isinstance(cause, StorageError) and not isinstance(cause, StorageRefusedError):
+        return None
+    if isinstance(cause, RaytowerError):
+        return {"failure": str(cause), "is_input": isinstance(cause, InputError)}
+    if is_out_of_memory(cause):
+        rows = config.batch_size // config.workers.num
+        return {
+            "failure": f"a worker's share of a batch, {rows} rows, does not fit into its memory "
+            f"({one_line(error)}); lower batch_size (accumulate_batches makes up for it) or max_length, or set "
+            "recompute to true",
+            "is_input": False,
+        }
+    return None
 
 
 class _Worker:
@@ -109,7 +149,9 @@ class _Worker:
     def run(self) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         accumulated = self.config.accumulate_batches
-        batches = stream_batches(plan.stream, skip_batches=progress.step * accumulated)
+        rows_per_step = self.config.batch_size * accumulated
+        num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
+        batches = stream_batches(plan.stream, progress.step * accumulated, self._say)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while not self._is_over():
             loss = self._make_step([next(batches) for _ in range(accumulated)])
@@ -118,7 +160,7 @@ class _Worker:
             last = progress.step == plan.num_steps
             if last or progress.step % self.config.log_every_steps == 0:
                 self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
-            if dev is not None and (last or progress.step % dev.every_steps == 0):
+            if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
                 # This checkpoint is only there to continue from, so it counts as the worst by the metric.
@@ -150,7 +192,7 @@ class _Worker:
     def _is_over(self) -> bool:
         """All steps are made, or patience has run out. True at once if a run was killed after its last step."""
         dev = self.plan.task.dev
-        impatient = dev is not None and self.progress.stale_evaluations >= dev.patience
+        impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
 
     def _evaluate(self) -> None:
@@ -161,15 +203,17 @@ class _Worker:
         metrics = self.plan.task.evaluate(self.model)
         self.model.train()
         value = metrics[dev.metric]
-        if progress.best is None or value > progress.best:
+        # NaN (Spearman of scores that are all equal) is worse than any number, and no first one to beat.
+        if math.isfinite(value) and (progress.best is None or value > progress.best):
             progress.best, progress.best_step, progress.stale_evaluations = value, progress.step, 0
         else:
             progress.stale_evaluations += 1
         progress.history.append({"step": progress.step, **metrics})
-        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {progress.best:.4f})")
+        best = "none" if progress.best is None else f"{progress.best:.4f}"
+        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {best})")
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
-        self._report(metrics)
+        self._report({**metrics, dev.metric: value if math.isfinite(value) else float("-inf")})
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""
@@ -191,16 +235,19 @@ class _Worker:
     def _log(self, loss: float, steps_per_second: float) -> None:
         progress = self.progress
         lr = float(self.step.schedule.get_last_lr()[0])
-        progress.curve.append({"step": progress.step, "loss": loss, "lr": lr})
+        seen = {"loss": loss, **self.step.observed}
+        progress.curve.append({"step": progress.step, **seen, "lr": lr})
         rows_per_second = steps_per_second * self.config.batch_size * self.config.accumulate_batches
         seconds_left = (self.plan.num_steps - progress.step) / max(steps_per_second, 1e-9)
         self._say(
-            f"step {progress.step}/{self.plan.num_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"step {progress.step}/{self.plan.num_steps}  "
+            + "".join(f"{name} {value:.4f}  " for name, value in seen.items())
+            + f"lr {lr:.2e}  "
             f"{rows_per_second:.1f} rows/s  {seconds_left:.0f} s left"
         )
         if self.events is not None:
-            values = {"train/loss": loss, "train/lr": lr, "train/rows_per_second": rows_per_second}
-            self.events.write(progress.step, values)
+            values = {**seen, "lr": lr, "rows_per_second": rows_per_second}
+            self.events.write(progress.step, {f"train/{name}": value for name, value in values.items()})
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -10,15 +10,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytower.data.pieces import Survey
+from raytower.collectives import gather_constants
+from raytower.data.pieces import Piece, Survey
 from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import evaluation_copy, merged_copy, prepare_backbone
-from raytower.training.batches import Rows
+from raytower.training.backbone import (
+    PROBE,
+    evaluation_copy,
+    freeze_unreached,
+    merged_copy,
+    prepare_backbone,
+)
+from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import judged_pairs
 from raytower.training.config import TrainRerankerConfig
+from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
 from raytower.training.runner import fit, plan_training
@@ -34,12 +43,19 @@ _LISTWISE = ("pairwise_margin", "listwise_softmax")
 class RerankerTask(Task[TrainRerankerConfig]):
     """Training of one cross-encoder; see training.task.Task."""
 
-    def __init__(self, config: TrainRerankerConfig, start: str, num_documents: int | None) -> None:
+    def __init__(
+        self,
+        config: TrainRerankerConfig,
+        start: str,
+        num_documents: int | None,
+        set_aside: Sequence[Piece] = (),
+    ) -> None:
+        """`set_aside` are dev rows among the training rows."""
         super().__init__(config, start)
         self.num_documents = num_documents
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None:
-            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
 
     @classmethod
     def survey(cls, config: TrainRerankerConfig) -> Survey:
@@ -49,31 +65,49 @@ class RerankerTask(Task[TrainRerankerConfig]):
 
     @classmethod
     def prepare(cls, config: TrainRerankerConfig, surveyed: Survey) -> Self:
-        _load_start(config, config.start)
+        model = _load_start(config, config.start)
         names, shape = surveyed.schema.names, config.objective.num_labels
         count = count_documents(surveyed, config.train.num_documents)
         if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
-            check_labels(
-                surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels), count
-            )
-        return cls(config, absolute_if_local(config.start), count)
+            check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
+        rows = spaced_rows(surveyed, num_documents=count)
+        pairs = judged_pairs(rows)
+        shares = cut_shares(
+            model.tokenizer,
+            {"pair of query and document": [pairs.queries, pairs.documents]},
+            config.max_length,
+        )
+        say_cut_shares(shares, config.max_length, num_rows(rows))
+        task = cls(config, absolute_if_local(config.start), count, surveyed.set_aside)
+        if task.scored_dev is not None:
+            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
+        return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
-        return LogitsModel(model)
+        whole = LogitsModel(model.eval())
+        pair = [[PROBE], [PROBE]]
+        freeze_unreached(
+            whole, lambda: whole(whole.plan_chunks(model.tokenise(pair, self.config.max_length)))
+        )
+        return whole
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)
-        queries, documents, labels, per_query = judged_pairs(rows, self.num_documents)
-        chunks = model.plan_chunks(model.inner.tokenise([queries, documents], self.config.max_length))
+        pairs = judged_pairs(rows, self.num_documents)
+        block = model.inner.tokenise([pairs.queries, pairs.documents], self.config.max_length)
+        chunks = model.plan_chunks(block)
 
         def compute_loss() -> Tensor:
             with step.autocast():
                 logits_BC = step.parallel(chunks)
             if self.config.objective.name in _LISTWISE:
-                logits_BC = logits_BC.reshape(-1, per_query)
-            return self.config.objective(logits_BC, torch.tensor(labels, device=logits_BC.device))
+                return self.config.objective(pairs.as_lists(logits_BC[:, 0]))
+            loss = self.config.objective(logits_BC, torch.tensor(pairs.labels, device=logits_BC.device))
+            # Workers whose lists are longer hold more pairs: this makes it the mean over the pairs of all workers.
+            num_pairs_W = gather_constants(torch.tensor([float(len(pairs.labels))]))
+            return loss * float(len(pairs.labels) / num_pairs_W.mean())
 
         return step.propagate(compute_loss)
 
@@ -121,5 +155,9 @@ def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:
     torch.manual_seed(config.seed)
     model = CrossEncoder.start_from(start, num_labels=config.objective.num_labels)
     model.activation = config.objective.activation
-    model.max_length = check_max_length(config.max_length, model.max_positions)
+    if config.labels is not None:
+        model.model.config.id2label = dict(enumerate(config.labels))
+        model.model.config.label2id = {label: number for number, label in enumerate(config.labels)}
+    # What is published keeps its own length, which training on shorter rows does not lower.
+    check_max_length(config.max_length, model.max_positions)
     return model

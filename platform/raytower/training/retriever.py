@@ -2,77 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Piece, Survey
 from raytower.errors import InputError
-from raytower.models.chunks import Chunk
+from raytower.models.chunks import Chunk, in_row_order
 from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
 from raytower.models.forward import ForwardEngine
-from raytower.models.two_tower import TwoTower, split_columns
+from raytower.models.two_tower import TwoTower
+from raytower.objectives.config import MarginMSE
+from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
-from raytower.objectives.targets import EncoderObjective, Targets
+from raytower.objectives.targets import EncoderObjective, Targets, needed, present_documents
+from raytower.progress import log
 from raytower.storage import absolute_if_local
-from raytower.training.backbone import evaluation_copy, has_dropout, merged_copy, prepare_backbone
-from raytower.training.batches import Rows
+from raytower.training.backbone import (
+    PROBE,
+    evaluation_copy,
+    freeze_unreached,
+    has_dropout,
+    merged_copy,
+    prepare_backbone,
+)
+from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import TextColumns, text_columns
 from raytower.training.config import TrainRetrieverConfig
+from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
+from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, count_documents, refuse_single_text, survey_training
+from raytower.training.inputs import (
+    check_labels,
+    count_documents,
+    refuse_single_text,
+    sample_rows,
+    survey_training,
+)
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
+from raytower.training.windows import draw_documents
 
 # Rows with an equal value in one of these are false negatives of each other; of candidates the best document counts.
 _DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
 _CPU = torch.device("cpu")
+# Rows, or (query, document) pairs for a teacher that has to score them here, from which margin_mse's scale is taken;
+# and how many documents of a row. 256 pairs take a large teacher a minute on a CPU.
+_SAMPLED_SCORES = 10_000
+_SAMPLED_PAIRS = 256
+_SAMPLED_DOCUMENTS = 4
 
 
 class RetrieverTask(Task[TrainRetrieverConfig]):
     """Training of one encoder; see training.task.Task."""
 
     def __init__(
-        self, config: TrainRetrieverConfig, start: str, num_documents: int | None, teacher: str | None
+        self,
+        config: TrainRetrieverConfig,
+        start: str,
+        num_documents: int | None,
+        teacher: str | None,
+        set_aside: Sequence[Piece] = (),
     ) -> None:
-        """`teacher` is config.teacher, absolute where it is a directory here."""
+        """`teacher` is config.teacher, absolute where it is a directory here; `set_aside` are dev rows."""
         super().__init__(config, start)
         self.num_documents = num_documents
         self.teacher = teacher
         self.recall_dev: DevSet | None = None
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None and config.dev.is_scored:
-            self.scored_dev = load_scored_pairs(config.dev.path, config.dev.metric)
+            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
         elif config.dev is not None:
-            self.recall_dev = load_dev_set(config.dev)
+            self.recall_dev = load_dev_set(config.dev, set_aside)
         self._teacher: CrossScorer | None = None
 
     @classmethod
     def survey(cls, config: TrainRetrieverConfig) -> Survey:
         return survey_training(
-            config, config.train.path, config.train.format, config.objective.formats, config.objective.name
+            config,
+            config.train.path,
+            config.train.format,
+            config.objective.formats,
+            config.objective.name,
+            config.train.split,
         )
 
     @classmethod
     def prepare(cls, config: TrainRetrieverConfig, surveyed: Survey) -> Self:
-        prepare_backbone(
-            _load_start(config, config.start).backbone, config.model_copy(update={"compile": False})
-        )
+        encoder = _load_start(config, config.start)
+        prepare_backbone(encoder.backbone, config.model_copy(update={"compile": False}))
         _check_rows(config, surveyed)
         count = count_documents(surveyed, config.train.num_documents)
+        _say_what_is_cut(config, surveyed, encoder, count)
         teacher = None if config.teacher is None else absolute_if_local(config.teacher)
-        if teacher is not None:
-            CrossEncoder.load(teacher)  # a mistyped name is refused here, not by every worker
-        task = cls(config, absolute_if_local(config.start), count, teacher)
+        # A mistyped name is refused here, not by every worker.
+        loaded = None if teacher is None else CrossEncoder.load(teacher)
+        config = _with_fitting_scale(config, surveyed, count, loaded)
+        task = cls(config, absolute_if_local(config.start), count, teacher, surveyed.set_aside)
+        if task.recall_dev is not None:
+            say_overlap(surveyed, config.dev, task.recall_dev.pairs)
+        elif task.scored_dev is not None:
+            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
         if config.sampler == "no_duplicates":
             names = surveyed.schema.names
             # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
@@ -88,14 +129,18 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             dtype = evaluation_dtype(config.dtype, device)
             self._teacher = CrossScorer(CrossEncoder.load(self.teacher), dtype=dtype, device=device)
         tokens = default_tokens_per_encoder_chunk(device)
-        return TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
+        tower = TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
+        freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
+        return tower
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         tower = cast(TwoTower, step.model)
         columns = text_columns(rows, self.num_documents)
         query_prefix, document_prefix = _prefixes(tower.encoder)
-        blocks = [tower.tokenise(columns.queries, query_prefix)]
-        blocks += [tower.tokenise(texts, document_prefix) for texts in columns.documents]
+        blocks = [
+            tower.tokenise(columns.queries, query_prefix),
+            tower.tokenise(columns.present_documents, document_prefix),
+        ]
         chunks = tower.plan_chunks(blocks)
         targets = self._taught(columns)
         objective = make_objective(self.config)
@@ -105,7 +150,8 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
                 return cast(list[Tensor], step.parallel(some))
 
         def loss_of(vectors: Any) -> Tensor:
-            return objective(split_columns(vectors, chunks, len(blocks)), targets)
+            query_BD, document_RD = in_row_order(vectors, chunks).tensor_split([len(columns.queries)])
+            return objective([query_BD, *columns.place(document_RD)], targets)
 
         if self.config.gradient_cache is None:
             return step.propagate(lambda: loss_of(embed(chunks)))
@@ -139,11 +185,45 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         """The targets; if there is a teacher, with its scores."""
         if self._teacher is None:
             return columns.targets
-        scores = [self._teacher.score(columns.queries, texts) for texts in columns.documents]
-        teacher_BK = torch.from_numpy(scores[0][:, None].repeat(len(scores), axis=1))
-        for number, column in enumerate(scores):
-            teacher_BK[:, number] = torch.from_numpy(column)
-        return Targets(keys=columns.targets.keys, labels_B=columns.targets.labels_B, teacher_BK=teacher_BK)
+        return dataclasses.replace(columns.targets, teacher_BK=_taught_scores(self._teacher, columns))
+
+
+def _taught_scores(teacher: CrossScorer, columns: TextColumns) -> Tensor:
+    """(B, K) the teacher's score of each document, 0 where a row has none."""
+    scores_R = torch.from_numpy(teacher.score(columns.asking_queries, columns.present_documents))
+    return columns.place(scores_R).T
+
+
+def _with_fitting_scale(
+    config: TrainRetrieverConfig, surveyed: Survey, num_documents: int | None, teacher: CrossEncoder | None
+) -> TrainRetrieverConfig:
+    """The config, where its margin_mse has no scale, with the one that fits the teacher's margins in a sample.
+
+    Raises:
+        InputError: the given scale saturates, or the teacher's scores are all alike.
+    """
+    objective = config.objective
+    if not isinstance(objective, MarginMSE):
+        return config
+    rows = sample_rows(surveyed, _SAMPLED_SCORES if teacher is None else _SAMPLED_PAIRS // 2, config.seed)
+    if num_documents is not None:
+        few = num_documents if teacher is None else min(num_documents, _SAMPLED_DOCUMENTS)
+        rows = draw_documents(rows, few, np.random.default_rng(config.seed))
+        if teacher is not None:
+            rows = rows.slice(0, _SAMPLED_PAIRS // few)
+    columns = text_columns(rows.to_pydict())
+    teacher_BK = columns.targets.teacher_BK
+    if teacher is not None:
+        teacher_BK = _taught_scores(CrossScorer(teacher, dtype="float32", device=_CPU), columns)
+    teacher_BK = needed(teacher_BK, "a teacher's score of each document", objective.name)
+    margin_BK = teacher_BK[:, :1] - teacher_BK[:, 1:]
+    margins = margin_BK[present_documents(columns.targets, teacher_BK)[:, 1:]]
+    if objective.scale is not None:
+        refuse_saturating_scale(objective.scale, margins)
+        return config
+    scale = fitting_scale(margins)
+    log(f"objective.scale is {scale:g}, from {margins.numel()} margins of the teacher")
+    return config.model_copy(update={"objective": objective.model_copy(update={"scale": scale})})
 
 
 def make_objective(config: TrainRetrieverConfig) -> EncoderObjective:
@@ -170,12 +250,12 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
     """The encoder to train, with the config's prefixes and projection.
 
     Raises:
-        InputError: no such model, a length beyond its positions, matryoshka dimensions beyond its own, or SimCSE for a
-            model without dropout.
+        InputError: no such model, another pooling than its own, a length beyond its positions, matryoshka dimensions
+            beyond its own, or SimCSE for a model without dropout.
     """
     # The same seed on every worker: fresh layers and adapters must be the same everywhere.
     torch.manual_seed(config.seed)
-    encoder = Encoder.load(start, from_classifier=True)
+    encoder = Encoder.load(start, from_classifier=True, pooling=config.pooling)
     if config.query_prefix is not None:
         encoder.prompts["query"] = config.query_prefix
     if config.document_prefix is not None:
@@ -218,6 +298,25 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:
         refuse_single_text(surveyed, ("text", "label") if "label" in names else ("text",))
+
+
+def _say_what_is_cut(
+    config: TrainRetrieverConfig, surveyed: Survey, encoder: Encoder, num_documents: int | None
+) -> None:
+    """Log the share of each column's texts that `max_length` cuts, prefixes counted."""
+    rows = spaced_rows(surveyed, num_documents=num_documents)
+    query_prefix, document_prefix = _prefixes(encoder)
+    columns: dict[str, list[list[str]]] = {}
+    for name in ("query", "text", "document", "documents", "negative"):
+        if name not in rows:
+            continue
+        texts = rows[name]
+        if name == "documents":
+            texts = [text for documents in texts for text in documents]
+        prefix = query_prefix if name in ("query", "text") else document_prefix
+        columns[name] = [encoder.prepared(texts, prefix)]
+    shares = cut_shares(encoder.tokenizer, columns, config.max_length)
+    say_cut_shares(shares, config.max_length, num_rows(rows))
 
 
 def _loss_of_equal_vectors(config: TrainRetrieverConfig, labels_B: Tensor) -> Tensor:

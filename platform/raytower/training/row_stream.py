@@ -8,7 +8,7 @@ holds the training set: each worker's memory holds a few windows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ import ray
 import ray.data
 
 from raytower.data.pieces import Piece
-from raytower.training.batches import Rows, cut_batches, cut_distinct_batches
-from raytower.training.windows import Window, plan_windows, read_window
+from raytower.progress import log
+from raytower.training.batches import Rows, cut_batches, join_windows, skip_rows
+from raytower.training.distinct_batches import spread_duplicates
+from raytower.training.windows import Window, plan_windows, read_window, windows_from
 
 # Windows of one Ray Data execution. Ray Data reads ahead as far as the object store allows, however slow the consumer
 # is, so this number bounds a worker's share of memory.
@@ -38,46 +40,58 @@ class StreamPlan:
     seed: int
     window_rows: int
     distinct_columns: tuple[str, ...] = ()
-    """Columns whose values no two rows of a batch may share; empty for plain shuffling."""
+    """Columns whose values no two rows of a batch should share; empty for plain shuffling."""
+    num_documents: int | None = None
+    """Most documents of a candidate list; longer ones are drawn from, anew in each epoch."""
 
 
-def stream_batches(plan: StreamPlan, skip_batches: int = 0) -> Iterator[Rows]:
+def stream_batches(
+    plan: StreamPlan, skip_batches: int = 0, tell: Callable[[str], None] = log
+) -> Iterator[Rows]:
     """The global batches of the run from number `skip_batches` on; the same ones however often it is called.
 
+    `tell` hears of rows that no batch without their values was left for, once.
+
     Raises:
-        InputError: a file has changed since the survey, or distinct batches cannot be made of these rows.
+        InputError: a file has changed since the survey.
     """
+    first_row, end_row = skip_batches * plan.batch_size, plan.num_batches * plan.batch_size
     piece_rows = [piece.num_rows for piece in plan.pieces]
     windows = plan_windows(piece_rows, seed=plan.seed, window_rows=plan.window_rows)
+    # What the order of distinct batches depends on reaches back to the windows that the first batch comes from.
+    windows = windows_from(windows, first_row, plan.batch_size if plan.distinct_columns else 1)
+    begin = next(windows)
+    windows = itertools.takewhile(
+        lambda window: window.first_row < end_row, itertools.chain([begin], windows)
+    )
+    sizes, windows = itertools.tee(windows)
+    tables = _read_windows(plan, windows)
     if plan.distinct_columns:
-        # Which rows wait depends on all rows before them, so the batches are made from the start and skipped.
-        tables = _read_windows(plan, windows)
-        most_waiting = max(plan.window_rows, 100 * plan.batch_size)
-        batches = cut_distinct_batches(tables, plan.batch_size, plan.distinct_columns, most_waiting)
-        return itertools.islice(batches, skip_batches, plan.num_batches)
-    first_row, end_row = skip_batches * plan.batch_size, plan.num_batches * plan.batch_size
-    windows = itertools.dropwhile(lambda window: window.first_row + window.num_rows <= first_row, windows)
-    windows = itertools.takewhile(lambda window: window.first_row < end_row, windows)
-    tables = _read_windows(plan, windows, first_row)
+        tables = spread_duplicates(
+            join_windows(tables, (window.num_rows for window in sizes)),
+            plan.batch_size,
+            plan.distinct_columns,
+            seed=plan.seed,
+            first_row=begin.first_row,
+            tell=tell,
+        )
+    tables = skip_rows(tables, first_row - begin.first_row)
     return itertools.islice(cut_batches(tables, plan.batch_size), plan.num_batches - skip_batches)
 
 
-def _read_windows(plan: StreamPlan, windows: Iterator[Window], first_row: int = 0) -> Iterator[pa.Table]:
-    """The windows' tables in order, from row `first_row` of the run on."""
+def _read_windows(plan: StreamPlan, windows: Iterator[Window]) -> Iterator[pa.Table]:
+    """The windows' rows in order; a window may come in several tables."""
     pieces = ray.put(plan.pieces)
     while some := list(itertools.islice(windows, _WINDOWS_PER_EXECUTION)):
-        row = some[0].first_row
-        for table in _execute(some, pieces, plan.seed):
-            skipped = min(max(first_row - row, 0), table.num_rows)
-            row += table.num_rows
-            if skipped < table.num_rows:
-                yield table.slice(skipped)
+        yield from _execute(some, pieces, plan)
 
 
-def _execute(windows: list[Window], pieces: ray.ObjectRef, seed: int) -> Iterator[pa.Table]:
+def _execute(windows: list[Window], pieces: ray.ObjectRef, plan: StreamPlan) -> Iterator[pa.Table]:
+    seed, num_documents = plan.seed, plan.num_documents
+
     def read(batch: Any) -> pa.Table:
         (number,) = batch["window"].tolist()
-        return read_window(windows[number], ray.get(pieces), seed)
+        return read_window(windows[number], ray.get(pieces), seed, num_documents)
 
     numbers = [{"window": number} for number in range(len(windows))]
     dataset = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(

@@ -14,14 +14,15 @@ import ray.train.torch
 from torch import nn
 
 from raytower.data.pieces import Survey
-from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.models.directory import INFO_NAME, read_info
+from raytower.errors import InputError, OtherOutputError, RaytowerError, find_cause
+from raytower.models.content import hash_model
+from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray
 from raytower.storage import Location, check_output, output_folder, publish_directory
-from raytower.training.batches import count_steps
+from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import TrainJobConfig
+from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
@@ -54,6 +55,7 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
         "rows": survey.num_rows,
         "rejected_rows": survey.num_rejected,
         "steps": _count_steps(config, survey),
+        "unused_rows": _count_unused(config, survey),
         "batches_per_step": config.accumulate_batches,
         "rows_per_worker_and_batch": config.batch_size // config.workers.num,
         "workers": config.workers.num,
@@ -63,23 +65,12 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
     }
 
 
-# Keys that change how a run goes but not its result, so a job may continue with other values.
-_FREE_KEYS = {
-    "output",
-    "log_dir",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "max_failures",
-}
-
-
 def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
-    """All that decides the result: the config, the content of every file it reads, and the weights it starts from.
+    """All that decides the result: the config, the content of every file it reads, and the model it starts from.
 
     Two runs with the same identity give the same output.
     """
-    values = config.model_dump(mode="json", exclude={*_FREE_KEYS, "model", "init_from", "workers"})
+    values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from", "workers"})
     values["start"] = config.start
     values["workers.num"] = config.workers.num
     dev = config.dev
@@ -87,14 +78,14 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
         "train": config.train.path,
         "dev": dev.path if dev else None,
         "dev.corpus": getattr(dev, "corpus", None),
-        "labels": getattr(config, "labels", None),
+        "labels": config.labels if isinstance(config, TrainClassifierConfig) else None,
     }
     for name, path in paths.items():
         if path is not None:
             values[f"content of {name}"] = content_hash(path)
     for name in ("start", "teacher"):
         if values.get(name) is not None:
-            values[f"weights of {name}"] = read_info(Path(values[name])).get("fingerprint")
+            values[f"content of {name}"] = hash_model(values[name])
     values["rows"] = survey.num_rows
     return values
 
@@ -107,7 +98,8 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     """The figures of a finished run with this identity, or None.
 
     Raises:
-        InputError: the output holds something else; the message names what differs.
+        OtherOutputError: another run made the output; the message names what differs.
+        InputError: no training job wrote it.
     """
     output = check_output(config.output, is_folder=True)
     if not output.exists() or (output.is_dir() and not output.children()):
@@ -122,9 +114,16 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     if made_by == identity:
         return dict(info["figures"])
     other = sorted(key for key in {*made_by, *identity} if made_by.get(key) != identity.get(key))
-    raise InputError(
+    error = OtherOutputError if made_by else InputError
+    older = (
+        "; an older version of raytower wrote it, which did not record the content of every starting model"
+        if "weights of start" in made_by
+        else ""
+    )
+    raise error(
         f"output {config.output!r} exists and was made by another config or other data "
-        f"({', '.join(other) if made_by else 'no training job wrote it'}); choose a new output, or remove it first"
+        f"({', '.join(other) if made_by else 'no training job wrote it'}){older}; choose a new output, or remove it "
+        "first"
     )
 
 
@@ -148,7 +147,10 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         return done
     probe_storage(output.parent)
     _name_other_runs(output, run_folder)
-    plan = _make_plan(config, survey, task_class.prepare(config, survey))
+    plan = _make_plan(
+        config, survey, task_class.prepare(config, survey), failure_file=run_folder / "failure.json"
+    )
+    plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
     _compare_with_cluster(config)
     result = _run_trainer(plan, run_folder.name)
@@ -159,6 +161,9 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
             if result.checkpoint
             else "there is no checkpoint"
         )
+        plan.failure_file.delete()
+        if outcome.get("is_input"):
+            raise InputError(outcome["failure"])
         raise RaytowerError(f"{outcome['failure']}; {kept}")
     checkpoint, metrics = _chosen_checkpoint(result, plan.task.dev.metric if plan.task.dev else None)
     figures = {**outcome, "best_step": metrics.get("step", outcome["steps"]), "output": config.output}
@@ -169,13 +174,30 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
+    if config.keep_checkpoints == "all":
+        _keep_checkpoints(result, output)
     _publish(checkpoint, output, info)
     run_folder.delete()
     return figures
 
 
-def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> TrainingPlan:
+def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
+    """Rows that fill no step, which is said: of few rows they may be half."""
+    batch_rows = config.batch_size * config.accumulate_batches
+    unused = count_unused(survey.num_rows, batch_rows, config.epochs)
+    if unused:
+        log(
+            f"{unused:,} of {survey.num_rows:,} rows are not trained on in the last pass: a step takes {batch_rows:,} "
+            "rows, and they fill none; a smaller batch_size uses more of them"
+        )
+    return unused
+
+
+def _make_plan(
+    config: TrainJobConfig, survey: Survey, task: Task[Any], failure_file: Location
+) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
+    _count_unused(config, survey)
     output = Location.of(config.output)
     stream = StreamPlan(
         pieces=survey.pieces,
@@ -184,6 +206,7 @@ def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> Train
         seed=config.seed,
         window_rows=config.shuffle_rows,
         distinct_columns=task.distinct_columns,
+        num_documents=task.num_documents,
     )
     return TrainingPlan(
         config=config,
@@ -193,6 +216,7 @@ def _make_plan(config: TrainJobConfig, survey: Survey, task: Task[Any]) -> Train
         num_threads=config.workers.num_threads,
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
+        failure_file=failure_file,
     )
 
 
@@ -205,10 +229,22 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
         path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
+def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
+    """The model directories of all checkpoints as `<output>.checkpoints/step-<number>`."""
+    for checkpoint, metrics in result.best_checkpoints or []:
+        target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
+        if (
+            target.exists()
+        ):  # of a job that was killed while it published; the steps of a run are the same every time
+            target.delete()
+        with checkpoint.as_directory() as folder, publish_directory(target) as place:
+            shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
+
+
 def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
-        num_to_keep=config.keep_checkpoints,
+        num_to_keep=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
         checkpoint_score_attribute=dev.metric if dev else None,
         checkpoint_score_order="max",
     )
@@ -234,6 +270,8 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
         cause = find_cause(error)
         if isinstance(cause, RaytowerError):
             raise cause from error
+        if plan.failure_file.is_file():  # max_failures 0: no worker was started again to tell of it
+            raise RaytowerError(plan.failure_file.read_json()["failure"]) from error
         raise RaytowerError(f"training failed: {error}") from error
 
 

@@ -58,6 +58,9 @@ class TrainingStep:
         self.seed = seed
         # Gradients underflow in float16 without loss scaling; bfloat16 has the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
+        self.observed: dict[str, float] = {}
+        """What the last step's batches observed beside their loss, by name: the mean over them and all workers."""
+        self._observed: dict[str, list[Tensor]] = {}
         self._num_batches = 1
         self._is_last_batch = True
 
@@ -79,12 +82,16 @@ class TrainingStep:
         torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
         self.optimizer.zero_grad(set_to_none=True)
         self._num_batches = len(batches)
+        self._observed = {}
         losses = []
         for place, batch in enumerate(batches):
             self._is_last_batch = place == len(batches) - 1
             losses.append(backward(self, batch).detach().float().reshape(1, 1))
-        # (workers, batches) → the mean of each batch over the workers, the same on all of them.
-        batch_losses = gather_constants(torch.cat(losses, dim=1)).mean(0).tolist()
+        observed = [torch.stack(values).mean().reshape(1, 1) for values in self._observed.values()]
+        # (workers, batches + names) → the mean of each over the workers, the same on all of them.
+        means = gather_constants(torch.cat([*losses, *observed], dim=1)).mean(0).tolist()
+        batch_losses = means[: len(losses)]
+        self.observed = dict(zip(self._observed, means[len(losses) :], strict=True))
         for place, loss in enumerate(batch_losses):
             if not math.isfinite(loss):
                 self._refuse(f"the loss is {loss}", place)
@@ -108,6 +115,10 @@ class TrainingStep:
     def autocast(self) -> AbstractContextManager[Any]:
         """Forward passes at the step's precision."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Note a figure of this worker's part of a batch, a scalar; every worker notes the same names."""
+        self._observed.setdefault(name, []).append(value.detach().float())
 
     def propagate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         """Compute a batch's loss with a graph and add its gradient; returns the loss, a scalar."""

@@ -23,7 +23,10 @@ class Task(ABC, Generic[ConfigT]):
     """One kind of model under training. Made on the driver and sent to every worker; holds no weights until `build`."""
 
     distinct_columns: tuple[str, ...] = ()
-    """Columns whose values no two rows of a batch may share."""
+    """Columns whose values no two rows of a batch should share."""
+
+    num_documents: int | None = None
+    """Most documents of a candidate list; None for other rows."""
 
     def __init__(self, config: ConfigT, start: str) -> None:
         """`start` is config.start; a local directory must be absolute, because workers run in folders of their own."""

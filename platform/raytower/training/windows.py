@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from raytower.data.pieces import Piece, read_piece
 
@@ -26,6 +28,11 @@ class Window:
     first_row: int
     """Rows of the whole run before this window, earlier epochs counted."""
     num_rows: int
+
+    @property
+    def end_row(self) -> int:
+        """Rows of the whole run up to the end of this window."""
+        return self.first_row + self.num_rows
 
 
 def plan_windows(piece_rows: Sequence[int], *, seed: int, window_rows: int) -> Iterator[Window]:
@@ -52,8 +59,65 @@ def plan_windows(piece_rows: Sequence[int], *, seed: int, window_rows: int) -> I
         epoch += 1
 
 
-def read_window(window: Window, pieces: Sequence[Piece], seed: int) -> pa.Table:
-    """The rows of a window in their order of training; the same every time."""
+def windows_from(windows: Iterator[Window], first_row: int, batch_size: int = 1) -> Iterator[Window]:
+    """The windows from the one of row `first_row` on, and before it those that share a batch with its beginning."""
+    held: list[Window] = []
+    for window in windows:
+        batch_begin = window.first_row // batch_size * batch_size
+        held = [*(earlier for earlier in held if earlier.end_row > batch_begin), window]
+        if window.end_row > first_row:
+            yield from held
+            yield from windows
+            return
+
+
+def read_window(
+    window: Window, pieces: Sequence[Piece], seed: int, num_documents: int | None = None
+) -> pa.Table:
+    """The rows of a window in their order of training; the same every time.
+
+    Of candidate lists longer than `num_documents`, so many are drawn; each epoch draws anew.
+    """
     table = pa.concat_tables([read_piece(pieces[index]) for index in window.pieces])
     random = np.random.default_rng([seed, window.epoch, window.number])
-    return table.take(random.permutation(table.num_rows))
+    order = random.permutation(table.num_rows)
+    if num_documents is not None and "documents" in table.column_names:
+        table = draw_documents(table, num_documents, random)
+    return table.take(order)
+
+
+def draw_documents(table: pa.Table, count: int, random: np.random.Generator) -> pa.Table:
+    """`table` with at most `count` documents and scores in a row: the first, and others that `random` draws.
+
+    They keep their order. Rows that have no more than `count` stay as they are.
+    """
+    lengths = pc.list_value_length(table["documents"]).to_numpy().astype(np.int64)
+    if lengths.max(initial=0) <= count:
+        return table
+    firsts = np.cumsum(lengths) - lengths
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    lots = random.random(len(row))
+    lots[firsts] = -1
+    # Elements of a row by their lots: rows of 3 and 2 elements with lots -1 .9 .2, -1 .5 give 0 2 1, 3 4.
+    by_lot = np.lexsort((lots, row))
+    kept = np.zeros(len(row), dtype=bool)
+    kept[by_lot[np.arange(len(row)) - firsts[row] < count]] = True
+    for name in ("documents", "scores"):
+        table = table.set_column(
+            table.column_names.index(name), table.schema.field(name), _kept_elements(table[name], kept)
+        )
+    return table
+
+
+def _kept_elements(column: pa.ChunkedArray, kept: NDArray[np.bool_]) -> pa.ChunkedArray:
+    """The lists of `column` with those of their elements, counted over all lists, that are kept."""
+    chunks, start = [], 0
+    for chunk in column.chunks:
+        elements = chunk.flatten()
+        own = kept[start : start + len(elements)]
+        before = np.concatenate([[0], np.cumsum(own)])
+        ends = np.concatenate([[0], np.cumsum(chunk.value_lengths().to_numpy())])
+        offsets = pa.array(before[ends], pa.int32())
+        chunks.append(pa.ListArray.from_arrays(offsets, elements.filter(pa.array(own))).cast(chunk.type))
+        start += len(elements)
+    return pa.chunked_array(chunks, column.type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ BAD_ROWS: list[tuple[RecordKind, str, bytes, bytes, str]] = [
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","title":"t","label":true}',
      "'label' is of JSON type boolean, must be a number"),
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","title":"t"}',
-     "missing key 'label'"),
+     "missing key 'label' or 'score'"),
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","label":1}',
      "missing key 'document' or 'title' or 'sentence2'"),
     ("lines", "x.jsonl", b'{"text": "a"}\n', b'{"title": "a"}', "missing key 'text'"),
@@ -173,6 +174,64 @@ def test_judged_files_are_refused_as_pairs(tmp_path: Path, name: str, content: s
     """Also under quarantine: the rows are good, the kind is wrong."""
     with pytest.raises(InputError, match=rf"{name}:1: .* read it as {other}"):
         quarantined(write(tmp_path / name, content), "pairs", tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "other"),
+    [
+        ("pairs", "score", 0.04, "scored"),
+        ("pairs", "gold_label", "contradiction", "scored"),
+        ("pairs", "similarity_score", 0, "scored"),
+        ("pairs", "isDuplicate", 1, "scored"),
+        ("pairs", "relevance", 2, "scored"),
+        ("pairs", "相似度", 1, "scored"),
+        ("pairs", "hard_negatives", ["n"], "triples"),
+        ("triples", "negative_2", "n", "triples"),
+    ],
+)
+def test_a_verdict_or_negatives_are_not_passed_over(
+    tmp_path: Path, kind: RecordKind, key: str, value: object, other: str
+) -> None:
+    row = {"query": "a", "document": "b", **({"negative": "c"} if kind == "triples" else {}), key: value}
+    files = [write(tmp_path / "x.jsonl", json.dumps(row) + "\n"), tmp_path / "x.parquet"]
+    pq.write_table(pa.Table.from_pylist([row]), files[1])
+    for file in files:
+        with pytest.raises(InputError, match=rf"{file.name}.*{key}.* read it as {other}"):
+            survey_of(file, kind)
+
+
+def test_columns_that_are_not_read_are_known(tmp_path: Path) -> None:
+    row = {"query": "a", "document": "b", "title": "c", "lang": "en"}
+    path = write(tmp_path / "x.jsonl", json.dumps(row) + "\n")
+    assert survey_of(path, "pairs").unread_columns == ("lang", "title")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    assert survey_of(tmp_path / "x.parquet", "pairs").unread_columns == ("lang", "title")
+    tsv = write(tmp_path / "x.tsv", "query\ttitle\tlabel\tlang\na\tb\t1\ten\n")
+    assert survey_of(tsv, "scored").unread_columns == ("lang",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "header"),
+    [
+        ("labelled", "Sentence\tClass"),
+        ("labelled", "text,labels"),
+        ("pairs", "question\tanswer"),
+        ("labelled", "文本\t标签"),
+    ],
+)
+def test_a_header_of_other_names_is_no_row(tmp_path: Path, kind: RecordKind, header: str) -> None:
+    comma = "," in header
+    path = write(
+        tmp_path / ("x.csv" if comma else "x.tsv"), header + ("\na b,c\n" if comma else "\na b\tc\n")
+    )
+    with pytest.raises(InputError, match=r"x\.[ct]sv:1: .*reads like a header"):
+        survey_of(path, kind)
+
+
+def test_a_triple_of_one_document_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tsv", "query\ttitle\tneg_title\nq\ta\ta \n")
+    with pytest.raises(InputError, match=r"x\.tsv:2: negative is the document itself, 'a'"):
+        survey_of(path, "triples")
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.tsv", "x.jsonl", "x"])

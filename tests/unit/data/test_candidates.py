@@ -36,9 +36,40 @@ def test_documents_and_scores_are_read_best_first(tmp_path: Path) -> None:
     assert read(path, "candidates") == [
         _record("已排序", ["甲", "乙"], [2.0, -1.5]),
         _record("q", ["best", "tie 1", "tie 2", "tie 3", "low"], [1e3, 0.5, 0.5, 0.5, -7.0]),
-        _record("all equal", ["x", "y", "x"], [0.0, 0.0, 0.0]),
+        _record("all equal", ["x", "y"], [0.0, 0.0]),
     ]
     assert survey_of(path, "candidates").schema == canonical_schema("candidates")
+
+
+def test_a_document_counts_once_in_its_row(tmp_path: Path) -> None:
+    """A positive among its own negatives would be trained as relevant and as irrelevant."""
+    rows = [
+        {"query": "one", "positive": "p", "negatives": ["p ", "n", "n"]},
+        {"query": "two", "positive": ["p1", "p2", "p1"], "negatives": ["n", "p2"]},
+        {"query": "given", "documents": ["a", "b", "a"], "scores": [0, 1, 2]},
+    ]
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    assert read(path, "candidates") == [
+        _record("one", ["p", "n"], [1.0, 0.0]),
+        _record("two", ["p1", "n"], [1.0, 0.0]),
+        _record("two", ["p2", "n"], [1.0, 0.0]),
+        _record("given", ["a", "b"], [2.0, 1.0]),
+    ]
+    assert survey_of(path, "candidates").num_repeated == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"positive": "p", "negatives": ["p"]}, "every negative is one of its positives"),
+        ({"documents": ["a", " a"], "scores": [1, 0]}, "hold one text alone"),
+        ({"documents": ["a", "b"], "scores": [1, 0], "negatives": ["c"]}, "'negatives' stands beside"),
+    ],
+)
+def test_rows_without_another_document_are_refused(tmp_path: Path, row: Row, reason: str) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [{"query": "q", **row}])
+    with pytest.raises(InputError, match=f"c.jsonl:1: .*{reason}"):
+        survey_of(path, "candidates")
 
 
 def test_each_positive_makes_a_record_with_all_negatives(tmp_path: Path) -> None:
@@ -280,7 +311,17 @@ def test_formats_without_lists_are_refused(
 
 _TEXTS = st.builds(lambda text: text + "x", st.text(st.sampled_from("a汉\n\t\u2028🙂 "), max_size=4))
 _SCORES = st.integers(-2, 2) | st.floats(allow_nan=False, allow_infinity=False)
-_CANDIDATES = st.lists(st.tuples(_TEXTS, _SCORES), min_size=2, max_size=6)
+_CANDIDATES = st.lists(st.tuples(_TEXTS, _SCORES), min_size=2, max_size=6).filter(
+    lambda items: len({text.strip() for text, _ in items}) > 1
+)
+
+
+def _once(texts: list[str]) -> list[str]:
+    """The first of texts that are equal but for space around them."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(text.strip(), text)
+    return list(first.values())
 
 
 @settings(deadline=None, max_examples=60)
@@ -301,11 +342,21 @@ def test_reading_by_pieces_is_reading_the_whole(
         if isinstance(item, tuple):
             positives, negative = item
             rows.append({"query": query, "positive": positives, "negatives": [negative, "y"]})
-            expected += [_record(query, [text, negative, "y"], [1.0, 0.0, 0.0]) for text in positives]
+            relevant = _once(positives)
+            others = [
+                text for text in (negative, "y") if text.strip() not in [known.strip() for known in positives]
+            ]
+            zeros = [0.0] * len(others)
+            expected += [_record(query, [text, *others], [1.0, *zeros]) for text in relevant]
         else:
             rows.append(_record(query, [text for text, _ in item], [score for _, score in item]))
             best = sorted(item, key=lambda pair: pair[1], reverse=True)  # keeps the order of equals
-            expected.append(_record(query, [text for text, _ in best], [float(score) for _, score in best]))
+            kept = [
+                (text, float(score))
+                for place, (text, score) in enumerate(best)
+                if text.strip() not in [other.strip() for other, _ in best[:place]]
+            ]
+            expected.append(_record(query, [text for text, _ in kept], [score for _, score in kept]))
     good = list(rows)
     for place in bad:
         rows.insert(min(place, len(rows)), _record("bad", ["a", ""], [1, 0]))

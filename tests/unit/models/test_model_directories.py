@@ -141,6 +141,15 @@ def test_a_damaged_directory_is_refused_in_one_message(model: Path, name: str) -
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "2_Dense/config.json"])
+def test_a_pointer_in_place_of_any_file_is_named(model: Path, name: str) -> None:
+    (model / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8"
+    )
+    with pytest.raises(FormatError, match=rf"{name}' is a Git LFS pointer.*git lfs pull"):
+        Encoder.load(model)
+
+
 @pytest.mark.parametrize(
     "name", ["pointer", "cut", "empty", "activation", "token beyond the table", "config no JSON"]
 )

@@ -27,6 +27,7 @@ from raytower.objectives.config import (
     SimCSE,
 )
 from raytower.objectives.keys import BatchKeys, known_relevant, text_keys
+from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Targets
 from tests.support.objective_cases import (
@@ -176,7 +177,7 @@ def test_missing_ids_and_labels_are_not_equal() -> None:
     keys = BatchKeys(
         query=text_keys(["a", "b"], nothing, nothing), documents=(text_keys(["u", "v"], nothing, nothing),)
     )
-    assert known_relevant(keys).tolist() == [[True, False], [False, True]]
+    assert known_relevant(keys).mask(slice(0, len(keys.query))).tolist() == [[True, False], [False, True]]
 
 
 def test_an_id_is_not_a_text_and_not_a_label() -> None:
@@ -184,7 +185,7 @@ def test_an_id_is_not_a_text_and_not_a_label() -> None:
         query=text_keys(list("abc")),
         documents=(text_keys(["7", "x", "y"], [None, "7", None], [None, None, "7"]),),
     )
-    assert known_relevant(keys).tolist() == np.eye(3, dtype=bool).tolist()
+    assert known_relevant(keys).mask(slice(0, len(keys.query))).tolist() == np.eye(3, dtype=bool).tolist()
 
 
 def test_symmetric_and_hard_negatives_agree_with_sentence_transformers() -> None:
@@ -326,7 +327,7 @@ def test_margin_mse_agrees_with_the_formula_and_with_sentence_transformers(num_d
     ]
     targets = Targets(teacher_BK=teacher)
     assert float(MarginMSE(scale=2)(columns, targets)) == pytest.approx(sum(terms) / len(terms), abs=1e-5)
-    assert_peer(MarginMSE(), peer_loss("MarginMSELoss"), columns, targets, teacher)
+    assert_peer(MarginMSE(scale=1), peer_loss("MarginMSELoss"), columns, targets, teacher)
 
 
 @pytest.mark.parametrize(("scale", "temperature"), [(20.0, 1.0), (5.0, 0.5)])
@@ -355,10 +356,10 @@ def test_a_teacher_of_a_perfect_student_gives_no_loss() -> None:
     assert float(KLDivergence(temperature=0.05)(columns, Targets(teacher_BK=cosine))) == pytest.approx(
         0, abs=1e-6
     )
-    assert float(MarginMSE()(columns, Targets(teacher_BK=cosine + 7))) == pytest.approx(0, abs=1e-6)
+    assert float(MarginMSE(scale=1)(columns, Targets(teacher_BK=cosine + 7))) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", [MarginMSE(), KLDivergence()])
+@pytest.mark.parametrize("objective", [MarginMSE(scale=1), KLDivergence()])
 def test_unusable_teachers_are_refused(objective: EncoderObjective) -> None:
     query, first, second = (unit_rows(2, 5, seed) for seed in range(3))
     with pytest.raises(InputError, match=r"teacher score nan is not finite"):
@@ -367,6 +368,60 @@ def test_unusable_teachers_are_refused(objective: EncoderObjective) -> None:
         objective([query, first, second], Targets(teacher_BK=torch.zeros(2, 3)))
     with pytest.raises(InputError, match=r"got 1 for each; train from triples or candidates"):
         objective([query, first], Targets(teacher_BK=torch.zeros(2, 1)))
+
+
+def test_documents_that_a_row_lacks_count_nothing() -> None:
+    """Rows of 4, 2 and 1 documents cost what they cost each by itself; a missing one gets no gradient."""
+    lengths = [4, 2, 1]
+    columns = [unit_rows(3, 5, seed).requires_grad_() for seed in range(5)]
+    teacher = torch.randn(3, 4, generator=torch.Generator().manual_seed(9))
+    present = torch.tensor([[place < length for place in range(4)] for length in lengths])
+    targets = Targets(teacher_BK=teacher, present_BK=present)
+    for objective in (MarginMSE(scale=2), KLDivergence(temperature=0.5)):
+        alone = [
+            objective(
+                [column[row : row + 1] for column in columns[: length + 1]],
+                Targets(teacher_BK=teacher[row : row + 1, :length]),
+            )
+            for row, length in enumerate(lengths)
+            if length > 1
+        ]
+        loss = objective(columns, targets)
+        assert loss.item() == pytest.approx(torch.stack(alone).sum().item() / 3, abs=1e-5)
+        gradients = torch.autograd.grad(loss, columns)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert not gradients[3][1:].any()  # the third document, which row 0 alone has
+        assert gradients[3][0].any()
+
+
+@pytest.mark.parametrize("objective", [InBatchNegatives(scale=3, symmetric=True), HardestNegative(margin=1)])
+def test_a_missing_document_is_nobodys_negative(objective: EncoderObjective) -> None:
+    """As if the places without a document were not there: the same loss from the other columns alone."""
+    query, first, second = (unit_rows(3, 5, seed) for seed in range(3))
+    keys = BatchKeys(
+        query=text_keys(list("abc")), documents=(text_keys(list("xyz")), text_keys([None, "n", None]))
+    )
+    loss = objective([query, first, second * torch.tensor([[0.0], [1.0], [0.0]])], Targets(keys=keys))
+    similarity = cosines(query, torch.cat([first, second[1:2]]))
+    if isinstance(objective, HardestNegative):
+        assert float(loss) == pytest.approx(hardest_loss(similarity, set(), 1), abs=1e-5)
+    else:
+        both = softmax_loss(similarity, set(), 3) + softmax_loss(cosines(first, query), set(), 3)
+        assert float(loss) == pytest.approx(both / 2, abs=1e-5)
+
+
+def test_the_scale_of_margins_fits_the_teacher() -> None:
+    """95 of 100 margins of 0.2 to 20 lie below 19.01: two digits of it are 19."""
+    margins = torch.arange(1, 101) / 5
+    assert fitting_scale(margins) == fitting_scale(-margins) == 19
+    assert fitting_scale(margins / 19) == 1
+    refuse_saturating_scale(6, margins)  # reaches 12, and the median is 10
+    with pytest.raises(InputError, match=r"scale is 1, so .* reach 2, and .*median 10.*takes 19"):
+        refuse_saturating_scale(1, margins)
+    with pytest.raises(InputError, match="alike"):
+        fitting_scale(torch.zeros(9))
+    with pytest.raises(InputError, match="margin_mse needs a scale"):
+        MarginMSE()([unit_rows(2, 5, seed) for seed in range(3)], Targets(teacher_BK=torch.zeros(2, 2)))
 
 
 # Matryoshka.
@@ -447,7 +502,14 @@ def test_settings_out_of_range_are_refused(kind: type[Config], values: dict[str,
 
 @pytest.mark.parametrize(
     "objective",
-    [InBatchNegatives(), HardestNegative(), RandomNegative(), SimCSE(), CosineEmbedding(), MarginMSE()],
+    [
+        InBatchNegatives(),
+        HardestNegative(),
+        RandomNegative(),
+        SimCSE(),
+        CosineEmbedding(),
+        MarginMSE(scale=1),
+    ],
 )
 def test_missing_targets_are_named(objective: EncoderObjective) -> None:
     columns = [unit_rows(2, 5, seed) for seed in range(3 if isinstance(objective, MarginMSE) else 2)]

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raytower.cli.arguments import read_arguments
 from raytower.config import load_config, make_config
-from raytower.errors import InputError
+from raytower.errors import InputError, MissingExtraError
 from raytower.storage import Location
+from raytower.storage.errors import StorageError, StorageRefusedError
 from raytower.training.classifier import ClassifierTask, plan_train_classifier, train_classifier
 from raytower.training.config import (
     TrainClassifierConfig,
@@ -19,9 +21,10 @@ from raytower.training.config import (
     TrainRerankerConfig,
     TrainRetrieverConfig,
 )
-from raytower.training.loop import probe_storage
+from raytower.training.loop import lasting_failure, probe_storage
 from raytower.training.reranker import RerankerTask, plan_train_reranker, train_reranker
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
+from raytower.training.step import NotANumberError
 from tests.support.tiny_training import (
     write_candidates,
     write_labelled,
@@ -211,6 +214,52 @@ def test_a_place_that_cannot_be_written_is_found_before_training(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_worker_cannot_use_a_part_of_a_gpu_nor_two(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """NCCL refuses two workers on one GPU, and nothing would use a second one."""
+    values = {"model": str(dummy_encoder_dir), "train": {"path": "x.tsv"}, "output": str(tmp_path / "out")}
+    for config_class in (TrainRetrieverConfig, TrainRerankerConfig, TrainClassifierConfig):
+        for number in (0.5, 2):
+            with pytest.raises(
+                InputError, match=f"workers.num_gpus is {number}; a training worker computes on one GPU"
+            ):
+                make_config(config_class, {**values, "workers": {"num_gpus": number}})
+        for number in (0, 1):
+            make_config(config_class, {**values, "workers": {"num_gpus": number}})
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (InputError("no such label"), {"failure": "no such label", "is_input": True}),
+        (
+            MissingExtraError("peft is not installed"),
+            {"failure": "peft is not installed", "is_input": False},
+        ),
+        (NotANumberError("the loss is nan", 0), {"failure": "the loss is nan", "is_input": False}),
+        (StorageRefusedError("denied"), {"failure": "denied", "is_input": True}),
+        (StorageError("unreachable"), None),
+        (RuntimeError("Connection closed by peer"), None),
+        (KeyError("a bug"), None),
+    ],
+)
+def test_only_failures_that_a_new_start_would_meet_again_end_a_run(
+    dummy_encoder_dir: Path, error: Exception, failure: dict[str, Any] | None
+) -> None:
+    values = {"model": str(dummy_encoder_dir), "train": {"path": "x.tsv"}, "output": "out"}
+    assert lasting_failure(error, make_config(TrainRetrieverConfig, values)) == failure
+
+
+def test_memory_that_ran_out_ends_a_run_with_what_to_change(dummy_encoder_dir: Path) -> None:
+    values = {"model": str(dummy_encoder_dir), "train": {"path": "x.tsv"}, "output": "out", "batch_size": 64}
+    config = make_config(TrainRetrieverConfig, {**values, "workers": {"num": 2}})
+    failure = lasting_failure(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), config)
+    assert failure is not None
+    assert "share of a batch, 32 rows, does not fit into its memory (CUDA out of memory. Tried" in str(
+        failure["failure"]
+    )
+    assert "lower batch_size" in str(failure["failure"])
+
+
 def test_simcse_without_dropout(still_encoder: Path, tmp_path: Path) -> None:
     train = write_lines(tmp_path / "train.txt", 16)
     assert "both passes would be equal" in refused(
@@ -268,10 +317,15 @@ def test_a_format_that_the_objective_does_not_train_from(dummy_encoder_dir: Path
     assert "objective simcse trains from lines" in message
 
 
-def test_candidates_shorter_than_asked_for(dummy_encoder_dir: Path, tmp_path: Path) -> None:
-    train = write_candidates(tmp_path / "train.jsonl", 16, documents=3)
-    message = refused("retriever", dummy_encoder_dir, train, train={"path": str(train), "num_documents": 4})
-    assert "train.num_documents is 4, and a row has only 3" in message
+def test_a_scale_that_the_teacher_leaves_behind(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        json.dumps({"query": f"q{i}", "documents": ["a", "b"], "scores": [9 + i / 8, -1]}) for i in range(16)
+    ]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    objective = {"name": "margin_mse", "scale": 1}
+    message = refused("retriever", dummy_encoder_dir, train, objective=objective)
+    assert "objective.scale is 1, so differences of cosines reach 2" in message
+    assert "median 10.9" in message
 
 
 def test_matryoshka_beyond_the_embedding(dummy_encoder_dir: Path, tmp_path: Path) -> None:
@@ -300,6 +354,20 @@ def test_lora_layers_that_do_not_exist(dummy_encoder_dir: Path, tmp_path: Path) 
         ({"dev": {"path": "x", "metric": "recal@10"}}, "dev.metric"),
         ({"dev": {"path": "x", "metric": "auc", "corpus": "y"}}, "dev.metric auc searches none"),
         ({"dev": {"path": "x", "threshold": 0.5}}, "dev.metric recall@10 has none"),
+        (
+            {"dev": {"path": "x", "every_steps": 10, "every_epochs": 1}},
+            "dev.every_steps is 10 and dev.every_epochs 1; give one of them",
+        ),
+        (
+            {"dev": {"metric": "recall@1"}},
+            "dev.path is required and not given; name dev rows, or give dev.share",
+        ),
+        (
+            {"dev": {"path": "x", "share": 0.1}},
+            "dev.path is 'x' and dev.share 0.1; dev rows come from one of them",
+        ),
+        ({"dev": {"share": 1.0}}, "dev.share is 1.0; it must be"),
+        ({"dev": {"share": 0.1, "split": "dev"}}, "dev.split is 'dev', and dev.share takes dev rows from"),
         ({"seed": 2**32}, "seed"),
     ],
 )

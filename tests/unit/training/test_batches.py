@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 from torch import nn
 
+from raytower.data.config import InputConfig
+from raytower.data.pieces import survey
 from raytower.errors import InputError
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
-from raytower.training.batches import count_steps, cut_batches, cut_distinct_batches, worker_slice
+from raytower.training.batches import count_steps, cut_batches, join_windows, skip_rows, worker_slice
 from raytower.training.config import (
     OptimizerConfig,
     TrainRetrieverConfig,
 )
+from raytower.training.distinct_batches import spread_duplicates
 from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
 from raytower.training.runner import finished_run, run_identity, run_key
-from raytower.training.windows import Window, plan_windows
+from raytower.training.windows import Window, draw_documents, plan_windows, read_window, windows_from
 from tests.support.tiny_models import build_tiny_encoder
 from tests.support.tiny_training import (
     retriever_config,
     write_pairs,
+    write_rows,
 )
 
 
@@ -72,6 +78,80 @@ class TestWindows:
         assert first != windows_of([5] * 12, 5, epochs=2, seed=4)
         assert [w.pieces for w in first[:12]] != [w.pieces for w in first[12:]]
 
+    @given(
+        piece_rows=st.lists(st.integers(min_value=1, max_value=9), min_size=1, max_size=9),
+        window_rows=st.integers(min_value=1, max_value=12),
+        first_row=st.integers(min_value=0, max_value=60),
+        batch_size=st.integers(min_value=1, max_value=20),
+    )
+    def test_windows_from_a_row_on(
+        self, piece_rows: list[int], window_rows: int, first_row: int, batch_size: int
+    ) -> None:
+        def windows() -> Iterator[Window]:
+            return plan_windows(piece_rows, seed=3, window_rows=window_rows)
+
+        own = next(window for window in windows() if window.end_row > first_row)
+        assert next(windows_from(windows(), first_row)) == own
+        first = next(windows_from(windows(), first_row, batch_size))
+        begin = own.first_row // batch_size * batch_size
+        assert first.first_row <= begin < first.end_row
+        taken = [
+            window
+            for window, _ in zip(windows_from(windows(), first_row, batch_size), range(9), strict=False)
+        ]
+        assert all(left.end_row == right.first_row for left, right in pairwise(taken))
+
+
+class TestDrawing:
+    """Of long candidate lists each epoch takes the first document and others by lot."""
+
+    @given(
+        lengths=st.lists(st.integers(min_value=2, max_value=9), min_size=1, max_size=12),
+        count=st.integers(min_value=2, max_value=7),
+        cut=st.integers(min_value=0, max_value=12),
+    )
+    def test_a_row_keeps_its_first_and_as_many_as_are_wanted(
+        self, lengths: list[int], count: int, cut: int
+    ) -> None:
+        rows = [[f"{row} {place}" for place in range(length)] for row, length in enumerate(lengths)]
+        scores = [[float(place) for place in range(length)] for length in lengths]
+        table = pa.table({"documents": rows, "scores": scores})
+        table = pa.concat_tables([table.slice(0, cut), table.slice(cut)])  # in two chunks
+        drawn = draw_documents(table, count, np.random.default_rng(1)).to_pydict()
+        for given_row, documents, own in zip(rows, drawn["documents"], drawn["scores"], strict=True):
+            assert len(documents) == min(count, len(given_row))
+            assert documents == [given_row[int(place)] for place in own]
+            assert own == sorted(set(own))
+            assert own[0] == 0
+
+    def test_every_other_document_comes_equally_often(self) -> None:
+        table = pa.table({"documents": [list("abcde")] * 4000, "scores": [[0.0] * 5] * 4000})
+        drawn = draw_documents(table, 3, np.random.default_rng(1))["documents"].to_pylist()
+        counts = Counter(text for row in drawn for text in row)
+        assert counts["a"] == 4000
+        # Two of four: 2000 each, with a standard deviation of 32.
+        assert all(abs(counts[text] - 2000) < 160 for text in "bcde")
+
+    def test_epochs_draw_anew_and_a_run_draws_the_same_again(self, tmp_path: Path) -> None:
+        row = {"query": "q", "documents": list("abcdefgh"), "scores": [1.0, *[0.0] * 7]}
+        path = write_rows(
+            tmp_path / "lists.jsonl", [json.dumps({**row, "query": f"q{i}"}) for i in range(20)]
+        )
+        pieces = survey(InputConfig(path=str(path)), "candidates", rows_per_piece=5).pieces
+        windows = windows_of([5] * 4, 10, epochs=2)
+
+        def drawn(some: list[Window], seed: int = 3) -> dict[str, list[str]]:
+            tables = [read_window(window, pieces, seed, 3) for window in some]
+            return {row["query"]: row["documents"] for table in tables for row in table.to_pylist()}
+
+        first, second = drawn(windows[:2]), drawn(windows[2:])
+        assert first.keys() == second.keys()
+        assert first != second
+        assert drawn(windows[:2], seed=4) != first
+        # A run that continues with the second window draws for it what it would have drawn.
+        assert drawn(windows[1:2]).items() <= first.items()
+        assert drawn(windows[2:]) == second
+
 
 def tables_of(rows: list[tuple[str, str | None]], sizes: list[int]) -> Iterator[pa.Table]:
     start = 0
@@ -93,40 +173,6 @@ class TestBatches:
         flat = [query for batch in batches for query in batch["query"]]
         assert flat == [query for query, _ in rows[: len(flat)]]
 
-    @given(
-        values=st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from(["1", "2", "3", None]))),
-        batch_size=st.integers(min_value=1, max_value=3),
-    )
-    def test_distinct_batches_share_nothing_and_lose_no_row(
-        self, values: list[tuple[str, str | None]], batch_size: int
-    ) -> None:
-        batches = list(
-            cut_distinct_batches(tables_of(values, [len(values)]), batch_size, ["query", "id"], 999)
-        )
-        for batch in batches:
-            assert len(batch["query"]) == batch_size == len(set(batch["query"]))
-            ids = [name for name in batch["id"] if name is not None]
-            assert len(ids) == len(set(ids))
-        given_rows = Counter(
-            row for batch in batches for row in zip(batch["query"], batch["id"], strict=True)
-        )
-        assert not given_rows - Counter(values)
-
-    def test_a_row_that_collides_comes_in_the_next_batch(self) -> None:
-        rows = [("a", None), ("a", None), ("b", None), ("c", None), ("a", None), ("d", None)]
-        batches = list(cut_distinct_batches(tables_of(rows, [2, 4]), 2, ["query"], 99))
-        assert [batch["query"] for batch in batches] == [["a", "b"], ["a", "c"], ["a", "d"]]
-
-    def test_of_candidates_the_best_document_tells(self) -> None:
-        table = pa.table({"query": ["a", "b", "c"], "documents": [["x", "y"], ["x", "z"], ["y", "x"]]})
-        (batch,) = cut_distinct_batches([table], 2, ["query", "documents"], 99)
-        assert batch["query"] == ["a", "c"]
-
-    def test_rows_that_are_all_alike_are_refused(self) -> None:
-        rows = [("a", None)] * 20
-        with pytest.raises(InputError, match="without sharing a query; use sampler: shuffle"):
-            list(cut_distinct_batches(tables_of(rows, [20]), 2, ["query"], 10))
-
     def test_workers_share_a_batch_without_loss(self) -> None:
         rows = {"query": list("abcdefgh")}
         shares = [worker_slice(rows, rank, 4)["query"] for rank in range(4)]
@@ -138,6 +184,108 @@ class TestBatches:
         assert count_steps(100, 32, 0.1) == 1
         with pytest.raises(InputError, match="fewer than one batch of 32"):
             count_steps(31, 32, 1)
+
+    def test_windows_are_joined_again_and_rows_left_out(self) -> None:
+        rows = [(str(number), None) for number in range(10)]
+        joined = join_windows(tables_of(rows, [2, 3, 1, 4]), [5, 1, 4])
+        assert [table["query"].to_pylist() for table in joined] == [list("01234"), ["5"], list("6789")]
+        left = skip_rows(tables_of(rows, [2, 3, 1, 4]), 3)
+        assert [table["query"].to_pylist() for table in left] == [list("34"), ["5"], list("6789")]
+
+
+def spread(
+    rows: list[tuple[str, str | None]], sizes: list[int], batch_size: int, first: int = 0
+) -> tuple[list[list[tuple[str, str | None]]], list[str]]:
+    """The rows of each window in their new order, from the window `first` on, and what was told."""
+    told: list[str] = []
+    tables = islice(tables_of(rows, sizes), first, None)
+    spread_tables = spread_duplicates(
+        tables, batch_size, ["query", "id"], seed=1, first_row=sum(sizes[:first]), tell=told.append
+    )
+    return [list(zip(*table.to_pydict().values(), strict=True)) for table in spread_tables], told
+
+
+def shares_something(batch: list[tuple[str, str | None]]) -> bool:
+    columns = zip(*batch, strict=True)
+    values = [[value for value in column if value is not None] for column in columns]
+    return any(len(set(column)) < len(column) for column in values)
+
+
+class TestDistinctBatches:
+    """Rows that share a query or an id come in different batches, in an order that no run depends on."""
+
+    ROWS = st.lists(
+        st.tuples(st.sampled_from("abcdefghij"), st.sampled_from(["1", "2", "3", None])),
+        min_size=1,
+        max_size=60,
+    )
+
+    @given(rows=ROWS, cuts=st.lists(st.integers(min_value=1, max_value=60)), batch_size=st.integers(1, 9))
+    def test_every_window_keeps_its_rows(
+        self, rows: list[tuple[str, str | None]], cuts: list[int], batch_size: int
+    ) -> None:
+        edges = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
+        sizes = [right - left for left, right in pairwise(edges)]
+        windows, told = spread(rows, sizes, batch_size)
+        for number, window in enumerate(windows):
+            assert Counter(window) == Counter(rows[edges[number] : edges[number + 1]])
+        flat = [row for window in windows for row in window]
+        batches = [flat[at : at + batch_size] for at in range(0, len(flat), batch_size)]
+        assert len(told) == (1 if any(map(shares_something, batches)) else 0)
+        # A run that begins at any window's first whole batch makes the same batches from there on: it reads
+        # the windows before that share that batch.
+        for first_row in edges[:-1]:
+            begin = first_row // batch_size * batch_size
+            first = next(n for n, edge in enumerate(edges[1:]) if edge > begin)
+            again = [row for window in spread(rows, sizes, batch_size, first)[0] for row in window]
+            assert again[first_row - edges[first] :] == flat[first_row:]
+
+    @given(
+        groups=st.lists(st.integers(min_value=1, max_value=6), min_size=24, max_size=60),
+        sizes=st.lists(st.integers(min_value=30, max_value=60), min_size=1, max_size=4),
+        batch_size=st.integers(min_value=2, max_value=4),
+        seed=st.integers(min_value=0, max_value=9),
+    )
+    def test_nothing_is_shared_where_there_are_batches_enough(
+        self, groups: list[int], sizes: list[int], batch_size: int, seed: int
+    ) -> None:
+        """A window of 30 rows has six whole batches or more, and no value comes more than five times in it."""
+        rows = [(f"{g}", None) for g, size in enumerate(groups) for _ in range(min(size, 5))]
+        rows = [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
+        rows = (rows * 9)[: sum(sizes)]
+        # Of 24 groups and more each window has each at most five times, if none lies in it twice.
+        edges = np.cumsum([0, *sizes]).tolist()
+        counts = [Counter(rows[left:right]).most_common(1)[0][1] for left, right in pairwise(edges)]
+        assume(max(counts) <= 5)
+        windows, told = spread(rows, sizes, batch_size)
+        flat = [row for window in windows for row in window]
+        batches = [flat[at : at + batch_size] for at in range(0, len(flat), batch_size)]
+        assert not [batch for batch in batches if shares_something(batch)]
+        assert told == []
+
+    def test_rows_that_are_all_alike_come_all_the_same_and_it_is_told_once(self) -> None:
+        """A run used to end here, hours after it began."""
+        windows, told = spread([("a", None)] * 40, [20, 20], 4)
+        assert [len(window) for window in windows] == [20, 20]
+        (message,) = told
+        assert "15 of 20 rows share a query or id with another row of their batch" in message
+        assert "masked" in message
+
+    def test_of_candidates_the_best_document_tells(self) -> None:
+        table = pa.table(
+            {"query": list("abcd"), "documents": [["x", "y"], ["x", "z"], ["y", "x"], ["y", "z"]]}
+        )
+        (spread_table,) = spread_duplicates([table], 2, ["query", "documents"], seed=0)
+        best = [row[0] for row in spread_table["documents"].to_pylist()]
+        assert sorted(best[:2]) == sorted(best[2:]) == ["x", "y"]
+
+    def test_rows_that_share_nothing_keep_their_order(self) -> None:
+        """What is shuffled well stays so; the tail is taken from the front."""
+        rows = [(str(number), None) for number in range(23)]
+        windows, _ = spread(rows, [23], 5)
+        numbers = [int(query) for query, _ in windows[0]]
+        assert numbers[20:] == [0, 1, 2]
+        assert numbers[:20] == list(range(3, 23))
 
 
 class TestOptimizer:
@@ -199,7 +347,7 @@ class TestIdentity:
         build_tiny_encoder(start, seed=7)
         seen.append(self.identity(config))
         changed = [{key for key in later if later[key] != earlier[key]} for earlier, later in pairwise(seen)]
-        assert changed == [{"content of train"}, {"content of dev"}, {"weights of start"}]
+        assert changed == [{"content of train"}, {"content of dev"}, {"content of start"}]
 
     def test_keys_that_change_nothing_do_not_count(self, still_encoder: Path, tmp_path: Path) -> None:
         pairs = write_pairs(tmp_path / "pairs.tsv", 8)

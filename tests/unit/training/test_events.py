@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 from pyarrow import fs as pafs
 
 from raytower.storage import Location
@@ -48,3 +50,15 @@ def test_a_run_that_continues_adds_a_file_of_its_own(tmp_path: Path) -> None:
 def test_other_storage_is_probed_too(tmp_path: Path) -> None:
     probe_storage(elsewhere(tmp_path), rank=1)
     assert list((tmp_path / "bucket" / "run").iterdir()) == []
+
+
+def test_values_keep_their_names_and_nothing_is_warned_of(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dev metric has an @ in its name, and the best threshold of scored pairs may be infinite."""
+    log = EventLog(Location.of(tmp_path), first_step=1)
+    log.write(10, {"dev/recall@10": 0.5, "dev/threshold": math.inf})
+    log.close()
+    assert read_scalars(tmp_path) == {"dev/recall@10": {10: 0.5}, "dev/threshold": {10: math.inf}}
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
+from transformers import RoFormerConfig, RoFormerModel
 
 from raytower.config import make_config
 from raytower.training.batches import Rows, worker_slice
@@ -28,6 +29,7 @@ from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.retriever import RetrieverTask
 from raytower.training.step import NotANumberError, TrainingStep
 from tests.support.objective_cases import end_worker
+from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tiny_training import batches_of, write_pairs
 
 Backward = Callable[[TrainingStep, Rows], Tensor]
@@ -209,6 +211,24 @@ def spoil_gradient(model: nn.Module, value: float) -> torch.utils.hooks.Removabl
     return weight.register_hook(spoil)
 
 
+def _still_roformer(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = RoFormerConfig(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+    RoFormerModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.processes
 class TestTwoWorkers:
     """Each with its half of every batch, without dropout, against one process with all of it."""
@@ -216,7 +236,9 @@ class TestTwoWorkers:
     @pytest.fixture(scope="class")
     def jobs(self, still_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         folder = tmp_path_factory.mktemp("parallel")
-        return {name: make_job(still_encoder, folder, 2, changes) for name, changes in PARALLEL_JOBS.items()}
+        jobs = {name: make_job(still_encoder, folder, 2, changes) for name, changes in PARALLEL_JOBS.items()}
+        # Its table of positions gets no gradient. The second step failed: "Expected to have finished reduction".
+        return {**jobs, "weights out of use": make_job(_still_roformer(folder / "roformer"), folder, 2, {})}
 
     @pytest.fixture(scope="class")
     def results(
@@ -227,7 +249,7 @@ class TestTwoWorkers:
         multiprocessing.spawn(_worker, (jobs, folder), nprocs=2)
         return [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(2)]
 
-    @pytest.mark.parametrize("name", ["plain", "cached", "one batch", "clipped"])
+    @pytest.mark.parametrize("name", ["plain", "cached", "one batch", "clipped", "weights out of use"])
     def test_they_make_the_steps_of_one_process(
         self, jobs: dict[str, Job], results: list[dict[str, dict[str, Any]]], name: str
     ) -> None:

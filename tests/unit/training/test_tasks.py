@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,24 +19,33 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoConfig, AutoTokenizer, pipeline
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertIntermediate
 
 from raytower.config import make_config
-from raytower.errors import RaytowerError
-from raytower.models.cross_encoder import CrossEncoder
+from raytower.errors import InputError, RaytowerError
+from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.text_classifier import TextClassifier
 from raytower.models.two_tower import TwoTower
 from raytower.training.classifier import ClassifierTask
+from raytower.training.columns import text_columns
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
+from raytower.training.step import TrainingStep
 from tests.support.tiny_training import (
+    answer,
+    batches_of,
+    other_answer,
+    question,
     train_here,
     write_candidates,
     write_labelled,
     write_lines,
     write_pairs,
+    write_rows,
     write_scored,
     write_triples,
 )
@@ -116,13 +128,126 @@ def test_a_teacher_scores_the_candidates(
         teacher=str(dummy_reranker_dir),
     )
     assert fell(losses)
-    from raytower.training.columns import text_columns
-
     columns = text_columns({"query": ["a", "b"], "document": ["c", "d"], "negative": ["e", "f"]})
     teacher = PeerCrossEncoder(str(dummy_reranker_dir), device="cpu")
     pairs = [("a", "c"), ("a", "e"), ("b", "d"), ("b", "f")]
     expected = teacher.predict(pairs, activation_fn=torch.nn.Identity()).reshape(2, 2)
     assert task._taught(columns).teacher_BK.numpy() == pytest.approx(expected, abs=1e-5)
+    # The scale of the margins is that of a sample: the 95th percentile of what the peer gives.
+    rows = [line.split("\t") for line in train.read_text().splitlines()[1:]]
+    relevant, other = (
+        teacher.predict([(row[0], row[place]) for row in rows], activation_fn=torch.nn.Identity())
+        for place in (1, 2)
+    )
+    largest = np.quantile(np.abs(relevant - other), 0.95)
+    assert task.config.objective.scale == pytest.approx(largest, rel=0.051)
+
+
+def write_lists(path: Path, lengths: list[int]) -> Path:
+    """Candidates with so many documents each, numbered; the first is the relevant one."""
+    rows = [
+        {
+            "query": question(i),
+            "documents": [answer(i), *(f"{other_answer(i)} {k}" for k in range(1, length))],
+            "scores": [1.0, *[0.0] * (length - 1)],
+        }
+        for i, length in enumerate(lengths)
+    ]
+    return write_rows(path, [json.dumps(row) for row in rows])
+
+
+class TestListsOfUnequalLength:
+    def test_a_short_list_does_not_cut_the_others(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:
+        """One row of two documents among 63 of eight: the others train with all of theirs."""
+        train = write_lists(tmp_path / "train.jsonl", [8] * 31 + [2])
+        config = make_config(TrainRetrieverConfig, values_of(dummy_encoder_dir, train, tmp_path, {}))
+        surveyed = RetrieverTask.survey(config)
+        task = RetrieverTask.prepare(config, surveyed)
+        assert task.num_documents == 8
+        rows = next(
+            batches_of(
+                surveyed,
+                make_config(
+                    TrainRetrieverConfig, values_of(dummy_encoder_dir, train, tmp_path, {"batch_size": 32})
+                ),
+                task.num_documents,
+            )
+        )
+        assert sorted(map(len, rows["documents"])) == [2] + [8] * 31
+        columns = text_columns(rows, task.num_documents)
+        assert len(columns.documents) == 8
+        assert len(columns.present_documents) == 31 * 8 + 2
+
+    @pytest.mark.parametrize("name", ["in_batch_negatives", "margin_mse", "kl_divergence"])
+    @pytest.mark.parametrize("cached", [None, 4])
+    def test_encoders_train_from_them(
+        self, dummy_encoder_dir: Path, tmp_path: Path, name: str, cached: int | None
+    ) -> None:
+        train = write_lists(tmp_path / "train.jsonl", [2, 5, 3, 2] * 8)
+        _, _, losses = train_retriever_here(
+            dummy_encoder_dir, train, tmp_path, objective={"name": name}, gradient_cache=cached
+        )
+        assert fell(losses)
+
+    @pytest.mark.parametrize("name", ["listwise_softmax", "pairwise_margin", "pointwise_regression"])
+    def test_the_loss_of_a_reranker_is_that_of_its_lists(
+        self, still_encoder: Path, tmp_path: Path, name: str
+    ) -> None:
+        lengths = [2, 5, 3, 2]
+        train = write_lists(tmp_path / "train.jsonl", lengths)
+        changes = {"objective": {"name": name}, "batch_size": 4, "optimizer": {"lr": 1e-12}}
+        config = make_config(TrainRerankerConfig, values_of(still_encoder, train, tmp_path, changes))
+        surveyed = RerankerTask.survey(config)
+        task = RerankerTask.prepare(config, surveyed)
+        model, (loss,) = train_here(task, config, surveyed, 1)
+        assert task.num_documents == 5
+        rows = [json.loads(line) for line in train.read_text().splitlines()]
+        scorer = CrossScorer(model.inner.eval(), max_length=32)
+        logits = [
+            torch.from_numpy(scorer.score([row["query"]] * len(row["documents"]), row["documents"]))
+            for row in rows
+        ]
+        # By torch's own functions, one list after the other.
+        if name == "listwise_softmax":
+            losses = [-row.log_softmax(0)[0] for row in logits]
+        elif name == "pairwise_margin":
+            losses = [(0.1 - row[0].sigmoid() + row[1:].sigmoid()).clamp(min=0).mean() for row in logits]
+        else:
+            labels = torch.tensor([score for row in rows for score in row["scores"]])
+            every = torch.nn.functional.binary_cross_entropy_with_logits
+            losses = [every(torch.cat(logits), labels)]
+        assert loss == pytest.approx(float(sum(losses)) / len(losses), abs=1e-5)
+
+    def test_workers_with_unequal_lists_make_the_step_of_one(
+        self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Their mean loss is the mean over all pairs, though one worker holds 4 of them and the other 8."""
+        train = write_lists(tmp_path / "train.jsonl", [2, 2, 3, 5])
+        changes = {"batch_size": 4, "optimizer": {"lr": 1e-12}}
+        config = make_config(TrainRerankerConfig, values_of(still_encoder, train, tmp_path, changes))
+        surveyed = RerankerTask.survey(config)
+        task = RerankerTask.prepare(config, surveyed)
+        rows = [json.loads(line) for line in train.read_text().splitlines()]
+
+        def loss_of(some: list[dict[str, Any]]) -> float:
+            batch = {name: [row[name] for row in some] for name in rows[0]}
+            monkeypatch.setattr("tests.support.tiny_training.batches_of", lambda *_: iter([batch]))
+            return train_here(task, config, surveyed, 1)[1][0]
+
+        whole = loss_of(rows)
+        monkeypatch.setattr("raytower.training.reranker.gather_constants", lambda _: torch.tensor([4.0, 8.0]))
+        assert (loss_of(rows[:2]) + loss_of(rows[2:])) / 2 == pytest.approx(whole, abs=1e-6)
+
+    def test_more_than_all_rows_have(
+        self, dummy_encoder_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train = write_lists(tmp_path / "train.jsonl", [3, 2] * 8)
+        changes = {"train": {"path": str(train), "num_documents": 4}}
+        config = make_config(TrainRetrieverConfig, values_of(dummy_encoder_dir, train, tmp_path, changes))
+        assert RetrieverTask.prepare(config, RetrieverTask.survey(config)).num_documents == 3
+        told = capsys.readouterr().err
+        assert "train.num_documents is 4, and no row has more than 3" in told
+        assert "8 of 16 rows have fewer than 3 documents (down to 2)" in told
 
 
 def test_three_stages_continue_from_each_other(dummy_encoder_dir: Path, tmp_path: Path) -> None:
@@ -188,7 +313,7 @@ class TestSettingsOfTheStep:
     ) -> None:
         """With dropout on: the masks of the second forward pass are those of the first."""
         passes: Counter[type] = Counter()
-        with register_module_forward_pre_hook(lambda module, _: passes.update([type(module)])):
+        with register_module_forward_pre_hook(lambda m, _: passes.update([type(m)] if m.training else [])):
             losses = self.losses(dummy_encoder_dir, tmp_path, recompute=True)
         assert losses == pytest.approx(plain, abs=1e-5)
         # On the way back the inside of both layers is computed once more, the embeddings are not. Hooks of a layer
@@ -294,7 +419,49 @@ def test_every_cross_encoder_objective_trains_from_a_config(
     saved = CrossEncoder.load(tmp_path / "saved")
     assert saved.num_labels == (2 if objective["name"] == "pointwise_cross_entropy" else 1)
     assert saved.activation == config.objective.activation
-    assert saved.max_length == 32
+
+
+@pytest.mark.parametrize("kind", ["reranker", "classifier"])
+def test_a_published_model_keeps_its_own_length(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
+    """Trained at 32 tokens, its backbone has positions for 64: transformers reads on up to those."""
+    config_class, task_class, write = {
+        "reranker": (TrainRerankerConfig, RerankerTask, write_scored),
+        "classifier": (TrainClassifierConfig, ClassifierTask, write_labelled),
+    }[kind]
+    train = write(tmp_path / "train.tsv", 16)
+    config: Any = make_config(config_class, values_of(dummy_encoder_dir, train, tmp_path, {}))
+    task: Any = task_class.prepare(config, task_class.survey(config))
+    task.save(task.build(None), tmp_path / "saved", {})
+    continued = task.build(tmp_path / "saved")
+    assert continued.inner.max_length == 64
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 64
+
+
+def test_two_classes_of_a_reranker_keep_their_names(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """Given by the config, and kept by a training that goes on from there and gives none."""
+    train = write_scored(tmp_path / "train.tsv", 16)
+    changes = {"objective": "pointwise_cross_entropy", "labels": ["other", "same"]}
+    for folder, more in (("first", changes), ("second", {**changes, "labels": None})):
+        start = tmp_path / "first" if folder == "second" else dummy_encoder_dir
+        config = make_config(TrainRerankerConfig, values_of(start, train, tmp_path, more))
+        task = RerankerTask.prepare(config, RerankerTask.survey(config))
+        task.save(task.build(None), tmp_path / folder, {})
+        saved = AutoConfig.from_pretrained(tmp_path / folder)
+        assert saved.id2label == {0: "other", 1: "same"}
+        assert saved.label2id == {"other": 0, "same": 1}
+    assert PeerCrossEncoder(str(tmp_path / "second"), device="cpu").num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": ["other", "same"]}, "objective pointwise_regression has no classes to name"),
+        ({"labels": ["same", "same"], "objective": "pointwise_cross_entropy"}, "give two different names"),
+    ],
+)
+def test_labels_that_name_nothing_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        make_config(TrainRerankerConfig, values_of(tmp_path, tmp_path, tmp_path, changes))
 
 
 def test_adapters_of_a_cross_encoder_leave_its_head_trainable(
@@ -376,3 +543,26 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_move(still_encoder: P
     train = write_pairs(tmp_path / "train.tsv", 64)
     with pytest.raises(RaytowerError, match=r"is (nan|inf)"):
         train_retriever_here(still_encoder, train, tmp_path, steps=8, optimizer={"lr": 1e30})
+
+
+def test_a_classifiers_step_observes_the_accuracy_on_its_rows(still_encoder: Path, tmp_path: Path) -> None:
+    """Of the weights before the step, over both accumulated batches; transformers predicts the same labels."""
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    changes = {"optimizer": {"lr": 5e-3, "warmup_ratio": 0.0}, "accumulate_batches": 2}
+    config = make_config(TrainClassifierConfig, values_of(still_encoder, train, tmp_path, changes))
+    surveyed = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, surveyed)
+    model = task.build(None).train()
+    optimizer = make_optimizer(model, config.optimizer)
+    step = TrainingStep(model, optimizer, make_schedule(optimizer, 100, 0.0))
+    batches = batches_of(surveyed, config)
+    for number in range(10):
+        pair = [next(batches), next(batches)]
+        if number == 9:
+            task.save(model, tmp_path / "saved", {})
+        step.run(number, pair, task.backward)
+    peer = pipeline("text-classification", model=str(tmp_path / "saved"), device="cpu")
+    texts, labels = ([*chain.from_iterable(batch[name] for batch in pair)] for name in ("text", "label"))
+    hits = [found["label"] == label for found, label in zip(peer(texts), labels, strict=True)]
+    assert step.observed == {"accuracy": pytest.approx(sum(hits) / 32)}
+    assert 0.2 < sum(hits) / 32 < 1

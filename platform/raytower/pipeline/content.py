@@ -1,0 +1,136 @@
+"""The content of what steps read and write, as hashes, and moving an output aside.
+
+A model is hashed whole. Embeddings, indexes and reports are known by the file that their job writes last, which holds
+the checksums of the others.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from raytower.data.sources import find_files, split_glob
+from raytower.encoding.job import JOB_NAME
+from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
+from raytower.errors import InputError
+from raytower.evaluation.reports import PAGE_NAME, REPORT_NAME, RUN_NAME
+from raytower.index.versions import open_manifest, published_version
+from raytower.models.content import hash_model
+from raytower.models.directory import INFO_NAME, read_info, resolve_model
+from raytower.storage import Location, known_sha256
+
+Kind = Literal["rows", "model", "embeddings", "index", "report"]
+
+
+def content_of(kind: Kind, name: str, file_format: str = "auto") -> str:
+    """Hash of an input as it lies there.
+
+    Args:
+        kind: what it is.
+        name: where it is: a path, a glob or a URI, of a model also a hub id.
+        file_format: rows: as `find_files`.
+
+    Raises:
+        InputError: there is no such input, or a damaged one.
+    """
+    if kind == "rows":
+        places = [file.location for file in find_files(name, file_format).files]
+        return _hash([[str(place), known_sha256(place)] for place in places])
+    if kind == "model":
+        return _hash([hash_model(name), read_info(resolve_model(name)).get("fusion")])
+    if kind == "embeddings":
+        return (Location.of(name) / MANIFEST_NAME).sha256()
+    return open_manifest(name).sha256()
+
+
+def is_inside(name: str, folder: str) -> bool:
+    """Whether `name` is `folder` or lies below it."""
+    return _parts_below(Location.of(name), Location.of(folder)) is not None
+
+
+def may_hold(name: str, output: str) -> bool:
+    """Whether an input may hold an output, or a part of it: it is that, lies in it, or is a folder or a glob above."""
+    base, pattern = split_glob(name)
+    below = _parts_below(Location.of(output), base)
+    if pattern is None or below is None:
+        return below is not None or is_inside(name, output)
+    names_it = fnmatch.fnmatchcase("/".join(below), "/".join(pattern))
+    return names_it or "**" in pattern or len(pattern) > len(below)
+
+
+def _parts_below(place: Location, above: Location) -> tuple[str, ...] | None:
+    """By their real names: one place may be named by a link, or with `..`."""
+    path, base = (
+        PurePosixPath(os.path.realpath(each.path) if each.is_local else each.path) for each in (place, above)
+    )
+    is_below = place.filesystem == above.filesystem and path.is_relative_to(base)
+    return path.relative_to(base).parts if is_below else None
+
+
+def content_of_output(kind: Kind, output: str) -> str | None:
+    """Hash of a finished output; None where it is not there, or lacks what it needs.
+
+    An index is known by its first build, since changes to it are versions of its own.
+    """
+    place = Location.of(output)
+    if kind == "rows":
+        return known_sha256(place) if place.is_file() else None
+    try:
+        if kind == "model":
+            return hash_model(output) if (place / INFO_NAME).is_file() else None
+        if kind == "index":
+            return open_manifest(place).built[0] if published_version(place) else None
+        if kind == "embeddings":
+            sizes = {info.base_name: info.size for info in place.infos()}
+            files = EmbeddingsManifest.read(place).files
+            whole = all(sizes.get(file.name) == file.bytes for file in files)
+            return (place / MANIFEST_NAME).sha256() if whole else None
+        return _hash([(place / name).sha256() for name in (RUN_NAME, REPORT_NAME, PAGE_NAME)])
+    except InputError:  # a part of it is gone
+        return None
+
+
+def mark_of(kind: Kind, output: str) -> str | None:
+    """What a job has written down in its output of itself, by which it is known also where parts of it are gone."""
+    place = Location.of(output)
+    if kind == "model":
+        run = (place / INFO_NAME).read_json().get("run") if (place / INFO_NAME).is_file() else None
+        return None if run is None else _hash(run)
+    if kind == "embeddings":
+        return (place / JOB_NAME).sha256() if (place / JOB_NAME).is_file() else None
+    return content_of_output(kind, output)
+
+
+def is_empty(output: str) -> bool:
+    """Whether nothing lies there. Hidden names count for nothing, as where jobs look at their outputs."""
+    place = Location.of(output)
+    if place.is_file():
+        return place.size_bytes() == 0
+    return not any(not child.name.startswith(".") for child in place.children())
+
+
+def put_aside(output: str) -> Location:
+    """Rename an output to a hidden name beside it, since no job takes what is hidden for data; returns the new place.
+
+    Raises:
+        InputError: object stores cannot rename, and nothing is removed that somebody may want.
+    """
+    place = Location.of(output)
+    if not place.is_local:
+        raise InputError(
+            f"output {output!r} was made by an earlier config or from other data, and its storage cannot rename it to "
+            "make room; remove it, or name another output"
+        )
+    names = (place.parent / f".{place.name}.former-{number}" for number in count(1))
+    target = next(name for name in names if not name.exists())
+    Path(place.path).rename(target.path)
+    return target
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,73 @@
+"""The share of training texts that `max_length` cuts, counted in a sample before training. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from raytower.data.pieces import Survey, read_piece
+from raytower.models.tokenising import tokenise
+from raytower.progress import log
+from raytower.training.batches import Rows
+from raytower.training.windows import draw_documents
+
+SAMPLE_ROWS = 1000
+# Few, because a piece of a compressed file is found by reading all before it.
+_SAMPLED_PIECES = 4
+
+
+def spaced_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS, num_documents: int | None = None) -> Rows:
+    """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time.
+
+    Of candidate lists longer than `num_documents`, so many are drawn, as training does.
+    """
+    count = min(_SAMPLED_PIECES, len(surveyed.pieces))
+    chosen = [
+        surveyed.pieces[(2 * number + 1) * len(surveyed.pieces) // (2 * count)] for number in range(count)
+    ]
+    wanted = -(-num_rows // count)
+    tables = []
+    for piece in chosen:
+        table = read_piece(piece)
+        tables.append(table.take(_spaced(table.num_rows, wanted)))
+    rows = pa.concat_tables(tables)
+    if num_documents is not None:
+        rows = draw_documents(rows, num_documents, np.random.default_rng(0))
+    return rows.to_pydict()
+
+
+def _spaced(num_rows: int, wanted: int) -> pa.Array:
+    kept = min(num_rows, wanted)
+    return pa.array(np.arange(kept) * num_rows // kept)
+
+
+def cut_shares(
+    tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, Sequence[Sequence[str]]], max_length: int
+) -> dict[str, float]:
+    """Share of the rows of each column with more than `max_length` tokens, special tokens counted.
+
+    Args:
+        tokenizer: of the model that is trained.
+        columns: by name, the texts as the tokenizer gets them, or two lists of equal length whose pairs are one row.
+        max_length: tokens that training keeps of a row.
+
+    Raises:
+        InputError: `max_length` leaves no room beside the special tokens.
+    """
+    shares = {}
+    for name, texts in columns.items():
+        tokenise(tokenizer, [[""] for _ in texts], max_length)  # says if there is no room at all
+        # One token more than is kept tells what is cut, at a cost that does not grow with the texts.
+        lengths_N = tokenise(tokenizer, texts, max_length + 1).lengths
+        shares[name] = float((lengths_N > max_length).mean())
+    return shares
+
+
+def say_cut_shares(shares: Mapping[str, float], max_length: int, num_rows: int) -> None:
+    """Log the shares, in percent of the texts of a sample of `num_rows` rows."""
+    counted = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    remedy = "; raise max_length where the rest of them matters" if any(shares.values()) else ""
+    log(f"max_length {max_length} cuts, in a sample of {num_rows:,} rows: {counted}{remedy}")

@@ -1,0 +1,98 @@
+"""Setting dev rows aside from the training rows: which ones they are, and the survey of what remains. No Ray.
+
+All rows of a query (of a classifier: of a text) lie on one side. Which queries are drawn depends on the seed and on
+the queries themselves, not on the order of the rows or the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raytower.data.pieces import Picked, Piece, Survey, read_piece
+from raytower.errors import InputError
+from raytower.progress import log
+from raytower.training.normalised import normalised
+
+Hashes = NDArray[np.uint64]
+
+
+def choose_keys(hashes_N: Hashes, strata_N: NDArray[np.int64], share: float) -> Hashes:
+    """The hashes that are set aside: of each stratum those whose rows come nearest to `share` of its rows.
+
+    Args:
+        hashes_N: (N,) of each row's key, drawn by chance, so that the lowest ones are a random sample of the keys.
+        strata_N: (N,) the label of each row as a number; all 0 where rows have none.
+        share: between 0 and 1.
+    """
+    chosen = []
+    for stratum in np.unique(strata_N):
+        keys, counts = np.unique(hashes_N[strata_N == stratum], return_counts=True)
+        rows_taken = np.concatenate([[0], np.cumsum(counts)])
+        number = int(np.abs(rows_taken - share * rows_taken[-1]).argmin())
+        chosen.append(keys[:number])
+    return np.concatenate(chosen)
+
+
+def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
+    """The survey of the rows that are trained; its `set_aside` are pieces with the others.
+
+    Labels are strata where rows are single texts: every label keeps its share. Memory holds 16 bytes a row.
+
+    Raises:
+        InputError: one of the sides would be empty.
+    """
+    names = surveyed.schema.names
+    key = "query" if "query" in names else "text"
+    labels: dict[str, int] = {}
+    hashes, strata = [], []
+    for table in map(read_piece, surveyed.pieces):
+        hashes.append(_hash(table[key], seed))
+        if key == "text" and "label" in names:
+            numbers = [labels.setdefault(label, len(labels)) for label in table["label"].to_pylist()]
+            strata.append(np.array(numbers, dtype=np.int64))
+        else:
+            strata.append(np.zeros(table.num_rows, dtype=np.int64))
+    all_hashes = np.concatenate(hashes)
+    chosen = choose_keys(all_hashes, np.concatenate(strata), share)
+    num_dev = int(np.isin(all_hashes, chosen).sum())
+    if not 0 < num_dev < surveyed.num_rows:
+        side = "dev" if num_dev == 0 else "training"
+        raise InputError(
+            f"dev.share is {share:g}, and of {surveyed.num_rows} rows with {len(np.unique(all_hashes))} different "
+            f"{'queries' if key == 'query' else 'texts'} it leaves no {side} rows; choose another share, or give dev "
+            "rows by dev.path"
+        )
+    trained, set_aside, first_row = [], [], 0
+    for piece, own in zip(surveyed.pieces, hashes, strict=True):
+        is_dev = np.isin(own, chosen)
+        if is_dev.any():
+            set_aside.append(_pick(piece, is_dev, leave_out=False))
+        if not is_dev.all():
+            trained.append(dataclasses.replace(_pick(piece, is_dev, leave_out=True), first_row=first_row))
+            first_row += trained[-1].num_rows
+    log(f"dev.share {share:g}: {num_dev:,} rows are set aside to measure with, {first_row:,} are trained")
+    return dataclasses.replace(
+        surveyed, pieces=tuple(trained), num_rows=first_row, set_aside=tuple(set_aside)
+    )
+
+
+def _pick(piece: Piece, is_dev: NDArray[np.bool_], *, leave_out: bool) -> Piece:
+    """The piece without the dev rows, or with them alone."""
+    rows = tuple(np.flatnonzero(is_dev).tolist())
+    picked = Picked(rows=rows, of_rows=piece.num_rows, leave_out=leave_out)
+    return dataclasses.replace(piece, picked=picked, num_rows=picked.num_rows)
+
+
+def _hash(column: pa.ChunkedArray, seed: int) -> Hashes:
+    """(N,) a pseudo-random number for each text; texts that differ in case or spaces alone have the same."""
+    key = seed.to_bytes(8, "little")
+    digests = (
+        hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
+        for text in normalised(column).to_pylist()
+    )
+    return np.frombuffer(b"".join(digests), dtype="<u8")

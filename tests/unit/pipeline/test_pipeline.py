@@ -1,0 +1,363 @@
+"""Which steps of a pipeline run again. Jobs run in this process; training writes a model of weights by its identity."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from raytower.commands import COMMANDS, find_reference
+from raytower.config import Config, make_config
+from raytower.errors import FormatError, InputError
+from raytower.index.build import build_index
+from raytower.pipeline.config import PipelineConfig
+from raytower.pipeline.content import put_aside
+from raytower.pipeline.job import INPUT_KEYS, STEP_JOBS, plan_pipeline, run_pipeline
+from raytower.storage import Location
+from raytower.training.config import TrainRetrieverConfig
+from raytower.training.retriever import RetrieverTask
+from raytower.training.runner import finished_run, run_identity, run_key
+from tests.support.encoding_here import encode_here
+from tests.support.index_cases import HERE
+from tests.support.tiny_models import build_tiny_encoder
+from tests.support.tiny_training import write_pairs
+
+TRAIN, ENCODE, BUILD, MINE, EVALUATE = JOBS = (
+    "train-retriever",
+    "encode",
+    "index build",
+    "mine",
+    "evaluate",
+)
+OUTPUTS = ("encoder", "embeddings", "index", "mined.tsv", "report")
+
+
+class Killed(BaseException):
+    """As if the process had ended."""
+
+
+def train(config: TrainRetrieverConfig) -> dict[str, Any]:
+    """As `fit`, with weights drawn by the identity in place of trained ones."""
+    identity = run_identity(config, RetrieverTask.survey(config))
+    if (done := finished_run(config, identity)) is not None:
+        return done
+    output = build_tiny_encoder(Path(config.output), seed=int(run_key(identity)[:7], 16))
+    figures = {"steps": 1}
+    info = json.loads((output / "raytower.json").read_text())
+    (output / "raytower.json").write_text(json.dumps({**info, "run": identity, "figures": figures}))
+    return figures
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dummy_encoder_dir: Path) -> Work:
+    return Work(tmp_path, monkeypatch, dummy_encoder_dir)
+
+
+class Work:
+    """A folder with the files of a pipeline of five steps, and which jobs were called."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, encoder: Path) -> None:
+        patch.chdir(folder)
+        shutil.copytree(encoder, "start")
+        write_pairs(Path("train.tsv"), 16)
+        write_pairs(Path("dev.tsv"), 8)
+        write_pairs(Path("queries.tsv"), 8)
+        Path("corpus.txt").write_text(
+            "".join(f"{letter * 5} is {n}\n" for n in range(4) for letter in "abcdefgh")
+        )
+        self.ran: list[str] = []
+        self.kill_in: str | None = None
+        """A job that is killed after it has written."""
+        jobs: dict[str, Callable[[Any], dict[str, Any]]] = {
+            TRAIN: train,
+            ENCODE: encode_here,
+            BUILD: lambda config: build_index(config, HERE),
+            MINE: find_reference(COMMANDS[MINE].run),
+            EVALUATE: find_reference(COMMANDS[EVALUATE].run),
+        }
+        real = {COMMANDS[job].run: self._counted(job, run) for job, run in jobs.items()}
+        patch.setattr(
+            "raytower.pipeline.job.find_reference", lambda name: real.get(name) or find_reference(name)
+        )
+
+    def _counted(self, job: str, run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        def counted(config: Any) -> dict[str, Any]:
+            self.ran.append(job)
+            figures = run(config)
+            if self.kill_in == job:
+                self.kill_in = None
+                raise Killed
+            return figures
+
+        return counted
+
+    def config(self, change: dict[str, dict[str, Any]] | None = None) -> PipelineConfig:
+        configs: dict[str, dict[str, Any]] = {
+            TRAIN: {"model": "start", "train": "train.tsv", "output": "runs/encoder", "batch_size": 8},
+            ENCODE: {"encoder": "runs/encoder", "input": "corpus.txt", "output": "runs/embeddings"},
+            BUILD: {"embeddings": "runs/embeddings", "output": "runs/index", "kind": "flat"},
+            MINE: {
+                "encoder": "runs/encoder",
+                "index": "runs/index",
+                "input": "dev.tsv",
+                "output": "runs/mined.tsv",
+            },
+            EVALUATE: {
+                "encoder": "runs/encoder",
+                "index": "runs/index",
+                "queries": "queries.tsv",
+                "output": "runs/report",
+            },
+        }
+        configs[MINE]["recall_k"] = 8
+        configs[TRAIN]["workers"] = {"num": 1}
+        steps = [{"job": job, "config": {**configs[job], **(change or {}).get(job, {})}} for job in JOBS]
+        return make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps})
+
+    def run(self, **change: dict[str, Any]) -> list[str]:
+        """The jobs that ran. The plan has named them before, and those that read what was then made anew alike."""
+        config = self.config({job.replace("_", " "): values for job, values in change.items()})
+        planned = [step["job"] for step in plan_pipeline(config)["steps"] if not step["skipped"]]
+        self.ran.clear()
+        steps = run_pipeline(config)["steps"]
+        ran = [step["job"] for step in steps if not step["skipped"]]
+        assert planned[:1] == ran[:1]
+        assert set(planned) >= set(ran)
+        assert list(dict.fromkeys(self.ran)) == ran
+        return ran
+
+
+def test_only_what_a_change_concerns_runs_again(work: Work) -> None:
+    assert work.run() == list(JOBS)
+    assert work.run() == []
+    report = json.loads(Path("runs/report/report.json").read_text())
+    write_pairs(Path("queries.tsv"), 6)
+    assert work.run() == [EVALUATE]
+    assert json.loads(Path("runs/report/report.json").read_text()) != report
+    assert work.run(mine={"num_negatives": 2}) == [MINE]
+    assert work.run(mine={"num_negatives": 2}, index_build={"kind": "hnsw"}) == [BUILD, MINE, EVALUATE]
+    assert work.run(mine={"num_negatives": 2}, index_build={"kind": "hnsw"}) == []
+    corpus = Path("corpus.txt")
+    corpus.write_text(corpus.read_text() + "one more\n")
+    assert work.run() == [ENCODE, BUILD, MINE, EVALUATE]
+    assert work.run() == []
+
+
+def test_a_training_file_that_was_doubled_and_other_epochs_train_again(work: Work) -> None:
+    """The first was skipped; the second ended with "output exists and was made by another config"."""
+    work.run()
+    first = weights()
+    pairs = Path("train.tsv")
+    pairs.write_text(pairs.read_text() * 2)
+    assert work.run() == list(JOBS)
+    second = weights()
+    more = {"train-retriever": {"epochs": 2}}
+    assert work.run(**more) == list(JOBS)
+    assert work.run(**more) == []
+    assert len({first, second, weights()}) == 3
+    # Nothing that was made is lost: what was replaced lies beside it.
+    assert Path("runs/.encoder.former-1/model.safetensors").read_bytes() == first
+    assert Path("runs/.encoder.former-2/model.safetensors").read_bytes() == second
+    assert (Path("runs") / ".embeddings.former-2" / "manifest.json").is_file()
+    # Back again: the model of one epoch is not taken for finished because it was once.
+    assert work.run() == list(JOBS)
+    assert weights() == second
+
+
+def weights(folder: str = "runs/encoder") -> bytes:
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+def test_keys_that_change_no_result_run_nothing(work: Work) -> None:
+    work.run()
+    free = {"train-retriever": {"log_every_steps": 1}, "encode": {"workers": {"num": 3}}}
+    assert work.run(**free) == []
+    assert work.run(**{"train-retriever": {"epochs": 1}}) == [], "the default, written down"
+
+
+def test_an_output_that_is_gone_is_made_again_and_nothing_else_where_it_is_the_same(work: Work) -> None:
+    work.run()
+    before = weights()
+    for job, output in zip(JOBS, OUTPUTS, strict=True):
+        place = Path("runs") / output
+        if place.is_file():
+            place.write_bytes(b"")
+        else:
+            shutil.rmtree(place)
+            place.mkdir()
+        assert work.run() == [job]
+        assert work.run() == []
+    assert weights() == before
+    shutil.rmtree("runs/encoder")
+    Path("runs/mined.tsv").unlink()
+    assert work.run() == [TRAIN, MINE]
+
+
+def test_an_output_that_is_not_whole_is_made_again(work: Work) -> None:
+    work.run()
+    before = weights()
+    # raytower.json alone would say "finished; nothing to do".
+    Path("runs/encoder/model.safetensors").unlink()
+    assert work.run() == [TRAIN]
+    assert weights() == before
+    next(Path("runs/embeddings").glob("*.parquet")).unlink()
+    assert work.run() == [ENCODE]
+    assert work.run() == []
+
+
+def test_a_pipeline_that_is_killed_again_and_again_comes_to_its_end(work: Work) -> None:
+    for change in ({}, {TRAIN: {"epochs": 2}}):
+        for number, job in enumerate(JOBS):
+            work.ran.clear()
+            work.kill_in = job
+            with pytest.raises(Killed):
+                run_pipeline(work.config(change))
+            assert set(work.ran) == set(JOBS[max(number - 1, 0) : number + 1]), (
+                "what was recorded does not run again"
+            )
+        assert work.run(**change) == [EVALUATE]
+        assert work.run(**change) == []
+
+
+def test_what_a_killed_step_left_makes_room_for_another_config(work: Work) -> None:
+    work.kill_in = ENCODE
+    with pytest.raises(Killed):
+        run_pipeline(work.config())
+    assert work.run(encode={"max_length": 16}) == list(JOBS[1:])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_foreign_outputs_are_refused_before_anything_runs(work: Work, output: str) -> None:
+    place = Path("runs") / output
+    place.parent.mkdir()
+    notes = place if place.suffix else place / "notes.txt"
+    notes.parent.mkdir(exist_ok=True)
+    notes.write_text("mine")
+    for call in (plan_pipeline, run_pipeline):
+        with pytest.raises(InputError, match=rf"step \d [a-z -]+: output 'runs/{output}'"):
+            call(work.config())
+    assert work.ran == []
+    assert notes.read_text() == "mine"
+
+
+def test_a_foreign_folder_in_place_of_an_output_is_never_moved(work: Work) -> None:
+    work.run()
+    shutil.rmtree("runs/encoder")
+    Path("runs/encoder").mkdir()
+    Path("runs/encoder/notes.txt").write_text("mine")
+    with pytest.raises(
+        InputError, match="step 1 train-retriever: output 'runs/encoder' holds files of something else"
+    ):
+        work.run(**{"train-retriever": {"epochs": 2}})
+    assert Path("runs/encoder/notes.txt").read_text() == "mine"
+
+
+def test_a_model_of_another_run_is_never_moved(work: Work) -> None:
+    """A model that somebody trained there by hand."""
+    config = work.config().steps[0].config
+    train(make_config(TrainRetrieverConfig, {**config, "epochs": 3}))
+    before = weights()
+    with pytest.raises(InputError, match="made by another config"):
+        run_pipeline(work.config())
+    assert weights() == before
+
+
+def test_an_output_that_something_else_has_changed_is_refused(work: Work) -> None:
+    work.run()
+    file = Path("runs/encoder/model.safetensors")
+    save_file({name: tensor + 1.0 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(
+        InputError, match="step 1 train-retriever: output 'runs/encoder' is not as the step left it"
+    ):
+        run_pipeline(work.config())
+
+
+def test_steps_out_of_order_are_refused(work: Work) -> None:
+    config = work.config()
+    backwards = make_config(
+        PipelineConfig, {"state": "s", "steps": [vars(step) for step in config.steps[::-1]]}
+    )
+    with pytest.raises(
+        InputError, match=r"step 1 evaluate reads index 'runs/index', which step 3 index build writes"
+    ):
+        plan_pipeline(backwards)
+    twice = work.config({ENCODE: {"output": "runs/encoder/embeddings"}})
+    with pytest.raises(InputError, match="step 1 train-retriever and step 2 encode write to"):
+        plan_pipeline(twice)
+
+
+def test_a_missing_input_is_named_with_its_step(work: Work) -> None:
+    work.run()
+    Path("train.tsv").unlink()
+    with pytest.raises(InputError, match=r"step 1 train-retriever: no file or folder at 'train\.tsv'"):
+        plan_pipeline(work.config())
+
+
+def test_the_names_of_classes_are_no_file(work: Work) -> None:
+    """`labels` names a file in a classifier's config, and two classes in a reranker's."""
+    config = {
+        "model": "start",
+        "train": "train.tsv",
+        "output": "runs/reranker",
+        "objective": "pointwise_cross_entropy",
+        "labels": ["no", "yes"],
+    }
+    steps = [{"job": "train-reranker", "config": config}]
+    plan = plan_pipeline(make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps}))
+    assert [step["skipped"] for step in plan["steps"]] == [False]
+
+
+def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
+    Path("runs").mkdir()
+    for content in ("[]", '{"format_version": 3}'):
+        Path("runs/state.json").write_text(content)
+        with pytest.raises(FormatError, match="no state of a pipeline"):
+            plan_pipeline(work.config())
+
+
+def test_every_key_that_names_something_to_read_counts() -> None:
+    """A key that is added later is to be looked at here: does it name an input, or not?"""
+    no_inputs = {"output", "log_dir", "label_field", "input.id_field", "input.split", "queries.split"}
+    no_inputs |= {
+        "train.split",
+        "dev.split",
+        "target.queries.split",
+        "input.text_fields",
+        "indexed",
+        "query_prefix",
+        "document_prefix",
+        "prefix",
+        "dev.metric",
+    }
+    found: set[str] = set()
+    for job in STEP_JOBS:
+        found |= text_keys(find_reference(COMMANDS[job].config))
+    assert found - no_inputs == INPUT_KEYS.keys()
+
+
+def text_keys(config: type[Config]) -> set[str]:
+    """Dotted names of the fields that hold any text."""
+    found: set[str] = set()
+    for name, field in config.model_fields.items():
+        kinds = getattr(field.annotation, "__args__", (field.annotation,))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Config):
+                found |= {f"{name}.{inner}" for inner in text_keys(kind)}
+            elif kind is str:
+                found.add(name)
+    return found
+
+
+def test_nothing_is_removed_where_storage_cannot_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(Location, "is_local", property(lambda place: False))
+    with pytest.raises(InputError, match=r"model' was made by .* cannot rename it .* remove it"):
+        put_aside(str(tmp_path / "model"))
+    assert (tmp_path / "model").is_dir()

@@ -1,0 +1,74 @@
+"""The worker's loop without Ray: Ray Train's calls answer as for a single worker, and keep what is reported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+
+from raytower.config import make_config
+from raytower.models.text_classifier import TextClassifier
+from raytower.storage import Location
+from raytower.training.classifier import ClassifierTask
+from raytower.training.config import TrainClassifierConfig
+from raytower.training.loop import train_worker
+from raytower.training.runner import _keep_checkpoints, _make_plan
+from tests.support.tensorboard_events import read_scalars
+from tests.support.tiny_training import batches_of, write_labelled
+
+
+def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows at 16 a step: 12 steps are 3 epochs, measured after each; no value ends the run."""
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    values = {
+        "model": str(still_encoder),
+        "train": str(train),
+        "output": str(tmp_path / "out"),
+        "batch_size": 16,
+        "max_length": 32,
+        "epochs": 3,
+        "dtype": "float32",
+        "optimizer": {"lr": 1e-9},
+        "log_every_steps": 4,
+        "dev": {"path": str(train), "every_epochs": 1, "patience": None},
+        "keep_checkpoints": "all",
+        "workers": {"num": 1},
+    }
+    config = make_config(TrainClassifierConfig, values)
+    surveyed = ClassifierTask.survey(config)
+    failure_file = Location.of(tmp_path / "failure.json")
+    plan = _make_plan(config, surveyed, ClassifierTask.prepare(config, surveyed), failure_file)
+    reported: list[tuple[Any, dict[str, Any]]] = []
+
+    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+        folder = tmp_path / f"checkpoint{len(reported)}"
+        shutil.copytree(checkpoint.path, folder)
+        reported.append((ray.train.Checkpoint.from_directory(str(folder)), metrics))
+
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(
+        "raytower.training.loop.stream_batches", lambda *_, **__: batches_of(surveyed, config)
+    )
+    outcome = train_worker({"plan": plan})
+    assert [row["step"] for row in outcome["history"]] == [4, 8, 12]
+    assert [row["step"] for row in outcome["curve"]] == [4, 8, 12]
+    logged = read_scalars(tmp_path / "out.tensorboard")
+    assert logged["train/accuracy"] == pytest.approx(
+        {row["step"]: row["accuracy"] for row in outcome["curve"]}, rel=1e-5
+    )
+    result: Any = SimpleNamespace(best_checkpoints=reported)
+    _keep_checkpoints(result, Location.of(tmp_path / "out"))
+    kept = sorted((tmp_path / "out.checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
+    assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
