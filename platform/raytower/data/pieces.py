@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raytower.config import OnError
 from raytower.data import beir
@@ -39,25 +40,25 @@ _last = threading.local()
 
 @dataclass(frozen=True)
 class Picked:
-    """Which rows of a piece's table are read."""
+    """Which rows of a piece's table are read: a bit for each, since millions may be."""
 
-    rows: tuple[int, ...]
-    """Their positions in the table, ascending; or the positions of those that are not read."""
+    bits: bytes
     of_rows: int
     """Good rows of the whole table."""
-    leave_out: bool
-    """Whether `rows` are those that are not read."""
+
+    @classmethod
+    def of(cls, is_read: NDArray[np.bool_]) -> Picked:
+        """`is_read` (N,) says it of each row of the whole table."""
+        return cls(np.packbits(is_read).tobytes(), len(is_read))
 
     @property
-    def num_rows(self) -> int:
-        """How many are read."""
-        return self.of_rows - len(self.rows) if self.leave_out else len(self.rows)
+    def is_read(self) -> NDArray[np.bool_]:
+        """(N,) for each row of the whole table."""
+        return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.of_rows).astype(bool)
 
     def take(self, table: pa.Table) -> pa.Table:
         """The rows that are read, of the whole table."""
-        mask = np.full(self.of_rows, self.leave_out)
-        mask[list(self.rows)] = not self.leave_out
-        return table.filter(pa.array(mask))
+        return table.filter(pa.array(self.is_read))
 
 
 @dataclass(frozen=True)

@@ -5,43 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from raytower.data.pieces import Survey, read_piece
+from raytower.data.pieces import Survey
 from raytower.models.tokenising import tokenise
 from raytower.progress import log
 from raytower.training.batches import Rows
+from raytower.training.inputs import sample_rows
 from raytower.training.windows import draw_documents
 
 SAMPLE_ROWS = 1000
-# Few, because a piece of a compressed file is found by reading all before it.
-_SAMPLED_PIECES = 4
 
 
 def spaced_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS, num_documents: int | None = None) -> Rows:
-    """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time.
-
-    Of candidate lists longer than `num_documents`, so many are drawn, as training does.
-    """
-    count = min(_SAMPLED_PIECES, len(surveyed.pieces))
-    chosen = [
-        surveyed.pieces[(2 * number + 1) * len(surveyed.pieces) // (2 * count)] for number in range(count)
-    ]
-    wanted = -(-num_rows // count)
-    tables = []
-    for piece in chosen:
-        table = read_piece(piece)
-        tables.append(table.take(_spaced(table.num_rows, wanted)))
-    rows = pa.concat_tables(tables)
+    """`sample_rows`, of whose candidate lists longer than `num_documents` so many are drawn, as training does."""
+    rows = sample_rows(surveyed, num_rows)
     if num_documents is not None:
         rows = draw_documents(rows, num_documents, np.random.default_rng(0))
     return rows.to_pydict()
-
-
-def _spaced(num_rows: int, wanted: int) -> pa.Array:
-    kept = min(num_rows, wanted)
-    return pa.array(np.arange(kept) * num_rows // kept)
 
 
 def cut_shares(

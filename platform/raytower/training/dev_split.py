@@ -71,9 +71,9 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
     for piece, own in zip(surveyed.pieces, hashes, strict=True):
         is_dev = np.isin(own, chosen)
         if is_dev.any():
-            set_aside.append(_pick(piece, is_dev, leave_out=False))
+            set_aside.append(_pick(piece, is_dev))
         if not is_dev.all():
-            trained.append(dataclasses.replace(_pick(piece, is_dev, leave_out=True), first_row=first_row))
+            trained.append(dataclasses.replace(_pick(piece, ~is_dev), first_row=first_row))
             first_row += trained[-1].num_rows
     log(f"dev.share {share:g}: {num_dev:,} rows are set aside to measure with, {first_row:,} are trained")
     return dataclasses.replace(
@@ -81,11 +81,9 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
     )
 
 
-def _pick(piece: Piece, is_dev: NDArray[np.bool_], *, leave_out: bool) -> Piece:
-    """The piece without the dev rows, or with them alone."""
-    rows = tuple(np.flatnonzero(is_dev).tolist())
-    picked = Picked(rows=rows, of_rows=piece.num_rows, leave_out=leave_out)
-    return dataclasses.replace(piece, picked=picked, num_rows=picked.num_rows)
+def _pick(piece: Piece, is_read: NDArray[np.bool_]) -> Piece:
+    """The piece with these of its rows (N,) alone."""
+    return dataclasses.replace(piece, picked=Picked.of(is_read), num_rows=int(is_read.sum()))
 
 
 def _hash(column: pa.ChunkedArray, seed: int) -> Hashes:

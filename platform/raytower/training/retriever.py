@@ -205,7 +205,7 @@ def _with_fitting_scale(
     objective = config.objective
     if not isinstance(objective, MarginMSE):
         return config
-    rows = sample_rows(surveyed, _SAMPLED_SCORES if teacher is None else _SAMPLED_PAIRS // 2, config.seed)
+    rows = sample_rows(surveyed, _SAMPLED_SCORES if teacher is None else _SAMPLED_PAIRS // 2)
     if num_documents is not None:
         few = num_documents if teacher is None else min(num_documents, _SAMPLED_DOCUMENTS)
         rows = draw_documents(rows, few, np.random.default_rng(config.seed))
