@@ -80,6 +80,9 @@ class BoundedHeads(HttpToolsProtocol):
             return
         self._in_head = False
         self._stop_waiting()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts != 1 and self.parser.get_http_version() == "1.1":
+            raise ValueError("HTTP/1.1 asks for one Host header")  # which makes it a 400
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

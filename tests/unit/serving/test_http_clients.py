@@ -362,6 +362,13 @@ def test_offers_of_http_2_in_every_cut_and_one_behind_another(engine: DummyEngin
     assert [call.queries for call in engine.calls] == [["who pays"]] * 2
 
 
+@pytest.mark.parametrize("hosts", [b"", b"Host: x\r\nHost: y\r\n"], ids=["none", "two"])
+def test_a_request_names_one_host(url: str, hosts: bytes) -> None:
+    """Which host is meant decides who may ask (RFC 9112, 3.2)."""
+    assert b" 400 " in _raw(url, b"GET /healthz HTTP/1.1\r\n" + hosts + b"\r\n").split(b"\r\n")[0]
+    assert b" 200 " in _raw(url, b"GET /healthz HTTP/1.0\r\n\r\n").split(b"\r\n")[0]
+
+
 def _answer(connection: socket.socket) -> bytes:
     """One answer with its body; not a byte of the next."""
     got = b""
