@@ -148,9 +148,10 @@ def _take_worker_output(show_all: bool) -> None:
 def _shut_down() -> None:
     if ending.has_begun():
         time.sleep(SIGNALLED_S)
-    if has_ended() or _abandoned:
+    node = ray._private.worker.global_worker.node  # None once `ray.shutdown` was called
+    if node is not None and (node.dead_processes() or _abandoned):
         # Nothing is left to be ended in order, and Ray would wait a minute for its GCS.
-        ray._private.worker.global_worker.node.kill_all_processes(check_alive=False)
+        node.kill_all_processes(check_alive=False)
         ending.leave()
     ray.shutdown(_exiting_interpreter=True)
 

@@ -267,6 +267,14 @@ def test_where_no_place_is_short_enough_it_is_said(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.processes
+def test_a_ray_that_was_given_up_and_then_shut_down_leaves_nothing_to_be_killed() -> None:
+    done = run(
+        START.replace("ray.shutdown()", "import raytower.runtime\nraytower.runtime.abandon()\nray.shutdown()")
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["token", "disabled"])
 def test_a_mode_that_ray_did_not_see_is_refused(mode: str) -> None:
     other = {"token": "disabled", "disabled": "token"}[mode]

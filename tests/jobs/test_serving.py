@@ -55,7 +55,7 @@ def served(ray_cluster: None) -> Iterator[Start]:
 
     def start(**values: Any) -> deploy.Server:
         config = {"port": 0, "timeout_ms": SOON, "num_cpus": 0.2, "drain_s": 0.2}
-        config |= {"start_timeout_s": 600, **values}  # where other tests keep the machine busy
+        config |= {"start_timeout_s": 600, "end_s": 120, **values}  # where other tests keep the machine busy
         servers.append(deploy.start(ServeConfig(**config)))
         return servers[-1]
 

@@ -1,4 +1,4 @@
-"""The development data, read whole: counts as its README gives them, and no row rejected."""
+"""The development data, read whole: counts as its README gives them, and the three rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from raytower.data.pieces import read_piece
 from raytower.data.queries import read_queries
 from raytower.data.records import RecordKind
-from tests.support.data_files import survey_of
+from raytower.errors import InputError
+from tests.support.data_files import quarantined, survey_of
 
 pytestmark = pytest.mark.shared
 
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.shared
         ("zh_questions/recall/train_unsupervised.txt", "lines", 397_824, {"text": "importmarble"}),
         ("zh_questions/recall/train.tsv", "pairs", 54_679, {"document": "这是她的香水。", "query_id": None}),
         ("zh_questions/recall/dev.tsv", "pairs", 4_594, {"document": "'我要开通微粒贷"}),
-        ("zh_questions/sort/train_pairwise.tsv", "triples", 18_911, {"negative": "怎样知道手机被窃听"}),
         ("zh_questions/sort/train_labeled.tsv", "scored", 161_932, {"label": 0.0}),
         ("zh_questions/sort/dev_labeled.tsv", "scored", 6_768, {"label": 1.0}),
         (
@@ -44,6 +44,17 @@ def test_counts(
     assert (surveyed.num_rows, surveyed.num_rejected) == (num_rows, 0)
     row = read_piece(surveyed.pieces[0]).slice(0, 1).to_pylist()[0]
     assert row == {**row, **first}
+
+
+def test_the_three_triples_whose_negative_is_their_document(shared_dir: Path, tmp_path: Path) -> None:
+    path = shared_dir / "data" / "zh_questions" / "sort" / "train_pairwise.tsv"
+    with pytest.raises(InputError, match=r"tsv:3496: negative is the document itself.*on_error: quarantine"):
+        survey_of(path, "triples")
+    surveyed, entries = quarantined(path, "triples", tmp_path)
+    assert (surveyed.num_rows, surveyed.num_rejected) == (18_908, 3)
+    assert [entry["line"] for entry in entries] == [3_496, 9_814, 12_851]
+    row = read_piece(surveyed.pieces[0]).slice(0, 1).to_pylist()[0]
+    assert row["negative"] == "怎样知道手机被窃听"
 
 
 def test_pieces_give_the_lines_of_the_file(shared_dir: Path) -> None:
