@@ -12,7 +12,15 @@ from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
 from raytower.models.encoder import Encoder
 from raytower.models.fetching import checksums
-from raytower.models.onnx_export import GRAPH_FOLDER, GRAPH_NAMES, INFO_KEY, Model, body_of, export_graph
+from raytower.models.onnx_export import (
+    GRAPH_FOLDER,
+    GRAPH_NAMES,
+    INFO_KEY,
+    Model,
+    body_of,
+    check_exportable,
+    export_graph,
+)
 from raytower.models.text_classifier import TextClassifier
 from raytower.progress import log
 from raytower.storage import Location, output_folder, publish_directory
@@ -65,6 +73,7 @@ def plan_export(config: ExportConfig) -> dict[str, Any]:
 
 def _load(config: ExportConfig) -> Model:
     model: Model = _CLASSES[config.kind].load(config.source)
+    check_exportable(model)
     return model
 
 

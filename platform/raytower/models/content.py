@@ -22,7 +22,7 @@ from raytower.models.directory import (
 )
 from raytower.storage import Location, known_sha256
 
-_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+_SUFFIXES = (".jinja", ".json", ".txt", ".model", ".safetensors")
 # Keys of config.json that say where the model came from and how it was written, at any depth.
 _OUTSIDE_CONTENT = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
@@ -63,6 +63,8 @@ def _module_folders(path: Path) -> Iterator[Path]:
     for module in listed if isinstance(listed, list) else []:
         if isinstance(module, dict) and module.get("path") and inside(path, module["path"], modules).is_dir():
             yield inside(path, module["path"], modules)
+    if (path / "additional_chat_templates").is_dir():
+        yield path / "additional_chat_templates"
     index = path / "model.safetensors.index.json"
     parts = read_json_object(index).get("weight_map")
     for part in set(parts.values()) if isinstance(parts, dict) else ():

@@ -27,7 +27,15 @@ from raytower.storage import Location
 from raytower.storage.errors import one_line
 
 INFO_NAME = "raytower.json"
-_HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "*/model.safetensors"]
+_HUB_PATTERNS = [
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "*/config.json",
+    "*/model.safetensors",
+]
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -202,6 +210,11 @@ def loading(path: Path, what: str) -> Iterator[None]:
 def is_sequence_classifier(architecture: str) -> bool:
     """Whether a name in `architectures` of a config.json is that of a model with a classification head."""
     return architecture.endswith("ForSequenceClassification")
+
+
+def is_cross_encoder(path: Path) -> bool:
+    """Whether the peer library wrote a directory as a cross-encoder, whose modules and prompts are for pairs of texts."""
+    return read_json_object(path / "config_sentence_transformers.json").get("model_type") == "CrossEncoder"
 
 
 def load_weights(kind: Any, path: Path, what: str, **changes: Any) -> tuple[PreTrainedModel, list[str]]:

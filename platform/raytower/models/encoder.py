@@ -35,6 +35,7 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     inside,
+    is_cross_encoder,
     is_sequence_classifier,
     load_tokenizer,
     load_weights,
@@ -154,16 +155,17 @@ class Encoder(nn.Module):
         tokenizer = load_tokenizer(body, backbone.config)
         with loading(body, "a forward pass of its backbone"):
             width = _output_width(backbone)
-        own_pooling, normalise, projections = _read_modules(path, width)
+        is_for_pairs = is_cross_encoder(path)
+        own_pooling, normalise, projections = (None, True, []) if is_for_pairs else _read_modules(path, width)
         if own_pooling is not None and pooling not in (None, own_pooling):
             raise InputError(
                 f"pooling is {pooling!r}, and model {str(name)!r} brings its own, {own_pooling!r}, which its vectors "
                 "were trained for; leave pooling out, or give a plain Hugging Face directory"
             )
         sentence_file = _sentence_file(body)
-        sentence_config = read_json_object(sentence_file)
+        sentence_config = {} if is_for_pairs else read_json_object(sentence_file)
         _refuse_other_output(sentence_file, sentence_config)
-        st_config = read_json_object(path / "config_sentence_transformers.json")
+        st_config = {} if is_for_pairs else read_json_object(path / "config_sentence_transformers.json")
         limit = max_positions(backbone.config)
         length = sentence_config.get("max_seq_length") or min(tokenizer.model_max_length, limit)
         if not isinstance(length, int) or length < 1:
@@ -315,10 +317,11 @@ def _is_outside_map(name: str) -> bool:
 
 def _refuse_classifier(path: Path) -> None:
     names = read_json_object(transformer_folder(path) / "config.json").get("architectures") or []
-    if any(is_sequence_classifier(str(name)) for name in names) and not (path / "modules.json").is_file():
+    is_headed = any(is_sequence_classifier(str(name)) for name in names)
+    if is_cross_encoder(path) or (is_headed and not (path / "modules.json").is_file()):
         raise FormatError(
-            f"{str(path)!r} is a {names[0]}, a reranker or a classifier; as an encoder it would lose its head and give "
-            "vectors that it was never trained for: name an encoder, or train one of it with `raytower train-retriever`"
+            f"{str(path)!r} is a {', '.join(map(str, names))}, a reranker or a classifier; as an encoder it would lose "
+            "its head and give vectors that it was never trained for: name an encoder, or train one of it with `raytower train-retriever`"
         )
 
 

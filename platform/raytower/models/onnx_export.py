@@ -86,6 +86,12 @@ def open_graph(model: Model, dtype: str, directory: Path | None = None) -> OnnxG
     return OnnxGraph.open(graph_for(model, dtype, directory), body_of(model).config)
 
 
+def check_exportable(model: Model) -> None:
+    """Raises RaytowerError, with the reason, where such a model has no graph."""
+    if not isinstance(model, Encoder) and model.graph_refusal is not None:
+        raise RaytowerError(f"{model.graph_refusal}; use engine torch")
+
+
 def graph_for(model: Model, dtype: str, directory: Path | None = None) -> Path:
     """The graph of `model`: the one that `raytower export` put into `directory`, else this machine's cached one.
 
@@ -97,6 +103,7 @@ def graph_for(model: Model, dtype: str, directory: Path | None = None) -> Path:
         FormatError: the directory's graph is damaged, or belongs to other weights.
         RaytowerError: the exported graph does not compute what the model does.
     """
+    check_exportable(model)
     import_extra("onnxruntime")
     recorded = None if directory is None else _recorded_graph(directory, model, dtype)
     if recorded is not None:
@@ -122,6 +129,7 @@ def export_graph(model: Model, dtype: str, folder: Path) -> dict[str, float]:
         RaytowerError: the graph cannot be made, or what it gives is too far from torch's (`LEAST_COSINE`,
             `LARGEST_DIFFERENCE`).
     """
+    check_exportable(model)
     for name in ("onnx", "onnxruntime"):
         import_extra(name)
     folder.mkdir(parents=True, exist_ok=True)

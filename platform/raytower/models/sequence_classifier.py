@@ -5,6 +5,7 @@ Shape legend: B rows of one forward call, N rows in all, L tokens, C logits a ro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -44,6 +46,8 @@ class SequenceClassifier(nn.Module):
 
     reads_pairs: ClassVar[bool] = False
     """Whether a row is a pair of texts, and not one."""
+    graph_refusal: ClassVar[str | None] = None
+    """Why it has no ONNX graph; None where it may have one."""
 
     def __init__(
         self,
@@ -55,9 +59,9 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        _tell_padding(model, tokenizer)
         self.max_length = max_length
         self.info = dict(info or {})
+        self.tell_padding()
 
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory; `info` goes into raytower.json with the fingerprint."""
@@ -71,6 +75,12 @@ class SequenceClassifier(nn.Module):
         """Texts, or the pairs of two columns, cut to `max_length`; `start` is the first row's number, for messages."""
         with_types = "token_type_ids" in self.tokenizer.model_input_names
         return tokenise(self.tokenizer, columns, max_length, with_types=with_types, start=start)
+
+    def tell_padding(self) -> None:
+        """Put the tokenizer's padding into the model's config, by which a decoder's head finds a row's last token."""
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is None or reads_last_token(self.model):
+            config.pad_token_id = self.tokenizer.pad_token_id
 
     @property
     def padding(self) -> Padding:
@@ -114,13 +124,6 @@ class SequenceClassifier(nn.Module):
         return digest
 
 
-def _tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put the tokenizer's padding into the model's config, by which a decoder's head finds a row's last token."""
-    config = model.config.get_text_config()
-    if config.pad_token_id is None or reads_last_token(model):
-        config.pad_token_id = tokenizer.pad_token_id
-
-
 def reads_last_token(model: PreTrainedModel) -> bool:
     """Whether the head reads a row's last token that is no padding, as transformers' heads of decoders do."""
     return hasattr(model, "score")
@@ -155,17 +158,44 @@ def load_classifier(path: Path, **changes: Any) -> tuple[PreTrainedModel, list[s
     return model, missing
 
 
+def load_causal(path: Path) -> PreTrainedModel:
+    """The causal language model of a directory, in fp32.
+
+    Raises:
+        FormatError: the directory cannot be loaded, lacks weights, or its model makes the logits of every position, which
+            would take memory of batch x length x vocabulary.
+    """
+    model, missing = load_weights(AutoModelForCausalLM, path, "its causal language model")
+    if missing:
+        raise FormatError(
+            f"{str(path)!r} lacks weights of its causal language model, {missing[0]!r} among them; its safetensors do not "
+            "belong to its config.json"
+        )
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise FormatError(
+            f"{str(path)!r} is a {type(model).__name__}, which makes the logits of every position; as a reranker a family "
+            "is known whose forward takes logits_to_keep, such as Qwen3, Gemma or Llama"
+        )
+    return model
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """config.json of a directory. Raises FormatError where transformers cannot read it."""
+    with loading(path, "its config.json"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config
+
+
 def finished_config(path: Path) -> PretrainedConfig | None:
     """The config of a directory that holds a finished sequence classifier; None for an encoder."""
-    with loading(path, "its config.json"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = load_config(path)
     return config if any(map(is_sequence_classifier, config.architectures or [])) else None
 
 
-def recorded_max_length(path: Path, model: PreTrainedModel) -> int:
-    """The length that a directory was made for: of raytower.json, else of its tokenizer, else its positions."""
+def recorded_max_length(path: Path, model: PreTrainedModel, of_modules: int | None = None) -> int:
+    """The length that a directory was made for: of raytower.json, else `of_modules`, of its tokenizer, its positions."""
     limit = max_positions(model.config)
-    stated = read_info(path).get("max_length")
+    stated = read_info(path).get("max_length") or of_modules
     stated = stated or read_json_object(path / "tokenizer_config.json").get("model_max_length") or limit
     if not isinstance(stated, int | float) or stated < 1:
         raise FormatError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ CHARACTERS_PER_TOKEN = 64
 _CHARACTERS_AT_ONCE = 4_000_000
 _NAMES = {1: ("texts",), 2: ("queries", "documents")}
 
+Render = Callable[[Sequence[str], Sequence[str]], list[str]]
+
 
 def tokenise(
     tokenizer: PreTrainedTokenizerBase,
@@ -30,6 +33,7 @@ def tokenise(
     *,
     with_types: bool = False,
     start: int = 0,
+    render: Render | None = None,
 ) -> TokenBlock:
     """Token ids of each row, special tokens included, cut to `max_length`.
 
@@ -39,11 +43,13 @@ def tokenise(
         max_length: most tokens of a row.
         with_types: whether the block gets token types.
         start: the number of the first row, for messages.
+        render: makes one text of each pair, special tokens and all, so that none are added.
 
     Raises:
         InputError: a text that is no string or holds half of a surrogate pair, or no room beside the special tokens.
     """
-    _check_room(tokenizer, len(columns), max_length)
+    if render is None:
+        _check_room(tokenizer, len(columns), max_length)
     _set_truncation(tokenizer, max_length)
     # Where the end of a text is what stays, its beginning is of no use.
     limit = max_length * CHARACTERS_PER_TOKEN if tokenizer.truncation_side == "right" else sys.maxsize
@@ -52,6 +58,8 @@ def tokenise(
         for run in _runs(columns, limit):
             part = [list(column[run]) for column in columns]
             encode = _encode_texts if len(part) == 1 else _encode_pairs
+            if render is not None:
+                encode = partial(_encode_rendered, render)
             encodings = encode(tokenizer, part, limit, max_length)
             types = [encoding.type_ids for encoding in encodings] if with_types else None
             blocks.append(TokenBlock.of([encoding.ids for encoding in encodings], types))
@@ -100,6 +108,17 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase, columns: Sequence[list[str]], limit: int, max_length: int
 ) -> list[Any]:
     return _encode_beginnings(tokenizer.backend_tokenizer.encode_batch_fast, columns[0], limit, max_length)[1]
+
+
+def _encode_rendered(
+    render: Render,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[list[str]],
+    limit: int,
+    max_length: int,
+) -> list[Any]:
+    encode = partial(tokenizer.backend_tokenizer.encode_batch_fast, add_special_tokens=False)
+    return _encode_beginnings(encode, render(*columns), limit, max_length)[1]
 
 
 def _encode_pairs(

@@ -78,7 +78,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         labels, counts = _labels(config, surveyed)
         model = _load_start(config, config.start, labels)
         texts = spaced_rows(surveyed)["text"]
-        shares = cut_shares(model.tokenizer, {"text": [texts]}, config.max_length)
+        shares = cut_shares(model.tokenise, {"text": [texts]}, config.max_length)
         say_cut_shares(shares, config.max_length, len(texts))
         task = cls(config, absolute_if_local(config.start), labels, counts, surveyed.set_aside)
         say_overlap(surveyed, config.dev, [task.dev_texts])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from raytower.data.pieces import Survey
-from raytower.models.tokenising import tokenise
+from raytower.models.token_block import TokenBlock
 from raytower.progress import log
 from raytower.training.batches import Rows
 from raytower.training.inputs import sample_rows
 from raytower.training.windows import draw_documents
 
 SAMPLE_ROWS = 1000
+Tokenise = Callable[[Sequence[Sequence[str]], int], TokenBlock]
+"""Token ids of the rows of one or two columns, cut to a length."""
 
 
 def spaced_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS, num_documents: int | None = None) -> Rows:
@@ -26,13 +27,13 @@ def spaced_rows(surveyed: Survey, num_rows: int = SAMPLE_ROWS, num_documents: in
 
 
 def cut_shares(
-    tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, Sequence[Sequence[str]]], max_length: int
+    tokenise: Tokenise, columns: Mapping[str, Sequence[Sequence[str]]], max_length: int
 ) -> dict[str, float]:
     """Share of the rows of each column with more than `max_length` tokens, special tokens counted.
 
     Args:
-        tokenizer: of the model that is trained.
-        columns: by name, the texts as the tokenizer gets them, or two lists of equal length whose pairs are one row.
+        tokenise: as the model that is trained does it.
+        columns: by name, the texts as they are tokenised, or two lists of equal length whose pairs are one row.
         max_length: tokens that training keeps of a row.
 
     Raises:
@@ -40,9 +41,9 @@ def cut_shares(
     """
     shares = {}
     for name, texts in columns.items():
-        tokenise(tokenizer, [[""] for _ in texts], max_length)  # says if there is no room at all
+        tokenise([[""] for _ in texts], max_length)  # says if there is no room at all
         # One token more than is kept tells what is cut, at a cost that does not grow with the texts.
-        lengths_N = tokenise(tokenizer, texts, max_length + 1).lengths
+        lengths_N = tokenise(texts, max_length + 1).lengths
         shares[name] = float((lengths_N > max_length).mean())
     return shares
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from raytower.collectives import gather_constants
 from raytower.data.pieces import Piece, Survey
 from raytower.models.compute import check_max_length
-from raytower.models.cross_encoder import CrossEncoder, CrossScorer
+from raytower.models.cross_encoder import CausalCrossEncoder, CrossEncoder, CrossScorer
 from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
@@ -73,7 +73,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
         rows = spaced_rows(surveyed, num_documents=count)
         pairs = judged_pairs(rows)
         shares = cut_shares(
-            model.tokenizer,
+            model.tokenise,
             {"pair of query and document": [pairs.queries, pairs.documents]},
             config.max_length,
         )
@@ -86,6 +86,8 @@ class RerankerTask(Task[TrainRerankerConfig]):
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         model = _load_start(self.config, str(start_from or self.start))
         prepare_backbone(cast(PreTrainedModel, model.model.base_model), self.config)
+        if self.config.lora is not None and isinstance(model, CausalCrossEncoder):
+            model.freeze_head()
         whole = LogitsModel(model.eval())
         pair = [[PROBE], [PROBE]]
         freeze_unreached(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -19,6 +20,7 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
 from raytower.models.forward import ForwardEngine
+from raytower.models.tokenising import tokenise
 from raytower.models.two_tower import TwoTower
 from raytower.objectives.config import MarginMSE
 from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
@@ -315,7 +317,7 @@ def _say_what_is_cut(
             texts = [text for documents in texts for text in documents]
         prefix = query_prefix if name in ("query", "text") else document_prefix
         columns[name] = [encoder.prepared(texts, prefix)]
-    shares = cut_shares(encoder.tokenizer, columns, config.max_length)
+    shares = cut_shares(partial(tokenise, encoder.tokenizer), columns, config.max_length)
     say_cut_shares(shares, config.max_length, num_rows(rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from raytower.config import make_config
 from raytower.data.config import NamedInput
 from raytower.data.pieces import survey
 from raytower.errors import InputError
+from raytower.models.tokenising import tokenise
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.cut_texts import cut_shares, spaced_rows
@@ -31,7 +33,7 @@ def test_shares_are_those_of_the_tokenizers_own_call(dummy_encoder_dir: Path) ->
     for limit in (3, *sorted({*tokens, *pairs})):
         if limit <= 3:
             continue
-        shares = cut_shares(tokenizer, {"text": [texts], "pair": [texts, others]}, limit)
+        shares = cut_shares(partial(tokenise, tokenizer), {"text": [texts], "pair": [texts, others]}, limit)
         assert shares == {
             "text": pytest.approx(sum(count > limit for count in tokens) / 29),
             "pair": pytest.approx(sum(count > limit for count in pairs) / 29),
@@ -41,7 +43,7 @@ def test_shares_are_those_of_the_tokenizers_own_call(dummy_encoder_dir: Path) ->
 def test_a_length_without_room_is_named_as_given(dummy_encoder_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(dummy_encoder_dir)
     with pytest.raises(InputError, match="max_length is 2, and this tokenizer puts 2 special tokens"):
-        cut_shares(tokenizer, {"text": [["a"]]}, 2)
+        cut_shares(partial(tokenise, tokenizer), {"text": [["a"]]}, 2)
 
 
 def test_the_sample_is_spread_over_the_whole_input(tmp_path: Path) -> None:
