@@ -159,7 +159,7 @@ class CrossEncoder(SequenceClassifier):
         return logits_BC[:, 0] if self.num_labels == 1 else logits_BC[:, 1] - logits_BC[:, 0]
 
     def digest_model(self) -> Any:
-        """The running hash after weights, tokenizer, config.json, and what makes a pair a text and its logits a score."""
+        """The running hash after weights, tokenizer, config.json, how pairs are put and which tokens are compared."""
         digest = super().digest_model()
         digest.update(self.pairs.describe(self.tokenizer).encode())
         if self.answers is not None:
@@ -221,8 +221,8 @@ class CausalCrossEncoder(CrossEncoder):
         for token in (loaded.answers.true, loaded.answers.false):
             if token is not None and token >= rows:
                 raise FormatError(
-                    f"{str(path)!r} takes the logit of token {token} for its score, and its model has {rows} tokens; give "
-                    "ids of the tokens that say yes and no"
+                    f"{str(path)!r} takes the logit of token {token} for its score, and its model has {rows} tokens; "
+                    "give ids of the tokens that say yes and no"
                 )
         loaded._check_template(path)
         loaded.activation = _read_activation(path, model.config, num_labels=1)

@@ -213,7 +213,7 @@ def is_sequence_classifier(architecture: str) -> bool:
 
 
 def is_cross_encoder(path: Path) -> bool:
-    """Whether the peer library wrote a directory as a cross-encoder, whose modules and prompts are for pairs of texts."""
+    """Whether the peer library wrote a directory as a cross-encoder, whose modules and prompts are for pairs."""
     return read_json_object(path / "config_sentence_transformers.json").get("model_type") == "CrossEncoder"
 
 

@@ -321,7 +321,8 @@ def _refuse_classifier(path: Path) -> None:
     if is_cross_encoder(path) or (is_headed and not (path / "modules.json").is_file()):
         raise FormatError(
             f"{str(path)!r} is a {', '.join(map(str, names))}, a reranker or a classifier; as an encoder it would lose "
-            "its head and give vectors that it was never trained for: name an encoder, or train one of it with `raytower train-retriever`"
+            "its head and give vectors that it was never trained for: name an encoder, or train one of it with "
+            "`raytower train-retriever`"
         )
 
 

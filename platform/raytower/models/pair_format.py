@@ -1,9 +1,9 @@
-"""How a reranker's directory puts a pair of texts before its model: as two texts, behind a prompt, or by a chat template.
+"""How a reranker's directory puts a pair before its model: as two texts, behind a prompt, or by a chat template.
 
-The rules are those of sentence-transformers' CrossEncoder (6.2). A prompt goes before the query, or into the template as
-the system's message. A template makes one text of a pair, special tokens and all; query and document are messages with
-these roles. Where such a text is cut, the tokens that the template ends with are put over the last ones that were kept:
-a causal reranker answers there, and without them it would be asked nothing.
+The rules are those of sentence-transformers' CrossEncoder (6.2). A prompt goes before the query, or into the template
+as the system's message. A template makes one text of a pair, special tokens and all; query and document are messages
+with these roles. Where such a text is cut, the tokens that the template ends with are put over the last ones that were
+kept: a causal reranker answers there, and without them it would be asked nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ChatTemplate:
     """How the tokenizer's chat template is rendered."""
 
     structured: bool = False
-    """Whether a message's content is a list of parts, of which ours is the one of type text, and not the text itself."""
+    """Whether a message's content is a list of parts, ours the one of type text, and not the text itself."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What it is rendered with besides: `add_generation_prompt`, the name of a template in `chat_template`, …"""
     restore_suffix: bool = True
@@ -58,7 +58,9 @@ class PairFormat:
         template = tokenizer.get_chat_template(self.template.arguments.get("chat_template"))
         rules = [self.template.structured, dict(self.template.arguments), self.template.restore_suffix]
         return json.dumps(
-            ["template", template, rules, self.prompt, tokenizer.special_tokens_map], sort_keys=True, default=str
+            ["template", template, rules, self.prompt, tokenizer.special_tokens_map],
+            sort_keys=True,
+            default=str,
         )
 
 
@@ -83,8 +85,8 @@ class TemplateTokeniser:
         """
         if max_length <= self._num_template_tokens:
             raise InputError(
-                f"max_length is {max_length}, and this reranker's chat template puts {self._num_template_tokens} tokens "
-                f"around each pair; give at least {self._num_template_tokens + 1}"
+                f"max_length is {max_length}, and this reranker's chat template puts "
+                f"{self._num_template_tokens} tokens around each pair; give at least {self._num_template_tokens + 1}"
             )
         block = tokenise(
             self._tokenizer, columns, max_length, with_types=with_types, start=start, render=self.render
@@ -113,9 +115,7 @@ class TemplateTokeniser:
     def lost_roles(self) -> list[str]:
         """Of query and document those whose text does not change what the template gives."""
         pair, *others = self.render(*zip(*_PROBES, strict=True))
-        return [
-            role for role, other in zip(("query", "document"), others, strict=True) if other == pair
-        ]
+        return [role for role, other in zip(("query", "document"), others, strict=True) if other == pair]
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         content = [{"type": "text", "text": text}] if self._template.structured else text

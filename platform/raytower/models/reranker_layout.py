@@ -91,7 +91,7 @@ def read_layout(path: Path) -> RerankerLayout | None:
         if "LogitScore" in kinds:
             raise FormatError(
                 f"{str(path / _MODULES)!r} names the module LogitScore, and {str(path / _MODEL)!r} has model_type "
-                f"{model.get('model_type')!r}, by which sentence-transformers would leave it out; set it to CrossEncoder"
+                f"{model.get('model_type')!r}, by which sentence-transformers leaves it out; set it to CrossEncoder"
             )
         return None
     if modules is None:
@@ -171,8 +171,8 @@ def refuse_plain(path: Path) -> FormatError:
     )
 
 
-def write_layout(path: Path, layout: RerankerLayout, activation: str) -> None:
-    """Write what `read_layout` reads, into a directory that holds the model; `activation` is put on the score."""
+def write_layout(path: Path, layout: RerankerLayout, activation: str | None) -> None:
+    """Write what `read_layout` reads into a directory that holds the model; `activation` is what goes on its one logit."""
     modules = [("", _TRANSFORMER)]
     has_answers = layout.answers is not None
     if layout.answers is not None:
@@ -200,15 +200,12 @@ def write_layout(path: Path, layout: RerankerLayout, activation: str) -> None:
         if arguments:
             sentence["processing_kwargs"] = {"chat_template": arguments}
     write_json(path / _SENTENCE, sentence)
-    write_json(
-        path / _MODEL,
-        {
-            "model_type": "CrossEncoder",
-            "prompts": dict(layout.pairs.prompts),
-            "default_prompt_name": layout.pairs.default_prompt_name,
-            "activation_fn": activation,
-        },
-    )
+    model = {
+        "model_type": "CrossEncoder",
+        "prompts": dict(layout.pairs.prompts),
+        "default_prompt_name": layout.pairs.default_prompt_name,
+    }
+    write_json(path / _MODEL, model if activation is None else {**model, "activation_fn": activation})
 
 
 def _read_sentence_config(file: Path, has_answers: bool) -> tuple[ChatTemplate | None, int | None]:
@@ -261,7 +258,9 @@ def _template_arguments(processing: object) -> tuple[dict[str, Any], dict[str, A
     if not isinstance(processing, dict) or not isinstance(processing.get("chat_template", {}), dict):
         return {}, {"processing_kwargs": processing}
     arguments = dict(processing.get("chat_template", {}))
-    unknown = {f"processing_kwargs.{key}": value for key, value in processing.items() if key != "chat_template"}
+    unknown = {
+        f"processing_kwargs.{key}": value for key, value in processing.items() if key != "chat_template"
+    }
     for key in sorted(arguments.keys() & _NOT_RENDERED):
         unknown[f"processing_kwargs.chat_template.{key}"] = arguments[key]
     return arguments, unknown
@@ -281,8 +280,8 @@ def _read_answers(place: Path) -> AnswerTokens:
     source = config.get("module_input_name", _TASKS[True][1])
     if not _is_token(true) or not (false is None or _is_token(false)) or source != _TASKS[True][1]:
         raise FormatError(
-            f"{str(file)!r} has true_token_id {true!r}, false_token_id {false!r} and module_input_name {source!r}; known "
-            f"are ids of tokens (false_token_id may be null) and {_TASKS[True][1]!r}"
+            f"{str(file)!r} has true_token_id {true!r}, false_token_id {false!r} and module_input_name {source!r}; "
+            f"known are ids of tokens (false_token_id may be null) and {_TASKS[True][1]!r}"
         )
     return AnswerTokens(true, false)
 

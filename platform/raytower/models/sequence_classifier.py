@@ -162,19 +162,19 @@ def load_causal(path: Path) -> PreTrainedModel:
     """The causal language model of a directory, in fp32.
 
     Raises:
-        FormatError: the directory cannot be loaded, lacks weights, or its model makes the logits of every position, which
-            would take memory of batch x length x vocabulary.
+        FormatError: the directory cannot be loaded, lacks weights, or its model makes the logits of every position, in memory
+            of batch x length x vocabulary.
     """
     model, missing = load_weights(AutoModelForCausalLM, path, "its causal language model")
     if missing:
         raise FormatError(
-            f"{str(path)!r} lacks weights of its causal language model, {missing[0]!r} among them; its safetensors do not "
-            "belong to its config.json"
+            f"{str(path)!r} lacks weights of its causal language model, {missing[0]!r} among them; its safetensors do "
+            "not belong to its config.json"
         )
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise FormatError(
-            f"{str(path)!r} is a {type(model).__name__}, which makes the logits of every position; as a reranker a family "
-            "is known whose forward takes logits_to_keep, such as Qwen3, Gemma or Llama"
+            f"{str(path)!r} is a {type(model).__name__}, which makes the logits of every position; as a reranker a "
+            "family is known whose forward takes logits_to_keep, such as Qwen3, Gemma or Llama"
         )
     return model
 
@@ -193,7 +193,7 @@ def finished_config(path: Path) -> PretrainedConfig | None:
 
 
 def recorded_max_length(path: Path, model: PreTrainedModel, of_modules: int | None = None) -> int:
-    """The length that a directory was made for: of raytower.json, else `of_modules`, of its tokenizer, its positions."""
+    """The length that a directory was made for: of raytower.json, `of_modules`, its tokenizer, or its positions."""
     limit = max_positions(model.config)
     stated = read_info(path).get("max_length") or of_modules
     stated = stated or read_json_object(path / "tokenizer_config.json").get("model_max_length") or limit

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def build_plain(folder: Path, family: str, template: str | None = None, task: st
     model = getattr(transformers, f"{family}For{task}")(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     tokenizer_of(template).save_pretrained(folder)
     return folder
@@ -116,7 +116,10 @@ def build(
 def build_headed(folder: Path, form: str | None = None, **settings: Any) -> Path:
     """A sequence classifier as the peer library writes it."""
     plain = build_plain(
-        folder.with_name(f"{folder.name}-plain"), "Qwen3", form and template_of(form), "SequenceClassification"
+        folder.with_name(f"{folder.name}-plain"),
+        "Qwen3",
+        form and template_of(form),
+        "SequenceClassification",
     )
     body = Transformer(str(plain), transformer_task="sequence-classification")
     PeerCrossEncoder(modules=[body], device="cpu", **settings).save(str(folder), create_model_card=False)
@@ -126,9 +129,7 @@ def build_headed(folder: Path, form: str | None = None, **settings: Any) -> Path
 def expected_of(folder: Path, queries: list[str] = QUERIES, documents: list[str] = DOCUMENTS) -> Any:
     """Raw logits of the peer library, three pairs at a time."""
     peer = PeerCrossEncoder(str(folder), device="cpu")
-    return peer.predict(
-        list(zip(queries, documents, strict=True)), batch_size=3, activation_fn=nn.Identity()
-    )
+    return peer.predict(list(zip(queries, documents, strict=True)), batch_size=3, activation_fn=nn.Identity())
 
 
 def change_json(file: Path, **values: Any) -> None:
@@ -291,7 +292,9 @@ def add_module(kind: str, path: str = "2_Dense") -> Callable[[Path], None]:
 
 
 def lose_document(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("{{ (messages | selectattr('role', 'eq', 'query') | first).content }}")
+    (folder / "chat_template.jinja").write_text(
+        "{{ (messages | selectattr('role', 'eq', 'query') | first).content }}"
+    )
 
 
 def message(**values: Any) -> dict[str, Any]:
@@ -299,7 +302,7 @@ def message(**values: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another module": (add_module("sentence_transformers.base.modules.Dense"), r"modules\.json' has the modules .*Dense"),
+    "another module": (add_module("x.Dense"), r"modules\.json' has the modules .*Dense"),
     "model type": (model(model_type="SentenceTransformer"), "names the module LogitScore.*set it to CrossEncoder"),
     "default prompt": (model(default_prompt_name="none"), "default_prompt_name 'none', which is none of its prompts"),
     "prompts": (model(prompts=["a"]), "must be an object of names and texts"),
@@ -310,9 +313,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "processing": (sentence(processing_kwargs={"text": {"padding": "max_length"}}), r"processing_kwargs\.text"),
     "rendering": (sentence(processing_kwargs={"chat_template": {"max_length": 9}}), r"chat_template\.max_length 9"),
     "form": (sentence(**message()), "has format of message None"),
-    "hidden state": (sentence(**message(method_output_name="hidden_states", format="flat")), "of message .*hidden_states"),
+    "hidden state": (sentence(**message(method_output_name="x", format="flat")), "config of message .*'x'"),
     "token": (tokens(true_token_id="yes"), "has true_token_id 'yes'"),
-    "token beyond": (tokens(true_token_id=96), "takes the logit of token 96 for its score, and its model has 96 tokens"),
+    "token beyond": (tokens(true_token_id=96), "takes the logit of token 96 for its score, and"),
     "input": (tokens(module_input_name="scores"), "module_input_name 'scores'"),
     "template": (lose_document, "leaves the text of the document out"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "cannot be rendered with a query and a document"),
@@ -346,7 +349,9 @@ class TestTexts:
 
     def test_a_length_without_room_beside_the_template_is_refused(self, qwen: Path) -> None:
         scorer = CrossScorer(CrossEncoder.load(qwen), max_length=20)
-        with pytest.raises(InputError, match="max_length is 20, and this reranker's chat template puts 33 tokens"):
+        with pytest.raises(
+            InputError, match="max_length is 20, and this reranker's chat template puts 37 tokens"
+        ):
             scorer.score(["a"], ["b"])
 
 
@@ -394,12 +399,12 @@ def test_neither_is_an_encoder_but_one_may_start_from_it(qwen: Path, tmp_path: P
 
 
 class TestTraining:
-    ROWS: dict[str, Any] = {
+    ROWS: ClassVar[dict[str, Any]] = {
         "query": ["what does it mean?", "a"],
         "document": ["a text about it", "c"],
         "label": [1.0, 0.0],
     }
-    LISTS: dict[str, Any] = {
+    LISTS: ClassVar[dict[str, Any]] = {
         "query": ["what does it mean?", "a"],
         "documents": [["a text about it", "c"], ["b", "a longer text, " * 9]],
         "scores": [[1.0, 0.0], [1.0, 0.0]],
@@ -415,7 +420,7 @@ class TestTraining:
             "max_length": 60,
             "dtype": "float32",
             "workers": {"num": 1},
-            "optimizer": {"lr": 0.01, "warmup_ratio": 0.0},
+            "optimizer": {"lr": 0.002, "warmup_ratio": 0.0},
             **changes,
         }
         return RerankerTask(make_config(TrainRerankerConfig, values), str(start), None)
@@ -450,7 +455,9 @@ class TestTraining:
         task = self.task(qwen, max_length=LENGTH)
         whole = task.build(None)
         optimizer = make_optimizer(whole, task.config.optimizer)
-        loss = TrainingStep(whole, optimizer, make_schedule(optimizer, 4, 0.0)).run(0, [self.ROWS], task.backward)
+        loss = TrainingStep(whole, optimizer, make_schedule(optimizer, 4, 0.0)).run(
+            0, [self.ROWS], task.backward
+        )
         logits = torch.tensor(expected_of(qwen, self.ROWS["query"], self.ROWS["document"]))
         expected = nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(self.ROWS["label"]))
         assert loss == pytest.approx(float(expected), abs=1e-6)
@@ -463,7 +470,9 @@ class TestTraining:
 class TestGraphs:
     def test_there_is_none(self, qwen: Path, tmp_path: Path) -> None:
         config = make_config(ExportConfig, {"reranker": str(qwen), "output": str(tmp_path / "out")})
-        with pytest.raises(RaytowerError, match="causal language model has no ONNX graph here; use engine torch"):
+        with pytest.raises(
+            RaytowerError, match="causal language model has no ONNX graph here; use engine torch"
+        ):
             plan_export(config)
         pytest.importorskip("onnxruntime")
         with pytest.raises(RaytowerError, match="no ONNX graph here"):
