@@ -172,7 +172,7 @@ def refuse_plain(path: Path) -> FormatError:
 
 
 def write_layout(path: Path, layout: RerankerLayout, activation: str | None) -> None:
-    """Write what `read_layout` reads into a directory that holds the model; `activation` is what goes on its one logit."""
+    """Write what `read_layout` reads into a directory that holds the model; `activation` goes on its one logit."""
     modules = [("", _TRANSFORMER)]
     has_answers = layout.answers is not None
     if layout.answers is not None:

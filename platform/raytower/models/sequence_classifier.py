@@ -162,8 +162,8 @@ def load_causal(path: Path) -> PreTrainedModel:
     """The causal language model of a directory, in fp32.
 
     Raises:
-        FormatError: the directory cannot be loaded, lacks weights, or its model makes the logits of every position, in memory
-            of batch x length x vocabulary.
+        FormatError: the directory cannot be loaded, lacks weights, or its model makes the logits of every position, of
+            which there are batch x length x vocabulary.
     """
     model, missing = load_weights(AutoModelForCausalLM, path, "its causal language model")
     if missing:

@@ -374,12 +374,21 @@ class TestHeads:
         assert np.abs(CrossScorer(again).score(QUERIES, DOCUMENTS) - ours).max() < 1e-6
         assert np.abs(expected_of(tmp_path / "saved") - ours).max() < 1e-6
 
-    def test_a_head_on_a_model_with_a_chat_template_is_read_alike_by_the_peer(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("num_labels", [1, 2])
+    def test_a_head_on_a_model_with_a_chat_template_is_read_alike_by_the_peer(
+        self, tmp_path: Path, num_labels: int
+    ) -> None:
         """The template is for something else: without modules.json the peer put pairs by it, and raised."""
         torch.manual_seed(0)
-        CrossEncoder.start_from(build_plain(tmp_path / "plain", "Qwen3", CHAT)).save(tmp_path / "saved")
+        plain = build_plain(tmp_path / "plain", "Qwen3", CHAT)
+        CrossEncoder.start_from(plain, num_labels).save(tmp_path / "saved")
         ours = CrossScorer(CrossEncoder.load(tmp_path / "saved")).score(QUERIES, DOCUMENTS)
-        assert np.abs(expected_of(tmp_path / "saved") - ours).max() < 1e-6
+        expected = expected_of(tmp_path / "saved")
+        if num_labels == 2:
+            expected = expected[:, 1] - expected[:, 0]
+            peer = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
+            assert isinstance(peer.activation_fn, nn.Identity), "two logits have none"
+        assert np.abs(expected - ours).max() < 1e-6
 
     def test_the_prompt_of_an_encoder_is_not_that_of_the_reranker_on_it(self, tmp_path: Path) -> None:
         folder = build_plain(tmp_path / "plain", "Qwen3")
