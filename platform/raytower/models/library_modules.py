@@ -115,7 +115,7 @@ class LibraryModules(nn.Module):
             "input_ids": ids_BL,
         }
         for module in self.stack:
-            features = cast(nn.Module, module)(features)
+            features = module(features)
         return features["sentence_embedding"]
 
     def dim_after(self, width: int) -> int:
