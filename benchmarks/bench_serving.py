@@ -1,6 +1,6 @@
 """A server of recall-then-rerank beside its peers: latency, throughput, overload, bulk beside search.
 
-    python benchmarks/bench_serving.py closed    [--rows 3000] [--repeats 3] [--server uvicorn] [--rerank] [--engine onnx]
+    python benchmarks/bench_serving.py closed    [--rows 3000] [--repeats 3] [--server uvicorn] [--rerank] [--engine E]
     python benchmarks/bench_serving.py overload  [--seconds 60]
     python benchmarks/bench_serving.py bulk      [--seconds 20]
     python benchmarks/bench_serving.py embeddings --infinity PATH/TO/infinity_emb
