@@ -378,7 +378,7 @@ class TestHeads:
     def test_a_head_on_a_model_with_a_chat_template_is_read_alike_by_the_peer(
         self, tmp_path: Path, num_labels: int
     ) -> None:
-        """The template is for something else: without modules.json the peer put pairs by it, and raised."""
+        """The template is for something else: without modules.json the peer put pairs by it, or raised."""
         torch.manual_seed(0)
         plain = build_plain(tmp_path / "plain", "Qwen3", CHAT)
         CrossEncoder.start_from(plain, num_labels).save(tmp_path / "saved")
