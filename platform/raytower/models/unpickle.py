@@ -53,7 +53,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         try:
             names.append(_convert(Path(source), Path(target)))
         except Exception as error:  # whatever a file of any content can make the reader raise
-            kind, reason = _explained(error)
+            kind, reason = _explained(error, Path(source))
             return {"file": source, "kind": kind, "reason": reason}
     return {"names": names}
 
@@ -114,7 +114,7 @@ def _apart(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor
         seen.add(place)
 
 
-def _explained(error: Exception) -> tuple[str, str]:
+def _explained(error: Exception, source: Path) -> tuple[str, str]:
     words = " ".join(str(error).split())
     if isinstance(error, _RefusedError):
         return "refused", words
@@ -125,9 +125,16 @@ def _explained(error: Exception) -> tuple[str, str]:
         if foreign:
             return "refused", f"it names {foreign.group(1)}"
         words = words.rpartition("WeightsUnpickler error:")[2].strip() or words
+        if words.startswith("Unsupported operand") and _is_pickle(source):
+            return "refused", words
     if isinstance(error, MemoryError) or _NO_MEMORY.search(words):
         return "memory", words[:300]
     return "damaged", f"{type(error).__name__}: {words[:300]}"
+
+
+def _is_pickle(source: Path) -> bool:
+    with open(source, "rb") as stream:
+        return stream.read(len(_ZIP)).startswith((_ZIP, pickle.PROTO))
 
 
 if __name__ == "__main__":

@@ -221,8 +221,12 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"a pickle of more than tensors \(it names \S*system\), which may run code.*save_pretrained",
     ),
     "plain pickle": (
-        lambda f: f.write_bytes(pickle.dumps(Runs(f.with_name("ran")))),
+        lambda f: f.write_bytes(pickle.dumps(Runs(f.with_name("ran")), protocol=2)),
         r"a pickle of more than tensors \(it names \S*system\)",
+    ),
+    "plain pickle of today": (
+        lambda f: f.write_bytes(pickle.dumps(Runs(f.with_name("ran")))),
+        r"a pickle of more than tensors \(Unsupported operand",
     ),
     "a list": (lambda f: torch.save([torch.ones(1)], f), "it holds a list, not tensors by name"),
     "an int": (lambda f: torch.save({"epoch": 3}, f), "it holds 'epoch', a int and no tensor"),
