@@ -76,8 +76,8 @@ def resolve_model(name: str) -> Path:
 
     Raises:
         InputError: no such directory and no such hub repository, or the hub cannot be reached.
-        FormatError: the directory has no config.json, no weights, damaged ones, pickles of more than tensors, or code of
-            its own that no class of transformers stands for.
+        FormatError: the directory has no config.json, no weights, damaged ones, pickles of more than tensors, or code
+            of its own that no class of transformers stands for.
         StorageError: the storage cannot be reached, or the cache cannot be written.
     """
     path = _find(name)
@@ -148,7 +148,7 @@ def _find(name: str) -> Path:
 
 
 def _refuse_own_modules(path: Path) -> None:
-    """Refuse a modules.json that names code of the repository's own, as `custom_st.Transformer` of jina-embeddings-v3."""
+    """Refuse a modules.json that names code of the repository's own, as jina-embeddings-v3 does (`custom_st`)."""
     file = path / "modules.json"
     for module in _listed_modules(path):
         kind = module.get("type")
@@ -194,7 +194,9 @@ def _plan_copy(
     indexes: dict[str, list[str]] = {}
     for folder, files in pickled.items():
         is_whole = files == [folder / _PICKLE]
-        targets = [place(folder / _WEIGHTS if is_whole else file.with_suffix(".safetensors")) for file in files]
+        targets = [
+            place(folder / _WEIGHTS if is_whole else file.with_suffix(".safetensors")) for file in files
+        ]
         pickles |= dict(zip(targets, files, strict=True))
         if files and not is_whole:
             indexes[place(folder / _WEIGHTS_INDEX)] = targets
@@ -276,7 +278,9 @@ def _weight_files(path: Path, name: str) -> list[Path]:
     index = path / _WEIGHTS_INDEX
     if not index.is_file():
         pickled = [file for file in _OTHER_PICKLES if (path / file).is_file()]
-        found = f" and no {_PICKLE} (it has {pickled[0]}, which is not read)" if pickled else f" and no {_PICKLE}"
+        found = (
+            f" and no {_PICKLE} (it has {pickled[0]}, which is not read)" if pickled else f" and no {_PICKLE}"
+        )
         raise FormatError(
             f"model {name!r} has no {_WEIGHTS}{found}; convert it with save_pretrained(), or for a hub model "
             f"name a revision that holds safetensors as id@revision"

@@ -256,7 +256,9 @@ def _rewritten(config: Values, form: _Form, file: object) -> dict[str, Any]:
     known = native - {"rope_parameters", *form.renamed.values()} | form.rope_keys | form.renamed.keys()
     known |= form.fixed.keys() | form.unheeded | _ANYWHERE
     wrong = {key: config[key] for key in sorted(config) if key not in known}
-    wrong |= {key: config[key] for key, value in form.fixed.items() if not _same(config.get(key, value), value)}
+    wrong |= {
+        key: config[key] for key, value in form.fixed.items() if not _same(config.get(key, value), value)
+    }
     try:
         rope = form.rope(config) if form.needed <= config.keys() else {}
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
@@ -264,12 +266,13 @@ def _rewritten(config: Values, form: _Form, file: object) -> dict[str, Any]:
         rope = {}
     missing = sorted(form.needed - config.keys())
     if wrong or missing:
-        found = ", ".join(f"{key} {value!r}" for key, value in wrong.items())
-        lacking = f"lacks {', '.join(missing)}" if missing else ""
+        has = "has " + ", ".join(f"{key} {value!r}" for key, value in wrong.items()) if wrong else ""
+        lacks = f"lacks {', '.join(missing)}" if missing else ""
+        code = own_code(config) or config.get("model_type")
         raise FormatError(
-            f"{str(file)!r} was made for code of its repository ({own_code(config) or config.get('model_type')}), which "
-            f"is never run, and {' and '.join(filter(None, (f'has {found}' if found else '', lacking)))}: transformers' "
-            f"own class {form.kind!r} does not compute that; name another model"
+            f"{str(file)!r} was made for code of its repository ({code}), which is never run, and "
+            f"{' and '.join(filter(None, (has, lacks)))}: transformers' own class {form.kind!r} does not compute that; "
+            "name another model"
         )
     dropped = form.rope_keys | form.fixed.keys() | form.unheeded | {"auto_map", "model_type"}
     kept = {form.renamed.get(key, key): value for key, value in config.items() if key not in dropped}
@@ -278,7 +281,9 @@ def _rewritten(config: Values, form: _Form, file: object) -> dict[str, Any]:
     return {
         **form.defaults,
         **kept,
-        "architectures": [after + name.removeprefix(before) if name.startswith(before) else name for name in names],
+        "architectures": [
+            after + name.removeprefix(before) if name.startswith(before) else name for name in names
+        ],
         "model_type": form.kind,
         "rope_parameters": rope,
     }

@@ -33,9 +33,7 @@ class TrainedPrefixes:
 _E5 = TrainedPrefixes(family="e5", query="query: ", document="passage: ")
 _E5_INSTRUCT = TrainedPrefixes(family="e5 instruct", query="Instruct: <the task in one sentence>\nQuery: ")
 _BGE_ZH = TrainedPrefixes(family="bge zh", query="为这个句子生成表示以用于检索相关文章：")
-_BGE_EN = TrainedPrefixes(
-    family="bge en", query="Represent this sentence for searching relevant passages: "
-)
+_BGE_EN = TrainedPrefixes(family="bge en", query="Represent this sentence for searching relevant passages: ")
 # By the whole name of a model: `my-e5-base` may have been trained otherwise.
 _FAMILIES: tuple[tuple[str, TrainedPrefixes], ...] = (
     (r"(multilingual-)?e5-(small|base|large)(-v2|-unsupervised)?", _E5),
@@ -62,7 +60,7 @@ def trained_prefixes(names: Iterable[str]) -> TrainedPrefixes | None:
 
 
 def own_prefix(encoder: Encoder, role: Role, name: str) -> str:
-    """The prompt that the encoder `name` puts before texts of `role`; warns where it holds none, as its family should."""
+    """The prompt that the encoder `name` puts before texts of `role`; warns where its family had one it lacks."""
     folder = str(getattr(encoder.backbone.config, "_name_or_path", ""))
     say_untold_prefix(role, name, folder, encoder.prompts)
     return encoder.prefix_for(role)

@@ -75,7 +75,9 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         reranker=reranker,
         classifier=classifier,
         fusion=FusionEntry(**fusion.to_dict()) if fusion else None,
-        query_prefix=_query_prompt(encoder_name, path) if config.query_prefix is None else config.query_prefix,
+        query_prefix=_query_prompt(encoder_name, path)
+        if config.query_prefix is None
+        else config.query_prefix,
         document_prefix=manifest.prefix,
         document_max_length=manifest.max_length,
         label_field=config.label_field,
