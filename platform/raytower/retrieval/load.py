@@ -68,15 +68,15 @@ def fusion_of(reranker: str | None, stored: Fusion | None, weight: float | None)
     )
 
 
-def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig) -> Retriever:
-    """Encoder, index and, if the config names one, a reranker, put together as a job's config says.
+def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig, name: str) -> Retriever:
+    """Encoder (called `name`), index and, if the config names one, a reranker, put together as a job's config says.
 
     Raises:
         InputError: a fusion weight that cannot be used (see `fusion_of`).
     """
     scorer = None if config.reranker is None else load_reranker(config.reranker, config)
     fusion = fusion_of(config.reranker, scorer.fusion if scorer else None, config.fusion_weight)
-    prefix = own_or(config.query_prefix, engine.encoder, "query", config.encoder or index.encoder)
+    prefix = own_or(config.query_prefix, engine.encoder, "query", name)
     return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
 
 
