@@ -39,6 +39,8 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import TextClassifier
 from raytower.models.trained_prefixes import own_prefix
+from raytower.retrieval.load import own_or
+from raytower.serving.resolve import _query_prompt
 from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker, tiny_tokenizer
 
 SCRIPT = Path(unpickle.__file__)
@@ -759,3 +761,12 @@ class TestTrainedPrefixes:
         assert capsys.readouterr().err == ""
         own_prefix(encoder, "query", str(folder))
         assert "behind 'Represent this sentence" in capsys.readouterr().err
+
+    def test_a_configured_prefix_needs_none_and_a_server_says_it_too(
+        self, e5: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        encoder = Encoder.load(e5)
+        assert own_or("", encoder, "query", str(e5)) == ""
+        assert capsys.readouterr().err == ""
+        assert _query_prompt(str(e5), e5) == ""
+        assert "behind 'query: '" in capsys.readouterr().err
