@@ -136,7 +136,7 @@ def _load_labeller(config: ClassifyConfig) -> Labeller:
         depth=_depth(config),
         label_field=config.label_field,
         temperature=config.temperature,
-        prefix=own_or(config.query_prefix, engine.encoder, "query"),
+        prefix=own_or(config.query_prefix, engine.encoder, "query", config.encoder),
     )
 
 

@@ -164,7 +164,7 @@ class Miner:
         self._config = config
         self._teacher = teacher
         self._engine = engine
-        self._prefix = own_or(config.query_prefix, engine.encoder, "query")
+        self._prefix = own_or(config.query_prefix, engine.encoder, "query", config.encoder)
         self._recall = index_recall(index)
         self._manifest = index.manifest
         # A positive is compared with candidates, so it is encoded as they were.

@@ -101,7 +101,8 @@ def _score(engine: ForwardEngine, table: pa.Table, config: SimilarityConfig) -> 
         ("document", config.document_prefix),
     )
     left, right = (
-        engine.encode(table[side].to_pylist(), own_or(prefix, engine.encoder, side)) for side, prefix in sides
+        engine.encode(table[side].to_pylist(), own_or(prefix, engine.encoder, side, config.encoder))
+        for side, prefix in sides
     )
     return cosines(left, right)
 

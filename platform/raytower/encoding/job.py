@@ -54,6 +54,7 @@ from raytower.models.directory import resolve_model
 from raytower.models.encoder import Encoder
 from raytower.models.onnx_export import graph_for
 from raytower.models.tokenising import tokenise
+from raytower.models.trained_prefixes import own_prefix
 from raytower.progress import log
 from raytower.runtime import ensure_ray
 from raytower.storage import (
@@ -175,7 +176,7 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
     if "max_length" not in config.model_fields_set:  # `up` has no such key to be told of
         config = config.model_copy(update={"max_length": min(config.max_length, encoder.max_positions)})
     check_max_length(config.max_length, encoder.max_positions)
-    prefix = config.prefix if config.prefix is not None else encoder.prefix_for("document")
+    prefix = config.prefix if config.prefix is not None else own_prefix(encoder, "document", config.encoder)
     rejected = Path(tempfile.mkdtemp(prefix="raytower-rejected-"))
     try:
         survey, pieces, rows_per_file = _survey(config, Location.of(rejected))

@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     judgements = judge(queries, index)
     if judgements.num_missing:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
-    retriever = load_retriever(engine, index, config)
+    retriever = load_retriever(engine, index, config, config.encoder)
     searching = time.perf_counter()
     measured = _measure(retriever, judgements, config)
     now = time.perf_counter()

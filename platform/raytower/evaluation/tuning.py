@@ -40,7 +40,7 @@ def tune_fusion_on_dev(config: TuneFusionConfig) -> dict[str, Any]:
     judgements = judge(queries, index)
     if judgements.num_missing:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
-    prefix = own_or(config.query_prefix, engine.encoder, "query")
+    prefix = own_or(config.query_prefix, engine.encoder, "query", config.encoder or index.encoder)
     scorer = load_reranker(config.reranker, config)
     tuned = tune_on_queries(
         Retriever(engine, index, scorer, query_prefix=prefix),

@@ -27,6 +27,7 @@ from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
+from raytower.models.trained_prefixes import own_prefix
 
 Role = Literal["query", "document"]
 Vectors = NDArray[np.float32]
@@ -81,7 +82,7 @@ class Encoder(Unpicklable):
 
     def prefix(self, role: Role) -> str:
         """The model's own prompt for a query or a document; empty where it names none."""
-        return self.engine.encoder.prefix_for(role)
+        return own_prefix(self.engine.encoder, role, self.name)
 
     def encode(self, texts: str | Sequence[str], role: Role = "document") -> Vectors:
         """Vectors of texts, each behind the model's own prompt for its role, as the jobs encode them.

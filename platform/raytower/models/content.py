@@ -7,22 +7,18 @@ was written. This hash reads the files themselves and loads no model, so it tell
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from raytower.models.directory import (
     INFO_NAME,
-    inside,
+    model_files,
     new_digest,
     read_info,
-    read_json,
     read_json_object,
     resolve_model,
 )
 from raytower.storage import Location, known_sha256
 
-_SUFFIXES = (".jinja", ".json", ".txt", ".model", ".safetensors")
 # Keys of config.json that say where the model came from and how it was written, at any depth.
 _OUTSIDE_CONTENT = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
@@ -38,7 +34,7 @@ def hash_model(name: str) -> str:
     """
     path = resolve_model(name)
     digest = new_digest()
-    for file in sorted(_files(path)):
+    for file in sorted(file for file in model_files(path) if file.name != INFO_NAME):
         content = (
             _described(read_json_object(file))
             if file.name == "config.json"
@@ -47,28 +43,6 @@ def hash_model(name: str) -> str:
         digest.update(json.dumps([file.relative_to(path).as_posix(), content], sort_keys=True).encode())
     digest.update(json.dumps(read_info(path).get("max_length")).encode())
     return str(digest.hexdigest())
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """What a model may be loaded from: at the top, in the folders of its modules, and where its weights are parted."""
-    for folder in {path, *_module_folders(path)}:
-        for file in folder.iterdir():
-            if file.suffix in _SUFFIXES and file.name != INFO_NAME and not file.name.startswith("."):
-                yield file
-
-
-def _module_folders(path: Path) -> Iterator[Path]:
-    modules = path / "modules.json"
-    listed = read_json(modules) if modules.is_file() else []
-    for module in listed if isinstance(listed, list) else []:
-        if isinstance(module, dict) and module.get("path") and inside(path, module["path"], modules).is_dir():
-            yield inside(path, module["path"], modules)
-    if (path / "additional_chat_templates").is_dir():
-        yield path / "additional_chat_templates"
-    index = path / "model.safetensors.index.json"
-    parts = read_json_object(index).get("weight_map")
-    for part in set(parts.values()) if isinstance(parts, dict) else ():
-        yield inside(path, part, index).parent
 
 
 def _described(values: Any) -> Any:

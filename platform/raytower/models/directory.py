@@ -1,5 +1,7 @@
 """Model directories: found by path, hub id or storage URI; only whole safetensors weights inside of them are read.
 
+Weights that are pickles, and configs that were made for code of a repository's own, are read from a copy in the cache.
+
 Directories come from anywhere, so everything in them is checked before it is used, and what transformers raises about
 them becomes one message.
 """
@@ -23,7 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.fetching import fetch_model
-from raytower.storage import Location
+from raytower.models.hub_forms import native_config
+from raytower.models.native_copy import CopyPlan, PickleError, native_copy
+from raytower.storage import Location, StorageError
 from raytower.storage.errors import one_line
 
 INFO_NAME = "raytower.json"
@@ -36,10 +40,16 @@ _HUB_PATTERNS = [
     "*/config.json",
     "*/model.safetensors",
 ]
-_PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+_PICKLE = "pytorch_model.bin"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+_OTHER_PICKLES = ("model.pt", "model.pth")
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+# What a model may be loaded from; weights of other forms are left alone.
+_SUFFIXES = (".jinja", ".json", ".txt", ".model", ".safetensors")
+# Modules of the peer library are computed here; others are code of a repository.
+_KNOWN_MODULES = "sentence_transformers."
 _LFS_POINTER = b"version https://git-lfs"
 # No known backbone is as deep; a config that asks for more builds layers for minutes before weights are looked at.
 _MAX_LAYERS = 1000
@@ -69,9 +79,13 @@ transformers_logging.disable_progress_bar()
 def resolve_model(name: str) -> Path:
     """Return the local directory of `name`: a path, a storage URI, or a hub id with an optional `@revision`.
 
+    Weights that are there as pickles alone (`pytorch_model.bin`), and a config that was made for code of the
+    repository's own, are changed in a copy in the cache, which is then the directory.
+
     Raises:
         InputError: no such directory and no such hub repository, or the hub cannot be reached.
-        FormatError: the directory has no config.json, no safetensors weights, or damaged ones.
+        FormatError: the directory has no config.json, no weights, damaged ones, pickles of more than tensors, or code
+            of its own that no class of transformers stands for.
         StorageError: the storage cannot be reached, or the cache cannot be written.
     """
     path = _find(name)
@@ -81,6 +95,8 @@ def resolve_model(name: str) -> Path:
             f"model {name!r} holds a LoRA adapter ({_ADAPTER}); merge it into its base model "
             "(merge_and_unload() of peft) and save that"
         )
+    _refuse_own_modules(path)
+    path = _in_native_form(path, name)
     body = transformer_folder(path)
     static = is_static(path)
     if not static and not (body / "config.json").is_file():
@@ -152,22 +168,155 @@ def _find(name: str) -> Path:
     return _missing(name) if looks_local or path.exists() else _download(name)
 
 
+def _refuse_own_modules(path: Path) -> None:
+    """Refuse a modules.json that names code of the repository's own, as jina-embeddings-v3 does (`custom_st`)."""
+    file = path / "modules.json"
+    for module in _listed_modules(path):
+        kind = module.get("type")
+        if isinstance(kind, str) and not kind.startswith(_KNOWN_MODULES):
+            raise FormatError(
+                f"{str(file)!r} names the module {kind!r}, which is code of the model's own and never run; "
+                "known are modules of sentence-transformers"
+            )
+
+
+def _listed_modules(path: Path) -> list[dict[str, Any]]:
+    """The entries of modules.json; none where it is missing, or no list of objects."""
+    file = path / "modules.json"
+    modules = read_json(file) if file.is_file() else []
+    return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+
+
+def _in_native_form(path: Path, name: str) -> Path:
+    """`path`, or its copy in the cache where weights are pickles, or its config is for code of a repository's own."""
+    file = transformer_folder(path) / "config.json"
+    if not file.is_file():
+        return path
+    config = native_config(read_json_object(file), file)
+    pickled = {folder: _pickles(folder) for folder in _weight_folders(path) if not _has_safetensors(folder)}
+    if config is None and not any(pickled.values()):
+        return path
+    plan = _plan_copy(path, pickled, {} if config is None else {file: config})
+    try:
+        return native_copy(plan, name)
+    except PickleError as error:
+        raise _as_refusal(error) from error
+
+
+def _plan_copy(
+    path: Path, pickled: Mapping[Path, list[Path]], written: Mapping[Path, Mapping[str, Any]]
+) -> CopyPlan:
+    """The copy of the directory `path` with the pickles of its folders as safetensors, and JSON files as `written`."""
+
+    def place(file: Path) -> str:
+        return file.relative_to(path).as_posix()
+
+    pickles: dict[str, Path] = {}
+    indexes: dict[str, list[str]] = {}
+    for folder, files in pickled.items():
+        is_whole = files == [folder / _PICKLE]
+        targets = [
+            place(folder / _WEIGHTS if is_whole else file.with_suffix(".safetensors")) for file in files
+        ]
+        pickles |= dict(zip(targets, files, strict=True))
+        if files and not is_whole:
+            indexes[place(folder / _WEIGHTS_INDEX)] = targets
+    kept = [file for file in model_files(path) if file.name != _PICKLE_INDEX and file not in written]
+    return CopyPlan(
+        files={place(file): file for file in sorted(kept)},
+        pickles=pickles,
+        indexes=indexes,
+        objects={place(file): value for file, value in written.items()},
+    )
+
+
+def _weight_folders(path: Path) -> list[Path]:
+    """Where a directory has weights: beside config.json, and in the folders of its Dense modules."""
+    file = path / "modules.json"
+    dense = [module for module in _listed_modules(path) if str(module.get("type")).endswith(".Dense")]
+    return [transformer_folder(path), *(inside(path, module.get("path"), file) for module in dense)]
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / _WEIGHTS).is_file() or (folder / _WEIGHTS_INDEX).is_file()
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The pickled weights of a folder, in one piece or as their index names them; none where there are none."""
+    files = [folder / _PICKLE] if (folder / _PICKLE).is_file() else []
+    if not files and (folder / _PICKLE_INDEX).is_file():
+        files = _indexed_files(folder / _PICKLE_INDEX)
+    for file in files:
+        if not file.is_file() or not os.access(file, os.R_OK):
+            raise FormatError(f"weights {str(file)!r} {_damage(file, FileNotFoundError())}")
+    return files
+
+
+def _as_refusal(error: PickleError) -> RaytowerError:
+    file = str(error.file)
+    if error.kind == "unwritten":
+        return StorageError(
+            f"weights {file!r} cannot be written into the cache as safetensors: {error.reason}; make room there, or "
+            "name another place with RAYTOWER_CACHE"
+        )
+    if error.kind == "damaged":
+        return FormatError(f"weights {file!r} {_damage(error.file, Exception(error.reason))}")
+    if error.kind == "memory":
+        return FormatError(
+            f"weights {file!r} ask for far more memory than tensors of their size take ({error.reason}); no weights "
+            "are like that: download the model again, from somebody you trust"
+        )
+    return FormatError(
+        f"weights {file!r} are a pickle of more than tensors ({error.reason}), which may run code when it is read, and "
+        "is refused; convert it with save_pretrained() if you trust it, or for a hub model name a revision that holds "
+        "safetensors as id@revision"
+    )
+
+
+def model_files(path: Path) -> Iterator[Path]:
+    """What a model may be loaded from: at the top, in the folders of its modules, and where its weights are parted."""
+    for folder in {path, *_module_folders(path)}:
+        for file in folder.iterdir():
+            if file.suffix in _SUFFIXES and not file.name.startswith(".") and file.is_file():
+                yield file
+
+
+def _module_folders(path: Path) -> Iterator[Path]:
+    modules = path / "modules.json"
+    for module in _listed_modules(path):
+        if module.get("path") and inside(path, module["path"], modules).is_dir():
+            yield inside(path, module["path"], modules)
+    if (path / "additional_chat_templates").is_dir():
+        yield path / "additional_chat_templates"
+    index = path / _WEIGHTS_INDEX
+    parts = read_json_object(index).get("weight_map")
+    for part in set(parts.values()) if isinstance(parts, dict) else ():
+        yield inside(path, part, index).parent
+
+
 def _weight_files(path: Path, name: str) -> list[Path]:
     """The safetensors files of a directory, in one piece or as its index names them."""
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     index = path / _WEIGHTS_INDEX
     if not index.is_file():
-        pickled = [file for file in _PICKLED_WEIGHTS if (path / file).is_file()]
-        found = f" (it has {pickled[0]}, and pickle is never read)" if pickled else ""
+        pickled = [file for file in _OTHER_PICKLES if (path / file).is_file()]
+        found = (
+            f" and no {_PICKLE} (it has {pickled[0]}, which is not read)" if pickled else f" and no {_PICKLE}"
+        )
         raise FormatError(
             f"model {name!r} has no {_WEIGHTS}{found}; convert it with save_pretrained(), or for a hub model "
             f"name a revision that holds safetensors as id@revision"
         )
+    return _indexed_files(index)
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index of weights in parts names, sorted."""
     files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise FormatError(f"{str(index)!r} has no weight_map; download the model again")
-    return [inside(path, file, index) for file in sorted({str(value) for value in files.values()})]
+    return [inside(index.parent, file, index) for file in sorted({str(value) for value in files.values()})]
 
 
 def inside(folder: Path, name: object, named_by: Path) -> Path:
@@ -272,12 +421,23 @@ def _download(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_PATTERNS))
+        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_PATTERNS))
+        pickles = _pickle_patterns(path)
+        if pickles:
+            # The folder is named after the commit; a branch may have moved on since.
+            snapshot_download(repository, revision=path.name, allow_patterns=pickles)
+        return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model {name!r} is no directory here and could not be fetched from the hub "
             f"({type(error).__name__}); check the name and the connection, or give a local directory"
         ) from error
+
+
+def _pickle_patterns(path: Path) -> list[str]:
+    """Pickled weights to fetch for a snapshot of the hub, for those folders alone that have no safetensors there."""
+    folders = [folder for folder in _weight_folders(path) if not _has_safetensors(folder)]
+    return [str(folder.relative_to(path) / "pytorch_model*.bin") for folder in folders]
 
 
 def load_tokenizer(path: Path, config: Any) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from pyarrow import fs as pafs
 
 from raytower.errors import FormatError, InputError
-from raytower.storage import Location, cache_dir, explaining, fsync_dir, locked
+from raytower.storage import Location, cache_dir, explaining, fsync_dir, known_sha256, locked
 
 _CHECKSUMS = ".checksums.json"
 _COPY_BYTES = 16 * 1024 * 1024
@@ -60,7 +60,7 @@ def keep(beside: Path, folder: Path) -> None:
 def checksums(folder: Path) -> dict[str, str]:
     """The sha256 of each file below `folder`, by its name from there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    return {path.relative_to(folder).as_posix(): known_sha256(Location.of(path)) for path in files}
 
 
 def sha256_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
+from raytower.models.trained_prefixes import own_prefix
 from raytower.retrieval.config import EngineConfig, RerankConfig, RetrieverConfig
 from raytower.retrieval.retriever import Retriever
 
@@ -67,15 +68,15 @@ def fusion_of(reranker: str | None, stored: Fusion | None, weight: float | None)
     )
 
 
-def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig) -> Retriever:
-    """Encoder, index and, if the config names one, a reranker, put together as a job's config says.
+def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig, name: str) -> Retriever:
+    """Encoder (called `name`), index and, if the config names one, a reranker, put together as a job's config says.
 
     Raises:
         InputError: a fusion weight that cannot be used (see `fusion_of`).
     """
     scorer = None if config.reranker is None else load_reranker(config.reranker, config)
     fusion = fusion_of(config.reranker, scorer.fusion if scorer else None, config.fusion_weight)
-    prefix = own_or(config.query_prefix, engine.encoder, "query")
+    prefix = own_or(config.query_prefix, engine.encoder, "query", name)
     return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
 
 
@@ -86,6 +87,6 @@ def open_index_manifest(uri: str, fingerprint: str) -> IndexManifest:
     return manifest
 
 
-def own_or(prefix: str | None, encoder: Encoder, role: Literal["query", "document"]) -> str:
-    """The configured prefix, or the encoder's own where it is null."""
-    return encoder.prefix_for(role) if prefix is None else prefix
+def own_or(prefix: str | None, encoder: Encoder, role: Literal["query", "document"], name: str) -> str:
+    """The configured prefix, or the own of the encoder `name` where it is null."""
+    return own_prefix(encoder, role, name) if prefix is None else prefix

@@ -27,7 +27,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
     index = Index.open(config.index)
     engine = load_engine(config.encoder or index.manifest.encoder, config)
     index.check_fingerprint(engine.fingerprint)
-    retriever = load_retriever(engine, index, config)
+    retriever = load_retriever(engine, index, config, config.encoder or index.encoder)
     recall = index_recall(index, config.filter)
     found = retriever.search([config.query], k=config.k, recall_k=config.recall_k, recall=recall)
     results = [

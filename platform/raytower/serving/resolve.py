@@ -75,7 +75,9 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         reranker=reranker,
         classifier=classifier,
         fusion=FusionEntry(**fusion.to_dict()) if fusion else None,
-        query_prefix=_query_prompt(path) if config.query_prefix is None else config.query_prefix,
+        query_prefix=_query_prompt(encoder_name, path)
+        if config.query_prefix is None
+        else config.query_prefix,
         document_prefix=manifest.prefix,
         document_max_length=manifest.max_length,
         label_field=config.label_field,
@@ -152,11 +154,14 @@ def _files(folder: Path) -> _Files:
     return frozenset((name, facts.st_size, facts.st_mtime_ns) for name, facts in found)
 
 
-def _query_prompt(path: Path) -> str:
-    from raytower.models.directory import read_json_object
+def _query_prompt(name: str, path: Path) -> str:
+    from raytower.models.directory import read_json_object, transformer_folder
+    from raytower.models.trained_prefixes import say_untold_prefix
 
-    prompts = read_json_object(path / "config_sentence_transformers.json").get("prompts")
-    return str(prompts.get("query", "")) if isinstance(prompts, dict) else ""
+    found = read_json_object(path / "config_sentence_transformers.json").get("prompts")
+    prompts = found if isinstance(found, dict) else {}
+    say_untold_prefix("query", name, transformer_folder(path), prompts)
+    return str(prompts.get("query", ""))
 
 
 def _classify_modes(config: CollectionConfig) -> tuple[Any, ...]:

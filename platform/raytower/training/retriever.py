@@ -21,6 +21,7 @@ from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
 from raytower.models.forward import ForwardEngine
 from raytower.models.tokenising import tokenise
+from raytower.models.trained_prefixes import own_prefix
 from raytower.models.two_tower import TwoTower
 from raytower.objectives.config import MarginMSE
 from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
@@ -103,6 +104,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
     @classmethod
     def prepare(cls, config: TrainRetrieverConfig, surveyed: Survey) -> Self:
         encoder = _load_start(config, config.start)
+        own_prefix(encoder, "query", config.start)  # the driver alone says what it lacks
         prepare_backbone(encoder.backbone, config.model_copy(update={"compile": False}))
         _check_rows(config, surveyed)
         count = count_documents(surveyed, config.train.num_documents)

@@ -87,7 +87,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"names the path '/etc'; it must lie below",
     ),
     "modules without path": (
-        lambda f: change_modules(f, lambda m: [{"type": "a.Transformer"}]),
+        lambda f: change_modules(f, lambda m: [{"type": "sentence_transformers.models.Transformer"}]),
         "names the path None",
     ),
     "modules a dict": (lambda f: change_modules(f, lambda m: {"a": 1}), "must hold a list of modules"),

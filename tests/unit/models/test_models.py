@@ -223,8 +223,8 @@ class TestRefusals:
         (folder / "model.safetensors").unlink()
         with pytest.raises(FormatError, match=r"no model\.safetensors"):
             Encoder.load(folder)
-        torch.save({}, folder / "pytorch_model.bin")
-        with pytest.raises(FormatError, match="pickle is never read"):
+        torch.save({}, folder / "model.pt")
+        with pytest.raises(FormatError, match=r"no pytorch_model\.bin \(it has model\.pt, which is not read"):
             Encoder.load(folder)
 
     def test_weights_of_another_model(self, dummy_encoder_dir: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def older_layout(encoder: Path, folder: Path, _: pytest.MonkeyPatch) -> tuple[st
     (folder / "2_Dense").mkdir()
     save_file(load_file(encoder / "model.safetensors"), folder / "2_Dense" / "model.safetensors")
     modules = json.loads((folder / "modules.json").read_text())
-    (folder / "modules.json").write_text(json.dumps([*modules, {"path": "2_Dense", "type": "x.Dense"}]))
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([*modules, dense]))
     return str(folder), folder / "2_Dense"
 
 
