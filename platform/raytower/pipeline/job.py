@@ -68,6 +68,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "init_from": "model",
     "encoder": "model",
     "teacher": "model",
+    "guide.encoder": "model",
     "reranker": "model",
     "classifier": "model",
     "embeddings": "embeddings",
@@ -79,7 +80,7 @@ _FREE_KEYS = {
     "encode": frozenset({"workers", "tokens_per_batch"}),
 }
 # Keys that trainings have gained; null is what was done before.
-_NEWER = frozenset({"split", "share", "every_epochs", "pooling", "labels"})
+_NEWER = frozenset({"split", "share", "every_epochs", "pooling", "labels", "guide", "more_negatives"})
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -460,7 +461,7 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):
         kept = {name: value for name, value in values.items() if value is not None or name not in _NEWER}
-        for section in ("train", "dev"):
+        for section in ("train", "dev", "objective"):
             if isinstance(rows := kept.get(section), dict):
                 kept[section] = {
                     name: value for name, value in rows.items() if value is not None or name not in _NEWER
