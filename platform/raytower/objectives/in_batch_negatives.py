@@ -110,8 +110,8 @@ class _Side:
 class _Part:
     """The cosines of one anchor for each query to candidates, and which of them stand in its sum."""
 
-    anchor_BD: Tensor
-    candidate_XD: Tensor
+    anchor_BD: Tensor  # noqa: N815 - carries its shape
+    candidate_XD: Tensor  # noqa: N815
     known: KnownRelevant
     own: _Own
     guide: tuple[Tensor, Tensor, Tensor] | None

@@ -44,7 +44,9 @@ def lambda_loss(settings: LambdaLoss, logits_BK: Tensor, labels_BK: Tensor) -> T
     """
     refuse_single_documents(logits_BK, settings.name)
     present_BK = logits_BK > -torch.inf
-    wrong_BK = present_BK & ~((labels_BK >= 0) & (labels_BK <= _LARGEST_LABEL))  # written so that NaN is wrong too
+    wrong_BK = present_BK & ~(
+        (labels_BK >= 0) & (labels_BK <= _LARGEST_LABEL)
+    )  # written so that NaN is wrong too
     if bool(wrong_BK.any()):
         raise InputError(
             f"label {float(labels_BK[wrong_BK][0]):g} is outside 0..{_LARGEST_LABEL}; objective {settings.name} makes "

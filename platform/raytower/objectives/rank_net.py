@@ -44,5 +44,7 @@ def losses_of_order(logits_BK: Tensor, labels_BK: Tensor) -> tuple[Tensor, Tenso
     present_BK = logits_BK > -torch.inf
     finite_BK = logits_BK.masked_fill(~present_BK, 0)
     losses_BKK = nn.functional.softplus(finite_BK[:, None, :] - finite_BK[:, :, None])
-    ordered_BKK = (labels_BK[:, :, None] > labels_BK[:, None, :]) & present_BK[:, :, None] & present_BK[:, None, :]
+    ordered_BKK = (
+        (labels_BK[:, :, None] > labels_BK[:, None, :]) & present_BK[:, :, None] & present_BK[:, None, :]
+    )
     return losses_BKK, ordered_BKK

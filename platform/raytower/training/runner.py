@@ -84,7 +84,11 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
         if path is not None:
             values[f"content of {name}"] = content_hash(path)
     guide = getattr(config, "guide", None)
-    models = {"start": config.start, "teacher": values.get("teacher"), "guide": guide.encoder if guide else None}
+    models = {
+        "start": config.start,
+        "teacher": values.get("teacher"),
+        "guide": guide.encoder if guide else None,
+    }
     for name, model in models.items():
         if model is not None:
             values[f"content of {name}"] = hash_model(model)

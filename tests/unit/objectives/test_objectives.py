@@ -643,7 +643,11 @@ def test_matryoshka_refuses_more_dimensions_than_there_are() -> None:
         (InBatchNegatives, {"more_negatives": []}, "more_negatives"),
         (InBatchNegatives, {"more_negatives": ["query"]}, "more_negatives"),
         (InBatchNegatives, {"more_negatives": ["query_query"] * 2}, "write each once"),
-        (InBatchNegatives, {"more_negatives": ["query_query"], "symmetric": True}, "in one sum for both sides"),
+        (
+            InBatchNegatives,
+            {"more_negatives": ["query_query"], "symmetric": True},
+            "in one sum for both sides",
+        ),
         (GuideSettings, {"encoder": "x", "margin": -0.1}, "margin"),
         (GuideSettings, {"margin": 0.1}, "encoder"),
         (CoSENT, {"scale": 0}, "scale"),

@@ -143,7 +143,9 @@ class GivenLogits(nn.Module):
         return {"scores": self.logits[features["places"]]}
 
 
-def peer_value(name: str, logits: Tensor, labels: Tensor, weighting: str | None = None, **settings: Any) -> Tensor:
+def peer_value(
+    name: str, logits: Tensor, labels: Tensor, weighting: str | None = None, **settings: Any
+) -> Tensor:
     """Of one query's documents, by sentence-transformers: the mean over its pairs."""
     from sentence_transformers.cross_encoder import losses
 
@@ -156,10 +158,11 @@ def peer_value(name: str, logits: Tensor, labels: Tensor, weighting: str | None 
 
 
 LENGTHS = [5, 2, 4, 3]
+NONE = -math.inf
 GRADES = torch.tensor(
-    [[3.0, 1, 1, 0, 2], [1, 0, -math.inf, -math.inf, -math.inf], [0, 2, 0.5, 2, -math.inf], [1, 1, 1, -math.inf, -math.inf]]
+    [[3, 1, 1, 0, 2], [1, 0, NONE, NONE, NONE], [0, 2, 0.5, 2, NONE], [1, 1, 1, NONE, NONE]]
 )
-PRESENT = GRADES > -math.inf
+PRESENT = GRADES.isfinite()
 PEERS = {
     "ndcg_loss2pp": "NDCGLoss2PPScheme",
     "ndcg_loss2": "NDCGLoss2Scheme",
@@ -179,7 +182,9 @@ def ndcg_lists() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def assert_gradients(loss: Tensor, logits: Tensor, alone: list[Tensor], lists: list[tuple[Tensor, Tensor]]) -> None:
+def assert_gradients(
+    loss: Tensor, logits: Tensor, alone: list[Tensor], lists: list[tuple[Tensor, Tensor]]
+) -> None:
     """Those of each query's own loss; places without a document have none."""
     (gradient,) = torch.autograd.grad(loss, logits)
     assert bool(gradient.isfinite().all())
@@ -233,7 +238,9 @@ class TestLambdaLoss:
 
     @pytest.mark.parametrize("k", [None, 1, 2])
     @pytest.mark.parametrize("weighting", list(PEERS))
-    def test_lists_of_unequal_length_agree_with_sentence_transformers(self, weighting: str, k: int | None) -> None:
+    def test_lists_of_unequal_length_agree_with_sentence_transformers(
+        self, weighting: str, k: int | None
+    ) -> None:
         """The peer takes the mean over the pairs of a query, which is the sum here."""
         logits, lists = lists_of_logits(), ndcg_lists()
         alone = []

@@ -453,9 +453,9 @@ def test_objectives_on_the_command_line() -> None:
     config = config_of(TrainRetrieverConfig, *more, "--guide.margin", "0.1", "--guide.relative")
     assert config.objective.more_negatives == ("query_query", "document_document")
     assert (config.guide.encoder, config.guide.margin, config.guide.relative) == ("g", 0.1, True)
-    assert config_of(TrainRetrieverConfig, "--objective", "cosent", "--objective.scale", "5").objective == CoSENT(
-        scale=5
-    )
+    assert config_of(
+        TrainRetrieverConfig, "--objective", "cosent", "--objective.scale", "5"
+    ).objective == CoSENT(scale=5)
     distilled = config_of(TrainRetrieverConfig, "--objective", "embedding_distillation", "--teacher", "t")
     assert distilled.objective == EmbeddingDistillation(loss="cosine")
     ranked = config_of(TrainRerankerConfig, "--objective", "lambda_loss", "--objective.k", "10")

@@ -212,7 +212,7 @@ def test_a_guide_tells_false_negatives(still_encoder: Path, tmp_path: Path, dims
     train = write_pairs(tmp_path / "train.tsv", 16)
     changes = {"matryoshka": dims and {"dims": dims}, "optimizer": {"lr": 1e-12}, "steps": 1}
     settings = {"guide": {"encoder": str(guide), "margin": 0.1}}
-    _, model, (guided,) = train_retriever_here(still_encoder, train, tmp_path, **changes, **settings)
+    _, _, (guided,) = train_retriever_here(still_encoder, train, tmp_path, **changes, **settings)
     columns = [line.split("\t") for line in train.read_text().splitlines()]
     texts = [[row[place] for row in columns] for place in (0, 1)]
     own, seen = (
@@ -276,7 +276,9 @@ class TestListsOfUnequalLength:
         )
         assert fell(losses)
 
-    @pytest.mark.parametrize("name", ["listwise_softmax", "pairwise_margin", "rank_net", "lambda_loss", "pointwise_regression"])
+    @pytest.mark.parametrize(
+        "name", ["listwise_softmax", "pairwise_margin", "rank_net", "lambda_loss", "pointwise_regression"]
+    )
     def test_the_loss_of_a_reranker_is_that_of_its_lists(
         self, still_encoder: Path, tmp_path: Path, name: str
     ) -> None:
