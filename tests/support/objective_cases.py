@@ -148,7 +148,7 @@ IN_BATCH = {
     "cosent": Case(objective=CoSENT(), columns=PAIRS, scores=GRADES),
     "angle": Case(objective=AnglE(), columns=PAIRS, scores=GRADES),
     "matryoshka cosent": Case(
-        objective=over_dimensions(Matryoshka(dims=(32, 8, 3)), CoSENT()), columns=PAIRS, scores=GRADES
+        objective=over_dimensions(Matryoshka(dims=(32, 8)), CoSENT(scale=2)), columns=PAIRS, scores=GRADES
     ),
     "matryoshka": Case(
         objective=over_dimensions(

@@ -301,8 +301,8 @@ class TrainRetrieverConfig(TrainJobConfig):
     """A reranker directory that scores candidates while training, for margin_mse and kl_divergence; for
     embedding_distillation an encoder directory, whose vectors are followed."""
     guide: GuideSettings | None = None
-    """An encoder that tells false negatives of in_batch_negatives: what it finds nearer than the positive is none. null:
-    only texts known to be relevant are left out."""
+    """An encoder that tells false negatives of in_batch_negatives: what it finds nearer than the positive is none.
+    null: only texts known to be relevant are left out."""
     sampler: Literal["shuffle", "no_duplicates"] = "shuffle"
     """no_duplicates: rows that share a query, document, id or label come in different batches, as far as there are
     enough batches."""
