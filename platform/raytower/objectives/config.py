@@ -109,8 +109,8 @@ class InBatchNegatives(EncoderSettings):
     more_negatives: tuple[Literal["query_query", "document_document", "document_query"], ...] | None = Field(
         default=None, min_length=1
     )
-    """Negatives beside the documents of others, in the same sum: query_query, other queries; document_document, and
-    document_query, the document's other documents and queries. All three are GTE's loss; null takes none."""
+    """Further negatives, in the same sum: query_query, the query beside other queries; document_document and
+    document_query, its document beside other documents and other queries. All three are GTE's loss; null takes none."""
 
     def model_post_init(self, context: Any) -> None:
         more = self.more_negatives or ()
