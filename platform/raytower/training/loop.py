@@ -127,7 +127,9 @@ class _Worker:
             if folder and plan.task.keeps_weights_apart:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
-            schedule = make_schedule(optimizer, plan.num_steps, config.optimizer.warmup_ratio)
+            schedule = make_schedule(
+                optimizer, plan.num_steps, config.optimizer.warmup_ratio, config.optimizer.schedule
+            )
             self.step = TrainingStep(
                 self.model,
                 optimizer,

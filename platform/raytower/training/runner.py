@@ -180,8 +180,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
-    if config.keep_checkpoints == "all":
-        _keep_checkpoints(result, output)
+    _leave_checkpoints(result, config.num_left_checkpoints, output)
     _publish(checkpoint, output, info)
     run_folder.delete()
     return figures
@@ -235,9 +234,10 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
         path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
-    """The model directories of all checkpoints as `<output>.checkpoints/step-<number>`."""
-    for checkpoint, metrics in result.best_checkpoints or []:
+def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location) -> None:
+    """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`."""
+    by_step = sorted(result.best_checkpoints or [], key=lambda item: item[1]["step"])
+    for checkpoint, metrics in by_step if num_left is None else by_step[max(len(by_step) - num_left, 0) :]:
         target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
         if (
             target.exists()
@@ -247,10 +247,17 @@ def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
             shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
 
 
+def _num_to_keep(config: TrainJobConfig, has_dev: bool) -> int | None:
+    """Checkpoints that Ray keeps while training runs; None is all. It orders them by metric or by time, not by both."""
+    if isinstance(config.keep_checkpoints, int):
+        return config.keep_checkpoints
+    return None if has_dev else config.num_left_checkpoints
+
+
 def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
-        num_to_keep=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
+        num_to_keep=_num_to_keep(config, dev is not None),
         checkpoint_score_attribute=dev.metric if dev else None,
         checkpoint_score_order="max",
     )
