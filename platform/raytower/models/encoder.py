@@ -82,6 +82,12 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 # The output that the peer library pools where nothing else is said.
 _KNOWN_OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
+# The settings of a Transformer module whose vector is what BERT's pooler gives, with no Pooling behind it.
+_POOLER_SETTINGS = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}},
+    "module_output_name": "sentence_embedding",
+}
 # In this order, and with settings of `_is_plain`, modules are computed here; the library carries all others.
 _STATIC_ORDER = re.compile(r"(Dense ?)*(Normalize)?")
 _PLAIN_ORDER = re.compile(r"Pooling( Dense)*( Normalize)?")
@@ -156,6 +162,8 @@ class Encoder(nn.Module):
             files: settings files of the directory by name; keys that are not known here survive saving.
         """
         super().__init__()
+        self.output_name = "pooler_output" if settings.pooling == "pooler" else "last_hidden_state"
+        """What of the backbone's output vectors are made from."""
         self.width = _output_width(backbone) if width is None else width
         self.backbone = backbone
         self.projections = nn.ModuleList(projections or [])
@@ -165,10 +173,11 @@ class Encoder(nn.Module):
         self.prompts = dict(prompts or {})
         self._files = dict(files or {})
         self._library_dim = None if library is None else library.dim_after(self.width)
-        # The backbone's pooler is not part of the map from string to vector: no gradient, no place in the hash.
-        for name, parameter in backbone.named_parameters():
-            if name.startswith("pooler."):
-                parameter.requires_grad_(False)
+        # Elsewhere the pooler is not part of the map from string to vector: no gradient, no place in the hash.
+        if settings.pooling != "pooler":
+            for name, parameter in backbone.named_parameters():
+                if name.startswith("pooler."):
+                    parameter.requires_grad_(False)
 
     @classmethod
     def load(
@@ -192,14 +201,15 @@ class Encoder(nn.Module):
             _refuse_classifier(path)
         backbone: PreTrainedModel
         tokenizer: PreTrainedTokenizerBase
+        by_pooler = _asks_for_pooler(_sentence_file(body))
         if is_static(path):
             backbone, tokenizer = load_static(body)
         else:
-            backbone = _load_backbone(body)
+            backbone = _load_backbone(body, with_pooler=by_pooler or pooling == "pooler")
             tokenizer = load_tokenizer(body, backbone.config)
         with loading(body, "a forward pass of its backbone"):
             width = _output_width(backbone)
-        head = _read_head(path, width)
+        head = _read_head(path, width, by_pooler=by_pooler)
         _refuse_other_pooling(str(name), pooling, head)
         settings, prompts, files = _read_settings(path, backbone, tokenizer, head, pooling)
         return cls(
@@ -216,17 +226,19 @@ class Encoder(nn.Module):
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory (safetensors, fp32 as held); `info` goes into raytower.json with the fingerprint."""
         folder = Path(path)
+        sentence: dict[str, Any]
+        sentence = {"max_seq_length": self.settings.max_length, "do_lower_case": self.settings.lower_case}
         if isinstance(self.backbone, StaticBackbone):
             save_static(self.backbone, cast(PreTrainedTokenizerFast, self.tokenizer), folder)
             entries = [("", "StaticEmbedding"), *self._save_projections(folder, first=1)]
         else:
             save_pretrained(self.backbone, self.tokenizer, folder)
             entries = [("", "Transformer"), *self._save_head(folder)]
+            sentence |= _POOLER_SETTINGS if self.settings.pooling == "pooler" else {}
         if self.settings.normalise:
             entries.append((f"{len(entries)}_Normalize", "Normalize"))
             (folder / entries[-1][0]).mkdir(exist_ok=True)
         write_modules_file(folder, entries)
-        sentence = {"max_seq_length": self.settings.max_length, "do_lower_case": self.settings.lower_case}
         write_json(folder / _SENTENCE_NAME, {**self._files.get(_SENTENCE_NAME, {}), **sentence})
         library = {
             "default_prompt_name": None,
@@ -242,6 +254,8 @@ class Encoder(nn.Module):
         """Write what lies between the backbone and Normalize; place and type of each module, for modules.json."""
         if self.library is not None:
             return self.library.save(folder, first=1)
+        if self.settings.pooling == "pooler":
+            return self._save_projections(folder, first=1)
         pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
         write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling})
         return [("1_Pooling", "Pooling"), *self._save_projections(folder, first=2)]
@@ -255,15 +269,16 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32."""
-        hidden_BLH = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = getattr(output, self.output_name).float()
         # Pooling, projection and norm in fp32: sums over many tokens lose digits in bf16.
-        with torch.autocast(device_type=hidden_BLH.device.type, enabled=False):
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
             if self.library is None:
-                vector_BD = pool(hidden_BLH.float(), attention_mask, self.settings.pooling)
+                vector_BD = pool(hidden, attention_mask, self.settings.pooling)
                 for projection in self.projections:
                     vector_BD = projection(vector_BD)
             else:
-                vector_BD = self.library(hidden_BLH.float(), attention_mask, input_ids)
+                vector_BD = self.library(hidden, attention_mask, input_ids)
             if self.settings.normalise:
                 vector_BD = nn.functional.normalize(vector_BD, dim=-1)
         return vector_BD[:, : self.settings.truncate_dim]
@@ -325,7 +340,12 @@ class Encoder(nn.Module):
 
     def _digest(self) -> Any:
         digest = new_digest()
-        weights = {name: tensor for name, tensor in self.state_dict().items() if not _is_outside_map(name)}
+        unread = () if self.settings.pooling == "pooler" else ("backbone.pooler.",)
+        weights = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (name.startswith(unread) or name.endswith("position_ids"))
+        }
         hash_tensors(digest, weights)
         hash_tokenizer(digest, self.tokenizer)
         activations = [type(cast(Projection, module).activation).__name__ for module in self.projections]
@@ -341,7 +361,12 @@ class Encoder(nn.Module):
 
 
 def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tensor:
-    """Token vectors (B, L, H) to one vector a text (B, H); padded tokens (mask 0) do not count."""
+    """Token vectors (B, L, H) to one vector a text (B, H); padded tokens (mask 0) do not count.
+
+    What BERT's pooler gives, (B, H), is one vector a text already.
+    """
+    if mode == "pooler":
+        return hidden_BLH
     if mode == "cls":
         return hidden_BLH[:, 0]
     if mask_BL is None:
@@ -355,10 +380,6 @@ def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tenso
     return hidden_BLH[torch.arange(len(hidden_BLH), device=hidden_BLH.device), last_B]
 
 
-def _is_outside_map(name: str) -> bool:
-    return name.startswith("backbone.pooler.") or name.endswith("position_ids")
-
-
 def _refuse_classifier(path: Path) -> None:
     names = read_json_object(transformer_folder(path) / "config.json").get("architectures") or []
     if any(is_sequence_classifier(str(name)) for name in names) and not (path / "modules.json").is_file():
@@ -368,10 +389,15 @@ def _refuse_classifier(path: Path) -> None:
         )
 
 
-def _load_backbone(path: Path) -> PreTrainedModel:
+def _load_backbone(path: Path, *, with_pooler: bool) -> PreTrainedModel:
     kind = _ENCODERS_ALONE.get(read_json_object(path / "config.json").get("model_type"), AutoModel)
     model, lacking = load_weights(kind, path, "its backbone")
-    missing = [key for key in lacking if "pooler." not in key]
+    if with_pooler and getattr(model, "pooler", None) is None:
+        raise FormatError(
+            f"model directory {str(path)!r} is to give vectors by its pooler, and a {type(model).__name__} has none; "
+            "choose another pooling"
+        )
+    missing = [key for key in lacking if with_pooler or "pooler." not in key]
     if missing:
         raise FormatError(
             f"model directory {str(path)!r} lacks {len(missing)} weights, {missing[0]!r} among them; "
@@ -432,8 +458,14 @@ def _sentence_file(folder: Path) -> Path:
     return other[0] if other and not named.is_file() else named
 
 
+def _asks_for_pooler(file: Path) -> bool:
+    """Whether the Transformer's settings take BERT's pooler for the text's vector."""
+    config = {"transformer_task": "feature-extraction", **read_json_object(file)}
+    return all(config.get(key) == value for key, value in _POOLER_SETTINGS.items())
+
+
 def _refuse_other_output(file: Path, config: Mapping[str, Any]) -> None:
-    """Pooling is over the backbone's last hidden state; a directory may say that it takes another output."""
+    """Vectors come of the backbone's last hidden state or its pooler; a directory may ask for another output."""
     modalities = config.get("modality_config") or {}
     text = modalities.get("text", _KNOWN_OUTPUT) if isinstance(modalities, dict) else modalities
     stated = {
@@ -458,10 +490,12 @@ def _refuse_other_output(file: Path, config: Mapping[str, Any]) -> None:
             "return_tensors",
         }:
             other[f"processing_kwargs of {place}"] = values
+    if _asks_for_pooler(file):
+        other = {key: value for key, value in other.items() if key not in known}
     if other:
         raise FormatError(
             f"{str(file)!r} has {', '.join(f'{key} {value!r}' for key, value in other.items())}; known is pooling over "
-            f"the transformer's last hidden state: {known}"
+            f"the transformer's last hidden state: {known}, and the pooler's output: {_POOLER_SETTINGS}"
         )
 
 
@@ -499,8 +533,8 @@ def _read_truncate_dim(file: Path, config: Mapping[str, Any]) -> int | None:
     return stated
 
 
-def _read_head(path: Path, width: int) -> Head:
-    """What modules.json says of the modules behind a backbone of `width`."""
+def _read_head(path: Path, width: int, *, by_pooler: bool) -> Head:
+    """What modules.json says of the modules behind a backbone of `width`, whose pooler may give the text's vector."""
     file = path / "modules.json"
     listed = read_modules_file(path)
     if listed is None:
@@ -515,16 +549,21 @@ def _read_head(path: Path, width: int) -> Head:
         )
     behind = listed[1:]
     kinds = [module.kind for module in behind]
-    if static and not (_STATIC_ORDER.fullmatch(" ".join(kinds)) and all(map(_is_plain, behind))):
+    if (static or by_pooler) and not (
+        _STATIC_ORDER.fullmatch(" ".join(kinds)) and all(map(_is_plain, behind))
+    ):
         raise FormatError(
-            f"{str(file)!r} lists {', '.join(kinds)} behind a StaticEmbedding; known are Dense, and Normalize last"
+            f"{str(file)!r} lists {', '.join(kinds)} behind a {listed[0].kind} that gives one vector a text; known are "
+            "Dense, and Normalize last"
         )
-    if not static and not kinds:
+    if not (static or by_pooler or kinds):
         raise FormatError(
             f"{str(file)!r} lists a Transformer alone, which gives a vector a token; a module that makes one vector of "
             "a text, such as Pooling, has to follow"
         )
-    if not static and not (_PLAIN_ORDER.fullmatch(" ".join(kinds)) and all(map(_is_plain, behind))):
+    if not (static or by_pooler) and not (
+        _PLAIN_ORDER.fullmatch(" ".join(kinds)) and all(map(_is_plain, behind))
+    ):
         library = LibraryModules.load(behind, file)
         with loading(path, f"a pass through its modules {', '.join(kinds)}"):
             library.dim_after(width)
@@ -534,7 +573,9 @@ def _read_head(path: Path, width: int) -> Head:
         if module.kind == "Dense":
             projections.append(_load_projection(module.place, width))
             width = projections[-1].linear.out_features
-    pooling = "mean" if static else _read_pooling(behind[0].place)
+    pooling: PoolingMode = "pooler" if by_pooler else "mean"
+    if not (static or by_pooler):
+        pooling = _read_pooling(behind[0].place)
     return Head(pooling=pooling, projections=tuple(projections), normalise="Normalize" in kinds)
 
 

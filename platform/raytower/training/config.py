@@ -308,7 +308,8 @@ class TrainRetrieverConfig(TrainJobConfig):
     """Train several prefix lengths of an embedding at once; null trains the whole one."""
     pooling: PoolingMode | None = None
     """How the vectors of a text's tokens become one, for a plain Hugging Face directory: their mean, cls (the first),
-    max, or lasttoken (of decoders); null is mean. A sentence-transformers directory brings its own."""
+    max, lasttoken (of decoders), or pooler (BERT's layer over the first, which the directory must have); null is mean.
+    A sentence-transformers directory brings its own."""
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None

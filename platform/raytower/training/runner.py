@@ -25,6 +25,8 @@ from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
+from raytower.training.model_card import FILE_NAME as CARD_NAME
+from raytower.training.model_card import model_card
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
 
@@ -181,7 +183,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "figures": figures,
     }
     _leave_checkpoints(result, config.num_left_checkpoints, output)
-    _publish(checkpoint, output, info)
+    _publish(checkpoint, output, info, model_card(config, figures, info["history"]))
     run_folder.delete()
     return figures
 
@@ -225,10 +227,11 @@ def _make_plan(
     )
 
 
-def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str, Any]) -> None:
-    """The checkpoint's model directory as the job's output, with the run's record in raytower.json."""
+def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str, Any], card: str) -> None:
+    """The checkpoint's model directory as the job's output, with its card and the run's record in raytower.json."""
     with checkpoint.as_directory() as folder, publish_directory(output) as target:
         shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
+        (target / CARD_NAME).write_text(card, encoding="utf-8")
         path = target / INFO_NAME
         own = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
