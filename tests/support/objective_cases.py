@@ -22,8 +22,12 @@ from raytower.models.chunks import Chunk
 from raytower.models.encoder import Encoder
 from raytower.models.two_tower import TwoTower, split_columns
 from raytower.objectives.config import (
+    AnglE,
+    CoSENT,
     CosineEmbedding,
     CosineRegression,
+    EmbeddingDistillation,
+    GuideSettings,
     HardestNegative,
     InBatchNegatives,
     KLDivergence,
@@ -34,7 +38,7 @@ from raytower.objectives.config import (
 )
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.matryoshka import over_dimensions
-from raytower.objectives.targets import EncoderObjective, Targets
+from raytower.objectives.targets import EncoderObjective, Guide, Targets
 
 QUERIES = [
     "what is a deductible",
@@ -65,13 +69,23 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One objective on one batch. labels: one for each row, shared by its query and its document."""
+    """One objective on one batch.
+
+    labels: one for each row, shared by its query and its document. vectors: another encoder's, (8, T) of each column:
+    a guide's if `guide` has its settings, otherwise a teacher's.
+    """
 
     objective: EncoderObjective
     columns: Sequence[Sequence[str]]
     labels: Sequence[str | None] | None = None
     scores: Sequence[float] | None = None
     teacher: Sequence[Sequence[float]] | None = None
+    vectors: Sequence[Tensor] | None = None
+    guide: GuideSettings | None = None
+
+    @property
+    def teacher_dim(self) -> int | None:
+        return None if self.vectors is None or self.guide is not None else self.vectors[0].shape[1]
 
     def texts(self, rows: slice) -> list[list[str]]:
         return [list(column[rows]) for column in self.columns]
@@ -83,8 +97,12 @@ class Case:
             query=text_keys(query, labels=labels),
             documents=(text_keys(first, labels=labels), *(text_keys(texts) for texts in others)),
         )
+        vectors = None if self.vectors is None else [column[rows] for column in self.vectors]
+        guide = None if self.guide is None or vectors is None else Guide(settings=self.guide, columns=vectors)
         return Targets(
             keys=keys,
+            guide=guide,
+            teacher_columns=vectors if guide is None else None,
             labels_B=None if self.scores is None else torch.tensor(self.scores[rows]),
             teacher_BK=None if self.teacher is None else torch.tensor(self.teacher[rows]),
         )
@@ -94,6 +112,14 @@ PAIRS = (QUERIES, DOCUMENTS)
 TRIPLES = (QUERIES, DOCUMENTS, NEGATIVES)
 TEACHER = [[0.9, 0.1], [0.7, 0.4], [0.8, 0.8], [0.6, -0.2], [0.5, 0.3], [0.9, 0.2], [0.4, 0.1], [1.0, 0.0]]
 BATCH = slice(0, 8)
+GRADES = [5, 3.5, 0, 1, 3.5, 2, 4, 0]
+
+
+def unit_vectors(num_columns: int, dim: int) -> list[Tensor]:
+    """(8, dim) of each column, always the same."""
+    generator = torch.Generator().manual_seed(dim)
+    return list(nn.functional.normalize(torch.randn(num_columns, 8, dim, generator=generator), dim=-1))
+
 
 IN_BATCH = {
     "plain": Case(objective=InBatchNegatives(margin=0.1), columns=(QUERIES, OTHER_DOCUMENTS)),
@@ -106,6 +132,24 @@ IN_BATCH = {
     "random": Case(objective=RandomNegative(margin=0.5), columns=PAIRS),
     "random with labels": Case(objective=RandomNegative(margin=0.5), columns=PAIRS, labels=LABELS),
     "simcse": Case(objective=SimCSE(), columns=(DOCUMENTS, DOCUMENTS)),
+    "more negatives": Case(
+        objective=InBatchNegatives(
+            margin=0.1, more_negatives=("query_query", "document_document", "document_query")
+        ),
+        columns=TRIPLES,
+        labels=LABELS,
+    ),
+    "guided": Case(
+        objective=InBatchNegatives(more_negatives=("query_query", "document_document")),
+        columns=TRIPLES,
+        vectors=unit_vectors(3, 4),
+        guide=GuideSettings(encoder="unused", margin=0.2),
+    ),
+    "cosent": Case(objective=CoSENT(), columns=PAIRS, scores=GRADES),
+    "angle": Case(objective=AnglE(), columns=PAIRS, scores=GRADES),
+    "matryoshka cosent": Case(
+        objective=over_dimensions(Matryoshka(dims=(32, 8)), CoSENT(scale=2)), columns=PAIRS, scores=GRADES
+    ),
     "matryoshka": Case(
         objective=over_dimensions(
             Matryoshka(dims=(32, 8, 3), weights=(1.0, 0.5, 0.25)), InBatchNegatives(symmetric=True)
@@ -120,15 +164,24 @@ ROW_BY_ROW = {
     ),
     "margin mse": Case(objective=MarginMSE(scale=1), columns=TRIPLES, teacher=TEACHER),
     "kl divergence": Case(objective=KLDivergence(temperature=0.5), columns=TRIPLES, teacher=TEACHER),
+    "embedding distillation": Case(
+        objective=EmbeddingDistillation(), columns=TRIPLES, vectors=unit_vectors(3, 12)
+    ),
 }
 CASES = {**IN_BATCH, **ROW_BY_ROW}
 
 
 def load_tower(
-    folder: Path | str, *, tokens_per_batch: int = 64, rows_per_batch: int | None = None
+    folder: Path | str,
+    *,
+    tokens_per_batch: int = 64,
+    rows_per_batch: int | None = None,
+    teacher_dim: int | None = None,
 ) -> TwoTower:
-    """The tower of an encoder directory, without dropout."""
-    return TwoTower(Encoder.load(folder), 64, tokens_per_batch, rows_per_batch).eval()
+    """The tower of an encoder directory, without dropout; a layer to `teacher_dim` is always the same."""
+    encoder = Encoder.load(folder)
+    torch.manual_seed(0)
+    return TwoTower(encoder, 64, tokens_per_batch, rows_per_batch, teacher_dim).eval()
 
 
 def plan_case(case: Case, tower: TwoTower, rows: slice) -> list[Chunk]:
@@ -192,7 +245,7 @@ def _worker(
     )
     results = {}
     for name, case in cases.items():
-        tower = load_tower(encoder_dir)
+        tower = load_tower(encoder_dir, teacher_dim=case.teacher_dim)
         model = nn.parallel.DistributedDataParallel(tower, broadcast_buffers=False)
         loss = backward(case, model, tower, slice(rank * 4, rank * 4 + 4))
         dist.all_reduce(loss)

@@ -1,12 +1,13 @@
 """The encoder as it is trained: any number of text columns through shared weights, in batches of similar length.
 
-Shape legend: B rows of this worker, r texts of one chunk, D embedding dimension.
+Shape legend: B rows of this worker, r texts of one chunk, D embedding dimension, T a teacher's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from raytower.models.chunks import Chunk, cut_chunks, in_row_order
@@ -19,9 +20,17 @@ class TwoTower(nn.Module):
     """Wraps an encoder so that data parallelism sees one forward call for queries and documents alike."""
 
     def __init__(
-        self, encoder: Encoder, max_length: int, tokens_per_batch: int, rows_per_batch: int | None = None
+        self,
+        encoder: Encoder,
+        max_length: int,
+        tokens_per_batch: int,
+        rows_per_batch: int | None = None,
+        teacher_dim: int | None = None,
     ) -> None:
         """`tokens_per_batch` bounds the padded tokens of a chunk, `rows_per_batch` its texts.
+
+        `teacher_dim` is the dimension of vectors that the embeddings are to follow: where it is another one, a linear
+        layer brings them there. It trains with the encoder, inside the one forward call, and is no part of it.
 
         Without gradient caching chunks save padding, not memory; with it, a chunk is what the peak memory holds.
         """
@@ -30,6 +39,9 @@ class TwoTower(nn.Module):
         self.max_length = max_length
         self.tokens_per_batch = tokens_per_batch
         self.rows_per_batch = rows_per_batch
+        self.into_teacher: nn.Linear | None = None
+        if teacher_dim is not None and teacher_dim != encoder.dim:
+            self.into_teacher = nn.Linear(encoder.dim, teacher_dim)
 
     def tokenise(self, texts: Sequence[str], prefix: str) -> TokenBlock:
         """Ids of each text with its prefix, cut to `max_length`."""
@@ -46,9 +58,16 @@ class TwoTower(nn.Module):
         )
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """Embeddings (r, D), unit length, of each chunk's texts, with gradients."""
+        """Embeddings (r, D), unit length, of each chunk's texts, with gradients; (r, T) where a layer brings them to a
+        teacher's dimension.
+        """
         vectors = [self.encoder(**chunk.inputs) for chunk in chunks]
-        return [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
+        embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
+        if self.into_teacher is None:
+            return embeddings
+        # In fp32, as the encoder's own projections.
+        with torch.autocast(embeddings[0].device.type, enabled=False):
+            return [self.into_teacher(vectors_rD) for vectors_rD in embeddings]
 
 
 def split_columns(vectors: Sequence[Tensor], chunks: Sequence[Chunk], num_columns: int) -> tuple[Tensor, ...]:

@@ -106,6 +106,21 @@ class InBatchNegatives(EncoderSettings):
     """Subtracted from the cosine of the positive."""
     symmetric: bool = False
     """Learn from document to query too."""
+    more_negatives: tuple[Literal["query_query", "document_document", "document_query"], ...] | None = Field(
+        default=None, min_length=1
+    )
+    """Further negatives, in the same sum: query_query, the query beside other queries; document_document and
+    document_query, its document beside other documents and other queries. All three are GTE's loss; null takes none."""
+
+    def model_post_init(self, context: Any) -> None:
+        more = self.more_negatives or ()
+        if more and self.symmetric:
+            raise ValueError(
+                f"symmetric is true, and more_negatives {list(more)} stand in one sum for both sides; remove one of "
+                "them (document_query is the other direction)"
+            )
+        if len(set(more)) < len(more):
+            raise ValueError(f"more_negatives are {list(more)}; write each once")
 
 
 class HardestNegative(EncoderSettings):
@@ -156,6 +171,26 @@ class CosineRegression(EncoderSettings):
     name: Literal["cosine_regression"] = "cosine_regression"
 
 
+class CoSENT(EncoderSettings):
+    """The objective with its scale."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored",)
+
+    name: Literal["cosent"] = "cosent"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    """Differences of cosines are multiplied by it."""
+
+
+class AnglE(EncoderSettings):
+    """The objective with its scale."""
+
+    formats: ClassVar[tuple[str, ...]] = ("scored",)
+
+    name: Literal["angle"] = "angle"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    """Differences of similarities are multiplied by it."""
+
+
 class MarginMSE(EncoderSettings):
     """The objective with the scale that brings cosines to the teacher's range."""
 
@@ -177,6 +212,16 @@ class KLDivergence(EncoderSettings):
     """The student's cosines are multiplied by it before the softmax."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """The teacher's scores are divided by it before the softmax."""
+
+
+class EmbeddingDistillation(EncoderSettings):
+    """The objective with its distance."""
+
+    formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "scored", "lines")
+
+    name: Literal["embedding_distillation"] = "embedding_distillation"
+    loss: Literal["cosine", "mse"] = "cosine"
+    """Distance from the teacher's vector: 1 - cosine, or the mean squared difference of a dimension."""
 
 
 class PointwiseCrossEntropy(RerankerSettings):
@@ -235,6 +280,29 @@ class ListwiseSoftmax(RerankerSettings):
     name: Literal["listwise_softmax"] = "listwise_softmax"
 
 
+class RankNet(RerankerSettings):
+    """The objective; it has no settings."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+    activation: ClassVar[Literal["sigmoid", "identity"]] = "identity"
+
+    name: Literal["rank_net"] = "rank_net"
+
+
+class LambdaLoss(RerankerSettings):
+    """The objective with its weights."""
+
+    formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+    activation: ClassVar[Literal["sigmoid", "identity"]] = "identity"
+
+    name: Literal["lambda_loss"] = "lambda_loss"
+    weighting: Literal["ndcg_loss2pp", "ndcg_loss2", "lambda_rank"] = "ndcg_loss2pp"
+    """What the order of two documents counts: lambda_rank by what nDCG changes if they change places, ndcg_loss2 by a
+    tighter bound, ndcg_loss2pp by both."""
+    k: int | None = Field(default=None, ge=1)
+    """Places that nDCG counts: two documents beyond them are not compared; null counts all."""
+
+
 class CrossEntropy(ClassifierSettings):
     """Cross-entropy over the classes, weighted by class where `class_weights` says so."""
 
@@ -265,3 +333,16 @@ class Matryoshka(Config):
                 f"there are {len(self.weights)} weights for {len(self.dims)} dims; give one for each, or leave "
                 "weights out for 1 each"
             )
+
+
+class GuideSettings(Config):
+    """Another encoder that tells false negatives, and how near they may come to the positive."""
+
+    shorthand = "encoder"
+
+    encoder: str
+    """A directory, a hub id or a storage URI, as for `model`; it is read only."""
+    margin: float = Field(default=0.0, ge=0, le=2)
+    """How far below the positive's cosine, as the guide has it, a text must lie to be a negative."""
+    relative: bool = False
+    """Whether the margin is a share of the positive's cosine."""

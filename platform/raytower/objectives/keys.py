@@ -94,10 +94,13 @@ class KnownRelevant:
         self._reached = reached
         self._held = held
 
-    def blocks(self) -> Iterator[slice]:
-        """This worker's queries in slices of which each has at most CELLS_PER_BLOCK cells, or one query."""
+    def blocks(self, width: int | None = None) -> Iterator[slice]:
+        """This worker's queries in slices of which each has at most CELLS_PER_BLOCK cells, or one query.
+
+        `width` is the cells of a query, the documents unless given.
+        """
         cells = CELLS_PER_BLOCK.get(self.own_B.device.type, CELLS_PER_BLOCK["cuda"])
-        size = max(1, cells // self.num_documents)
+        size = max(1, cells // (width or self.num_documents))
         for first in range(0, len(self.own_B), size):
             yield slice(first, min(first + size, len(self.own_B)))
 

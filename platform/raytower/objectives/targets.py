@@ -13,9 +13,25 @@ import torch
 from torch import Tensor
 
 from raytower.errors import InputError
+from raytower.objectives.config import GuideSettings
 from raytower.objectives.keys import BatchKeys
 
 ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """Another encoder's unit-length vectors (B, G) of each column, 0 where a row has no document, and its margin."""
+
+    settings: GuideSettings
+    columns: Sequence[Tensor]
+
+    def limits(self, query_BG: Tensor, document_BG: Tensor) -> Tensor:
+        """(B,) the guide's cosine above which a text is no negative of the pair."""
+        cosine_B = (query_BG * document_BG).sum(-1)
+        if self.settings.relative:
+            return cosine_B - self.settings.margin * cosine_B.abs()
+        return cosine_B - self.settings.margin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +50,13 @@ class Targets:
     present_BK: Tensor | None = None  # noqa: N815
     """False where a row has no document in a column; its vector and its score are 0 and count nothing. None: all are
     there."""
+
+    teacher_columns: Sequence[Tensor] | None = None
+    """For embedding distillation: the teacher's unit-length vectors (B, T) of each column, 0 where a row has no
+    document."""
+
+    guide: Guide | None = None
+    """For in_batch_negatives: another encoder's view of which texts are too similar to be negatives."""
 
 
 EncoderObjective = Callable[[Sequence[Tensor], Targets], Tensor]

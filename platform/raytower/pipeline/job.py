@@ -68,6 +68,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "init_from": "model",
     "encoder": "model",
     "teacher": "model",
+    "guide.encoder": "model",
     "reranker": "model",
     "classifier": "model",
     "embeddings": "embeddings",
@@ -82,6 +83,8 @@ _FREE_KEYS = {
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "head_lr")),
     "schedule": "linear",
+    "guide": None,
+    "more_negatives": None,
 }
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
@@ -463,7 +466,7 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):
         kept = _as_before(values)
-        for section in ("train", "dev", "optimizer"):
+        for section in ("train", "dev", "optimizer", "objective"):
             if isinstance(own := kept.get(section), dict):
                 kept[section] = _as_before(own)
         if isinstance(dev := kept.get("dev"), dict) and dev["every_steps"] is None:

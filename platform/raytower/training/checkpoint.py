@@ -3,7 +3,7 @@
     model/                  the directory as it would be published
     state.json              progress, and the loss scale of float16
     optimizer.safetensors   Adam's moments and step counts
-    trainable.safetensors   with adapters only: the weights that train, unmerged
+    trainable.safetensors   with adapters, or a layer into a teacher's space, only: the weights that train, unmerged
 
 The step decides the schedule and the position in the data; seed, step and worker decide dropout.
 """

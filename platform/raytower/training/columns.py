@@ -117,7 +117,7 @@ class JudgedPairs:
     width: int
 
     def as_lists(self, logits_R: Tensor) -> Tensor:
-        """(B, K) logits (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""
+        """(B, K) logits, or labels, (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""
         lengths_B1 = torch.tensor(self.list_lengths)[:, None]
         places_R = (torch.arange(self.width) < lengths_B1).flatten().nonzero()[:, 0].to(logits_R.device)
         filled = logits_R.new_full((len(self.list_lengths) * self.width,), -torch.inf)

@@ -11,13 +11,18 @@ from pydantic import Field, model_validator
 from raytower.config import Config, FractionField, OnError, WorkersConfig
 from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
+    AnglE,
+    CoSENT,
     CosineEmbedding,
     CosineRegression,
     CrossEntropy,
+    EmbeddingDistillation,
     Focal,
+    GuideSettings,
     HardestNegative,
     InBatchNegatives,
     KLDivergence,
+    LambdaLoss,
     ListwiseSoftmax,
     MarginMSE,
     Matryoshka,
@@ -25,6 +30,7 @@ from raytower.objectives.config import (
     PointwiseCrossEntropy,
     PointwiseRegression,
     RandomNegative,
+    RankNet,
     SimCSE,
 )
 
@@ -38,13 +44,18 @@ RetrieverObjective = (
     | SimCSE
     | CosineEmbedding
     | CosineRegression
+    | CoSENT
+    | AnglE
     | MarginMSE
     | KLDivergence
+    | EmbeddingDistillation
 )
 LabelBy = Literal["file", "folder"]
 LastCheckpoints = Annotated[str, Field(pattern=r"^last [1-9]\d*$")]
 RerankerFormat = Literal["scored", "triples", "candidates"]
-RerankerObjective = PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax
+RerankerObjective = (
+    PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax | RankNet | LambdaLoss
+)
 ClassifierObjective = CrossEntropy | Focal
 # Keys that change how a run goes but not its result, so a job may continue with other values.
 FREE_KEYS = frozenset(
@@ -302,7 +313,11 @@ class TrainRetrieverConfig(TrainJobConfig):
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None
-    """A reranker directory that scores candidates while training, for margin_mse and kl_divergence."""
+    """A reranker directory that scores candidates while training, for margin_mse and kl_divergence; for
+    embedding_distillation an encoder directory, whose vectors are followed."""
+    guide: GuideSettings | None = None
+    """An encoder that tells false negatives of in_batch_negatives: what it finds nearer than the positive is none.
+    null: only texts known to be relevant are left out."""
     sampler: Literal["shuffle", "no_duplicates"] = "shuffle"
     """no_duplicates: rows that share a query, document, id or label come in different batches, as far as there are
     enough batches."""
@@ -314,6 +329,20 @@ class TrainRetrieverConfig(TrainJobConfig):
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     document_prefix: str | None = None
     """Put before each document when it is encoded; null is the encoder's own prompt."""
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        name = self.objective.name
+        if self.guide is not None and name != "in_batch_negatives":
+            raise ValueError(
+                f"guide is set, and objective {name} asks none; remove it, or choose in_batch_negatives"
+            )
+        if self.matryoshka is not None and name == "embedding_distillation":
+            raise ValueError(
+                f"matryoshka.dims are {list(self.matryoshka.dims)}, and objective {name} follows whole vectors of the "
+                "teacher, which has none for their prefixes; remove matryoshka, and train it afterwards by another "
+                "objective"
+            )
 
     _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
 

@@ -119,12 +119,12 @@ class _Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.progress = Progress()
         with _checkpoint_folder() as folder:
-            # A checkpoint's model directory has its adapters merged. So a run with adapters builds the model that it
-            # began with and then loads the adapters.
-            start_from = folder / MODEL_DIR if folder and config.lora is None else None
+            # A checkpoint's model directory has its adapters merged, and lacks what is not published. A run with such
+            # weights builds the model that it began with and then loads them.
+            start_from = folder / MODEL_DIR if folder and not plan.task.keeps_weights_apart else None
             device = ray.train.torch.get_device()
             self.model = plan.task.build(start_from, device).to(device).train()
-            if folder and config.lora is not None:
+            if folder and plan.task.keeps_weights_apart:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
             schedule = make_schedule(
@@ -227,7 +227,7 @@ class _Worker:
             folder = Path(name)
             info = {"history": self.progress.history, "curve": self.progress.curve}
             self.plan.task.save(self.model, folder / MODEL_DIR, info)
-            if self.config.lora is not None:
+            if self.plan.task.keeps_weights_apart:
                 save_trainable(self.model, folder)
             save_state(self.step, asdict(self.progress), folder)
             ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(name))

@@ -37,7 +37,9 @@ from raytower.training.task import Task
 
 _CPU = torch.device("cpu")
 # Objectives that compare the documents of one query: logits (queries, documents) in place of (pairs, classes).
-_LISTWISE = ("pairwise_margin", "listwise_softmax")
+_LISTWISE = ("pairwise_margin", "listwise_softmax", "rank_net", "lambda_loss")
+# Of these, the ones that read the scores of all documents; the others know the first one as the relevant one.
+_GRADED = ("rank_net", "lambda_loss")
 
 
 class RerankerTask(Task[TrainRerankerConfig]):
@@ -70,6 +72,8 @@ class RerankerTask(Task[TrainRerankerConfig]):
         count = count_documents(surveyed, config.train.num_documents)
         if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
             check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
+        elif "scores" in names and config.objective.name in _GRADED:
+            check_labels(surveyed, lambda labels: _loss_of_single_documents(config, labels))
         rows = spaced_rows(surveyed, num_documents=count)
         pairs = judged_pairs(rows)
         shares = cut_shares(
@@ -105,7 +109,8 @@ class RerankerTask(Task[TrainRerankerConfig]):
             with step.autocast():
                 logits_BC = step.parallel(chunks)
             if self.config.objective.name in _LISTWISE:
-                return self.config.objective(pairs.as_lists(logits_BC[:, 0]))
+                labels_R = torch.tensor(pairs.labels, device=logits_BC.device)
+                return self.config.objective(pairs.as_lists(logits_BC[:, 0]), pairs.as_lists(labels_R))
             loss = self.config.objective(logits_BC, torch.tensor(pairs.labels, device=logits_BC.device))
             # Workers whose lists are longer hold more pairs: this makes it the mean over the pairs of all workers.
             num_pairs_W = gather_constants(torch.tensor([float(len(pairs.labels))]))
@@ -149,6 +154,15 @@ def train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     """The plan for --dry-run: makes every check that training would make, and trains nothing."""
     return plan_training(RerankerTask, config)[0]
+
+
+def _loss_of_single_documents(config: TrainRerankerConfig, labels_B: Tensor) -> Tensor:
+    """Each label as that of a list which holds nothing else: no pairs, and every label read."""
+    labels_B2, logits_B2 = (
+        nn.functional.pad(values_B[:, None], (0, 1), value=-torch.inf)
+        for values_B in (labels_B, torch.zeros_like(labels_B))
+    )
+    return config.objective(logits_B2, labels_B2)
 
 
 def _load_start(config: TrainRerankerConfig, start: str) -> CrossEncoder:

@@ -23,10 +23,10 @@ from raytower.models.forward import ForwardEngine
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.models.two_tower import TwoTower
-from raytower.objectives.config import MarginMSE
+from raytower.objectives.config import EmbeddingDistillation, MarginMSE
 from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
-from raytower.objectives.targets import EncoderObjective, Targets, needed, present_documents
+from raytower.objectives.targets import EncoderObjective, Guide, Targets, needed, present_documents
 from raytower.progress import log
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
@@ -51,6 +51,7 @@ from raytower.training.inputs import (
     sample_rows,
     survey_training,
 )
+from raytower.training.other_encoder import OtherEncoder, other_encoder_name
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
@@ -77,11 +78,18 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         num_documents: int | None,
         teacher: str | None,
         set_aside: Sequence[Piece] = (),
+        other_encoder: str | None = None,
     ) -> None:
-        """`teacher` is config.teacher, absolute where it is a directory here; `set_aside` are dev rows."""
+        """`set_aside` are dev rows. A directory here is named absolutely.
+
+        Args:
+            teacher: the reranker that scores documents.
+            other_encoder: `other_encoder_name`.
+        """
         super().__init__(config, start)
         self.num_documents = num_documents
         self.teacher = teacher
+        self.other_encoder = other_encoder
         self.recall_dev: DevSet | None = None
         self.scored_dev: ScoredPairs | None = None
         if config.dev is not None and config.dev.is_scored:
@@ -89,6 +97,12 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         elif config.dev is not None:
             self.recall_dev = load_dev_set(config.dev, set_aside)
         self._teacher: CrossScorer | None = None
+        self._other: OtherEncoder | None = None
+
+    @property
+    def keeps_weights_apart(self) -> bool:
+        # The layer into a teacher's space is not published.
+        return super().keeps_weights_apart or isinstance(self.config.objective, EmbeddingDistillation)
 
     @classmethod
     def survey(cls, config: TrainRetrieverConfig) -> Survey:
@@ -109,11 +123,15 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         _check_rows(config, surveyed)
         count = count_documents(surveyed, config.train.num_documents)
         _say_what_is_cut(config, surveyed, encoder, count)
-        teacher = None if config.teacher is None else absolute_if_local(config.teacher)
+        other = other_encoder_name(config)
+        teacher = config.teacher if other is None else None
         # A mistyped name is refused here, not by every worker.
         loaded = None if teacher is None else CrossEncoder.load(teacher)
+        if other is not None:
+            Encoder.load(other)
         config = _with_fitting_scale(config, surveyed, count, loaded)
-        task = cls(config, absolute_if_local(config.start), count, teacher, surveyed.set_aside)
+        named = [None if name is None else absolute_if_local(name) for name in (teacher, other)]
+        task = cls(config, absolute_if_local(config.start), count, named[0], surveyed.set_aside, named[1])
         if task.recall_dev is not None:
             say_overlap(surveyed, config.dev, task.recall_dev.pairs)
         elif task.scored_dev is not None:
@@ -132,8 +150,12 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         if self.teacher is not None:
             dtype = evaluation_dtype(config.dtype, device)
             self._teacher = CrossScorer(CrossEncoder.load(self.teacher), dtype=dtype, device=device)
+        teacher_dim = None
+        if self.other_encoder is not None:
+            self._other = OtherEncoder(self.other_encoder, config, device)
+            teacher_dim = self._other.dim if config.guide is None else None
         tokens = default_tokens_per_encoder_chunk(device)
-        tower = TwoTower(encoder, config.max_length, tokens, rows_per_batch=config.gradient_cache)
+        tower = TwoTower(encoder, config.max_length, tokens, config.gradient_cache, teacher_dim)
         freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
         return tower
 
@@ -186,10 +208,15 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         merged_copy(cast(TwoTower, model).encoder, self.config).save(folder, info)
 
     def _taught(self, columns: TextColumns) -> Targets:
-        """The targets; if there is a teacher, with its scores."""
-        if self._teacher is None:
+        """The targets; with the teacher's scores or vectors, or a guide's vectors, where there is one."""
+        if self._teacher is not None:
+            return dataclasses.replace(columns.targets, teacher_BK=_taught_scores(self._teacher, columns))
+        if self._other is None:
             return columns.targets
-        return dataclasses.replace(columns.targets, teacher_BK=_taught_scores(self._teacher, columns))
+        vectors = self._other.vectors_of(columns)
+        if self.config.guide is None:
+            return dataclasses.replace(columns.targets, teacher_columns=vectors)
+        return dataclasses.replace(columns.targets, guide=Guide(settings=self.config.guide, columns=vectors))
 
 
 def _taught_scores(teacher: CrossScorer, columns: TextColumns) -> Tensor:
@@ -296,6 +323,13 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
 def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
     """Refuse rows that the objective cannot train from, before any worker starts."""
     names, objective = surveyed.schema.names, config.objective
+    if isinstance(objective, EmbeddingDistillation):
+        if config.teacher is None:
+            raise InputError(
+                f"objective {objective.name} follows the vectors of a teacher, and none is named; set teacher to an "
+                "encoder directory"
+            )
+        return
     if objective.name in ("margin_mse", "kl_divergence"):
         if config.teacher is None and "scores" not in names:
             raise InputError(

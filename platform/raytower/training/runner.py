@@ -85,9 +85,15 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     for name, path in paths.items():
         if path is not None:
             values[f"content of {name}"] = content_hash(path)
-    for name in ("start", "teacher"):
-        if values.get(name) is not None:
-            values[f"content of {name}"] = hash_model(values[name])
+    guide = getattr(config, "guide", None)
+    models = {
+        "start": config.start,
+        "teacher": values.get("teacher"),
+        "guide": guide.encoder if guide else None,
+    }
+    for name, model in models.items():
+        if model is not None:
+            values[f"content of {name}"] = hash_model(model)
     values["rows"] = survey.num_rows
     return values
 

@@ -52,6 +52,11 @@ class Task(ABC, Generic[ConfigT]):
         """
 
     @property
+    def keeps_weights_apart(self) -> bool:
+        """Whether weights train that a checkpoint's model directory lacks, such as unmerged adapters."""
+        return self.config.lora is not None
+
+    @property
     def dev(self) -> DevConfig | None:
         """When to measure, and what chooses the best checkpoint; None without a dev set."""
         return self.config.dev

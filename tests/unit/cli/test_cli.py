@@ -318,7 +318,14 @@ class TestHelp:
             "config": {"encode", "index", "search"},
             "config index": {"build", "sync"},
             "completion": {"bash", "zsh"},
-            "train-retriever --objective": {"simcse", "margin_mse"},
+            "train-retriever --objective": {
+                "simcse",
+                "margin_mse",
+                "cosent",
+                "angle",
+                "embedding_distillation",
+            },
+            "train-reranker --objective": {"rank_net", "lambda_loss"},
             "index compact --kind": {"hnsw", "null"},
         }
         script = capsys.readouterr().out + "".join(

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from raytower.config import make_config
 from raytower.objectives import keys as keys_module
-from raytower.objectives.config import HardestNegative, InBatchNegatives, Matryoshka, RandomNegative, SimCSE
+from raytower.objectives.config import (
+    GuideSettings,
+    HardestNegative,
+    InBatchNegatives,
+    Matryoshka,
+    RandomNegative,
+    SimCSE,
+)
 from raytower.objectives.gradient_cache import backward_cached
 from raytower.objectives.keys import NO_KEY, BatchKeys
 from raytower.objectives.matryoshka import over_dimensions
-from raytower.objectives.targets import EncoderObjective, Targets
+from raytower.objectives.targets import EncoderObjective, Guide, Targets
 
 CPU = torch.device("cpu")
 
@@ -138,6 +146,50 @@ def dense_softmax(
     return (loss + dense_softmax([documents[0], query], exchanged, scale, margin)) / 2
 
 
+MORE = ("query_query", "document_document", "document_query")
+
+
+def dense_more(
+    columns: Sequence[Tensor],
+    keys: BatchKeys,
+    scale: float,
+    margin: float,
+    more: Sequence[str],
+    guide: Guide | None = None,
+) -> Tensor:
+    """One sum over the documents, and over what `more` names; what the guide finds too similar leaves it."""
+    query, *documents = columns
+    rows, every = len(query), torch.cat(documents)
+    own = torch.eye(rows, dtype=torch.bool)
+    own_row = own.repeat(1, len(documents))
+    pair = torch.cat([own, torch.zeros(rows, len(every) - rows, dtype=torch.bool)], 1)
+    of_query = dense_known(keys)
+    of_document = dense_known(BatchKeys(query=keys.documents[0], documents=(keys.query,)))
+    sides = {"query": (query, query, of_document, own), "document": (documents[0], every, of_query, pair)}
+    seen = {}
+    if guide is not None:
+        query_seen, *documents_seen = guide.columns
+        seen = {"query": (query_seen, query_seen), "document": (documents_seen[0], torch.cat(documents_seen))}
+        positive_seen = (query_seen * documents_seen[0]).sum(-1, keepdim=True)
+        reach = positive_seen.abs() if guide.settings.relative else 1
+        limit = positive_seen - guide.settings.margin * reach
+    logits = []
+    for name in ("query_document", *more):
+        left, right = name.split("_")
+        anchor, (_, candidates, known, itself) = sides[left][0], sides[right]
+        cosine = anchor @ candidates.T
+        left_out = known
+        if guide is not None:
+            left_out = left_out | (seen[left][0] @ seen[right][1].T > limit)
+        if left == right:
+            left_out = left_out | (own if right == "query" else own_row)
+        else:  # the pair itself stays
+            left_out = left_out & ~itself
+        part = scale * (cosine - margin * itself.to(cosine))
+        logits.append(part.masked_fill(left_out, -torch.inf))
+    return nn.functional.cross_entropy(torch.cat(logits, 1), torch.arange(rows))
+
+
 def dense_hardest(columns: Sequence[Tensor], keys: BatchKeys, margin: float) -> Tensor:
     query, *documents = columns
     cosine = query @ torch.cat(documents).T
@@ -173,6 +225,21 @@ OBJECTIVES: dict[str, tuple[int, EncoderObjective, Dense]] = {
         InBatchNegatives(margin=0.1, symmetric=True),
         lambda c, k: dense_softmax(c, k, 20, 0.1, True),
     ),
+    "more negatives": (
+        2,
+        InBatchNegatives(margin=0.1, more_negatives=MORE),
+        lambda c, k: dense_more(c, k, 20, 0.1, MORE),
+    ),
+    "other queries": (
+        1,
+        InBatchNegatives(scale=7, more_negatives=("query_query",)),
+        lambda c, k: dense_more(c, k, 7, 0, ("query_query",)),
+    ),
+    "other documents": (
+        3,
+        InBatchNegatives(more_negatives=("document_document",)),
+        lambda c, k: dense_more(c, k, 20, 0, ("document_document",)),
+    ),
     "simcse": (1, SimCSE(scale=5), lambda c, k: dense_softmax(c, k, 5, 0)),
     "hardest": (2, HardestNegative(margin=0.5), lambda c, k: dense_hardest(c, k, 0.5)),
     "random": (1, RandomNegative(margin=0.5), lambda c, k: dense_random(c, k, 0.5)),
@@ -207,6 +274,39 @@ def test_blocks_give_the_dense_value_and_gradients(name: str) -> None:
             torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-12, msg=kind)
 
 
+def guide_of(rows: int, num_columns: int, margin: float, relative: bool, dtype: torch.dtype) -> Guide:
+    columns = [column.detach() for column in unit_columns(rows, num_columns, dim=3, dtype=dtype)]
+    return Guide(settings=GuideSettings(encoder="x", margin=margin, relative=relative), columns=columns)
+
+
+@pytest.mark.parametrize("more", [None, MORE])
+@pytest.mark.parametrize(("margin", "relative"), [(0, False), (0.3, False), (0.3, True)])
+def test_a_guide_in_blocks_is_the_dense_formula(
+    more: tuple[str, ...] | None, margin: float, relative: bool
+) -> None:
+    guide = guide_of(17, 2, margin, relative, torch.float64)
+    objective = make_config(InBatchNegatives, {"margin": 0.1, "more_negatives": more})
+    for kind, keys in cases(17, 2).items():
+        columns = unit_columns(17, 2)
+        loss = objective(columns, Targets(keys=keys, guide=guide))
+        expected = dense_more(columns, keys, 20, 0.1, more or (), guide)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12, msg=kind)
+        ours, theirs = torch.autograd.grad(loss, columns), torch.autograd.grad(expected, columns)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=kind)
+
+
+def test_a_guide_may_leave_nothing_but_the_pair() -> None:
+    """Its margin is larger than any difference of cosines: no negatives, no loss, no gradient."""
+    columns, guide = unit_columns(9, 1), guide_of(9, 1, 2, False, torch.float64)
+    loss = InBatchNegatives(more_negatives=MORE[:2])(columns, Targets(keys=distinct(9, 1), guide=guide))
+    loss.backward()
+    assert loss.item() == 0
+    for column in columns:
+        assert column.grad is not None
+        assert not column.grad.any()
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     objective, keys = InBatchNegatives(scale=3, margin=0.2, symmetric=True), random_keys(1, 5, 2, 8)
     assert torch.autograd.gradcheck(
@@ -214,7 +314,9 @@ def test_gradients_agree_with_finite_differences() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["hard negatives", "symmetric", "hardest", "random", "matryoshka"])
+@pytest.mark.parametrize(
+    "name", ["hard negatives", "symmetric", "more negatives", "hardest", "random", "matryoshka"]
+)
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
     [
@@ -264,7 +366,9 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", [distinct, labelled, one_query])
-@pytest.mark.parametrize("name", ["hard negatives", "symmetric", "hardest", "random", "matryoshka"])
+@pytest.mark.parametrize(
+    "name", ["hard negatives", "symmetric", "more negatives", "hardest", "random", "matryoshka"]
+)
 def test_the_largest_tensor_grows_with_the_rows_not_with_their_square(
     name: str, kind: Callable[[int, int], BatchKeys], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +379,18 @@ def test_the_largest_tensor_grows_with_the_rows_not_with_their_square(
         columns, targets = unit_columns(rows, num_columns), Targets(keys=kind(rows, num_columns))
         with _Largest() as seen:
             objective(columns, targets).backward()
+        largest.append(seen.elements)
+    assert largest[1] <= 4 * largest[0]
+
+
+def test_a_guide_holds_no_matrix_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_block(monkeypatch, 2048)
+    largest = []
+    for rows in (64, 256):
+        guide = guide_of(rows, 1, 0.1, False, torch.float64)
+        targets = Targets(keys=distinct(rows, 1), guide=guide)
+        with _Largest() as seen:
+            InBatchNegatives(more_negatives=MORE)(unit_columns(rows, 1), targets).backward()
         largest.append(seen.elements)
     assert largest[1] <= 4 * largest[0]
 

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from raytower.config import Config, make_config
 from raytower.errors import InputError
 from raytower.objectives.config import (
+    AnglE,
+    CoSENT,
     CosineEmbedding,
     CosineRegression,
+    EmbeddingDistillation,
+    GuideSettings,
     HardestNegative,
     InBatchNegatives,
     KLDivergence,
@@ -29,7 +33,7 @@ from raytower.objectives.config import (
 from raytower.objectives.keys import BatchKeys, known_relevant, text_keys
 from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
-from raytower.objectives.targets import EncoderObjective, Targets
+from raytower.objectives.targets import EncoderObjective, Guide, Targets
 from tests.support.objective_cases import (
     BATCH,
     CASES,
@@ -39,6 +43,7 @@ from tests.support.objective_cases import (
     load_tower,
     run_cases_on_two_workers,
 )
+from tests.support.tiny_models import tiny_tokenizer
 
 Excluded = set[tuple[int, int]]
 
@@ -202,6 +207,48 @@ def test_symmetric_and_hard_negatives_agree_with_sentence_transformers() -> None
     assert_peer(InBatchNegatives(scale=15, symmetric=True), both_ways, columns, targets, torch.zeros(6))
 
 
+ALL_MORE = ("query_query", "document_document", "document_query")
+
+
+@pytest.mark.parametrize("num_documents", [1, 3])
+@pytest.mark.parametrize("more", [("query_query",), ("document_document",), ALL_MORE])
+def test_more_negatives_agree_with_sentence_transformers(more: tuple[str, ...], num_documents: int) -> None:
+    """All three are GTE's improved contrastive loss, as the peer has it too."""
+    names = {
+        "query_query": "query_to_query",
+        "document_document": "doc_to_doc",
+        "document_query": "doc_to_query",
+    }
+    directions = ("query_to_doc", *(names[name] for name in more))
+    peer = peer_loss("MultipleNegativesRankingLoss", scale=15.0, directions=directions)
+    columns = [unit_rows(6, 5, seed) for seed in range(num_documents + 1)]
+    objective = make_config(InBatchNegatives, {"scale": 15, "more_negatives": more})
+    assert_peer(objective, peer, columns, Targets(keys=distinct_keys(6, num_documents)), torch.zeros(6))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_a_guide_filters_as_sentence_transformers_does(margin: float, relative: bool) -> None:
+    """GISTEmbed: pairs with other queries and documents in the sum, triples without."""
+    for more, num_documents in ((("query_query", "document_document"), 1), (None, 2)):
+        columns = [unit_rows(6, 5, seed) for seed in range(num_documents + 1)]
+        guide = [unit_rows(6, 4, seed + 10) for seed in range(num_documents + 1)]
+        peer = guided_peer(
+            guide,
+            temperature=0.1,
+            margin_strategy="relative" if relative else "absolute",
+            margin=margin,
+            contrast_anchors=more is not None,
+            contrast_positives=more is not None,
+        )
+        given = Guide(settings=GuideSettings(encoder="x", margin=margin, relative=relative), columns=guide)
+        targets = Targets(keys=distinct_keys(6, num_documents), guide=given)
+        objective = make_config(InBatchNegatives, {"scale": 10, "more_negatives": more})
+        assert_peer(objective, peer, columns, targets, torch.zeros(6))
+        unguided = objective(columns, Targets(keys=targets.keys))
+        assert float(objective(columns, targets)) < float(unguided) - 1e-3
+
+
 # One negative for each query.
 
 
@@ -312,6 +359,78 @@ def test_labels_out_of_range_are_refused(objective: EncoderObjective, label: flo
         objective(columns, Targets(labels_B=torch.tensor([1.0, label])))
 
 
+# The order of scores.
+
+
+def order_loss(similarity: Sequence[float], scores: Sequence[float], scale: float) -> float:
+    """Each two pairs of texts, one after the other."""
+    total = 1.0
+    for s, y in zip(similarity, scores, strict=True):
+        for higher_s, higher_y in zip(similarity, scores, strict=True):
+            if higher_y > y:
+                total += math.exp(scale * (s - higher_s))
+    return math.log(total)
+
+
+def angle_similarity(left: Tensor, right: Tensor) -> list[float]:
+    """By complex numbers: the sum of real and imaginary part of the quotient, of unit length."""
+    found = []
+    for x, y in zip(left.double().tolist(), right.double().tolist(), strict=True):
+        half = (len(x) + 1) // 2
+        first, second = (
+            [complex(v[k], v[k + half] if k + half < len(v) else 0) for k in range(half)] for v in (x, y)
+        )
+        quotient = sum(a * b.conjugate() for a, b in zip(first, second, strict=True))
+        found.append(abs(quotient.real + quotient.imag))
+    return found
+
+
+GRADES = [[5, 3, 3, 0, 1, 3], [1, 0, 1, 0, 0, 1], [2, 2, 2, 2, 2, 2], [0.9, -0.2, 0.4, 0.41, -1, 0]]
+
+
+@pytest.mark.parametrize("scores", GRADES)
+@pytest.mark.parametrize("scale", [20.0, 3.0])
+@pytest.mark.parametrize("dim", [6, 5])
+def test_cosent_and_angle_are_the_formula_and_sentence_transformers(
+    scores: list[float], scale: float, dim: int
+) -> None:
+    columns, labels = [unit_rows(6, dim, 1), unit_rows(6, dim, 2)], torch.tensor(scores)
+    targets = Targets(labels_B=labels)
+    paired = [row[i] for i, row in enumerate(cosines(*columns))]
+    cosent, angle = CoSENT(scale=scale), AnglE(scale=scale)
+    assert float(cosent(columns, targets)) == pytest.approx(order_loss(paired, scores, scale), abs=1e-5)
+    turned = angle_similarity(*columns)
+    assert float(angle(columns, targets)) == pytest.approx(order_loss(turned, scores, scale), abs=1e-5)
+    assert_peer(cosent, peer_loss("CoSENTLoss", scale=scale), columns, targets, labels)
+    assert_peer(angle, peer_loss("AnglELoss", scale=scale), columns, targets, labels)
+
+
+@pytest.mark.parametrize("objective", [CoSENT(scale=3), AnglE(scale=3)])
+def test_the_order_of_scores_has_exact_gradients(objective: EncoderObjective) -> None:
+    columns = [unit_rows(5, 4, seed).double().requires_grad_() for seed in (1, 2)]
+    targets = Targets(labels_B=torch.tensor([2.0, 0, 1, 1, 3]))
+    assert torch.autograd.gradcheck(lambda *given: objective(given, targets), columns)
+
+
+@pytest.mark.parametrize("objective", [CoSENT(), AnglE()])
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_scores_without_an_order_are_refused(objective: EncoderObjective, score: float) -> None:
+    with pytest.raises(InputError, match=f"score {score} is not finite"):
+        objective([unit_rows(2, 4, 1), unit_rows(2, 4, 2)], Targets(labels_B=torch.tensor([1.0, score])))
+
+
+def test_the_order_of_many_scores_takes_no_matrix() -> None:
+    """200,000 pairs: a matrix of them would be 160 GB."""
+    left = unit_rows(200_000, 2, 1).requires_grad_()
+    labels = torch.arange(200_000) % 5
+    loss = CoSENT()([left, unit_rows(200_000, 2, 2)], Targets(labels_B=labels.float()))
+    loss.backward()
+    assert left.grad is not None
+    assert left.grad.isfinite().all()
+    # Of N random pairs two fifths of N/2·N/2 pairs are compared, and half of them stand the wrong way round.
+    assert 20 < float(loss.detach()) < 70
+
+
 # Distillation.
 
 
@@ -348,6 +467,48 @@ def test_kl_divergence_agrees_with_the_formula_and_with_sentence_transformers(
     peer = peer_loss("DistillKLDivLoss", student_temperature=1 / scale, teacher_temperature=temperature)
     # The peer multiplies by its student's temperature squared.
     assert_peer(objective, lambda *args: scale**2 * peer(*args), columns, targets, teacher)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+@pytest.mark.parametrize("num_documents", [1, 3])
+def test_embedding_distillation_agrees_with_sentence_transformers(loss: str, num_documents: int) -> None:
+    columns = [unit_rows(4, 6, seed) for seed in range(num_documents + 1)]
+    teacher = [unit_rows(4, 6, seed + 20) for seed in range(num_documents + 1)]
+    objective = make_config(EmbeddingDistillation, {"loss": loss})
+    targets = Targets(teacher_columns=teacher)
+    peer = peer_loss("EmbedDistillLoss", distance_metric=loss)
+    assert_peer(objective, lambda given, _: peer(given, teacher), columns, targets, torch.zeros(4))
+    assert float(objective(teacher, targets)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_embedding_distillation_takes_the_mean_of_each_rows_texts(loss: str) -> None:
+    """A row of one document weighs as much as one of three; the places without a document have no gradient."""
+    lengths = [3, 1]
+    present = torch.tensor([[place < length for place in range(3)] for length in lengths])
+    there = [torch.ones(2, 1), *present.T[..., None].float()]
+    columns = [(unit_rows(2, 6, seed) * mask).requires_grad_() for seed, mask in enumerate(there)]
+    teacher = [unit_rows(2, 6, seed + 20) * mask for seed, mask in enumerate(there)]
+    objective = make_config(EmbeddingDistillation, {"loss": loss})
+    alone = [
+        objective(
+            [column[row : row + 1] for column in columns[: length + 1]],
+            Targets(teacher_columns=[column[row : row + 1] for column in teacher[: length + 1]]),
+        )
+        for row, length in enumerate(lengths)
+    ]
+    value = objective(columns, Targets(teacher_columns=teacher, present_BK=present))
+    assert value.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-6)
+    gradients = torch.autograd.grad(value, columns)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[2][1].any()
+    assert gradients[2][0].any()
+
+
+def test_a_teacher_of_another_dimension_is_refused() -> None:
+    targets = Targets(teacher_columns=[unit_rows(2, 6, 1), unit_rows(2, 6, 2)])
+    with pytest.raises(InputError, match=r"shape \(2, 6\), and the encoder's \(2, 4\)"):
+        EmbeddingDistillation()([unit_rows(2, 4, 1), unit_rows(2, 4, 2)], targets)
 
 
 def test_a_teacher_of_a_perfect_student_gives_no_loss() -> None:
@@ -479,6 +640,19 @@ def test_matryoshka_refuses_more_dimensions_than_there_are() -> None:
         (HardestNegative, {"margin": 2.1}, "margin"),
         (RandomNegative, {"margin": 0}, "margin"),
         (RandomNegative, {"margin": 2.1}, "margin"),
+        (InBatchNegatives, {"more_negatives": []}, "more_negatives"),
+        (InBatchNegatives, {"more_negatives": ["query"]}, "more_negatives"),
+        (InBatchNegatives, {"more_negatives": ["query_query"] * 2}, "write each once"),
+        (
+            InBatchNegatives,
+            {"more_negatives": ["query_query"], "symmetric": True},
+            "in one sum for both sides",
+        ),
+        (GuideSettings, {"encoder": "x", "margin": -0.1}, "margin"),
+        (GuideSettings, {"margin": 0.1}, "encoder"),
+        (CoSENT, {"scale": 0}, "scale"),
+        (AnglE, {"scale": -1}, "scale"),
+        (EmbeddingDistillation, {"loss": "l2"}, "loss"),
         (SimCSE, {"scale": 0}, "scale"),
         (CosineEmbedding, {"margin": 1}, "margin"),
         (CosineEmbedding, {"margin": -1.1}, "margin"),
@@ -509,11 +683,14 @@ def test_settings_out_of_range_are_refused(kind: type[Config], values: dict[str,
         SimCSE(),
         CosineEmbedding(),
         MarginMSE(scale=1),
+        CoSENT(),
+        AnglE(),
+        EmbeddingDistillation(),
     ],
 )
 def test_missing_targets_are_named(objective: EncoderObjective) -> None:
     columns = [unit_rows(2, 5, seed) for seed in range(3 if isinstance(objective, MarginMSE) else 2)]
-    with pytest.raises(InputError, match=r"needs (the keys|labels|a teacher's score)"):
+    with pytest.raises(InputError, match=r"needs (the keys|labels|scores|a teacher's (score|vectors))"):
         objective(columns, Targets())
 
 
@@ -534,7 +711,7 @@ def test_two_workers_give_the_loss_and_gradients_of_one(
     name: str, from_two_workers: dict[str, dict[str, Tensor]], dummy_encoder_dir: Path
 ) -> None:
     """Defect of an older system: gradients off by the world size when negatives are gathered across workers."""
-    tower = load_tower(dummy_encoder_dir)
+    tower = load_tower(dummy_encoder_dir, teacher_dim=CASES[name].teacher_dim)
     expected = backward_whole(CASES[name], tower, tower, BATCH)
     gradients = dict(from_two_workers[name])
     assert_same_step(gradients.pop("loss"), gradients, expected, gradients_of(tower))
@@ -564,6 +741,31 @@ def peer_loss(name: str, **settings: Any) -> Callable[[list[Tensor], Tensor], Te
     compute: Callable[[list[Tensor], Tensor], Tensor]
     compute = getattr(losses, name)(Given(), **settings).compute_loss_from_embeddings
     return compute
+
+
+class GivenByGuide(Given):
+    """Gives back what another encoder made of the same texts."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features["guide"]}
+
+
+def guided_peer(guide: Sequence[Tensor], **settings: Any) -> Callable[[list[Tensor], Tensor], Tensor]:
+    """sentence-transformers' GISTEmbedLoss over given embeddings."""
+    from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
+
+    model, other = Given(), GivenByGuide()
+    for each in (model, other):
+        each.tokenizer, each.max_seq_length = tiny_tokenizer(), 64
+    peer = GISTEmbedLoss(model, other, **settings)  # type: ignore[arg-type]
+
+    def value(columns: list[Tensor], labels: Tensor) -> Tensor:
+        features = [
+            {"sentence_embedding": own, "guide": theirs} for own, theirs in zip(columns, guide, strict=True)
+        ]
+        return peer(features, labels)
+
+    return value
 
 
 def assert_peer(

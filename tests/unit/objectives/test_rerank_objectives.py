@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from raytower.objectives.classification import weights_of
 from raytower.objectives.config import (
     CrossEntropy,
     Focal,
+    LambdaLoss,
     ListwiseSoftmax,
     PairwiseMargin,
     PointwiseCrossEntropy,
     PointwiseRegression,
+    RankNet,
 )
 from tests.support.objective_cases import end_worker
 
@@ -123,10 +126,153 @@ class TestListwiseSoftmax:
         assert float(ListwiseSoftmax()(torch.tensor(logits), None)) == pytest.approx(sum(losses) / 2)
 
 
-@pytest.mark.parametrize("objective", [PairwiseMargin(), ListwiseSoftmax()])
-def test_a_query_without_negatives_is_refused(objective: PairwiseMargin | ListwiseSoftmax) -> None:
+class GivenLogits(nn.Module):
+    """Stands where a peer's loss wants a cross-encoder: the logit of each pair is one that it is handed."""
+
+    num_labels = 1
+    device = torch.device("cpu")
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def preprocess(self, pairs: list[tuple[str, str]], **_: object) -> dict[str, Tensor]:
+        return {"places": torch.tensor([int(text) for _, text in pairs])}
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"scores": self.logits[features["places"]]}
+
+
+def peer_value(
+    name: str, logits: Tensor, labels: Tensor, weighting: str | None = None, **settings: Any
+) -> Tensor:
+    """Of one query's documents, by sentence-transformers: the mean over its pairs."""
+    from sentence_transformers.cross_encoder import losses
+
+    if weighting is not None:
+        settings["weighting_scheme"] = getattr(losses, weighting)()
+    peer = getattr(losses, name)(GivenLogits(logits), mini_batch_size=-1, **settings)
+    texts = [str(place) for place in range(len(logits))]
+    value: Tensor = peer([["query"], [texts]], [labels])
+    return value
+
+
+LENGTHS = [5, 2, 4, 3]
+NONE = -math.inf
+GRADES = torch.tensor(
+    [[3, 1, 1, 0, 2], [1, 0, NONE, NONE, NONE], [0, 2, 0.5, 2, NONE], [1, 1, 1, NONE, NONE]]
+)
+PRESENT = GRADES.isfinite()
+PEERS = {
+    "ndcg_loss2pp": "NDCGLoss2PPScheme",
+    "ndcg_loss2": "NDCGLoss2Scheme",
+    "lambda_rank": "LambdaRankScheme",
+}
+
+
+def lists_of_logits() -> Tensor:
+    return random_logits(4, 5, seed=3).masked_fill(~PRESENT, -math.inf).requires_grad_()
+
+
+def ndcg_lists() -> list[tuple[Tensor, Tensor]]:
+    """Each query's own logits and labels."""
+    return [
+        (logits[:length].detach().requires_grad_(), labels[:length])
+        for logits, labels, length in zip(lists_of_logits(), GRADES, LENGTHS, strict=True)
+    ]
+
+
+def assert_gradients(
+    loss: Tensor, logits: Tensor, alone: list[Tensor], lists: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Those of each query's own loss; places without a document have none."""
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert bool(gradient.isfinite().all())
+    assert not gradient[~PRESENT].any()
+    for row, (value, (own, _)) in enumerate(zip(alone, lists, strict=True)):
+        (expected,) = torch.autograd.grad(value, own, allow_unused=True)
+        wanted = torch.zeros_like(own) if expected is None else expected / len(lists)
+        assert torch.allclose(gradient[row, : len(own)], wanted, rtol=0, atol=1e-6), row
+
+
+class TestRankNet:
+    def test_by_hand(self) -> None:
+        # Row 0: 1 before 2, 1 before 3, equal labels are not compared. Row 1: the last document is missing.
+        logits = torch.tensor([[0.5, 1.0, -2.0], [0.3, 0.1, -math.inf]])
+        labels = torch.tensor([[4.0, 2.0, 2.0], [0.0, 1.0, -math.inf]])
+        first = (math.log(1 + math.exp(0.5)) + math.log(1 + math.exp(-2.5))) / 2
+        second = math.log(1 + math.exp(0.2))
+        assert float(RankNet()(logits, labels)) == pytest.approx((first + second) / 2, abs=1e-6)
+
+    def test_lists_of_unequal_length_agree_with_sentence_transformers(self) -> None:
+        logits, lists = lists_of_logits(), ndcg_lists()
+        alone = [peer_value("RankNetLoss", own, labels, reduction_log="natural") for own, labels in lists]
+        loss = RankNet()(logits, GRADES)
+        assert float(loss.detach()) == pytest.approx(float(sum(alone)) / 4, abs=1e-6)
+        assert float(alone[3]) == 0  # labels that are all equal
+        assert_gradients(loss, logits, alone, lists)
+
+    def test_only_the_order_of_labels_counts(self) -> None:
+        logits = lists_of_logits()
+        assert float(RankNet()(logits, GRADES * 7 - 3)) == float(RankNet()(logits, GRADES))
+
+
+class TestLambdaLoss:
+    def test_by_hand(self) -> None:
+        # Places 2 1 3, gains 3 1 0; the best order has the DCG 3 + 1/log2(3). All three pairs are compared.
+        logits, labels = torch.tensor([[0.5, 1.0, -2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+        best = 3 + 1 / math.log2(3)
+        d1, d2, d3 = 1.0, 1 / math.log2(3), 0.5
+        pairs = [  # gains apart, discounts of the places, places apart, difference of logits
+            (2, d1 - d2, d1 - d2, -0.5),
+            (3, d2 - d3, d1 - d2, 2.5),
+            (1, d1 - d3, d2 - d3, 3.0),
+        ]
+        for weighting, mu, swap in (("lambda_rank", 0, 1), ("ndcg_loss2", 1, 0), ("ndcg_loss2pp", 10, 1)):
+            expected = sum(
+                gain / best * (mu * apart + swap * change) * math.log2(1 + math.exp(-difference))
+                for gain, change, apart, difference in pairs
+            )
+            objective = make_config(LambdaLoss, {"weighting": weighting})
+            assert float(objective(logits, labels)) == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("k", [None, 1, 2])
+    @pytest.mark.parametrize("weighting", list(PEERS))
+    def test_lists_of_unequal_length_agree_with_sentence_transformers(
+        self, weighting: str, k: int | None
+    ) -> None:
+        """The peer takes the mean over the pairs of a query, which is the sum here."""
+        logits, lists = lists_of_logits(), ndcg_lists()
+        alone = []
+        for own, labels in lists:
+            order = own.argsort(descending=True).tolist()
+            top = set(order[:k])
+            num_pairs = sum(
+                bool(labels[a] > labels[b]) and (a in top or b in top)
+                for a in range(len(own))
+                for b in range(len(own))
+            )
+            alone.append(num_pairs * peer_value("LambdaLoss", own, labels, PEERS[weighting], k=k))
+        objective = make_config(LambdaLoss, {"weighting": weighting, "k": k})
+        loss = objective(logits, GRADES)
+        assert float(loss.detach()) == pytest.approx(float(sum(alone)) / 4, abs=1e-6)
+        assert_gradients(loss, logits, alone, lists)
+
+    @pytest.mark.parametrize(("label", "shown"), [(-0.5, "-0.5"), (31.0, "31"), (NAN, "nan")])
+    def test_labels_that_make_no_gains_are_refused(self, label: float, shown: str) -> None:
+        with pytest.raises(InputError, match=rf"label {shown} is outside 0\.\.30.* choose rank_net"):
+            LambdaLoss()(torch.zeros(1, 2), torch.tensor([[1.0, label]]))
+
+    def test_a_perfect_order_far_apart_costs_nothing(self) -> None:
+        assert float(LambdaLoss()(torch.tensor([[99.0, 66, 33]]), torch.tensor([[3.0, 1, 0]]))) < 1e-9
+
+
+@pytest.mark.parametrize("objective", [PairwiseMargin(), ListwiseSoftmax(), RankNet(), LambdaLoss()])
+def test_a_query_without_negatives_is_refused(
+    objective: PairwiseMargin | ListwiseSoftmax | RankNet | LambdaLoss,
+) -> None:
     with pytest.raises(InputError, match=r"1 document; objective \w+ compares at least 2"):
-        objective(torch.zeros(3, 1))
+        objective(torch.zeros(3, 1), torch.zeros(3, 1))
 
 
 CLASSES = torch.tensor([0, 2, 1, 1, 0, 2, 2])
@@ -223,6 +369,9 @@ class TestClassWeights:
         (PairwiseMargin, {"margin": 1.5}),
         (Focal, {"gamma": -0.1}),
         (ListwiseSoftmax, {"margin": 0.1}),
+        (LambdaLoss, {"k": 0}),
+        (LambdaLoss, {"weighting": "ndcg"}),
+        (RankNet, {"k": 3}),
     ],
 )
 def test_settings_out_of_range_are_refused(objective: type[Config], values: dict[str, object]) -> None:
@@ -240,6 +389,8 @@ class Case:
 
 BINARY = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 1])
 GRADED = torch.tensor([0.5, 0, 1, 0.2, 0.9, 0.1, 0, 1])
+# Halves with unequal numbers of documents that are compared.
+LISTS = torch.tensor([[1.0, 0, 0, 0]] * 4 + [[3.0, 2, 1, 0], [2, 2, 1, 1], [0, 1, 2, 3], [1, 0, 3, 3]])
 # The two halves differ in the sum of their class weights.
 UNEVEN = torch.tensor([0, 0, 0, 0, 1, 2, 2, 1])
 
@@ -251,6 +402,8 @@ CASES = {
     "mse": Case(1, lambda logits, rows: PointwiseRegression(loss="mse")(logits, GRADED[rows])),
     "pairwise_margin": Case(4, lambda logits, rows: PairwiseMargin(margin=0.3)(logits)),
     "listwise_softmax": Case(4, lambda logits, rows: ListwiseSoftmax()(logits)),
+    "rank_net": Case(4, lambda logits, rows: RankNet()(logits, LISTS[rows])),
+    "lambda_loss": Case(4, lambda logits, rows: LambdaLoss()(logits, LISTS[rows])),
     "cross_entropy": Case(3, lambda logits, rows: CrossEntropy()(logits, UNEVEN[rows])),
     "weighted_cross_entropy": Case(3, lambda logits, rows: CrossEntropy()(logits, UNEVEN[rows], WEIGHTS)),
     "focal": Case(3, lambda logits, rows: Focal()(logits, UNEVEN[rows], WEIGHTS)),

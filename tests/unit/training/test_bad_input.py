@@ -12,6 +12,7 @@ import torch
 from raytower.cli.arguments import read_arguments
 from raytower.config import load_config, make_config
 from raytower.errors import InputError, MissingExtraError
+from raytower.objectives.config import CoSENT, EmbeddingDistillation, LambdaLoss
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError
 from raytower.training.classifier import ClassifierTask, plan_train_classifier, train_classifier
@@ -305,6 +306,53 @@ def test_a_teacher_that_nobody_follows(
     assert "objective in_batch_negatives follows none" in message
 
 
+@pytest.mark.parametrize("teacher", [None, "reranker"])
+def test_vectors_are_followed_of_an_encoder_alone(
+    dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path, teacher: str | None
+) -> None:
+    train = write_lines(tmp_path / "train.txt", 16)
+    changes = {
+        "objective": "embedding_distillation",
+        "teacher": None if teacher is None else str(dummy_reranker_dir),
+    }
+    words = (
+        "follows the vectors of a teacher, and none is named; set teacher to an encoder directory"
+        if teacher is None
+        else "a reranker or a classifier"
+    )
+    assert words in refused("retriever", dummy_encoder_dir, train, **changes)
+
+
+def test_a_guide_that_does_not_exist(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_pairs(tmp_path / "train.tsv", 16)
+    assert "nothing" in refused("retriever", dummy_encoder_dir, train, guide=str(tmp_path / "nothing"))
+
+
+def test_grades_below_zero_for_a_reranker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """A teacher's logits: known before training, though the objective compares lists."""
+    train = write_candidates(tmp_path / "train.jsonl", 16, documents=5)
+    message = refused("reranker", dummy_encoder_dir, train, objective="lambda_loss")
+    assert "label -1 is outside 0..30" in message
+    assert "train.jsonl" in message
+    config = make_config(
+        TrainRerankerConfig,
+        {
+            "model": str(dummy_encoder_dir),
+            "train": str(train),
+            "output": str(tmp_path / "out"),
+            "objective": "rank_net",
+            "max_length": 32,
+        },
+    )
+    RerankerTask.prepare(config, RerankerTask.survey(config))
+
+
+def test_lists_without_an_order_for_a_reranker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"query": f"q{i}", "documents": ["a", "b"], "scores": [1, 1]}) for i in range(16)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    assert "every label is 1" in refused("reranker", dummy_encoder_dir, train, objective="rank_net")
+
+
 def test_a_format_that_the_objective_does_not_train_from(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     train = write_pairs(tmp_path / "train.tsv", 16)
     message = refused(
@@ -368,6 +416,14 @@ def test_lora_layers_that_do_not_exist(dummy_encoder_dir: Path, tmp_path: Path) 
         ),
         ({"dev": {"share": 1.0}}, "dev.share is 1.0; it must be"),
         ({"dev": {"share": 0.1, "split": "dev"}}, "dev.split is 'dev', and dev.share takes dev rows from"),
+        (
+            {"guide": "g", "objective": "hardest_negative"},
+            "guide is set, and objective hardest_negative asks none",
+        ),
+        (
+            {"objective": "embedding_distillation", "teacher": "t", "matryoshka": {"dims": [8]}},
+            "objective embedding_distillation follows whole vectors",
+        ),
         ({"seed": 2**32}, "seed"),
     ],
 )
@@ -385,6 +441,25 @@ def test_plain_text_on_the_command_line_stays_as_typed() -> None:
     arguments = read_arguments(TrainRetrieverConfig, (), [*given, "query: ", "--teacher", "null"])
     config = load_config(TrainRetrieverConfig, None, arguments.overrides)
     assert (config.model, config.query_prefix, config.teacher) == ("2024", "query: ", None)
+
+
+def test_objectives_on_the_command_line() -> None:
+    given = ["--model", "m", "--train", "x", "--output", "y"]
+
+    def config_of(config_class: type[TrainJobConfig], *more: str) -> Any:
+        return load_config(config_class, None, read_arguments(config_class, (), [*given, *more]).overrides)
+
+    more = ["--objective.more_negatives", "query_query,document_document", "--guide", "g"]
+    config = config_of(TrainRetrieverConfig, *more, "--guide.margin", "0.1", "--guide.relative")
+    assert config.objective.more_negatives == ("query_query", "document_document")
+    assert (config.guide.encoder, config.guide.margin, config.guide.relative) == ("g", 0.1, True)
+    assert config_of(
+        TrainRetrieverConfig, "--objective", "cosent", "--objective.scale", "5"
+    ).objective == CoSENT(scale=5)
+    distilled = config_of(TrainRetrieverConfig, "--objective", "embedding_distillation", "--teacher", "t")
+    assert distilled.objective == EmbeddingDistillation(loss="cosine")
+    ranked = config_of(TrainRerankerConfig, "--objective", "lambda_loss", "--objective.k", "10")
+    assert ranked.objective == LambdaLoss(k=10)
 
 
 def test_every_job_config_is_frozen_and_shares_its_keys() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ from raytower.errors import InputError
 from raytower.models.text_classifier import TextClassifier
 from raytower.storage import Location
 from raytower.training.classifier import ClassifierTask
-from raytower.training.config import TrainClassifierConfig
+from raytower.training.config import TrainClassifierConfig, TrainRetrieverConfig
 from raytower.training.loop import train_worker
+from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import _leave_checkpoints, _make_plan, _num_to_keep
 from tests.support.tensorboard_events import read_scalars
-from tests.support.tiny_training import batches_of, write_labelled
+from tests.support.tiny_models import build_tiny_encoder
+from tests.support.tiny_training import batches_of, write_labelled, write_pairs
 
 
 def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
@@ -99,3 +102,51 @@ def test_other_words_for_kept_checkpoints_are_refused() -> None:
         make_config(
             TrainClassifierConfig, {"model": "m", "train": "t", "output": "o", "keep_checkpoints": "last 0"}
         )
+
+
+def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published directory lacks it, and a checkpoint keeps it: steps 3 and 4 are as without the interruption."""
+    train = write_pairs(tmp_path / "train.tsv", 64)
+    values = {
+        "model": str(still_encoder),
+        "train": str(train),
+        "output": str(tmp_path / "out"),
+        "objective": "embedding_distillation",
+        "teacher": str(build_tiny_encoder(tmp_path / "teacher", 3, 12)),
+        "batch_size": 16,
+        "max_length": 32,
+        "dtype": "float32",
+        "optimizer": {"lr": 1e-2},
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 2,
+        "workers": {"num": 1},
+    }
+    config = make_config(TrainRetrieverConfig, values)
+    surveyed = RetrieverTask.survey(config)
+    failure_file = Location.of(tmp_path / "failure.json")
+    reported: list[Any] = []
+
+    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+        folder = tmp_path / f"checkpoint{len(reported)}"
+        shutil.copytree(checkpoint.path, folder)
+        reported.append(ray.train.Checkpoint.from_directory(str(folder)))
+
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(
+        "raytower.training.loop.stream_batches",
+        lambda stream, skipped, say: islice(batches_of(surveyed, config), skipped, None),
+    )
+    curves = []
+    for checkpoint in (lambda: None, lambda: reported[0]):
+        monkeypatch.setattr(ray.train, "get_checkpoint", checkpoint)
+        plan = _make_plan(config, surveyed, RetrieverTask.prepare(config, surveyed), failure_file)
+        curves.append(train_worker({"plan": plan})["curve"])
+    assert [row["step"] for row in curves[0]] == [1, 2, 3, 4]
+    assert curves[0][0]["loss"] > curves[0][3]["loss"] + 0.05
+    for whole, continued in zip(*curves, strict=True):
+        assert continued["loss"] == pytest.approx(whole["loss"], abs=1e-5)

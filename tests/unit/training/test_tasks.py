@@ -28,6 +28,7 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.text_classifier import TextClassifier
 from raytower.models.two_tower import TwoTower
+from raytower.training.checkpoint import load_trainable, save_trainable
 from raytower.training.classifier import ClassifierTask
 from raytower.training.columns import text_columns
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
@@ -35,6 +36,7 @@ from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
 from raytower.training.step import TrainingStep
+from tests.support.tiny_models import build_tiny_encoder
 from tests.support.tiny_training import (
     answer,
     batches_of,
@@ -88,11 +90,18 @@ def fell(losses: list[float], share: float = 0.9) -> bool:
         ("in_batch_negatives", write_triples, {}),
         ("in_batch_negatives", write_candidates, {}),
         ("in_batch_negatives", write_labelled, {}),
+        (
+            "in_batch_negatives",
+            write_triples,
+            {"more_negatives": ["query_query", "document_document", "document_query"]},
+        ),
         ("hardest_negative", write_pairs, {"margin": 0.2}),
         ("random_negative", write_pairs, {}),
         ("simcse", write_lines, {}),
         ("cosine_embedding", write_scored, {"margin": 0.3}),
         ("cosine_regression", write_scored, {}),
+        ("cosent", write_scored, {}),
+        ("angle", write_scored, {"scale": 10}),
         ("margin_mse", write_candidates, {"scale": 2.0}),
         ("kl_divergence", write_candidates, {"scale": 10.0}),
     ],
@@ -143,6 +152,84 @@ def test_a_teacher_scores_the_candidates(
     assert task.config.objective.scale == pytest.approx(largest, rel=0.051)
 
 
+@pytest.mark.parametrize("projection_dim", [12, 32])
+@pytest.mark.parametrize("cached", [None, 8])
+def test_the_vectors_of_a_teacher_are_followed(
+    dummy_encoder_dir: Path, tmp_path: Path, projection_dim: int, cached: int | None
+) -> None:
+    """Over a layer where the teacher's dimension is another one, which is saved for going on and not published."""
+    prompts = {"query": "q: ", "document": "d: "}
+    teacher = build_tiny_encoder(tmp_path / "teacher", 3, projection_dim, prompts)
+    train = write_lists(tmp_path / "train.jsonl", [2, 3] * 16)
+    task, model, losses = train_retriever_here(
+        dummy_encoder_dir,
+        train,
+        tmp_path,
+        objective={"name": "embedding_distillation"},
+        teacher=str(teacher),
+        gradient_cache=cached,
+        optimizer={"lr": 5e-3},
+    )
+    assert fell(losses), losses
+    assert task.keeps_weights_apart
+    assert (model.into_teacher is None) == (projection_dim == 32)
+    rows = {"query": ["a"], "documents": [["b", "c"]], "scores": [[1.0, 0.0]]}
+    peer = SentenceTransformer(str(teacher), device="cpu")
+    expected = [peer.encode(["a"], prompt_name="query"), *(peer.encode([t], prompt="d: ") for t in "bc")]
+    given = task._taught(text_columns(rows, 3)).teacher_columns
+    assert len(given) == 4
+    for own, theirs in zip(given, expected, strict=False):
+        assert own.numpy() == pytest.approx(theirs, abs=1e-5)
+    assert not given[3].any()
+    task.save(model, tmp_path / "saved", {})
+    assert SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(["x"]).shape == (1, 32)
+    # What a checkpoint keeps brings the layer back.
+    save_trainable(model, tmp_path)
+    again = task.build(None)
+    load_trainable(again, tmp_path)
+    for name, weights in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weights), name
+
+
+def test_texts_alone_are_followed_in_both_roles(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.txt", 64)
+    teacher = build_tiny_encoder(tmp_path / "teacher", 3, 12)
+    _, _, losses = train_retriever_here(
+        dummy_encoder_dir,
+        train,
+        tmp_path,
+        objective={"name": "embedding_distillation", "loss": "mse"},
+        teacher=str(teacher),
+        optimizer={"lr": 5e-3},
+    )
+    assert fell(losses), losses
+
+
+@pytest.mark.parametrize("dims", [None, [32, 8]])
+def test_a_guide_tells_false_negatives(still_encoder: Path, tmp_path: Path, dims: list[int] | None) -> None:
+    """The first loss is that of the pairs that the guide leaves, by its own vectors."""
+    guide = build_tiny_encoder(tmp_path / "guide", 3, 12)
+    train = write_pairs(tmp_path / "train.tsv", 16)
+    changes = {"matryoshka": dims and {"dims": dims}, "optimizer": {"lr": 1e-12}, "steps": 1}
+    settings = {"guide": {"encoder": str(guide), "margin": 0.1}}
+    _, _, (guided,) = train_retriever_here(still_encoder, train, tmp_path, **changes, **settings)
+    columns = [line.split("\t") for line in train.read_text().splitlines()]
+    texts = [[row[place] for row in columns] for place in (0, 1)]
+    own, seen = (
+        [torch.from_numpy(SentenceTransformer(str(folder), device="cpu").encode(text)) for text in texts]
+        for folder in (still_encoder, guide)
+    )
+    cosines = seen[0] @ seen[1].T
+    left_out = (cosines > cosines.diag()[:, None] - 0.1) & ~torch.eye(16, dtype=torch.bool)
+    assert 16 < int(left_out.sum()) < 16 * 15
+    expected = 0.0
+    for dim in dims or [32]:
+        query, document = (torch.nn.functional.normalize(vectors[:, :dim], dim=-1) for vectors in own)
+        logits = (20 * query @ document.T).masked_fill(left_out, -torch.inf)
+        expected += float(torch.nn.functional.cross_entropy(logits, torch.arange(16)))
+    assert guided == pytest.approx(expected, abs=1e-4)
+
+
 def write_lists(path: Path, lengths: list[int]) -> Path:
     """Candidates with so many documents each, numbered; the first is the relevant one."""
     rows = [
@@ -189,7 +276,9 @@ class TestListsOfUnequalLength:
         )
         assert fell(losses)
 
-    @pytest.mark.parametrize("name", ["listwise_softmax", "pairwise_margin", "pointwise_regression"])
+    @pytest.mark.parametrize(
+        "name", ["listwise_softmax", "pairwise_margin", "rank_net", "lambda_loss", "pointwise_regression"]
+    )
     def test_the_loss_of_a_reranker_is_that_of_its_lists(
         self, still_encoder: Path, tmp_path: Path, name: str
     ) -> None:
@@ -212,11 +301,23 @@ class TestListsOfUnequalLength:
             losses = [-row.log_softmax(0)[0] for row in logits]
         elif name == "pairwise_margin":
             losses = [(0.1 - row[0].sigmoid() + row[1:].sigmoid()).clamp(min=0).mean() for row in logits]
+        elif name == "rank_net":
+            losses = [torch.nn.functional.softplus(row[1:] - row[0]).mean() for row in logits]
+        elif name == "lambda_loss":
+            losses = [self.lambda_loss(row) for row in logits]
         else:
             labels = torch.tensor([score for row in rows for score in row["scores"]])
             every = torch.nn.functional.binary_cross_entropy_with_logits
             losses = [every(torch.cat(logits), labels)]
         assert loss == pytest.approx(float(sum(losses)) / len(losses), abs=1e-5)
+
+    def lambda_loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of a list whose first document alone is relevant: its gain is 1, and the best DCG is 1."""
+        place = 1 + logits.argsort(descending=True).argsort()
+        apart = (place[1:] - place[0]).abs()
+        weight = 10 * (1 / torch.log2(1.0 + apart) - 1 / torch.log2(2.0 + apart))
+        weight += (1 / torch.log2(1.0 + place[1:]) - 1 / torch.log2(1.0 + place[0])).abs()
+        return (weight * torch.log2(1 + (logits[1:] - logits[0]).exp())).sum()
 
     def test_workers_with_unequal_lists_make_the_step_of_one(
         self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -403,6 +504,9 @@ class TestSettingsOfTheStep:
         ({"name": "pairwise_margin"}, write_triples),
         ({"name": "listwise_softmax"}, write_triples),
         ({"name": "listwise_softmax"}, write_candidates),
+        ({"name": "rank_net"}, write_candidates),
+        ({"name": "rank_net"}, write_triples),
+        ({"name": "lambda_loss", "k": 2}, write_candidates),
     ],
 )
 def test_every_cross_encoder_objective_trains_from_a_config(
