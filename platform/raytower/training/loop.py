@@ -15,7 +15,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
 
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.device import is_out_of_memory
@@ -28,8 +27,9 @@ from raytower.training.config import TrainJobConfig
 from raytower.training.events import EventLog
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
-from raytower.training.step import NotANumberError, TrainingStep
+from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
+from raytower.training.word_gradients import WordGradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,7 @@ class _Worker:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
             schedule = make_schedule(optimizer, plan.num_steps, config.optimizer.warmup_ratio)
+            words = WordGradients.of(self.model)
             self.step = TrainingStep(
                 self.model,
                 optimizer,
@@ -135,7 +136,8 @@ class _Worker:
                 dtype=getattr(torch, config.dtype),
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=config.seed,
-                parallel=_data_parallel(self.model) if self.world_size > 1 else None,
+                parallel=data_parallel(self.model, words) if self.world_size > 1 else None,
+                words=words,
             )
             if folder:
                 self.progress = Progress(**load_state(self.step, folder))
@@ -252,13 +254,6 @@ class _Worker:
     def _say(self, message: str) -> None:
         if self.rank == 0:
             log(message)
-
-
-def _data_parallel(model: nn.Module) -> nn.Module:
-    # Every worker keeps the same buffers (positions, token types), so they need not be sent before each forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
 
 
 def probe_storage(storage: Location, rank: int | None = None) -> None:
