@@ -67,7 +67,8 @@ def plan_workers(
 
     Eight GPUs and 96 CPUs on one node: eight workers of one GPU and 12 CPUs. Three nodes of 16 CPUs: three of 16.
 
-    Of a cluster whose nodes come with demand there may be none now: then num must be given, and null is 1 CPU and no GPU.
+    Of a cluster whose nodes come with demand there may be none now: then num must be given, and null is 1 CPU
+    and no GPU.
 
     Raises:
         InputError: num is null, and no node has CPUs.
@@ -79,9 +80,7 @@ def plan_workers(
             "demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
         )
     if not nodes:
-        return WorkersConfig(
-            num=asked.num or 1, num_cpus=asked.num_cpus or 1, num_gpus=asked.num_gpus or 0
-        )
+        return WorkersConfig(num=asked.num or 1, num_cpus=asked.num_cpus or 1, num_gpus=asked.num_gpus or 0)
     num_gpus = asked.num_gpus
     if num_gpus is None:
         all_gpus = sum(int(node.gpus) for node in nodes)

@@ -78,7 +78,7 @@ _READING_THREADS = 8
 _TIMED = ("reading", "tokenising", "forward", "writing")
 _SAMPLE_PIECES = 4
 _SAMPLE_TEXTS = 256
-# Two workers of half the cores encode faster than one of all (benchmarks/README.md): they have no gradients to exchange.
+# Two workers of half the cores encode faster than one of all (benchmarks/README.md): they exchange no gradients.
 _WORKERS_PER_CPU_NODE = 2
 
 
@@ -186,9 +186,7 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
     workers = fit_workers(
         config.workers, find_nodes, per_cpu_node=_WORKERS_PER_CPU_NODE, use_gpus=config.engine == "torch"
     )
-    config = config.model_copy(
-        update={"workers": config.workers.model_copy(update=workers.model_dump())}
-    )
+    config = config.model_copy(update={"workers": config.workers.model_copy(update=workers.model_dump())})
     rejected = Path(tempfile.mkdtemp(prefix="raytower-rejected-"))
     try:
         survey, pieces, rows_per_file = _survey(config, workers, Location.of(rejected))

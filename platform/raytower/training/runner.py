@@ -72,8 +72,8 @@ def _describe_plan(
 def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     """All that decides the result: the config, the content of every file it reads, and the model it starts from.
 
-    Two runs with the same identity give the same output; where their numbers of workers differ, but for rounding and for
-    what dropout draws. So a run goes on with as many as there is room for now.
+    Two runs with the same identity give the same output; with other numbers of workers, but for rounding and for what
+    dropout draws. So a run goes on with as many as there is room for now.
     """
     values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from"})
     values["start"] = config.start

@@ -60,7 +60,7 @@ class WordGradients:
         is_plain = all(
             type(module) is nn.Embedding
             and module.max_norm is None
-            and not (module.sparse or module.scale_grad_by_freq or module._forward_hooks)
+            and not (module.sparse or module.scale_grad_by_freq)
             and module.padding_idx == found.padding_idx
             for module in readers
         )

@@ -21,8 +21,8 @@ from sentence_transformers import SentenceTransformer
 
 from raytower.data.config import InputConfig
 from raytower.data.pieces import read_piece, survey
-from raytower.encoding.config import EncodeConfig
 from raytower.encoding import job as job_module
+from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode, plan
 from raytower.encoding.manifest import EmbeddingsManifest
 from raytower.encoding.plan import (

@@ -36,7 +36,9 @@ def fitted(nodes: list[Node], asked: dict[str, Any] | None = None, **how: Any) -
         ([Node(cpus=0), Node(cpus=4)], (1, 4, 0)),
     ],
 )
-def test_one_worker_a_gpu_and_else_one_a_machine(nodes: list[Node], expected: tuple[int, float, float]) -> None:
+def test_one_worker_a_gpu_and_else_one_a_machine(
+    nodes: list[Node], expected: tuple[int, float, float]
+) -> None:
     assert fitted(nodes) == expected
 
 
@@ -82,7 +84,12 @@ def test_what_fits_on_each_node_is_never_more_than_it_has() -> None:
         for num in range(1, 40):
             workers = plan_workers(FittedWorkersConfig(num=num), nodes)
             places = sum(
-                int(min(node.cpus / workers.num_cpus, node.gpus / workers.num_gpus if workers.num_gpus else num))
+                int(
+                    min(
+                        node.cpus / workers.num_cpus,
+                        node.gpus / workers.num_gpus if workers.num_gpus else num,
+                    )
+                )
                 for node in nodes
             )
             assert places >= num, (nodes, num)
@@ -97,7 +104,10 @@ def test_a_cluster_without_nodes_asks_for_numbers() -> None:
 
 def test_a_line_says_what_the_machine_decided(capsys: pytest.CaptureFixture[str]) -> None:
     fit_workers(FittedWorkersConfig(), lambda: SERVER)
-    assert "workers: 8, each with 12 CPUs and 1 GPUs, of 96 CPUs and 8 GPUs on 1 machine (" in capsys.readouterr().err
+    assert (
+        "workers: 8, each with 12 CPUs and 1 GPUs, of 96 CPUs and 8 GPUs on 1 machine ("
+        in capsys.readouterr().err
+    )
     given = FittedWorkersConfig(num=2, num_cpus=0.5, num_gpus=0)
     nobody: Any = None
     assert fit_workers(given, nobody) == WorkersConfig(num=2, num_cpus=0.5, num_gpus=0)
@@ -140,7 +150,11 @@ class TestFoundNodes:
         self.run_ray(monkeypatch, {"CPU": 17, "GPU": 2})
         assert runtime.find_nodes() == [Node(cpus=16, gpus=0)]
 
-    def test_of_a_cluster_the_nodes_that_are_there_and_have_cpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_cluster_the_nodes_that_are_there_and_have_cpus(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-        self.run_ray(monkeypatch, {"CPU": 64, "GPU": 8}, {"CPU": 0}, {"CPU": 96, "GPU": 4}, {"CPU": 8}, dead=1)
+        self.run_ray(
+            monkeypatch, {"CPU": 64, "GPU": 8}, {"CPU": 0}, {"CPU": 96, "GPU": 4}, {"CPU": 8}, dead=1
+        )
         assert runtime.find_nodes() == [Node(cpus=95, gpus=4), Node(cpus=7)]

@@ -358,7 +358,10 @@ class TestIdentity:
         free = {"checkpoint_every_steps": 1, "log_every_steps": 1, "max_failures": 0, "keep_checkpoints": 5}
         assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "other", **free)) == plain
         for workers in ({}, {"num": 4}, {"num": 2, "num_gpus": 1}):
-            assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "out", workers=workers)) == plain
+            assert (
+                self.identity(retriever_config(still_encoder, pairs, tmp_path / "out", workers=workers))
+                == plain
+            )
         assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "out", seed=1)) != plain
 
     def test_an_output_of_before_stays_finished_with_another_number_of_workers(
