@@ -19,9 +19,15 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     ),
     "tensorboardX": ("tensorboardX, which writes down the course of a training,", "train", ""),
     **dict.fromkeys(
-        ("starlette", "uvicorn"), ("Starlette and uvicorn, which answer over HTTP,", "serve", "")
+        ("starlette", "uvicorn", "httptools", "uvloop"),
+        ("What answers over HTTP (Starlette, uvicorn, httptools, uvloop)", "serve", ""),
     ),
     **dict.fromkeys(("onnx", "onnxruntime"), ("ONNX, which engine onnx and export need,", "onnx", "")),
+    "sentence_transformers": (
+        "sentence-transformers, which carries this model directory's modules,",
+        "modules",
+        "",
+    ),
     "peft": ("peft, which lora needs,", "lora", ""),
     "prometheus_client": ("prometheus_client, which counts what a server does,", "serve", ""),
     "tiktoken": ("tiktoken, which reads token ids of OpenAI's clients,", "serve", ""),

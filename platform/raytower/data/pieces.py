@@ -81,6 +81,8 @@ class Piece:
     """If the piece joins many small files: one piece per file, and `source` and `extent` are the first one's."""
     picked: Picked | None = None
     """Which of these rows are read; None reads all. `num_rows` counts those that are."""
+    label: str | None = None
+    """The label of all these rows, whose file holds texts alone."""
 
     @property
     def runs(self) -> tuple[Piece, ...]:
@@ -166,6 +168,10 @@ def read_piece(piece: Piece) -> pa.Table:
     if piece.picked is not None:
         whole = dataclasses.replace(piece, picked=None, num_rows=piece.picked.of_rows)
         return piece.picked.take(read_piece(whole))
+    if piece.label is not None:
+        texts = read_piece(dataclasses.replace(piece, label=None, schema=canonical_schema("lines")))["text"]
+        labels = pa.repeat(piece.label, len(texts))
+        return pa.table([texts, labels], schema=piece.schema)
     if piece.parts:
         return pa.concat_tables(read_pieces(piece.parts))
     if isinstance(piece.source, beir.JudgedPairs):

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from raytower.config import Config
 
-# How the vectors of a text's tokens become one: their mean, the first, their maximum, or the last.
-PoolingMode = Literal["mean", "cls", "max", "lasttoken"]
+# How the vectors of a text's tokens become one: their mean, the first, their maximum, the last, or what BERT's pooler
+# (a linear layer and tanh) makes of the first.
+PoolingMode = Literal["mean", "cls", "max", "lasttoken", "pooler"]
 _EXPORTED: tuple[Literal["encoder", "reranker", "classifier"], ...] = ("encoder", "reranker", "classifier")
 
 

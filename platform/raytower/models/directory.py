@@ -74,12 +74,13 @@ def resolve_model(name: str) -> Path:
             "(merge_and_unload() of peft) and save that"
         )
     body = transformer_folder(path)
-    if not (body / "config.json").is_file():
+    static = is_static(path)
+    if not static and not (body / "config.json").is_file():
         raise FormatError(
             f"model directory {str(body)!r} has no config.json; it must be a Hugging Face directory"
         )
     tensors = [_count_tensors(file) for file in _weight_files(body, name)]
-    layers = read_json_object(body / "config.json").get("num_hidden_layers", 0)
+    layers = 0 if static else read_json_object(body / "config.json").get("num_hidden_layers", 0)
     if isinstance(layers, int) and layers > max(_MAX_LAYERS, sum(tensors)):
         raise FormatError(
             f"{str(body / 'config.json')!r} has num_hidden_layers {layers}, its weights are {sum(tensors)} tensors; "
@@ -93,14 +94,26 @@ def transformer_folder(path: Path) -> Path:
 
     Older versions of the peer library wrote them into `0_Transformer`, as the first of modules.json says.
     """
+    kind, place = _first_module(path)
+    if kind == "StaticEmbedding":
+        return place
+    return place if kind == "Transformer" and not (path / "config.json").is_file() else path
+
+
+def is_static(path: Path) -> bool:
+    """Whether a model directory's first module is a StaticEmbedding, which has no transformer."""
+    return _first_module(path)[0] == "StaticEmbedding"
+
+
+def _first_module(path: Path) -> tuple[str, Path]:
+    """Class name and folder of what modules.json lists first; an empty name where there is no such file."""
     file = path / "modules.json"
-    if (path / "config.json").is_file() or not file.is_file():
-        return path
-    modules = read_json(file)
+    modules = read_json(file) if file.is_file() else None
     first = modules[0] if isinstance(modules, list) and modules else None
-    if not isinstance(first, dict) or not str(first.get("type")).endswith(".Transformer"):
-        return path
-    return inside(path, first.get("path"), file)
+    if not isinstance(first, dict):
+        return "", path
+    kind = str(first.get("type")).rsplit(".", 1)[-1]
+    return kind, inside(path, first.get("path"), file) if kind in ("Transformer", "StaticEmbedding") else path
 
 
 def _refuse_pointers(path: Path) -> None:

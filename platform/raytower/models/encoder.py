@@ -23,6 +23,7 @@ from transformers import (
     MT5EncoderModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     T5EncoderModel,
     UMT5EncoderModel,
 )
@@ -34,15 +35,14 @@ from raytower.models.directory import (
     hash_config,
     hash_tensors,
     hash_tokenizer,
-    inside,
     is_sequence_classifier,
+    is_static,
     load_tokenizer,
     load_weights,
     loading,
     max_positions,
     new_digest,
     read_info,
-    read_json,
     read_json_object,
     resolve_model,
     save_pretrained,
@@ -51,6 +51,13 @@ from raytower.models.directory import (
     transformer_folder,
     write_json,
 )
+from raytower.models.library_modules import (
+    LibraryModules,
+    ListedModule,
+    read_modules_file,
+    write_modules_file,
+)
+from raytower.models.static_embedding import StaticBackbone, load_static, save_static
 from raytower.models.token_block import Padding
 
 # Of these kinds AutoModel would take the decoder too, whose weights an encoder's directory lacks.
@@ -75,9 +82,19 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 # The output that the peer library pools where nothing else is said.
 _KNOWN_OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
-_MODULE_ORDER = re.compile(r"Transformer Pooling( Dense)*( Normalize)?")
+# The settings of a Transformer module whose vector is what BERT's pooler gives, with no Pooling behind it.
+_POOLER_SETTINGS = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}},
+    "module_output_name": "sentence_embedding",
+}
+# In this order, and with settings of `_is_plain`, modules are computed here; the library carries all others.
+_STATIC_ORDER = re.compile(r"(Dense ?)*(Normalize)?")
+_PLAIN_ORDER = re.compile(r"Pooling( Dense)*( Normalize)?")
 # The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
 _FINGERPRINT_VERSION = 2
+_SENTENCE_NAME = "sentence_bert_config.json"
+_ST_NAME = "config_sentence_transformers.json"
 
 
 class Projection(nn.Module):
@@ -103,6 +120,19 @@ class EncoderSettings:
     max_length: int = 256
     lower_case: bool = False
     similarity: Literal["cosine", "dot"] = "cosine"
+    truncate_dim: int | None = None
+    """Vectors keep their first so many values, as the directory asks; they are not of unit length then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What follows the backbone: what is computed here, or `library` modules."""
+
+    pooling: PoolingMode | None = None
+    """None of a plain Hugging Face directory, which names none."""
+    projections: tuple[Projection, ...] = ()
+    normalise: bool = True
+    library: LibraryModules | None = None
 
 
 class Encoder(nn.Module):
@@ -116,19 +146,38 @@ class Encoder(nn.Module):
         projections: list[Projection] | None = None,
         prompts: Mapping[str, str] | None = None,
         width: int | None = None,
+        library: LibraryModules | None = None,
+        files: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """`width` is H, where it is known already; it is found by a forward pass otherwise."""
+        """An encoder of its parts.
+
+        Args:
+            backbone: the transformer.
+            tokenizer: its tokenizer.
+            settings: pooling counts only without `library`.
+            projections: what pooled vectors pass.
+            prompts: texts put before others, by name.
+            width: H, where it is known already; it is found by a forward pass otherwise.
+            library: modules in place of pooling and projections.
+            files: settings files of the directory by name; keys that are not known here survive saving.
+        """
         super().__init__()
+        self.output_name = "pooler_output" if settings.pooling == "pooler" else "last_hidden_state"
+        """What of the backbone's output vectors are made from."""
         self.width = _output_width(backbone) if width is None else width
         self.backbone = backbone
         self.projections = nn.ModuleList(projections or [])
+        self.library = library
         self.tokenizer = tokenizer
         self.settings = settings
         self.prompts = dict(prompts or {})
-        # The backbone's pooler is not part of the map from string to vector: no gradient, no place in the hash.
-        for name, parameter in backbone.named_parameters():
-            if name.startswith("pooler."):
-                parameter.requires_grad_(False)
+        self._files = dict(files or {})
+        self._library_dim = None if library is None else library.dim_after(self.width)
+        # Elsewhere the pooler is not part of the map from string to vector: no gradient, no place in the hash.
+        if settings.pooling != "pooler":
+            for name, parameter in backbone.named_parameters():
+                if name.startswith("pooler."):
+                    parameter.requires_grad_(False)
 
     @classmethod
     def load(
@@ -150,93 +199,97 @@ class Encoder(nn.Module):
         body = transformer_folder(path)
         if not from_classifier:
             _refuse_classifier(path)
-        backbone = _load_backbone(body)
-        tokenizer = load_tokenizer(body, backbone.config)
+        backbone: PreTrainedModel
+        tokenizer: PreTrainedTokenizerBase
+        by_pooler = _asks_for_pooler(_sentence_file(body))
+        if is_static(path):
+            backbone, tokenizer = load_static(body)
+        else:
+            backbone = _load_backbone(body, with_pooler=by_pooler or pooling == "pooler")
+            tokenizer = load_tokenizer(body, backbone.config)
         with loading(body, "a forward pass of its backbone"):
             width = _output_width(backbone)
-        own_pooling, normalise, projections = _read_modules(path, width)
-        if own_pooling is not None and pooling not in (None, own_pooling):
-            raise InputError(
-                f"pooling is {pooling!r}, and model {str(name)!r} brings its own, {own_pooling!r}, which its vectors "
-                "were trained for; leave pooling out, or give a plain Hugging Face directory"
-            )
-        sentence_file = _sentence_file(body)
-        sentence_config = read_json_object(sentence_file)
-        _refuse_other_output(sentence_file, sentence_config)
-        st_config = read_json_object(path / "config_sentence_transformers.json")
-        limit = max_positions(backbone.config)
-        length = sentence_config.get("max_seq_length") or min(tokenizer.model_max_length, limit)
-        if not isinstance(length, int) or length < 1:
-            raise FormatError(
-                f"{str(sentence_file)!r} has max_seq_length {length!r}; it must be a whole number "
-                "of tokens, at least 1"
-            )
-        settings = EncoderSettings(
-            pooling=own_pooling or pooling or "mean",
-            normalise=normalise,
-            max_length=min(length, limit),
-            lower_case=bool(sentence_config.get("do_lower_case", False)),
-            similarity="dot" if st_config.get("similarity_fn_name") in ("dot", "dot_score") else "cosine",
-        )
-        prompts = _read_prompts(path, st_config)
-        return cls(backbone, tokenizer, settings, projections, prompts=prompts, width=width).eval()
+        head = _read_head(path, width, by_pooler=by_pooler)
+        _refuse_other_pooling(str(name), pooling, head)
+        settings, prompts, files = _read_settings(path, backbone, tokenizer, head, pooling)
+        return cls(
+            backbone,
+            tokenizer,
+            settings,
+            list(head.projections),
+            prompts=prompts,
+            width=width,
+            library=head.library,
+            files=files,
+        ).eval()
 
     def save(self, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
         """Write the directory (safetensors, fp32 as held); `info` goes into raytower.json with the fingerprint."""
         folder = Path(path)
-        save_pretrained(self.backbone, self.tokenizer, folder)
-        modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
-        pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
-        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling})
-        for module in self.projections:
-            projection = cast(Projection, module)
-            number = str(len(modules))
-            _save_projection(projection, folder / f"{number}_Dense")
-            modules.append((number, f"{number}_Dense", "Dense"))
+        sentence: dict[str, Any]
+        sentence = {"max_seq_length": self.settings.max_length, "do_lower_case": self.settings.lower_case}
+        if isinstance(self.backbone, StaticBackbone):
+            save_static(self.backbone, cast(PreTrainedTokenizerFast, self.tokenizer), folder)
+            entries = [("", "StaticEmbedding"), *self._save_projections(folder, first=1)]
+        else:
+            save_pretrained(self.backbone, self.tokenizer, folder)
+            entries = [("", "Transformer"), *self._save_head(folder)]
+            sentence |= _POOLER_SETTINGS if self.settings.pooling == "pooler" else {}
         if self.settings.normalise:
-            number = str(len(modules))
-            (folder / f"{number}_Normalize").mkdir(exist_ok=True)
-            modules.append((number, f"{number}_Normalize", "Normalize"))
-        write_json(
-            folder / "modules.json",
-            [
-                {"idx": index, "name": name, "path": place, "type": f"sentence_transformers.models.{kind}"}
-                for index, (name, place, kind) in enumerate(modules)
-            ],
-        )
-        write_json(
-            folder / "sentence_bert_config.json",
-            {"max_seq_length": self.settings.max_length, "do_lower_case": self.settings.lower_case},
-        )
-        write_json(
-            folder / "config_sentence_transformers.json",
-            {
-                "prompts": self.prompts,
-                "default_prompt_name": None,
-                "similarity_fn_name": self.settings.similarity,
-            },
-        )
+            entries.append((f"{len(entries)}_Normalize", "Normalize"))
+            (folder / entries[-1][0]).mkdir(exist_ok=True)
+        write_modules_file(folder, entries)
+        write_json(folder / _SENTENCE_NAME, {**self._files.get(_SENTENCE_NAME, {}), **sentence})
+        library = {
+            "default_prompt_name": None,
+            **self._files.get(_ST_NAME, {}),
+            "prompts": self.prompts,
+            "similarity_fn_name": self.settings.similarity,
+        }
+        write_json(folder / _ST_NAME, library)
         made = {"fingerprint": self.compute_fingerprint(), "fingerprint_version": _FINGERPRINT_VERSION}
         write_json(folder / INFO_NAME, {**(info or {}), **made})
 
+    def _save_head(self, folder: Path) -> list[tuple[str, str]]:
+        """Write what lies between the backbone and Normalize; place and type of each module, for modules.json."""
+        if self.library is not None:
+            return self.library.save(folder, first=1)
+        if self.settings.pooling == "pooler":
+            return self._save_projections(folder, first=1)
+        pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
+        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling})
+        return [("1_Pooling", "Pooling"), *self._save_projections(folder, first=2)]
+
+    def _save_projections(self, folder: Path, first: int) -> list[tuple[str, str]]:
+        entries = []
+        for number, module in enumerate(self.projections, first):
+            entries.append((f"{number}_Dense", "Dense"))
+            _save_projection(cast(Projection, module), folder / entries[-1][0])
+        return entries
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32."""
-        hidden_BLH = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = getattr(output, self.output_name).float()
         # Pooling, projection and norm in fp32: sums over many tokens lose digits in bf16.
-        with torch.autocast(device_type=hidden_BLH.device.type, enabled=False):
-            vector_BD = pool(hidden_BLH.float(), attention_mask, self.settings.pooling)
-            for projection in self.projections:
-                vector_BD = projection(vector_BD)
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            if self.library is None:
+                vector_BD = pool(hidden, attention_mask, self.settings.pooling)
+                for projection in self.projections:
+                    vector_BD = projection(vector_BD)
+            else:
+                vector_BD = self.library(hidden, attention_mask, input_ids)
             if self.settings.normalise:
                 vector_BD = nn.functional.normalize(vector_BD, dim=-1)
-        return vector_BD
+        return vector_BD[:, : self.settings.truncate_dim]
 
     @property
     def dim(self) -> int:
         """D, the embedding dimension."""
+        dim = self.width if self._library_dim is None else self._library_dim
         if len(self.projections):
-            return cast(Projection, self.projections[-1]).linear.out_features
-        return self.width
+            dim = cast(Projection, self.projections[-1]).linear.out_features
+        return dim if self.settings.truncate_dim is None else min(dim, self.settings.truncate_dim)
 
     @property
     def max_length(self) -> int:
@@ -250,7 +303,9 @@ class Encoder(nn.Module):
 
     @property
     def normalised(self) -> bool:
-        return self.settings.normalise
+        """Whether vectors are of unit length."""
+        unit = self.settings.normalise or (self.library is not None and self.library.normalised)
+        return unit and self.settings.truncate_dim is None
 
     @property
     def padding(self) -> Padding:
@@ -285,17 +340,33 @@ class Encoder(nn.Module):
 
     def _digest(self) -> Any:
         digest = new_digest()
-        weights = {name: tensor for name, tensor in self.state_dict().items() if not _is_outside_map(name)}
+        unread = () if self.settings.pooling == "pooler" else ("backbone.pooler.",)
+        weights = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (name.startswith(unread) or name.endswith("position_ids"))
+        }
         hash_tensors(digest, weights)
         hash_tokenizer(digest, self.tokenizer)
         activations = [type(cast(Projection, module).activation).__name__ for module in self.projections]
+        rules: tuple[object, ...]
         rules = (self.settings.pooling, self.settings.normalise, self.settings.lower_case, activations)
+        # Named where they are there, so that all others keep the fingerprints that indexes know.
+        if self.library is not None:
+            rules += (self.library.rules,)
+        if self.settings.truncate_dim is not None:
+            rules += ({"truncate_dim": self.settings.truncate_dim},)
         digest.update(json.dumps(rules).encode())
         return digest
 
 
 def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tensor:
-    """Token vectors (B, L, H) to one vector a text (B, H); padded tokens (mask 0) do not count."""
+    """Token vectors (B, L, H) to one vector a text (B, H); padded tokens (mask 0) do not count.
+
+    What BERT's pooler gives, (B, H), is one vector a text already.
+    """
+    if mode == "pooler":
+        return hidden_BLH
     if mode == "cls":
         return hidden_BLH[:, 0]
     if mask_BL is None:
@@ -309,10 +380,6 @@ def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tenso
     return hidden_BLH[torch.arange(len(hidden_BLH), device=hidden_BLH.device), last_B]
 
 
-def _is_outside_map(name: str) -> bool:
-    return name.startswith("backbone.pooler.") or name.endswith("position_ids")
-
-
 def _refuse_classifier(path: Path) -> None:
     names = read_json_object(transformer_folder(path) / "config.json").get("architectures") or []
     if any(is_sequence_classifier(str(name)) for name in names) and not (path / "modules.json").is_file():
@@ -322,10 +389,15 @@ def _refuse_classifier(path: Path) -> None:
         )
 
 
-def _load_backbone(path: Path) -> PreTrainedModel:
+def _load_backbone(path: Path, *, with_pooler: bool) -> PreTrainedModel:
     kind = _ENCODERS_ALONE.get(read_json_object(path / "config.json").get("model_type"), AutoModel)
     model, lacking = load_weights(kind, path, "its backbone")
-    missing = [key for key in lacking if "pooler." not in key]
+    if with_pooler and getattr(model, "pooler", None) is None:
+        raise FormatError(
+            f"model directory {str(path)!r} is to give vectors by its pooler, and a {type(model).__name__} has none; "
+            "choose another pooling"
+        )
+    missing = [key for key in lacking if with_pooler or "pooler." not in key]
     if missing:
         raise FormatError(
             f"model directory {str(path)!r} lacks {len(missing)} weights, {missing[0]!r} among them; "
@@ -347,15 +419,53 @@ def _output_width(backbone: PreTrainedModel) -> int:
     return int(hidden_11H.shape[-1])
 
 
+def _read_settings(
+    path: Path,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: Head,
+    pooling: PoolingMode | None,
+) -> tuple[EncoderSettings, dict[str, str], dict[str, dict[str, Any]]]:
+    """What the directory's settings files say: settings, prompts, and both files whole, by name."""
+    sentence_file = _sentence_file(transformer_folder(path))
+    sentence_config = read_json_object(sentence_file)
+    _refuse_other_output(sentence_file, sentence_config)
+    st_file = path / _ST_NAME
+    st_config = read_json_object(st_file)
+    if (kind := st_config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
+        raise FormatError(f"{str(st_file)!r} says that this is a {kind}; an encoder is a SentenceTransformer")
+    limit = max_positions(backbone.config)
+    length = sentence_config.get("max_seq_length") or min(tokenizer.model_max_length, limit)
+    if not isinstance(length, int) or length < 1:
+        raise FormatError(
+            f"{str(sentence_file)!r} has max_seq_length {length!r}; it must be a whole number of tokens, at least 1"
+        )
+    settings = EncoderSettings(
+        pooling=head.pooling or pooling or "mean",
+        normalise=head.normalise,
+        max_length=min(length, limit),
+        lower_case=bool(sentence_config.get("do_lower_case", False)),
+        similarity=_read_similarity(st_file, st_config),
+        truncate_dim=_read_truncate_dim(st_file, st_config),
+    )
+    return settings, _read_prompts(st_file, st_config), {_SENTENCE_NAME: sentence_config, _ST_NAME: st_config}
+
+
 def _sentence_file(folder: Path) -> Path:
     """Settings of the Transformer module; older directories name the file after the kind of backbone."""
-    named = folder / "sentence_bert_config.json"
+    named = folder / _SENTENCE_NAME
     other = sorted(folder.glob("sentence_*_config.json"))
     return other[0] if other and not named.is_file() else named
 
 
+def _asks_for_pooler(file: Path) -> bool:
+    """Whether the Transformer's settings take BERT's pooler for the text's vector."""
+    config = {"transformer_task": "feature-extraction", **read_json_object(file)}
+    return all(config.get(key) == value for key, value in _POOLER_SETTINGS.items())
+
+
 def _refuse_other_output(file: Path, config: Mapping[str, Any]) -> None:
-    """Pooling is over the backbone's last hidden state; a directory may say that it takes another output."""
+    """Vectors come of the backbone's last hidden state or its pooler; a directory may ask for another output."""
     modalities = config.get("modality_config") or {}
     text = modalities.get("text", _KNOWN_OUTPUT) if isinstance(modalities, dict) else modalities
     stated = {
@@ -371,86 +481,151 @@ def _refuse_other_output(file: Path, config: Mapping[str, Any]) -> None:
     other = {key: value for key, value in stated.items() if value != known[key]}
     if isinstance(modalities, dict) and "message" in modalities:
         other["modality_config"] = "message (a chat template)"
+    for place, values in (config.get("processing_kwargs") or {}).items():
+        # Texts are padded and cut here by themselves.
+        if place in ("common", "text") and set(values) - {
+            "padding",
+            "padding_side",
+            "truncation",
+            "return_tensors",
+        }:
+            other[f"processing_kwargs of {place}"] = values
+    if _asks_for_pooler(file):
+        other = {key: value for key, value in other.items() if key not in known}
     if other:
         raise FormatError(
             f"{str(file)!r} has {', '.join(f'{key} {value!r}' for key, value in other.items())}; known is pooling over "
-            f"the transformer's last hidden state: {known}"
+            f"the transformer's last hidden state: {known}, and the pooler's output: {_POOLER_SETTINGS}"
         )
 
 
-def _read_prompts(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The prompts by name. As in the library, the default one is for texts that are neither queries nor documents."""
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise FormatError(f"{str(file)!r} has prompts {prompts!r}; they must be an object of names and texts")
+    default = config.get("default_prompt_name")
+    if default is not None and default not in (*prompts, "query", "document"):
         raise FormatError(
-            f"{str(path / 'config_sentence_transformers.json')!r} has prompts {prompts!r}; they must be an object of "
-            "names and texts"
+            f"{str(file)!r} has default_prompt_name {default!r}, and its prompts are {sorted(prompts)}"
         )
     return prompts
 
 
-def _read_modules(path: Path, width: int) -> tuple[PoolingMode | None, bool, list[Projection]]:
-    """Pooling (None of a plain directory), whether vectors are normalised, and projections of a backbone of `width`."""
-    file = path / "modules.json"
-    if not file.is_file():
-        return None, True, []
-    modules = read_json(file)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise FormatError(f"{str(file)!r} must hold a list of modules, each an object with type and path")
-    pooling: PoolingMode = "mean"
-    projections: list[Projection] = []
-    kinds: list[str] = []
-    for module in modules:
-        kind = str(module.get("type")).rsplit(".", 1)[-1]
-        place = inside(path, module.get("path"), file)
-        kinds.append(kind)
-        if kind == "Pooling":
-            pooling = _read_pooling(place)
-        elif kind == "Dense":
-            projections.append(_load_projection(place, width))
-            width = projections[-1].linear.out_features
-        elif kind not in ("Transformer", "Normalize") or (
-            kind == "Transformer" and place != transformer_folder(path)
-        ):
-            raise FormatError(
-                f"{str(file)!r} names the module {module.get('type')!r} in {module['path']!r}; known are Transformer "
-                "(at the top, or first in a folder of its own), Pooling, Dense and Normalize"
-            )
-    if not _MODULE_ORDER.fullmatch(" ".join(kinds)):
+def _read_similarity(file: Path, config: Mapping[str, Any]) -> Literal["cosine", "dot"]:
+    stated = config.get("similarity_fn_name")
+    if stated in (None, "cosine"):
+        return "cosine"
+    if stated in ("dot", "dot_score"):
+        return "dot"
+    raise FormatError(
+        f"{str(file)!r} has similarity_fn_name {stated!r}; vectors are compared by cosine or dot here: an index would "
+        "rank by another measure than the model was trained for"
+    )
+
+
+def _read_truncate_dim(file: Path, config: Mapping[str, Any]) -> int | None:
+    stated = config.get("truncate_dim")
+    if stated is not None and (type(stated) is not int or stated < 1):
         raise FormatError(
-            f"{str(file)!r} has the modules {', '.join(kinds)}; known is the order Transformer, Pooling, any number of "
-            "Dense, and Normalize last or not at all"
+            f"{str(file)!r} has truncate_dim {stated!r}; it must be a whole number of dimensions, at least 1, or null"
         )
-    return pooling, "Normalize" in kinds, projections
+    return stated
+
+
+def _read_head(path: Path, width: int, *, by_pooler: bool) -> Head:
+    """What modules.json says of the modules behind a backbone of `width`, whose pooler may give the text's vector."""
+    file = path / "modules.json"
+    listed = read_modules_file(path)
+    if listed is None:
+        return Head()
+    static = is_static(path)
+    if not static and (
+        not listed or listed[0].kind != "Transformer" or listed[0].place != transformer_folder(path)
+    ):
+        first = f"{listed[0].type!r} in {str(listed[0].place)!r}" if listed else "nothing"
+        raise FormatError(
+            f"{str(file)!r} begins with {first}; known is a Transformer (at the top, or first in a folder of its own)"
+        )
+    behind = listed[1:]
+    kinds = [module.kind for module in behind]
+    if (static or by_pooler) and not (
+        _STATIC_ORDER.fullmatch(" ".join(kinds)) and all(map(_is_plain, behind))
+    ):
+        raise FormatError(
+            f"{str(file)!r} lists {', '.join(kinds)} behind a {listed[0].kind} that gives one vector a text; known are "
+            "Dense, and Normalize last"
+        )
+    if not (static or by_pooler or kinds):
+        raise FormatError(
+            f"{str(file)!r} lists a Transformer alone, which gives a vector a token; a module that makes one vector of "
+            "a text, such as Pooling, has to follow"
+        )
+    if not (static or by_pooler) and not (
+        _PLAIN_ORDER.fullmatch(" ".join(kinds)) and all(map(_is_plain, behind))
+    ):
+        library = LibraryModules.load(behind, file)
+        with loading(path, f"a pass through its modules {', '.join(kinds)}"):
+            library.dim_after(width)
+        return Head(library=library, normalise=False)
+    projections: list[Projection] = []
+    for module in behind:
+        if module.kind == "Dense":
+            projections.append(_load_projection(module.place, width))
+            width = projections[-1].linear.out_features
+    pooling: PoolingMode = "pooler" if by_pooler else "mean"
+    if not (static or by_pooler):
+        pooling = _read_pooling(behind[0].place)
+    return Head(pooling=pooling, projections=tuple(projections), normalise="Normalize" in kinds)
+
+
+def _refuse_other_pooling(name: str, asked: PoolingMode | None, head: Head) -> None:
+    own = ", ".join(head.library.types) if head.library else repr(head.pooling)
+    if asked is not None and (head.library or head.pooling not in (None, asked)):
+        raise InputError(
+            f"pooling is {asked!r}, and model {name!r} brings its own, {own}, which its vectors were trained for; "
+            "leave pooling out, or give a plain Hugging Face directory"
+        )
+
+
+def _is_plain(module: ListedModule) -> bool:
+    """Whether a Pooling, Dense or Normalize computes what is computed here."""
+    settings = module.settings()
+    if module.kind == "Pooling":
+        modes = _pooling_modes(settings)
+        return (
+            len(modes) == 1
+            and modes[0] in _POOLING_FLAGS.values()
+            and settings.get("include_prompt") is not False
+        )
+    known = "sentence_embedding"
+    places = {settings.get(f"module_{end}_name") or known for end in ("input", "output")}
+    if module.kind == "Dense":
+        return (
+            places == {known} and not settings.get("use_residual") and _activation(settings) in _ACTIVATIONS
+        )
+    return places == {known}
+
+
+def _pooling_modes(settings: Mapping[str, Any]) -> list[str]:
+    stated = settings.get("pooling_mode", [])
+    modes = stated if isinstance(stated, list) else [stated]
+    flags = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    return modes or [_POOLING_FLAGS.get(flag, flag) for flag in flags]
+
+
+def _activation(settings: Mapping[str, Any]) -> str:
+    """The name of a Dense module's activation where it is one of torch, else its dotted name."""
+    named = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    return named.rsplit(".", 1)[-1] if named.startswith("torch.nn.") else named
 
 
 def _read_pooling(place: Path) -> PoolingMode:
-    config = read_json_object(place / "config.json")
-    stated = config.get("pooling_mode", [])
-    modes = stated if isinstance(stated, list) else [stated]
-    modes = modes or [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
-    other = [
-        key
-        for key, value in config.items()
-        if key.startswith("pooling_mode_") and value and key not in _POOLING_FLAGS
-    ]
-    if other or len(modes) != 1 or modes[0] not in _POOLING_FLAGS.values():
-        raise FormatError(
-            f"{str(place)!r} asks for pooling {other + modes}; give one of {sorted(_POOLING_FLAGS.values())}"
-        )
-    if config.get("include_prompt") is False:
-        raise FormatError(
-            f"{str(place)!r} leaves the prompt out of pooling (include_prompt false), which is not supported"
-        )
-    return cast(PoolingMode, modes[0])
+    return cast(PoolingMode, _pooling_modes(read_json_object(place / "config.json"))[0])
 
 
 def _load_projection(place: Path, width: int) -> Projection:
     config = read_json_object(place / "config.json")
-    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
-    if activation not in _ACTIVATIONS or config.get("use_residual"):
-        raise FormatError(
-            f"{str(place)!r}: activation {activation!r} or a residual is not known; have {sorted(_ACTIVATIONS)}"
-        )
     file = place / "model.safetensors"
     if not file.is_file():
         raise FormatError(f"{str(place)!r} has no model.safetensors (pickle is never read)")
@@ -464,7 +639,7 @@ def _load_projection(place: Path, width: int) -> Projection:
             f"{str(place)!r} has in_features {config.get('in_features')!r}, out_features {out!r} and bias {bias}; its "
             f"weights are {shapes}, and {width} values come in"
         )
-    projection = Projection(width, out, bias, activation)
+    projection = Projection(width, out, bias, _activation(config))
     with loading(place, "its projection"):
         projection.load_state_dict(load_file(file))
     return projection

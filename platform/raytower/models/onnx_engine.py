@@ -41,8 +41,9 @@ class OnnxGraph(nn.Module):
         return cls(session, config)
 
     def forward(self, input_ids: Tensor, **others: Tensor | None) -> SimpleNamespace:
-        """`last_hidden_state` (B, L, H) of a backbone, or `logits` (B, C) of a classifier, for ids (B, L).
+        """`last_hidden_state` (B, L, H) or `pooler_output` (B, H) of a backbone, or a classifier's `logits` (B, C).
 
+        For ids (B, L).
         Without an attention mask no position is padding; without token types all tokens belong to the first text.
         """
         feeds = {"input_ids": input_ids.numpy()}

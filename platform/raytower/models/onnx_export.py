@@ -68,7 +68,7 @@ class _Kind:
 
     @classmethod
     def of(cls, model: Model) -> _Kind:
-        return cls("backbone", "last_hidden_state") if isinstance(model, Encoder) else cls("model", "logits")
+        return cls("backbone", model.output_name) if isinstance(model, Encoder) else cls("model", "logits")
 
 
 def body_of(model: Model) -> nn.Module:

@@ -78,8 +78,11 @@ _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
     "encode": frozenset({"workers", "tokens_per_batch"}),
 }
-# Keys that trainings have gained; null is what was done before.
-_NEWER = frozenset({"split", "share", "every_epochs", "pooling", "labels"})
+# Keys that trainings have gained, and the values for what was done before.
+_NEWER = {
+    **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "head_lr")),
+    "schedule": "linear",
+}
 # What a null among `workers` was before the machine decided.
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
@@ -464,16 +467,18 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):
-        kept = {name: value for name, value in values.items() if value is not None or name not in _NEWER}
-        for section in ("train", "dev"):
-            if isinstance(rows := kept.get(section), dict):
-                kept[section] = {
-                    name: value for name, value in rows.items() if value is not None or name not in _NEWER
-                }
+        kept = _as_before(values)
+        for section in ("train", "dev", "optimizer"):
+            if isinstance(own := kept.get(section), dict):
+                kept[section] = _as_before(own)
         if isinstance(dev := kept.get("dev"), dict) and dev["every_steps"] is None:
             dev["every_steps"] = 200  # what null means, and the default was
         return kept
     return values
+
+
+def _as_before(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
 
 
 def _former_values(job: str, config: Config) -> dict[str, Any]:

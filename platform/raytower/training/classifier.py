@@ -17,6 +17,8 @@ from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.plain_labels import in_order, plain_label
+from raytower.data.rejects import quarantine_of
+from raytower.data.sources import refuse_output_inside
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
 from raytower.models.block_engine import refuse_no_numbers
@@ -34,10 +36,12 @@ from raytower.training.backbone import (
     prepare_backbone,
 )
 from raytower.training.batches import Rows
-from raytower.training.config import DevConfig, TrainClassifierConfig
+from raytower.training.config import ClassifierDevConfig, TrainClassifierConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
+from raytower.training.dev_split import set_dev_aside
 from raytower.training.inputs import dev_tables, survey_training, tables
+from raytower.training.labelled_files import survey_by_label
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
@@ -69,9 +73,14 @@ class ClassifierTask(Task[TrainClassifierConfig]):
 
     @classmethod
     def survey(cls, config: TrainClassifierConfig) -> Survey:
-        return survey_training(
-            config, config.train.path, "labelled", config.objective.formats, config.objective.name
-        )
+        path, label_by = config.train.path, config.train.label_by
+        if label_by is None:
+            return survey_training(config, path, "labelled", config.objective.formats, config.objective.name)
+        refuse_output_inside(config.output, path)
+        quarantine = quarantine_of(config.output)
+        surveyed = survey_by_label(path, label_by, config.on_error, quarantine, "train.label_by")
+        share = config.dev.share if config.dev else None
+        return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)
 
     @classmethod
     def prepare(cls, config: TrainClassifierConfig, surveyed: Survey) -> Self:
@@ -204,11 +213,16 @@ def _read_labels(path: str) -> list[str]:
 
 
 def _load_dev(
-    dev: DevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
+    dev: ClassifierDevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
 ) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    for table in dev_tables(dev, "labelled", set_aside):
+    if dev.path is not None and dev.label_by is not None:
+        by_label = survey_by_label(dev.path, dev.label_by, None, None, "dev.label_by")
+        rows = tables(by_label)
+    else:
+        rows = dev_tables(dev, "labelled", set_aside)
+    for table in rows:
         texts += table["text"].to_pylist()
         labels += table["label"].to_pylist()
     unknown = sorted(set(labels) - set(classes))

@@ -41,6 +41,8 @@ RetrieverObjective = (
     | MarginMSE
     | KLDivergence
 )
+LabelBy = Literal["file", "folder"]
+LastCheckpoints = Annotated[str, Field(pattern=r"^last [1-9]\d*$")]
 RerankerFormat = Literal["scored", "triples", "candidates"]
 RerankerObjective = PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax
 ClassifierObjective = CrossEntropy | Focal
@@ -59,10 +61,15 @@ FREE_KEYS = frozenset(
 
 
 class OptimizerConfig(Config):
-    """AdamW with linear warm-up and linear decay to zero; no weight decay on biases and norms."""
+    """AdamW with linear warm-up and a schedule; no weight decay on biases and norms."""
 
     lr: float = Field(default=2.0e-5, gt=0)
     """Peak learning rate, reached after warm-up."""
+    head_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of what lies behind the backbone: a projection, the head of a reranker or classifier. A fresh
+    head learns faster at ten times lr; null is lr."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after warm-up: linear or by half a cosine down to zero, or constant."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of AdamW."""
     warmup_ratio: FractionField = 0.1
@@ -148,7 +155,7 @@ class TrainJobConfig(Config):
     dev: DevConfig | None = None
     """Measuring during training; null measures nothing and keeps the last weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW with linear warm-up and linear decay."""
+    """AdamW, its learning rates and their schedule."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of a batch over all workers; in-batch objectives find their negatives among these."""
     accumulate_batches: int = Field(default=1, ge=1)
@@ -178,9 +185,10 @@ class TrainJobConfig(Config):
     """TensorBoard's event files; null is `<output>.tensorboard`."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
-    keep_checkpoints: Literal["all"] | Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept while training runs: the best ones by the dev metric, and always the newest; all keeps each one,
-    and leaves their model directories in `<output>.checkpoints` when training has ended."""
+    keep_checkpoints: Literal["all"] | Annotated[int, Field(ge=1)] | LastCheckpoints = 2
+    """Checkpoints kept while training runs: a number keeps so many of the best by the dev metric, and the newest. all,
+    and such as "last 3", leave model directories of all, or of the last so many, in `<output>.checkpoints` when
+    training has ended; with dev rows each one is kept until then, since the best may be any."""
     max_failures: int = Field(default=2, ge=0)
     """Times that lost workers are replaced before the job fails; a job started again counts anew."""
 
@@ -198,6 +206,12 @@ class TrainJobConfig(Config):
             )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
+
+    @property
+    def num_left_checkpoints(self) -> int | None:
+        """How many of the last checkpoints leave their model directories when training has ended; None is all."""
+        kept = self.keep_checkpoints
+        return None if kept == "all" else int(kept.removeprefix("last ")) if isinstance(kept, str) else 0
 
     @property
     def start_name(self) -> str | None:
@@ -284,7 +298,8 @@ class TrainRetrieverConfig(TrainJobConfig):
     """Train several prefix lengths of an embedding at once; null trains the whole one."""
     pooling: PoolingMode | None = None
     """How the vectors of a text's tokens become one, for a plain Hugging Face directory: their mean, cls (the first),
-    max, or lasttoken (of decoders); null is mean. A sentence-transformers directory brings its own."""
+    max, lasttoken (of decoders), or pooler (BERT's layer over the first, which the directory must have); null is mean.
+    A sentence-transformers directory brings its own."""
     projection_dim: int | None = Field(default=None, ge=1)
     """Project embeddings to this dimension; the encoder's own projection is kept where it has one of that size."""
     teacher: str | None = None
@@ -352,8 +367,17 @@ class TrainRerankerConfig(TrainJobConfig):
     _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
 
 
+class ClassifierTrainInput(TrainInput):
+    label_by: LabelBy | None = None
+    """Where labels stand if the rows are texts alone: file, in the name of each file (sports.txt); folder, in that of
+    the folder that a file lies in (sports/1.txt). Null: each row has its label."""
+
+
 class ClassifierDevConfig(DevConfig):
     """Labelled dev texts; f1 is the mean over labels (macro)."""
+
+    label_by: LabelBy | None = None
+    """Where labels stand if the dev rows are texts alone, as in train.label_by. Null: each row has its label."""
 
     metric: Literal["accuracy", "f1"] = "accuracy"
     """What is measured; f1 is the mean over labels."""
@@ -362,6 +386,8 @@ class ClassifierDevConfig(DevConfig):
 class TrainClassifierConfig(TrainJobConfig):
     """`raytower train-classifier`: the fine-tuned baseline, one label a text."""
 
+    train: ClassifierTrainInput
+    """Where the training rows are."""
     labels: str | None = None
     """A file with one label a line, in the order of the classes; null takes the labels of the training rows, sorted,
     numbers by value."""
@@ -373,5 +399,13 @@ class TrainClassifierConfig(TrainJobConfig):
     """Rows of a batch over all workers."""
     max_length: int = Field(default=128, ge=1)
     """Tokens of a text while training; the published classifier keeps the length of its start."""
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        if self.dev is not None and self.dev.path is None and self.dev.label_by is not None:
+            raise ValueError(
+                f"dev.label_by is {self.dev.label_by!r}, and dev.share takes dev rows from the training rows, which "
+                "have their labels by train.label_by; remove dev.label_by"
+            )
 
     _objective_name = model_validator(mode="before")(_with_default_name("cross_entropy"))

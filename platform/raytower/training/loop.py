@@ -131,7 +131,9 @@ class _Worker:
             if folder and config.lora is not None:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
-            schedule = make_schedule(optimizer, plan.num_steps, config.optimizer.warmup_ratio)
+            schedule = make_schedule(
+                optimizer, plan.num_steps, config.optimizer.warmup_ratio, config.optimizer.schedule
+            )
             words = WordGradients.of(self.model)
             self.step = TrainingStep(
                 self.model,

@@ -260,7 +260,18 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
         encoder.prompts["query"] = config.query_prefix
     if config.document_prefix is not None:
         encoder.prompts["document"] = config.document_prefix
+    if encoder.settings.similarity == "dot" and not encoder.normalised:
+        log(
+            f"model {start!r} compares by dot product and gives vectors of any length; training compares by cosine, so "
+            "the encoder is published with Normalize and similarity cosine"
+        )
+        encoder.settings = dataclasses.replace(encoder.settings, normalise=True, similarity="cosine")
     check_max_length(config.max_length, encoder.max_positions)
+    if config.projection_dim is not None and (encoder.library is not None or encoder.settings.truncate_dim):
+        raise InputError(
+            f"projection_dim is {config.projection_dim}, and model {start!r} has modules of its own behind the "
+            "pooling, or a truncate_dim, and a projection would follow them; leave it out"
+        )
     if config.projection_dim is not None and not (
         len(encoder.projections) and encoder.dim == config.projection_dim
     ):

@@ -26,6 +26,8 @@ from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
+from raytower.training.model_card import FILE_NAME as CARD_NAME
+from raytower.training.model_card import model_card
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
 from raytower.workers import fit_workers
@@ -180,9 +182,8 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
-    if config.keep_checkpoints == "all":
-        _keep_checkpoints(result, output)
-    _publish(checkpoint, output, info)
+    _leave_checkpoints(result, config.num_left_checkpoints, output)
+    _publish(checkpoint, output, info, model_card(config, figures, info["history"]))
     run_folder.delete()
     return figures
 
@@ -230,18 +231,20 @@ def _make_plan(
     )
 
 
-def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str, Any]) -> None:
-    """The checkpoint's model directory as the job's output, with the run's record in raytower.json."""
+def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str, Any], card: str) -> None:
+    """The checkpoint's model directory as the job's output, with its card and the run's record in raytower.json."""
     with checkpoint.as_directory() as folder, publish_directory(output) as target:
         shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
+        (target / CARD_NAME).write_text(card, encoding="utf-8")
         path = target / INFO_NAME
         own = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
-    """The model directories of all checkpoints as `<output>.checkpoints/step-<number>`."""
-    for checkpoint, metrics in result.best_checkpoints or []:
+def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location) -> None:
+    """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`."""
+    by_step = sorted(result.best_checkpoints or [], key=lambda item: item[1]["step"])
+    for checkpoint, metrics in by_step if num_left is None else by_step[max(len(by_step) - num_left, 0) :]:
         target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
         if (
             target.exists()
@@ -251,10 +254,17 @@ def _keep_checkpoints(result: ray.train.Result, output: Location) -> None:
             shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
 
 
+def _num_to_keep(config: TrainJobConfig, has_dev: bool) -> int | None:
+    """Checkpoints that Ray keeps while training runs; None is all. It orders them by metric or by time, not by both."""
+    if isinstance(config.keep_checkpoints, int):
+        return config.keep_checkpoints
+    return None if has_dev else config.num_left_checkpoints
+
+
 def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
-        num_to_keep=None if config.keep_checkpoints == "all" else config.keep_checkpoints,
+        num_to_keep=_num_to_keep(config, dev is not None),
         checkpoint_score_attribute=dev.metric if dev else None,
         checkpoint_score_order="max",
     )

@@ -92,10 +92,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "modules a dict": (lambda f: change_modules(f, lambda m: {"a": 1}), "must hold a list of modules"),
     "modules no JSON": (lambda f: (f / "modules.json").write_text("[{"), r"modules\.json' is not valid JSON"),
-    "modules swapped": (
-        lambda f: change_modules(f, lambda m: [*m[:2], m[3], m[2]]),
-        "known is the order Transformer",
-    ),
     "prompts a list": (
         lambda f: change_json(f / "config_sentence_transformers.json", prompts=["query: "]),
         r"has prompts \['query: '\]",

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 from torch import nn
+from transformers import BertForSequenceClassification
 
 from raytower.config import WorkersConfig
 from raytower.data.config import InputConfig
@@ -37,7 +38,7 @@ from raytower.training.retriever import RetrieverTask, plan_train_retriever, tra
 from raytower.training.runner import finished_run, run_identity, run_key
 from raytower.training.windows import Window, draw_documents, plan_windows, read_window, windows_from
 from raytower.workers import Node
-from tests.support.tiny_models import build_tiny_encoder
+from tests.support.tiny_models import build_tiny_encoder, tiny_config
 from tests.support.tiny_training import (
     retriever_config,
     write_pairs,
@@ -310,6 +311,44 @@ class TestOptimizer:
             schedule.step()
         assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
         assert schedule.get_last_lr()[0] == pytest.approx(0.0)
+
+    @pytest.mark.parametrize(
+        ("shape", "after"),
+        [
+            ("constant", [1.0, 1.0, 1.0, 1.0]),
+            # half a cosine over four steps: 1, cos²(π/8), 1/2, sin²(π/8)
+            ("cosine", [1.0, 0.8535533905932737, 0.5, 0.14644660940672627]),
+        ],
+    )
+    def test_other_schedules_begin_alike(
+        self, shape: Literal["constant", "cosine"], after: list[float]
+    ) -> None:
+        optimizer = make_optimizer(nn.Linear(1, 1), OptimizerConfig(lr=1.0))
+        schedule = make_schedule(optimizer, num_steps=6, warmup_ratio=1 / 3, shape=shape)
+        seen = []
+        for _ in range(6):
+            seen.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        assert seen == pytest.approx([0.5, 1.0, *after])
+
+    def test_a_head_has_its_own_learning_rate(self) -> None:
+        """What the backbone has not: a reranker's head, an encoder's projection; the pooler is the backbone's."""
+        reranker = BertForSequenceClassification(tiny_config())
+        encoder = nn.ModuleDict({"backbone": reranker.bert, "projection": nn.Linear(32, 8)})
+        config = OptimizerConfig(lr=1.0, head_lr=3.0, weight_decay=0.1)
+        for model, head in ((reranker, "classifier"), (encoder, "projection")):
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            groups = make_optimizer(model, config).param_groups
+            found = {
+                names[id(p)]: (group["lr"], group["weight_decay"])
+                for group in groups
+                for p in group["params"]
+            }
+            assert found == {
+                name: (3.0 if name.startswith(head) else 1.0, 0.1 if parameter.dim() > 1 else 0.0)
+                for name, parameter in model.named_parameters()
+            }
 
     def test_state_survives_as_safetensors(self, tmp_path: Path) -> None:
         def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:

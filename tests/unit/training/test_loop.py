@@ -12,12 +12,13 @@ import ray.train
 import torch
 
 from raytower.config import WorkersConfig, make_config
+from raytower.errors import InputError
 from raytower.models.text_classifier import TextClassifier
 from raytower.storage import Location
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig
 from raytower.training.loop import train_worker
-from raytower.training.runner import _keep_checkpoints, _make_plan
+from raytower.training.runner import _leave_checkpoints, _make_plan, _num_to_keep
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_training import batches_of, write_labelled
 
@@ -68,8 +69,34 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     assert logged["train/accuracy"] == pytest.approx(
         {row["step"]: row["accuracy"] for row in outcome["curve"]}, rel=1e-5
     )
-    result: Any = SimpleNamespace(best_checkpoints=reported)
-    _keep_checkpoints(result, Location.of(tmp_path / "out"))
+    # Ray gives the best first where there is a metric.
+    result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
+    _leave_checkpoints(result, config.num_left_checkpoints, Location.of(tmp_path / "out"))
     kept = sorted((tmp_path / "out.checkpoints").iterdir())
     assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
     assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
+    _leave_checkpoints(result, 2, Location.of(tmp_path / "last"))
+    assert sorted(path.name for path in (tmp_path / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
+    _leave_checkpoints(result, 0, Location.of(tmp_path / "none"))
+    assert not (tmp_path / "none.checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "left", "kept_with_dev", "kept_without"),
+    [(3, 0, 3, 3), ("all", None, None, None), ("last 3", 3, None, 3)],
+)
+def test_which_checkpoints_are_kept_and_left(
+    given: int | str, left: int | None, kept_with_dev: int | None, kept_without: int | None
+) -> None:
+    config = make_config(
+        TrainClassifierConfig, {"model": "m", "train": "t", "output": "o", "keep_checkpoints": given}
+    )
+    assert config.num_left_checkpoints == left
+    assert [_num_to_keep(config, has_dev) for has_dev in (True, False)] == [kept_with_dev, kept_without]
+
+
+def test_other_words_for_kept_checkpoints_are_refused() -> None:
+    with pytest.raises(InputError, match="keep_checkpoints"):
+        make_config(
+            TrainClassifierConfig, {"model": "m", "train": "t", "output": "o", "keep_checkpoints": "last 0"}
+        )

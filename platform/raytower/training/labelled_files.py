@@ -1,0 +1,82 @@
+"""Labels that stand in the names of files or folders: one file, or one folder, a class."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from raytower.config import OnError
+from raytower.data.config import NamedInput
+from raytower.data.pieces import Piece, Survey, survey
+from raytower.data.plain_labels import plain_label
+from raytower.data.records import canonical_schema
+from raytower.data.sources import SourceFile, find_files
+from raytower.errors import InputError
+from raytower.storage import Location
+from raytower.training.config import LabelBy
+
+
+def survey_by_label(
+    path: str, label_by: LabelBy, on_error: OnError | None, quarantine: Location | str | None, key: str
+) -> Survey:
+    """Survey the files of `path` as labelled rows: their texts, each with the label of its file or folder.
+
+    Args:
+        path: a folder or a glob.
+        label_by: file, whose label is its name without extensions; folder, whose label is that of the folder that it
+            lies in.
+        on_error: what happens to bad rows.
+        quarantine: where rows that are put aside are listed.
+        key: of `label_by` in the config, for messages.
+
+    Raises:
+        InputError: nothing to read, a file that has no label of its own, or bad rows.
+    """
+    surveys = []
+    for file in find_files(path).files:
+        label = _label_of(file, label_by, path, key)
+        surveyed = survey(NamedInput(path=str(file)), "lines", on_error=on_error, quarantine=quarantine)
+        surveys.append((label, surveyed))
+    return _joined(surveys, quarantine)
+
+
+def _label_of(file: SourceFile, label_by: LabelBy, path: str, key: str) -> str:
+    name = PurePosixPath(file.location.path)
+    if label_by == "folder" and Location.of(path).path == str(name.parent):
+        raise InputError(
+            f"{key} is folder, and {file} lies at the top of {path!r}, in no folder of a class; move it into one, or "
+            "set it to file"
+        )
+    # Only the extensions that say format and compression are none of the label.
+    text = name.parent.name if label_by == "folder" else name.name.removesuffix(_extensions(file))
+    if not (label := plain_label(text)):
+        raise InputError(f"{key} is {label_by}, and the name of {file} gives no label; rename it")
+    return label
+
+
+def _extensions(file: SourceFile) -> str:
+    compression = {"gzip": ".gz", "zstd": ".zst", None: ""}[file.compression]
+    return file.suffix + compression
+
+
+def _joined(surveys: Sequence[tuple[str, Survey]], quarantine: Location | str | None) -> Survey:
+    schema = canonical_schema("labelled")
+    pieces: list[Piece] = []
+    num_rows = 0
+    for label, surveyed in surveys:
+        for piece in surveyed.pieces:
+            pieces.append(
+                dataclasses.replace(piece, index=len(pieces), first_row=num_rows, schema=schema, label=label)
+            )
+            num_rows += piece.num_rows
+    listed = [surveyed.quarantine_file for _, surveyed in surveys if surveyed.quarantine_file]
+    return Survey(
+        pieces=tuple(pieces),
+        num_rows=num_rows,
+        num_rejected=sum(surveyed.num_rejected for _, surveyed in surveys),
+        files=tuple(file for _, surveyed in surveys for file in surveyed.files),
+        bytes=sum(surveyed.bytes for _, surveyed in surveys),
+        schema=schema,
+        quarantine_file=listed[0] if len(listed) == 1 else str(quarantine) if listed else None,
+    )

@@ -1,0 +1,123 @@
+"""A label by file or by folder: what is trained is what rows with labels of their own would train."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from raytower.config import make_config
+from raytower.data.pieces import read_piece
+from raytower.errors import InputError
+from raytower.training.classifier import ClassifierTask, plan_train_classifier
+from raytower.training.config import TrainClassifierConfig
+from raytower.training.labelled_files import survey_by_label
+from raytower.training.windows import plan_windows, read_window
+
+ROWS = [("moon", "a"), ("sun", "a"), ("茶", "b"), ("杯", "b"), ("水", "b"), ("1984", "7")]
+
+
+def write(path: Path, texts: list[str], as_json: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join((json.dumps({"text": text}) if as_json else text) + "\n" for text in texts)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+
+
+def write_files(folder: Path) -> Path:
+    write(folder / "a.txt", ["moon", "sun"])
+    write(folder / "b.jsonl.gz", ["茶", "杯", "水"], as_json=True)
+    write(folder / "7.0.txt", ["1984"])
+    return folder
+
+
+def write_folders(folder: Path) -> Path:
+    write(folder / "a" / "x.txt", ["moon"])
+    write(folder / "a" / "y.txt", ["sun"])
+    write(folder / "b" / "x.txt", ["茶", "杯", "水"])
+    write(folder / "7" / "deep.txt", ["1984"])
+    return folder
+
+
+def rows_of(survey: Any) -> list[tuple[str, str]]:
+    table = pa.concat_tables(read_piece(piece) for piece in survey.pieces)
+    assert table.schema.equals(survey.schema)
+    return list(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def config_of(path: Path, start: Path, **changes: Any) -> TrainClassifierConfig:
+    train = {"path": str(path), **changes.pop("train", {})}
+    values = {
+        "model": str(start),
+        "train": train,
+        "output": str(path.parent / "out"),
+        "batch_size": 2,
+        "max_length": 32,
+    }
+    return make_config(TrainClassifierConfig, {**values, "workers": {"num": 1}, **changes})
+
+
+def test_files_and_folders_give_the_rows_of_a_labelled_file(tmp_path: Path) -> None:
+    by_file = survey_by_label(str(write_files(tmp_path / "files")), "file", "fail", None, "train.label_by")
+    by_folder = survey_by_label(
+        str(write_folders(tmp_path / "folders")), "folder", "fail", None, "train.label_by"
+    )
+    for surveyed in (by_file, by_folder):
+        assert sorted(rows_of(surveyed)) == sorted(ROWS)
+        assert (surveyed.num_rows, surveyed.num_rejected) == (6, 0)
+        assert [piece.index for piece in surveyed.pieces] == list(range(len(surveyed.pieces)))
+        assert [piece.first_row for piece in surveyed.pieces][:2] == [0, surveyed.pieces[0].num_rows]
+    windows = plan_windows([piece.num_rows for piece in by_file.pieces], seed=1, window_rows=100)
+    shuffled = read_window(next(iter(windows)), by_file.pieces, 1, None)
+    assert sorted(zip(shuffled["text"].to_pylist(), shuffled["label"].to_pylist(), strict=True)) == sorted(
+        ROWS
+    )
+
+
+def test_a_plan_counts_them_and_dev_share_takes_of_each_label(still_encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    for label in "ab":
+        write(folder / f"{label}.txt", [f"{label}{number}" for number in range(20)])
+    config = config_of(folder, still_encoder, train={"label_by": "file"}, dev={"share": 0.25})
+    assert plan_train_classifier(config)["rows"] == 30
+    surveyed = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, surveyed)
+    assert task.labels == ("a", "b")
+    assert sorted(task.dev_labels) == ["a"] * 5 + ["b"] * 5
+    assert all(text[0] == label for text, label in zip(task.dev_texts, task.dev_labels, strict=True))
+
+
+def test_dev_texts_by_folder(still_encoder: Path, tmp_path: Path) -> None:
+    train, dev = write_files(tmp_path / "files"), write_folders(tmp_path / "folders")
+    config = config_of(
+        train, still_encoder, train={"label_by": "file"}, dev={"path": str(dev), "label_by": "folder"}
+    )
+    task = ClassifierTask.prepare(config, ClassifierTask.survey(config))
+    assert sorted(zip(task.dev_texts, task.dev_labels, strict=True)) == sorted(ROWS)
+
+
+def test_bad_rows_are_put_aside_file_by_file(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "files")
+    (folder / "a.txt").write_bytes(b"moon\n\xff\nsun\n")
+    with pytest.raises(InputError, match=r"a\.txt:2: not UTF-8"):
+        survey_by_label(str(folder), "file", "fail", None, "train.label_by")
+    surveyed = survey_by_label(str(folder), "file", "quarantine", str(tmp_path / "aside"), "train.label_by")
+    assert sorted(rows_of(surveyed)) == sorted(ROWS)
+    assert surveyed.num_rejected == 1
+    assert surveyed.quarantine_file is not None
+    assert json.loads(Path(surveyed.quarantine_file).read_text())["line"] == 2
+
+
+def test_a_file_outside_all_folders_has_no_label(tmp_path: Path) -> None:
+    folder = write_folders(tmp_path / "folders")
+    write(folder / "stray.txt", ["x"])
+    with pytest.raises(InputError, match=r"train\.label_by is folder, and .*stray\.txt lies at the top"):
+        survey_by_label(str(folder), "folder", "fail", None, "train.label_by")
+
+
+def test_dev_share_has_its_labels_by_the_training_rows(still_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dev\.label_by is 'file', and dev\.share"):
+        config_of(tmp_path, still_encoder, dev={"share": 0.5, "label_by": "file"})
