@@ -192,7 +192,7 @@ def ray_overhead(arguments: argparse.Namespace) -> None:
             "input": {"path": str(corpus)},
             "rows_per_file": ROWS_PER_FILE,
             "dtype": "bfloat16",
-            "workers": {"min": arguments.workers, "num": arguments.workers},
+            "workers": {"min": arguments.workers, "num": arguments.workers, "num_cpus": 1},
         }
         for repeat in range(arguments.repeats):
             bare.append(bare_loop(corpus, folder / f"bare-{repeat}", arguments.workers))
@@ -290,7 +290,7 @@ def measure_memory(arguments: argparse.Namespace) -> None:
                 "input": {"path": str(corpus)},
                 "output": str(Path(name) / "out"),
                 "max_length": 64,
-                "workers": {"min": 1, "num": 1},
+                "workers": {"min": 1, "num": 1, "num_cpus": 1},
             },
         )
         del words

@@ -77,14 +77,34 @@ class WorkersConfig(Config):
         return max(int(self.num_cpus), 1)
 
 
-class AutoscalingWorkersConfig(WorkersConfig):
+class FittedWorkersConfig(Config):
+    """Processes that a job's work is shared out to; what is null is as the machine has it (see `raytower.workers`)."""
+
+    aliases: ClassVar = {"max": "num"}
+
+    num: int | None = Field(default=None, ge=1)
+    """How many there are; null is one for each GPU, and without GPUs one for each machine."""
+    num_cpus: float | None = Field(default=None, gt=0)
+    """CPUs of each, which computes with as many threads; null shares out those of its machine."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of each; null is 1 where there is one for each, and else 0."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a worker computes with, once num_cpus is known."""
+        return max(int(self.num_cpus or 1), 1)
+
+
+class AutoscalingWorkersConfig(FittedWorkersConfig):
     """Workers that come and go: never fewer than `min` where there are so many parts of work, never more than `num`."""
 
+    num: int | None = Field(default=None, ge=1)
+    """Most of them; null is one for each GPU, and without GPUs two for each machine."""
     min: int = Field(default=1, ge=1)
     """How many are kept where work is short."""
 
     def model_post_init(self, context: Any) -> None:
-        if self.min > self.num:
+        if self.num is not None and self.min > self.num:
             raise ValueError(
                 f"workers.min is {self.min}, more than workers.num {self.num}; lower min or raise num"
             )

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.utils import get_num_cpus
 from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
@@ -27,6 +28,7 @@ from raytower.errors import InputError, RaytowerError
 from raytower.progress import log
 from raytower.storage.errors import one_line
 from raytower.worker_output import OUTPUT
+from raytower.workers import Node
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
 SIGNALLED_S = 1.0
@@ -50,9 +52,9 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     is in the environment of this process and its children: a fresh one, unless RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
     or RAY_AUTH_MODE say otherwise. Its sockets and logs lie in a folder for this user alone, removed at exit; its
     processes get the environment without `secret_variables`, and its workers import nothing from the current
-    folder. Telemetry and the dashboard stay off. It asks for at least four logical CPUs: workers that hold every
-    logical CPU would leave none for the tasks that feed them. Of what workers write only the lines of `progress.log`
-    are shown, unless `show_workers`.
+    folder. Telemetry and the dashboard stay off. It asks for at least four logical CPUs, and for one more than
+    there are cores: workers that hold every logical CPU would leave none for the tasks that feed them. Of what workers
+    write only the lines of `progress.log` are shown, unless `show_workers`.
 
     Raises:
         InputError: RAY_AUTH_MODE was changed after Ray had read it, or no folder is short enough for Ray's sockets.
@@ -68,11 +70,46 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _take_worker_output(show_workers)
     with _sigterm_kept():
-        if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        if _joins_cluster():
             with _loopback_for_this_node() if _listens_on_loopback_only() else nullcontext():
                 _init(log_to_driver=True, runtime_env=_environment_in_cluster())
         else:
-            _start_local(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1, int(min_cpus + 0.999)), secret_variables)
+            _start_local(max(_MIN_LOGICAL_CPUS, _num_cores() + 1, int(min_cpus + 0.999)), secret_variables)
+
+
+def find_nodes() -> list[Node]:
+    """What the nodes of the cluster that a job joins have for workers now; without a cluster, what this machine has.
+
+    A CPU of each node is left to the tasks that feed workers, which a Ray of this machine has beside its cores.
+
+    Raises:
+        InputError, RaytowerError: as `ensure_ray`, which joins a cluster.
+    """
+    if _joins_cluster():
+        ensure_ray()
+    alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    nodes = [_node_of(node["Resources"]) for node in alive]
+    if _joins_cluster():
+        return [node for node in nodes if node.cpus > 0]
+    import torch
+
+    # Ray counts the GPUs of the machine, and PyTorch those that it was built for.
+    here = Node(cpus=_num_cores(), gpus=torch.cuda.device_count())
+    return [Node(cpus=min(here.cpus, node.cpus), gpus=min(here.gpus, node.gpus)) for node in nodes] or [here]
+
+
+def _node_of(resources: dict[str, float]) -> Node:
+    cpus = resources.get("CPU", 0.0)
+    return Node(cpus=cpus - 1 if cpus > 1 else cpus, gpus=resources.get("GPU", 0.0))
+
+
+def _num_cores() -> int:
+    """Those that this process may use, which in a container are fewer than the machine has."""
+    return max(int(get_num_cpus(override_docker_cpu_warning=True)), 1)
+
+
+def _joins_cluster() -> bool:
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
 def _init(**settings: Any) -> None:

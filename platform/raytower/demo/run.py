@@ -110,7 +110,7 @@ class _Demo:
         self.folder = folder
         self.model = config.model or find_demo_model()
         # A small sample is done before a second worker has started.
-        self.num_workers = 1 if config.sample == "small" else 2
+        self.encoding: dict[str, Any] = {"workers": {"num": 1}} if config.sample == "small" else {}
         self.dtype = fast_dtype(default_device())
         self.seconds: dict[str, float] = {}
         self.rows: dict[str, dict[str, Any]] = {}
@@ -182,7 +182,6 @@ class _Demo:
                         "max_length": _MAX_LENGTH,
                         "dtype": self.dtype,
                         "seed": self.config.seed,
-                        "workers": {"num": self.num_workers},
                         **_ENCODER_TRAINING,
                     },
                 )
@@ -201,7 +200,7 @@ class _Demo:
                         "output": str(self.folder / f"embeddings-{name}"),
                         "max_length": _MAX_LENGTH,
                         "dtype": self.dtype,
-                        "workers": {"min": self.num_workers, "num": self.num_workers},
+                        **self.encoding,
                     },
                 )
             )
@@ -278,7 +277,6 @@ class _Demo:
                         "max_length": _MAX_LENGTH,
                         "dtype": self.dtype,
                         "seed": self.config.seed,
-                        "workers": {"num": self.num_workers},
                         **_RERANKER_TRAINING,
                     },
                 )

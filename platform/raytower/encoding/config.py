@@ -44,7 +44,7 @@ class EncodeConfig(Config):
 
     def model_post_init(self, context: Any) -> None:
         check_compute(self.engine, self.dtype)
-        if self.engine == "onnx" and self.workers.num_gpus > 0:
+        if self.engine == "onnx" and self.workers.num_gpus:
             raise ValueError(
                 f"engine is onnx, which computes on CPUs, and workers.num_gpus is {self.workers.num_gpus:g}; "
                 "set workers.num_gpus to 0, or engine to torch"

@@ -27,7 +27,7 @@ import ray.data
 import torch
 from ray.exceptions import RayError
 
-from raytower.config import AutoscalingWorkersConfig, WorkersConfig
+from raytower.config import WorkersConfig
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
@@ -56,7 +56,7 @@ from raytower.models.onnx_export import graph_for
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.progress import log
-from raytower.runtime import ensure_ray
+from raytower.runtime import ensure_ray, find_nodes
 from raytower.storage import (
     Lease,
     Location,
@@ -65,6 +65,7 @@ from raytower.storage import (
     output_folder,
     writer_lease,
 )
+from raytower.workers import fit_workers
 
 JOB_NAME = "job.json"
 # Counts up when the same settings would give other vectors, ids or files.
@@ -78,13 +79,19 @@ _READING_THREADS = 8
 _TIMED = ("reading", "tokenising", "forward", "writing")
 _SAMPLE_PIECES = 4
 _SAMPLE_TEXTS = 256
+# Two workers of half the cores encode faster than one of all (benchmarks/README.md): they exchange no gradients.
+_WORKERS_PER_CPU_NODE = 2
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One run: what it encodes, with what, and where to. `pieces` are all of the corpus, one for each output file."""
+    """One run: what it encodes, with what, and where to. `pieces` are all of the corpus, one for each output file.
+
+    `config` has the numbers of `workers`.
+    """
 
     config: EncodeConfig
+    workers: WorkersConfig
     encoder: Encoder
     prefix: str
     survey: Survey
@@ -177,9 +184,13 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
         config = config.model_copy(update={"max_length": min(config.max_length, encoder.max_positions)})
     check_max_length(config.max_length, encoder.max_positions)
     prefix = config.prefix if config.prefix is not None else own_prefix(encoder, "document", config.encoder)
+    workers = fit_workers(
+        config.workers, find_nodes, per_cpu_node=_WORKERS_PER_CPU_NODE, use_gpus=config.engine == "torch"
+    )
+    config = config.model_copy(update={"workers": config.workers.model_copy(update=workers.model_dump())})
     rejected = Path(tempfile.mkdtemp(prefix="raytower-rejected-"))
     try:
-        survey, pieces, rows_per_file = _survey(config, Location.of(rejected))
+        survey, pieces, rows_per_file = _survey(config, workers, Location.of(rejected))
     except BaseException:
         with contextlib.suppress(OSError):  # holds the list that the error names
             rejected.rmdir()
@@ -189,12 +200,14 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
             f"column {column!r} passes through as {name!r}: the index keeps the name for itself or cannot store it"
         )
     try:
-        yield _Job(config, encoder, prefix, survey, pieces, rows_per_file)
+        yield _Job(config, workers, encoder, prefix, survey, pieces, rows_per_file)
     finally:
         shutil.rmtree(rejected, ignore_errors=True)
 
 
-def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Piece, ...], int]:
+def _survey(
+    config: EncodeConfig, workers: WorkersConfig, rejected: Location
+) -> tuple[Survey, tuple[Piece, ...], int]:
     refuse_output_inside(config.output, config.input.path)
 
     def read(rows: int, say: bool = True) -> Survey:
@@ -206,7 +219,7 @@ def _survey(config: EncodeConfig, rejected: Location) -> tuple[Survey, tuple[Pie
     rows = config.rows_per_file or _recorded_rows_per_file(Location.of(config.output))
     found = read(rows or _SURVEY_ROWS)
     if rows is None:
-        rows = choose_rows_per_file(found.num_rows, config.workers.num)
+        rows = choose_rows_per_file(found.num_rows, workers.num)
         # A small corpus is read again: small pieces from the start would cost a large one up to twice the time.
         found = found if rows >= _SURVEY_ROWS else read(rows, say=False)
     return found, join_pieces(found.pieces, rows), rows
@@ -341,9 +354,9 @@ def _run(job: _Job, missing: Sequence[Piece]) -> list[EncodedPiece]:
             dataset = items.map_batches(
                 PieceEncoder,
                 batch_size=1,
-                compute=_pool(config.workers, len(missing)),
-                num_cpus=config.workers.num_cpus,
-                num_gpus=config.workers.num_gpus or None,
+                compute=_pool(job.workers, config.workers.min, len(missing)),
+                num_cpus=job.workers.num_cpus,
+                num_gpus=job.workers.num_gpus or None,
                 fn_constructor_args=(
                     config.model_copy(update=paths), job.encoder.fingerprint, job.prefix, pieces, board
                 ),
@@ -353,12 +366,12 @@ def _run(job: _Job, missing: Sequence[Piece]) -> list[EncodedPiece]:
         raise RaytowerError(f"encoding failed: {error}") from error
 
 
-def _pool(workers: AutoscalingWorkersConfig, num_pieces: int) -> ray.data.ActorPoolStrategy:
+def _pool(workers: WorkersConfig, least: int, num_pieces: int) -> ray.data.ActorPoolStrategy:
     size = min(workers.num, num_pieces)
     in_flight = pieces_in_flight(workers)
     # Never a fixed pool: one that can hold every surviving CPU hangs after a node is lost.
     return ray.data.ActorPoolStrategy(
-        min_size=min(workers.min, size),
+        min_size=min(least, size),
         max_size=size,
         max_concurrent_calls_per_actor=in_flight,
         enable_true_multi_threading=in_flight > 1,
@@ -472,14 +485,14 @@ def _model_size(encoder: Encoder) -> ModelSize:
 
 def _worker_shape(job: _Job) -> WorkerShape:
     config = job.config
-    device = torch.device("cuda" if config.workers.num_gpus > 0 else "cpu")
+    device = torch.device("cuda" if job.workers.num_gpus > 0 else "cpu")
     return WorkerShape(
-        workers=config.workers.num,
+        workers=job.workers.num,
         engine=config.engine,
         dtype=config.dtype,
         tokens_per_batch=config.tokens_per_batch or default_tokens_per_batch(device),
         block_rows=default_block_rows(device),
         vector_bytes=np.dtype(config.embedding_dtype).itemsize,
         on_gpu=device.type == "cuda",
-        pieces_in_flight=pieces_in_flight(config.workers),
+        pieces_in_flight=pieces_in_flight(job.workers),
     )

@@ -158,7 +158,7 @@ def load_engine(config: EncodeConfig, fingerprint: str) -> ForwardEngine:
         encoder,
         engine=config.engine,
         dtype=config.dtype,
-        device="cuda" if config.workers.num_gpus > 0 else "cpu",
+        device="cuda" if config.workers.num_gpus else "cpu",
         tokens_per_batch=config.tokens_per_batch,
         max_length=config.max_length,
         directory=resolve_model(config.encoder),

@@ -124,7 +124,8 @@ def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> d
             if len(difference.gone):
                 table = table.without(difference.gone)
             # GPUs are for encoding.
-            workers = WorkersConfig(num=config.workers.num, num_cpus=config.workers.num_cpus)
+            given = config.workers.model_dump(include={"num", "num_cpus"}, exclude_none=True)
+            workers = WorkersConfig(**given)
             run = on_ray(workers) if came > 10 * TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})
             went = replaced + len(difference.gone)

@@ -86,6 +86,8 @@ _NEWER = {
     "guide": None,
     "more_negatives": None,
 }
+# What a null among `workers` was before the machine decided.
+_FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -462,6 +464,9 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
 
 def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
+    if isinstance(workers := values.get("workers"), dict):
+        given = {name: value for name, value in workers.items() if value is not None}
+        values = {**values, "workers": {**_FORMER_WORKERS, **given}}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):

@@ -133,14 +133,15 @@ class ServeConfig(HttpConfig, CollectionConfig):
     """Lets replicas come and go, in place of `replicas`; null keeps their number."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs of a replica."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of a replica; null is 1 where there is one for each replica and copy of the reranker, a part of one where
+    there are fewer, and else 0."""
     rerank_replicas: int = Field(default=1, ge=1)
     """Copies of the reranker; layout split."""
     rerank_num_cpus: float = Field(default=1, ge=0)
     """CPUs of a copy of the reranker; layout split."""
-    rerank_num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a copy of the reranker; layout split."""
+    rerank_num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of a copy of the reranker, as num_gpus of a replica; layout split."""
     shard_groups: int | None = Field(default=None, ge=1)
     """Groups that the shards are dealt out to; layout sharded; null is one for each shard that the largest index has
     at the start."""

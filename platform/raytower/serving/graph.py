@@ -26,6 +26,7 @@ from raytower import __version__
 from raytower.config import make_config
 from raytower.errors import InputError, RaytowerError
 from raytower.index.hits import Hits
+from raytower.runtime import find_nodes
 from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
 from raytower.serving.control import Conducting, Member, SwapRefusedError
@@ -33,7 +34,7 @@ from raytower.serving.door import REPLICA_HEADER, Message, Receive, Scope, Send,
 from raytower.serving.figures import Figures, FiguresBoard, counted_forwards, keep_reporting
 from raytower.serving.keys import StoredKey
 from raytower.serving.metrics import Metrics
-from raytower.serving.plan import check_start, group_name, num_shard_groups
+from raytower.serving.plan import check_start, group_name, num_shard_groups, with_gpus
 from raytower.serving.ports import keep_replica_local
 from raytower.serving.resolve import newest_version, resolve_settings
 
@@ -58,7 +59,7 @@ _SHUTDOWN_SPARE_S = 3.0
 
 def app_builder(args: dict[str, Any]) -> serve.Application:
     """The application of a config, for the `import_path` of a Serve config file. `args` are `ServeConfig`'s keys."""
-    config = make_config(ServeConfig, args, "args")
+    config = with_gpus(make_config(ServeConfig, args, "args"), find_nodes())
     return build_application(config, *check_start(config))
 
 
@@ -79,7 +80,7 @@ def build_application(
     bound = conductor.bind(origin, roles, settings)
     reranker = None
     if config.layout == "split":
-        cpus = {"num_cpus": config.rerank_num_cpus, "num_gpus": config.rerank_num_gpus}
+        cpus = {"num_cpus": config.rerank_num_cpus, "num_gpus": config.rerank_num_gpus or 0}
         deployment = _deployment(config, RERANKER, RerankerReplica).options(
             num_replicas=config.rerank_replicas,
             ray_actor_options=cpus,
@@ -97,7 +98,7 @@ def build_application(
         for number in range(num_groups)
     ]
     ingress = _deployment(config, INGRESS, serve.ingress(_ServedApp())(Ingress)).options(
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus or 0},
         max_ongoing_requests=config.max_ongoing_requests + _SERVE_HEADROOM,
         max_queued_requests=config.max_queued_requests,
         **_replicas(config),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from raytower.index.versions import open_manifest
+from raytower.progress import log
 from raytower.serving import observe
 from raytower.serving.conductor import Served
 from raytower.serving.config import ServeConfig
@@ -16,6 +17,7 @@ from raytower.serving.generation import Generation
 from raytower.serving.keys import StoredKey, keys_of
 from raytower.serving.listening import base_url, check_host, check_port
 from raytower.serving.resolve import absolute_places, resolve_all
+from raytower.workers import Node, gpu_share
 
 
 def check_start(config: ServeConfig) -> tuple[dict[str, Served], list[StoredKey]]:
@@ -47,7 +49,7 @@ def plan_serve(config: ServeConfig) -> dict[str, Any]:
         check_port(config.host, config.port)
     groups = num_shard_groups(config, active)
     sizes = {name: _index_bytes(item.generation) for name, item in active.items()}
-    replicas = config.autoscaling.max if config.autoscaling else config.replicas
+    replicas = _most_replicas(config)
     reranking = config.rerank_replicas if config.layout == "split" else 0
     total = sum(sizes.values())
     return {
@@ -100,9 +102,33 @@ def group_name(number: int) -> str:
 
 def needed_cpus(config: ServeConfig, num_groups: int) -> float:
     """Logical CPUs that all processes together ask Ray for."""
-    replicas = config.autoscaling.max if config.autoscaling else config.replicas
-    cpus = replicas * config.num_cpus + num_groups * config.shard_replicas * config.shard_num_cpus
+    cpus = _most_replicas(config) * config.num_cpus
+    cpus += num_groups * config.shard_replicas * config.shard_num_cpus
     return cpus + (config.rerank_replicas * config.rerank_num_cpus if config.layout == "split" else 0)
+
+
+def _most_replicas(config: ServeConfig) -> int:
+    return config.autoscaling.max if config.autoscaling else config.replicas
+
+
+def with_gpus(config: ServeConfig, nodes: Sequence[Node]) -> ServeConfig:
+    """`config` with the GPUs of each process that it leaves to the machines, and a line of log where they have any."""
+    processes = {"num_gpus": _most_replicas(config)}
+    if config.layout == "split":
+        processes["rerank_num_gpus"] = config.rerank_replicas
+    left = {name: number for name, number in processes.items() if getattr(config, name) is None}
+    gpus = sum(int(node.gpus) for node in nodes)
+    taken = sum((getattr(config, name) or 0) * number for name, number in processes.items())
+    is_torch = any(collection.engine != "onnx" for collection in config.served_collections().values())
+    free = max(int(gpus - taken), 0) if is_torch else 0
+    if not left or not free:
+        return config
+    share = gpu_share(sum(left.values()), free)
+    log(
+        f"{sum(left.values())} processes with models, each with {share:g} of {gpus} GPUs "
+        f"({', '.join(left)} say otherwise)"
+    )
+    return config.model_copy(update=dict.fromkeys(left, share))
 
 
 # --- for clusters that are told by a file ---------------------------------------------------------------------

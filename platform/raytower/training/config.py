@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raytower.config import Config, FractionField, OnError, WorkersConfig
+from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
 from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
     AnglE,
@@ -66,6 +66,7 @@ FREE_KEYS = frozenset(
         "checkpoint_every_steps",
         "keep_checkpoints",
         "max_failures",
+        "workers",
     }
 )
 
@@ -182,8 +183,8 @@ class TrainJobConfig(Config):
     """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of what is drawn by chance; the same one gives the same result."""
-    workers: WorkersConfig = WorkersConfig()
-    """`batch_size` is shared out evenly over them."""
+    workers: FittedWorkersConfig = FittedWorkersConfig()
+    """`batch_size` is shared out evenly over them: left to the machine there are no more than divide it."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
     them."""
@@ -203,12 +204,12 @@ class TrainJobConfig(Config):
     """Times that lost workers are replaced before the job fails; a job started again counts anew."""
 
     def model_post_init(self, context: Any) -> None:
-        if self.batch_size % self.workers.num:
+        if self.workers.num is not None and self.batch_size % self.workers.num:
             raise ValueError(
                 f"batch_size is {self.batch_size}, which {self.workers.num} workers cannot share evenly; "
                 "make it a multiple of workers.num"
             )
-        if self.workers.num_gpus not in (0, 1):
+        if self.workers.num_gpus not in (None, 0, 1):
             raise ValueError(
                 f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
                 "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "

@@ -15,8 +15,8 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
 
+from raytower.config import WorkersConfig
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.device import is_out_of_memory
 from raytower.progress import log
@@ -28,8 +28,9 @@ from raytower.training.config import TrainJobConfig
 from raytower.training.events import EventLog
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
-from raytower.training.step import NotANumberError, TrainingStep
+from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
+from raytower.training.word_gradients import WordGradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class TrainingPlan:
     task: Task[Any]
     stream: StreamPlan
     num_steps: int
-    num_threads: int
+    workers: WorkersConfig
     storage: Location
     """Where checkpoints and the output go; every worker must be able to write there."""
     log_dir: Location
@@ -71,14 +72,14 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     """
     plan: TrainingPlan = loop_config["plan"]
     context = ray.train.get_context()
-    torch.set_num_threads(plan.num_threads)
+    torch.set_num_threads(plan.workers.num_threads)
     try:
         if plan.failure_file.is_file():
             return dict(plan.failure_file.read_json())
         probe_storage(plan.storage, context.get_world_rank())
         return _Worker(plan).run()
     except Exception as error:
-        failure = lasting_failure(error, plan.config)
+        failure = lasting_failure(error, plan.config.batch_size // plan.workers.num)
         if failure is None:
             raise
         # All workers see the same mean loss and stop together. Any other failure may be one worker's, for which the
@@ -90,10 +91,14 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         return failure
 
 
-def lasting_failure(error: Exception, config: TrainJobConfig) -> dict[str, Any] | None:
+def lasting_failure(error: Exception, num_rows: int) -> dict[str, Any] | None:
     """What `train_worker` returns for an error that the same start would meet again, or None for any other.
 
     Lasting are the errors of raytower, but for storage that could not be reached, and memory that ran out.
+
+    Args:
+        error: what a worker met.
+        num_rows: of a batch, those of one worker.
     """
     cause = find_cause(error)
     if isinstance(cause, StorageError) and not isinstance(cause, StorageRefusedError):
@@ -101,9 +106,8 @@ def lasting_failure(error: Exception, config: TrainJobConfig) -> dict[str, Any] 
     if isinstance(cause, RaytowerError):
         return {"failure": str(cause), "is_input": isinstance(cause, InputError)}
     if is_out_of_memory(cause):
-        rows = config.batch_size // config.workers.num
         return {
-            "failure": f"a worker's share of a batch, {rows} rows, does not fit into its memory "
+            "failure": f"a worker's share of a batch, {num_rows} rows, does not fit into its memory "
             f"({one_line(error)}); lower batch_size (accumulate_batches makes up for it) or max_length, or set "
             "recompute to true",
             "is_input": False,
@@ -130,6 +134,7 @@ class _Worker:
             schedule = make_schedule(
                 optimizer, plan.num_steps, config.optimizer.warmup_ratio, config.optimizer.schedule
             )
+            words = WordGradients.of(self.model)
             self.step = TrainingStep(
                 self.model,
                 optimizer,
@@ -137,7 +142,8 @@ class _Worker:
                 dtype=getattr(torch, config.dtype),
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=config.seed,
-                parallel=_data_parallel(self.model) if self.world_size > 1 else None,
+                parallel=data_parallel(self.model, words) if self.world_size > 1 else None,
+                words=words,
             )
             if folder:
                 self.progress = Progress(**load_state(self.step, folder))
@@ -254,13 +260,6 @@ class _Worker:
     def _say(self, message: str) -> None:
         if self.rank == 0:
             log(message)
-
-
-def _data_parallel(model: nn.Module) -> nn.Module:
-    # Every worker keeps the same buffers (positions, token types), so they need not be sent before each forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
 
 
 def probe_storage(storage: Location, rank: int | None = None) -> None:

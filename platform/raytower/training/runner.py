@@ -13,12 +13,13 @@ import ray.train
 import ray.train.torch
 from torch import nn
 
+from raytower.config import WorkersConfig
 from raytower.data.pieces import Survey
 from raytower.errors import InputError, OtherOutputError, RaytowerError, find_cause
 from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME
 from raytower.progress import log
-from raytower.runtime import ensure_ray
+from raytower.runtime import ensure_ray, find_nodes
 from raytower.storage import Location, check_output, output_folder, publish_directory
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
@@ -29,6 +30,7 @@ from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
+from raytower.workers import fit_workers
 
 TaskT = TypeVar("TaskT", bound=Task[Any])
 
@@ -43,10 +45,12 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
         output_folder(config.output, INFO_NAME)
     surveyed = task_class.survey(config)
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
-    return _describe_plan(config, surveyed, task.build(None)), task
+    return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
 
 
-def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> dict[str, Any]:
+def _describe_plan(
+    config: TrainJobConfig, survey: Survey, model: nn.Module, workers: WorkersConfig
+) -> dict[str, Any]:
     """The figures of --dry-run: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker.
 
     `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
@@ -59,8 +63,8 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
         "steps": _count_steps(config, survey),
         "unused_rows": _count_unused(config, survey),
         "batches_per_step": config.accumulate_batches,
-        "rows_per_worker_and_batch": config.batch_size // config.workers.num,
-        "workers": config.workers.num,
+        "rows_per_worker_and_batch": config.batch_size // workers.num,
+        "workers": workers.num,
         "trainable_parameters": sum(size // 4 for size, trains in sizes if trains),
         "predicted_state_bytes_per_worker": sum(size * (4 if trains else 1) for size, trains in sizes),
         "output": config.output,
@@ -70,11 +74,11 @@ def _describe_plan(config: TrainJobConfig, survey: Survey, model: nn.Module) -> 
 def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     """All that decides the result: the config, the content of every file it reads, and the model it starts from.
 
-    Two runs with the same identity give the same output.
+    Two runs with the same identity give the same output; with other numbers of workers, but for rounding and for what
+    dropout draws. So a run goes on with as many as there is room for now.
     """
-    values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from", "workers"})
+    values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from"})
     values["start"] = config.start
-    values["workers.num"] = config.workers.num
     dev = config.dev
     paths = {
         "train": config.train.path,
@@ -118,7 +122,8 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         log(f"{config.output} is half published; publishing again")
         output.delete()
         return None
-    made_by = info.get("run", {})
+    # Earlier versions took another number of workers for another run.
+    made_by = {key: value for key, value in info.get("run", {}).items() if key != "workers.num"}
     if made_by == identity:
         return dict(info["figures"])
     other = sorted(key for key in {*made_by, *identity} if made_by.get(key) != identity.get(key))
@@ -155,12 +160,13 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         return done
     probe_storage(output.parent)
     _name_other_runs(output, run_folder)
+    workers = _workers(config)
     plan = _make_plan(
-        config, survey, task_class.prepare(config, survey), failure_file=run_folder / "failure.json"
+        config, survey, task_class.prepare(config, survey), workers, run_folder / "failure.json"
     )
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
-    ensure_ray(min_cpus=config.workers.num * config.workers.num_cpus + 1)
-    _compare_with_cluster(config)
+    ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
+    _compare_with_cluster(workers)
     result = _run_trainer(plan, run_folder.name)
     outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     if "failure" in outcome:
@@ -188,6 +194,10 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     return figures
 
 
+def _workers(config: TrainJobConfig) -> WorkersConfig:
+    return fit_workers(config.workers, find_nodes, share=config.batch_size)
+
+
 def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
     """Rows that fill no step, which is said: of few rows they may be half."""
     batch_rows = config.batch_size * config.accumulate_batches
@@ -201,7 +211,7 @@ def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
 
 
 def _make_plan(
-    config: TrainJobConfig, survey: Survey, task: Task[Any], failure_file: Location
+    config: TrainJobConfig, survey: Survey, task: Task[Any], workers: WorkersConfig, failure_file: Location
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
     _count_unused(config, survey)
@@ -220,7 +230,7 @@ def _make_plan(
         task=task,
         stream=stream,
         num_steps=num_steps,
-        num_threads=config.workers.num_threads,
+        workers=workers,
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
         failure_file=failure_file,
@@ -264,7 +274,7 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
         checkpoint_score_attribute=dev.metric if dev else None,
         checkpoint_score_order="max",
     )
-    workers = config.workers
+    workers = plan.workers
     resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
     trainer = ray.train.torch.TorchTrainer(
         train_worker,  # type: ignore[arg-type] # Ray's stub knows no return value
@@ -320,12 +330,12 @@ def _name_other_runs(output: Location, own: Location) -> None:
             )
 
 
-def _compare_with_cluster(config: TrainJobConfig) -> None:
+def _compare_with_cluster(workers: WorkersConfig) -> None:
     """Warn if the cluster has no room for the workers and their readers: Ray waits for nodes that may never come."""
     there = ray.cluster_resources()
     # At least one reader must fit beside the workers, or no row would ever be read.
-    cpus = config.workers.num * config.workers.num_cpus + CPUS_PER_READER
-    gpus = config.workers.num * config.workers.num_gpus
+    cpus = workers.num * workers.num_cpus + CPUS_PER_READER
+    gpus = workers.num * workers.num_gpus
     if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
         log(
             f"the job needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {there.get('CPU', 0):g} and "

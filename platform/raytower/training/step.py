@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from raytower.collectives import gather_constants, rank
 from raytower.errors import RaytowerError
 from raytower.objectives.gradient_cache import backward_cached
+from raytower.training.word_gradients import WordGradients
 
 BatchT = TypeVar("BatchT")
 ChunkT = TypeVar("ChunkT")
@@ -46,10 +47,14 @@ class TrainingStep:
         max_grad_norm: float = 1.0,
         seed: int = 0,
         parallel: nn.Module | None = None,
+        words: WordGradients | None = None,
     ) -> None:
-        """`parallel` is the model wrapped for data parallelism, where there is more than one worker."""
+        """`parallel` is the model wrapped for data parallelism, where there is more than one worker; see
+        `data_parallel`. `words` collects the gradient of the model's word embeddings, which else autograd does.
+        """
         self.model = model
         self.parallel = parallel or model
+        self.words = words
         self.optimizer = optimizer
         self.schedule = schedule
         self.device = next(model.parameters()).device
@@ -81,6 +86,8 @@ class TrainingStep:
         """
         torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
         self.optimizer.zero_grad(set_to_none=True)
+        if self.words is not None:
+            self.words.begin()
         self._num_batches = len(batches)
         self._observed = {}
         losses = []
@@ -95,8 +102,12 @@ class TrainingStep:
         for place, loss in enumerate(batch_losses):
             if not math.isfinite(loss):
                 self._refuse(f"the loss is {loss}", place)
+        if self.words is not None:
+            self.words.finish()
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        if self.words is not None and not math.isfinite(norm):
+            self.words.drop()
         # An overflow in float16 lowers the loss scale and passes. If a scale below 1 does not help, it is no overflow.
         is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(norm) and not is_overflow:
@@ -122,7 +133,7 @@ class TrainingStep:
 
     def propagate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         """Compute a batch's loss with a graph and add its gradient; returns the loss, a scalar."""
-        with self._exchange(self._is_last_batch):
+        with self._exchange(self._is_last_batch), self._collecting():
             loss = compute_loss()
             self._backward(loss)
         return loss
@@ -143,7 +154,7 @@ class TrainingStep:
             self._backward(loss)
             return loss
 
-        with self._exchange(self._is_last_batch):
+        with self._exchange(self._is_last_batch), self._collecting():
             return backward_cached(
                 embed, chunks, backward_loss, device=self.device, no_sync=lambda: self._exchange(False)
             )
@@ -151,8 +162,24 @@ class TrainingStep:
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss / self._num_batches).backward()
 
+    def _collecting(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.words is None else self.words.collecting()
+
     def _exchange(self, wanted: bool) -> AbstractContextManager[Any]:
         """Whether backward passes inside average gradients over the workers."""
         if wanted or not isinstance(self.parallel, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return cast(AbstractContextManager[Any], self.parallel.no_sync())
+
+
+def data_parallel(model: nn.Module, words: WordGradients | None) -> nn.Module:
+    """The model as several workers train it: a backward pass averages over them what `words` does not collect."""
+    if words is not None:
+        # torch has this for its own wrappers alone; without it every worker would wait for gradients of the table.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, words.names(model)
+        )
+    # Every worker keeps the same buffers (positions, token types), so they need not be sent before each forward pass.
+    return nn.parallel.DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )

@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 
 from raytower.data.config import InputConfig
 from raytower.data.pieces import read_piece, survey
+from raytower.encoding import job as job_module
 from raytower.encoding.config import EncodeConfig
 from raytower.encoding.job import encode, plan
 from raytower.encoding.manifest import EmbeddingsManifest
@@ -43,6 +44,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.token_block import TokenBlock
 from raytower.storage import Location
+from raytower.workers import Node
 from tests.support.encoding_here import encode_config, encode_here, no_ray, read_folder, write_corpus
 from tests.support.tiny_models import build_tiny_encoder
 
@@ -107,6 +109,21 @@ class TestPlan:
         # 16 texts of each of 4 of the 7 files are tokenised.
         assert made["estimated_tokens"] == pytest.approx(100 * 32, rel=0.2)
         assert not (tmp_path / "out").exists()
+
+    def test_a_machine_with_gpus_encodes_on_them(
+        self, dummy_encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It encoded on two of its cores, beside idle GPUs, and said nothing."""
+        monkeypatch.setattr(job_module, "find_nodes", lambda: [Node(cpus=32, gpus=4)])
+        write_corpus(tmp_path / "corpus.jsonl", 100)
+        values = (dummy_encoder_dir, tmp_path / "corpus.jsonl", tmp_path / "out")
+        made = plan(encode_config(*values, workers={}))
+        assert (made["workers"], made["tokens_per_batch"]) == (4, 65_536)
+        assert made["predicted_device_bytes_per_worker"] > 0
+        onnx = plan(encode_config(*values, workers={}, engine="onnx"))
+        assert (onnx["workers"], onnx["predicted_device_bytes_per_worker"]) == (2, 0)
+        monkeypatch.setattr(job_module, "find_nodes", lambda: [Node(cpus=2)])
+        assert plan(encode_config(*values, workers={}))["workers"] == 2
 
     def test_a_column_of_old_vectors_passes_under_another_name(
         self, dummy_encoder_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

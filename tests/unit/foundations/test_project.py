@@ -29,7 +29,7 @@ PACKAGE = ROOT / "platform" / "raytower"
 FLOORS = [
     {"__init__", "config_words", "errors", "escapes"},
     {"collectives", "config", "ending", "metrics", "progress", "storage"},
-    {"worker_output"},
+    {"worker_output", "workers"},
     {"runtime"},
     {"data"},
     {"models"},
@@ -55,6 +55,7 @@ RAY_FREE = [
     "config",
     "config_words",
     "storage",
+    "workers",
     "metrics",
     "progress",
     {"commands", "examples"},

@@ -175,7 +175,10 @@ def weights(folder: str = "runs/encoder") -> bytes:
 
 def test_keys_that_change_no_result_run_nothing(work: Work) -> None:
     work.run()
-    free = {"train-retriever": {"log_every_steps": 1}, "encode": {"workers": {"num": 3}}}
+    free = {
+        "train-retriever": {"log_every_steps": 1, "workers": {"num": 4}},
+        "encode": {"workers": {"num": 3}},
+    }
     assert work.run(**free) == []
     assert work.run(**{"train-retriever": {"epochs": 1}}) == [], "the default, written down"
 

@@ -23,8 +23,9 @@ from raytower.models.encoder import Encoder
 from raytower.models.fusion import Fusion
 from raytower.serving.config import ServeConfig
 from raytower.serving.opening import checked_manifest
-from raytower.serving.plan import plan_serve, render_serve_file, serve_file
+from raytower.serving.plan import plan_serve, render_serve_file, serve_file, with_gpus
 from raytower.serving.resolve import absolute_places, generation_of, resolve_all, resolve_settings
+from raytower.workers import Node
 from tests.support.served_index import write_version
 from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker
 
@@ -151,6 +152,30 @@ def test_the_plan_says_what_would_run(index_dir: Path) -> None:
     assert sharded["index_bytes_per_process"] == size // 2
     split = plan_serve(config(index_dir, layout="split", rerank_replicas=2, rerank_num_cpus=3))
     assert (split["processes"], split["cpus"]) == (1 + 1 + 2, 1 + 2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "values", "expected"),
+    [
+        (0, {}, (None, None)),
+        (1, {}, (1, None)),
+        (8, {"replicas": 2}, (1, None)),
+        (1, {"replicas": 2}, (0.5, None)),
+        (1, {"layout": "split"}, (0.5, 0.5)),
+        (2, {"layout": "split"}, (1, 1)),
+        (3, {"layout": "split", "autoscaling": {"min": 1, "max": 2}}, (1, 1)),
+        (2, {"layout": "split", "num_gpus": 0}, (0, 1)),
+        (2, {"layout": "split", "num_gpus": 1.5}, (1.5, None)),
+        (1, {"num_gpus": 0}, (0, None)),
+        (4, {"engine": "onnx"}, (None, None)),
+    ],
+)
+def test_replicas_hold_the_gpus_of_the_machine(
+    index_dir: Path, gpus: int, values: dict[str, Any], expected: tuple[float | None, float | None]
+) -> None:
+    """They held none, and computed on CPUs or on a GPU that Ray gave to others as well."""
+    found = with_gpus(config(index_dir, **values), [Node(cpus=16, gpus=gpus)])
+    assert (found.num_gpus, found.rerank_num_gpus) == expected
 
 
 def test_a_serve_config_file_holds_what_was_given(index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

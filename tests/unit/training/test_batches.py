@@ -20,11 +20,13 @@ from pyarrow import fs as pafs
 from torch import nn
 from transformers import BertForSequenceClassification
 
+from raytower.config import WorkersConfig
 from raytower.data.config import InputConfig
 from raytower.data.pieces import survey
 from raytower.errors import InputError
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
+from raytower.training import runner
 from raytower.training.batches import count_steps, cut_batches, join_windows, skip_rows, worker_slice
 from raytower.training.config import (
     OptimizerConfig,
@@ -35,6 +37,7 @@ from raytower.training.optimizer import load_optimizer, make_optimizer, make_sch
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
 from raytower.training.runner import finished_run, run_identity, run_key
 from raytower.training.windows import Window, draw_documents, plan_windows, read_window, windows_from
+from raytower.workers import Node
 from tests.support.tiny_models import build_tiny_encoder, tiny_config
 from tests.support.tiny_training import (
     retriever_config,
@@ -393,7 +396,24 @@ class TestIdentity:
         plain = self.identity(retriever_config(still_encoder, pairs, tmp_path / "out"))
         free = {"checkpoint_every_steps": 1, "log_every_steps": 1, "max_failures": 0, "keep_checkpoints": 5}
         assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "other", **free)) == plain
+        for workers in ({}, {"num": 4}, {"num": 2, "num_gpus": 1}):
+            assert (
+                self.identity(retriever_config(still_encoder, pairs, tmp_path / "out", workers=workers))
+                == plain
+            )
         assert self.identity(retriever_config(still_encoder, pairs, tmp_path / "out", seed=1)) != plain
+
+    def test_an_output_of_before_stays_finished_with_another_number_of_workers(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
+        """Their number was a part of the identity, and the default was 2."""
+        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+        config = retriever_config(still_encoder, pairs, tmp_path / "out")
+        identity = self.identity(config)
+        (tmp_path / "out").mkdir()
+        info = {"run": {**identity, "workers.num": 2}, "figures": {"steps": 3}}
+        (tmp_path / "out" / "raytower.json").write_text(json.dumps(info), encoding="utf-8")
+        assert finished_run(config, identity) == {"steps": 3}
 
     def test_an_output_that_is_half_published_elsewhere_is_published_again(
         self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -424,6 +444,18 @@ def test_dry_run_plans_without_ray(still_encoder: Path, tmp_path: Path) -> None:
     # Weights, gradient and two moments of what trains, four bytes each; the pooler is only held.
     assert plan["predicted_state_bytes_per_worker"] == 16 * (whole - pooler) + 4 * pooler
     assert plan["trainable_parameters"] == whole - pooler
+
+
+def test_a_machine_with_gpus_trains_on_all_that_share_a_batch(
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trained on two of its cores, beside idle GPUs."""
+    monkeypatch.setattr(runner, "find_nodes", lambda: [Node(cpus=48, gpus=6)])
+    pairs = write_pairs(tmp_path / "pairs.tsv", 40)
+    config = retriever_config(still_encoder, pairs, tmp_path / "out", workers={})
+    assert runner._workers(config) == WorkersConfig(num=4, num_cpus=12, num_gpus=1)
+    assert plan_train_retriever(config)["workers"] == 4
+    assert plan_train_retriever(config)["rows_per_worker_and_batch"] == 2
 
 
 def test_a_batch_that_workers_cannot_share_is_refused(still_encoder: Path, tmp_path: Path) -> None:

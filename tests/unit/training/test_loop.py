@@ -12,7 +12,7 @@ import pytest
 import ray.train
 import torch
 
-from raytower.config import make_config
+from raytower.config import WorkersConfig, make_config
 from raytower.errors import InputError
 from raytower.models.text_classifier import TextClassifier
 from raytower.storage import Location
@@ -48,7 +48,8 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     config = make_config(TrainClassifierConfig, values)
     surveyed = ClassifierTask.survey(config)
     failure_file = Location.of(tmp_path / "failure.json")
-    plan = _make_plan(config, surveyed, ClassifierTask.prepare(config, surveyed), failure_file)
+    task = ClassifierTask.prepare(config, surveyed)
+    plan = _make_plan(config, surveyed, task, WorkersConfig(num=1), failure_file)
     reported: list[tuple[Any, dict[str, Any]]] = []
 
     def report(metrics: dict[str, Any], checkpoint: Any) -> None:

@@ -27,7 +27,8 @@ from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, 
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.retriever import RetrieverTask
-from raytower.training.step import NotANumberError, TrainingStep
+from raytower.training.step import NotANumberError, TrainingStep, data_parallel
+from raytower.training.word_gradients import WordGradients
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tiny_training import batches_of, write_pairs
@@ -48,7 +49,9 @@ class Job:
     def build(self, start_from: Path | None = None) -> nn.Module:
         return self.task.build(start_from).train()
 
-    def make_step(self, model: nn.Module, parallel: nn.Module | None = None) -> TrainingStep:
+    def make_step(self, model: nn.Module, is_parallel: bool = False) -> TrainingStep:
+        """As raytower.training.loop makes it; that module needs Ray."""
+        words = WordGradients.of(model)
         settings = self.config.optimizer
         optimizer = make_optimizer(model, settings)
         return TrainingStep(
@@ -58,7 +61,8 @@ class Job:
             dtype=getattr(torch, self.config.dtype),
             max_grad_norm=settings.max_grad_norm,
             seed=self.config.seed,
-            parallel=parallel,
+            parallel=data_parallel(model, words) if is_parallel else None,
+            words=words,
         )
 
     def run(self, step: TrainingStep, first: int, end: int) -> list[float]:
@@ -143,21 +147,12 @@ def _worker(rank: int, jobs: dict[str, Job], folder: Path) -> None:
     end_worker()
 
 
-def _data_parallel(job: Job) -> TrainingStep:
-    """As raytower.training.loop wraps the model; that module needs Ray."""
-    model = job.build()
-    parallel = nn.parallel.DistributedDataParallel(
-        model, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
-    return job.make_step(model, parallel)
-
-
 def _shares(batches: list[Rows], rank: int) -> list[Rows]:
     return [worker_slice(rows, rank, 2) for rows in batches]
 
 
 def _run_share(job: Job, rank: int) -> dict[str, Any]:
-    step = _data_parallel(job)
+    step = job.make_step(job.build(), is_parallel=True)
     losses = [
         step.run(number, _shares(batches, rank), job.task.backward)
         for number, batches in enumerate(job.steps)
@@ -169,7 +164,7 @@ def _run_into_nan(
     job: Job, rank: int, spoil: Callable[[Job, TrainingStep, list[Rows]], Backward]
 ) -> dict[str, Any]:
     """What each worker sees where something of the last worker alone is no number."""
-    step, batches = _data_parallel(job), _shares(job.steps[0], rank)
+    step, batches = job.make_step(job.build(), is_parallel=True), _shares(job.steps[0], rank)
     before = weights_of(step.model)
     backward = spoil(job, step, batches) if rank == 1 else job.task.backward
     try:

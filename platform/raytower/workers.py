@@ -1,0 +1,113 @@
+"""How many workers a job has, and what each of them holds, where its config leaves that to the machine.
+
+One worker a GPU where there are GPUs: each computes alone, and none lies idle. Without GPUs one worker a machine: its
+threads share one copy of the model, which two workers of half the cores would hold twice, and average at each step of a
+training. Numbers that a config gives are taken as they are. Pure; `runtime.find_nodes` says what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raytower.config import FittedWorkersConfig, WorkersConfig
+from raytower.errors import InputError
+from raytower.progress import log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What a machine has for workers."""
+
+    cpus: float
+    gpus: float = 0
+
+
+def fit_workers(
+    asked: FittedWorkersConfig,
+    find_nodes: Callable[[], Sequence[Node]],
+    *,
+    per_cpu_node: int = 1,
+    share: int | None = None,
+    use_gpus: bool = True,
+) -> WorkersConfig:
+    """The workers of a job, with one line of log where the machine decided any of it.
+
+    Args:
+        asked: the job's config; null is as the machine has it.
+        find_nodes: called where anything is null.
+        per_cpu_node: workers of a machine where none computes on a GPU.
+        share: what workers share evenly, such as the rows of a batch; as many workers as divide it. None: nothing.
+        use_gpus: whether the job can compute on GPUs.
+
+    Raises:
+        InputError: there is no machine now that could decide how many.
+    """
+    if asked.num is not None and asked.num_cpus is not None and asked.num_gpus is not None:
+        return WorkersConfig(num=asked.num, num_cpus=asked.num_cpus, num_gpus=asked.num_gpus)
+    nodes = find_nodes()
+    fitted = plan_workers(asked, nodes, per_cpu_node=per_cpu_node, share=share, use_gpus=use_gpus)
+    there = f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs"
+    log(
+        f"workers: {fitted.num}, each with {fitted.num_cpus:g} CPUs and {fitted.num_gpus:g} GPUs, of {there} on "
+        f"{len(nodes)} machine{'' if len(nodes) == 1 else 's'} (workers.num, num_cpus and num_gpus say otherwise)"
+    )
+    return fitted
+
+
+def plan_workers(
+    asked: FittedWorkersConfig,
+    nodes: Sequence[Node],
+    *,
+    per_cpu_node: int = 1,
+    share: int | None = None,
+    use_gpus: bool = True,
+) -> WorkersConfig:
+    """As `fit_workers`, of what the machines have.
+
+    Eight GPUs and 96 CPUs on one node: eight workers of one GPU and 12 CPUs. Three nodes of 16 CPUs: three of 16.
+
+    Of a cluster whose nodes come with demand there may be none now: then num must be given, and null is 1 CPU
+    and no GPU.
+
+    Raises:
+        InputError: num is null, and no node has CPUs.
+    """
+    nodes = [node for node in nodes if node.cpus > 0]
+    if not nodes and asked.num is None:
+        raise InputError(
+            "workers.num is null, and the cluster has no node with CPUs now that could decide; where nodes come with "
+            "demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
+        )
+    if not nodes:
+        return WorkersConfig(num=asked.num or 1, num_cpus=asked.num_cpus or 1, num_gpus=asked.num_gpus or 0)
+    num_gpus = asked.num_gpus
+    if num_gpus is None:
+        all_gpus = sum(int(node.gpus) for node in nodes)
+        num_gpus = 1.0 if use_gpus and all_gpus >= (asked.num or 1) else 0.0
+    usable = [node for node in nodes if num_gpus and node.gpus >= num_gpus] or nodes
+
+    def places(node: Node) -> int:
+        """Workers that one node takes."""
+        if num_gpus and node.gpus >= num_gpus:
+            return int(node.gpus / num_gpus)
+        return max(min(per_cpu_node, int(node.cpus)), 1)
+
+    most = sum(places(node) for node in usable)
+    num = asked.num or (most if share is None else _largest_divisor(share, most))
+    # Of more workers than there are places a node takes its part.
+    crowd = -(-num // len(usable)) if num > most else 1
+    cpus = min(node.cpus / min(max(places(node), crowd), num) for node in usable)
+    # Threads are whole; of more workers than CPUs each holds a part of one.
+    num_cpus = float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100
+    return WorkersConfig(num=num, num_cpus=asked.num_cpus or max(num_cpus, 0.01), num_gpus=num_gpus)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)
+
+
+def gpu_share(num_processes: int, gpus: int) -> float:
+    """GPUs of each of several processes that serve models: one, or a part where there are fewer than processes."""
+    # Rounded down, so that all find room.
+    return 1.0 if gpus >= num_processes else gpus * 100 // num_processes / 100
