@@ -302,7 +302,7 @@ def message(**values: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another module": (add_module("x.Dense"), r"modules\.json' has the modules .*Dense"),
+    "another module": (add_module("sentence_transformers.models.Dense"), r"modules\.json' has the modules .*Dense"),
     "model type": (model(model_type="SentenceTransformer"), "names the module LogitScore.*set it to CrossEncoder"),
     "default prompt": (model(default_prompt_name="none"), "default_prompt_name 'none', which is none of its prompts"),
     "prompts": (model(prompts=["a"]), "must be an object of names and texts"),

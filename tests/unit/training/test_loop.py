@@ -145,7 +145,8 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
     curves = []
     for checkpoint in (lambda: None, lambda: reported[0]):
         monkeypatch.setattr(ray.train, "get_checkpoint", checkpoint)
-        plan = _make_plan(config, surveyed, RetrieverTask.prepare(config, surveyed), failure_file)
+        task = RetrieverTask.prepare(config, surveyed)
+        plan = _make_plan(config, surveyed, task, WorkersConfig(num=1), failure_file)
         curves.append(train_worker({"plan": plan})["curve"])
     assert [row["step"] for row in curves[0]] == [1, 2, 3, 4]
     assert curves[0][0]["loss"] > curves[0][3]["loss"] + 0.05
