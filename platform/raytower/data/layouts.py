@@ -54,6 +54,8 @@ _VERDICTS = {
     "duplicate", "duplicates", "paraphrase", "match", "matches", "verdict", "entailment", "judgement", "judgment",
     "标签", "分数", "得分", "相似度", "相关性", "相关度",
 }  # fmt: skip
+# Names of a second text beside `text`, which then is one side of a pair.
+_SECOND_TEXTS = {"sentence2", "sentence_2", "sentence_b", "similar_text", "text2", "text_2", "text_b"}
 _NEGATIVES = {"neg", "negs", "negative", "negatives"}
 _MIN_REPEATED_LINES = 8
 _MIN_TEXT_CHARACTERS = 4
@@ -239,6 +241,11 @@ def refuse_other_kind(place: str, kind: RecordKind, unread: Iterable[str]) -> No
             raise InputError(
                 f"{place}: the file has {column!r}, so its rows are scored and not pairs (every row would count as "
                 f"a match); read it as scored, with that column named label, or take the column out if it is no verdict"
+            )
+        if kind == "labelled" and column.lower() in _SECOND_TEXTS:
+            raise InputError(
+                f"{place}: the file has {column!r} beside text and label, so its rows are pairs with a score and not "
+                "labelled texts; name the two texts query and document and read it as scored, or take the column out"
             )
         if kind in ("pairs", "triples") and words & _NEGATIVES:
             raise InputError(

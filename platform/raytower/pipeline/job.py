@@ -465,8 +465,14 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
 def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
     if isinstance(workers := values.get("workers"), dict):
-        given = {name: value for name, value in workers.items() if value is not None}
-        values = {**values, "workers": {**_FORMER_WORKERS, **given}}
+        # `num` had the name `max` where workers come and go.
+        values = {
+            **values,
+            "workers": {
+                name: _FORMER_WORKERS.get("num" if name == "max" else name) if value is None else value
+                for name, value in workers.items()
+            },
+        }
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):

@@ -30,8 +30,10 @@ def choose_keys(hashes_N: Hashes, strata_N: NDArray[np.int64], share: float) -> 
         share: between 0 and 1.
     """
     chosen = []
-    for stratum in np.unique(strata_N):
-        keys, counts = np.unique(hashes_N[strata_N == stratum], return_counts=True)
+    order_N = np.argsort(strata_N, kind="stable")
+    bounds = np.flatnonzero(np.diff(strata_N[order_N])) + 1
+    for rows in np.split(order_N, bounds):
+        keys, counts = np.unique(hashes_N[rows], return_counts=True)
         rows_taken = np.concatenate([[0], np.cumsum(counts)])
         number = int(np.abs(rows_taken - share * rows_taken[-1]).argmin())
         chosen.append(keys[:number])
@@ -58,8 +60,8 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
         else:
             strata.append(np.zeros(table.num_rows, dtype=np.int64))
     all_hashes = np.concatenate(hashes)
-    chosen = choose_keys(all_hashes, np.concatenate(strata), share)
-    num_dev = int(np.isin(all_hashes, chosen).sum())
+    chosen = np.unique(choose_keys(all_hashes, np.concatenate(strata), share))
+    num_dev = int(_are_among(all_hashes, chosen).sum())
     if not 0 < num_dev < surveyed.num_rows:
         side = "dev" if num_dev == 0 else "training"
         raise InputError(
@@ -69,7 +71,7 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
         )
     trained, set_aside, first_row = [], [], 0
     for piece, own in zip(surveyed.pieces, hashes, strict=True):
-        is_dev = np.isin(own, chosen)
+        is_dev = _are_among(own, chosen)
         if is_dev.any():
             set_aside.append(_pick(piece, is_dev))
         if not is_dev.all():
@@ -79,6 +81,14 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
     return dataclasses.replace(
         surveyed, pieces=tuple(trained), num_rows=first_row, set_aside=tuple(set_aside)
     )
+
+
+def _are_among(hashes_N: Hashes, sorted_C: Hashes) -> NDArray[np.bool_]:
+    """(N,) which hashes are among the sorted ones; `np.isin` would sort these again for every piece."""
+    if not len(sorted_C):
+        return np.zeros(len(hashes_N), dtype=bool)
+    places_N = np.searchsorted(sorted_C, hashes_N).clip(max=len(sorted_C) - 1)
+    return sorted_C[places_N] == hashes_N
 
 
 def _pick(piece: Piece, is_read: NDArray[np.bool_]) -> Piece:

@@ -221,7 +221,14 @@ class _Worker:
         self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {best})")
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
-        self._report({**metrics, dev.metric: value if math.isfinite(value) else float("-inf")})
+        self._report({**metrics, dev.metric: self._rank_of(value)})
+
+    def _rank_of(self, value: float) -> float:
+        """What a checkpoint is kept by: of equal values the first is the best, however many are kept."""
+        if not math.isfinite(value):
+            return float("-inf")
+        is_tie = value == self.progress.best and self.progress.step != self.progress.best_step
+        return math.nextafter(value, float("-inf")) if is_tie else value
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""

@@ -125,6 +125,12 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     # Earlier versions took another number of workers for another run.
     made_by = {key: value for key, value in info.get("run", {}).items() if key != "workers.num"}
     if made_by == identity:
+        if not any(
+            (output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
+        ):
+            raise InputError(
+                f"output {config.output!r} has lost its weights; remove it, and run the job again"
+            )
         return dict(info["figures"])
     other = sorted(key for key in {*made_by, *identity} if made_by.get(key) != identity.get(key))
     error = OtherOutputError if made_by else InputError

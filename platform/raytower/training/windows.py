@@ -45,17 +45,17 @@ def plan_windows(piece_rows: Sequence[int], *, seed: int, window_rows: int) -> I
     """
     epoch, first_row = 0, 0
     while True:
-        number = 0
+        number = num_rows = 0
         gathered: list[int] = []
         order = np.random.default_rng([seed, epoch]).permutation(len(piece_rows)).tolist()
         for place, piece in enumerate(order):
             gathered.append(piece)
-            num_rows = sum(piece_rows[index] for index in gathered)
+            num_rows += piece_rows[piece]
             if num_rows >= window_rows or place == len(order) - 1:
                 yield Window(epoch, number, tuple(gathered), first_row, num_rows)
                 first_row += num_rows
                 number += 1
-                gathered = []
+                gathered, num_rows = [], 0
         epoch += 1
 
 

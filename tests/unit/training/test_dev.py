@@ -21,7 +21,7 @@ from raytower.training.config import (
     TrainRerankerConfig,
     TrainRetrieverConfig,
 )
-from raytower.training.dev_split import choose_keys, set_dev_aside
+from raytower.training.dev_split import _are_among, choose_keys, set_dev_aside
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
 from tests.support.tiny_training import (
@@ -66,6 +66,17 @@ def test_each_label_gives_the_rows_nearest_to_its_share() -> None:
     assert choose_keys(hashes, strata, 0.2).tolist() == [0, 1]
     # 0.5 × 4 rows of label 1: 3 rows are as near as none are; fewer are taken.
     assert choose_keys(hashes, strata, 0.51).tolist() == [0, 1, 2, 3, 4, 20, 30]
+
+
+def test_keys_are_found_among_sorted_ones() -> None:
+    hashes = np.array([3, 0, 9, 5, 2**64 - 1], dtype=np.uint64)
+    chosen = np.array([0, 5, 7], dtype=np.uint64)
+    assert (
+        _are_among(hashes, chosen).tolist()
+        == np.isin(hashes, chosen).tolist()
+        == [False, True, False, True, False]
+    )
+    assert _are_among(hashes, chosen[:0]).tolist() == [False] * 5
 
 
 def split(path: Path, kind: Any, share: float, seed: int = 0) -> tuple[list[Any], list[Any], Survey]:

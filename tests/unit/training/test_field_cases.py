@@ -52,6 +52,16 @@ def test_columns_that_train_nothing_are_named(tmp_path: Path, capfd: pytest.Capt
     assert "'weight'" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("second", ["sentence2", "similar_text"])
+def test_pairs_with_a_score_are_no_labelled_texts(tmp_path: Path, second: str) -> None:
+    """Read as labelled, the scores would be classes and the second texts nothing."""
+    rows = [{"text": f"question {i}", second: f"answer {i}", "label": i % 6} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=f"the file has '{second}' beside text and label"):
+        survey_of(path, "labelled")
+
+
 def test_one_class_alone_trains_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "train.tsv", "query\ttitle\tlabel\na\tb\t1\nc\td\t1\n")
     with pytest.raises(InputError, match=r"train\.tsv: every label is 1"):

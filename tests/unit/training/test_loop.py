@@ -72,6 +72,10 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     assert logged["train/accuracy"] == pytest.approx(
         {row["step"]: row["accuracy"] for row in outcome["curve"]}, rel=1e-5
     )
+    # All three measure the same; the first is the best, whichever of them Ray keeps.
+    ranks = [metrics["accuracy"] for _, metrics in reported]
+    assert len({row["accuracy"] for row in outcome["history"]}) == 1
+    assert ranks[0] == outcome["best"] > ranks[1] == ranks[2]
     # Ray gives the best first where there is a metric.
     result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
     _leave_checkpoints(result, config.num_left_checkpoints, Location.of(tmp_path / "out"))
