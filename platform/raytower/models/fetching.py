@@ -1,4 +1,4 @@
-"""A model directory on remote storage, fetched once into the cache and trusted there by checksum."""
+"""Folders of the cache, made once and trusted by checksum; a model directory on remote storage is fetched into one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from pyarrow import fs as pafs
@@ -31,14 +31,34 @@ def fetch_model(place: Location) -> Path:
         raise InputError(f"model {str(place)!r} does not exist or is empty; check the URI")
     state = [[name, info.size, info.mtime_ns] for name, info in sorted(files.items())]
     key = hashlib.sha256(json.dumps([str(place), state]).encode()).hexdigest()
-    folder = cache_dir() / "models" / key
-    with locked(folder.with_name(f"{key}.lock")):
-        if not is_intact(folder):
-            _download(place, files, folder)
+    return cached_folder(cache_dir() / "models" / key, lambda beside: _download(place, files, beside))
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """`folder` of the cache, whole: where it is not there, or is not what was put there, `fill` makes it anew.
+
+    Any number of processes may ask: one fills, the others wait.
+
+    Args:
+        folder: named after all that decides its content.
+        fill: given an empty place beside it, which need not exist yet; what it raises leaves nothing behind.
+
+    Raises:
+        StorageError: the cache cannot be written. Also what `fill` raises.
+    """
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if not _is_intact(folder):
+            beside = folder.with_name(f".{folder.name}.tmp")  # one at a time: the lock is ours
+            shutil.rmtree(beside, ignore_errors=True)
+            try:
+                fill(beside)
+                _keep(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
-def is_intact(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     """Whether a folder of the cache holds exactly what was put there, by the checksums in it."""
     try:
         return bool(json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8")) == checksums(folder))
@@ -46,7 +66,7 @@ def is_intact(folder: Path) -> bool:
         return False
 
 
-def keep(beside: Path, folder: Path) -> None:
+def _keep(beside: Path, folder: Path) -> None:
     """Make the finished folder `beside` the folder `folder` of the cache, in place of whatever is there."""
     with explaining(folder):
         (beside / _CHECKSUMS).write_text(json.dumps(checksums(beside)), encoding="utf-8")
@@ -82,10 +102,7 @@ def _listing(place: Location) -> dict[str, pafs.FileInfo]:
 
 
 def _download(place: Location, names: Iterable[str], folder: Path) -> None:
-    beside = folder.with_name(f".{folder.name}.tmp")  # one at a time: the lock is ours
-    shutil.rmtree(beside, ignore_errors=True)
     for name in names:
-        with (place / name).open_read() as stream, Location.of(beside / name).open_write() as sink:
+        with (place / name).open_read() as stream, Location.of(folder / name).open_write() as sink:
             while chunk := stream.read(_COPY_BYTES):
                 sink.write(chunk)
-    keep(beside, folder)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from raytower.errors import RaytowerError
-from raytower.models.fetching import is_intact, keep
+from raytower.models.fetching import cached_folder
 from raytower.progress import log
-from raytower.storage import Location, cache_dir, explaining, known_sha256, locked
+from raytower.storage import Location, cache_dir, explaining, known_sha256
 
 # Counts up where the same directory would be copied otherwise; older copies in caches are then left alone.
 _VERSION = 1
@@ -80,17 +80,7 @@ def native_copy(plan: CopyPlan, name: str) -> Path:
         RaytowerError: the process that reads them took too long or was killed.
         StorageError: the cache cannot be written.
     """
-    folder = cache_dir() / "models" / plan.key()
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        if not is_intact(folder):
-            beside = folder.with_name(f".{folder.name}.tmp")  # one at a time: the lock is ours
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
-                _fill(beside, plan, name)
-                keep(beside, folder)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    return cached_folder(cache_dir() / "models" / plan.key(), lambda beside: _fill(beside, plan, name))
 
 
 def _fill(folder: Path, plan: CopyPlan, name: str) -> None:

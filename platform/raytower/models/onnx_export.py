@@ -9,7 +9,6 @@ in `onnx/`.
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,11 +26,11 @@ from raytower.errors import FormatError, RaytowerError, import_extra
 from raytower.models.chunks import load_rows
 from raytower.models.directory import read_info
 from raytower.models.encoder import Encoder, read_encoder_info
-from raytower.models.fetching import is_intact, keep, sha256_of
+from raytower.models.fetching import cached_folder, sha256_of
 from raytower.models.onnx_engine import OnnxGraph
 from raytower.models.sequence_classifier import SequenceClassifier
 from raytower.models.tokenising import tokenise
-from raytower.storage import cache_dir, locked
+from raytower.storage import cache_dir
 
 Model = Encoder | SequenceClassifier
 GRAPH_NAMES = {"float32": "model.onnx", "int8": "model_int8.onnx"}
@@ -109,15 +108,7 @@ def graph_for(model: Model, dtype: str, directory: Path | None = None) -> Path:
     if recorded is not None:
         return recorded
     folder = cache_dir() / GRAPH_FOLDER / f"{model.fingerprint}-{dtype}-{_GRAPH_VERSION}"
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        if not is_intact(folder):
-            beside = folder.with_name(f".{folder.name}.tmp")  # one at a time: the lock is ours
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
-                export_graph(model, dtype, beside)
-                keep(beside, folder)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
+    cached_folder(folder, lambda beside: export_graph(model, dtype, beside))
     return folder / GRAPH_NAMES[dtype]
 
 

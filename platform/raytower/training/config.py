@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
 from raytower.models.config import LoraConfig, PoolingMode
@@ -51,7 +52,8 @@ RetrieverObjective = (
     | EmbeddingDistillation
 )
 LabelBy = Literal["file", "folder"]
-LastCheckpoints = Annotated[str, Field(pattern=r"^last [1-9]\d*$")]
+_LAST = r"last [1-9]\d*"
+LastCheckpoints = Annotated[str, Field(pattern=f"^{_LAST}$")]
 RerankerFormat = Literal["scored", "triples", "candidates"]
 RerankerObjective = (
     PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax | RankNet | LambdaLoss
@@ -202,6 +204,14 @@ class TrainJobConfig(Config):
     training has ended; with dev rows each one is kept until then, since the best may be any."""
     max_failures: int = Field(default=2, ge=0)
     """Times that lost workers are replaced before the job fails; a job started again counts anew."""
+
+    @field_validator("keep_checkpoints", mode="before")
+    @classmethod
+    def _known_words(cls, given: Any) -> Any:
+        # A number from the command line is a text, too.
+        if isinstance(given, str) and not re.fullmatch(rf"all|[1-9]\d*|{_LAST}", given):
+            raise ValueError("give all, a number of the best from 1 on, or such as 'last 3'")
+        return given
 
     def model_post_init(self, context: Any) -> None:
         if self.workers.num is not None and self.batch_size % self.workers.num:

@@ -47,7 +47,7 @@ class WordGradients:
         backbone = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         try:
             found = None if backbone is None else backbone.get_input_embeddings()
-        except NotImplementedError:  # transformers asks a model that has none
+        except NotImplementedError:  # what transformers raises for a model without a table that it knows
             return None
         if not isinstance(found, nn.Embedding) or not found.weight.requires_grad:
             return None
