@@ -129,6 +129,8 @@ class TestFoundNodes:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(runtime, "get_num_cpus", lambda **_: 16)
         monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        # A test before may have started one in this process.
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
     @staticmethod
     def run_ray(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float], dead: int = 0) -> None:
