@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import RoFormerConfig, RoFormerModel
 
@@ -32,6 +32,7 @@ from raytower.training.word_gradients import WordGradients
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tiny_training import batches_of, write_pairs
+from tests.support.warm import in_two_processes
 
 Backward = Callable[[TrainingStep, Rows], Tensor]
 Weights = dict[str, Tensor]
@@ -241,7 +242,7 @@ class TestTwoWorkers:
     ) -> list[dict[str, dict[str, Any]]]:
         """One for each worker."""
         folder = tmp_path_factory.mktemp("results")
-        multiprocessing.spawn(_worker, (jobs, folder), nprocs=2)
+        in_two_processes(_worker, jobs, folder)
         return [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(2)]
 
     @pytest.mark.parametrize("name", ["plain", "cached", "one batch", "clipped", "weights out of use"])
