@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -231,10 +231,8 @@ class _Worker:
         self.uploads.wait()
         # The first worker that ends has Ray Train end all: none does before the checkpoint counts.
         gather_constants(told)
-        self._refuse_to_go_on(reason or "another worker will be ended")
-
-    def _refuse_to_go_on(self, reason: str) -> NoReturn:
-        message = f"{reason}: all workers start anew from the checkpoint of step {self.progress.step}"
+        why = reason or "another worker will be ended"
+        message = f"{why}: all workers start anew from the checkpoint of step {self.progress.step}"
         self._say(message)
         raise notice.EndedForNow(message)
 
