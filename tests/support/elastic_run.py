@@ -47,7 +47,7 @@ def main(values: dict[str, Any]) -> None:
     """4 workers on two nodes; one node is drained; another one comes, and is lost."""
     output = Path(values["output"])
     # The head has no room for a worker: it reads rows.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_WORKER - 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_WORKER - 1, "include_dashboard": False})
     cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
     drained = cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
     os.environ["RAY_ADDRESS"] = cluster.address
