@@ -148,7 +148,7 @@ def test_nodes_come_and_go_without_a_trace_in_the_curve(dummy_encoder_dir: Path,
     values = run_values(dummy_encoder_dir, write_pairs(tmp_path / "pairs.tsv", 48), output)
     values |= {
         "workers": {"min": 2, "max": 4, "num_cpus": CPUS_PER_WORKER, "num_gpus": 0},
-        "epochs": 20,
+        "epochs": 16,
         "max_failures": 1,
     }
     script = f"from tests.support.elastic_run import main; main({values!r})"
@@ -159,7 +159,7 @@ def test_nodes_come_and_go_without_a_trace_in_the_curve(dummy_encoder_dir: Path,
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=280
     )
     assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout.splitlines()[-1])["changes_made"], ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["steps"] == 48
     numbers = [int(line) for line in (tmp_path / "workers").read_text().split()]
     assert [number for number, _ in groupby(numbers)] == [4, 2, 4, 2]
     # Twice there was notice, so that no step was made again; the third time a node was lost.
@@ -171,5 +171,5 @@ def test_nodes_come_and_go_without_a_trace_in_the_curve(dummy_encoder_dir: Path,
     config = make_config(TrainRetrieverConfig, values)
     surveyed = RetrieverTask.survey(config)
     task = RetrieverTask.prepare(config, surveyed)
-    _, losses = train_here(task, config, surveyed, num_steps=60, num_shares=4)
+    _, losses = train_here(task, config, surveyed, num_steps=48, num_shares=4)
     assert list(curve_of(output).values()) == pytest.approx(losses, abs=1e-5)

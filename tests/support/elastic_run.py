@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from torch import Tensor
@@ -39,43 +38,41 @@ class SlowTask(RetrieverTask):
         if rank() == 0:
             with open(Path(self.config.output).parent / "workers", "a", encoding="utf-8") as stream:
                 stream.write(f"{world_size()}\n")
-        time.sleep(0.1)
+        time.sleep(0.1 if world_size() == 4 else 0.4)
         return super().backward(step, rows)
 
 
 def main(values: dict[str, Any]) -> None:
-    """4 workers on two nodes; one node is drained; another one comes, and is lost."""
+    """4 workers on two nodes; one node is drained; another one comes, and is lost. The figures go to stdout, as JSON."""
     output = Path(values["output"])
+    workers = output.parent / "workers"
     # The head has no room for a worker: it reads rows.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_WORKER - 1, "include_dashboard": False})
+    head = {"num_cpus": CPUS_PER_WORKER - 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
     drained = cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
     os.environ["RAY_ADDRESS"] = cluster.address
+    runner._RESIZE_S = 1.0
 
-    def reached(step: int) -> None:
-        wait_for(lambda: max(registered_steps(output.parent), default=0) >= step, f"step {step}")
+    def next_steps(count: int) -> None:
+        """Until a checkpoint of `count` steps more is stored."""
+        first = max(registered_steps(output.parent), default=0)
+        wait_for(lambda: max(registered_steps(output.parent), default=0) >= first + count, f"{count} steps")
 
-    def change_nodes() -> None:
-        reached(4)
-        deadline = int((time.time() + 120) * 1000)
+    # Nodes start in the main thread alone, which takes their signals.
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(fit, SlowTask, make_config(TrainRetrieverConfig, values))
+        next_steps(4)
+        deadline_ms = int((time.time() + 600) * 1000)
         reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         client = ray._private.worker.global_worker.gcs_client
-        assert client.drain_node(drained.node_id, reason, "spot", deadline)[0]
-        before = max(registered_steps(output.parent))
-        reached(before + 5)
+        assert client.drain_node(drained.node_id, reason, "taken away", deadline_ms)[0]
+        wait_for(lambda: workers.read_text().endswith("4\n2\n"), "two workers")
         cluster.remove_node(drained, allow_graceful=False)
         lost = cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
-        workers = output.parent / "workers"
-        wait_for(lambda: workers.read_text().endswith("2\n4\n4\n"), "four workers again")
-        reached(max(registered_steps(output.parent)) + 4)
+        wait_for(lambda: workers.read_text().endswith("2\n4\n"), "four workers again")
+        next_steps(4)
         cluster.remove_node(lost, allow_graceful=False)
-
-    changes = threading.Thread(target=change_nodes, daemon=True)
-    changes.start()
-    runner._RESIZE_S = 1.0
-    torch.set_num_threads(1)
-    figures = fit(SlowTask, make_config(TrainRetrieverConfig, values))
-    changes.join(timeout=1)
-    print(json.dumps({**figures, "changes_made": not changes.is_alive()}))
+        print(json.dumps(run.result()))
     ray.shutdown()
     cluster.shutdown()

@@ -47,13 +47,18 @@ class SharesPolicy(ElasticScalingPolicy):
     def __init__(self, scaling_config: ray.train.ScalingConfig) -> None:
         super().__init__(scaling_config)
         self._counts = worker_counts(scaling_config.min_workers, scaling_config.max_workers)
-        self._asked_at = self._told_at = float("-inf")
+        self._asked_at = float("-inf")
+        self._waits_from: float | None = None
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
         now = time.monotonic()
-        if isinstance(decision, NoopDecision) and now - self._told_at > _TELL_S:
-            self._told_at = now
+        if not isinstance(decision, NoopDecision):
+            self._waits_from = None
+        elif self._waits_from is None:
+            self._waits_from = now
+        elif now - self._waits_from > _TELL_S:
+            self._waits_from = now
             log(f"waiting for room for {self._counts[0]} workers (workers.min); there is less now")
         return decision
 
