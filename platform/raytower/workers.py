@@ -90,7 +90,8 @@ def plan_workers(
     num_gpus = asked.num_gpus
     if num_gpus is None:
         all_gpus = sum(int(node.gpus) for node in nodes)
-        num_gpus = 1.0 if use_gpus and all_gpus >= (least or asked.num or 1) else 0.0
+        begin = 1 if asked.num is None else least or asked.num
+        num_gpus = 1.0 if use_gpus and all_gpus >= begin else 0.0
     usable = [node for node in nodes if num_gpus and node.gpus >= num_gpus] or nodes
 
     def places(node: Node) -> int:

@@ -43,7 +43,7 @@ class SlowTask(RetrieverTask):
 
 
 def main(values: dict[str, Any]) -> None:
-    """4 workers on two nodes; one node is drained; another one comes, and is lost. The figures go to stdout, as JSON."""
+    """4 workers on two nodes; one node is drained; another one comes, and is lost. The figures go to stdout."""
     output = Path(values["output"])
     workers = output.parent / "workers"
     # The head has no room for a worker: it reads rows.
