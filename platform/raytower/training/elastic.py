@@ -7,11 +7,10 @@ itself it ends them in the midst of their steps, which are then made again. Here
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
-import ray.train.torch
 from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -20,18 +19,20 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raytower.progress import log
 from raytower.training import notice
 from raytower.workers import most_of, worker_counts
 
-Resources = Mapping[str, Mapping[str, float]]
+Resources = dict[str, dict[str, float]]
 _ASK_S = 1.0
 _TELL_S = 30.0
 _ANSWER_S = 5.0
 
 
-def staying(reserved: Resources, leaving: Iterable[str]) -> dict[str, Mapping[str, float]]:
+def staying(reserved: Resources, leaving: Iterable[str]) -> Resources:
     """What is reserved on the nodes that stay, by node."""
     gone = set(leaving)
     return {node: resources for node, resources in reserved.items() if node not in gone}
@@ -44,7 +45,7 @@ class SharesPolicy(ElasticScalingPolicy):
     Ray Train's policy, but get notice, and end themselves.
     """
 
-    def __init__(self, scaling_config: ray.train.ScalingConfig) -> None:
+    def __init__(self, scaling_config: ScalingConfig) -> None:
         super().__init__(scaling_config)
         self._counts = worker_counts(scaling_config.min_workers, scaling_config.max_workers)
         self._asked_at = float("-inf")
@@ -89,10 +90,11 @@ class SharesPolicy(ElasticScalingPolicy):
         return reserved
 
 
-class ElasticTrainer(ray.train.torch.TorchTrainer):
+class ElasticTrainer(TorchTrainer):
     """TorchTrainer with `SharesPolicy`; Ray Train has no setting for it."""
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
+        assert isinstance(self.scaling_config, ScalingConfig)
         settings["scaling_policy"] = SharesPolicy(self.scaling_config)
         return super()._initialize_and_run_controller(**settings)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2.api.config import ScalingConfig
 from torch import nn
 
 from raytower.config import WorkersConfig
@@ -290,13 +291,13 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     trainer = (ElasticTrainer if is_elastic else ray.train.torch.TorchTrainer)(
         train_worker,  # type: ignore[arg-type] # Ray's stub knows no return value
         train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=(least, workers.num) if is_elastic else workers.num,
             use_gpu=workers.num_gpus > 0,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[arg-type] # another class to a type checker, the same one to Python
             name=name,
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
