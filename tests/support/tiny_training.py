@@ -91,7 +91,11 @@ def batches_of(survey: Survey, config: TrainJobConfig, num_documents: int | None
 
 
 def train_here(
-    task: Task[Any], config: TrainJobConfig, survey: Survey, num_steps: int
+    task: Task[Any],
+    config: TrainJobConfig,
+    survey: Survey,
+    num_steps: int,
+    num_shares: int | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """The task's model after `num_steps` steps of one worker, and the loss of each."""
     torch.manual_seed(config.seed)
@@ -104,6 +108,7 @@ def train_here(
         dtype=getattr(torch, config.dtype),
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.seed,
+        num_shares=num_shares,
     )
     batches = batches_of(survey, config, task.num_documents)
     many = config.accumulate_batches

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +22,28 @@ class Chunk:
     """Rows that go through the model together.
 
     inputs: what the model takes of them, each (r, L); see `TokenBlock.pad`. rows: (r,) their positions in the batch.
+    seed: what dropout begins with at this chunk; None goes on where the one before ends.
     """
 
     inputs: dict[str, Tensor]
     rows: Tensor
+    seed: int | None = None
+
+    def begin(self) -> None:
+        """Have dropout draw for this chunk; called before each forward pass of it in training."""
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A batch whose rows lie in several shares, with a dropout of its own for each.
+
+    share_R: (R,) the share of each row. seeds: one for each share.
+    """
+
+    share_R: Ids  # noqa: N815 - carries its shape
+    seeds: Sequence[int]
 
 
 def cut_chunks(
@@ -34,13 +53,21 @@ def cut_chunks(
     *,
     tokens_per_batch: int,
     rows_per_batch: int | None = None,
+    shares: Shares | None = None,
 ) -> list[Chunk]:
-    """Cut a batch into chunks of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows."""
-    plan = plan_batches(block.lengths, tokens_per_batch, rows_per_batch=rows_per_batch)
-    return [
-        Chunk(load_rows(block, rows_r, padding, device), load_tensor(rows_r, device))
-        for rows_r in plan.batches
-    ]
+    """Cut a batch into chunks of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows.
+
+    No chunk holds rows of two shares, so that they are the chunks of workers with a share each.
+    """
+    seeds: Sequence[int | None] = [None] if shares is None else shares.seeds
+    chunks = []
+    for number, seed in enumerate(seeds):
+        own = np.arange(len(block)) if shares is None else np.flatnonzero(shares.share_R == number)
+        plan = plan_batches(block.lengths[own], tokens_per_batch, rows_per_batch=rows_per_batch)
+        for place, rows_r in enumerate(own[rows] for rows in plan.batches):
+            inputs = load_rows(block, rows_r, padding, device)
+            chunks.append(Chunk(inputs, load_tensor(rows_r, device), None if place else seed))
+    return chunks
 
 
 def load_rows(block: TokenBlock, rows_r: Ids, padding: Padding, device: torch.device) -> dict[str, Tensor]:

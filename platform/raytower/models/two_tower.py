@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from raytower.models.chunks import Chunk, cut_chunks, in_row_order
+from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
 from raytower.models.token_block import TokenBlock
 from raytower.models.tokenising import tokenise
@@ -47,7 +47,7 @@ class TwoTower(nn.Module):
         """Ids of each text with its prefix, cut to `max_length`."""
         return tokenise(self.encoder.tokenizer, [self.encoder.prepared(texts, prefix)], self.max_length)
 
-    def plan_chunks(self, columns: Sequence[TokenBlock]) -> list[Chunk]:
+    def plan_chunks(self, columns: Sequence[TokenBlock], shares: Shares | None = None) -> list[Chunk]:
         """Cut the texts of all columns, which count column after column, into chunks on the encoder's device."""
         return cut_chunks(
             TokenBlock.join(columns),
@@ -55,13 +55,17 @@ class TwoTower(nn.Module):
             next(self.encoder.parameters()).device,
             tokens_per_batch=self.tokens_per_batch,
             rows_per_batch=self.rows_per_batch,
+            shares=shares,
         )
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Embeddings (r, D), unit length, of each chunk's texts, with gradients; (r, T) where a layer brings them to a
         teacher's dimension.
         """
-        vectors = [self.encoder(**chunk.inputs) for chunk in chunks]
+        vectors = []
+        for chunk in chunks:
+            chunk.begin()
+            vectors.append(self.encoder(**chunk.inputs))
         embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
         if self.into_teacher is None:
             return embeddings

@@ -104,7 +104,8 @@ class ClassifierTask(Task[TrainClassifierConfig]):
 
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
         model = cast(LogitsModel, step.model)
-        chunks = model.plan_chunks(model.inner.tokenise([rows["text"]], self.config.max_length))
+        block = model.inner.tokenise([rows["text"]], self.config.max_length)
+        chunks = model.plan_chunks(block, step.shares(np.arange(len(block)), len(block)))
         classes_B = torch.tensor([self.classes[label] for label in rows["label"]], device=step.device)
 
         def compute_loss() -> Tensor:

@@ -19,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.objectives.keys import BatchKeys, text_keys
@@ -40,6 +42,12 @@ class TextColumns:
     def present_documents(self) -> list[str]:
         """The documents that there are, column after column."""
         return [text for column in self.documents for text in column if text is not None]
+
+    @property
+    def rows_of_texts(self) -> NDArray[np.int64]:
+        """(B + R,) the row of each query, and then of each of `present_documents`."""
+        rows = [row for column in self.documents for row, text in enumerate(column) if text is not None]
+        return np.concatenate([np.arange(len(self.queries)), rows])
 
     @property
     def asking_queries(self) -> list[str]:
@@ -115,6 +123,11 @@ class JudgedPairs:
     labels: list[float]
     list_lengths: list[int]
     width: int
+
+    @property
+    def rows_of_pairs(self) -> NDArray[np.int64]:
+        """(R,) the query, counted from 0, of each pair."""
+        return np.repeat(np.arange(len(self.list_lengths)), self.list_lengths)
 
     def as_lists(self, logits_R: Tensor) -> Tensor:
         """(B, K) logits, or labels, (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""

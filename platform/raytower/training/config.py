@@ -34,6 +34,7 @@ from raytower.objectives.config import (
     RankNet,
     SimCSE,
 )
+from raytower.workers import worker_counts
 
 _EVERY_STEPS = 200
 TrainDtype = Literal["float32", "bfloat16", "float16"]
@@ -144,6 +145,29 @@ class DevConfig(Config):
         return self.patience is not None and stale_evaluations >= self.patience
 
 
+class TrainingWorkersConfig(FittedWorkersConfig):
+    """Workers of a training, which goes on with fewer of them while machines are missing."""
+
+    min: int | None = Field(default=None, ge=1)
+    """Fewest workers that a training goes on with where machines are lost; it takes others in when they come. null is
+    `num`: it waits for all."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.min is None or self.num is None:
+            return
+        if self.min > self.num:
+            raise ValueError(
+                f"workers.min is {self.min}, more than workers.num {self.num}; lower min or raise num"
+            )
+        if self.min < self.num and worker_counts(self.min, self.num) == [self.num]:
+            fewer = worker_counts(1, self.num)[-2]
+            raise ValueError(
+                f"workers.min is {self.min} and workers.num {self.num}; each worker takes as many of {self.num} equal "
+                f"shares of a batch as any other, so that there are {self.num} or, as the next fewer, {fewer}; lower "
+                f"min to {fewer}, or leave it out"
+            )
+
+
 class TrainInput(Config):
     """Where the training rows are."""
 
@@ -185,7 +209,7 @@ class TrainJobConfig(Config):
     """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of what is drawn by chance; the same one gives the same result."""
-    workers: FittedWorkersConfig = FittedWorkersConfig()
+    workers: TrainingWorkersConfig = TrainingWorkersConfig()
     """`batch_size` is shared out evenly over them: left to the machine there are no more than divide it."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +15,14 @@ import ray.train
 import ray.train.torch
 import torch
 
+from raytower.collectives import gather_constants
 from raytower.config import WorkersConfig
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.models.device import is_out_of_memory
 from raytower.progress import log
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError, one_line
+from raytower.training import notice
 from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
@@ -30,6 +31,7 @@ from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
+from raytower.training.uploads import Uploads
 from raytower.training.word_gradients import WordGradients
 
 
@@ -42,6 +44,7 @@ class TrainingPlan:
     stream: StreamPlan
     num_steps: int
     workers: WorkersConfig
+    """What each of them holds, and how many there are at most."""
     storage: Location
     """Where checkpoints and the output go; every worker must be able to write there."""
     log_dir: Location
@@ -77,9 +80,11 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         if plan.failure_file.is_file():
             return dict(plan.failure_file.read_json())
         probe_storage(plan.storage, context.get_world_rank())
-        return _Worker(plan).run()
+        # However the run ends, the last checkpoint on its way arrives.
+        with Uploads() as uploads:
+            return _Worker(plan, uploads).run()
     except Exception as error:
-        failure = lasting_failure(error, plan.config.batch_size // plan.workers.num)
+        failure = lasting_failure(error, plan.config.batch_size // context.get_world_size())
         if failure is None:
             raise
         # All workers see the same mean loss and stop together. Any other failure may be one worker's, for which the
@@ -116,12 +121,14 @@ def lasting_failure(error: Exception, num_rows: int) -> dict[str, Any] | None:
 
 
 class _Worker:
-    def __init__(self, plan: TrainingPlan) -> None:
+    def __init__(self, plan: TrainingPlan, uploads: Uploads) -> None:
         self.plan = plan
+        self.uploads = uploads
         self.config = config = plan.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.progress = Progress()
+        self._saved_step = 0
         with _checkpoint_folder() as folder:
             # A checkpoint's model directory has its adapters merged, and lacks what is not published. A run with such
             # weights builds the model that it began with and then loads them.
@@ -142,12 +149,16 @@ class _Worker:
                 dtype=getattr(torch, config.dtype),
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=config.seed,
+                num_shares=plan.workers.num,
                 parallel=data_parallel(self.model, words) if self.world_size > 1 else None,
                 words=words,
             )
             if folder:
                 self.progress = Progress(**load_state(self.step, folder))
+                self._saved_step = self.progress.step
                 self._say(f"continuing from step {self.progress.step} of {plan.num_steps}")
+            if self.world_size < plan.workers.num:
+                self._say(f"{self.world_size} of {plan.workers.num} workers are there, and begin")
             if device.type == "cpu" and torch.cuda.is_available():
                 self._say("a GPU is there and not used: set workers.num_gpus to 1")
         self.events = None
@@ -171,8 +182,8 @@ class _Worker:
             if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
-                # This checkpoint is only there to continue from, so it counts as the worst by the metric.
-                self._report({} if dev is None else {dev.metric: float("-inf")})
+                self._report_to_continue()
+            self._end_on_notice()
         if self.events is not None:
             self.events.close()
         return {
@@ -202,6 +213,33 @@ class _Worker:
         dev = self.plan.task.dev
         impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
+
+    def _end_on_notice(self) -> None:
+        """End all workers once a checkpoint of this step is stored, where one has been told that it will be ended.
+
+        A measurement that is due in this step comes before: the run would go on behind it.
+
+        Raises:
+            EndedForNow: on every worker.
+        """
+        reason = notice.given()
+        told = gather_constants(torch.tensor([[float(reason is not None)]]))
+        if self._is_over() or not told.any():
+            return
+        if self._saved_step < self.progress.step:
+            self._report_to_continue()
+        self.uploads.wait()
+        # The first worker that ends has Ray Train end all: none does before the checkpoint counts.
+        gather_constants(told)
+        why = reason or "another worker will be ended"
+        message = f"{why}: all workers start anew from the checkpoint of step {self.progress.step}"
+        self._say(message)
+        raise notice.EndedForNow(message)
+
+    def _report_to_continue(self) -> None:
+        """Report a checkpoint that is only there to continue from: it counts as the worst by the metric."""
+        dev = self.plan.task.dev
+        self._report({} if dev is None else {dev.metric: float("-inf")})
 
     def _evaluate(self) -> None:
         """Measure on dev and report a checkpoint."""
@@ -233,19 +271,20 @@ class _Worker:
     def _report(self, metrics: dict[str, float]) -> None:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""
         values = {**metrics, "step": self.progress.step}
+        self._saved_step = self.progress.step
         if self.rank:
             ray.train.report(values)
             return
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            info = {"history": self.progress.history, "curve": self.progress.curve}
-            self.plan.task.save(self.model, folder / MODEL_DIR, info)
-            if self.plan.task.keeps_weights_apart:
-                save_trainable(self.model, folder)
-            save_state(self.step, asdict(self.progress), folder)
-            ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(name))
+        self.uploads.begin(values, self._save)
         if self.events is not None:
             self.events.flush()
+
+    def _save(self, folder: Path) -> None:
+        info = {"history": self.progress.history, "curve": self.progress.curve}
+        self.plan.task.save(self.model, folder / MODEL_DIR, info)
+        if self.plan.task.keeps_weights_apart:
+            save_trainable(self.model, folder)
+        save_state(self.step, asdict(self.progress), folder)
 
     def _log(self, loss: float, steps_per_second: float) -> None:
         progress = self.progress

@@ -103,7 +103,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
         model = cast(LogitsModel, step.model)
         pairs = judged_pairs(rows, self.num_documents)
         block = model.inner.tokenise([pairs.queries, pairs.documents], self.config.max_length)
-        chunks = model.plan_chunks(block)
+        chunks = model.plan_chunks(block, step.shares(pairs.rows_of_pairs, len(pairs.list_lengths)))
 
         def compute_loss() -> Tensor:
             with step.autocast():

@@ -167,7 +167,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             tower.tokenise(columns.queries, query_prefix),
             tower.tokenise(columns.present_documents, document_prefix),
         ]
-        chunks = tower.plan_chunks(blocks)
+        chunks = tower.plan_chunks(blocks, step.shares(columns.rows_of_texts, len(columns.queries)))
         targets = self._taught(columns)
         objective = make_objective(self.config)
 

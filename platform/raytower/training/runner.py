@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2.api.config import ScalingConfig
 from torch import nn
 
 from raytower.config import WorkersConfig
@@ -24,6 +25,7 @@ from raytower.storage import Location, check_output, output_folder, publish_dire
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
+from raytower.training.elastic import ElasticTrainer, TakeSigterm, TellOfDrainedNodes
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.model_card import FILE_NAME as CARD_NAME
@@ -32,6 +34,8 @@ from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
 from raytower.workers import fit_workers
 
+# Between two looks for room for more workers. All start anew where there is some, which takes about as long.
+_RESIZE_S = 60.0
 TaskT = TypeVar("TaskT", bound=Task[Any])
 
 
@@ -172,7 +176,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     )
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
-    _compare_with_cluster(workers)
+    _compare_with_cluster(workers, config.workers.min or workers.num)
     result = _run_trainer(plan, run_folder.name)
     outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     if "failure" in outcome:
@@ -201,7 +205,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
 
 
 def _workers(config: TrainJobConfig) -> WorkersConfig:
-    return fit_workers(config.workers, find_nodes, share=config.batch_size)
+    return fit_workers(config.workers, find_nodes, share=config.batch_size, least=config.workers.min)
 
 
 def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
@@ -281,19 +285,25 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
         checkpoint_score_order="max",
     )
     workers = plan.workers
+    least = config.workers.min or workers.num
+    is_elastic = least < workers.num
     resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = (ElasticTrainer if is_elastic else ray.train.torch.TorchTrainer)(
         train_worker,  # type: ignore[arg-type] # Ray's stub knows no return value
         train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num, use_gpu=workers.num_gpus > 0, resources_per_worker=resources
+        scaling_config=ScalingConfig(
+            num_workers=(least, workers.num) if is_elastic else workers.num,
+            use_gpu=workers.num_gpus > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[arg-type] # another class to a type checker, the same one to Python
             name=name,
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=checkpoints,
+            callbacks=[TakeSigterm(), TellOfDrainedNodes()],  # type: ignore[list-item] # its stub knows others alone
         ),
     )
     try:
@@ -336,12 +346,12 @@ def _name_other_runs(output: Location, own: Location) -> None:
             )
 
 
-def _compare_with_cluster(workers: WorkersConfig) -> None:
-    """Warn if the cluster has no room for the workers and their readers: Ray waits for nodes that may never come."""
+def _compare_with_cluster(workers: WorkersConfig, least: int) -> None:
+    """Warn if the cluster has no room for `least` workers and their readers: Ray waits for nodes that may not come."""
     there = ray.cluster_resources()
     # At least one reader must fit beside the workers, or no row would ever be read.
-    cpus = workers.num * workers.num_cpus + CPUS_PER_READER
-    gpus = workers.num * workers.num_gpus
+    cpus = least * workers.num_cpus + CPUS_PER_READER
+    gpus = least * workers.num_gpus
     if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
         log(
             f"the job needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {there.get('CPU', 0):g} and "

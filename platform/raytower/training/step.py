@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from raytower.collectives import gather_constants, rank
+from raytower.collectives import gather_constants, rank, world_size
 from raytower.errors import RaytowerError
+from raytower.models.chunks import Shares
 from raytower.objectives.gradient_cache import backward_cached
 from raytower.training.word_gradients import WordGradients
 
@@ -46,11 +49,13 @@ class TrainingStep:
         dtype: torch.dtype = torch.float32,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        num_shares: int | None = None,
         parallel: nn.Module | None = None,
         words: WordGradients | None = None,
     ) -> None:
-        """`parallel` is the model wrapped for data parallelism, where there is more than one worker; see
-        `data_parallel`. `words` collects the gradient of the model's word embeddings, which else autograd does.
+        """`num_shares` are the equal shares of a batch that dropout is drawn for, one or several of a worker; None is
+        as many as workers. `parallel` is the model wrapped for data parallelism, where there is more than one worker;
+        see `data_parallel`. `words` collects the gradient of the model's word embeddings, which else autograd does.
         """
         self.model = model
         self.parallel = parallel or model
@@ -61,12 +66,14 @@ class TrainingStep:
         self.dtype = dtype
         self.max_grad_norm = max_grad_norm
         self.seed = seed
+        self.num_shares = num_shares
         # Gradients underflow in float16 without loss scaling; bfloat16 has the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         self.observed: dict[str, float] = {}
         """What the last step's batches observed beside their loss, by name: the mean over them and all workers."""
         self._observed: dict[str, list[Tensor]] = {}
         self._num_batches = 1
+        self._batch = 0
         self._is_last_batch = True
 
     def run(
@@ -75,8 +82,8 @@ class TrainingStep:
         """Make optimizer step `number` from the mean gradient over `batches`; returns the mean loss over all workers.
 
         Args:
-            number: counts from 0. Dropout is a function of seed, step and worker alone, so a continued run draws what
-                an undisturbed one would have drawn.
+            number: counts from 0. Dropout is a function of seed, batch and share alone, so a continued run draws what
+                an undisturbed one would have drawn, with as many workers or, by `num_shares`, with others.
             batches: one batch, or several to accumulate; each is a batch of its own to its objective.
             backward: propagates one batch through `propagate` or `propagate_cached` and returns its loss, a scalar.
 
@@ -84,7 +91,6 @@ class TrainingStep:
             NotANumberError: the loss of a batch, or the gradient, is NaN or infinite; the weights are as before the
                 step. If a gradient overflows in float16, the step is left out and the loss scale lowered instead.
         """
-        torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
         self.optimizer.zero_grad(set_to_none=True)
         if self.words is not None:
             self.words.begin()
@@ -93,6 +99,8 @@ class TrainingStep:
         losses = []
         for place, batch in enumerate(batches):
             self._is_last_batch = place == len(batches) - 1
+            self._batch = number * len(batches) + place
+            torch.manual_seed(self._own_seeds()[0])
             losses.append(backward(self, batch).detach().float().reshape(1, 1))
         observed = [torch.stack(values).mean().reshape(1, 1) for values in self._observed.values()]
         # (workers, batches + names) → the mean of each over the workers, the same on all of them.
@@ -122,6 +130,22 @@ class TrainingStep:
     def _refuse(self, message: str, batch: int) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise NotANumberError(message, batch)
+
+    def shares(self, rows_R: NDArray[np.int64], num_rows: int) -> Shares | None:
+        """What the shares of this worker draw for a batch of it; None where it has one alone.
+
+        Args:
+            rows_R: (R,) of each text, or pair, of the batch its row.
+            num_rows: of the batch.
+        """
+        seeds = self._own_seeds()
+        return None if len(seeds) == 1 else Shares(rows_R * len(seeds) // num_rows, seeds)
+
+    def _own_seeds(self) -> list[int]:
+        """Of each of this worker's shares of the batch: worker 1 of 2 has 2 and 3 of 4 shares."""
+        own = 1 if self.num_shares is None else self.num_shares // world_size()
+        first = (self.seed * 1_000_003 + self._batch) * 4099 + rank() * own
+        return [first + share for share in range(own)]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forward passes at the step's precision."""

@@ -52,7 +52,7 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     plan = _make_plan(config, surveyed, task, WorkersConfig(num=1), failure_file)
     reported: list[tuple[Any, dict[str, Any]]] = []
 
-    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
         folder = tmp_path / f"checkpoint{len(reported)}"
         shutil.copytree(checkpoint.path, folder)
         reported.append((ray.train.Checkpoint.from_directory(str(folder)), metrics))
@@ -61,6 +61,7 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(
         "raytower.training.loop.stream_batches", lambda *_, **__: batches_of(surveyed, config)
@@ -133,7 +134,7 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
     failure_file = Location.of(tmp_path / "failure.json")
     reported: list[Any] = []
 
-    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
         folder = tmp_path / f"checkpoint{len(reported)}"
         shutil.copytree(checkpoint.path, folder)
         reported.append(ray.train.Checkpoint.from_directory(str(folder)))
@@ -141,6 +142,7 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(
         "raytower.training.loop.stream_batches",
