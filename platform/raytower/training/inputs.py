@@ -21,6 +21,7 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
+from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.storage import known_sha256
@@ -70,7 +71,9 @@ def survey_training(
     reasons = []
     for kind in candidates:
         try:
-            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(
+                source, kind, on_error=config.on_error, quarantine=quarantine, remember=remembered
+            )
         except InputError as error:
             if len(candidates) == 1:
                 raise
@@ -148,7 +151,7 @@ def dev_tables(
     if split is None and is_beir(source):
         # Never the training split, which is what a reader of pairs would take.
         source = DevRows(path=dev.path, split="dev")
-    return tables(survey_input(source, kind))
+    return tables(survey_input(source, kind, remember=remembered))
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
