@@ -81,8 +81,8 @@ class DistinctOrders:
             self._told = True
             self._tell(
                 f"sampler no_duplicates: {sharing:,} of {len(order_N):,} rows share a {' or '.join(self._columns)} "
-                f"with another row of their batch, for want of batches; those known to be relevant are masked. A smaller "
-                "batch_size or a larger shuffle_rows makes them fewer"
+                "with another row of their batch, for want of batches; those known to be relevant are masked. A "
+                "smaller batch_size or a larger shuffle_rows makes them fewer"
             )
         self._row += len(order_N)
         rows = np.concatenate([self._begun, hashes_NC[order_N]])
