@@ -2,10 +2,11 @@
 
     python benchmarks/bench_reading.py [--rows 400000] [--workers 64] [--pairs 1e9]
 
-rates: seconds of CPU for a row, so that other work on the machine does not count. Surveying and hashing are done once for
-a content, on the driver; reading is done by all workers together, once an epoch: in the order of training, as one worker,
-and as two processes that exchange rows. `read` is what the processes asked the file system for.
-compressed and large: the same rows gzipped and in one row group, read where they lie and from the copy that training makes.
+rates: rows for a second of CPU. Surveying and hashing are done once for a content, on the driver; reading is done by
+all workers together, once an epoch: in the order of training, as one worker, and as two processes that exchange rows.
+`read` is what the processes asked the file system for. The same rows gzipped, and in one row group, are read where they lie
+and from the copy that training makes of them.
+Then what follows of these rates for many workers and pairs.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def measure(folder: Path, num_rows: int, workers: int, pairs: float) -> None:
     print(f"| sha256 | {num_rows / hash_seconds:,.0f} | 1.0 |")
     print(f"| survey | {num_rows / survey_seconds:,.0f} | 1.0 |")
     print(f"| the survey from its note, {len(found.pieces)} pieces | {num_rows / again_seconds:,.0f} | |")
-    seconds, read = read_alone(found.pieces)
-    show("tsv, one worker", num_rows, seconds, read / texts.stat().st_size)
+    alone_seconds, read = read_alone(found.pieces)
+    show("tsv, one worker", num_rows, alone_seconds, read / texts.stat().st_size)
     exchanging, read_by_two = read_by_processes(found.pieces, 2)
     show("tsv, two workers that exchange", num_rows, exchanging, read_by_two / texts.stat().st_size)
     by_groups = surveyed(parquet).pieces
@@ -107,23 +108,20 @@ def measure(folder: Path, num_rows: int, workers: int, pairs: float) -> None:
     print("|---|---|---|")
     print(f"| read an epoch | {in_tb(epoch_bytes)} | {in_tb(epoch_bytes * workers)} |")
     print(f"| sent between workers an epoch | {in_tb(epoch_bytes * (workers - 1) / workers)} | 0 |")
-    read_alone_hours = found_hours(read_seconds := read_alone(found.pieces)[0], scale)
+    alone_hours = hours(alone_seconds, scale)
     print(
-        f"| CPU hours an epoch, all workers | {found_hours(exchanging, scale):.2f} | {read_alone_hours * workers:.1f} |"
+        f"| CPU hours an epoch, all workers | {hours(exchanging, scale):.2f} | {alone_hours * workers:.1f} |"
     )
-    print(
-        f"| of them reading alone | {found_hours(read_seconds, scale):.2f} | {read_alone_hours * workers:.1f} |"
-    )
+    print(f"| of them reading alone | {alone_hours:.2f} | {alone_hours * workers:.1f} |")
     print(f"| windows, each an exchange | {windows:,.0f} | |")
-    print(
-        f"| pieces that one worker reads of a window, at most | {-(-pieces_per_window // workers):.0f} | {pieces_per_window:.0f} |"
-    )
+    most = -(-pieces_per_window // workers)
+    print(f"| pieces of a window that one worker reads, at most | {most:.0f} | {pieces_per_window:.0f} |")
     first = (hash_seconds + survey_seconds) * scale
     print(f"| start-up on the driver, the first time, s | {first:,.0f} | {first:,.0f} |")
     print(f"| start-up on the driver, again, s | {again_seconds * scale:,.1f} | {first:,.0f} |")
 
 
-def found_hours(seconds: float, scale: float) -> float:
+def hours(seconds: float, scale: float) -> float:
     return seconds * scale / 3600
 
 

@@ -116,6 +116,8 @@ class Survey:
     none."""
     num_repeated: int = 0
     """Documents of candidates that were left out because their row has them already."""
+    content: str | None = None
+    """Names the rows by a hash of the files and of the way of reading them, where the survey was remembered."""
 
 
 Remember = Callable[[Sequence[Source], int, Callable[[], Survey]], Survey]

@@ -1,6 +1,6 @@
-"""Surveys remembered in the cache: a job that is started again reads no rows to learn where they lie.
+"""Surveys, and what was counted in all their rows, remembered in the cache for jobs that are started again.
 
-A note is found by the content of the files, by all that decides how they are read, and by the code that reads them. So
+A note is found by the content of the files, by all that decides how they are read, and by the code of this version. So
 it outlives a copy or a renaming of the folder, and never a change.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+import raytower
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey
 from raytower.data.slices import Extent
@@ -49,29 +50,49 @@ def remembered(sources: Sequence[Source], rows_per_piece: int, scan: Callable[[]
     """
     if _num_bytes(sources) < _NOTED_BYTES:
         return scan()
-    note = _note_of(sources, rows_per_piece)
+    content = _content_of(sources, rows_per_piece)
+    note = cache_dir() / "surveys" / f"{content}.arrow"
     # A note that cannot be read is made anew.
     with suppress(OSError, ValueError, KeyError, TypeError), pa.ipc.open_file(note.read_bytes()) as reader:
-        return _survey_of(reader.read_all(), sources)
+        return dataclasses.replace(_survey_of(reader.read_all(), sources), content=content)
     surveyed = scan()
-    # A file that was written meanwhile has another note, and a survey of nobody knows which of both.
-    if not surveyed.num_rejected and _note_of(sources, rows_per_piece) == note:
-        table = _table_of(surveyed, sources)
-        content = pa.BufferOutputStream()
-        with pa.ipc.new_file(content, table.schema) as writer:
-            writer.write_table(table)
-        with suppress(OSError):  # a cache that cannot be written costs the time of the next survey
-            Location.of(note).write_bytes(content.getvalue())
-    return surveyed
+    # Of a file that was written meanwhile nobody knows which of its contents was surveyed.
+    if surveyed.num_rejected or _content_of(sources, rows_per_piece) != content:
+        return surveyed
+    table = _table_of(surveyed, sources)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with suppress(OSError):  # a cache that cannot be written costs the time of the next survey
+        Location.of(note).write_bytes(sink.getvalue())
+    return dataclasses.replace(surveyed, content=content)
 
 
-def _note_of(sources: Sequence[Source], rows_per_piece: int) -> Path:
+def counted(surveyed: Survey, what: str, count: Callable[[], Any]) -> Any:
+    """What `count` found in all rows of a survey, as JSON gives it back: from its note, or with a note.
+
+    `what` names it, with all that it depends on beside the rows.
+    """
+    if surveyed.content is None:
+        return count()
+    key = hashlib.sha256(f"{surveyed.content} {what}".encode()).hexdigest()[:32]
+    note = Location.of(cache_dir() / "surveys" / f"{key}.json")
+    with suppress(OSError, ValueError):
+        return json.loads(note.local_path.read_bytes())
+    found = json.loads(json.dumps(count()))
+    with suppress(OSError):
+        note.write_json(found)
+    return found
+
+
+def _content_of(sources: Sequence[Source], rows_per_piece: int) -> str:
+    """A hash of all that decides the survey of these files."""
     files = [
         [source.file.stem, source.file.partitions, repr(source.layout), known_sha256(source.file.location)]
         for source in sources
     ]
     key = json.dumps([_code(), rows_per_piece, files])
-    return cache_dir() / "surveys" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _num_bytes(sources: Sequence[Source]) -> int:
@@ -80,10 +101,11 @@ def _num_bytes(sources: Sequence[Source]) -> int:
 
 @cache
 def _code() -> str:
-    """Hash of the code that surveys and reads: another rule or another cut makes another survey."""
+    """Hash of raytower's code, which may survey and count otherwise in another version."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    package = Path(raytower.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
-from raytower.data.survey_notes import remembered
+from raytower.data.survey_notes import counted, remembered
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.storage import known_sha256
@@ -210,10 +210,7 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
     """
     if "documents" not in survey.schema.names:
         return None
-    rows_of: Counter[int] = Counter()
-    for table in tables(survey):
-        lengths, counts = np.unique(pc.list_value_length(table["documents"]).to_numpy(), return_counts=True)
-        rows_of.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    rows_of = dict(counted(survey, "lengths of lists", lambda: _count_lengths(survey)))
     longest = max(rows_of)
     count = longest if wanted is None else min(wanted, longest)
     if wanted is not None and longest < wanted:
@@ -231,6 +228,15 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
             f"takes the first one and draws {count - 1} of the others; train.num_documents says how many to take"
         )
     return count
+
+
+def _count_lengths(survey: Survey) -> list[tuple[int, int]]:
+    """Each length of a candidate list, and how many rows have it."""
+    rows_of: Counter[int] = Counter()
+    for table in tables(survey):
+        lengths, counts = np.unique(pc.list_value_length(table["documents"]).to_numpy(), return_counts=True)
+        rows_of.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    return list(rows_of.items())
 
 
 def sample_rows(survey: Survey, num_rows: int) -> pa.Table:

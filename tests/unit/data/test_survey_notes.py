@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from raytower.data.config import InputConfig
 from raytower.data.pieces import Survey, read_piece, survey
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
-from raytower.data.survey_notes import remembered
+from raytower.data.survey_notes import counted, remembered
 from raytower.errors import InputError
+from raytower.training.dev_split import set_dev_aside
 from tests.support.data_files import write, write_jsonl
 
 
@@ -84,7 +86,8 @@ def test_a_remembered_survey_is_the_one_that_was_made(
     made = surveyed(path, kind)
     again = surveyed(path, kind)
     assert scans == [path.name]
-    assert again == made == survey(InputConfig(path=str(path)), kind, 3)
+    assert again == made
+    assert replace(made, content=None) == survey(InputConfig(path=str(path)), kind, 3)
     assert len(made.pieces) >= 4
     assert pa.concat_tables(map(read_piece, again.pieces)).num_rows == 10
 
@@ -152,3 +155,30 @@ def test_a_damaged_note_and_a_cache_that_cannot_be_written_cost_a_survey(
     assert len(scans) == 4
     monkeypatch.setenv("RAYTOWER_CACHE", str(write(tmp_path / "no folder", b"")))
     assert surveyed(path, "pairs") == made
+
+
+def test_what_is_counted_in_all_rows_is_counted_once_for_a_content(tmp_path: Path, scans: list[str]) -> None:
+    path = pairs(tmp_path / "rows.tsv")
+    counts: list[str] = []
+
+    def count(name: str, surveyed: Survey) -> Any:
+        def look() -> list[Any]:
+            counts.append(name)
+            return [name, surveyed.num_rows]
+
+        return counted(surveyed, name, look)
+
+    for _ in range(2):
+        found = surveyed(path, "pairs")
+        assert count("a", found) == ["a", 10]
+        assert count("b", found) == ["b", 10]
+    assert counts == ["a", "b"]
+    # Of rows that are not remembered nothing is.
+    for _ in range(2):
+        count("a", replace(found, content=None))
+    # What a share is taken from are other rows.
+    rest = set_dev_aside(found, 0.3, seed=1)
+    assert count("a", rest) == ["a", rest.num_rows]
+    assert counts == ["a", "b", "a", "a", "a"]
+    path.write_text(path.read_text() + "another\trow\n")
+    assert count("a", surveyed(path, "pairs")) == ["a", 11]
