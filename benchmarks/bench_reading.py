@@ -4,8 +4,8 @@
 
 rates: rows for a second of CPU. Surveying and hashing are done once for a content, on the driver; reading is done by
 all workers together, once an epoch: in the order of training, as one worker, and as two processes that exchange rows.
-`read` is what the processes asked the file system for. The same rows gzipped, and in one row group, are read where they lie
-and from the copy that training makes of them.
+`read` is what the processes asked the file system for. The same rows gzipped, and in one row group, are read where they
+lie and from the copy that training makes of them.
 Then what follows of these rates for many workers and pairs.
 """
 
@@ -30,7 +30,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from raytower.data.config import InputConfig
-from raytower.data.pieces import Piece, Survey, survey
+from raytower.data.pieces import DEFAULT_ROWS_PER_PIECE, Piece, Survey, survey
 from raytower.data.survey_notes import remembered
 from raytower.storage import Location, known_sha256
 from raytower.training.copies import copy_where_needed
@@ -40,6 +40,8 @@ from raytower.training.row_stream import StreamPlan, stream_batches
 T = TypeVar("T")
 BATCH_SIZE = 1024
 WINDOW_ROWS = 100_000
+# A note is read by the piece: with so few rows in each there are enough to measure.
+_FEW_ROWS = 64
 
 
 def main() -> None:
@@ -68,12 +70,14 @@ def measure(folder: Path, num_rows: int, workers: int, pairs: float) -> None:
     time.sleep(2.5)  # what was written moments ago is not noted
     known_sha256(Location.of(texts))
     surveyed(texts)
-    again_seconds, _ = cpu_seconds(lambda: surveyed(texts))
+    surveyed(texts, _FEW_ROWS)
+    again_seconds, many = cpu_seconds(lambda: surveyed(texts, _FEW_ROWS))
+    again_seconds *= len(found.pieces) / len(many.pieces)
     print(f"{num_rows:,} pairs of {row_bytes:.0f} bytes, windows of {WINDOW_ROWS:,} rows\n")
     print("| rates, one core | rows/s of CPU | read, times the file |\n|---|---|---|")
     print(f"| sha256 | {num_rows / hash_seconds:,.0f} | 1.0 |")
     print(f"| survey | {num_rows / survey_seconds:,.0f} | 1.0 |")
-    print(f"| the survey from its note, {len(found.pieces)} pieces | {num_rows / again_seconds:,.0f} | |")
+    print(f"| the survey from its note | {num_rows / again_seconds:,.0f} | |")
     alone_seconds, read = read_alone(found.pieces)
     show("tsv, one worker", num_rows, alone_seconds, read / texts.stat().st_size)
     exchanging, read_by_two = read_by_processes(found.pieces, 2)
@@ -152,8 +156,8 @@ def write_parquet(texts: Path, path: Path, row_group_size: int) -> Path:
     return path
 
 
-def surveyed(path: Path) -> Survey:
-    return survey(InputConfig(path=str(path)), "pairs", remember=remembered)
+def surveyed(path: Path, rows_per_piece: int = DEFAULT_ROWS_PER_PIECE) -> Survey:
+    return survey(InputConfig(path=str(path)), "pairs", rows_per_piece, remember=remembered)
 
 
 def cpu_seconds(run: Callable[[], T]) -> tuple[float, T]:
