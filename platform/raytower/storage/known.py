@@ -29,9 +29,9 @@ def known_sha256(place: Location) -> str:
     Raises:
         InputError: there is no such file. StorageError: it cannot be read.
     """
-    if not place.is_file() or place.size_bytes() < _NOTED_BYTES:
-        return place.sha256()
-    before = _state(place)
+    info = place.info()  # once: of an object it is a request
+    is_worth_it = info.type == pafs.FileType.File and info.size >= _NOTED_BYTES
+    before = _state(place) if is_worth_it else None
     if before is None:
         return place.sha256()
     name = os.fsencode(os.path.realpath(place.path)) if place.is_local else str(place).encode()
