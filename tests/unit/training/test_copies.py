@@ -16,13 +16,16 @@ import pytest
 from raytower.data import sources
 from raytower.data.config import InputConfig
 from raytower.data.copied import CopiedRows
-from raytower.data.pieces import Picked, Piece, read_piece, survey
+from raytower.data.pieces import Picked, Piece, Survey, read_piece, survey
 from raytower.data.records import RecordKind
 from raytower.errors import InputError
 from raytower.storage import Location
+from raytower.training import copies, runner
 from raytower.training.copies import copy_where_needed, pieces_to_copy
+from raytower.training.retriever import plan_train_retriever, train_retriever
 from raytower.training.row_stream import StreamPlan, stream_batches
 from tests.support.data_files import beir_folder, write, write_jsonl
+from tests.support.tiny_training import retriever_config
 
 TEXT = "".join(f"question {i}\tanswer {i}\n" for i in range(60))
 
@@ -140,3 +143,26 @@ def test_training_reads_a_compressed_file_once(tmp_path: Path, monkeypatch: pyte
     assert opened == ["rows.tsv.gz"]
     assert of_copies == list(stream_batches(plan))
     assert len(opened) > 10
+
+
+def test_a_run_reads_copies_beside_its_checkpoints(
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "_MOST_PIECES", 0)
+    path = write(tmp_path / "rows.tsv.gz", gzip.compress(TEXT.encode()))
+    config = retriever_config(still_encoder, path, tmp_path / "out")
+    assert plan_train_retriever(config)["copied_rows"] == 60
+    assert not list(tmp_path.glob(".out.*"))
+    taken: list[Piece] = []
+
+    def stop(config: Any, surveyed: Survey, *_: Any) -> None:
+        taken.extend(surveyed.pieces)
+        raise InterruptedError
+
+    monkeypatch.setattr(runner, "_make_plan", stop)
+    with pytest.raises(InterruptedError):
+        train_retriever(config)
+    (piece,) = taken
+    (copy,) = tmp_path.glob(".out.*.train/rows/*")
+    assert piece.source == CopiedRows(Location.of(copy))
+    assert read_piece(piece).num_rows == 60
