@@ -117,6 +117,11 @@ class Popen(subprocess.Popen[Any]):
 
 def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
     """`function(rank, *arguments)` for ranks 0 and 1, at the same time; both must end well."""
+    in_processes(2, function, *arguments)
+
+
+def in_processes(number: int, function: Callable[..., None], *arguments: Any) -> None:
+    """`function(rank, *arguments)` for so many ranks, at the same time; all must end well."""
     code = "import pickle, sys; f, a = pickle.load(open(sys.argv[1], 'rb')); f(int(sys.argv[2]), *a)"
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder) / "call"
@@ -124,10 +129,10 @@ def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
         command = [sys.executable, "-c", code, str(call)]
         with (Path(folder) / "errors").open("w+") as errors:
             environment = {**os.environ, **_SEARCHED}
-            started = [Popen([*command, str(rank)], env=environment, stderr=errors) for rank in range(2)]
+            started = [Popen([*command, str(rank)], env=environment, stderr=errors) for rank in range(number)]
             codes = [process.wait(timeout=300) for process in started]
             errors.seek(0)
-            assert codes == [0, 0], errors.read()
+            assert codes == [0] * number, errors.read()
 
 
 @contextmanager

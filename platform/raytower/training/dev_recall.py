@@ -18,6 +18,7 @@ from raytower.collectives import gather_constants
 from raytower.data.config import NamedInput
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
+from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
 from raytower.models.forward import ForwardEngine
@@ -80,7 +81,7 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
         for document in documents:
             places.setdefault(document, len(places))
     if config.corpus is not None:
-        surveyed = survey_input(NamedInput(path=config.corpus), "corpus")
+        surveyed = survey_input(NamedInput(path=config.corpus), "corpus", remember=remembered)
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):
             if text not in places and _position(text) < wanted:

@@ -79,7 +79,11 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
             first_row += trained[-1].num_rows
     log(f"dev.share {share:g}: {num_dev:,} rows are set aside to measure with, {first_row:,} are trained")
     return dataclasses.replace(
-        surveyed, pieces=tuple(trained), num_rows=first_row, set_aside=tuple(set_aside)
+        surveyed,
+        pieces=tuple(trained),
+        num_rows=first_row,
+        set_aside=tuple(set_aside),
+        content=surveyed.content and f"{surveyed.content} without {share!r} by {seed}",
     )
 
 

@@ -21,6 +21,7 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import find_files, refuse_output_inside
+from raytower.data.survey_notes import counted, remembered
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.storage import known_sha256
@@ -70,7 +71,9 @@ def survey_training(
     reasons = []
     for kind in candidates:
         try:
-            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(
+                source, kind, on_error=config.on_error, quarantine=quarantine, remember=remembered
+            )
         except InputError as error:
             if len(candidates) == 1:
                 raise
@@ -148,7 +151,7 @@ def dev_tables(
     if split is None and is_beir(source):
         # Never the training split, which is what a reader of pairs would take.
         source = DevRows(path=dev.path, split="dev")
-    return tables(survey_input(source, kind))
+    return tables(survey_input(source, kind, remember=remembered))
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
@@ -207,10 +210,7 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
     """
     if "documents" not in survey.schema.names:
         return None
-    rows_of: Counter[int] = Counter()
-    for table in tables(survey):
-        lengths, counts = np.unique(pc.list_value_length(table["documents"]).to_numpy(), return_counts=True)
-        rows_of.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    rows_of = dict(counted(survey, "lengths of lists", lambda: _count_lengths(survey)))
     longest = max(rows_of)
     count = longest if wanted is None else min(wanted, longest)
     if wanted is not None and longest < wanted:
@@ -228,6 +228,15 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
             f"takes the first one and draws {count - 1} of the others; train.num_documents says how many to take"
         )
     return count
+
+
+def _count_lengths(survey: Survey) -> list[tuple[int, int]]:
+    """Each length of a candidate list, and how many rows have it."""
+    rows_of: Counter[int] = Counter()
+    for table in tables(survey):
+        lengths, counts = np.unique(pc.list_value_length(table["documents"]).to_numpy(), return_counts=True)
+        rows_of.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    return list(rows_of.items())
 
 
 def sample_rows(survey: Survey, num_rows: int) -> pa.Table:

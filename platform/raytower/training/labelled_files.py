@@ -12,6 +12,7 @@ from raytower.data.pieces import Piece, Survey, survey
 from raytower.data.plain_labels import plain_label
 from raytower.data.records import canonical_schema
 from raytower.data.sources import SourceFile, find_files
+from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
 from raytower.storage import Location
 from raytower.training.config import LabelBy
@@ -36,7 +37,9 @@ def survey_by_label(
     surveys = []
     for file in find_files(path).files:
         label = _label_of(file, label_by, path, key)
-        surveyed = survey(NamedInput(path=str(file)), "lines", on_error=on_error, quarantine=quarantine)
+        surveyed = survey(
+            NamedInput(path=str(file)), "lines", on_error=on_error, quarantine=quarantine, remember=remembered
+        )
         surveys.append((label, surveyed))
     return _joined(surveys, quarantine)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 import ray.train.torch
+import ray.util
 import torch
 
 from raytower.collectives import gather_constants
@@ -23,10 +26,11 @@ from raytower.progress import log
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError, one_line
 from raytower.training import notice
-from raytower.training.batches import Rows, worker_slice
+from raytower.training.batches import Rows
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
 from raytower.training.events import EventLog
+from raytower.training.exchange import Alone, GroupExchange
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
@@ -170,20 +174,22 @@ class _Worker:
         accumulated = self.config.accumulate_batches
         rows_per_step = self.config.batch_size * accumulated
         num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
-        batches = stream_batches(plan.stream, progress.step * accumulated, self._say)
+        exchange = Alone() if self.world_size == 1 else _join_exchange()
+        stream = stream_batches(plan.stream, progress.step * accumulated, self._say, exchange)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
-        while not self._is_over():
-            loss = self._make_step([next(batches) for _ in range(accumulated)])
-            progress.step += 1
-            progress.seconds = before + time.perf_counter() - started
-            last = progress.step == plan.num_steps
-            if last or progress.step % self.config.log_every_steps == 0:
-                self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
-            if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
-                self._evaluate()
-            elif last or progress.step % self.config.checkpoint_every_steps == 0:
-                self._report_to_continue()
-            self._end_on_notice()
+        with closing(stream) as batches:
+            while not self._is_over():
+                loss = self._make_step([next(batches) for _ in range(accumulated)])
+                progress.step += 1
+                progress.seconds = before + time.perf_counter() - started
+                last = progress.step == plan.num_steps
+                if last or progress.step % self.config.log_every_steps == 0:
+                    self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
+                if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
+                    self._evaluate()
+                elif last or progress.step % self.config.checkpoint_every_steps == 0:
+                    self._report_to_continue()
+                self._end_on_notice()
         if self.events is not None:
             self.events.close()
         return {
@@ -196,9 +202,9 @@ class _Worker:
         }
 
     def _make_step(self, batches: list[Rows]) -> float:
-        shares = [worker_slice(rows, self.rank, self.world_size) for rows in batches]
+        """One step on this worker's rows of the batches."""
         try:
-            return self.step.run(self.progress.step, shares, self.plan.task.backward)
+            return self.step.run(self.progress.step, batches, self.plan.task.backward)
         except NotANumberError as error:
             columns = batches[error.batch].values()
             text = next(values[0] for values in columns if isinstance(values[0], str))
@@ -306,6 +312,18 @@ class _Worker:
     def _say(self, message: str) -> None:
         if self.rank == 0:
             log(message)
+
+
+def _join_exchange() -> GroupExchange:
+    """This worker's end of the exchange of rows, reached at the address by which Ray knows this node.
+
+    Left alone gloo listens where the name of the machine leads, which on many clusters is the machine itself.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, known in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in known):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return GroupExchange()
 
 
 def probe_storage(storage: Location, rank: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -25,12 +26,13 @@ from raytower.storage import Location, check_output, output_folder, publish_dire
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
+from raytower.training.copies import copy_where_needed, pieces_to_copy
 from raytower.training.elastic import ElasticTrainer, TakeSigterm, TellOfDrainedNodes
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
-from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
+from raytower.training.row_stream import StreamPlan
 from raytower.training.task import Task
 from raytower.workers import fit_workers
 
@@ -66,6 +68,7 @@ def _describe_plan(
         "rejected_rows": survey.num_rejected,
         "steps": _count_steps(config, survey),
         "unused_rows": _count_unused(config, survey),
+        "copied_rows": sum(survey.pieces[position].num_rows for position in pieces_to_copy(survey.pieces)),
         "batches_per_step": config.accumulate_batches,
         "rows_per_worker_and_batch": config.batch_size // workers.num,
         "workers": workers.num,
@@ -171,9 +174,9 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     probe_storage(output.parent)
     _name_other_runs(output, run_folder)
     workers = _workers(config)
-    plan = _make_plan(
-        config, survey, task_class.prepare(config, survey), workers, run_folder / "failure.json"
-    )
+    task = task_class.prepare(config, survey)
+    readable = dataclasses.replace(survey, pieces=copy_where_needed(survey.pieces, run_folder / "rows"))
+    plan = _make_plan(config, readable, task, workers, run_folder / "failure.json")
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
     _compare_with_cluster(workers, config.workers.min or workers.num)
@@ -347,10 +350,9 @@ def _name_other_runs(output: Location, own: Location) -> None:
 
 
 def _compare_with_cluster(workers: WorkersConfig, least: int) -> None:
-    """Warn if the cluster has no room for `least` workers and their readers: Ray waits for nodes that may not come."""
+    """Warn if the cluster has no room for `least` workers: Ray waits for nodes that may never come."""
     there = ray.cluster_resources()
-    # At least one reader must fit beside the workers, or no row would ever be read.
-    cpus = least * workers.num_cpus + CPUS_PER_READER
+    cpus = least * workers.num_cpus
     gpus = least * workers.num_gpus
     if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
         log(

@@ -16,7 +16,7 @@ from raytower.errors import InputError
 from raytower.training.classifier import ClassifierTask, plan_train_classifier
 from raytower.training.config import TrainClassifierConfig
 from raytower.training.labelled_files import survey_by_label
-from raytower.training.windows import plan_windows, read_window
+from raytower.training.row_stream import StreamPlan, stream_batches
 
 ROWS = [("moon", "a"), ("sun", "a"), ("茶", "b"), ("杯", "b"), ("水", "b"), ("1984", "7")]
 
@@ -70,11 +70,9 @@ def test_files_and_folders_give_the_rows_of_a_labelled_file(tmp_path: Path) -> N
         assert (surveyed.num_rows, surveyed.num_rejected) == (6, 0)
         assert [piece.index for piece in surveyed.pieces] == list(range(len(surveyed.pieces)))
         assert [piece.first_row for piece in surveyed.pieces][:2] == [0, surveyed.pieces[0].num_rows]
-    windows = plan_windows([piece.num_rows for piece in by_file.pieces], seed=1, window_rows=100)
-    shuffled = read_window(next(iter(windows)), by_file.pieces, 1, None)
-    assert sorted(zip(shuffled["text"].to_pylist(), shuffled["label"].to_pylist(), strict=True)) == sorted(
-        ROWS
-    )
+    plan = StreamPlan(pieces=by_file.pieces, batch_size=6, num_batches=1, seed=1, window_rows=100)
+    (shuffled,) = stream_batches(plan)
+    assert sorted(zip(shuffled["text"], shuffled["label"], strict=True)) == sorted(ROWS)
 
 
 def test_a_plan_counts_them_and_dev_share_takes_of_each_label(still_encoder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import distributed as dist
 from transformers import RoFormerConfig, RoFormerModel
 
 from raytower.config import make_config
-from raytower.training.batches import Rows, worker_slice
+from raytower.training.batches import Rows
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
@@ -31,8 +31,8 @@ from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_tokenizer
-from tests.support.tiny_training import batches_of, write_pairs
-from tests.support.warm import in_two_processes
+from tests.support.tiny_training import batches_of, worker_slice, write_pairs
+from tests.support.warm import in_processes, in_two_processes
 
 Backward = Callable[[TrainingStep, Rows], Tensor]
 Weights = dict[str, Tensor]
@@ -361,7 +361,7 @@ class TestFewerWorkers:
     def folder(self, jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("losses")
         for workers in (4, 2):
-            multiprocessing.spawn(_worker_of_some, (workers, jobs, folder), nprocs=workers)
+            in_processes(workers, _worker_of_some, workers, jobs, folder)
         return folder
 
     @pytest.mark.parametrize("name", list(SHARED_JOBS))

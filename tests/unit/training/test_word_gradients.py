@@ -33,7 +33,7 @@ from transformers import (
 from raytower.config import make_config
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder, EncoderSettings
-from raytower.training.batches import Rows, worker_slice
+from raytower.training.batches import Rows
 from raytower.training.config import TrainJobConfig, TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
@@ -42,7 +42,7 @@ from raytower.training.step import TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_config, tiny_tokenizer
-from tests.support.tiny_training import batches_of, write_pairs
+from tests.support.tiny_training import batches_of, worker_slice, write_pairs
 from tests.support.warm import in_two_processes
 
 VOCABULARY = 3_000
