@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytower.models.batch_planner import plan_batches
-from raytower.models.device import load_tensor
+from raytower.models.batch_planner import plan_chunks
+from raytower.models.device import load_tensor, tokens_per_launch
 from raytower.models.token_block import Ids, Padding, TokenBlock
 
 
@@ -35,8 +35,8 @@ def cut_chunks(
     tokens_per_batch: int,
     rows_per_batch: int | None = None,
 ) -> list[Chunk]:
-    """Cut a batch into chunks of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows."""
-    plan = plan_batches(block.lengths, tokens_per_batch, rows_per_batch=rows_per_batch)
+    """Cut a batch into the chunks that cost least, of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows."""
+    plan = plan_chunks(block.lengths, tokens_per_batch, tokens_per_launch(device), rows_per_batch)
     return [
         Chunk(load_rows(block, rows_r, padding, device), load_tensor(rows_r, device))
         for rows_r in plan.batches

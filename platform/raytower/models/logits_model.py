@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raytower.models.chunks import Chunk, cut_chunks, in_row_order
 from raytower.models.device import default_tokens_per_batch
+from raytower.models.known_padding import padding_is_known
 from raytower.models.sequence_classifier import SequenceClassifier
 from raytower.models.token_block import TokenBlock
 
@@ -31,4 +32,5 @@ class LogitsModel(nn.Module):
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits (B, C) in fp32, in the order of the rows."""
-        return in_row_order([self.inner.logits(**chunk.inputs) for chunk in chunks], chunks)
+        with padding_is_known():
+            return in_row_order([self.inner.logits(**chunk.inputs) for chunk in chunks], chunks)

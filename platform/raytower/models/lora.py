@@ -43,9 +43,12 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def merge_adapters(backbone: nn.Module) -> None:
-    """Fold the adapters into the weights that they adapt, in place; the backbone is then as if it had never had any."""
+    """Fold the adapters into the weights that they adapt, in place and in float32; the backbone is then as if it had
+    never had any.
+    """
     import peft
 
+    backbone.float()  # in a narrower type what the adapters add would be rounded away
     adapted = [(n, m) for n, m in backbone.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     for name, module in adapted:
         module.merge(safe_merge=True)

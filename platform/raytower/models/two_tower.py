@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raytower.models.chunks import Chunk, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
+from raytower.models.known_padding import padding_is_known
 from raytower.models.token_block import TokenBlock
 from raytower.models.tokenising import tokenise
 
@@ -61,7 +62,8 @@ class TwoTower(nn.Module):
         """Embeddings (r, D), unit length, of each chunk's texts, with gradients; (r, T) where a layer brings them to a
         teacher's dimension.
         """
-        vectors = [self.encoder(**chunk.inputs) for chunk in chunks]
+        with padding_is_known():
+            vectors = [self.encoder(**chunk.inputs) for chunk in chunks]
         embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
         if self.into_teacher is None:
             return embeddings

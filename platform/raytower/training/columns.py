@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raytower.models.device import send
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
 from raytower.training.batches import Rows
@@ -58,7 +59,8 @@ class TextColumns:
             :, 0
         ]
         shape = (len(self.documents), len(self.queries), *values_R.shape[1:])
-        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R.to(values_R.device), values_R)
+        places_R = send(places_R, values_R.device)
+        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R, values_R)
         return placed.reshape(shape)
 
 
@@ -119,9 +121,9 @@ class JudgedPairs:
     def as_lists(self, logits_R: Tensor) -> Tensor:
         """(B, K) logits, or labels, (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""
         lengths_B1 = torch.tensor(self.list_lengths)[:, None]
-        places_R = (torch.arange(self.width) < lengths_B1).flatten().nonzero()[:, 0].to(logits_R.device)
+        places_R = (torch.arange(self.width) < lengths_B1).flatten().nonzero()[:, 0]
         filled = logits_R.new_full((len(self.list_lengths) * self.width,), -torch.inf)
-        return filled.index_copy(0, places_R, logits_R).reshape(-1, self.width)
+        return filled.index_copy(0, send(places_R, logits_R.device), logits_R).reshape(-1, self.width)
 
 
 def judged_pairs(rows: Rows, num_documents: int | None = None) -> JudgedPairs:

@@ -96,28 +96,39 @@ class TrainingStep:
             losses.append(backward(self, batch).detach().float().reshape(1, 1))
         observed = [torch.stack(values).mean().reshape(1, 1) for values in self._observed.values()]
         # (workers, batches + names) → the mean of each over the workers, the same on all of them.
-        means = gather_constants(torch.cat([*losses, *observed], dim=1)).mean(0).tolist()
-        batch_losses = means[: len(losses)]
-        self.observed = dict(zip(self._observed, means[len(losses) :], strict=True))
-        for place, loss in enumerate(batch_losses):
-            if not math.isfinite(loss):
-                self._refuse(f"the loss is {loss}", place)
+        means = gather_constants(torch.cat([*losses, *observed], dim=1)).mean(0)
         if self.words is not None:
             self.words.finish()
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        if self.words is not None and not math.isfinite(norm):
-            self.words.drop()
-        # An overflow in float16 lowers the loss scale and passes. If a scale below 1 does not help, it is no overflow.
-        is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not math.isfinite(norm) and not is_overflow:
-            self._refuse(
-                f"the gradient's norm is {norm} at a loss of {batch_losses[-1]:.4f}", len(batches) - 1
-            )
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        figures = self._fetch(torch.cat([norm.reshape(1), means]))
+        self._check(figures[0], figures[1 : len(losses) + 1])
+        self.observed = dict(zip(self._observed, figures[len(losses) + 1 :], strict=True))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return sum(batch_losses) / len(batch_losses)
+        return sum(figures[1 : len(losses) + 1]) / len(losses)
+
+    @staticmethod
+    def _fetch(figures: Tensor) -> list[float]:
+        """The figures of a step: all that the process waits for the device for. So it is asked once, when all is queued
+        that the answer does not change.
+        """
+        return cast(list[float], figures.tolist())
+
+    def _check(self, norm: float, batch_losses: Sequence[float]) -> None:
+        """Refuse a loss or a norm that is no number, with the weights as they were."""
+        is_broken = not math.isfinite(norm)
+        if is_broken and self.words is not None:
+            self.words.drop()
+        for place, loss in enumerate(batch_losses):
+            if not math.isfinite(loss):
+                self._refuse(f"the loss is {loss}", place)
+        # An overflow in float16 lowers the loss scale and passes. If a scale below 1 does not help, it is no overflow.
+        if is_broken and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            self._refuse(
+                f"the gradient's norm is {norm} at a loss of {batch_losses[-1]:.4f}", len(batch_losses) - 1
+            )
 
     def _refuse(self, message: str, batch: int) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
