@@ -35,7 +35,9 @@ def cut_chunks(
     tokens_per_batch: int,
     rows_per_batch: int | None = None,
 ) -> list[Chunk]:
-    """Cut a batch into the chunks that cost least, of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows."""
+    """Cut a batch into the chunks that cost least, with at most `tokens_per_batch` padded tokens and `rows_per_batch`
+    rows each.
+    """
     plan = plan_chunks(block.lengths, tokens_per_batch, tokens_per_launch(device), rows_per_batch)
     return [
         Chunk(load_rows(block, rows_r, padding, device), load_tensor(rows_r, device))

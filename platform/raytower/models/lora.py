@@ -5,6 +5,7 @@ Source: Hu et al. 2021 (LoRA), by the library `peft`, an optional extra.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,6 +41,22 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
         ) from error
     for parameter in pooler:
         parameter.requires_grad_(True)
+
+
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold, in place, the frozen linear layers of a model's backbone in `dtype`: in 16 bits half the memory.
+
+    Autocast would cast these weights so in each forward pass, so that no product changes. Norms, embeddings and what
+    lies behind the backbone compute in float32, and stay so.
+    """
+    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel)).base_model
+    # A tied one is read as a table, too.
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad and id(parameter) not in tables:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def merge_adapters(backbone: nn.Module) -> None:

@@ -45,8 +45,8 @@ block's pass over all documents counts; more, and it leaves a CPU's cache."""
 class BatchKeys:
     """Keys of this worker's rows; NO_KEY where there is none, and NO_KEY equals nothing.
 
-    query: (B, 3). documents: one (B, 3) for each document column, in the order of the columns. device: where a loss reads
-    what is known; the keys themselves stay in the CPU's memory.
+    query: (B, 3). documents: one (B, 3) for each document column, in the order of the columns. device: where a loss
+    reads what is known; the keys themselves stay in the CPU's memory.
     """
 
     query: Tensor

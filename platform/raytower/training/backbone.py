@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from raytower.collectives import rank
 from raytower.errors import InputError
 from raytower.models.device import TORCH_DTYPES
-from raytower.models.lora import add_adapters, merge_adapters
+from raytower.models.lora import add_adapters, merge_adapters, narrow_frozen
 from raytower.progress import log
 from raytower.training.config import TrainJobConfig
 
@@ -41,22 +41,10 @@ def prepare_backbone(backbone: PreTrainedModel, config: TrainJobConfig) -> None:
         backbone.compile(dynamic=True)
 
 
-def narrow_frozen(model: nn.Module, config: TrainJobConfig) -> None:
-    """Hold, in place, the weights under adapters in the 16 bits that they are multiplied in: half the memory.
-
-    Autocast would cast them so for each forward pass, so no product changes. Only linear layers of the backbone are
-    narrowed: norms and embeddings compute in float32, and so does a head behind the backbone.
-    """
-    if config.lora is None or config.dtype == "float32":
-        return
-    dtype = TORCH_DTYPES[config.dtype]
-    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel)).base_model
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in backbone.modules():
-        if isinstance(module, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad and id(parameter) not in tables:
-                    parameter.data = parameter.data.to(dtype)
+def narrow_base(model: nn.Module, config: TrainJobConfig) -> None:
+    """Hold what lies under adapters in the precision of forward passes, in place, once the model is built."""
+    if config.lora is not None:
+        narrow_frozen(model, TORCH_DTYPES[config.dtype])
 
 
 # Any text: which weights a model's output depends on does not hang on it.

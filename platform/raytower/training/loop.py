@@ -26,7 +26,7 @@ from raytower.models.directory import set_num_threads
 from raytower.progress import log
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError, one_line
-from raytower.training.backbone import narrow_frozen
+from raytower.training.backbone import narrow_base
 from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
@@ -144,7 +144,7 @@ class _Worker:
             device = ray.train.torch.get_device()
             multiply_fast(getattr(torch, config.dtype), device)
             self.model = plan.task.build(start_from, device)
-            narrow_frozen(self.model, config)
+            narrow_base(self.model, config)
             self.model = self.model.to(device).train()
             if folder and plan.task.keeps_weights_apart:
                 load_trainable(self.model, folder)

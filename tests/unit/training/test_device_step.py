@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from raytower.config import make_config
 from raytower.models.ahead import Ahead
@@ -22,7 +22,19 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.device import multiply_fast
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
-from raytower.training.backbone import narrow_frozen
+from raytower.objectives import (
+    classification,
+    cosent,
+    cosine_embedding,
+    cosine_regression,
+    keys,
+    lambda_loss,
+    pointwise_cross_entropy,
+    pointwise_regression,
+    targets,
+)
+from raytower.objectives.keys import text_keys
+from raytower.training.backbone import narrow_base
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.live_engine import LiveEngine
@@ -57,6 +69,17 @@ WAITING = {
     "bincount",
 }
 
+FINDING_WRONG = (
+    classification,
+    cosent,
+    cosine_embedding,
+    cosine_regression,
+    lambda_loss,
+    pointwise_cross_entropy,
+    pointwise_regression,
+    targets,
+)
+
 TASKS: dict[str, tuple[Any, Any]] = {
     "retriever": (TrainRetrieverConfig, RetrieverTask),
     "reranker": (TrainRerankerConfig, RerankerTask),
@@ -76,6 +99,23 @@ class Waits(TorchDispatchMode):
         if name in WAITING:
             self.seen[name] += 1
         return function(*args, **(kwargs or {}))
+
+    def counting(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.seen[method.__name__] += 1
+            return method(*arguments)
+
+        return call
+
+
+def _on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What never touches the device, as another test shows, and is not counted."""
+
+    def call(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return function(*arguments)
+
+    return call
 
 
 def make_task(kind: str, model: Path, train: Path, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
@@ -147,15 +187,36 @@ def test_a_step_waits_for_the_device_once(
     train = write(tmp_path / f"train.{'jsonl' if write is write_candidates else 'tsv'}", 64)
     config, task, surveyed = make_task(kind, dummy_encoder_dir, train, tmp_path, **changes)
     step = make_step(task, config)
-    # Refusing wrong labels costs nothing in the host's memory, and is left out elsewhere.
-    monkeypatch.setattr(Tensor, "any", lambda self, *_: pytest.fail("asked whether any value is wrong"))
+    for module in FINDING_WRONG:  # which costs nothing in the host's memory, and is left out elsewhere
+        monkeypatch.setattr(module, "found_wrong", lambda _: False)
+    for place, name in ((keys, "known_relevant"), (keys.KnownRelevant, "pairs")):
+        monkeypatch.setattr(place, name, _on_the_host(getattr(place, name)))
     batches = batches_of(surveyed, config, task.num_documents)
     for number in range(2):  # the second begins with what the first has left
         rows = list(islice(batches, config.accumulate_batches))
         loaded = [task.load_batch(step, each) for each in rows]
-        with Waits() as waits:
+        with Waits() as waits, monkeypatch.context() as patched:
+            for name in ("tolist", "cpu", "numpy"):  # what no operation shows in the host's memory
+                patched.setattr(Tensor, name, waits.counting(getattr(Tensor, name)))
             step.run(number, loaded, task.propagate)
-        assert waits.seen == {"_local_scalar_dense": 1}, waits.seen
+        assert waits.seen == {"tolist": 1}
+
+
+def test_what_is_known_of_keys_is_worked_out_in_the_hosts_memory() -> None:
+    """For a loss on another device, on which nothing can be computed: only the places arrive there."""
+    texts = text_keys(["a", "b", "a"])
+    known = keys.BatchKeys(query=texts, documents=(text_keys(["p", "q", "r"]), text_keys(["q", None, "s"])))
+    elsewhere = known.to(torch.device("meta"))
+    assert elsewhere.to(torch.device("meta")) is elsewhere
+    rows, documents = elsewhere.known.pairs(slice(0, 3))
+    here_rows, here_documents = known.known.pairs(slice(0, 3))
+    assert {tensor.device.type for tensor in (rows, documents, elsewhere.known.own_B)} == {"meta"}
+    assert (rows.shape, documents.shape) == (here_rows.shape, here_documents.shape)
+    # Queries 0 and 2 are equal, and find each other's documents; q is asked by query 1 and stands in row 0 again.
+    pairs = set(zip(here_rows.tolist(), here_documents.tolist(), strict=True))
+    assert {(0, 2), (2, 0), (1, 3)} <= pairs
+    assert elsewhere.known.missing_M.shape == (1,)
+    assert known.known.missing_M.tolist() == [4]
 
 
 def test_batches_loaded_ahead_make_the_same_steps(dummy_encoder_dir: Path, tmp_path: Path) -> None:
@@ -197,7 +258,7 @@ class TestNarrowWeightsUnderAdapters:
         torch.manual_seed(0)
         model = task.build(None)
         if is_narrow:
-            narrow_frozen(model, config)
+            narrow_base(model, config)
         step = make_step(task, config, model)
         batches = islice(batches_of(surveyed, config), 4)
         return step, [step.run(number, [rows], task.backward) for number, rows in enumerate(batches)]
@@ -246,7 +307,7 @@ class TestNarrowWeightsUnderAdapters:
         for changes in ({"lora": {"rank": 4}}, {"dtype": "bfloat16"}):
             config, task, _ = make_task("retriever", dummy_encoder_dir, train, tmp_path, **changes)
             model = task.build(None)
-            narrow_frozen(model, config)
+            narrow_base(model, config)
             assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
