@@ -168,7 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
 class TestOneProcess:
     @pytest.fixture(autouse=True)
     def in_one_chunk(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Sums over several chunks round in another order; those of accumulated batches and cached ones are compared."""
+        """Sums over several chunks round in another order; those of accumulated and of cached batches are tested."""
         monkeypatch.setattr(chunks, "tokens_per_launch", lambda _: 10_000)
 
     @pytest.mark.parametrize("name", list(CASES))
