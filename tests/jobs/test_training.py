@@ -19,7 +19,6 @@ from raytower.errors import InputError, RaytowerError
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import TextClassifier
-from raytower.training.batches import Rows
 from raytower.training.classifier import train_classifier
 from raytower.training.config import (
     TrainClassifierConfig,
@@ -27,7 +26,7 @@ from raytower.training.config import (
 )
 from raytower.training.dev_recall import evaluate_recall, load_dev_set
 from raytower.training.reranker import train_reranker
-from raytower.training.retriever import RetrieverTask, train_retriever
+from raytower.training.retriever import LoadedTexts, RetrieverTask, train_retriever
 from raytower.training.runner import fit
 from raytower.training.step import TrainingStep
 from tests.support.tensorboard_events import read_scalars
@@ -145,10 +144,10 @@ class RefusingTask(RetrieverTask):
         (Path(self.config.output).parent / f"built-{uuid4().hex}").touch()
         return super().build(start_from, device)
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def propagate(self, step: TrainingStep, batch: LoadedTexts) -> Tensor:
         if rank() == world_size() - 1:
             raise InputError("the last worker cannot read its rows")
-        return super().backward(step, rows)
+        return super().propagate(step, batch)
 
 
 def job_values(model: Path, train: Path, output: Path, **changes: object) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytower.models.batch_planner import plan_batches
-from raytower.models.device import load_tensor
+from raytower.models.batch_planner import plan_chunks
+from raytower.models.device import load_tensor, tokens_per_launch
 from raytower.models.token_block import Ids, Padding, TokenBlock
 
 
@@ -22,11 +22,13 @@ class Chunk:
     """Rows that go through the model together.
 
     inputs: what the model takes of them, each (r, L); see `TokenBlock.pad`. rows: (r,) their positions in the batch.
+    share: of the batch's `Shares` the one that begins with this chunk; None for none.
     seed: what dropout begins with at this chunk; None goes on where the one before ends.
     """
 
     inputs: dict[str, Tensor]
     rows: Tensor
+    share: int | None = None
     seed: int | None = None
 
     def begin(self) -> None:
@@ -39,11 +41,11 @@ class Chunk:
 class Shares:
     """A batch whose rows lie in several shares, with a dropout of its own for each.
 
-    share_R: (R,) the share of each row. seeds: one for each share.
+    share_R: (R,) the share of each row, from 0. number: how many there are.
     """
 
     share_R: Ids  # noqa: N815 - carries its shape
-    seeds: Sequence[int]
+    number: int
 
 
 def cut_chunks(
@@ -55,18 +57,19 @@ def cut_chunks(
     rows_per_batch: int | None = None,
     shares: Shares | None = None,
 ) -> list[Chunk]:
-    """Cut a batch into chunks of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows.
+    """Cut a batch into the chunks that cost least, with at most `tokens_per_batch` padded tokens and `rows_per_batch`
+    rows each.
 
     No chunk holds rows of two shares, so that they are the chunks of workers with a share each.
     """
-    seeds: Sequence[int | None] = [None] if shares is None else shares.seeds
     chunks = []
-    for number, seed in enumerate(seeds):
-        own = np.arange(len(block)) if shares is None else np.flatnonzero(shares.share_R == number)
-        plan = plan_batches(block.lengths[own], tokens_per_batch, rows_per_batch=rows_per_batch)
+    for share in range(1 if shares is None else shares.number):
+        own = np.arange(len(block)) if shares is None else np.flatnonzero(shares.share_R == share)
+        plan = plan_chunks(block.lengths[own], tokens_per_batch, tokens_per_launch(device), rows_per_batch)
         for place, rows_r in enumerate(own[rows] for rows in plan.batches):
             inputs = load_rows(block, rows_r, padding, device)
-            chunks.append(Chunk(inputs, load_tensor(rows_r, device), None if place else seed))
+            begins = None if shares is None or place else share
+            chunks.append(Chunk(inputs, load_tensor(rows_r, device), begins))
     return chunks
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.device import default_tokens_per_batch
+from raytower.models.known_padding import padding_is_known
 from raytower.models.sequence_classifier import SequenceClassifier
 from raytower.models.token_block import TokenBlock
 
@@ -31,7 +32,8 @@ class LogitsModel(nn.Module):
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits (B, C) in fp32, in the order of the rows."""
         logits = []
-        for chunk in chunks:
-            chunk.begin()
-            logits.append(self.inner.logits(**chunk.inputs))
+        with padding_is_known():
+            for chunk in chunks:
+                chunk.begin()
+                logits.append(self.inner.logits(**chunk.inputs))
         return in_row_order(logits, chunks)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
+from raytower.models.known_padding import padding_is_known
 from raytower.models.token_block import TokenBlock
 from raytower.models.tokenising import tokenise
 
@@ -63,9 +64,10 @@ class TwoTower(nn.Module):
         teacher's dimension.
         """
         vectors = []
-        for chunk in chunks:
-            chunk.begin()
-            vectors.append(self.encoder(**chunk.inputs))
+        with padding_is_known():
+            for chunk in chunks:
+                chunk.begin()
+                vectors.append(self.encoder(**chunk.inputs))
         embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
         if self.into_teacher is None:
             return embeddings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -21,16 +22,16 @@ from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
-from raytower.models.block_engine import refuse_no_numbers
+from raytower.models.chunks import Chunk
 from raytower.models.compute import check_max_length
+from raytower.models.device import send
 from raytower.models.logits_model import LogitsModel
-from raytower.models.text_classifier import ClassifierEngine, TextClassifier
+from raytower.models.text_classifier import TextClassifier
 from raytower.objectives.classification import weights_of
 from raytower.progress import log
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
     PROBE,
-    evaluation_copy,
     freeze_unreached,
     merged_copy,
     prepare_backbone,
@@ -42,12 +43,21 @@ from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_split import set_dev_aside
 from raytower.training.inputs import dev_tables, survey_training, tables
 from raytower.training.labelled_files import survey_by_label
+from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
-from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
+from raytower.training.shares import gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class LoadedLabelled:
+    """A batch for the step: the class of each text (B,) and chunks of their tokens, both on the device."""
+
+    classes_B: Tensor  # noqa: N815 - carries its shape
+    chunks: list[Chunk]
 
 
 class ClassifierTask(Task[TrainClassifierConfig]):
@@ -102,37 +112,30 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         )
         return whole
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedLabelled:
         model = cast(LogitsModel, step.model)
         block = model.inner.tokenise([rows["text"]], self.config.max_length)
         chunks = model.plan_chunks(block, step.shares(np.arange(len(block)), len(block)))
-        classes_B = torch.tensor([self.classes[label] for label in rows["label"]], device=step.device)
+        classes_B = torch.tensor([self.classes[label] for label in rows["label"]])
+        return LoadedLabelled(send(classes_B, step.device), chunks)
 
+    def propagate(self, step: TrainingStep, batch: LoadedLabelled) -> Tensor:
         def compute_loss() -> Tensor:
             with step.autocast():
-                logits_BC = step.parallel(chunks)
-            step.observe("accuracy", (logits_BC.argmax(1) == classes_B).float().mean())
-            weights_C = None if self.weights_C is None else self.weights_C.to(step.device)
-            return self.config.objective(logits_BC, classes_B, weights_C)
+                logits_BC = step.parallel(step.seeded(batch.chunks))
+            step.observe("accuracy", (logits_BC.argmax(1) == batch.classes_B).float().mean())
+            weights_C = None if self.weights_C is None else send(self.weights_C, step.device)
+            return self.config.objective(logits_BC, batch.classes_B, weights_C)
 
         return step.propagate(compute_loss)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         inner = cast(TextClassifier, cast(LogitsModel, model).inner)
-        device = inner.model.device
-        engine = ClassifierEngine(
-            evaluation_copy(inner, self.config),
-            dtype=evaluation_dtype(self.config.dtype, device),
-            device=device,
-            max_length=self.config.max_length,
-        )
+        engine = LiveEngine(inner, dtype=self.config.dtype, max_length=self.config.max_length)
         rows = own_rows(len(self.dev_texts)).tolist()
-        logits_NC = refuse_no_numbers(
-            engine.logits([self.dev_texts[row] for row in rows]), "classifier", "dev text"
-        )
-        best_own = logits_NC.argmax(1).astype(np.float32)
-        best = gather_rows_in_order(best_own, len(self.dev_texts))
-        predicted = [self.labels[int(number)] for number in best]
+        logits_NC = engine.logits([self.dev_texts[row] for row in rows])
+        best = gather_rows_in_order(logits_NC.argmax(1), len(self.dev_texts))
+        predicted = [self.labels[number] for number in best.tolist()]
         return {
             "accuracy": accuracy(predicted, self.dev_labels),
             "f1": macro_f1(predicted, self.dev_labels),

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raytower.models.device import load_tensor
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
 from raytower.training.batches import Rows
@@ -62,11 +63,10 @@ class TextColumns:
     def place(self, values_R: Tensor) -> Tensor:
         """(K, B, …) values (R, …) of `present_documents` in their columns and rows; 0 where there is no document."""
         # 0 1 3 where 4 places hold a document each but the third
-        places_R = torch.tensor([text is not None for column in self.documents for text in column]).nonzero()[
-            :, 0
-        ]
+        are_there = [text is not None for column in self.documents for text in column]
+        places_R = load_tensor(np.flatnonzero(are_there), values_R.device)
         shape = (len(self.documents), len(self.queries), *values_R.shape[1:])
-        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R.to(values_R.device), values_R)
+        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R, values_R)
         return placed.reshape(shape)
 
 
@@ -131,8 +131,8 @@ class JudgedPairs:
 
     def as_lists(self, logits_R: Tensor) -> Tensor:
         """(B, K) logits, or labels, (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""
-        lengths_B1 = torch.tensor(self.list_lengths)[:, None]
-        places_R = (torch.arange(self.width) < lengths_B1).flatten().nonzero()[:, 0].to(logits_R.device)
+        lengths_B1 = np.array(self.list_lengths)[:, None]
+        places_R = load_tensor(np.flatnonzero(np.arange(self.width) < lengths_B1), logits_R.device)
         filled = logits_R.new_full((len(self.list_lengths) * self.width,), -torch.inf)
         return filled.index_copy(0, places_R, logits_R).reshape(-1, self.width)
 

@@ -200,13 +200,15 @@ class TrainJobConfig(Config):
     epochs: float = Field(default=1, gt=0)
     """Passes over the training rows; 0.5 takes half of them."""
     dtype: TrainDtype = "bfloat16"
-    """Precision of forward passes; weights, gradients and optimizer stay in float32."""
+    """Precision of forward passes; weights that train, gradients and optimizer stay in float32. On a GPU float32 is
+    multiplied by TF32."""
     recompute: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the backbone: pays on accelerators and long runs, needs a C++ compiler."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
+    """Train low-rank adapters in place of the backbone's weights, which are held in dtype; the saved directory
+    holds them merged."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of what is drawn by chance; the same one gives the same result."""
     workers: TrainingWorkersConfig = TrainingWorkersConfig()

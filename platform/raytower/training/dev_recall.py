@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from raytower.data.pieces import survey as survey_input
 from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
-from raytower.models.forward import ForwardEngine
 from raytower.training.columns import best_documents
 from raytower.training.config import RetrieverDevConfig
 from raytower.training.inputs import dev_tables
@@ -91,10 +91,18 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
     return DevSet(queries=list(positives), corpus=list(places), relevant=relevant, own=own)
 
 
+class TextEngine(Protocol):
+    """Gives the vectors (N, D) of texts behind a prefix, on a device or in the CPU's memory."""
+
+    def encode(self, texts: Sequence[str], prefix: str = "") -> Tensor | NDArray[np.float32]: ...
+
+
 def evaluate_recall(
-    engine: ForwardEngine, dev: DevSet, metric: str, prefixes: tuple[str, str]
+    engine: TextEngine, dev: DevSet, metric: str, prefixes: tuple[str, str]
 ) -> dict[str, float]:
     """Recall@1, @10, MRR@10, nDCG@10 and `metric`; all workers call it together and get the same values.
+
+    Vectors are compared where the engine leaves them.
 
     Raises:
         InputError: `metric` is unknown.
@@ -102,7 +110,7 @@ def evaluate_recall(
     own_corpus = own_rows(len(dev.corpus))
     own_queries = [dev.queries[row] for row in own_rows(len(dev.queries)).tolist()]
     query_QD = gather_rows_in_order(engine.encode(own_queries, prefixes[0]), len(dev.queries))
-    corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
+    corpus_CD = torch.as_tensor(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
     cutoffs = sorted({1, 10, int(metric.partition("@")[2])})
     # One more than is looked at, as a query's own text may be among them.
     ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs) + 1)
@@ -121,7 +129,8 @@ def _rank_documents(
     query_QD: Tensor, corpus_CD: Tensor, own_corpus: NDArray[np.int64], depth: int
 ) -> NDArray[np.int64]:
     """Corpus positions of the best documents over all workers, (Q, K), best first; -1 where there are no more."""
-    places_C = torch.from_numpy(own_corpus)
+    device = corpus_CD.device
+    places_C = torch.from_numpy(own_corpus).to(device)
     kept = min(depth, len(corpus_CD))
     scores, places = [], []
     for block_qD in query_QD.split(256):
@@ -129,8 +138,8 @@ def _rank_documents(
         scores.append(top.values)
         places.append(places_C[top.indices])
     # Workers' shares may differ by one text, so short lists are filled with scores that never win.
-    score_QK = torch.full((len(query_QD), depth), -torch.inf)
-    place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64)
+    score_QK = torch.full((len(query_QD), depth), -torch.inf, device=device)
+    place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64, device=device)
     score_QK[:, :kept], place_QK[:, :kept] = torch.cat(scores), torch.cat(places)
     all_score = torch.cat(gather_constants(score_QK).split(len(query_QD)), dim=1)
     all_place = torch.cat(gather_constants(place_QK).split(len(query_QD)), dim=1)
@@ -138,7 +147,7 @@ def _rank_documents(
     ranked = torch.gather(all_place, 1, best.indices)
     # Where the corpus is smaller than the depth, fillers remain at the end; -1 makes them name no document.
     ranked[torch.isinf(best.values)] = -1
-    return ranked.numpy()
+    return ranked.cpu().numpy()
 
 
 def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket
@@ -21,11 +22,14 @@ import torch
 from raytower.collectives import gather_constants
 from raytower.config import WorkersConfig
 from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.models.device import is_out_of_memory
+from raytower.models.ahead import Ahead
+from raytower.models.device import is_out_of_memory, multiply_fast
+from raytower.models.directory import set_num_threads
 from raytower.progress import log
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError, one_line
 from raytower.training import notice
+from raytower.training.backbone import narrow_base
 from raytower.training.batches import Rows
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
@@ -79,7 +83,9 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     """
     plan: TrainingPlan = loop_config["plan"]
     context = ray.train.get_context()
-    torch.set_num_threads(plan.workers.num_threads)
+    set_num_threads(plan.workers.num_threads)
+    # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
+    os.environ["RAYON_NUM_THREADS"] = str(plan.workers.num_threads)
     try:
         if plan.failure_file.is_file():
             return dict(plan.failure_file.read_json())
@@ -124,6 +130,14 @@ def lasting_failure(error: Exception, num_rows: int) -> dict[str, Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class _LoadedStep:
+    """This worker's rows of the batches of one optimizer step, and what the task made of them."""
+
+    rows: list[Rows]
+    batches: list[Any]
+
+
 class _Worker:
     def __init__(self, plan: TrainingPlan, uploads: Uploads) -> None:
         self.plan = plan
@@ -138,7 +152,10 @@ class _Worker:
             # weights builds the model that it began with and then loads them.
             start_from = folder / MODEL_DIR if folder and not plan.task.keeps_weights_apart else None
             device = ray.train.torch.get_device()
-            self.model = plan.task.build(start_from, device).to(device).train()
+            multiply_fast(getattr(torch, config.dtype), device)
+            self.model = plan.task.build(start_from, device)
+            narrow_base(self.model, config)
+            self.model = self.model.to(device).train()
             if folder and plan.task.keeps_weights_apart:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
@@ -170,26 +187,34 @@ class _Worker:
             self.events = EventLog(plan.log_dir, self.progress.step + 1)
 
     def run(self) -> dict[str, Any]:
-        plan, progress, dev = self.plan, self.progress, self.plan.task.dev
-        accumulated = self.config.accumulate_batches
-        rows_per_step = self.config.batch_size * accumulated
-        num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
+        skipped = self.progress.step * self.config.accumulate_batches
         exchange = Alone() if self.world_size == 1 else _join_exchange()
-        stream = stream_batches(plan.stream, progress.step * accumulated, self._say, exchange)
+        stream = stream_batches(self.plan.stream, skipped, self._say, exchange)
+        num_left = 0 if self._is_over() else self.plan.num_steps - self.progress.step
+        # The next step's batches are read, tokenised and sent to the device while this step is computed.
+        with closing(stream), Ahead(self._load_step, itertools.repeat(stream, num_left)) as ahead:
+            return self._run(ahead)
+
+    def _run(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> dict[str, Any]:
+        plan, progress, dev = self.plan, self.progress, self.plan.task.dev
+        rows_per_step = self.config.batch_size * self.config.accumulate_batches
+        num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
+        steps = iter(ahead)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
-        with closing(stream) as batches:
-            while not self._is_over():
-                loss = self._make_step([next(batches) for _ in range(accumulated)])
-                progress.step += 1
-                progress.seconds = before + time.perf_counter() - started
-                last = progress.step == plan.num_steps
-                if last or progress.step % self.config.log_every_steps == 0:
-                    self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
-                if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
-                    self._evaluate()
-                elif last or progress.step % self.config.checkpoint_every_steps == 0:
-                    self._report_to_continue()
-                self._end_on_notice()
+        while not self._is_over():
+            loss = self._make_step(next(steps))
+            progress.step += 1
+            progress.seconds = before + time.perf_counter() - started
+            last = progress.step == plan.num_steps
+            if last or progress.step % self.config.log_every_steps == 0:
+                self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
+            if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
+                ahead.rest()  # the tokenizer of the next batch serves the dev rows, too
+                self._evaluate()
+            elif last or progress.step % self.config.checkpoint_every_steps == 0:
+                ahead.rest()  # it is saved with the model
+                self._report_to_continue()
+            self._end_on_notice(ahead)
         if self.events is not None:
             self.events.close()
         return {
@@ -201,12 +226,19 @@ class _Worker:
             "curve": progress.curve,
         }
 
-    def _make_step(self, batches: list[Rows]) -> float:
+    def _load_step(self, batches: Iterator[Rows]) -> _LoadedStep:
+        """Read this worker's rows of the next step and load them; in the thread that works ahead."""
+        if self.step.device.type == "cuda":
+            torch.cuda.set_device(self.step.device)  # a thread begins at the machine's first one
+        rows = [next(batches) for _ in range(self.config.accumulate_batches)]
+        return _LoadedStep(rows, [self.plan.task.load_batch(self.step, each) for each in rows])
+
+    def _make_step(self, loaded: _LoadedStep) -> float:
         """One step on this worker's rows of the batches."""
         try:
-            return self.step.run(self.progress.step, batches, self.plan.task.backward)
+            return self.step.run(self.progress.step, loaded.batches, self.plan.task.propagate)
         except NotANumberError as error:
-            columns = batches[error.batch].values()
+            columns = loaded.rows[error.batch].values()
             text = next(values[0] for values in columns if isinstance(values[0], str))
             raise NotANumberError(
                 f"{error} at step {self.progress.step + 1}, whose batch begins with {text[:80]!r}; training has "
@@ -220,7 +252,7 @@ class _Worker:
         impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
 
-    def _end_on_notice(self) -> None:
+    def _end_on_notice(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> None:
         """End all workers once a checkpoint of this step is stored, where one has been told that it will be ended.
 
         A measurement that is due in this step comes before: the run would go on behind it.
@@ -233,6 +265,7 @@ class _Worker:
         if self._is_over() or not told.any():
             return
         if self._saved_step < self.progress.step:
+            ahead.rest()  # its tokenizer is saved with the model
             self._report_to_continue()
         self.uploads.wait()
         # The first worker that ends has Ray Train end all: none does before the checkpoint counts.

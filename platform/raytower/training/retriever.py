@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,7 +20,6 @@ from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
-from raytower.models.forward import ForwardEngine
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.models.two_tower import TwoTower
@@ -31,7 +31,6 @@ from raytower.progress import log
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
     PROBE,
-    evaluation_copy,
     freeze_unreached,
     has_dropout,
     merged_copy,
@@ -51,6 +50,7 @@ from raytower.training.inputs import (
     sample_rows,
     survey_training,
 )
+from raytower.training.live_engine import LiveEngine
 from raytower.training.other_encoder import OtherEncoder, other_encoder_name
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
@@ -66,6 +66,14 @@ _CPU = torch.device("cpu")
 _SAMPLED_SCORES = 10_000
 _SAMPLED_PAIRS = 256
 _SAMPLED_DOCUMENTS = 4
+
+
+@dataclass(frozen=True)
+class LoadedTexts:
+    """A batch for the step: its texts, and all of them as chunks of tokens on the device, column after column."""
+
+    columns: TextColumns
+    chunks: list[Chunk]
 
 
 class RetrieverTask(Task[TrainRetrieverConfig]):
@@ -159,7 +167,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
         return tower
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedTexts:
         tower = cast(TwoTower, step.model)
         columns = text_columns(rows, self.num_documents)
         query_prefix, document_prefix = _prefixes(tower.encoder)
@@ -168,6 +176,11 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             tower.tokenise(columns.present_documents, document_prefix),
         ]
         chunks = tower.plan_chunks(blocks, step.shares(columns.rows_of_texts, len(columns.queries)))
+        columns = dataclasses.replace(columns, targets=columns.targets.to(step.device))
+        return LoadedTexts(columns, chunks)
+
+    def propagate(self, step: TrainingStep, batch: LoadedTexts) -> Tensor:
+        columns, chunks = batch.columns, step.seeded(batch.chunks)
         targets = self._taught(columns)
         objective = make_objective(self.config)
 
@@ -186,13 +199,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         encoder = cast(TwoTower, model).encoder
         assert self.config.dev is not None
-        device = next(encoder.parameters()).device
-        engine = ForwardEngine(
-            evaluation_copy(encoder, self.config),
-            dtype=evaluation_dtype(self.config.dtype, device),
-            device=device,
-            max_length=self.config.max_length,
-        )
+        engine = LiveEngine(encoder, dtype=self.config.dtype, max_length=self.config.max_length)
         prefixes = _prefixes(encoder)
         if self.recall_dev is not None:
             return evaluate_recall(engine, self.recall_dev, self.config.dev.metric, prefixes)
@@ -202,7 +209,9 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         left_BD = engine.encode([dev.queries[row] for row in rows], prefixes[0])
         right_BD = engine.encode([dev.documents[row] for row in rows], prefixes[1])
         cosines = gather_rows_in_order((left_BD * right_BD).sum(1), len(dev.labels))
-        return scored_metrics(cosines.numpy(), dev.labels, self.config.dev.metric, self.config.dev.threshold)
+        return scored_metrics(
+            cosines.cpu().numpy(), dev.labels, self.config.dev.metric, self.config.dev.threshold
+        )
 
     def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
         merged_copy(cast(TwoTower, model).encoder, self.config).save(folder, info)

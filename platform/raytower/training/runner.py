@@ -23,6 +23,7 @@ from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
 from raytower.storage import Location, check_output, output_folder, publish_directory
+from raytower.training.backbone import narrow_base
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
@@ -62,7 +63,8 @@ def _describe_plan(
     `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
     two moments).
     """
-    sizes = [(p.numel() * 4, p.requires_grad) for p in model.parameters()]
+    narrow_base(model, config)
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     return {
         "rows": survey.num_rows,
         "rejected_rows": survey.num_rejected,

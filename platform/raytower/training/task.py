@@ -69,8 +69,21 @@ class Task(ABC, Generic[ConfigT]):
         """
 
     @abstractmethod
+    def load_batch(self, step: TrainingStep, rows: Rows) -> Any:
+        """What `propagate` takes of this worker's rows: tokenised, cut into chunks, on the model's device.
+
+        It is called in a thread of its own while `step` computes the batch before: it draws nothing by chance, computes
+        nothing with the model, and exchanges nothing with other workers.
+        """
+
+    @abstractmethod
+    def propagate(self, step: TrainingStep, batch: Any) -> Tensor:
+        """Add the gradient of the mean loss over the rows of `load_batch`, by `step.propagate`; returns the loss, a
+        scalar."""
+
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
-        """Add the gradient of the mean loss over this worker's rows by `step.propagate`; returns the loss, a scalar."""
+        """Both of it for rows that nothing was done with ahead."""
+        return self.propagate(step, self.load_batch(step, rows))
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from raytower.config import make_config
+from raytower.models import chunks
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.training.batches import Rows
@@ -166,6 +167,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class TestOneProcess:
+    @pytest.fixture(autouse=True)
+    def in_one_chunk(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sums over several chunks round in another order; those of accumulated and of cached batches are tested."""
+        monkeypatch.setattr(chunks, "tokens_per_launch", lambda _: 10_000)
+
     @pytest.mark.parametrize("name", list(CASES))
     def test_three_steps_leave_what_dense_gradients_leave(
         self, wide_encoder: Path, tmp_path: Path, name: str
