@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from raytower.models.chunks import Chunk, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
 from raytower.models.token_block import TokenBlock
-from raytower.models.tokenising import tokenise
 
 
 class TwoTower(nn.Module):
@@ -45,7 +44,7 @@ class TwoTower(nn.Module):
 
     def tokenise(self, texts: Sequence[str], prefix: str) -> TokenBlock:
         """Ids of each text with its prefix, cut to `max_length`."""
-        return tokenise(self.encoder.tokenizer, [self.encoder.prepared(texts, prefix)], self.max_length)
+        return self.encoder.tokenise(texts, self.max_length, prefix)
 
     def plan_chunks(self, columns: Sequence[TokenBlock]) -> list[Chunk]:
         """Cut the texts of all columns, which count column after column, into chunks on the encoder's device."""
