@@ -25,11 +25,12 @@ from raytower.storage.errors import StorageError, StorageRefusedError, one_line
 from raytower.training.batches import Rows, worker_slice
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
-from raytower.training.events import EventLog
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.run_log import RunLog
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
+from raytower.training.trackers import TrackedRun
 from raytower.training.word_gradients import WordGradients
 
 
@@ -47,6 +48,8 @@ class TrainingPlan:
     log_dir: Location
     failure_file: Location
     """Where a worker leaves the failure that ends the run for all of them."""
+    tracked: TrackedRun | None = None
+    """What trackers are told of the run; None without trackers."""
 
 
 @dataclass
@@ -152,9 +155,20 @@ class _Worker:
                 self._say("a GPU is there and not used: set workers.num_gpus to 1")
         self.events = None
         if self.rank == 0:
-            self.events = EventLog(plan.log_dir, self.progress.step + 1)
+            self.events = RunLog(plan.log_dir, self.progress.step + 1, plan.tracked)
 
     def run(self) -> dict[str, Any]:
+        try:
+            figures = self._train()
+        except Exception:
+            if self.events is not None:
+                self.events.fail()
+            raise
+        if self.events is not None:
+            self.events.close()
+        return figures
+
+    def _train(self) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         accumulated = self.config.accumulate_batches
         rows_per_step = self.config.batch_size * accumulated
@@ -173,8 +187,6 @@ class _Worker:
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
                 # This checkpoint is only there to continue from, so it counts as the worst by the metric.
                 self._report({} if dev is None else {dev.metric: float("-inf")})
-        if self.events is not None:
-            self.events.close()
         return {
             "steps": progress.step,
             "seconds": round(progress.seconds, 3),

@@ -30,6 +30,7 @@ from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
 from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
 from raytower.training.task import Task
+from raytower.training.trackers import TrackedRun, check_trackers, tracked_run
 from raytower.workers import fit_workers
 
 TaskT = TypeVar("TaskT", bound=Task[Any])
@@ -43,6 +44,7 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     """
     if Location.of(config.output).is_local:  # a remote one may be half published, which is gone on with
         output_folder(config.output, INFO_NAME)
+    check_trackers(config)
     surveyed = task_class.survey(config)
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
@@ -152,8 +154,10 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     The model is loaded and checked against the rows only where there is something to train.
 
     Raises:
-        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
+        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers), or an
+            extra is not installed.
     """
+    check_trackers(config)
     survey = task_class.survey(config)
     output = Location.of(config.output)
     identity = run_identity(config, survey)
@@ -168,7 +172,12 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     _name_other_runs(output, run_folder)
     workers = _workers(config)
     plan = _make_plan(
-        config, survey, task_class.prepare(config, survey), workers, run_folder / "failure.json"
+        config,
+        survey,
+        task_class.prepare(config, survey),
+        workers,
+        run_folder / "failure.json",
+        tracked_run(config, run_key(identity)),
     )
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
@@ -217,7 +226,12 @@ def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
 
 
 def _make_plan(
-    config: TrainJobConfig, survey: Survey, task: Task[Any], workers: WorkersConfig, failure_file: Location
+    config: TrainJobConfig,
+    survey: Survey,
+    task: Task[Any],
+    workers: WorkersConfig,
+    failure_file: Location,
+    tracked: TrackedRun | None = None,
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
     _count_unused(config, survey)
@@ -240,6 +254,7 @@ def _make_plan(
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
         failure_file=failure_file,
+        tracked=tracked,
     )
 
 
