@@ -94,7 +94,7 @@ _POOLER_SETTINGS = {
 # In this order, and with settings of `_is_plain`, modules are computed here; the library carries all others.
 _STATIC_ORDER = re.compile(r"(Dense ?)*(Normalize)?")
 _PLAIN_ORDER = re.compile(r"Pooling( Dense)*( Normalize)?")
-# Hub ids, and folders that a cache of the hub makes of them, of which the peer library knows what their files do not say.
+# Hub ids, and the folders of a cache, of which the peer library knows what their files do not say.
 _POOLED_WITHOUT_PROMPT = re.compile(r"hkunlp(/|--)instructor-(base|large|xl)(?![\w.-])")
 # The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
 _FINGERPRINT_VERSION = 2
@@ -270,7 +270,8 @@ class Encoder(nn.Module):
         pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
         prompt = {} if self.settings.include_prompt else {"include_prompt": False}
         write_json(
-            folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling, **prompt}
+            folder / "1_Pooling" / "config.json",
+            {"word_embedding_dimension": self.width, **pooling, **prompt},
         )
         return [("1_Pooling", "Pooling"), *self._save_projections(folder, first=2)]
 
@@ -412,7 +413,7 @@ def pool(
 ) -> Tensor:
     """Token vectors (B, L, H) to one vector a text (B, H); padded tokens (mask 0) do not count.
 
-    Nor do the first `unpooled_B` (B,) tokens of each row, its prompt: as the peer library does it, cls is then the first
+    Nor do the first `unpooled_B` (B,) tokens of each row, its prompt: as in the peer library, cls is then the first
     token behind it, and the mean of a text that was cut to nothing but its prompt is 0.
 
     What BERT's pooler gives, (B, H), is one vector a text already.

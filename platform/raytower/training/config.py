@@ -185,8 +185,8 @@ class MlflowConfig(Config):
             )
         if not self.tracking_uri.startswith(("sqlite:///", "http://", "https://")):
             raise ValueError(
-                f"mlflow.tracking_uri is {self.tracking_uri!r}; give sqlite:///FILE, or the http:// or https:// address "
-                "of a server"
+                f"mlflow.tracking_uri is {self.tracking_uri!r}; give sqlite:///FILE, or the http:// or https:// "
+                "address of a server"
             )
 
 

@@ -25,7 +25,8 @@ class RunLog:
         """
         self._events = EventLog(place, first_step)
         self._trackers = [
-            PatientTracker(name, open_run, is_new=first_step == 1) for name, open_run in trackers_of(run).items()
+            PatientTracker(name, open_run, is_new=first_step == 1)
+            for name, open_run in trackers_of(run).items()
         ]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

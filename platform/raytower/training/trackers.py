@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any, Protocol
 
 from raytower.errors import InputError, RaytowerError, import_extra
@@ -28,10 +27,9 @@ _PARAMS_AT_ONCE = 100
 _PARAM_CHARACTERS = 500
 _RUN_TAG = "raytower.run"
 _SQLITE = "sqlite:///"
-# What a client may hold up a training that could go on: MLflow's would try for minutes, W&B's would wait for ever.
+# How long a client may hold up a training: left alone, MLflow's would try for minutes, and W&B's wait for ever.
 _MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-_WANDB_START_SECONDS = 60
-_WANDB_END_SECONDS = 60.0
+_WANDB_SECONDS = 60
 
 
 class Tracker(Protocol):
@@ -157,7 +155,9 @@ class WandbRun:
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(
-                init_timeout=_WANDB_START_SECONDS,
+                init_timeout=_WANDB_SECONDS,
+                finish_timeout=_WANDB_SECONDS,
+                finish_timeout_raises=True,
                 silent=True,
                 console="off",
                 # Figures of the training alone: no code, no command line, nothing of the machine.
@@ -182,12 +182,8 @@ class WandbRun:
             self._run.log({"step": step, **values})
 
     def close(self, failed: bool) -> None:
-        """Raises TimeoutError if the client is not done in a minute."""
-        end = Thread(target=self._run.finish, kwargs={"exit_code": int(failed)}, daemon=True)
-        end.start()
-        end.join(_WANDB_END_SECONDS)
-        if end.is_alive():
-            raise TimeoutError("not everything could be sent; `wandb sync` of the run's folder sends it")
+        """Raises TimeoutError if the client has not sent everything in a minute; `wandb sync` does so later."""
+        self._run.finish(exit_code=int(failed))
 
 
 class MlflowRun:
@@ -200,7 +196,9 @@ class MlflowRun:
         uri = str(config.tracking_uri)
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = self._client.get_experiment_by_name(config.experiment)
-        number = self._make_experiment(config.experiment, uri) if experiment is None else experiment.experiment_id
+        number = (
+            self._make_experiment(config.experiment, uri) if experiment is None else experiment.experiment_id
+        )
         found = self._client.search_runs([number], f"tags.`{_RUN_TAG}` = '{run.key}'", max_results=1)
         if found:
             self._id = found[0].info.run_id

@@ -97,13 +97,9 @@ def check_folder(folder: Path, files: set[str], pipeline_tag: str) -> None:
     ],
     ids=["plain", "lora and projection"],
 )
-def test_an_encoder(
-    dummy_encoder_dir: Path, tmp_path: Path, changes: dict[str, Any], more: set[str]
-) -> None:
+def test_an_encoder(dummy_encoder_dir: Path, tmp_path: Path, changes: dict[str, Any], more: set[str]) -> None:
     folder = publish("encoder", dummy_encoder_dir, tmp_path, **changes)
-    check_folder(
-        folder, ENCODER | more, "sentence-similarity"
-    )
+    check_folder(folder, ENCODER | more, "sentence-similarity")
     engine = ForwardEngine(Encoder.load(folder))
     peer = SentenceTransformer(str(folder), device="cpu")
     ours = engine.encode(TEXTS, engine.encoder.prefix_for("query"))

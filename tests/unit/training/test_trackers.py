@@ -83,7 +83,10 @@ class TestPlan:
         ("uri", "said"),
         [
             ("https://me:secret@host", "holds a user or a password.*MLFLOW_TRACKING_USERNAME"),
-            ("postgresql://host/db", "is 'postgresql://host/db'; give sqlite:///FILE, or the http:// or https://"),
+            (
+                "postgresql://host/db",
+                "is 'postgresql://host/db'; give sqlite:///FILE, or the http:// or https://",
+            ),
             ("mlruns", "is 'mlruns'; give sqlite"),
         ],
     )
@@ -143,7 +146,9 @@ class TestPatience:
         assert fake.points.keys() == {1}
         fake.is_down = False
         tracker.write(4, {"loss": 0.125})
-        assert fake.points.keys() == {1}, "only a checkpoint tries again, so that no step waits for a dead server"
+        assert fake.points.keys() == {1}, (
+            "only a checkpoint tries again, so that no step waits for a dead server"
+        )
         tracker.send()
         assert fake.points == {1: {"loss": 1.0}, 2: {"loss": 0.5}, 3: {"loss": 0.25}, 4: {"loss": 0.125}}
         tracker.close(failed=False)
@@ -167,7 +172,9 @@ class TestPatience:
     def test_a_new_run_is_refused_where_nothing_can_be_written(self) -> None:
         fake = FakeTracker()
         fake.is_down = True
-        with pytest.raises(InputError, match=r"MLflow cannot be written to: .*no route to host.*remove mlflow"):
+        with pytest.raises(
+            InputError, match=r"MLflow cannot be written to: .*no route to host.*remove mlflow"
+        ):
             PatientTracker("MLflow", fake.open, is_new=True)
 
     def test_a_run_that_continues_waits_for_its_tracker(self) -> None:
@@ -274,7 +281,7 @@ def test_wandb_s_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Offline: all lies in the folder, under the run's id, and nothing of the machine."""
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("wandb")
-    run, open_run = opened(tmp_path, wandb="questions")
+    run, _ = opened(tmp_path, wandb="questions")
     for first_step in (1, 11):
         log = RunLog(Location.of(tmp_path / "events"), first_step, run)
         log.write(first_step + 9, {"train/loss": 0.5, "dev/recall@10": 0.25})
