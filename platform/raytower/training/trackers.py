@@ -166,6 +166,7 @@ class WandbRun:
                 save_code=False,
                 disable_job_creation=True,
                 x_disable_meta=True,
+                x_save_requirements=False,
                 x_disable_stats=True,
                 x_disable_machine_info=True,
             ),
