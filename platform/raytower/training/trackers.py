@@ -144,33 +144,38 @@ class WandbRun:
         wandb = import_client("wandb")
         folder = Path(str(config.dir))
         folder.mkdir(parents=True, exist_ok=True)  # the client would quietly take another one
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            id=run.key,
-            name=run.name,
-            config=dict(run.settings),
-            dir=str(folder),
-            mode=config.mode,
-            resume="allow",
-            reinit="create_new",
-            settings=wandb.Settings(
-                init_timeout=_WANDB_SECONDS,
-                finish_timeout=_WANDB_SECONDS,
-                finish_timeout_raises=True,
-                silent=True,
-                console="off",
-                # Figures of the training alone: no code, no command line, nothing of the machine.
-                disable_git=True,
-                disable_code=True,
-                save_code=False,
-                disable_job_creation=True,
-                x_disable_meta=True,
-                x_save_requirements=False,
-                x_disable_stats=True,
-                x_disable_machine_info=True,
-            ),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                id=run.key,
+                name=run.name,
+                config=dict(run.settings),
+                dir=str(folder),
+                mode=config.mode,
+                resume="allow",
+                reinit="create_new",
+                settings=wandb.Settings(
+                    init_timeout=_WANDB_SECONDS,
+                    finish_timeout=_WANDB_SECONDS,
+                    finish_timeout_raises=True,
+                    silent=True,
+                    console="off",
+                    # Figures of the training alone: no code, no command line, nothing of the machine.
+                    disable_git=True,
+                    disable_code=True,
+                    save_code=False,
+                    disable_job_creation=True,
+                    x_disable_meta=True,
+                    x_save_requirements=False,
+                    x_disable_stats=True,
+                    x_disable_machine_info=True,
+                ),
+            )
+        except Exception:
+            # The client keeps hold of a run that it could not open, and would refuse it at the next try.
+            wandb.teardown()
+            raise
         # By W&B's own count a run that continues before its last step would lose what it logs.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

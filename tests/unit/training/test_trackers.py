@@ -195,10 +195,20 @@ class FakeWandb(ModuleType):
         self.begun: list[dict[str, Any]] = []
         self.logged: list[dict[str, float]] = []
         self.ended: list[int] = []
+        self.held = False
+        self.is_down = False
         self.Settings = SimpleNamespace
 
+    def teardown(self) -> None:
+        self.held = False
+
     def init(self, **given: Any) -> Any:
+        if self.held:
+            raise RuntimeError("run ID is in use")  # as of a run that could not be opened before
         self.begun.append(given)
+        if self.is_down:
+            self.held = True
+            raise TimeoutError("connection refused")
         return SimpleNamespace(
             define_metric=lambda *_, **__: None,
             log=self.logged.append,
@@ -239,6 +249,20 @@ def test_a_run_that_fails_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "wandb", fake)
     RunLog(Location.of(tmp_path), 1, tracked_run(config_of(tmp_path / "out", wandb={}), "identity")).fail()
     assert fake.ended == [1]
+
+
+def test_wandb_is_asked_again_for_a_run_that_it_could_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    fake.is_down = True
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run = tracked_run(config_of(tmp_path / "out", wandb={}), "identity")
+    log = RunLog(Location.of(tmp_path), 11, run)
+    log.write(11, {"train/loss": 0.5})
+    fake.is_down = False
+    log.flush()
+    assert fake.logged == [{"step": 11, "train/loss": 0.5}]
 
 
 def opened(tmp_path: Path, **changes: Any) -> tuple[TrackedRun, Callable[[], Any]]:
