@@ -14,7 +14,6 @@ from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
 from raytower.models.known_padding import padding_is_known
 from raytower.models.token_block import TokenBlock
-from raytower.models.tokenising import tokenise
 
 
 class TwoTower(nn.Module):
@@ -46,7 +45,7 @@ class TwoTower(nn.Module):
 
     def tokenise(self, texts: Sequence[str], prefix: str) -> TokenBlock:
         """Ids of each text with its prefix, cut to `max_length`."""
-        return tokenise(self.encoder.tokenizer, [self.encoder.prepared(texts, prefix)], self.max_length)
+        return self.encoder.tokenise(texts, self.max_length, prefix)
 
     def plan_chunks(self, columns: Sequence[TokenBlock], shares: Shares | None = None) -> list[Chunk]:
         """Cut the texts of all columns, which count column after column, into chunks on the encoder's device."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -65,6 +66,8 @@ FREE_KEYS = frozenset(
     {
         "output",
         "log_dir",
+        "wandb",
+        "mlflow",
         "log_every_steps",
         "checkpoint_every_steps",
         "keep_checkpoints",
@@ -168,6 +171,49 @@ class TrainingWorkersConfig(FittedWorkersConfig):
             )
 
 
+class WandbConfig(Config):
+    """Where Weights & Biases keeps the run."""
+
+    shorthand = "project"
+
+    project: str = Field(default="raytower", min_length=1)
+    """Project of the run."""
+    entity: str | None = None
+    """User or team that the project belongs to; null is the default of the account."""
+    mode: Literal["offline", "online"] = "offline"
+    """offline asks no network: it writes a folder that `wandb sync` sends. online sends while training runs, with the
+    key that WANDB_API_KEY or `wandb login` gives to the worker."""
+    dir: str | None = None
+    """Local folder of its files; null is `<output>.wandb`."""
+
+
+class MlflowConfig(Config):
+    """Where MLflow keeps the run."""
+
+    shorthand = "experiment"
+
+    experiment: str = Field(default="raytower", min_length=1)
+    """Experiment of the run; it is made where there is none of this name."""
+    tracking_uri: str | None = None
+    """sqlite:///FILE, or a server's http:// or https:// address, whose user and password are MLFLOW_TRACKING_USERNAME
+    and MLFLOW_TRACKING_PASSWORD of the environment; null is the file mlflow.db beside the output."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.tracking_uri is None:
+            return
+        parts = urlsplit(self.tracking_uri)
+        if parts.username or parts.password:
+            raise ValueError(
+                "mlflow.tracking_uri holds a user or a password, which would be written into the output; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in their place"
+            )
+        if not self.tracking_uri.startswith(("sqlite:///", "http://", "https://")):
+            raise ValueError(
+                f"mlflow.tracking_uri is {self.tracking_uri!r}; give sqlite:///FILE, or the http:// or https:// "
+                "address of a server"
+            )
+
+
 class TrainInput(Config):
     """Where the training rows are."""
 
@@ -222,6 +268,12 @@ class TrainJobConfig(Config):
     """Steps between two lines of progress."""
     log_dir: str | None = None
     """TensorBoard's event files; null is `<output>.tensorboard`."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases beside TensorBoard; needs the extra wandb. A project alone, or {}, takes the defaults; null
+    writes none."""
+    mlflow: MlflowConfig | None = None
+    """MLflow beside TensorBoard; needs the extra mlflow. An experiment alone, or {}, takes the defaults; null writes
+    none."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: Literal["all"] | Annotated[int, Field(ge=1)] | LastCheckpoints = 2

@@ -33,12 +33,13 @@ from raytower.training.backbone import narrow_base
 from raytower.training.batches import Rows
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
-from raytower.training.events import EventLog
 from raytower.training.exchange import Alone, GroupExchange
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.run_log import RunLog
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
+from raytower.training.trackers import TrackedRun
 from raytower.training.uploads import Uploads
 from raytower.training.word_gradients import WordGradients
 
@@ -58,6 +59,8 @@ class TrainingPlan:
     log_dir: Location
     failure_file: Location
     """Where a worker leaves the failure that ends the run for all of them."""
+    tracked: TrackedRun | None = None
+    """What trackers are told of the run; None without trackers."""
 
 
 @dataclass
@@ -184,18 +187,31 @@ class _Worker:
                 self._say("a GPU is there and not used: set workers.num_gpus to 1")
         self.events = None
         if self.rank == 0:
-            self.events = EventLog(plan.log_dir, self.progress.step + 1)
+            self.events = RunLog(plan.log_dir, self.progress.step + 1, plan.tracked)
 
     def run(self) -> dict[str, Any]:
+        try:
+            figures = self._train()
+        except notice.EndedForNow:
+            raise
+        except Exception:
+            if self.events is not None:
+                self.events.fail()
+            raise
+        if self.events is not None:
+            self.events.close()
+        return figures
+
+    def _train(self) -> dict[str, Any]:
         skipped = self.progress.step * self.config.accumulate_batches
         exchange = Alone() if self.world_size == 1 else _join_exchange()
         stream = stream_batches(self.plan.stream, skipped, self._say, exchange)
         num_left = 0 if self._is_over() else self.plan.num_steps - self.progress.step
         # The next step's batches are read, tokenised and sent to the device while this step is computed.
         with closing(stream), Ahead(self._load_step, itertools.repeat(stream, num_left)) as ahead:
-            return self._run(ahead)
+            return self._make_steps(ahead)
 
-    def _run(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> dict[str, Any]:
+    def _make_steps(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         rows_per_step = self.config.batch_size * self.config.accumulate_batches
         num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
@@ -215,8 +231,6 @@ class _Worker:
                 ahead.rest()  # it is saved with the model
                 self._report_to_continue()
             self._end_on_notice(ahead)
-        if self.events is not None:
-            self.events.close()
         return {
             "steps": progress.step,
             "seconds": round(progress.seconds, 3),

@@ -35,6 +35,7 @@ from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
 from raytower.training.row_stream import StreamPlan
 from raytower.training.task import Task
+from raytower.training.trackers import TrackedRun, check_trackers, tracked_run
 from raytower.workers import fit_workers
 
 # Between two looks for room for more workers. All start anew where there is some, which takes about as long.
@@ -50,6 +51,7 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     """
     if Location.of(config.output).is_local:  # a remote one may be half published, which is gone on with
         output_folder(config.output, INFO_NAME)
+    check_trackers(config)
     surveyed = task_class.survey(config)
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
@@ -161,8 +163,10 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     The model is loaded and checked against the rows only where there is something to train.
 
     Raises:
-        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
+        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers), or an
+            extra is not installed.
     """
+    check_trackers(config)
     survey = task_class.survey(config)
     output = Location.of(config.output)
     identity = run_identity(config, survey)
@@ -178,7 +182,14 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     workers = _workers(config)
     task = task_class.prepare(config, survey)
     readable = dataclasses.replace(survey, pieces=copy_where_needed(survey.pieces, run_folder / "rows"))
-    plan = _make_plan(config, readable, task, workers, run_folder / "failure.json")
+    plan = _make_plan(
+        config,
+        readable,
+        task,
+        workers,
+        run_folder / "failure.json",
+        tracked_run(config, run_key(identity)),
+    )
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
     _compare_with_cluster(workers, config.workers.min or workers.num)
@@ -226,7 +237,12 @@ def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
 
 
 def _make_plan(
-    config: TrainJobConfig, survey: Survey, task: Task[Any], workers: WorkersConfig, failure_file: Location
+    config: TrainJobConfig,
+    survey: Survey,
+    task: Task[Any],
+    workers: WorkersConfig,
+    failure_file: Location,
+    tracked: TrackedRun | None = None,
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
     _count_unused(config, survey)
@@ -249,6 +265,7 @@ def _make_plan(
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
         failure_file=failure_file,
+        tracked=tracked,
     )
 
 

@@ -336,6 +336,7 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "document_prefix",
         "prefix",
         "dev.metric",
+        *("wandb.project", "wandb.entity", "wandb.dir", "mlflow.experiment", "mlflow.tracking_uri"),
     }
     found: set[str] = set()
     for job in STEP_JOBS:
