@@ -16,9 +16,8 @@ from raytower.config import Config, make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.build import build_index
 from raytower.pipeline.config import PipelineConfig
-from raytower.pipeline.content import put_aside
 from raytower.pipeline.job import INPUT_KEYS, STEP_JOBS, plan_pipeline, run_pipeline
-from raytower.storage import Location
+from raytower.storage import Location, put_aside
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import finished_run, run_identity, run_key
