@@ -189,6 +189,12 @@ def _is_half_published(output: Location, identity: dict[str, Any]) -> bool:
     return is_begun and _run_folder(output, identity).exists()
 
 
+def _clear_half_published(output: Location, identity: dict[str, Any]) -> None:
+    if _is_half_published(output, identity):
+        log(f"{output} is half published; publishing again")
+        output.delete()
+
+
 def _as_of_now(identity: dict[str, Any]) -> dict[str, Any]:
     """The identity of a run by an earlier version as it would be now."""
     # The number of workers made another run, and 200 steps were null where nothing was said.
@@ -219,9 +225,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         run_folder.delete()
         return done
     probe_storage(output.parent)
-    if _is_half_published(output, identity):
-        log(f"{config.output} is half published; publishing again")
-        output.delete()
+    _clear_half_published(output, identity)
     _name_other_runs(output, run_folder)
     _make_room_for_checkpoints(output, run_key(identity))
     workers = _workers(config)

@@ -41,7 +41,7 @@ def job(config):
             time.sleep(60)
     return {}
 
-raytower.cli.bounded_ending = partial(raytower.ending.bounded_ending, 1.0)
+raytower.cli.bounded_ending = partial(raytower.ending.bounded_ending, 1.0 if sys.argv[2] == "stuck" else 8.0)
 raytower.cli.find_reference = lambda reference: job
 raytower.cli.load_config = lambda *arguments: None
 raytower.cli.read_arguments = lambda *arguments: raytower.cli.arguments.Arguments()
