@@ -431,19 +431,19 @@ def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
         # Null, and the names that `labels` of a reranker are, name nothing to read.
         named = {key: value} if isinstance(value, str) else {}
         if isinstance(value, Mapping):
-            named = {f"{key}.{label}": path for label, path in value.items()}
+            named = {f"{key}.{label}": place for label, place in value.items()}
         records = _RECORDS.get((job, key), "corpus" if key == "dev.corpus" else "pairs")
-        for name, path in named.items():
-            makers = [step.number for step in earlier if step.output and may_hold(path, step.output)]
-            rows = _rows_at(key, path, section) if kind == "rows" else None
-            found.append(_Input(name, kind, path, rows, records, tuple(makers)))
+        for full_key, place in named.items():
+            makers = [step.number for step in earlier if step.output and may_hold(place, step.output)]
+            rows = _rows_at(key, place, section) if kind == "rows" else None
+            found.append(_Input(full_key, kind, place, rows, records, tuple(makers)))
     return found
 
 
-def _rows_at(key: str, path: str, section: Any) -> InputConfig:
+def _rows_at(key: str, place: str, section: Any) -> InputConfig:
     if isinstance(section, InputConfig):
         return section
-    return InputConfig(path=path, split=getattr(section, "split", None) or _SPLITS.get(key))
+    return InputConfig(path=place, split=getattr(section, "split", None) or _SPLITS.get(key))
 
 
 def _check_order(steps: Sequence[_Step]) -> None:
