@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -119,27 +117,3 @@ def test_a_killed_job_continues_and_a_killed_worker_is_replaced_without_a_trace_
     assert reached < killed_at[0] < 50
     assert figures["steps"] == 50
     assert curve_of(output) == pytest.approx(undisturbed, abs=1e-4)
-
-
-def test_a_job_that_sigterm_ends_in_the_midst_of_training_says_so(
-    dummy_encoder_dir: Path, pairs: Path, tmp_path: Path
-) -> None:
-    """The signal comes within a call into Ray, which makes an interruption of it: it ended with 130, as by Ctrl-C."""
-    values = {**run_values(dummy_encoder_dir, pairs, tmp_path / "out"), "epochs": 1000}
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "raytower.cli", "train-retriever", "--config", str(config)]
-    with open(tmp_path / "log", "wb") as log:
-        job = subprocess.Popen(
-            command, env=clean_environment(RAY_AUTH_MODE="disabled"), stderr=log, start_new_session=True
-        )
-    try:
-        wait_for(lambda: bool(registered_steps(tmp_path)), "a checkpoint")
-        job.send_signal(signal.SIGTERM)
-        code = job.wait(timeout=60)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    said = (tmp_path / "log").read_text()
-    assert (code, said.splitlines()[-1]) == (143, "raytower: ended by SIGTERM")
-    assert "Traceback" not in said
