@@ -174,6 +174,17 @@ def survey(
         return surveyed
 
 
+def files_read(input: InputConfig, kind: RecordKind) -> list[Location]:
+    """The files that a survey reads: not a BEIR folder's other splits, say, and nothing that is no data.
+
+    Raises:
+        InputError: there is no such input.
+    """
+    if beir.is_beir(input):
+        return [source.file.location for source in _beir_sources(input, kind)]
+    return [file.location for file in find_files(input.path, input.format).files]
+
+
 def read_piece(piece: Piece) -> pa.Table:
     """The good rows of one piece, columns as `piece.schema`; the same rows every time.
 
@@ -326,6 +337,23 @@ def _finish(
     )
 
 
+def _beir_sources(config: InputConfig, kind: RecordKind) -> tuple[Source, ...]:
+    """What is read of a BEIR folder: its corpus, or for pairs the judgements of a split, queries and corpus.
+
+    Raises:
+        InputError: a file is missing, or the kind is another.
+    """
+    folder = beir.BeirFolder.of(config.path)
+    if is_corpus_like(kind):
+        return (folder.corpus(kind),)
+    if kind != "pairs":
+        raise InputError(
+            f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
+        )
+    qrels = folder.qrels(config.split or "train", config.split_key)
+    return (qrels, folder.queries(), folder.corpus("lines"))
+
+
 def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: str | None) -> str:
     if quarantine_file is None:
         after = " after its header" if sources[0].layout.first_line > 1 else ""
@@ -343,20 +371,12 @@ def _say(what: str, names: Sequence[str]) -> None:
 
 
 def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rejects: Rejects) -> Survey:
-    folder = beir.BeirFolder.of(config.path)
+    sources = _beir_sources(config, kind)
     if is_corpus_like(kind):
-        return _survey_sources([folder.corpus(kind)], kind, rows_per_piece, rejects)
-    if kind != "pairs":
-        raise InputError(
-            f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
-        )
+        return _survey_sources(sources, kind, rows_per_piece, rejects)
     schema = canonical_schema("pairs")
-    sources = (
-        folder.qrels(config.split or "train", config.split_key),
-        folder.queries(),
-        folder.corpus("lines"),
-    )
-    judged = beir.survey_pairs(*sources, rows_per_piece, rejects)
+    qrels, queries, corpus = sources
+    judged = beir.survey_pairs(qrels, queries, corpus, rows_per_piece, rejects)
     drafts = [
         Piece(pairs, 0, Extent(0, len(pairs.query_ids), 0), 0, len(pairs.query_ids), schema)
         for pairs in judged

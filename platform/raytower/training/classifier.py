@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytower.config import OnError
 from raytower.data.config import NamedInput
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
@@ -29,7 +30,7 @@ from raytower.models.logits_model import LogitsModel
 from raytower.models.text_classifier import TextClassifier
 from raytower.objectives.classification import weights_of
 from raytower.progress import log
-from raytower.storage import absolute_if_local
+from raytower.storage import Location, absolute_if_local
 from raytower.training.backbone import (
     PROBE,
     freeze_unreached,
@@ -37,12 +38,12 @@ from raytower.training.backbone import (
     prepare_backbone,
 )
 from raytower.training.batches import Rows
-from raytower.training.config import ClassifierDevConfig, TrainClassifierConfig
+from raytower.training.config import ClassifierDevConfig, ClassifierTrainInput, TrainClassifierConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_split import set_dev_aside
 from raytower.training.inputs import dev_tables, survey_training, tables
-from raytower.training.labelled_files import survey_by_label
+from raytower.training.labelled_files import survey_by_label, survey_paths
 from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import gather_rows_in_order, own_rows
@@ -83,12 +84,14 @@ class ClassifierTask(Task[TrainClassifierConfig]):
 
     @classmethod
     def survey(cls, config: TrainClassifierConfig) -> Survey:
-        path, label_by = config.train.path, config.train.label_by
-        if label_by is None:
-            return survey_training(config, path, "labelled", config.objective.formats, config.objective.name)
-        refuse_output_inside(config.output, path)
-        quarantine = quarantine_of(config.output)
-        surveyed = survey_by_label(path, label_by, config.on_error, quarantine, "train.label_by")
+        train = config.train
+        if train.path is not None and train.label_by is None:
+            return survey_training(
+                config, train.path, "labelled", config.objective.formats, config.objective.name
+            )
+        for place in train.places:
+            refuse_output_inside(config.output, place)
+        surveyed = _survey_labels(train, config.on_error, quarantine_of(config.output), "train")
         share = config.dev.share if config.dev else None
         return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)
 
@@ -179,12 +182,12 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
     unknown = sorted(set(counts) - set(labels))
     if unknown:
         raise InputError(
-            f"{config.train.path}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
+            f"{config.train.origin}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
             f"labels, {sum(counts[label] for label in unknown)} rows); add them there, or remove labels"
         )
     if len(counts) < 2:
         raise InputError(
-            f"{config.train.path}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
+            f"{config.train.origin}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
         )
     _name_likely_header(surveyed, counts)
     return labels, counts
@@ -216,14 +219,31 @@ def _read_labels(path: str) -> list[str]:
     return labels
 
 
+def _survey_labels(
+    given: ClassifierTrainInput | ClassifierDevConfig,
+    on_error: OnError | None,
+    quarantine: Location | None,
+    section: str,
+) -> Survey:
+    """Survey texts without labels of their own: of `paths`, or of `path` by `label_by`.
+
+    Raises:
+        InputError: as `survey_paths` and `survey_by_label`.
+    """
+    if given.paths is not None:
+        return survey_paths(given.paths, on_error, quarantine, f"{section}.paths")
+    assert given.path is not None
+    assert given.label_by is not None
+    return survey_by_label(given.path, given.label_by, on_error, quarantine, f"{section}.label_by")
+
+
 def _load_dev(
     dev: ClassifierDevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
 ) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    if dev.path is not None and dev.label_by is not None:
-        by_label = survey_by_label(dev.path, dev.label_by, None, None, "dev.label_by")
-        rows = tables(by_label)
+    if dev.paths is not None or (dev.path is not None and dev.label_by is not None):
+        rows = tables(_survey_labels(dev, None, None, "dev"))
     else:
         rows = dev_tables(dev, "labelled", set_aside)
     for table in rows:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
+from raytower.data.plain_labels import keyed_by_label
 from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
     AnglE,
@@ -37,7 +38,8 @@ from raytower.objectives.config import (
 )
 from raytower.workers import worker_counts
 
-_EVERY_STEPS = 200
+EVERY_STEPS = 200
+"""Steps between two measurements where a config says nothing."""
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
 RetrieverObjective = (
@@ -100,6 +102,9 @@ class DevConfig(Config):
 
     shorthand = "path"
 
+    graded_metric: ClassVar[str | None] = None
+    """The metric that graded labels have, where the job measures one."""
+
     path: str | None = None
     """Dev rows: a file, a folder or a glob, local or by URI; null sets `share` of the training rows aside."""
     share: float | None = Field(default=None, gt=0, lt=1)
@@ -107,15 +112,21 @@ class DevConfig(Config):
     query together, and of each label of a classifier the same share."""
     metric: str
     """What is measured; higher is better."""
-    every_steps: int | None = Field(default=None, ge=1)
-    """Steps between two measurements; null is 200, or what every_epochs says."""
     every_epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows between two measurements, in place of every_steps; 0.5 measures twice a pass."""
+    """Passes over the training rows between two measurements; 0.5 measures twice a pass. Null: every_steps says."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two measurements; null is 200, unless every_epochs says."""
     patience: int | None = Field(default=3, ge=1)
     """Evaluations in a row without a better value before training stops; null never stops it."""
 
+    @field_validator("every_steps")
+    @classmethod
+    def _known_steps(cls, steps: int | None, given: ValidationInfo) -> int | None:
+        # Here and nowhere else, so that a config of 200 and one that says nothing are one.
+        return EVERY_STEPS if steps is None and given.data.get("every_epochs") is None else steps
+
     def model_post_init(self, context: Any) -> None:
-        if self.path is None and self.share is None:
+        if not self.places and self.share is None:
             raise ValueError("dev.path is required and not given; name dev rows, or give dev.share")
         if self.path is not None and self.share is not None:
             raise ValueError(
@@ -125,6 +136,11 @@ class DevConfig(Config):
             raise ValueError(
                 f"dev.every_steps is {self.every_steps} and dev.every_epochs {self.every_epochs:g}; give one of them"
             )
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """All files, folders and globs that are read; none where `share` says."""
+        return () if self.path is None else (self.path,)
 
     @property
     def origin(self) -> str:
@@ -137,8 +153,9 @@ class DevConfig(Config):
         every_epochs need not be whole steps: the step that brings the rows seen to the next multiple is meant. Of 100
         rows at 16 a step these are steps 7, 13, 19 and 25 for every_epochs 1.
         """
-        if self.every_epochs is None:
-            return step % (self.every_steps or _EVERY_STEPS) == 0
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        assert self.every_epochs is not None
         # As a fraction, since 0.3 of 100 rows in floating point is not always 30.
         rows_between = Fraction(str(self.every_epochs)) * num_rows
         return step * rows_per_step // rows_between > (step - 1) * rows_per_step // rows_between
@@ -219,8 +236,13 @@ class TrainInput(Config):
 
     shorthand = "path"
 
-    path: str
+    path: str | None
     """Training rows: a file, a folder or a glob, local or by URI."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """All files, folders and globs that are read."""
+        return () if self.path is None else (self.path,)
 
 
 class TrainJobConfig(Config):
@@ -338,6 +360,8 @@ def _with_default_name(name: str) -> Any:
 
 
 class RetrieverTrainInput(TrainInput):
+    path: str
+    """Training rows: a file, a folder or a glob, local or by URI."""
     format: Literal["auto", RetrieverFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     split: str | None = None
@@ -349,6 +373,8 @@ class RetrieverTrainInput(TrainInput):
 class RetrieverDevConfig(DevConfig):
     """Measuring during training: recall of dev pairs against a corpus, or, for the metrics auc, accuracy, f1 and
     spearman, the cosines of scored dev pairs."""
+
+    graded_metric: ClassVar = "spearman"
 
     split: str | None = None
     """Split of a BEIR folder, whose queries are those that qrels/<split>.tsv judges; null reads dev."""
@@ -437,6 +463,8 @@ class TrainRetrieverConfig(TrainJobConfig):
 
 
 class RerankerTrainInput(TrainInput):
+    path: str
+    """Training rows: a file, a folder or a glob, local or by URI."""
     format: Literal["auto", RerankerFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
@@ -485,9 +513,31 @@ class TrainRerankerConfig(TrainJobConfig):
 
 
 class ClassifierTrainInput(TrainInput):
+    path: str | None = None
+    """Training rows: a file, a folder or a glob, local or by URI; null takes those of `paths`."""
     label_by: LabelBy | None = None
-    """Where labels stand if the rows are texts alone: file, in the name of each file (sports.txt); folder, in that of
-    the folder that a file lies in (sports/1.txt). Null: each row has its label."""
+    """Where labels stand if the rows of `path` are texts alone: file, in the name of each file (sports.txt); folder, in
+    that of the folder that a file lies in (sports/1.txt). Null: each row has its label."""
+    paths: dict[str, str] | None = Field(default=None, min_length=1)
+    """The texts of each label, {sports: a.jsonl, art: "art/*.txt"}, in place of `path`: a file, a folder or a glob."""
+
+    _labels_as_texts = field_validator("paths", mode="before")(keyed_by_label)
+
+    def model_post_init(self, context: Any) -> None:
+        if self.path is None and self.paths is None:
+            raise ValueError(
+                "train.path is required and not given; name labelled rows, or texts by train.paths"
+            )
+        _check_labelled_paths("train", self)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return super().places if self.paths is None else tuple(self.paths.values())
+
+    @property
+    def origin(self) -> str:
+        """Where the rows come from, for messages."""
+        return str(self.path) if self.paths is None else "train.paths"
 
 
 class ClassifierDevConfig(DevConfig):
@@ -495,9 +545,37 @@ class ClassifierDevConfig(DevConfig):
 
     label_by: LabelBy | None = None
     """Where labels stand if the dev rows are texts alone, as in train.label_by. Null: each row has its label."""
+    paths: dict[str, str] | None = Field(default=None, min_length=1)
+    """The dev texts of each label in place of `path`, as in train.paths."""
 
     metric: Literal["accuracy", "f1"] = "accuracy"
     """What is measured; f1 is the mean over labels."""
+
+    _labels_as_texts = field_validator("paths", mode="before")(keyed_by_label)
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        _check_labelled_paths("dev", self)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return super().places if self.paths is None else tuple(self.paths.values())
+
+    @property
+    def origin(self) -> str:
+        return super().origin if self.paths is None else "dev.paths"
+
+
+def _check_labelled_paths(section: str, given: ClassifierTrainInput | ClassifierDevConfig) -> None:
+    """Raise ValueError where `paths` stands beside another source of rows or labels."""
+    if given.paths is None:
+        return
+    for other in ("path", "share", "label_by"):
+        value = getattr(given, other, None)
+        if value is not None:
+            raise ValueError(
+                f"{section}.{other} is {value!r}, and {section}.paths names the texts of each label; give one of them"
+            )
 
 
 class TrainClassifierConfig(TrainJobConfig):
@@ -519,7 +597,7 @@ class TrainClassifierConfig(TrainJobConfig):
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        if self.dev is not None and self.dev.path is None and self.dev.label_by is not None:
+        if self.dev is not None and self.dev.share is not None and self.dev.label_by is not None:
             raise ValueError(
                 f"dev.label_by is {self.dev.label_by!r}, and dev.share takes dev rows from the training rows, which "
                 "have their labels by train.label_by; remove dev.label_by"

@@ -20,7 +20,7 @@ _BETWEEN = "\n"
 
 def say_overlap(surveyed: Survey, dev: DevConfig | None, columns: Sequence[Sequence[str]]) -> None:
     """Log how many dev rows of a file lie among the training rows; silent where none does."""
-    if dev is None or dev.path is None:  # rows that were set aside are no training rows
+    if dev is None or not dev.places:  # rows that were set aside are no training rows
         return
     count = count_overlap(surveyed, columns)
     if count:

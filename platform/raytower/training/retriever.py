@@ -46,6 +46,7 @@ from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_
 from raytower.training.inputs import (
     check_labels,
     count_documents,
+    refuse_no_negative,
     refuse_single_text,
     sample_rows,
     survey_training,
@@ -350,8 +351,8 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         raise InputError(f"teacher is set, and objective {objective.name} follows none; remove it")
     if "query" in names and "label" in names:
         check_labels(surveyed, lambda labels_B: _loss_of_equal_vectors(config, labels_B))
-    elif "documents" in names:
-        refuse_single_text(surveyed, ("query", "documents"))
+    elif "documents" in names or "negative" in names:
+        refuse_no_negative(surveyed)
     elif "document" in names:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,17 +17,26 @@ from ray.train.v2.api.config import ScalingConfig
 from torch import nn
 
 from raytower.config import WorkersConfig
-from raytower.data.pieces import Survey
+from raytower.data.config import DevRows, NamedInput, TrainRows
+from raytower.data.pieces import Survey, files_read
+from raytower.data.records import RecordKind
 from raytower.errors import InputError, OtherOutputError, RaytowerError, find_cause
 from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
-from raytower.storage import Location, check_output, output_folder, publish_directory
+from raytower.storage import (
+    Location,
+    check_output,
+    former_place,
+    output_folder,
+    publish_directory,
+    put_aside,
+)
 from raytower.training.backbone import narrow_base
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
+from raytower.training.config import EVERY_STEPS, FREE_KEYS, TrainClassifierConfig, TrainJobConfig
 from raytower.training.copies import copy_where_needed, pieces_to_copy
 from raytower.training.elastic import ElasticTrainer, TakeSigterm, TellOfDrainedNodes
 from raytower.training.inputs import content_hash
@@ -49,12 +59,24 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     Raises:
         InputError: as `fit`.
     """
-    if Location.of(config.output).is_local:  # a remote one may be half published, which is gone on with
-        output_folder(config.output, INFO_NAME)
+    _check_output(config)
     check_trackers(config)
     surveyed = task_class.survey(config)
+    identity = run_identity(config, surveyed)
+    if finished_run(config, identity) is not None:
+        log(f"{config.output} is finished; there is nothing to do")
+    elif (left := _checkpoints_of_another_run(Location.of(config.output), run_key(identity))) is not None:
+        former_place(str(left))
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
+
+
+def _check_output(config: TrainJobConfig) -> None:
+    """Raises InputError where the output cannot be written, or holds what no training has made."""
+    if Location.of(config.output).is_local:
+        output_folder(config.output, INFO_NAME)
+    else:  # it may be half published, which is gone on with
+        check_output(config.output, is_folder=True)
 
 
 def _describe_plan(
@@ -90,16 +112,8 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     """
     values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from"})
     values["start"] = config.start
-    dev = config.dev
-    paths = {
-        "train": config.train.path,
-        "dev": dev.path if dev else None,
-        "dev.corpus": getattr(dev, "corpus", None),
-        "labels": config.labels if isinstance(config, TrainClassifierConfig) else None,
-    }
-    for name, path in paths.items():
-        if path is not None:
-            values[f"content of {name}"] = content_hash(path)
+    for name, files in _files_read(config, survey).items():
+        values[f"content of {name}"] = content_hash(files)
     guide = getattr(config, "guide", None)
     models = {
         "start": config.start,
@@ -111,6 +125,27 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
             values[f"content of {name}"] = hash_model(model)
     values["rows"] = survey.num_rows
     return values
+
+
+def _files_read(config: TrainJobConfig, surveyed: Survey) -> dict[str, list[Location]]:
+    """The files that a run reads, by what they are read for."""
+    train, dev = config.train, config.dev
+    # Only of a BEIR folder does it matter which rows are read.
+    kind: RecordKind = "pairs" if "query" in surveyed.schema.names else "lines"
+    files = {"train": _files_at(train.places, TrainRows, getattr(train, "split", None), kind)}
+    if dev is not None and dev.places:
+        files["dev"] = _files_at(dev.places, DevRows, getattr(dev, "split", None) or "dev", "pairs")
+    if (corpus := getattr(dev, "corpus", None)) is not None:
+        files["dev.corpus"] = files_read(NamedInput(path=corpus), "corpus")
+    if isinstance(config, TrainClassifierConfig) and config.labels is not None:
+        files["labels"] = files_read(NamedInput(path=config.labels, format="lines"), "lines")
+    return files
+
+
+def _files_at(
+    places: Sequence[str], rows: type[NamedInput], split: str | None, kind: RecordKind
+) -> list[Location]:
+    return [file for place in places for file in files_read(rows(path=place, split=split), kind)]
 
 
 def run_key(identity: dict[str, Any]) -> str:
@@ -125,16 +160,10 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         InputError: no training job wrote it.
     """
     output = check_output(config.output, is_folder=True)
-    if not output.exists() or (output.is_dir() and not output.children()):
+    if _is_empty(output) or _is_half_published(output, identity):
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
-    if not info and not output.is_local and _run_folder(output, identity).exists():
-        # Object stores have no rename, so a job killed while it published leaves part of it. Its checkpoint is there.
-        log(f"{config.output} is half published; publishing again")
-        output.delete()
-        return None
-    # Earlier versions took another number of workers for another run.
-    made_by = {key: value for key, value in info.get("run", {}).items() if key != "workers.num"}
+    made_by = _as_of_now(info.get("run", {}))
     if made_by == identity:
         if not any(
             (output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
@@ -157,6 +186,36 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     )
 
 
+def _is_empty(output: Location) -> bool:
+    """Whether nothing lies there. Hidden names count for nothing, as in `output_folder`."""
+    return all(child.name.startswith(".") for child in output.children())
+
+
+def _is_half_published(output: Location, identity: dict[str, Any]) -> bool:
+    """Whether a job of this identity was killed while it published; its checkpoint is there.
+
+    Object stores have no rename, so that a part of the output is left there.
+    """
+    is_begun = not output.is_local and not _is_empty(output) and not (output / INFO_NAME).is_file()
+    return is_begun and _run_folder(output, identity).exists()
+
+
+def _clear_half_published(output: Location, identity: dict[str, Any]) -> None:
+    if _is_half_published(output, identity):
+        log(f"{output} is half published; publishing again")
+        output.delete()
+
+
+def _as_of_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run by an earlier version as it would be now."""
+    # The number of workers made another run, and 200 steps were null where nothing was said.
+    values = {key: value for key, value in identity.items() if key != "workers.num"}
+    dev = values.get("dev")
+    if isinstance(dev, dict) and dev.get("every_steps") is None and dev.get("every_epochs") is None:
+        values["dev"] = {**dev, "every_steps": EVERY_STEPS}
+    return values
+
+
 def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     """Train and publish; a finished run is not repeated, a killed one continues from its last checkpoint.
 
@@ -166,6 +225,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers), or an
             extra is not installed.
     """
+    _check_output(config)
     check_trackers(config)
     survey = task_class.survey(config)
     output = Location.of(config.output)
@@ -178,7 +238,9 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         run_folder.delete()
         return done
     probe_storage(output.parent)
+    _clear_half_published(output, identity)
     _name_other_runs(output, run_folder)
+    _make_room_for_checkpoints(output, run_key(identity))
     workers = _workers(config)
     task = task_class.prepare(config, survey)
     readable = dataclasses.replace(survey, pieces=copy_where_needed(survey.pieces, run_folder / "rows"))
@@ -214,7 +276,7 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
-    _leave_checkpoints(result, config.num_left_checkpoints, output)
+    _leave_checkpoints(result, config.num_left_checkpoints, output, run_key(identity))
     _publish(checkpoint, output, info, model_card(config, figures, info["history"]))
     run_folder.delete()
     return figures
@@ -274,22 +336,57 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
     with checkpoint.as_directory() as folder, publish_directory(output) as target:
         shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
         (target / CARD_NAME).write_text(card, encoding="utf-8")
-        path = target / INFO_NAME
-        own = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+        _add_info(target, info)
 
 
-def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location) -> None:
-    """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`."""
+def _add_info(folder: Path, info: dict[str, Any]) -> None:
+    path = folder / INFO_NAME
+    own = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location, key: str) -> None:
+    """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`.
+
+    The raytower.json of each says by `run_key` which run made it.
+    """
     by_step = sorted(result.best_checkpoints or [], key=lambda item: item[1]["step"])
     for checkpoint, metrics in by_step if num_left is None else by_step[max(len(by_step) - num_left, 0) :]:
-        target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
+        target = _left_checkpoints(output) / f"step-{metrics['step']}"
         if (
             target.exists()
         ):  # of a job that was killed while it published; the steps of a run are the same every time
             target.delete()
         with checkpoint.as_directory() as folder, publish_directory(target) as place:
             shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
+            _add_info(place, {"run_key": key})
+
+
+def _left_checkpoints(output: Location) -> Location:
+    return output.parent / f"{output.name}.checkpoints"
+
+
+def _checkpoints_of_another_run(output: Location, key: str) -> Location | None:
+    """The folder of left checkpoints, where any of them is not of the run with this key; else None.
+
+    What lacks raytower.json is no checkpoint, or one that is half published.
+    """
+    left = _left_checkpoints(output)
+    infos = [place / INFO_NAME for place in left.children()]
+    is_other = any(info.is_file() and info.read_json().get("run_key") != key for info in infos)
+    return left if is_other else None
+
+
+def _make_room_for_checkpoints(output: Location, key: str) -> None:
+    """Put aside the checkpoints that another run left beside the output: they would be taken for this one's.
+
+    Raises:
+        InputError: object stores cannot rename.
+    """
+    left = _checkpoints_of_another_run(output, key)
+    if left is not None:
+        former = put_aside(str(left))
+        log(f"the checkpoints that another run left as {left} are {former} now; remove them if not wanted")
 
 
 def _num_to_keep(config: TrainJobConfig, has_dev: bool) -> int | None:

@@ -23,7 +23,7 @@ from transformers import BertForSequenceClassification
 from raytower.config import WorkersConfig
 from raytower.data.config import InputConfig
 from raytower.data.pieces import survey
-from raytower.errors import InputError
+from raytower.errors import InputError, OtherOutputError
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
 from raytower.training import runner
@@ -36,9 +36,10 @@ from raytower.training.distinct_batches import DistinctOrders, value_hashes
 from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
 from raytower.training.row_stream import StreamPlan, stream_batches
-from raytower.training.runner import finished_run, run_identity, run_key
+from raytower.training.runner import _clear_half_published, finished_run, run_identity, run_key
 from raytower.training.windows import Window, draw_documents, plan_windows, windows_from
 from raytower.workers import Node
+from tests.support.data_files import beir_folder
 from tests.support.tiny_models import build_tiny_encoder, tiny_config
 from tests.support.tiny_training import (
     retriever_config,
@@ -423,6 +424,46 @@ class TestIdentity:
         (tmp_path / "out" / "model.safetensors").touch()
         assert finished_run(config, identity) == {"steps": 3}
 
+    def test_two_hundred_steps_are_what_is_meant_where_nothing_is_said(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
+        """Said, and not said, they were two runs. An output of before has null there."""
+        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+
+        def config(**dev: Any) -> TrainRetrieverConfig:
+            given = {"path": str(pairs), **dev}
+            return retriever_config(still_encoder, pairs, tmp_path / "out", dev=given)
+
+        identity = self.identity(config())
+        assert self.identity(config(every_steps=200)) == self.identity(config(every_steps=None)) == identity
+        assert self.identity(config(every_epochs=1)) != identity
+        (tmp_path / "out").mkdir()
+        run = {**identity, "dev": {**identity["dev"], "every_steps": None}}
+        info = {"run": run, "figures": {"steps": 3}}
+        (tmp_path / "out" / "raytower.json").write_text(json.dumps(info), encoding="utf-8")
+        (tmp_path / "out" / "model.safetensors").touch()
+        assert finished_run(config(), identity) == {"steps": 3}
+
+    def test_only_what_is_read_of_a_folder_counts(self, still_encoder: Path, tmp_path: Path) -> None:
+        """The test split of a BEIR folder that is trained from; what lies beside a model's weights."""
+        start = tmp_path / "start"
+        shutil.copytree(still_encoder, start)
+        folder = beir_folder(tmp_path / "set")
+        changes = {"dev": {"path": str(folder), "split": "test"}}
+        config = retriever_config(start, folder, tmp_path / "out")
+        measured = retriever_config(start, folder, tmp_path / "out", **changes)
+        before = self.identity(config), self.identity(measured)
+        for name in ("README.txt", ".gitattributes", ".DS_Store", "picture.png"):
+            (start / name).write_bytes(b"words")
+        (folder / "README.txt").write_text("words")
+        (folder / "notes.jsonl").write_text("{}\n")
+        assert (self.identity(config), self.identity(measured)) == before
+        judged = folder / "qrels" / "test.tsv"
+        judged.write_text(judged.read_text() + "q2\td2\t1\n")
+        assert self.identity(config) == before[0]
+        after = self.identity(measured)
+        assert {key for key in after if after[key] != before[1][key]} == {"content of dev"}
+
     def test_an_output_that_is_half_published_elsewhere_is_published_again(
         self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -439,7 +480,27 @@ class TestIdentity:
             finished_run(config, identity)
         (bucket / f".run.{run_key(identity)}.train").mkdir()
         assert finished_run(config, identity) is None
+        assert (bucket / "run").exists(), "a dry run asks too"
+        _clear_half_published(output, identity)
         assert not (bucket / "run").exists()
+
+
+def test_a_dry_run_refuses_the_output_that_the_run_refuses(still_encoder: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.tsv", 40)
+    config = retriever_config(still_encoder, pairs, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()
+    assert plan_train_retriever(config)["steps"] == 5
+    assert finished_run(config, run_identity(config, RetrieverTask.survey(config))) is None
+    info = {"run": {**run_identity(config, RetrieverTask.survey(config)), "seed": 1}, "figures": {}}
+    (tmp_path / "out" / "raytower.json").write_text(json.dumps(info), encoding="utf-8")
+    for call in (plan_train_retriever, train_retriever):
+        with pytest.raises(OtherOutputError, match=r"made by another config or other data \(seed\)"):
+            call(config)
+    (tmp_path / "out" / "raytower.json").rename(tmp_path / "out" / "notes.json")
+    for call in (plan_train_retriever, train_retriever):
+        with pytest.raises(InputError, match=r"holds files of something else, as 'notes\.json'"):
+            call(config)
 
 
 def test_dry_run_plans_without_ray(still_encoder: Path, tmp_path: Path) -> None:
@@ -481,7 +542,7 @@ def test_an_output_of_another_config_is_refused(still_encoder: Path, tmp_path: P
     pairs = write_pairs(tmp_path / "pairs.tsv", 8)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="made by another config"):
+    with pytest.raises(InputError, match=r"holds files of something else, as 'notes\.txt'"):
         train_retriever(retriever_config(still_encoder, pairs, tmp_path / "out"))
 
 
