@@ -296,7 +296,7 @@ class _Demo:
         return Retriever(
             ForwardEngine(model, max_length=_MAX_LENGTH, dtype=self.dtype),
             opened,
-            CrossScorer(CrossEncoder.load(reranker), dtype=self.dtype),
+            CrossScorer(CrossEncoder.load(reranker), dtype=self.dtype, max_length=_MAX_LENGTH),
             query_prefix=model.prefix_for("query"),
         )
 
@@ -310,6 +310,7 @@ class _Demo:
             "reranker": reranker,
             "dtype": self.dtype,
             "max_length": _MAX_LENGTH,
+            "rerank_max_length": _MAX_LENGTH,
             "port": self.config.port,
         }
         with _timed(self.seconds, "serve"):

@@ -28,7 +28,8 @@ from raytower.training.config import DevConfig, TrainJobConfig
 from raytower.training.dev_split import set_dev_aside
 
 _NAMED_COLUMNS = 8
-# Few, because a piece of a compressed file is found by reading all before it.
+# Few, because a piece of a compressed file is found by reading all before it. More where these hold too few rows, as
+# where each file has a line.
 _SAMPLED_PIECES = 4
 
 
@@ -231,20 +232,26 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
 
 
 def sample_rows(survey: Survey, num_rows: int) -> pa.Table:
-    """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time."""
-    count = min(_SAMPLED_PIECES, len(survey.pieces))
+    """About `num_rows` rows of an input, evenly spaced within evenly spaced pieces; the same ones every time."""
+    all_pieces = len(survey.pieces)
+    count = min(max(_SAMPLED_PIECES, -(-num_rows * all_pieces // survey.num_rows)), all_pieces)
     wanted = -(-num_rows // count)
     sampled = []
     for number in range(count):
-        table = read_piece(survey.pieces[(2 * number + 1) * len(survey.pieces) // (2 * count)])
+        table = read_piece(survey.pieces[(2 * number + 1) * all_pieces // (2 * count)])
         kept = min(table.num_rows, wanted)
         sampled.append(table.take(pa.array(np.arange(kept) * table.num_rows // kept)))
     return pa.concat_tables(sampled)
 
 
-def content_hash(path: str) -> str:
-    """Hash over the content of all files of an input: a file, a folder or a glob."""
+def content_hash(path: str, *, with_folders: bool = False) -> str:
+    """Hash over the content of all files of an input, a file, a folder or a glob, and over their names.
+
+    `with_folders`: over the names of the folders that they lie in, too, where these are labels.
+    """
     digest = hashlib.sha256()
     for file in find_files(path).files:
-        digest.update(f"{file.location.name} {known_sha256(file.location)}\n".encode())
+        place = file.location
+        name = f"{place.parent.name}/{place.name}" if with_folders else place.name
+        digest.update(f"{name} {known_sha256(place)}\n".encode())
     return digest.hexdigest()[:16]

@@ -128,7 +128,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         # A mistyped name is refused here, not by every worker.
         loaded = None if teacher is None else CrossEncoder.load(teacher)
         if other is not None:
-            Encoder.load(other)
+            own_prefix(Encoder.load(other), "query", other)
         config = _with_fitting_scale(config, surveyed, count, loaded)
         named = [None if name is None else absolute_if_local(name) for name in (teacher, other)]
         task = cls(config, absolute_if_local(config.start), count, named[0], surveyed.set_aside, named[1])

@@ -88,7 +88,8 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     }
     for name, path in paths.items():
         if path is not None:
-            values[f"content of {name}"] = content_hash(path)
+            by_folder = getattr(getattr(config, name, None), "label_by", None) == "folder"
+            values[f"content of {name}"] = content_hash(path, with_folders=by_folder)
     guide = getattr(config, "guide", None)
     models = {
         "start": config.start,
@@ -124,6 +125,7 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         return None
     # Earlier versions took another number of workers for another run.
     made_by = {key: value for key, value in info.get("run", {}).items() if key != "workers.num"}
+    identity = _as_recorded(identity, made_by, _chosen(config, identity))
     if made_by == identity:
         if not any(
             (output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
@@ -144,6 +146,28 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         f"({', '.join(other) if made_by else 'no training job wrote it'}){older}; choose a new output, or remove it "
         "first"
     )
+
+
+def _chosen(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """Of an identity what is no key of the config, and the keys that are not at their default."""
+    others = {key: value for key, value in identity.items() if key not in type(config).model_fields}
+    return {**others, **config.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _as_recorded(
+    identity: dict[str, Any], recorded: dict[str, Any], chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """`identity` without the keys that `recorded` lacks and nobody has chosen: they came with a newer version.
+
+    A new key's default is what was done before there was one, so they tell no run from another.
+    """
+    return {
+        key: _as_recorded(value, recorded[key], chosen.get(key) or {})
+        if isinstance(value, dict) and isinstance(recorded.get(key), dict)
+        else value
+        for key, value in identity.items()
+        if key in recorded or key in chosen
+    }
 
 
 def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
@@ -256,14 +280,20 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
 def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location) -> None:
     """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`."""
     by_step = sorted(result.best_checkpoints or [], key=lambda item: item[1]["step"])
-    for checkpoint, metrics in by_step if num_left is None else by_step[max(len(by_step) - num_left, 0) :]:
-        target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
+    kept = output.parent / f"{output.name}.checkpoints"
+    left = by_step if num_left is None else by_step[max(len(by_step) - num_left, 0) :]
+    for checkpoint, metrics in left:
+        target = kept / f"step-{metrics['step']}"
         if (
             target.exists()
         ):  # of a job that was killed while it published; the steps of a run are the same every time
             target.delete()
         with checkpoint.as_directory() as folder, publish_directory(target) as place:
             shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
+    own = {f"step-{metrics['step']}" for _, metrics in left}
+    others = [place.name for place in kept.children() if own and place.name not in own]
+    if others:
+        log(f"{kept} holds {', '.join(others)} of an earlier run, too; remove what is not wanted")
 
 
 def _num_to_keep(config: TrainJobConfig, has_dev: bool) -> int | None:

@@ -16,6 +16,7 @@ from raytower.errors import InputError
 from raytower.training.classifier import ClassifierTask, plan_train_classifier
 from raytower.training.config import TrainClassifierConfig
 from raytower.training.labelled_files import survey_by_label
+from raytower.training.runner import run_identity
 from raytower.training.windows import plan_windows, read_window
 
 ROWS = [("moon", "a"), ("sun", "a"), ("茶", "b"), ("杯", "b"), ("水", "b"), ("1984", "7")]
@@ -121,3 +122,51 @@ def test_a_file_outside_all_folders_has_no_label(tmp_path: Path) -> None:
 def test_dev_share_has_its_labels_by_the_training_rows(still_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dev\.label_by is 'file', and dev\.share"):
         config_of(tmp_path, still_encoder, dev={"share": 0.5, "label_by": "file"})
+
+
+def test_names_keep_what_is_no_extension(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    write(folder / "Moon.TXT", ["a"])
+    write(folder / "Moon.txt.GZ", ["b"])
+    (folder / "Moon.txt.GZ").write_bytes(gzip.compress(b"b\n"))
+    write(folder / "topic-1.5", ["c"])
+    write(folder / "topic-1.6", ["d"])
+    surveyed = survey_by_label(str(folder / "*"), "file", "fail", None, "train.label_by")
+    assert sorted(rows_of(surveyed)) == [("a", "Moon"), ("b", "Moon"), ("c", "topic-1.5"), ("d", "topic-1.6")]
+
+
+def test_what_is_not_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "files"
+    write(folder / "a.txt", ["x"])
+    write(folder / "b.jsonl", ["y"], as_json=True)
+    (folder / "b.jsonl").write_text('{"text": "y", "label": "z"}\n')
+    (folder / "c.txt").write_text("")
+    write(folder / "d.text", ["w"])
+    surveyed = survey_by_label(str(folder), "file", "fail", None, "train.label_by")
+    assert sorted(rows_of(surveyed)) == [("x", "a"), ("y", "b")]
+    said = capsys.readouterr().err
+    assert "passed over" in said and "d.text" in said
+    assert "no row in" in said and "c.txt" in said
+    assert "'label' are no part of them" in said
+
+
+def test_files_without_a_row_are_refused_and_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    for name in ("a.txt", "b.txt"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    with pytest.raises(InputError, match="holds no file with a row"):
+        survey_by_label(str(folder), "file", "fail", None, "train.label_by")
+    (folder / "a.txt").write_bytes(b"\xff\n")
+    write(folder / "b.txt", ["x"])
+    surveyed = survey_by_label(str(folder), "file", "quarantine", str(tmp_path / "aside"), "train.label_by")
+    assert rows_of(surveyed) == [("x", "b")]
+    assert surveyed.num_rejected == 1
+
+
+def test_a_renamed_folder_is_another_training(still_encoder: Path, tmp_path: Path) -> None:
+    folder = write_folders(tmp_path / "folders")
+    config = config_of(folder, still_encoder, train={"label_by": "folder"})
+    before = run_identity(config, ClassifierTask.survey(config))
+    (folder / "b").rename(folder / "c")
+    assert run_identity(config, ClassifierTask.survey(config)) != before

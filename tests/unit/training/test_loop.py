@@ -27,7 +27,10 @@ from tests.support.tiny_training import batches_of, write_labelled, write_pairs
 
 
 def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
-    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    still_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """64 rows at 16 a step: 12 steps are 3 epochs, measured after each; no value ends the run."""
     train = write_labelled(tmp_path / "train.tsv", 64)
@@ -86,6 +89,11 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     assert sorted(path.name for path in (tmp_path / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
     _leave_checkpoints(result, 0, Location.of(tmp_path / "none"))
     assert not (tmp_path / "none.checkpoints").exists()
+    # What an earlier run left stays, and is named.
+    (tmp_path / "last.checkpoints" / "step-3").mkdir()
+    capsys.readouterr()
+    _leave_checkpoints(result, 2, Location.of(tmp_path / "last"))
+    assert "holds step-3 of an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
