@@ -232,14 +232,14 @@ def native_config(config: Values, file: object) -> dict[str, Any] | None:
         )
     if not _has_class(kind, code.rpartition(".")[2]):
         raise FormatError(
-            f"{str(file)!r} names code of its repository ({code}), which is never run, and transformers has no class of "
-            f"that name for {kind!r}: its own one would give other vectors, without a word; name another model"
+            f"{str(file)!r} names code of its repository ({code}), which is never run, and transformers has no class "
+            f"of that name for {kind!r}: its own one would give other vectors, without a word; name another model"
         )
     if _looks_back_only(kind) and "AutoModel" in config["auto_map"] and config.get("is_causal") is None:
         raise FormatError(
             f"{str(file)!r} names code of its repository for a decoder ({code}), which is never run, and does not say "
-            "whether tokens see those behind them, as encoders made of decoders often have it; where its authors say so, "
-            "give it in a copy of the directory: is_causal false in config.json if they do, true if they do not"
+            "whether tokens see those behind them, as encoders made of decoders often have it; where its authors "
+            "say so, give it in a copy of the directory: is_causal false in config.json if they do, true if they do not"
         )
     _say_once(
         f"{str(file)!r} names code of its repository ({code}), which is never run; transformers' own class for "

@@ -11,7 +11,7 @@ from raytower.data.config import NamedInput
 from raytower.data.pieces import Piece, Survey, say_files, survey
 from raytower.data.plain_labels import plain_label
 from raytower.data.records import canonical_schema
-from raytower.data.sources import FORMAT_BY_SUFFIX, SourceFile, find_files, split_glob
+from raytower.data.sources import SourceFile, find_files, split_glob
 from raytower.errors import InputError
 from raytower.progress import log
 from raytower.storage import Location
@@ -72,10 +72,10 @@ def _label_of(file: SourceFile, label_by: LabelBy, path: str, key: str) -> str:
 
 
 def _bare_name(file: SourceFile) -> str:
-    """The name without the extensions that say format and compression, in capitals too; others are of the label."""
+    """The name without the extensions that say format and compression, which may be in capitals."""
     compression = {"gzip": ".gz", "zstd": ".zst", None: ""}[file.compression]
     name = file.location.name
-    return name[: len(name) - len((file.suffix if file.suffix in FORMAT_BY_SUFFIX else "") + compression)]
+    return name[: len(name) - len(file.suffix + compression)]
 
 
 def _name_unread(path: str, key: str, surveys: Sequence[tuple[str, Survey]]) -> None:

@@ -665,7 +665,11 @@ class TestConfigsForCodeOfTheirOwn:
         ("auto_map", "changes", "said"),
         [
             ("modeling_own.BertBiModel", {}, "transformers has no class of that name for 'bert'"),
-            ("modeling_qwen.Qwen2Model", {"model_type": "qwen2"}, "does not say whether tokens see those behind"),
+            (
+                "modeling_qwen.Qwen2Model",
+                {"model_type": "qwen2"},
+                "does not say whether tokens see those behind",
+            ),
         ],
     )
     def test_code_that_may_compute_something_else_is_refused(

@@ -359,7 +359,8 @@ class TestStatic:
         assert np.abs(engine.encode(texts) - peer).max() < 1e-6
         engine.encoder.save(tmp_path / "saved")
         assert (
-            np.abs(SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts) - peer).max() < 1e-6
+            np.abs(SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts) - peer).max()
+            < 1e-6
         )
 
     def test_model2vec_s_form(self, tmp_path: Path) -> None:
