@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +24,15 @@ from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
-from raytower.storage import Location, check_output, output_folder, publish_directory
+from raytower.storage import (
+    Lease,
+    Location,
+    StorageError,
+    check_output,
+    output_folder,
+    publish_directory,
+    writer_lease,
+)
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
 from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
@@ -182,13 +194,53 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     output = Location.of(config.output)
     identity = run_identity(config, survey)
     run_folder = _run_folder(output, identity)
-    done = finished_run(config, identity)
-    if done is not None:
-        log(f"{config.output} is finished; nothing to do")
-        # A job killed between publishing and cleaning up leaves its checkpoints.
-        run_folder.delete()
-        return done
-    probe_storage(output.parent)
+    # What lies half published elsewhere may be another job's, which is at it.
+    done = finished_run(config, identity) if output.is_local else None
+    if done is None:
+        probe_storage(output.parent)
+        with _only_job(output) as lease:
+            done = finished_run(config, identity)
+            if done is None:
+                return _train(task_class, config, survey, identity, lease)
+    log(f"{config.output} is finished; nothing to do")
+    # A job killed between publishing and cleaning up leaves its checkpoints.
+    run_folder.delete()
+    return done
+
+
+@contextmanager
+def _only_job(output: Location) -> Iterator[Lease | None]:
+    """Refuse a second training with this output while one is at work: they would share or replace what they write.
+
+    None where the storage cannot tell.
+    """
+    place = output.parent / f".{output.name}.train.lock"
+    owner = f"a training (process {os.getpid()} on {socket.gethostname()})"
+    with ExitStack() as stack:
+        lease = None
+        try:
+            lease = stack.enter_context(writer_lease(place, owner=owner))
+        except InputError:  # hdfs and some network drives: neither locks nor conditional writes
+            log(f"warning: {output} cannot be locked; start no second training with this output")
+        except StorageError:
+            raise
+        except RaytowerError as error:
+            raise InputError(
+                f"output {str(output)!r} is being trained by another job: {error}; or choose another output"
+            ) from error
+        yield lease
+
+
+def _train(
+    task_class: type[Task[Any]],
+    config: TrainJobConfig,
+    survey: Survey,
+    identity: dict[str, Any],
+    lease: Lease | None,
+) -> dict[str, Any]:
+    """As `fit`, of a run that is not finished, while no other job writes this output."""
+    output = Location.of(config.output)
+    run_folder = _run_folder(output, identity)
     _name_other_runs(output, run_folder)
     workers = _workers(config)
     plan = _make_plan(
@@ -218,6 +270,8 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
+    if lease is not None:
+        lease.check()
     _leave_checkpoints(result, config.num_left_checkpoints, output)
     _publish(checkpoint, output, info, model_card(config, figures, info["history"]))
     run_folder.delete()
