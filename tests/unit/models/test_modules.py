@@ -30,8 +30,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from raytower.errors import FormatError, InputError
+from raytower.models.config import LoraConfig
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
+from raytower.models.lora import add_adapters
 from raytower.models.two_tower import TwoTower
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
@@ -362,6 +364,13 @@ class TestStatic:
             np.abs(SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts) - peer).max()
             < 1e-6
         )
+
+    def test_it_has_no_layer_for_adapters(self, tmp_path: Path) -> None:
+        backbone = Encoder.load(self.save(tmp_path / "model")).backbone
+        with pytest.raises(
+            InputError, match="a StaticBackbone has no linear layer that takes an adapter; remove"
+        ):
+            add_adapters(backbone, LoraConfig())
 
     def test_model2vec_s_form(self, tmp_path: Path) -> None:
         """Rows shared by a mapping, a weight a token; config.json is model2vec's own."""
