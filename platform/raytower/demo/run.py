@@ -121,8 +121,8 @@ class _Demo:
             files = write_sample(self.folder / "data", SAMPLES[self.config.sample], self.config.seed)
             ensure_ray()
         log(
-            f"sample: {files.num_train} training pairs, {files.num_corpus} answers; files under {self.folder}. Of texts "
-            f"the first {_MAX_LENGTH} tokens are read, less than most answers have, so that this takes minutes"
+            f"sample: {files.num_train} training pairs, {files.num_corpus} answers; files under {self.folder}. Of "
+            f"texts the first {_MAX_LENGTH} tokens are read, less than most answers have, so that this takes minutes"
         )
         base = self._measure_encoder("zero-shot", self.model, files)
         trained_dir = self._train_encoder(files)

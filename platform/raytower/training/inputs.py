@@ -201,6 +201,20 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
         )
 
 
+def refuse_equal_scores(survey: Survey, objective: str) -> None:
+    """Raise InputError if no candidate list has two scores that differ: there is no order to learn.
+
+    It reads until a list has them, mostly one piece.
+    """
+    for table in tables(survey):
+        if any(len(set(scores)) > 1 for scores in table["scores"].to_pylist()):
+            return
+    raise InputError(
+        f"{', '.join(survey.files[:3])}: the scores of each row are all equal, and objective {objective} learns their "
+        "order; give the documents of a query different scores"
+    )
+
+
 def count_documents(survey: Survey, wanted: int | None) -> int | None:
     """Most documents of a candidate list in training: `wanted`, or those of the longest list; None for other rows.
 
