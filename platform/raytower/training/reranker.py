@@ -31,7 +31,7 @@ from raytower.training.config import TrainRerankerConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, count_documents, survey_training
+from raytower.training.inputs import check_labels, count_documents, refuse_equal_scores, survey_training
 from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
 from raytower.training.shares import gather_rows_in_order, own_rows
@@ -86,6 +86,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
             check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
         elif "scores" in names and config.objective.name in _GRADED:
             check_labels(surveyed, lambda labels: _loss_of_single_documents(config, labels))
+            refuse_equal_scores(surveyed, config.objective.name)
         rows = spaced_rows(surveyed, num_documents=count)
         pairs = judged_pairs(rows)
         shares = cut_shares(

@@ -62,6 +62,8 @@ from raytower.training.windows import draw_documents
 # Rows with an equal value in one of these are false negatives of each other; of candidates the best document counts.
 _DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
 _CPU = torch.device("cpu")
+# Objectives that look at each pair alone.
+_BY_ITSELF = ("cosine_embedding", "cosine_regression")
 # Rows, or (query, document) pairs for a teacher that has to score them here, from which margin_mse's scale is taken;
 # and how many documents of a row. 256 pairs take a large teacher a minute on a CPU.
 _SAMPLED_SCORES = 10_000
@@ -137,7 +139,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         # A mistyped name is refused here, not by every worker.
         loaded = None if teacher is None else CrossEncoder.load(teacher)
         if other is not None:
-            Encoder.load(other)
+            own_prefix(Encoder.load(other), "query", other)
         config = _with_fitting_scale(config, surveyed, count, loaded)
         named = [None if name is None else absolute_if_local(name) for name in (teacher, other)]
         task = cls(config, absolute_if_local(config.start), count, named[0], surveyed.set_aside, named[1])
@@ -349,6 +351,12 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         return
     if config.teacher is not None:
         raise InputError(f"teacher is set, and objective {objective.name} follows none; remove it")
+    has_own_negatives = "negative" in names or "documents" in names
+    if config.batch_size == 1 and not has_own_negatives and objective.name not in _BY_ITSELF:
+        raise InputError(
+            f"batch_size is 1, and objective {objective.name} compares the rows of a batch: it would learn nothing; "
+            "raise batch_size, with gradient_cache where memory is short"
+        )
     if "query" in names and "label" in names:
         check_labels(surveyed, lambda labels_B: _loss_of_equal_vectors(config, labels_B))
     elif "documents" in names or "negative" in names:
