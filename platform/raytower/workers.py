@@ -109,9 +109,9 @@ def plan_workers(
 
     by_size = sorted(usable, key=lambda node: node.cpus / places(node), reverse=True)
     parts = [by_size[: number + 1] for number in range(len(by_size))]
-    if asked.num is not None:
-        enough = [part for part in parts if not num_gpus or sum(map(places, part)) >= asked.num]
-        usable = max(enough or [by_size], key=lambda part: cpus_of(part, asked.num))
+    if (wanted := asked.num) is not None:
+        enough = [part for part in parts if not num_gpus or sum(map(places, part)) >= wanted]
+        usable = max(enough or [by_size], key=lambda part: cpus_of(part, wanted))
     elif not num_gpus:
         # Of 15, 15 and 1 CPUs two workers of 15, not three of 1.
         usable = max(parts, key=lambda part: (most := sum(map(places, part))) * cpus_of(part, most))

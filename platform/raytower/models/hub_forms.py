@@ -224,7 +224,7 @@ def native_config(config: Values, file: object) -> dict[str, Any] | None:
     code = own_code(config)
     if code is None:
         return None
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise FormatError(
             f"{str(file)!r} is of the kind {kind!r}, which transformers does not know, and names code of its "
