@@ -6,8 +6,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from raytower.config import WorkersConfig, make_config
 from raytower.errors import InputError
 from raytower.storage import Location
-from raytower.training import notice
+from raytower.training import loop, notice
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.elastic import ElasticTrainer, SharesPolicy, TellOfDrainedNodes
@@ -211,14 +210,14 @@ def test_a_worker_with_notice_saves_the_step_that_it_is_in_and_ends(
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     told_at: list[int] = []
 
-    def stream(_: Any, skipped: int, say: Callable[[str], None]) -> Iterator[Any]:
-        batches = islice(batches_of(surveyed, config), skipped, None)
-        for number, batch in enumerate(batches, skipped + 1):
-            if number in told_at:
-                notice.give("the node will go")
-            yield batch
+    make_step = loop._Worker._make_step
 
-    monkeypatch.setattr("raytower.training.loop.stream_batches", stream)
+    def told(worker: loop._Worker, *loaded: Any) -> float:
+        if worker.progress.step + 1 in told_at:
+            notice.give("the node will go")
+        return make_step(worker, *loaded)
+
+    monkeypatch.setattr(loop._Worker, "_make_step", told)
 
     def train(start: str | None) -> dict[str, Any]:
         checkpoint = None if start is None else ray.train.Checkpoint.from_directory(str(tmp_path / start))
