@@ -238,7 +238,7 @@ def _survey_sources(
                     # Python keys the hash of strings anew in each process; a survey runs in one.
                     hashes.append(np.fromiter(map(hash, chunk.values("id")), np.int64, num_rows))
     drafts = list(_without_duplicates(drafts, hashes, rejects)) if hashes else drafts
-    surveyed = _finish(drafts, types.schema(kind), sources, rejects)
+    surveyed = _finish(drafts, types.schema(sources[0].layout.schema), sources, rejects)
     if not surveyed.pieces:
         raise InputError(_no_rows(sources, kind, surveyed.quarantine_file))
     return dataclasses.replace(

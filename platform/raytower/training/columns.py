@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raytower.data.records import INSTRUCTION
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
 from raytower.training.batches import Rows
@@ -35,6 +36,8 @@ class TextColumns:
     documents: Sequence[Sequence[str | None]]
     """None where a row has no document in this column; the first column has all."""
     targets: Targets
+    instructions: Sequence[str | None] | None = None
+    """What each query is asked for, where rows say it."""
 
     @property
     def present_documents(self) -> list[str]:
@@ -81,7 +84,24 @@ def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
         filled = [[*row, *[0.0] * (len(documents) - len(row))] for row in rows["scores"]]
         teacher = torch.tensor(filled, dtype=torch.float32)
     targets = Targets(keys=keys, labels_B=scores, teacher_BK=teacher, present_BK=present_BK)
-    return TextColumns(queries, documents, targets)
+    return TextColumns(queries, documents, targets, rows.get(INSTRUCTION.name))
+
+
+def prompted(
+    queries: Sequence[str], instructions: Sequence[str | None] | None, form: str, prefix: str
+) -> tuple[list[str], str]:
+    """The queries, and the prefix to encode them with: where rows say instructions, each stands behind its own.
+
+    Args:
+        queries: of the rows.
+        instructions: of each query; of one that is None or blank `prefix` holds.
+        form: what an instruction becomes; {} stands for it.
+        prefix: of queries without an instruction.
+    """
+    if instructions is None or not any(text and text.strip() for text in instructions):
+        return list(queries), prefix
+    prefixes = (form.replace("{}", text) if text and text.strip() else prefix for text in instructions)
+    return [own + query for own, query in zip(prefixes, queries, strict=True)], ""
 
 
 def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[str | None]]]:

@@ -8,18 +8,20 @@ holds the training set: each worker's memory holds a few windows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
 from raytower.data.pieces import Piece
 from raytower.progress import log
-from raytower.training.batches import Rows, cut_batches, join_windows, skip_rows
+from raytower.training.batches import Rows, cut_batches, join_windows, num_rows, skip_rows
 from raytower.training.distinct_batches import spread_duplicates
+from raytower.training.mixing import SET, order_of_sets
 from raytower.training.windows import Window, plan_windows, read_window, windows_from
 
 # Windows of one Ray Data execution. Ray Data reads ahead as far as the object store allows, however slow the consumer
@@ -45,6 +47,14 @@ class StreamPlan:
     """Most documents of a candidate list; longer ones are drawn from, anew in each epoch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixedPlan(StreamPlan):
+    """Several sets of rows; `pieces` are those of all, and `num_batches` their sum."""
+
+    sets: Mapping[str, StreamPlan]
+    """The plan of each set by name."""
+
+
 def stream_batches(
     plan: StreamPlan, skip_batches: int = 0, tell: Callable[[str], None] = log
 ) -> Iterator[Rows]:
@@ -55,6 +65,8 @@ def stream_batches(
     Raises:
         InputError: a file has changed since the survey.
     """
+    if isinstance(plan, MixedPlan):
+        return _stream_sets(plan, skip_batches, tell)
     first_row, end_row = skip_batches * plan.batch_size, plan.num_batches * plan.batch_size
     piece_rows = [piece.num_rows for piece in plan.pieces]
     windows = plan_windows(piece_rows, seed=plan.seed, window_rows=plan.window_rows)
@@ -77,6 +89,21 @@ def stream_batches(
         )
     tables = skip_rows(tables, first_row - begin.first_row)
     return itertools.islice(cut_batches(tables, plan.batch_size), plan.num_batches - skip_batches)
+
+
+def _stream_sets(plan: MixedPlan, skip_batches: int, tell: Callable[[str], None]) -> Iterator[Rows]:
+    """The batches of each set in their order, with the name of the set in the column SET."""
+    names = list(plan.sets)
+    order_N = order_of_sets([own.num_batches for own in plan.sets.values()], plan.seed)
+    done = np.bincount(order_N[:skip_batches], minlength=len(names)).tolist()
+    # A set begins to be read with its first batch.
+    streams = [
+        stream_batches(own, skipped, lambda message, name=name: tell(f"train.sets.{name}: {message}"))  # type: ignore[misc]
+        for (name, own), skipped in zip(plan.sets.items(), done, strict=True)
+    ]
+    for number in order_N[skip_batches:].tolist():
+        rows = next(streams[number])
+        yield {**rows, SET: [names[number]] * num_rows(rows)}
 
 
 def _read_windows(plan: StreamPlan, windows: Iterator[Window]) -> Iterator[pa.Table]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +30,8 @@ from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
-from raytower.training.row_stream import CPUS_PER_READER, StreamPlan
+from raytower.training.row_stream import CPUS_PER_READER, MixedPlan, StreamPlan
+from raytower.training.sets import MixedSurvey, batches_of_sets
 from raytower.training.task import Task
 from raytower.workers import fit_workers
 
@@ -57,11 +60,13 @@ def _describe_plan(
     two moments).
     """
     sizes = [(p.numel() * 4, p.requires_grad) for p in model.parameters()]
+    sets = _batches_of_sets(config, survey)
     return {
         "rows": survey.num_rows,
         "rejected_rows": survey.num_rejected,
         "steps": _count_steps(config, survey),
-        "unused_rows": _count_unused(config, survey),
+        "unused_rows": _count_unused(config, survey, sets),
+        **({"batches_of_sets": sets} if sets else {}),
         "batches_per_step": config.accumulate_batches,
         "rows_per_worker_and_batch": config.batch_size // workers.num,
         "workers": workers.num,
@@ -79,11 +84,9 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     """
     values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from"})
     values["start"] = config.start
-    dev = config.dev
     paths = {
-        "train": config.train.path,
-        "dev": dev.path if dev else None,
-        "dev.corpus": getattr(dev, "corpus", None),
+        **config.train.inputs,
+        **(config.dev.inputs if config.dev else {}),
         "labels": config.labels if isinstance(config, TrainClassifierConfig) else None,
     }
     for name, path in paths.items():
@@ -204,8 +207,20 @@ def _workers(config: TrainJobConfig) -> WorkersConfig:
     return fit_workers(config.workers, find_nodes, share=config.batch_size)
 
 
-def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
-    """Rows that fill no step, which is said: of few rows they may be half."""
+def _batches_of_sets(config: TrainJobConfig, survey: Survey) -> dict[str, int]:
+    """How many batches of the run are of each set of rows; empty where the rows are one."""
+    if not isinstance(survey, MixedSurvey):
+        return {}
+    return batches_of_sets(config, survey, _count_steps(config, survey) * config.accumulate_batches)
+
+
+def _count_unused(config: TrainJobConfig, survey: Survey, sets: Mapping[str, int]) -> int:
+    """Rows that fill no step, which is said: of few rows they may be half. Of several sets, rows that are never read.
+
+    `sets` are the batches of each, which have been said.
+    """
+    if isinstance(survey, MixedSurvey):
+        return sum(max(own.num_rows - sets[name] * config.batch_size, 0) for name, own in survey.sets.items())
     batch_rows = config.batch_size * config.accumulate_batches
     unused = count_unused(survey.num_rows, batch_rows, config.epochs)
     if unused:
@@ -220,7 +235,8 @@ def _make_plan(
     config: TrainJobConfig, survey: Survey, task: Task[Any], workers: WorkersConfig, failure_file: Location
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
-    _count_unused(config, survey)
+    sets = _batches_of_sets(config, survey)
+    _count_unused(config, survey, sets)
     output = Location.of(config.output)
     stream = StreamPlan(
         pieces=survey.pieces,
@@ -231,6 +247,18 @@ def _make_plan(
         distinct_columns=task.distinct_columns,
         num_documents=task.num_documents,
     )
+    if isinstance(survey, MixedSurvey):
+        parts = {
+            name: dataclasses.replace(
+                stream,
+                pieces=survey.sets[name].pieces,
+                num_batches=count,
+                distinct_columns=task.sets[name].distinct_columns,
+                num_documents=task.sets[name].num_documents,
+            )
+            for name, count in sets.items()
+        }
+        stream = MixedPlan(**vars(stream), sets=parts)
     return TrainingPlan(
         config=config,
         task=task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -13,10 +14,23 @@ from torch import Tensor, nn
 from raytower.data.pieces import Survey
 from raytower.training.batches import Rows
 from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.mixing import SET
 from raytower.training.step import TrainingStep
 
 _CPU = torch.device("cpu")
 ConfigT = TypeVar("ConfigT", bound=TrainJobConfig)
+
+
+@dataclass(frozen=True)
+class RowSet(Generic[ConfigT]):
+    """One of the sets of training rows, or the one that there is."""
+
+    config: ConfigT
+    """The job's config as it holds for these rows."""
+    num_documents: int | None = None
+    """Most documents of a candidate list; None for other rows."""
+    distinct_columns: tuple[str, ...] = ()
+    """Columns whose values no two rows of a batch should share."""
 
 
 class Task(ABC, Generic[ConfigT]):
@@ -32,6 +46,19 @@ class Task(ABC, Generic[ConfigT]):
         """`start` is config.start; a local directory must be absolute, because workers run in folders of their own."""
         self.config = config
         self.start = start
+        self.sets: Mapping[str, RowSet[ConfigT]] = {}
+        """Several sets of rows by name; where there is one, it is as the task itself says."""
+
+    def set_of(self, rows: Rows) -> RowSet[ConfigT]:
+        """The set that the rows of a batch are of."""
+        if SET in rows:
+            return self.sets[rows[SET][0]]
+        return RowSet(self.config, self.num_documents, self.distinct_columns)
+
+    def observe_set(self, step: TrainingStep, rows: Rows, loss: Tensor) -> None:
+        """Note the loss, a scalar, of the set that the rows of a batch are of, where there are several."""
+        if SET in rows:
+            step.observe(f"loss/{rows[SET][0]}", loss)
 
     @classmethod
     @abstractmethod
