@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -403,11 +403,12 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
 
 def _inputs(config: Config, earlier: Sequence[_Step]) -> list[_Input]:
     found = []
-    for key, kind in INPUT_KEYS.items():
+    keys: list[tuple[str, Kind]] = [*INPUT_KEYS.items(), *((key, "rows") for key in _keys_of_sets(config))]
+    for key, kind in keys:
         *path, last = key.split(".")
         section: Any = config
         for name in path:
-            section = getattr(section, name, None)
+            section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
         value = getattr(section, last, None)
         if not isinstance(value, str):  # null, or the names that `labels` of a reranker are
             continue
@@ -417,6 +418,14 @@ def _inputs(config: Config, earlier: Sequence[_Step]) -> list[_Input]:
         makers = [step.number for step in earlier if step.output and may_hold(value, step.output)]
         found.append(_Input(key, kind, value, file_format, tuple(makers)))
     return found
+
+
+def _keys_of_sets(config: Config) -> Iterator[str]:
+    """The keys that name what the sets of a training read, which have names of their own."""
+    for section in ("train", "dev"):
+        for name in getattr(getattr(config, section, None), "sets", None) or {}:
+            yield f"{section}.sets.{name}.path"
+            yield f"{section}.sets.{name}.corpus"
 
 
 def _check_order(steps: Sequence[_Step]) -> None:

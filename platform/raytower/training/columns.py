@@ -88,19 +88,21 @@ def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
 
 
 def prompted(
-    queries: Sequence[str], instructions: Sequence[str | None] | None, form: str, prefix: str
+    queries: Sequence[str], instructions: Sequence[str | None] | None, form: str | None, prefix: str
 ) -> tuple[list[str], str]:
     """The queries, and the prefix to encode them with: where rows say instructions, each stands behind its own.
 
     Args:
         queries: of the rows.
         instructions: of each query; of one that is None or blank `prefix` holds.
-        form: what an instruction becomes; {} stands for it.
+        form: what an instruction becomes; {} stands for it. None is the instruction alone.
         prefix: of queries without an instruction.
     """
     if instructions is None or not any(text and text.strip() for text in instructions):
         return list(queries), prefix
-    prefixes = (form.replace("{}", text) if text and text.strip() else prefix for text in instructions)
+    prefixes = (
+        (form or "{}").replace("{}", text) if text and text.strip() else prefix for text in instructions
+    )
     return [own + query for own, query in zip(prefixes, queries, strict=True)], ""
 
 

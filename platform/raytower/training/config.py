@@ -69,7 +69,7 @@ ClassifierObjective = CrossEntropy | Focal
 Mixing = Literal["proportional", "even"] | Annotated[float, Field(ge=1)]
 ALONE = ""
 """The name of rows beside which there are no others."""
-_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TAUGHT = ("margin_mse", "kl_divergence", "embedding_distillation")
 _WITH_THRESHOLD = ("auc", "accuracy", "f1")
 _INSTRUCTION_PLACE = "{}"
@@ -360,7 +360,7 @@ def _check_names(key: str, sets: Mapping[str, Config] | None) -> None:
     for name in sets or {}:
         if not _SET_NAME.fullmatch(name):
             raise ValueError(
-                f"{key}: {name!r} cannot be the name of a set; use letters, digits, and -, _ and . behind them"
+                f"{key}: {name!r} cannot be the name of a set; use letters and digits, and - and _ behind them"
             )
 
 
@@ -572,9 +572,9 @@ class TrainRetrieverConfig(TrainJobConfig):
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     document_prefix: str | None = None
     """Put before each document when it is encoded; null is the encoder's own prompt."""
-    instruction_format: str = "{}"
+    instruction_format: str | None = None
     """Put before a query whose row says an instruction, in place of the query's prefix: {} stands for the instruction,
-    as in "Instruct: {}\\nQuery: "."""
+    as in "Instruct: {}\\nQuery: "; null is the instruction alone."""
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
@@ -635,9 +635,7 @@ class TrainRetrieverConfig(TrainJobConfig):
     def _without_format(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A run whose rows say no instructions is known again as it was before they could."""
         values: dict[str, Any] = dump(self)
-        if values.get("instruction_format") == "{}":
-            del values["instruction_format"]
-        return values
+        return {key: values[key] for key in values if key != "instruction_format" or values[key] is not None}
 
     _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
     _instruction_place = field_validator("instruction_format")(_check_instruction_format)

@@ -129,7 +129,7 @@ def evaluate_recall(
     dev: DevSet,
     metric: str,
     prefixes: tuple[str, str],
-    instruction_format: str = "{}",
+    instruction_format: str | None = None,
 ) -> dict[str, float]:
     """Recall@1, @10, MRR@10, nDCG@10 and `metric`; all workers call it together and get the same values.
 

@@ -242,7 +242,7 @@ class _Dev:
     rows: DevSet | ScoredPairs
     prompts: TrainRetrieverConfig | RetrieverDevSet
     """Says what stands before queries and documents; null is the encoder's own."""
-    instruction_format: str
+    instruction_format: str | None
 
     @property
     def pairs(self) -> Sequence[Sequence[str]]:

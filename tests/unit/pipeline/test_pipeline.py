@@ -294,6 +294,18 @@ def test_steps_out_of_order_are_refused(work: Work) -> None:
         plan_pipeline(twice)
 
 
+def test_a_set_whose_rows_have_changed_trains_again(work: Work) -> None:
+    write_pairs(Path("more.tsv"), 16)
+    change = {"train-retriever": {"train": {"sets": {"first": "train.tsv", "more": {"path": "more.tsv"}}}}}
+    assert work.run(**change) == list(JOBS)
+    assert work.run(**change) == []
+    write_pairs(Path("more.tsv"), 24)
+    assert work.run(**change)[0] == TRAIN
+    Path("more.tsv").unlink()
+    with pytest.raises(InputError, match=r"step 1 train-retriever: no file or folder at 'more\.tsv'"):
+        plan_pipeline(work.config(change))
+
+
 def test_a_missing_input_is_named_with_its_step(work: Work) -> None:
     work.run()
     Path("train.tsv").unlink()
@@ -336,6 +348,8 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "document_prefix",
         "prefix",
         "dev.metric",
+        "dev.chosen_by",
+        "instruction_format",
     }
     found: set[str] = set()
     for job in STEP_JOBS:
