@@ -222,7 +222,8 @@ class _Worker:
             progress.stale_evaluations += 1
         progress.history.append({"step": progress.step, **metrics})
         best = "none" if progress.best is None else f"{progress.best:.4f}"
-        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {best})")
+        told = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.plan.task.told_metrics)
+        self._say(f"step {progress.step}: dev {told} (best {best})")
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
         self._report({**metrics, dev.metric: self._rank_of(value)})

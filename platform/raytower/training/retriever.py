@@ -115,6 +115,12 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         metric = _MEAN if chosen is None else f"{chosen}/{self.dev_sets[chosen].config.metric}"
         return dev.model_copy(update={"metric": metric})
 
+    @property
+    def told_metrics(self) -> list[str]:
+        chosen = super().told_metrics
+        own = [f"{name}/{dev.config.metric}" for name, dev in self.dev_sets.items() if name != ALONE]
+        return [*(name for name in own if name not in chosen), *chosen]
+
     @classmethod
     def survey(cls, config: TrainRetrieverConfig) -> Survey:
         return survey_sets(config, _survey)

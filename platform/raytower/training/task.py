@@ -88,6 +88,11 @@ class Task(ABC, Generic[ConfigT]):
         """When to measure, and what chooses the best checkpoint; None without a dev set."""
         return self.config.dev
 
+    @property
+    def told_metrics(self) -> list[str]:
+        """The dev metrics that a line of the log has; the last one chooses the best checkpoint."""
+        return [] if self.dev is None else [self.dev.metric]
+
     @abstractmethod
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
         """The model in fp32, from the config's start or from a checkpoint's model directory.

@@ -491,7 +491,7 @@ class TestDevSets:
 
 @pytest.mark.usefixtures("read_here")
 def test_losses_and_metrics_of_sets_are_logged_and_a_run_goes_on_with_the_same(
-    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """8 steps of two sets, measured after 4 and 8; the second run continues from the checkpoint of step 4."""
     sets = two_sets(tmp_path)
@@ -531,6 +531,9 @@ def test_losses_and_metrics_of_sets_are_logged_and_a_run_goes_on_with_the_same(
     assert [row["step"] for row in whole["history"]] == [4, 8]
     assert {"ask/recall@10", "sts/auc", "mean"} <= set(whole["history"][0])
     assert reported[0][1]["mean"] == whole["history"][0]["mean"]
+    means = whole["history"][0]
+    line = f"step 4: dev ask/recall@10 {means['ask/recall@10']:.4f}  sts/auc {means['sts/auc']:.4f}  mean "
+    assert line in capfd.readouterr().err
     logged = read_scalars(tmp_path / "out.tensorboard")
     assert {"dev/ask/recall@10", "dev/sts/auc", "dev/mean", "train/loss/ask", "train/loss/sts"} <= set(logged)
     card = model_card(config, {**whole, "steps": 8}, whole["history"])
