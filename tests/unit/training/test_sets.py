@@ -65,7 +65,7 @@ def values_of(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "model": str(model),
         "output": str(folder / "out"),
         "batch_size": 8,
-        "max_length": 32,
+        "max_length": 64,
         "dtype": "float32",
         "optimizer": {"lr": 1e-9},
         "workers": {"num": 1},
