@@ -28,6 +28,7 @@ from raytower.errors import InputError
 from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
 from raytower.training.batches import Rows
+from raytower.training.columns import text_columns
 from raytower.training.config import (
     RetrieverDevConfig,
     TrainClassifierConfig,
@@ -216,6 +217,53 @@ def test_each_set_of_a_reranker_has_its_objective(dummy_reranker_dir: Path, tmp_
     assert set(step.observed) == {"loss/judged"}
 
 
+@pytest.mark.usefixtures("read_here")
+def test_a_teacher_and_a_guide_serve_the_sets_that_ask_for_them(
+    still_encoder: Path, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    sets = {
+        "hard": {"path": str(write_triples(tmp_path / "hard.tsv", 16)), "objective": "margin_mse"},
+        "ask": str(write_pairs(tmp_path / "ask.tsv", 16)),
+        "sts": {"path": str(write_scored(tmp_path / "sts.tsv", 16)), "objective": "cosent"},
+    }
+    config = retriever(
+        still_encoder,
+        tmp_path,
+        train={"sets": sets},
+        teacher=str(dummy_reranker_dir),
+        guide={"encoder": str(still_encoder)},
+        matryoshka={"dims": [32, 8]},
+        gradient_cache=4,
+    )
+    plan = plan_of(RetrieverTask, config)
+    task = cast(RetrieverTask, plan.task)
+    step = step_of(task.build(None).train(), config)
+    batches = list(stream_batches(plan.stream))
+    asked = {}
+    for name in sets:
+        rows = first_of(name, batches)
+        assert np.isfinite(step.run(0, [rows], task.backward))
+        taught = task._taught(text_columns(rows), task.set_of(rows).config)
+        asked[name] = (taught.teacher_BK is not None, taught.guide is not None)
+    assert asked == {"hard": (True, False), "ask": (False, True), "sts": (False, False)}
+    assert cast(Any, task.sets["hard"].config.objective).scale > 0
+
+
+def test_a_share_of_each_set_of_a_reranker_measures_it(dummy_reranker_dir: Path, tmp_path: Path) -> None:
+    """5 triples and 4 lists of 3 are 10 and 12 judged pairs."""
+    sets = {
+        "hard": {"path": str(write_triples(tmp_path / "a.tsv", 20)), "objective": "pairwise_margin"},
+        "lists": {"path": str(write_candidates(tmp_path / "b.jsonl", 16)), "objective": "listwise_softmax"},
+    }
+    values = values_of(dummy_reranker_dir, tmp_path, train={"sets": sets}, dev={"share": 0.25})
+    config = make_config(TrainRerankerConfig, values)
+    surveyed = RerankerTask.survey(config)
+    assert surveyed.num_rows == 15 + 12
+    task = RerankerTask(config, config.start, None, surveyed.set_aside)
+    assert task.scored_dev is not None
+    assert len(task.scored_dev.labels) == 10 + 12
+
+
 class TestRefusals:
     def test_a_set_smaller_than_a_batch(self, still_encoder: Path, tmp_path: Path) -> None:
         sets = {**two_sets(tmp_path), "few": str(write_pairs(tmp_path / "few.tsv", 7))}
@@ -350,6 +398,13 @@ class TestInstructions:
         other = survey(NamedInput(path=str(path)), "pairs")
         assert "instruction" not in other.schema.names
         assert other.unread_columns == ("instruction",)
+
+    def test_a_table_with_a_header_says_them_too(self, tmp_path: Path) -> None:
+        path = write(
+            tmp_path / "rows.tsv", "query\ttitle\tneg_title\tprompt\nq1\td1\tn1\tfind\nq2\td2\tn2\t\n"
+        )
+        read = rows_of(survey(NamedInput(path=str(path), instructions=True), "triples"))
+        assert [(row["negative"], row["instruction"]) for row in read] == [("n1", "find"), ("n2", "")]
 
     def test_every_record_of_a_row_has_its_instruction(self, tmp_path: Path) -> None:
         path = write_jsonl(
