@@ -250,10 +250,10 @@ def test_a_teacher_and_a_guide_serve_the_sets_that_ask_for_them(
 
 
 def test_a_share_of_each_set_of_a_reranker_measures_it(dummy_reranker_dir: Path, tmp_path: Path) -> None:
-    """5 triples and 4 lists of 3 are 10 and 12 judged pairs."""
+    """5 triples are 10 judged pairs, and 4 judged pairs stand beside them."""
     sets = {
         "hard": {"path": str(write_triples(tmp_path / "a.tsv", 20)), "objective": "pairwise_margin"},
-        "lists": {"path": str(write_candidates(tmp_path / "b.jsonl", 16)), "objective": "listwise_softmax"},
+        "judged": str(write_scored(tmp_path / "b.tsv", 16)),
     }
     values = values_of(dummy_reranker_dir, tmp_path, train={"sets": sets}, dev={"share": 0.25})
     config = make_config(TrainRerankerConfig, values)
@@ -261,7 +261,7 @@ def test_a_share_of_each_set_of_a_reranker_measures_it(dummy_reranker_dir: Path,
     assert surveyed.num_rows == 15 + 12
     task = RerankerTask(config, config.start, None, surveyed.set_aside)
     assert task.scored_dev is not None
-    assert len(task.scored_dev.labels) == 10 + 12
+    assert len(task.scored_dev.labels) == 10 + 4
 
 
 class TestRefusals:
