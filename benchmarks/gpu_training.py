@@ -1,12 +1,17 @@
 """The training step on an accelerator, without Ray and FAISS: speed, utilisation, and what gradient caching saves.
 
+    PYTHONPATH=platform python benchmarks/gpu_training.py all     [--size base] [--batch 64 256 1024 4096]
     PYTHONPATH=platform python benchmarks/gpu_training.py speed   [--sizes base small] [--batch 256 1024]
     PYTHONPATH=platform python benchmarks/gpu_training.py largest [--sizes base] [--max-batch 131072]
     PYTHONPATH=platform python benchmarks/gpu_training.py memory  [--size base] [--batch 1024] [--chunk 32]
 
 Needs no model, no data and no network: encoders of BERT's shapes with random weights, and random token ids of one
-length, so that nothing is padded. On a CPU `speed` and `largest` try the same code at tiny sizes: add --device cpu.
+length, so that nothing is padded. On a CPU `speed` and `largest` try the same code at tiny sizes: add --device cpu, and
+to `all` --device cpu --size tiny.
 
+all: everything from texts, in less than ten minutes: pairs a second with tokenising inside the step and ahead of it,
+padding, share of the rate at which the device multiplies matrices, memory by batch, and how often a step waits for the
+device; then float32, adapters and dev rows. Lengths are log-normal, those of queries a quarter of the documents'.
 speed: pairs a second with in-batch negatives, and model FLOPs utilisation. Forward and backward of a token cost 6 FLOP
 a weight of the layers, and 12 · layers · width · length in attention; embedding tables are looked up, not multiplied.
 largest: the largest batch, doubling until the memory is full, with and without gradient caching.
@@ -16,6 +21,7 @@ memory: peak of a large batch by chunks beside the peak of a small one without c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -23,25 +29,36 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
+from gpu_encoding import make_tokenizer, matrix_rate, word_of
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from raytower.models.ahead import Ahead
+from raytower.models.batch_planner import plan_batches
 from raytower.models.chunks import Chunk
+from raytower.models.config import LoraConfig
 from raytower.models.encoder import Encoder, EncoderSettings
+from raytower.models.lora import add_adapters, narrow_frozen
 from raytower.models.token_block import TokenBlock
 from raytower.models.two_tower import TwoTower, split_columns
 from raytower.objectives.config import InBatchNegatives
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
 from raytower.training.config import OptimizerConfig
+from raytower.training.live_engine import LiveEngine
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.step import TrainingStep
+from raytower.training.word_gradients import WordGradients
 
 VOCABULARY = 21_128  # BERT-base-chinese's
 FIRST_ORDINARY_ID = 106
@@ -111,6 +128,12 @@ def parse() -> argparse.Namespace:
         "--peak-tflops", type=float, default=989.0, help="the device's; H100 and H200 dense bf16"
     )
     speed_parser.set_defaults(command=speed)
+    all_parser = commands.add_parser("all", parents=[shared])
+    all_parser.add_argument("--size", choices=list(SIZES), default="base")
+    all_parser.add_argument("--batch", type=int, nargs="+")
+    all_parser.add_argument("--chunk", type=int, default=256, help="texts of a chunk of gradient caching")
+    all_parser.add_argument("--seconds", type=float, help="how long each rate is measured at least")
+    all_parser.set_defaults(command=everything)
     largest_parser = commands.add_parser("largest", parents=[shared])
     largest_parser.add_argument("--sizes", nargs="+", choices=list(SIZES))
     largest_parser.add_argument("--chunk", type=int, default=256)
@@ -131,9 +154,13 @@ def parse() -> argparse.Namespace:
 
 
 def make_step(
-    size: Size, arguments: argparse.Namespace, tokens_per_chunk: int, chunk: int | None
+    size: Size,
+    arguments: argparse.Namespace,
+    tokens_per_chunk: int,
+    chunk: int | None,
+    prepare: Callable[[TwoTower], None] | None = None,
 ) -> TrainingStep:
-    """A randomly initialised encoder with optimizer and schedule, as a training job makes them."""
+    """A randomly initialised encoder with optimizer and schedule, as a training job makes them, once it is prepared."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -142,13 +169,22 @@ def make_step(
         num_attention_heads=size.heads,
         intermediate_size=size.intermediate,
     )
-    # Ids come ready-made; only the padding id is ever asked for.
-    tokenizer = cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0))
-    encoder = Encoder(BertModel(config, add_pooling_layer=False), tokenizer, EncoderSettings())
-    tower = TwoTower(encoder, arguments.length, tokens_per_chunk, chunk).to(arguments.device).train()
+    # Where ids come ready-made, only the padding id is ever asked for.
+    is_from_texts = arguments.command is everything
+    tokenizer = make_tokenizer() if is_from_texts else SimpleNamespace(pad_token_id=0)
+    encoder = Encoder(
+        BertModel(config, add_pooling_layer=False),
+        cast(PreTrainedTokenizerBase, tokenizer),
+        EncoderSettings(),
+    )
+    tower = TwoTower(encoder, arguments.length, tokens_per_chunk, chunk)
+    if prepare is not None:
+        prepare(tower)
+    tower = tower.to(arguments.device).train()
     optimizer = make_optimizer(tower, OptimizerConfig())
     schedule = make_schedule(optimizer, num_steps=1_000_000, warmup_ratio=0.1)
-    return TrainingStep(tower, optimizer, schedule, dtype=getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    return TrainingStep(tower, optimizer, schedule, dtype=dtype, words=WordGradients.of(tower))
 
 
 def make_batch(num_pairs: int, length: int) -> Batch:
@@ -191,6 +227,179 @@ def timed_steps(step: TrainingStep, batch: Batch, num_steps: int) -> float:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# --- everything, from texts ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Pairs as a training job reads them."""
+
+    queries: list[str]
+    documents: list[str]
+
+
+def everything(arguments: argparse.Namespace) -> None:
+    """Whole steps from texts for each batch, then float32, adapters and dev rows."""
+    device = torch.device(arguments.device)
+    on_cpu = device.type == "cpu"
+    # `length` is the median of documents here; few are longer than four times that.
+    typical, arguments.length = arguments.length, 4 * arguments.length
+    seconds = arguments.seconds or (0.5 if on_cpu else 4.0)
+    peak = matrix_rate(device, getattr(torch, arguments.dtype))
+    print(
+        f"\n{arguments.size}, {arguments.dtype}, documents of {typical} and queries of {typical // 4} tokens, medians; "
+        f"matrix products here: {peak / 1e12:,.1f} TFLOP/s; cached: chunks of {arguments.chunk} texts\n"
+        "on the device: pairs/s of batches that lie there; in the step, ahead: with tokenising; utilisation: of ahead; "
+        "filled up: padding of as few chunks as the budget allows; waits: for the device, in a step"
+    )
+    print(
+        "| batch | on the device | in the step | ahead | utilisation | padding | filled up | chunks | waits | MiB |"
+        "\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for chunk in (None, arguments.chunk):
+        step = make_step(SIZES[arguments.size], arguments, TOKENS_PER_CHUNK[device.type], chunk)
+        for num_pairs in arguments.batch or ([16, 64] if on_cpu else [64, 256, 1024, 4096]):
+            texts = [make_texts(num_pairs, typical, seed) for seed in range(4)]
+            row = unless_out_of_memory(lambda step=step, texts=texts: row_of(step, texts, seconds, peak))
+            name = f"{num_pairs:,}" if chunk is None else f"{num_pairs:,} cached"
+            print(f"| {name} | {row or 'out of memory' + ' |' * 8} |", flush=True)
+        del step
+    compare_settings(
+        arguments, [make_texts(64 if on_cpu else 256, typical, seed) for seed in range(4)], seconds
+    )
+
+
+def make_texts(num_pairs: int, typical: int, seed: int) -> Texts:
+    """Words of log-normal number, with the given median for documents and a quarter of it for queries."""
+    random = np.random.default_rng(seed)
+
+    def column(median: float) -> list[str]:
+        counts = np.maximum(random.lognormal(np.log(median), 0.6, num_pairs).astype(int), 1)
+        return [" ".join(word_of(word) for word in random.integers(0, 20_000, count)) for count in counts]
+
+    return Texts(column(typical / 4), column(typical))
+
+
+def load_texts(step: TrainingStep, texts: Texts) -> Batch:
+    """What a retriever's task does with rows ahead of the step."""
+    tower = cast(TwoTower, step.model)
+    columns = [tower.tokenise(texts.queries, ""), tower.tokenise(texts.documents, "")]
+    keys = BatchKeys(query=text_keys(texts.queries), documents=(text_keys(texts.documents),))
+    return Batch(columns, Targets(keys=keys).to(step.device), tower.plan_chunks(columns))
+
+
+def row_of(step: TrainingStep, texts: Sequence[Texts], seconds: float, peak: float) -> str:
+    """The columns of one batch."""
+    tower = cast(TwoTower, step.model)
+    loaded = [load_texts(step, some) for some in texts]
+    num_pairs = loaded[0].num_pairs
+    lengths = [TokenBlock.join(batch.columns).lengths for batch in loaded]
+    tokens = sum(int(each.sum()) for each in lengths)
+    chunks = [chunk for batch in loaded for chunk in batch.chunks or []]
+    padded = sum(chunk.inputs["input_ids"].numel() for chunk in chunks)
+    filled = [
+        plan_batches(each, tower.tokens_per_batch, rows_per_batch=tower.rows_per_batch) for each in lengths
+    ]
+    flop = sum(flop_of_lengths(step, each) for each in lengths) / len(texts) / num_pairs
+    if step.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    on_device = num_pairs * steps_per_second(step, cycle(loaded), seconds)
+    peak_mib = f"{peak_bytes(step.device) / MIB:,.0f}" if step.device.type == "cuda" else ""
+    in_step = num_pairs * steps_per_second(step, (load_texts(step, some) for some in cycle(texts)), seconds)
+    with Ahead(lambda some: load_texts(step, some), cycle(texts)) as batches:
+        ahead = num_pairs * steps_per_second(step, batches, seconds)
+    return (
+        f"{on_device:,.0f} | {in_step:,.0f} | {ahead:,.0f} | {ahead * flop / peak:.1%} | {1 - tokens / padded:.1%} | "
+        f"{1 - tokens / sum(plan.num_padded_tokens for plan in filled):.1%} | {len(chunks) / len(texts):.1f} | "
+        f"{waits_of(step, loaded[0])} | {peak_mib}"
+    )
+
+
+def steps_per_second(step: TrainingStep, batches: Iterable[Batch], seconds: float) -> float:
+    """After some steps to warm up: over at least so many seconds and three steps, the device idle at the end."""
+    number, started = 0, 0.0
+    for number, batch in enumerate(batches):
+        if number == WARM_UP_STEPS:
+            synchronise(step.device)
+            started = time.perf_counter()
+        elif number > WARM_UP_STEPS + 2 and time.perf_counter() - started > seconds:
+            break
+        step.run(number, [batch], backward)
+    synchronise(step.device)
+    return (number - WARM_UP_STEPS) / (time.perf_counter() - started)
+
+
+def waits_of(step: TrainingStep, batch: Batch) -> str:
+    """How often the process waits for the device within a step, as torch counts it."""
+    if step.device.type != "cuda":
+        return ""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step.run(0, [batch], backward)
+        torch.cuda.set_sync_debug_mode("default")
+    return str(sum("synchronizing" in str(warning.message) for warning in seen))
+
+
+def flop_of_lengths(step: TrainingStep, lengths: NDArray[np.int64]) -> float:
+    """FLOP of forward and backward over texts of these lengths; padding and recomputed passes do not count."""
+    config = cast(TwoTower, step.model).encoder.backbone.config
+    weights = config.num_hidden_layers * (
+        4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    )
+    attention = 12 * config.num_hidden_layers * config.hidden_size
+    return float(6 * weights * lengths.sum() + attention * (lengths.astype(float) ** 2).sum())
+
+
+def compare_settings(arguments: argparse.Namespace, texts: Sequence[Texts], seconds: float) -> None:
+    """Float32 by both ways of multiplying, adapters on either kind of base, and dev rows, each on batches of texts."""
+    size, device = SIZES[arguments.size], torch.device(arguments.device)
+    tokens = TOKENS_PER_CHUNK[device.type]
+
+    def ways() -> Iterator[tuple[str, TrainingStep]]:
+        exact = argparse.Namespace(**{**vars(arguments), "dtype": "float32"})
+        for name, precision in (("float32", "highest"), ("float32 by TF32", "high")):
+            torch.set_float32_matmul_precision(precision)
+            yield name, make_step(size, exact, tokens, None)
+        torch.set_float32_matmul_precision("highest")
+        if importlib.util.find_spec("peft") is None:
+            print("no adapters: peft is not installed")
+            return
+        mixed = argparse.Namespace(**{**vars(arguments), "dtype": "bfloat16"})
+        for name, is_narrow in (("adapters, base float32", False), ("adapters, base bfloat16", True)):
+            yield (
+                name,
+                make_step(
+                    size, mixed, tokens, None, lambda tower, is_narrow=is_narrow: adapt(tower, is_narrow)
+                ),
+            )
+
+    print(f"\nbatch {len(texts[0].queries)}\n| step | pairs/s | weights, MiB |\n|---|---|---|")
+    for name, step in ways():
+        with Ahead(lambda some, step=step: load_texts(step, some), cycle(texts)) as batches:
+            rate = len(texts[0].queries) * steps_per_second(step, batches, seconds)
+        held = sum(p.numel() * p.element_size() for p in step.model.parameters()) / MIB
+        print(f"| {name} | {rate:,.0f} | {held:,.1f} |", flush=True)
+    step = make_step(size, arguments, tokens, None)
+    step.model.eval()
+    engine = LiveEngine(
+        cast(TwoTower, step.model).encoder, dtype=arguments.dtype, max_length=arguments.length
+    )
+    documents = [text for some in texts for text in some.documents]
+    engine.encode(documents)
+    synchronise(device)
+    started = time.perf_counter()
+    engine.encode(documents)
+    synchronise(device)
+    print(f"\ndev rows: {len(documents) / (time.perf_counter() - started):,.0f} documents/s")
+
+
+def adapt(tower: TwoTower, is_narrow: bool) -> None:
+    add_adapters(tower.encoder.backbone, LoraConfig())
+    if is_narrow:
+        narrow_frozen(tower, torch.bfloat16)
 
 
 # --- speed ---------------------------------------------------------------------------------------------------------

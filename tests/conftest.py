@@ -20,6 +20,7 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True,
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # as Ray's workers have it, so that they may be forked
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Tiny matrices gain nothing from more threads, and lose much where the cores are busy; read when numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -79,11 +80,13 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from raytower.runtime import ensure_ray
+    from tests.support.warm import workers_are_forked
 
     # Workers import nothing from the current folder; functions of the tests are found there by name.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
-        ensure_ray()
+        with workers_are_forked():
+            ensure_ray()
     yield
     ray.shutdown()
 

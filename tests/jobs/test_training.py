@@ -1,16 +1,13 @@
-"""Training through Ray: the stream of batches, and whole runs."""
+"""Training through Ray: whole runs."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,13 +16,10 @@ from torch import Tensor, nn
 
 from raytower.collectives import rank, world_size
 from raytower.config import make_config
-from raytower.data.config import InputConfig
-from raytower.data.pieces import survey
 from raytower.errors import InputError, RaytowerError
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import TextClassifier
-from raytower.training.batches import Rows
 from raytower.training.classifier import train_classifier
 from raytower.training.config import (
     TrainClassifierConfig,
@@ -33,11 +27,9 @@ from raytower.training.config import (
 )
 from raytower.training.dev_recall import evaluate_recall, load_dev_set
 from raytower.training.reranker import train_reranker
-from raytower.training.retriever import RetrieverTask, train_retriever
-from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.retriever import LoadedTexts, RetrieverTask, train_retriever
 from raytower.training.runner import fit
 from raytower.training.step import TrainingStep
-from raytower.training.windows import Window, read_window
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_training import (
     retriever_config,
@@ -49,54 +41,6 @@ from tests.support.tiny_training import (
 )
 
 _CPU = torch.device("cpu")
-
-
-@pytest.mark.usefixtures("ray_cluster")
-class TestRowStream:
-    """Through Ray Data."""
-
-    @pytest.fixture(scope="class")
-    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
-        path = write_pairs(tmp_path_factory.mktemp("rows") / "pairs.tsv", 45)
-        pieces = survey(InputConfig(path=str(path)), "pairs", rows_per_piece=7).pieces
-        return StreamPlan(pieces=pieces, batch_size=8, num_batches=16, seed=3, window_rows=20)
-
-    def test_epochs_flow_into_each_other_and_each_holds_every_row_once(self, plan: StreamPlan) -> None:
-        queries = [*chain.from_iterable(batch["query"] for batch in stream_batches(plan))]
-        assert len(queries) == 16 * 8
-        first, second = queries[:45], queries[45:90]
-        assert Counter(first) == Counter(second)
-        assert len(set(first)) == 45
-        assert first != second
-        assert first != sorted(first)
-
-    def test_skipping_continues_where_an_undisturbed_stream_would_be(self, plan: StreamPlan) -> None:
-        whole = list(stream_batches(plan))
-        for skip in (1, 6, 15):  # within a window, in the next epoch, before the last
-            assert list(stream_batches(plan, skip)) == whole[skip:]
-
-    def test_memory_holds_a_few_windows_however_slow_the_consumer(
-        self, plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Ray Data reads ahead without bound, so no more than a few windows are ever given to it at a time."""
-        given_out: list[Window] = []
-
-        def record(windows: list[Window], pieces: object, own: StreamPlan) -> Iterator[pa.Table]:
-            given_out.extend(windows)
-            return (read_window(window, own.pieces, own.seed) for window in windows)
-
-        monkeypatch.setattr("raytower.training.row_stream._execute", record)
-        batches = stream_batches(StreamPlan(**{**vars(plan), "window_rows": 7, "num_batches": 10_000}))
-        for taken in range(1, 10):
-            next(batches)
-            assert sum(window.num_rows for window in given_out) <= taken * 8 + 4 * 7
-
-    def test_distinct_batches_continue_too(self, plan: StreamPlan) -> None:
-        values = {**vars(plan), "distinct_columns": ("query", "document"), "num_batches": 12}
-        whole = list(stream_batches(StreamPlan(**values)))
-        for skip in (1, 3, 6, 9):
-            assert list(stream_batches(StreamPlan(**values), skip)) == whole[skip:]
-        assert len(whole) == 12
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -232,10 +176,10 @@ class RefusingTask(RetrieverTask):
         (Path(self.config.output).parent / f"built-{uuid4().hex}").touch()
         return super().build(start_from, device)
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def propagate(self, step: TrainingStep, batch: LoadedTexts) -> Tensor:
         if rank() == world_size() - 1:
             raise InputError("the last worker cannot read its rows")
-        return super().backward(step, rows)
+        return super().propagate(step, batch)
 
 
 def job_values(model: Path, train: Path, output: Path, **changes: object) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.support.warm import Popen
 
 
 def kill_once(
@@ -17,7 +18,7 @@ def kill_once(
 ) -> None:
     """Start `command`, kill it as soon as `ready`, and return when none of its processes is left."""
     with open(log, "wb") as stream:
-        job = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        job = Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
     try:
         deadline = time.monotonic() + 240
         while not ready():

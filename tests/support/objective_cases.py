@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from raytower.models.chunks import Chunk
@@ -39,6 +39,7 @@ from raytower.objectives.config import (
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Guide, Targets
+from tests.support.warm import in_two_processes
 
 QUERIES = [
     "what is a deductible",
@@ -225,7 +226,7 @@ def run_cases_on_two_workers(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_worker, (port, cases, backward, str(encoder_dir), str(out)), nprocs=2)
+    in_two_processes(_worker, port, cases, backward, str(encoder_dir), str(out))
     results: dict[str, dict[str, Tensor]] = torch.load(out, weights_only=True)
     return results
 

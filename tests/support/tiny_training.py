@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
 from raytower.config import make_config
-from raytower.data.pieces import Survey
-from raytower.training.batches import Rows, cut_batches
+from raytower.data.pieces import Piece, Survey, read_piece
+from raytower.training.batches import Rows, num_rows
 from raytower.training.config import TrainJobConfig, TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
-from raytower.training.windows import plan_windows, read_window
+from raytower.training.windows import Window, draw_documents, plan_windows
 
 TOPICS = "abcdefgh"
 
@@ -82,16 +84,48 @@ def write_labelled(path: Path, rows: int) -> Path:
     return write_rows(path, [f"{question(i)}\ttopics##{TOPICS[i % 8]}" for i in range(rows)])
 
 
+def worker_slice(rows: Rows, rank: int, world_size: int) -> Rows:
+    """The rows of a batch that belong to one worker: contiguous and equally many for each."""
+    size = num_rows(rows) // world_size
+    return {name: values[rank * size : (rank + 1) * size] for name, values in rows.items()}
+
+
+def read_whole_window(
+    window: Window, pieces: Sequence[Piece], seed: int, num_documents: int | None = None
+) -> pa.Table:
+    """All rows of a window in their order, as one process has them that reads and shuffles it as a whole."""
+    table = pa.concat_tables([read_piece(pieces[index]) for index in window.pieces])
+    random = np.random.default_rng([seed, window.epoch, window.number])
+    order = random.permutation(table.num_rows)
+    if num_documents is not None and "documents" in table.column_names:
+        table = draw_documents(table, num_documents, random)
+    return table.take(order)
+
+
+def cut_batches(tables: Iterable[pa.Table], batch_size: int) -> Iterator[Rows]:
+    """The rows of the tables, every `batch_size` together; those at the end that fill none are left out."""
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        rows += table.to_pylist()
+        while len(rows) >= batch_size:
+            yield {name: [row[name] for row in rows[:batch_size]] for name in table.column_names}
+            del rows[:batch_size]
+
+
 def batches_of(survey: Survey, config: TrainJobConfig, num_documents: int | None = None) -> Iterator[Rows]:
-    """The batches that a run under Ray gets, read in this process."""
+    """The batches that a run gets, over all its workers; made here without its way of reading."""
     rows = [piece.num_rows for piece in survey.pieces]
     windows = plan_windows(rows, seed=config.seed, window_rows=config.shuffle_rows)
-    tables = (read_window(window, survey.pieces, config.seed, num_documents) for window in windows)
+    tables = (read_whole_window(window, survey.pieces, config.seed, num_documents) for window in windows)
     return cut_batches(tables, config.batch_size)
 
 
 def train_here(
-    task: Task[Any], config: TrainJobConfig, survey: Survey, num_steps: int
+    task: Task[Any],
+    config: TrainJobConfig,
+    survey: Survey,
+    num_steps: int,
+    num_shares: int | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """The task's model after `num_steps` steps of one worker, and the loss of each."""
     torch.manual_seed(config.seed)
@@ -104,6 +138,7 @@ def train_here(
         dtype=getattr(torch, config.dtype),
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.seed,
+        num_shares=num_shares,
     )
     batches = batches_of(survey, config, task.num_documents)
     many = config.accumulate_batches

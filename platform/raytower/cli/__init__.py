@@ -23,7 +23,7 @@ from raytower.cli.about import ABOUT
 from raytower.cli.arguments import read_arguments
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, dump_config, load_config, to_json
-from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending
+from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending, signal_code
 from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.worker_output import OUTPUT
 
@@ -85,15 +85,26 @@ def _run(work: Callable[[], None]) -> int:
         _abandon_output()
         return _CLOSED_PIPE
     except (KeyboardInterrupt, SystemExit) as end:
-        # While it starts, Ray answers SIGTERM by SystemExit(15); while it trains, Ctrl-C by SystemExit(0).
-        if isinstance(end, SystemExit) and end.code in (TERMINATED, signal.SIGTERM):
-            print("raytower: ended by SIGTERM", file=sys.stderr)
-            return TERMINATED
-        print("raytower: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _say_end(signal_code() or _code_of(end))
     except Exception as error:
-        return _explain(error)
+        # What a signal ends fails in ways of its own: its processes may have got the signal too.
+        code = signal_code()
+        return _explain(error) if code is None else _say_end(code)
     return 0
+
+
+def _code_of(end: BaseException) -> int:
+    """The exit code of what ends a command by a signal that `bounded_ending` was not told of.
+
+    While it starts, Ray answers SIGTERM by SystemExit(15); while it trains, Ctrl-C by SystemExit(0).
+    """
+    is_sigterm = isinstance(end, SystemExit) and end.code in (TERMINATED, signal.SIGTERM)
+    return TERMINATED if is_sigterm else INTERRUPTED
+
+
+def _say_end(code: int) -> int:
+    print("raytower: ended by SIGTERM" if code == TERMINATED else "raytower: interrupted", file=sys.stderr)
+    return code
 
 
 def _write(text: str) -> None:

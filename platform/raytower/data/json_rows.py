@@ -128,7 +128,9 @@ def _json_value(row: dict[str, Any], wanted: RecordField) -> Any:
         return value
     others: dict[str, tuple[type, ...]] = {"text": (), "id": (int,)}
     if type(value) not in others.get(wanted.type, (int, float)):
-        raise BadRowError(f"{name!r} {_found(value)}, must be a {wanted.expected}")
+        as_numbers = type(value) is bool and wanted.type in ("number", "category")
+        remedy = "; write true as 1 and false as 0" if as_numbers else ""
+        raise BadRowError(f"{name!r} {_found(value)}, must be a {wanted.expected}{remedy}")
     if wanted.type != "category":
         return str(value)
     if not math.isfinite(value):

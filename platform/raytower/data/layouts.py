@@ -50,15 +50,27 @@ _COLUMN_NAMES = _HEADER_WORDS | {
     "文本", "内容", "正文", "句子", "标题", "问题", "答案", "回答", "查询", "文档", "评论", "标签", "类别", "分类",
     "意图", "情感", "类型", "主题", "分数", "相似度",
 }  # fmt: skip
-# Words in the name of a column that says how well two texts go together, and of one that holds texts which do not.
+# A column says how well two texts go together where its name is made of these words, at least one of the first:
+# `score`, `gold_label`, `isDuplicate`; and not `label_source`, `match_id`.
 _VERDICTS = {
     "label", "labels", "score", "scores", "similarity", "similarities", "relevance", "relevances", "relevant",
-    "duplicate", "duplicates", "paraphrase", "match", "matches", "verdict", "entailment", "judgement", "judgment",
-    "标签", "分数", "得分", "相似度", "相关性", "相关度",
+    "relatedness", "duplicate", "duplicates", "paraphrase", "match", "matches", "verdict", "entailment", "judgement",
+    "judgment", "标签", "分数", "得分", "相似度", "相关性", "相关度",
 }  # fmt: skip
+_BESIDE_VERDICTS = {
+    "is", "are", "gold", "human", "true", "final", "mean", "avg", "average", "pair", "sentence", "text", "semantic",
+    "textual", "cosine", "binary", "sts", "teacher", "reranker", "rerank", "ce", "bm",
+}  # fmt: skip
+_VERDICTS_BY_SIGN = ({"is", "positive"}, {"is", "negative"}, {"is", "pos"}, {"is", "neg"})
 # Names of a second text beside `text`, which then is one side of a pair.
 _SECOND_TEXTS = {"sentence2", "sentence_2", "sentence_b", "similar_text", "text2", "text_2", "text_b"}
+# Likewise of texts that do not go with the query: `neg_title`, `hard_negatives`; and not `neg_count`, `negative_ids`.
 _NEGATIVES = {"neg", "negs", "negative", "negatives"}
+_BESIDE_NEGATIVES = {
+    "hard", "random", "easy", "soft", "mined", "dense", "bm", "title", "titles", "text", "texts", "passage", "passages",
+    "document", "documents", "doc", "docs", "ctx", "ctxs", "context", "contexts", "answer", "answers", "sentence",
+    "sentences", "response", "responses", "sample", "samples", "example", "examples", "candidates", "list",
+}  # fmt: skip
 _MIN_REPEATED_LINES = 8
 _MIN_TEXT_CHARACTERS = 4
 
@@ -250,7 +262,7 @@ def refuse_other_kind(place: str, kind: RecordKind, unread: Iterable[str]) -> No
     """
     for column in sorted(unread):
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\x00-\x7f]+", column)}
-        if kind == "pairs" and words & _VERDICTS:
+        if kind == "pairs" and (_are_all(words, _VERDICTS, _BESIDE_VERDICTS) or words in _VERDICTS_BY_SIGN):
             raise InputError(
                 f"{place}: the file has {column!r}, so its rows are scored and not pairs (every row would count as "
                 f"a match); read it as scored, with that column named label, or take the column out if it is no verdict"
@@ -260,12 +272,17 @@ def refuse_other_kind(place: str, kind: RecordKind, unread: Iterable[str]) -> No
                 f"{place}: the file has {column!r} beside text and label, so its rows are pairs with a score and not "
                 "labelled texts; name the two texts query and document and read it as scored, or take the column out"
             )
-        if kind in ("pairs", "triples") and words & _NEGATIVES:
+        if kind in ("pairs", "triples") and _are_all(words, _NEGATIVES, _BESIDE_NEGATIVES):
             raise InputError(
                 f"{place}: the file has {column!r}, which {kind} do not read, so its rows are others; read it as "
                 "triples (query, document, negative), or as candidates (query, positive, negatives) where a query has "
                 "several negatives"
             )
+
+
+def _are_all(words: set[str], wanted: set[str], beside: set[str]) -> bool:
+    """Whether a name says what `wanted` says: all its words are these or `beside`, and not all `beside`."""
+    return bool(words & wanted) and words <= wanted | beside
 
 
 def _detect_format(file: SourceFile, kind: RecordKind, config: InputConfig, head: bytes) -> FileFormat:
@@ -344,8 +361,8 @@ def _table_columns(
     expected = EXPECTED_HEADER.get(kind)
     required = [name_among(field, first) for field in fields if field.required]
     names_all = None not in required and len(set(required)) == len(required)
-    # For kinds that need no header, the first line is one only if every column bears a known name.
-    if names_all and (expected is not None or used >= set(first)):
+    # No row of texts names every column that is read. The columns beside them are said to be unread, as keys are.
+    if names_all:
         return first, True
     if expected is not None:
         raise InputError(
@@ -406,8 +423,11 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
             is_list = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
             element = found.value_type if is_list and field.is_list else found
             if field.is_list > is_list or not _holds(element, field):
+                as_numbers = types.is_boolean(element) and field.type in ("number", "category")
+                remedy = "true as 1 and false as 0" if as_numbers else f"it as a {field.expected}"
                 raise InputError(
                     f"{file}: column {name!r} is {found}, which is no {'list of ' if field.is_list else ''}{field.type}"
+                    f"; write {remedy}"
                 )
         chosen[field.name] = name
     return chosen

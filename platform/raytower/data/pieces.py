@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from raytower.config import OnError
 from raytower.data import beir
 from raytower.data.config import InputConfig
+from raytower.data.copied import CopiedRows
 from raytower.data.extras import ExtraTypes, build_table
 from raytower.data.layouts import Source, detect_layout
 from raytower.data.parquet import open_reader
@@ -65,7 +66,7 @@ class Picked:
 class Piece:
     """A run of rows that is read as one table. Picklable; the pieces of an input, in order, hold all its good rows."""
 
-    source: Source | beir.JudgedPairs
+    source: Source | beir.JudgedPairs | CopiedRows
     index: int
     """Number of the piece within the input, from 0."""
     extent: Extent
@@ -115,6 +116,12 @@ class Survey:
     none."""
     num_repeated: int = 0
     """Documents of candidates that were left out because their row has them already."""
+    content: str | None = None
+    """Names the rows by a hash of the files and of the way of reading them, where the survey was remembered."""
+
+
+Remember = Callable[[Sequence[Source], int, Callable[[], Survey]], Survey]
+"""The survey of files in pieces of so many rows, by the function if it is not known."""
 
 
 def survey(
@@ -125,13 +132,15 @@ def survey(
     quarantine: Location | str | None = None,
     *,
     say: bool = True,
+    remember: Remember | None = None,
 ) -> Survey:
     """Read every row of the input once, check it, and cut the input into pieces of at most `rows_per_piece` rows.
 
     `rows_per_piece` counts rows of the file; a candidates row with 3 positives gives 3 rows of the piece.
     Memory is bounded by one piece, plus eight bytes a row where rows bring ids, plus, for BEIR pairs, the judgements.
     on_error None means `fail` in a command without that key. Under `quarantine`, rejected rows are listed in a file
-    in the folder `quarantine`, published when the survey ends. `say` names files that give no row on stderr.
+    in the folder `quarantine`, published when the survey ends. `say` names files that give no row on stderr. `remember`
+    is asked for what was surveyed before; not for a BEIR folder's pairs, of which there are few.
 
     Raises:
         InputError: nothing to read; under `fail`, the first row that breaks a rule or repeats an id, naming file, line
@@ -151,12 +160,29 @@ def survey(
         if not sources:
             raise InputError(f"{found.files[0]} holds no rows; give a file that has rows")
         _refuse_mixed_formats(input, sources)
-        surveyed = _survey_sources(sources, kind, rows_per_piece, rejects)
+
+        def scan() -> Survey:
+            return _survey_sources(sources, kind, rows_per_piece, rejects)
+
+        surveyed = scan() if remember is None else remember(sources, rows_per_piece, scan)
+        if not surveyed.num_rejected:
+            rejects.finish()  # takes away what an earlier run has listed
         filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
         # One empty file must not stop a job, but the user must hear of it.
         if say:
             _say("no row in", [str(file) for file in found.files if str(file) not in filled])
         return surveyed
+
+
+def files_read(input: InputConfig, kind: RecordKind) -> list[Location]:
+    """The files that a survey reads: not a BEIR folder's other splits, say, and nothing that is no data.
+
+    Raises:
+        InputError: there is no such input.
+    """
+    if beir.is_beir(input):
+        return [source.file.location for source in _beir_sources(input, kind)]
+    return [file.location for file in find_files(input.path, input.format).files]
 
 
 def read_piece(piece: Piece) -> pa.Table:
@@ -176,6 +202,9 @@ def read_piece(piece: Piece) -> pa.Table:
         return pa.concat_tables(read_pieces(piece.parts))
     if isinstance(piece.source, beir.JudgedPairs):
         return beir.read_judged_pairs(piece.source)
+    if isinstance(piece.source, CopiedRows):
+        return piece.source.read(piece.extent.start, piece.extent.end)
+    assert isinstance(piece.source, Source)
     chunk = _read_chunk(piece)
     table = pa.concat_tables([build_table(rows, piece.schema) for rows in chunk.batches])
     if piece.left_out:
@@ -308,6 +337,23 @@ def _finish(
     )
 
 
+def _beir_sources(config: InputConfig, kind: RecordKind) -> tuple[Source, ...]:
+    """What is read of a BEIR folder: its corpus, or for pairs the judgements of a split, queries and corpus.
+
+    Raises:
+        InputError: a file is missing, or the kind is another.
+    """
+    folder = beir.BeirFolder.of(config.path)
+    if is_corpus_like(kind):
+        return (folder.corpus(kind),)
+    if kind != "pairs":
+        raise InputError(
+            f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
+        )
+    qrels = folder.qrels(config.split or "train", config.split_key)
+    return (qrels, folder.queries(), folder.corpus("lines"))
+
+
 def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: str | None) -> str:
     if quarantine_file is None:
         after = " after its header" if sources[0].layout.first_line > 1 else ""
@@ -325,20 +371,12 @@ def _say(what: str, names: Sequence[str]) -> None:
 
 
 def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rejects: Rejects) -> Survey:
-    folder = beir.BeirFolder.of(config.path)
+    sources = _beir_sources(config, kind)
     if is_corpus_like(kind):
-        return _survey_sources([folder.corpus(kind)], kind, rows_per_piece, rejects)
-    if kind != "pairs":
-        raise InputError(
-            f"{config.path}: a BEIR folder gives corpus and pairs records, no {kind}; give a file of {kind} records"
-        )
+        return _survey_sources(sources, kind, rows_per_piece, rejects)
     schema = canonical_schema("pairs")
-    sources = (
-        folder.qrels(config.split or "train", config.split_key),
-        folder.queries(),
-        folder.corpus("lines"),
-    )
-    judged = beir.survey_pairs(*sources, rows_per_piece, rejects)
+    qrels, queries, corpus = sources
+    judged = beir.survey_pairs(qrels, queries, corpus, rows_per_piece, rejects)
     drafts = [
         Piece(pairs, 0, Extent(0, len(pairs.query_ids), 0), 0, len(pairs.query_ids), schema)
         for pairs in judged

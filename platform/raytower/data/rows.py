@@ -19,8 +19,8 @@ from raytower.data.candidates import make_candidates
 from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
-from raytower.data.plain_labels import WHOLE_NUMBER
-from raytower.data.records import RecordField, is_corpus_like
+from raytower.data.plain_labels import EXPONENT, WHOLE_NUMBER, written_out
+from raytower.data.records import HEADERLESS, RecordField, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
 from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, iter_slices
 from raytower.data.visible import describe_unseen, shows_nothing
@@ -152,8 +152,10 @@ def _values(text: str, layout: Layout) -> list[str]:
 def _wrong_count(count: int, layout: Layout) -> str:
     names = layout.columns
     columns = "1 column" if count == 1 else f"{count} columns"
-    hint = "; if tabs belong to the texts, give the file the extension .txt" if len(names) == 1 else ""
     separators = _SEPARATORS[layout.delimiter]
+    hint = "; if tabs belong to the texts, give the file the extension .txt" if len(names) == 1 else ""
+    if layout.kind in HEADERLESS and layout.first_line == 1 and count > len(names):
+        hint = f"; if the others are to be left out, name all columns in a first line, {' and '.join(names)} among them"
     return f"{columns}, expected {len(names)} ({', '.join(names)}) separated by {separators}{hint}"
 
 
@@ -189,7 +191,12 @@ def _reject_unseen(batch: RowBatch, column: str, label: str) -> None:
 
 def _plain_labels(labels: pa.Array) -> pa.Array:
     """Each label in its normal form; see data/plain_labels.py."""
-    whole = pc.replace_substring_regex(pc.utf8_trim_whitespace(labels), WHOLE_NUMBER, r"\1")
+    trimmed = pc.utf8_trim_whitespace(labels)
+    has_exponent = pc.fill_null(pc.match_substring_regex(trimmed, EXPONENT), False)
+    if has_exponent.true_count:
+        numbers = pa.array(map(written_out, trimmed.filter(has_exponent).to_pylist()), pa.string())
+        trimmed = pc.replace_with_mask(trimmed, has_exponent, numbers)
+    whole = pc.replace_substring_regex(trimmed, WHOLE_NUMBER, r"\1")
     return pc.if_else(pc.equal(whole, "-0"), "0", whole)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 _Input = TypeVar("_Input")
@@ -29,6 +29,10 @@ class Ahead(Generic[_Input, _Output]):
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+    def rest(self) -> None:
+        """Return once nothing is computed: what the thread uses may be used here until the next output is taken."""
+        wait([] if self._next is None else [self._next])
 
     def __iter__(self) -> Iterator[_Output]:
         while self._next is not None:

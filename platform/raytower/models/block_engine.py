@@ -26,7 +26,12 @@ from raytower.models.ahead import Ahead
 from raytower.models.batch_planner import plan_batches
 from raytower.models.chunks import load_rows
 from raytower.models.compute import check_tokens_per_batch
-from raytower.models.device import default_block_rows, default_tokens_per_batch, is_out_of_memory
+from raytower.models.device import (
+    default_block_rows,
+    default_tokens_per_batch,
+    is_out_of_memory,
+    load_tensor,
+)
 from raytower.models.token_block import Ids, Padding, TokenBlock
 
 _logger = logging.getLogger(__name__)
@@ -116,6 +121,29 @@ class BlockEngine(ABC):
         """
         started = time.perf_counter()
         output_NW = np.empty((len(block), self.width), dtype=np.float32)
+        done, results, padded = self._compute_batches(block)
+        if done:
+            output_NW[np.concatenate(done)] = torch.cat(results).float().cpu().numpy()
+        if stats is not None:
+            stats.rows += len(block)
+            stats.tokens += len(block.ids)
+            stats.padded_tokens += padded
+            stats.forward_seconds += time.perf_counter() - started
+        return output_NW
+
+    # Not inference mode: what a model keeps from one call for the next, such as rotations, may serve training then.
+    @torch.no_grad()
+    def forward_on_device(self, block: TokenBlock) -> Tensor:
+        """As `forward_block`, with the results left on the device."""
+        done, results, _ = self._compute_batches(block)
+        if not done:
+            return torch.empty((0, self.width), device=self.device)
+        # Where each row of the block lies among the results.
+        place_N = np.argsort(np.concatenate(done))
+        return torch.cat(results).float()[load_tensor(place_N, self.device)]
+
+    def _compute_batches(self, block: TokenBlock) -> tuple[list[Ids], list[Tensor], int]:
+        """Rows of each batch, what was computed of them (B, W), and the padded tokens of all."""
         waiting = self._plan(block, np.arange(len(block)))
         done: list[Ids] = []
         results: list[Tensor] = []
@@ -137,14 +165,7 @@ class BlockEngine(ABC):
             # Behind the handler: the exception's frames hold tensors.
             self._back_off(block, waiting[0], reason)
             waiting = self._plan(block, np.concatenate(waiting))
-        if done:
-            output_NW[np.concatenate(done)] = torch.cat(results).float().cpu().numpy()
-        if stats is not None:
-            stats.rows += len(block)
-            stats.tokens += len(block.ids)
-            stats.padded_tokens += padded
-            stats.forward_seconds += time.perf_counter() - started
-        return output_NW
+        return done, results, padded
 
     def _plan(self, block: TokenBlock, rows: Ids) -> list[Ids]:
         plan = plan_batches(block.lengths[rows], self.tokens_per_batch)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from raytower.models.batch_planner import plan_batches
-from raytower.models.device import load_tensor
+from raytower.models.batch_planner import plan_chunks
+from raytower.models.device import load_tensor, tokens_per_launch
 from raytower.models.token_block import Ids, Padding, TokenBlock
 
 
@@ -21,10 +22,30 @@ class Chunk:
     """Rows that go through the model together.
 
     inputs: what the model takes of them, each (r, L); see `TokenBlock.pad`. rows: (r,) their positions in the batch.
+    share: of the batch's `Shares` the one that begins with this chunk; None for none.
+    seed: what dropout begins with at this chunk; None goes on where the one before ends.
     """
 
     inputs: dict[str, Tensor]
     rows: Tensor
+    share: int | None = None
+    seed: int | None = None
+
+    def begin(self) -> None:
+        """Have dropout draw for this chunk; called before each forward pass of it in training."""
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A batch whose rows lie in several shares, with a dropout of its own for each.
+
+    share_R: (R,) the share of each row, from 0. number: how many there are.
+    """
+
+    share_R: Ids  # noqa: N815 - carries its shape
+    number: int
 
 
 def cut_chunks(
@@ -34,13 +55,22 @@ def cut_chunks(
     *,
     tokens_per_batch: int,
     rows_per_batch: int | None = None,
+    shares: Shares | None = None,
 ) -> list[Chunk]:
-    """Cut a batch into chunks of at most `tokens_per_batch` padded tokens and `rows_per_batch` rows."""
-    plan = plan_batches(block.lengths, tokens_per_batch, rows_per_batch=rows_per_batch)
-    return [
-        Chunk(load_rows(block, rows_r, padding, device), load_tensor(rows_r, device))
-        for rows_r in plan.batches
-    ]
+    """Cut a batch into the chunks that cost least, with at most `tokens_per_batch` padded tokens and `rows_per_batch`
+    rows each.
+
+    No chunk holds rows of two shares, so that they are the chunks of workers with a share each.
+    """
+    chunks = []
+    for share in range(1 if shares is None else shares.number):
+        own = np.arange(len(block)) if shares is None else np.flatnonzero(shares.share_R == share)
+        plan = plan_chunks(block.lengths[own], tokens_per_batch, tokens_per_launch(device), rows_per_batch)
+        for place, rows_r in enumerate(own[rows] for rows in plan.batches):
+            inputs = load_rows(block, rows_r, padding, device)
+            begins = None if shares is None or place else share
+            chunks.append(Chunk(inputs, load_tensor(rows_r, device), begins))
+    return chunks
 
 
 def load_rows(block: TokenBlock, rows_r: Ids, padding: Padding, device: torch.device) -> dict[str, Tensor]:

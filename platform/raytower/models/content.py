@@ -7,6 +7,7 @@ was written. This hash reads the files themselves and loads no model, so it tell
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from raytower.models.directory import (
@@ -19,6 +20,8 @@ from raytower.models.directory import (
 )
 from raytower.storage import Location, known_sha256
 
+# The texts that transformers' tokenizers are read from.
+_VOCABULARIES = frozenset({"vocab.txt", "merges.txt", "dict.txt"})
 # Keys of config.json that say where the model came from and how it was written, at any depth.
 _OUTSIDE_CONTENT = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
@@ -34,7 +37,7 @@ def hash_model(name: str) -> str:
     """
     path = resolve_model(name)
     digest = new_digest()
-    for file in sorted(file for file in model_files(path) if file.name != INFO_NAME):
+    for file in sorted(filter(_is_read, model_files(path))):
         content = (
             _described(read_json_object(file))
             if file.name == "config.json"
@@ -43,6 +46,11 @@ def hash_model(name: str) -> str:
         digest.update(json.dumps([file.relative_to(path).as_posix(), content], sort_keys=True).encode())
     digest.update(json.dumps(read_info(path).get("max_length")).encode())
     return str(digest.hexdigest())
+
+
+def _is_read(file: Path) -> bool:
+    """Whether a model is loaded from this one of `model_files`: of texts, only vocabularies are no words about it."""
+    return file.name != INFO_NAME and (file.suffix != ".txt" or file.name in _VOCABULARIES)
 
 
 def _described(values: Any) -> Any:

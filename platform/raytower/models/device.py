@@ -17,6 +17,10 @@ _CPU_TOKENS_PER_BATCH = 2048
 # Encoders train twice as fast in chunks of this size as with one padded batch of 64 pairs.
 _CPU_TOKENS_PER_ENCODER_CHUNK = 1024
 _GPU_TOKENS_PER_BATCH = 65536
+# What one more chunk costs while training, in padded tokens that take as long: the launches of a forward and a backward
+# pass, some 1,000 kernels, take an accelerator milliseconds, in which a BERT-base computes a few thousand tokens.
+_CPU_TOKENS_PER_LAUNCH = 64
+_GPU_TOKENS_PER_LAUNCH = 4096
 # Enough rows that batches of like length fill up, few enough that memory does not depend on the input.
 _CPU_BLOCK_ROWS = 4096
 _GPU_BLOCK_ROWS = 8192
@@ -80,6 +84,11 @@ def default_tokens_per_encoder_chunk(device: torch.device) -> int:
     return _CPU_TOKENS_PER_ENCODER_CHUNK if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
 
 
+def tokens_per_launch(device: torch.device) -> int:
+    """Padded tokens that take as long as one more chunk of a batch that is trained on."""
+    return _CPU_TOKENS_PER_LAUNCH if device.type == "cpu" else _GPU_TOKENS_PER_LAUNCH
+
+
 def default_block_rows(device: torch.device) -> int:
     """Rows that are tokenised, sorted by length and computed together."""
     return _CPU_BLOCK_ROWS if device.type == "cpu" else _GPU_BLOCK_ROWS
@@ -87,11 +96,24 @@ def default_block_rows(device: torch.device) -> int:
 
 def load_tensor(values: NDArray[np.int64], device: torch.device) -> Tensor:
     """`values` on the device."""
-    tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        # From pinned memory the copy runs beside the kernels of the batch before.
+    return send(torch.from_numpy(values), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, which lies in the CPU's memory, on the device, without waiting for the device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From pinned memory the copy is one more entry in the device's queue.
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def multiply_fast(dtype: torch.dtype, device: torch.device) -> None:
+    """Have this process multiply by TF32 where it trains in float32 on a GPU: ten bits of each factor, sums in float32.
+
+    Training in bfloat16 leaves in float32, such as the losses' softmax, what must not lose bits.
+    """
+    if device.type == "cuda" and dtype is torch.float32:
+        torch.set_float32_matmul_precision("high")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ from raytower.models.library_modules import (
     write_modules_file,
 )
 from raytower.models.static_embedding import StaticBackbone, load_static, save_static
-from raytower.models.token_block import Padding
+from raytower.models.token_block import Padding, TokenBlock
+from raytower.models.tokenising import tokenise
 
 # Of these kinds AutoModel would take the decoder too, whose weights an encoder's directory lacks.
 _ENCODERS_ALONE: dict[object, type[PreTrainedModel]] = {
@@ -92,6 +94,8 @@ _POOLER_SETTINGS = {
 # In this order, and with settings of `_is_plain`, modules are computed here; the library carries all others.
 _STATIC_ORDER = re.compile(r"(Dense ?)*(Normalize)?")
 _PLAIN_ORDER = re.compile(r"Pooling( Dense)*( Normalize)?")
+# Hub ids, and the folders of a cache, of which the peer library knows what their files do not say.
+_POOLED_WITHOUT_PROMPT = re.compile(r"hkunlp(/|--)instructor-(base|large|xl)(?![\w.-])")
 # The formula of `compute_fingerprint`, which raytower.json records beside its value; the first left config.json out.
 _FINGERPRINT_VERSION = 2
 _SENTENCE_NAME = "sentence_bert_config.json"
@@ -117,6 +121,8 @@ class EncoderSettings:
     """What besides weights maps a string to a vector."""
 
     pooling: PoolingMode = "mean"
+    include_prompt: bool = True
+    """Whether a prompt's tokens are pooled like others; INSTRUCTOR's are not. Counts only without `library`."""
     normalise: bool = True
     max_length: int = 256
     lower_case: bool = False
@@ -131,6 +137,7 @@ class Head:
 
     pooling: PoolingMode | None = None
     """None of a plain Hugging Face directory, which names none."""
+    include_prompt: bool = True
     projections: tuple[Projection, ...] = ()
     normalise: bool = True
     library: LibraryModules | None = None
@@ -213,6 +220,8 @@ class Encoder(nn.Module):
         # Modules, prompts and length of a cross-encoder are for pairs of texts.
         head = Head() if is_cross_encoder(path) else _read_head(path, width, by_pooler=by_pooler)
         _refuse_other_pooling(str(name), pooling, head)
+        if head.pooling is not None and _POOLED_WITHOUT_PROMPT.search(f"{name} {path}"):
+            head = replace(head, include_prompt=False)
         settings, prompts, files = _read_settings(path, backbone, tokenizer, head, pooling)
         return cls(
             backbone,
@@ -259,7 +268,11 @@ class Encoder(nn.Module):
         if self.settings.pooling == "pooler":
             return self._save_projections(folder, first=1)
         pooling = {flag: mode == self.settings.pooling for flag, mode in _POOLING_FLAGS.items()}
-        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling})
+        prompt = {} if self.settings.include_prompt else {"include_prompt": False}
+        write_json(
+            folder / "1_Pooling" / "config.json",
+            {"word_embedding_dimension": self.width, **pooling, **prompt},
+        )
         return [("1_Pooling", "Pooling"), *self._save_projections(folder, first=2)]
 
     def _save_projections(self, folder: Path, first: int) -> list[tuple[str, str]]:
@@ -269,18 +282,23 @@ class Encoder(nn.Module):
             _save_projection(cast(Projection, module), folder / entries[-1][0])
         return entries
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, unpooled: Tensor | None = None
+    ) -> Tensor:
+        """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32.
+
+        `unpooled` (B,) says how many of each row's first tokens pooling leaves out; None: none.
+        """
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         hidden = getattr(output, self.output_name).float()
         # Pooling, projection and norm in fp32: sums over many tokens lose digits in bf16.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             if self.library is None:
-                vector_BD = pool(hidden, attention_mask, self.settings.pooling)
+                vector_BD = pool(hidden, attention_mask, self.settings.pooling, unpooled)
                 for projection in self.projections:
                     vector_BD = projection(vector_BD)
             else:
-                vector_BD = self.library(hidden, attention_mask, input_ids)
+                vector_BD = self.library(hidden, attention_mask, input_ids, unpooled)
             if self.settings.normalise:
                 vector_BD = nn.functional.normalize(vector_BD, dim=-1)
         return vector_BD[:, : self.settings.truncate_dim]
@@ -314,9 +332,41 @@ class Encoder(nn.Module):
         """How its batches are filled up: on the right, whatever its tokenizer would do; pooling goes by the mask."""
         return Padding(int(cast(int, self.tokenizer.pad_token_id)))
 
-    def prepared(self, texts: Sequence[str], prefix: str = "") -> list[str]:
+    def tokenise(
+        self, texts: Sequence[str], max_length: int, prefix: str | Sequence[str] = "", *, start: int = 0
+    ) -> TokenBlock:
+        """Token ids of the texts behind `prefix`, or each behind its own, cut to `max_length`.
+
+        `start` is the first one's number, for messages.
+
+        Raises:
+            InputError: as `tokenising.tokenise`.
+        """
+        block = tokenise(self.tokenizer, [self.prepared(texts, prefix)], max_length, start=start)
+        prefixes = [prefix] * len(block) if isinstance(prefix, str) else prefix
+        if not any(prefixes) or self._pools_prompt:
+            return block
+        lengths = {each: self._prompt_length(each, max_length) if each else 0 for each in set(prefixes)}
+        return replace(block, unpooled=np.array([lengths[each] for each in prefixes], np.int64))
+
+    @property
+    def _pools_prompt(self) -> bool:
+        return self.settings.include_prompt if self.library is None else self.library.pools_prompt
+
+    def _prompt_length(self, prefix: str, max_length: int) -> int:
+        """Tokens of a prompt as the peer library counts them: alone, with the special tokens before it.
+
+        Where its end and a text's beginning make one token, that is one more or less than the prompt has in the text.
+        """
+        ids = tokenise(self.tokenizer, [self.prepared([""], prefix)], max_length).ids.tolist()
+        return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
+
+    def prepared(self, texts: Sequence[str], prefix: str | Sequence[str] = "") -> list[str]:
         """What the tokenizer is given: each text behind its prefix, in lower case where the directory says so."""
-        joined = [prefix + text for text in texts] if prefix else list(texts)
+        if not isinstance(prefix, str):
+            joined = [own + text for own, text in zip(prefix, texts, strict=True)]
+        else:
+            joined = [prefix + text for text in texts] if prefix else list(texts)
         return [text.lower() for text in joined] if self.settings.lower_case else joined
 
     def prefix_for(self, role: Literal["query", "document"]) -> str:
@@ -358,28 +408,41 @@ class Encoder(nn.Module):
             rules += (self.library.rules,)
         if self.settings.truncate_dim is not None:
             rules += ({"truncate_dim": self.settings.truncate_dim},)
+        if not self.settings.include_prompt:
+            rules += ({"include_prompt": False},)
         digest.update(json.dumps(rules).encode())
         return digest
 
 
-def pool(hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode) -> Tensor:
+def pool(
+    hidden_BLH: Tensor, mask_BL: Tensor | None, mode: PoolingMode, unpooled_B: Tensor | None = None
+) -> Tensor:
     """Token vectors (B, L, H) to one vector a text (B, H); padded tokens (mask 0) do not count.
+
+    Nor do the first `unpooled_B` (B,) tokens of each row, its prompt: as in the peer library, cls is then the first
+    token behind it, and the mean of a text that was cut to nothing but its prompt is 0.
 
     What BERT's pooler gives, (B, H), is one vector a text already.
     """
     if mode == "pooler":
         return hidden_BLH
-    if mode == "cls":
+    if mode == "cls" and unpooled_B is None:
         return hidden_BLH[:, 0]
     if mask_BL is None:
         mask_BL = hidden_BLH.new_ones(hidden_BLH.shape[:2])
+    if unpooled_B is not None:
+        position_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        mask_BL = mask_BL * (position_L >= unpooled_B.unsqueeze(1))
+    rows_B = torch.arange(len(hidden_BLH), device=hidden_BLH.device)
+    if mode == "cls":
+        return hidden_BLH[rows_B, mask_BL.argmax(1)]
     weight_BL1 = mask_BL.unsqueeze(-1).to(hidden_BLH.dtype)
     if mode == "mean":
         return (hidden_BLH * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1e-9)
     if mode == "max":
         return hidden_BLH.masked_fill(weight_BL1 == 0, -torch.inf).amax(1)
     last_B = mask_BL.shape[1] - 1 - mask_BL.long().flip(1).argmax(1)
-    return hidden_BLH[torch.arange(len(hidden_BLH), device=hidden_BLH.device), last_B]
+    return hidden_BLH[rows_B, last_B] * weight_BL1[rows_B, last_B]
 
 
 def _refuse_classifier(path: Path) -> None:
@@ -447,6 +510,7 @@ def _read_settings(
         )
     settings = EncoderSettings(
         pooling=head.pooling or pooling or "mean",
+        include_prompt=head.include_prompt,
         normalise=head.normalise,
         max_length=min(length, limit),
         lower_case=bool(sentence_config.get("do_lower_case", False)),
@@ -579,9 +643,15 @@ def _read_head(path: Path, width: int, *, by_pooler: bool) -> Head:
             projections.append(_load_projection(module.place, width))
             width = projections[-1].linear.out_features
     pooling: PoolingMode = "pooler" if by_pooler else "mean"
+    include_prompt = True
     if not (static or by_pooler):
-        pooling = _read_pooling(behind[0].place)
-    return Head(pooling=pooling, projections=tuple(projections), normalise="Normalize" in kinds)
+        pooling, include_prompt = _read_pooling(behind[0])
+    return Head(
+        pooling=pooling,
+        include_prompt=include_prompt,
+        projections=tuple(projections),
+        normalise="Normalize" in kinds,
+    )
 
 
 def _refuse_other_pooling(name: str, asked: PoolingMode | None, head: Head) -> None:
@@ -598,11 +668,7 @@ def _is_plain(module: ListedModule) -> bool:
     settings = module.settings()
     if module.kind == "Pooling":
         modes = _pooling_modes(settings)
-        return (
-            len(modes) == 1
-            and modes[0] in _POOLING_FLAGS.values()
-            and settings.get("include_prompt") is not False
-        )
+        return len(modes) == 1 and modes[0] in _POOLING_FLAGS.values()
     known = "sentence_embedding"
     places = {settings.get(f"module_{end}_name") or known for end in ("input", "output")}
     if module.kind == "Dense":
@@ -625,8 +691,10 @@ def _activation(settings: Mapping[str, Any]) -> str:
     return named.rsplit(".", 1)[-1] if named.startswith("torch.nn.") else named
 
 
-def _read_pooling(place: Path) -> PoolingMode:
-    return cast(PoolingMode, _pooling_modes(read_json_object(place / "config.json"))[0])
+def _read_pooling(module: ListedModule) -> tuple[PoolingMode, bool]:
+    """Its mode, and whether a prompt's tokens are pooled."""
+    settings = module.settings()
+    return cast(PoolingMode, _pooling_modes(settings)[0]), settings.get("include_prompt", True) is not False
 
 
 def _load_projection(place: Path, width: int) -> Projection:

@@ -19,7 +19,6 @@ from raytower.models.encoder import Encoder
 from raytower.models.engine_choice import RACE_TEXTS, Settled, narrowed, settle_engine
 from raytower.models.onnx_export import body_of
 from raytower.models.token_block import TokenBlock
-from raytower.models.tokenising import tokenise
 
 
 class ForwardEngine(BlockEngine):
@@ -97,8 +96,7 @@ class ForwardEngine(BlockEngine):
 
     def tokenise(self, texts: Sequence[str], prefix: str = "", start: int = 0) -> TokenBlock:
         """The texts behind `prefix`, cut to `max_length`; `start` is the first one's number, for messages."""
-        prepared = self.encoder.prepared(texts, prefix)
-        return tokenise(self.encoder.tokenizer, [prepared], self.max_length, start=start)
+        return self.encoder.tokenise(texts, self.max_length, prefix, start=start)
 
     def tokenise_ahead(self, blocks: Iterable[Sequence[str]], prefix: str = "") -> Ahead[Any, TokenBlock]:
         """The blocks tokenised, each while the one before it is worked on; the first is begun at once."""

@@ -106,17 +106,36 @@ class LibraryModules(nn.Module):
         """
         return cls([_load(module, file) for module in listed], [module.type for module in listed])
 
-    def forward(self, hidden_BLH: Tensor, mask_BL: Tensor | None, ids_BL: Tensor) -> Tensor:
-        """(B, L, H) → (B, D)."""
+    def forward(
+        self, hidden_BLH: Tensor, mask_BL: Tensor | None, ids_BL: Tensor, unpooled_B: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, H) → (B, D); pooling leaves out the first `unpooled_B` (B,) tokens of each row."""
         mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-        features: dict[str, Tensor] = {
+        if unpooled_B is None:
+            return self._vectors(hidden_BLH, mask_BL, ids_BL, 0)
+        # The library knows one length of prompt for all rows of a batch, where ours may have queries and documents.
+        parts = []
+        for unpooled in unpooled_B.unique().tolist():
+            rows = (unpooled_B == unpooled).nonzero().squeeze(1)
+            parts.append((rows, self._vectors(hidden_BLH[rows], mask_BL[rows], ids_BL[rows], unpooled)))
+        rows_B = torch.cat([rows for rows, _ in parts])
+        return torch.cat([vectors for _, vectors in parts])[torch.argsort(rows_B)]
+
+    def _vectors(self, hidden_BLH: Tensor, mask_BL: Tensor, ids_BL: Tensor, unpooled: int) -> Tensor:
+        features: dict[str, Any] = {
             "token_embeddings": hidden_BLH,
             "attention_mask": mask_BL,
             "input_ids": ids_BL,
+            "prompt_length": unpooled,
         }
         for module in self.stack:
             features = module(features)
-        return features["sentence_embedding"]
+        return cast(Tensor, features["sentence_embedding"])
+
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether a prompt's tokens are pooled like others."""
+        return all(getattr(module, "include_prompt", True) for module in self.stack)
 
     def dim_after(self, width: int) -> int:
         """D for a backbone of `width`, by a pass of one token.
@@ -177,10 +196,6 @@ def _load(module: ListedModule, file: Path) -> nn.Module:
             f"are {', '.join(_CARRIED)}"
         )
     settings = module.settings()
-    if settings.get("include_prompt") is False:
-        raise FormatError(
-            f"{str(module.place)!r} leaves the prompt out of pooling (include_prompt false), which is not supported"
-        )
     if module.kind == "Pooling":
         _check_poolings(module, settings)
     activation = str(settings.get("activation_function", "torch.nn.Tanh"))

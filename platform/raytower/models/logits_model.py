@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from raytower.models.chunks import Chunk, cut_chunks, in_row_order
+from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.device import default_tokens_per_batch
+from raytower.models.known_padding import padding_is_known
 from raytower.models.sequence_classifier import SequenceClassifier
 from raytower.models.token_block import TokenBlock
 
@@ -22,13 +23,17 @@ class LogitsModel(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def plan_chunks(self, block: TokenBlock) -> list[Chunk]:
+    def plan_chunks(self, block: TokenBlock, shares: Shares | None = None) -> list[Chunk]:
         """Cut tokenised rows into chunks of similar length, on the model's device."""
         device = self.inner.model.device
-        return cut_chunks(
-            block, self.inner.padding, device, tokens_per_batch=default_tokens_per_batch(device)
-        )
+        tokens = default_tokens_per_batch(device)
+        return cut_chunks(block, self.inner.padding, device, tokens_per_batch=tokens, shares=shares)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits (B, C) in fp32, in the order of the rows."""
-        return in_row_order([self.inner.logits(**chunk.inputs) for chunk in chunks], chunks)
+        logits = []
+        with padding_is_known():
+            for chunk in chunks:
+                chunk.begin()
+                logits.append(self.inner.logits(**chunk.inputs))
+        return in_row_order(logits, chunks)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from raytower.models.chunks import Chunk, cut_chunks, in_row_order
+from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
+from raytower.models.known_padding import padding_is_known
 from raytower.models.token_block import TokenBlock
-from raytower.models.tokenising import tokenise
 
 
 class TwoTower(nn.Module):
@@ -43,11 +43,11 @@ class TwoTower(nn.Module):
         if teacher_dim is not None and teacher_dim != encoder.dim:
             self.into_teacher = nn.Linear(encoder.dim, teacher_dim)
 
-    def tokenise(self, texts: Sequence[str], prefix: str) -> TokenBlock:
-        """Ids of each text with its prefix, cut to `max_length`."""
-        return tokenise(self.encoder.tokenizer, [self.encoder.prepared(texts, prefix)], self.max_length)
+    def tokenise(self, texts: Sequence[str], prefix: str | Sequence[str]) -> TokenBlock:
+        """Ids of each text behind the prefix, or its own, cut to `max_length`."""
+        return self.encoder.tokenise(texts, self.max_length, prefix)
 
-    def plan_chunks(self, columns: Sequence[TokenBlock]) -> list[Chunk]:
+    def plan_chunks(self, columns: Sequence[TokenBlock], shares: Shares | None = None) -> list[Chunk]:
         """Cut the texts of all columns, which count column after column, into chunks on the encoder's device."""
         return cut_chunks(
             TokenBlock.join(columns),
@@ -55,13 +55,18 @@ class TwoTower(nn.Module):
             next(self.encoder.parameters()).device,
             tokens_per_batch=self.tokens_per_batch,
             rows_per_batch=self.rows_per_batch,
+            shares=shares,
         )
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Embeddings (r, D), unit length, of each chunk's texts, with gradients; (r, T) where a layer brings them to a
         teacher's dimension.
         """
-        vectors = [self.encoder(**chunk.inputs) for chunk in chunks]
+        vectors = []
+        with padding_is_known():
+            for chunk in chunks:
+                chunk.begin()
+                vectors.append(self.encoder(**chunk.inputs))
         embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
         if self.into_teacher is None:
             return embeddings

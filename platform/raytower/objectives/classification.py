@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from raytower.collectives import gather_constants, world_size
 from raytower.errors import InputError
 from raytower.objectives.config import CrossEntropy, Focal
+from raytower.objectives.targets import found_wrong
 
 
 def cross_entropy(
@@ -88,7 +89,7 @@ def weights_of(settings: CrossEntropy | Focal, labels: Sequence[str], counts: Se
 def _log_loss(logits_BC: Tensor, classes_B: Tensor) -> Tensor:
     num_classes = logits_BC.shape[1]
     wrong_B = (classes_B < 0) | (classes_B >= num_classes)
-    if bool(wrong_B.any()):
+    if found_wrong(wrong_B):
         raise InputError(
             f"class {int(classes_B[wrong_B][0])} is outside 0..{num_classes - 1}; the model has {num_classes} classes"
         )

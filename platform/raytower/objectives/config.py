@@ -8,14 +8,14 @@ module: `CrossEntropy` and `Focal` have theirs in objectives/classification.py.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from raytower.config import Config
-from raytower.data.plain_labels import plain_label
+from raytower.data.plain_labels import keyed_by_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,24 +70,7 @@ class ClassifierSettings(ObjectiveSettings):
     """What a text of each class counts: balanced weighs classes by how rare they are, a mapping names each, null
     counts all alike."""
 
-    @field_validator("class_weights", mode="before")
-    @classmethod
-    def _labels_as_texts(cls, given: Any) -> Any:
-        """Labels are texts in their normal form, as the rows have them: 0 and 0.0 are the label "0"."""
-        if not isinstance(given, Mapping):
-            return given
-        named: dict[Any, Any] = {}
-        for key, weight in given.items():
-            if isinstance(key, bool):
-                raise ValueError(
-                    f"it has the key {str(key).lower()}, a boolean, where a label is a text (YAML reads yes, no, on "
-                    "and off so): write it in quotes"
-                )
-            label = plain_label(key) if isinstance(key, (str, int, float)) else key
-            if label in named:
-                raise ValueError(f"it names the label {label!r} twice; keep one of them")
-            named[label] = weight
-        return named
+    _labels_as_texts = field_validator("class_weights", mode="before")(keyed_by_label)
 
     def __call__(self, logits_BC: Tensor, classes_B: Tensor, weights_C: Tensor | None = None) -> Tensor:
         """This worker's loss, a scalar, of logits (B, C), classes (B,) and the weights (C,) of the classes."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from raytower.collectives import gather_constants, gather_rows
 from raytower.errors import InputError
 from raytower.objectives.config import AnglE, CoSENT
-from raytower.objectives.targets import Targets, needed
+from raytower.objectives.targets import Targets, found_wrong, needed
 
 
 def cosent(settings: CoSENT, columns: Sequence[Tensor], targets: Targets) -> Tensor:
@@ -47,7 +47,7 @@ def order_loss(settings: CoSENT | AnglE, similarity_B: Tensor, targets: Targets)
     """The formula above, a scalar, of any similarities (B,) and the labels of `targets`. Raises as `cosent`."""
     label_B = needed(targets.labels_B, "scores", settings.name).to(similarity_B.device)
     wrong_B = ~label_B.isfinite()
-    if bool(wrong_B.any()):
+    if found_wrong(wrong_B):
         raise InputError(f"score {float(label_B[wrong_B][0])} is not finite; score the pair again")
     label_N, order_N = gather_constants(label_B).sort(descending=True)
     scaled_N = settings.scale * gather_rows(similarity_B)[order_N]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from raytower.errors import InputError
 from raytower.objectives.config import CosineEmbedding
-from raytower.objectives.targets import Targets, needed
+from raytower.objectives.targets import Targets, found_wrong, needed
 
 
 def cosine_embedding(settings: CosineEmbedding, columns: Sequence[Tensor], targets: Targets) -> Tensor:
@@ -38,7 +38,7 @@ def cosine_embedding(settings: CosineEmbedding, columns: Sequence[Tensor], targe
     left_BD, right_BD = columns
     label_B = needed(targets.labels_B, "labels", settings.name).to(left_BD.device)
     wrong_B = (label_B != 1) & (label_B != 0) & (label_B != -1)
-    if bool(wrong_B.any()):
+    if found_wrong(wrong_B):
         raise InputError(
             f"label {float(label_B[wrong_B][0])} is none of 1, 0 and -1, which objective {settings.name} takes; "
             "use cosine_regression for graded scores"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from raytower.errors import InputError
 from raytower.objectives.config import CosineRegression
-from raytower.objectives.targets import Targets, needed
+from raytower.objectives.targets import Targets, found_wrong, needed
 
 
 def cosine_regression(settings: CosineRegression, columns: Sequence[Tensor], targets: Targets) -> Tensor:
@@ -34,7 +34,7 @@ def cosine_regression(settings: CosineRegression, columns: Sequence[Tensor], tar
     left_BD, right_BD = columns
     score_B = needed(targets.labels_B, "scores", settings.name).to(left_BD.device, left_BD.dtype)
     wrong_B = ~(score_B.abs() <= 1)  # written so that NaN is wrong too
-    if bool(wrong_B.any()):
+    if found_wrong(wrong_B):
         raise InputError(
             f"score {float(score_B[wrong_B][0])} is outside -1..1, where cosines lie; scale the scores into it"
         )

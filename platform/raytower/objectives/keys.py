@@ -13,7 +13,8 @@ A row with fewer documents than others has none in some columns. Such a place ca
 always has a text, so none looks like that.
 
 Equal rows are few, so nothing here holds a row for each query and a column for each document: keys become small ids by
-sorting, and the known pairs of a block of queries are listed when a loss comes to that block.
+sorting, and the known pairs of a block of queries are listed when a loss comes to that block. All of that is done in
+the CPU's memory, while an accelerator makes the embeddings: sorting and listing there would wait for it each time.
 
 Shape legend: B rows of this worker, W workers, N = B·W rows of all, C documents of all workers (N to a column), 3 keys,
 R queries of a block, G groups of equal rows, E entries, P pairs of a query and a document.
@@ -23,15 +24,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from raytower.collectives import gather_constants, rank
+from raytower.models.device import send
 
 NO_KEY = 0
+_CPU = torch.device("cpu")
 
 CELLS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**24}
 """Cells, queries times documents, of a block of cosines by the kind of device: 16 and 64 MiB in float32. Less, and each
@@ -42,19 +45,17 @@ block's pass over all documents counts; more, and it leaves a CPU's cache."""
 class BatchKeys:
     """Keys of this worker's rows; NO_KEY where there is none, and NO_KEY equals nothing.
 
-    query: (B, 3). documents: one (B, 3) for each document column, in the order of the columns.
+    query: (B, 3). documents: one (B, 3) for each document column, in the order of the columns. device: where a loss
+    reads what is known; the keys themselves stay in the CPU's memory.
     """
 
     query: Tensor
     documents: tuple[Tensor, ...]
+    device: torch.device = _CPU
 
     def to(self, device: torch.device) -> BatchKeys:
-        """The keys on the device: themselves if they lie there, with all that is known of them."""
-        if self.query.device == device:
-            return self
-        return BatchKeys(
-            query=self.query.to(device), documents=tuple(column.to(device) for column in self.documents)
-        )
+        """The keys for a loss on the device: themselves if they are, with all that is known of them."""
+        return self if self.device == device else replace(self, device=device)
 
     @cached_property
     def known(self) -> KnownRelevant:
@@ -65,7 +66,7 @@ class BatchKeys:
     @cached_property
     def exchanged(self) -> BatchKeys:
         """The roles exchanged: first documents look for queries."""
-        return BatchKeys(query=self.documents[0], documents=(self.query,))
+        return BatchKeys(query=self.documents[0], documents=(self.query,), device=self.device)
 
 
 class KnownRelevant:
@@ -76,20 +77,29 @@ class KnownRelevant:
     """
 
     def __init__(
-        self, own_B: Tensor, missing_C: Tensor, group_B4: Tensor, reached: _Lists, held: _Lists
+        self,
+        own_B: Tensor,
+        missing_C: Tensor,
+        group_B4: Tensor,
+        reached: _Lists,
+        held: _Lists,
+        device: torch.device,
     ) -> None:
-        """
+        """All given lies in the CPU's memory.
+
         Args:
             own_B: place of each query's own document.
             missing_C: True where a column has no document in its row.
             group_B4: groups of queries that each query lies in, -1 for none.
             reached: groups of documents that each group of queries leads to.
             held: documents of each group of documents.
+            device: where the places that are asked for are wanted.
         """
-        self.own_B = own_B
+        self.own_B = send(own_B, device)
         self.num_documents = len(missing_C)
-        self.missing_M = missing_C.nonzero(as_tuple=True)[0]
+        self.missing_M = send(missing_C.nonzero(as_tuple=True)[0], device)
         """Places without a document, which are nobody's negative."""
+        self._device = device
         self._group_B4 = group_B4
         self._reached = reached
         self._held = held
@@ -99,7 +109,7 @@ class KnownRelevant:
 
         `width` is the cells of a query, the documents unless given.
         """
-        cells = CELLS_PER_BLOCK.get(self.own_B.device.type, CELLS_PER_BLOCK["cuda"])
+        cells = CELLS_PER_BLOCK.get(self._device.type, CELLS_PER_BLOCK["cuda"])
         size = max(1, cells // (width or self.num_documents))
         for first in range(0, len(self.own_B), size):
             yield slice(first, min(first + size, len(self.own_B)))
@@ -112,7 +122,7 @@ class KnownRelevant:
         row_E, column_E = (self._group_B4[rows] >= 0).nonzero(as_tuple=True)
         entry_E, group_E = self._reached.of(self._group_B4[rows][row_E, column_E])
         pair_P, document_P = self._held.of(group_E)
-        return row_E[entry_E][pair_P], document_P
+        return send(row_E[entry_E][pair_P], self._device), send(document_P, self._device)
 
     def mask(self, rows: slice) -> Tensor:
         """(R, C) True where a document is missing, or known to be relevant to a query of the slice, as its own is."""
@@ -171,7 +181,7 @@ def known_relevant(keys: BatchKeys) -> KnownRelevant:
     document_E, column_E = (bag_C3 >= 0).nonzero(as_tuple=True)
     held = _Lists(bag_C3[document_E, column_E], document_E, num_bags)
     own_B = own_places(keys.query)
-    return KnownRelevant(own_B, missing_documents(document_C3), group_N4[own_B], reached, held)
+    return KnownRelevant(own_B, missing_documents(document_C3), group_N4[own_B], reached, held, keys.device)
 
 
 def missing_documents(document_C3: Tensor) -> Tensor:

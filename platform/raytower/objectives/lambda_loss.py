@@ -30,7 +30,7 @@ from torch import Tensor
 from raytower.errors import InputError
 from raytower.objectives.config import LambdaLoss
 from raytower.objectives.rank_net import losses_of_order
-from raytower.objectives.targets import refuse_single_documents
+from raytower.objectives.targets import found_wrong, refuse_single_documents
 
 _LARGEST_LABEL = 30
 _MU = 10.0
@@ -47,7 +47,7 @@ def lambda_loss(settings: LambdaLoss, logits_BK: Tensor, labels_BK: Tensor) -> T
     wrong_BK = present_BK & ~(
         (labels_BK >= 0) & (labels_BK <= _LARGEST_LABEL)
     )  # written so that NaN is wrong too
-    if bool(wrong_BK.any()):
+    if found_wrong(wrong_BK):
         raise InputError(
             f"label {float(labels_BK[wrong_BK][0]):g} is outside 0..{_LARGEST_LABEL}; objective {settings.name} makes "
             "gains 2^label - 1 of them: give grades, or choose rank_net, which reads their order alone"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from raytower.errors import InputError
 from raytower.objectives.config import PointwiseCrossEntropy
+from raytower.objectives.targets import found_wrong
 
 
 def pointwise_cross_entropy(settings: PointwiseCrossEntropy, logits_B2: Tensor, labels_B: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def pointwise_cross_entropy(settings: PointwiseCrossEntropy, logits_B2: Tensor, 
         InputError: a label is neither.
     """
     wrong_B = (labels_B != 0) & (labels_B != 1)
-    if bool(wrong_B.any()):
+    if found_wrong(wrong_B):
         raise InputError(
             f"label {float(labels_B[wrong_B][0]):g} is neither 0 nor 1, which objective {settings.name} needs; "
             "train graded labels with pointwise_regression"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from raytower.errors import InputError
 from raytower.objectives.config import PointwiseRegression
+from raytower.objectives.targets import found_wrong
 
 
 def pointwise_regression(settings: PointwiseRegression, logits_B1: Tensor, labels_B: Tensor) -> Tensor:
@@ -40,10 +41,10 @@ def pointwise_regression(settings: PointwiseRegression, logits_B1: Tensor, label
     # Written so that NaN, which compares false, is outside too.
     outside_B = ~((targets_B >= 0) & (targets_B <= 1))
     _refuse(targets_B, outside_B, "outside 0..1; scale the labels, or set objective.loss to mse")
-    weight = logits_B.new_tensor(settings.positive_weight)
+    weight = logits_B.new_full((), settings.positive_weight)
     return nn.functional.binary_cross_entropy_with_logits(logits_B, targets_B, pos_weight=weight)
 
 
 def _refuse(labels_B: Tensor, wrong_B: Tensor, rule: str) -> None:
-    if bool(wrong_B.any()):
+    if found_wrong(wrong_B):
         raise InputError(f"label {float(labels_B[wrong_B][0]):g} is {rule}")

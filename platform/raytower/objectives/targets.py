@@ -6,13 +6,14 @@ Shape legend: B rows of this worker, K candidate documents of each row, D embedd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from raytower.errors import InputError
+from raytower.models.device import send
 from raytower.objectives.config import GuideSettings
 from raytower.objectives.keys import BatchKeys
 
@@ -58,6 +59,15 @@ class Targets:
     guide: Guide | None = None
     """For in_batch_negatives: another encoder's view of which texts are too similar to be negatives."""
 
+    def to(self, device: torch.device) -> Targets:
+        """The same for a loss on the device, sent there without waiting for it. Vectors of others lie there already."""
+        labels_B, teacher_BK, present_BK = (
+            None if values is None else send(values, device)
+            for values in (self.labels_B, self.teacher_BK, self.present_BK)
+        )
+        keys = None if self.keys is None else self.keys.to(device)
+        return replace(self, keys=keys, labels_B=labels_B, teacher_BK=teacher_BK, present_BK=present_BK)
+
 
 EncoderObjective = Callable[[Sequence[Tensor], Targets], Tensor]
 """(unit-length embeddings (B, D) of each column: queries first, then documents; targets) → mean loss of the B rows."""
@@ -71,6 +81,15 @@ def needed(value: ValueT | None, what: str, objective: str) -> ValueT:
             "or choose another objective"
         )
     return value
+
+
+def found_wrong(wrong: Tensor) -> bool:
+    """Whether any value is True, of those in the CPU's memory.
+
+    An accelerator is not asked: each step would wait for it. The labels of all training rows are checked before the
+    first step, and a teacher's score that is no number makes such a loss, which ends the run.
+    """
+    return wrong.device.type == "cpu" and bool(wrong.any())
 
 
 def candidate_cosines(columns: Sequence[Tensor], objective: str) -> Tensor:
@@ -119,6 +138,6 @@ def teacher_scores(targets: Targets, cosine_BK: Tensor, objective: str) -> Tenso
             f"of the rows and documents, {tuple(cosine_BK.shape)}"
         )
     wrong_BK = ~teacher_BK.isfinite()
-    if bool(wrong_BK.any()):
+    if found_wrong(wrong_BK):
         raise InputError(f"teacher score {float(teacher_BK[wrong_BK][0])} is not finite; score the row again")
     return teacher_BK

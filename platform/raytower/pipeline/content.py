@@ -1,4 +1,4 @@
-"""The content of what steps read and write, as hashes, and moving an output aside.
+"""The content of what steps read and write, as hashes.
 
 A model is hashed whole. Embeddings, indexes and reports are known by the file that their job writes last, which holds
 the checksums of the others.
@@ -10,11 +10,13 @@ import fnmatch
 import hashlib
 import json
 import os
-from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from raytower.data.sources import find_files, split_glob
+from raytower.data.config import InputConfig
+from raytower.data.pieces import files_read
+from raytower.data.records import RecordKind
+from raytower.data.sources import split_glob
 from raytower.encoding.job import JOB_NAME
 from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
 from raytower.errors import InputError
@@ -27,19 +29,20 @@ from raytower.storage import Location, known_sha256
 Kind = Literal["rows", "model", "embeddings", "index", "report"]
 
 
-def content_of(kind: Kind, name: str, file_format: str = "auto") -> str:
+def content_of(kind: Kind, name: str, rows: InputConfig | None = None, records: RecordKind = "pairs") -> str:
     """Hash of an input as it lies there.
 
     Args:
         kind: what it is.
         name: where it is: a path, a glob or a URI, of a model also a hub id.
-        file_format: rows: as `find_files`.
+        rows: how rows are read, where that decides which files are.
+        records: what rows are read as.
 
     Raises:
         InputError: there is no such input, or a damaged one.
     """
     if kind == "rows":
-        places = [file.location for file in find_files(name, file_format).files]
+        places = files_read(rows or InputConfig(path=name), records)
         return _hash([[str(place), known_sha256(place)] for place in places])
     if kind == "model":
         return _hash([hash_model(name), read_info(resolve_model(name)).get("fusion")])
@@ -112,24 +115,6 @@ def is_empty(output: str) -> bool:
     if place.is_file():
         return place.size_bytes() == 0
     return not any(not child.name.startswith(".") for child in place.children())
-
-
-def put_aside(output: str) -> Location:
-    """Rename an output to a hidden name beside it, since no job takes what is hidden for data; returns the new place.
-
-    Raises:
-        InputError: object stores cannot rename, and nothing is removed that somebody may want.
-    """
-    place = Location.of(output)
-    if not place.is_local:
-        raise InputError(
-            f"output {output!r} was made by an earlier config or from other data, and its storage cannot rename it to "
-            "make room; remove it, or name another output"
-        )
-    names = (place.parent / f".{place.name}.former-{number}" for number in count(1))
-    target = next(name for name in names if not name.exists())
-    Path(place.path).rename(target.path)
-    return target
 
 
 def _hash(value: Any) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from raytower.commands import COMMANDS, Command, find_reference
 from raytower.config import Config, former_keys, make_config
 from raytower.data.config import InputConfig
+from raytower.data.records import RecordKind
 from raytower.encoding.job import JOB_NAME
 from raytower.errors import FormatError, InputError, OtherOutputError
 from raytower.evaluation.reports import check_reports_output
@@ -36,11 +37,10 @@ from raytower.pipeline.content import (
     is_inside,
     mark_of,
     may_hold,
-    put_aside,
 )
 from raytower.progress import log
-from raytower.storage import Location, output_folder
-from raytower.training.config import FREE_KEYS
+from raytower.storage import Location, output_folder, put_aside
+from raytower.training.config import EVERY_STEPS, FREE_KEYS
 
 _STATE_VERSION = 2
 # Each job, and what it writes.
@@ -58,7 +58,9 @@ STEP_JOBS: dict[str, Kind] = {
 # The keys that name what a job reads: one setting has one name in all commands.
 INPUT_KEYS: dict[str, Kind] = {
     "train.path": "rows",
+    "train.paths": "rows",
     "dev.path": "rows",
+    "dev.paths": "rows",
     "dev.corpus": "rows",
     "labels": "rows",
     "input.path": "rows",
@@ -74,18 +76,29 @@ INPUT_KEYS: dict[str, Kind] = {
     "embeddings": "embeddings",
     "index": "index",
 }
+# What the rows of an input are read as, which decides the files that are read of a BEIR folder; of others as pairs.
+_RECORDS: dict[tuple[str, str], RecordKind] = {
+    ("encode", "input.path"): "corpus",
+    ("classify", "input.path"): "lines",
+}
+# The split of a BEIR folder that is read where a config names none.
+_SPLITS = {"dev": "dev"}
 # Keys that change how a job goes and not its result.
 _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
     "encode": frozenset({"workers", "tokens_per_batch"}),
+    # `num` decides into how many shards an index is built.
+    "index build": frozenset({"workers.num_cpus", "workers.num_gpus"}),
 }
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
-    **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "head_lr")),
+    **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
     "schedule": "linear",
     "guide": None,
     "more_negatives": None,
 }
+# What a config is filled with where it says nothing, beside the defaults of its fields.
+_MEANT = {"every_steps": EVERY_STEPS}
 # What a null among `workers` was before the machine decided.
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
@@ -98,7 +111,10 @@ class _Input:
     key: str
     kind: Kind
     name: str
-    file_format: str
+    rows: InputConfig | None
+    """How rows are read."""
+    records: RecordKind
+    """What rows are read as."""
     makers: tuple[int, ...]
 
 
@@ -132,8 +148,7 @@ class _Step:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        settings = _settings(self.config)
-        return {name: settings[name] for name in settings.keys() - _FREE_KEYS.get(self.job, frozenset())}
+        return _without(_settings(self.config), _FREE_KEYS.get(self.job, frozenset()))
 
     @property
     def slot(self) -> str:
@@ -147,7 +162,9 @@ class _Step:
             InputError: an input is missing or damaged.
         """
         try:
-            read = {item.key: content_of(item.kind, item.name, item.file_format) for item in self.inputs}
+            read = {
+                item.key: content_of(item.kind, item.name, item.rows, item.records) for item in self.inputs
+            }
         except InputError as error:
             raise InputError(f"{self.title}: {error}") from error
         return _hash([self.job, self.settings, read, [keys[number] for number in sorted(self.makers)]])
@@ -395,37 +412,52 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
         )
         key = _key_after(key, step.job, _without_newer(step.job, job_config.model_dump(mode="json")))
         former_key = _key_after(former_key, step.job, _former_values(step.job, job_config))
-        inputs = tuple(_inputs(job_config, steps))
+        inputs = tuple(_inputs(step.job, job_config, steps))
         steps.append(_Step(number, step.job, command, job_config, inputs, (key, former_key)))
     _check_order(steps)
     return steps
 
 
-def _inputs(config: Config, earlier: Sequence[_Step]) -> list[_Input]:
+def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
     found = []
-    keys: list[tuple[str, Kind]] = [*INPUT_KEYS.items(), *((key, "rows") for key in _keys_of_sets(config))]
-    for key, kind in keys:
-        *path, last = key.split(".")
-        section: Any = config
-        for name in path:
-            section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
-        value = getattr(section, last, None)
-        if not isinstance(value, str):  # null, or the names that `labels` of a reranker are
-            continue
+    for key, kind, section in _places(config):
+        value = getattr(section, key.rpartition(".")[2], None)
         if key == "model" and getattr(config, "init_from", None) is not None:
             continue
-        file_format = section.format if isinstance(section, InputConfig) else "auto"
-        makers = [step.number for step in earlier if step.output and may_hold(value, step.output)]
-        found.append(_Input(key, kind, value, file_format, tuple(makers)))
+        # Null, and the names that `labels` of a reranker are, name nothing to read.
+        named = {key: value} if isinstance(value, str) else {}
+        if isinstance(value, Mapping):
+            named = {f"{key}.{label}": place for label, place in value.items()}
+        records = _RECORDS.get((job, key), "corpus" if key.endswith(".corpus") else "pairs")
+        for full_key, place in named.items():
+            makers = [step.number for step in earlier if step.output and may_hold(place, step.output)]
+            rows = _rows_at(key, place, section) if kind == "rows" else None
+            found.append(_Input(full_key, kind, place, rows, records, tuple(makers)))
     return found
 
 
-def _keys_of_sets(config: Config) -> Iterator[str]:
-    """The keys that name what the sets of a training read, which have names of their own."""
-    for section in ("train", "dev"):
-        for name in getattr(getattr(config, section, None), "sets", None) or {}:
-            yield f"{section}.sets.{name}.path"
-            yield f"{section}.sets.{name}.corpus"
+def _places(config: Config) -> Iterator[tuple[str, Kind, Any]]:
+    """The keys of a job that may name what it reads, each with the section that holds it.
+
+    Sets of a training have names of their own; their sections are as they hold for each.
+    """
+    for key, kind in INPUT_KEYS.items():
+        section: Any = config
+        for name in key.split(".")[:-1]:
+            section = getattr(section, name, None)
+        yield key, kind, section
+    for name in ("train", "dev"):
+        owner = getattr(config, name, None)
+        for own in getattr(owner, "sets", None) or ():
+            section = owner.of_set(own)  # type: ignore[union-attr]
+            yield f"{name}.sets.{own}.path", "rows", section
+            yield f"{name}.sets.{own}.corpus", "rows", section
+
+
+def _rows_at(key: str, place: str, section: Any) -> InputConfig:
+    if isinstance(section, InputConfig):
+        return section
+    return InputConfig(path=place, split=getattr(section, "split", None) or _SPLITS.get(key.split(".")[0]))
 
 
 def _check_order(steps: Sequence[_Step]) -> None:
@@ -458,8 +490,25 @@ def _settings(config: Config) -> dict[str, Any]:
         name: _settings(value) if isinstance(value, Config) else dumped[name]
         for name, value in config
         # The name of an objective is its class's default, and tells it from others.
-        if name == "name" or value != fields[name].get_default(call_default_factory=True)
+        if name == "name" or not _is_default(name, value, fields[name].get_default(call_default_factory=True))
     }
+
+
+def _is_default(name: str, value: Any, default: Any) -> bool:
+    return bool(value == default or value == _MEANT.get(name, default))
+
+
+def _without(settings: Mapping[str, Any], keys: Set[str]) -> dict[str, Any]:
+    """The settings without these keys, which may be dotted; a section that held nothing else goes too."""
+    kept: dict[str, Any] = {}
+    for name, value in settings.items():
+        below = {key.partition(".")[2] for key in keys if key.partition(".")[0] == name}
+        if "" in below:
+            continue
+        part = _without(value, below) if below and isinstance(value, Mapping) else value
+        if part or not below:
+            kept[name] = part
+    return kept
 
 
 def _hash(value: Any) -> str:
@@ -490,7 +539,7 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
             if isinstance(own := kept.get(section), dict):
                 kept[section] = _as_before(own)
         if isinstance(dev := kept.get("dev"), dict) and dev["every_steps"] is None:
-            dev["every_steps"] = 200  # what null means, and the default was
+            dev["every_steps"] = EVERY_STEPS  # what null means, and the default was
         return kept
     return values
 

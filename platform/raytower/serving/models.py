@@ -24,7 +24,6 @@ from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.token_block import Ids, TokenBlock
-from raytower.models.tokenising import tokenise
 from raytower.serving.calls import ServedModel, TokenCounts
 from raytower.serving.errors import OutOfTimeError, UnprocessableError
 from raytower.serving.forwards import Forwards, Lane, ModelForwards
@@ -155,11 +154,10 @@ class SharedEncoder(SharedModel):
         Raises OutOfTimeError.
         """
         engine: ForwardEngine = self._engine
-        prepared = engine.encoder.prepared(texts, prefix)
-        tokenizer = engine.encoder.tokenizer
+        encoder, prepared = engine.encoder, engine.encoder.prepared(texts, prefix)
 
         def tokenise_rows(rows: Sequence[int], length: int) -> TokenBlock:
-            return tokenise(tokenizer, [[prepared[row] for row in rows]], length)
+            return encoder.tokenise([texts[row] for row in rows], length, prefix)
 
         sizes = [len(text) for text in prepared]
         vectors, counts = await self._compute(tokenise_rows, sizes, lane, deadline, max_length)

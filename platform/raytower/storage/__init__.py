@@ -11,7 +11,7 @@ from raytower.storage.location import (
     cache_dir,
     publish_directory,
 )
-from raytower.storage.outputs import check_output, output_folder
+from raytower.storage.outputs import check_output, former_place, output_folder, put_aside
 
 __all__ = [
     "HashedFile",
@@ -23,10 +23,12 @@ __all__ = [
     "cache_dir",
     "check_output",
     "explaining",
+    "former_place",
     "fsync_dir",
     "known_sha256",
     "locked",
     "output_folder",
     "publish_directory",
+    "put_aside",
     "writer_lease",
 ]

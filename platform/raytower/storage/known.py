@@ -1,4 +1,4 @@
-"""Checksums of large local files, remembered in the cache: a job that is started again reads no gigabytes twice."""
+"""Checksums of large files, remembered in the cache: a job that is started again reads no gigabytes twice."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import time
 from contextlib import suppress
 
+from pyarrow import fs as pafs
+
+from raytower.storage import objects
 from raytower.storage.location import Location, cache_dir
 
 # Smaller files are hashed in less time than a note is read in.
@@ -17,19 +20,22 @@ _SETTLED_NS = 2_000_000_000
 
 
 def known_sha256(place: Location) -> str:
-    """The file's sha256. That of a large local file is computed again only where the file was written since.
+    """The file's sha256. That of a large file is computed again only where the file was written since.
 
-    Whether it was is told by size, inode, and the times of its content and its entry: whoever sets back the first of
-    these times changes the second. Remote files are read each time.
+    Of a local file size, inode, and the times of its content and its entry tell whether it was: whoever sets back the
+    first of these times changes the second. Of an object its etag does, which every writing changes. Files of other
+    remote storage are read each time.
 
     Raises:
         InputError: there is no such file. StorageError: it cannot be read.
     """
-    if not place.is_local or not place.is_file() or place.size_bytes() < _NOTED_BYTES:
+    info = place.info()  # once: of an object it is a request
+    is_worth_it = info.type == pafs.FileType.File and info.size >= _NOTED_BYTES
+    before = _state(place) if is_worth_it else None
+    if before is None:
         return place.sha256()
-    path = os.path.realpath(place.path)
-    note = Location.of(cache_dir() / "sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json")
-    before = _state(path)
+    name = os.fsencode(os.path.realpath(place.path)) if place.is_local else str(place).encode()
+    note = Location.of(cache_dir() / "sha256" / f"{hashlib.sha256(name).hexdigest()[:32]}.json")
     with suppress(
         OSError, ValueError, KeyError, TypeError
     ):  # whatever the note is worth, the file itself is there
@@ -37,14 +43,18 @@ def known_sha256(place: Location) -> str:
         if known["state"] == before:
             return str(known["sha256"])
     found = place.sha256()
-    if before == _state(path) and time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) > _SETTLED_NS:
+    if before == _state(place) and _is_settled(before):
         with suppress(OSError):  # a cache that cannot be written costs the time of the next reading
-            note.write_json({"path": path, "state": before, "sha256": found})
+            note.write_json({"path": os.fsdecode(name), "state": before, "sha256": found})
     return found
 
 
-def _state(path: str) -> dict[str, int]:
-    status = os.stat(path)
+def _state(place: Location) -> dict[str, int | str] | None:
+    """What changes whenever the file is written; None where nothing is known to."""
+    if not place.is_local:
+        is_store = isinstance(place.filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem, pafs.AzureFileSystem))
+        return {"etag": objects.etag(place.filesystem, place.path)} if is_store else None
+    status = os.stat(os.path.realpath(place.path))
     return {
         "device": status.st_dev,
         "inode": status.st_ino,
@@ -52,3 +62,8 @@ def _state(path: str) -> dict[str, int]:
         "mtime_ns": status.st_mtime_ns,
         "ctime_ns": status.st_ctime_ns,
     }
+
+
+def _is_settled(state: dict[str, int | str]) -> bool:
+    times = [state[name] for name in ("mtime_ns", "ctime_ns") if name in state]
+    return all(time.time_ns() - int(written) > _SETTLED_NS for written in times)

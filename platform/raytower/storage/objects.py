@@ -99,6 +99,16 @@ def read(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, str] | None:
         return bytes(found.bytes()), str(found.meta[_version_key(filesystem)])
 
 
+def etag(filesystem: pafs.FileSystem, path: str) -> str:
+    """What every writing of an object changes: its etag, of Google's its generation.
+
+    Raises:
+        StorageError: there is no such object, or the store does not answer.
+    """
+    with _store(filesystem, path) as (store, key):
+        return str(obstore.head(store, key)[_version_key(filesystem)])
+
+
 def _version_key(filesystem: pafs.FileSystem) -> Literal["e_tag", "version"]:
     # Google's condition is on an object's generation, the others' on its etag.
     return "version" if isinstance(filesystem, pafs.GcsFileSystem) else "e_tag"

@@ -1,8 +1,9 @@
-"""Whether a place can be written, and is the job's own, found before the work whose result goes there."""
+"""Whether a place can be written and is the job's own, found before the work whose result goes there; making room."""
 
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 
 from pyarrow import fs as pafs
@@ -54,6 +55,33 @@ def output_folder(output: str, *own: str) -> Location:
             "old one"
         )
     return place
+
+
+def former_place(output: str) -> Location:
+    """The hidden name beside an output that `put_aside` gives to it.
+
+    Raises:
+        InputError: object stores cannot rename, and nothing is removed that somebody may want.
+    """
+    place = Location.of(output)
+    if not place.is_local:
+        raise InputError(
+            f"output {output!r} was made by an earlier config or from other data, and its storage cannot rename it to "
+            "make room; remove it, or name another output"
+        )
+    names = (place.parent / f".{place.name}.former-{number}" for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def put_aside(output: str) -> Location:
+    """Rename an output to a hidden name beside it, since no job takes what is hidden for data; returns the new place.
+
+    Raises:
+        InputError: as `former_place`.
+    """
+    target = former_place(output)
+    Path(Location.of(output).path).rename(target.path)
+    return target
 
 
 def _check_local(output: str, path: Path, *, is_folder: bool) -> None:

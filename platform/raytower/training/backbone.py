@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from raytower.collectives import rank
 from raytower.errors import InputError
-from raytower.models.lora import add_adapters, merge_adapters
+from raytower.models.device import TORCH_DTYPES
+from raytower.models.lora import add_adapters, merge_adapters, narrow_frozen
 from raytower.progress import log
 from raytower.training.config import TrainJobConfig
 
@@ -38,6 +39,12 @@ def prepare_backbone(backbone: PreTrainedModel, config: TrainJobConfig) -> None:
     if config.compile:
         # In place: a wrapper would change the names of the weights that are saved.
         backbone.compile(dynamic=True)
+
+
+def narrow_base(model: nn.Module, config: TrainJobConfig) -> None:
+    """Hold what lies under adapters in the precision of forward passes, in place, once the model is built."""
+    if config.lora is not None:
+        narrow_frozen(model, TORCH_DTYPES[config.dtype])
 
 
 # Any text: which weights a model's output depends on does not hang on it.
@@ -90,11 +97,6 @@ def merged_copy(model: ModuleT, config: TrainJobConfig) -> ModuleT:
     merged = copy.deepcopy(model)
     merge_adapters(merged)
     return merged
-
-
-def evaluation_copy(model: ModuleT, config: TrainJobConfig) -> ModuleT:
-    """A copy of the model as it would be saved. The caller may cast it; training keeps its own fp32 weights."""
-    return copy.deepcopy(model) if config.lora is None else merged_copy(model, config)
 
 
 def has_dropout(backbone: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytower.config import OnError
 from raytower.data.config import NamedInput
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
@@ -21,33 +23,42 @@ from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.errors import InputError
 from raytower.metrics import accuracy, macro_f1
-from raytower.models.block_engine import refuse_no_numbers
+from raytower.models.chunks import Chunk
 from raytower.models.compute import check_max_length
+from raytower.models.device import send
 from raytower.models.logits_model import LogitsModel
-from raytower.models.text_classifier import ClassifierEngine, TextClassifier
+from raytower.models.text_classifier import TextClassifier
 from raytower.objectives.classification import weights_of
 from raytower.progress import log
-from raytower.storage import absolute_if_local
+from raytower.storage import Location, absolute_if_local
 from raytower.training.backbone import (
     PROBE,
-    evaluation_copy,
     freeze_unreached,
     merged_copy,
     prepare_backbone,
 )
 from raytower.training.batches import Rows
-from raytower.training.config import ClassifierDevConfig, TrainClassifierConfig
+from raytower.training.config import ClassifierDevConfig, ClassifierTrainInput, TrainClassifierConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_split import set_dev_aside
 from raytower.training.inputs import dev_tables, survey_training, tables
-from raytower.training.labelled_files import survey_by_label
+from raytower.training.labelled_files import survey_by_label, survey_paths
+from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
-from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
+from raytower.training.shares import gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class LoadedLabelled:
+    """A batch for the step: the class of each text (B,) and chunks of their tokens, both on the device."""
+
+    classes_B: Tensor  # noqa: N815 - carries its shape
+    chunks: list[Chunk]
 
 
 class ClassifierTask(Task[TrainClassifierConfig]):
@@ -73,12 +84,14 @@ class ClassifierTask(Task[TrainClassifierConfig]):
 
     @classmethod
     def survey(cls, config: TrainClassifierConfig) -> Survey:
-        path, label_by = config.train.path, config.train.label_by
-        if label_by is None:
-            return survey_training(config, path, "labelled", config.objective.formats, config.objective.name)
-        refuse_output_inside(config.output, path)
-        quarantine = quarantine_of(config.output)
-        surveyed = survey_by_label(path, label_by, config.on_error, quarantine, "train.label_by")
+        train = config.train
+        if train.path is not None and train.label_by is None:
+            return survey_training(
+                config, train.path, "labelled", config.objective.formats, config.objective.name
+            )
+        for place in train.places:
+            refuse_output_inside(config.output, place)
+        surveyed = _survey_labels(train, config.on_error, quarantine_of(config.output), "train")
         share = config.dev.share if config.dev else None
         return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)
 
@@ -102,36 +115,30 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         )
         return whole
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedLabelled:
         model = cast(LogitsModel, step.model)
-        chunks = model.plan_chunks(model.inner.tokenise([rows["text"]], self.config.max_length))
-        classes_B = torch.tensor([self.classes[label] for label in rows["label"]], device=step.device)
+        block = model.inner.tokenise([rows["text"]], self.config.max_length)
+        chunks = model.plan_chunks(block, step.shares(np.arange(len(block)), len(block)))
+        classes_B = torch.tensor([self.classes[label] for label in rows["label"]])
+        return LoadedLabelled(send(classes_B, step.device), chunks)
 
+    def propagate(self, step: TrainingStep, batch: LoadedLabelled) -> Tensor:
         def compute_loss() -> Tensor:
             with step.autocast():
-                logits_BC = step.parallel(chunks)
-            step.observe("accuracy", (logits_BC.argmax(1) == classes_B).float().mean())
-            weights_C = None if self.weights_C is None else self.weights_C.to(step.device)
-            return self.config.objective(logits_BC, classes_B, weights_C)
+                logits_BC = step.parallel(step.seeded(batch.chunks))
+            step.observe("accuracy", (logits_BC.argmax(1) == batch.classes_B).float().mean())
+            weights_C = None if self.weights_C is None else send(self.weights_C, step.device)
+            return self.config.objective(logits_BC, batch.classes_B, weights_C)
 
         return step.propagate(compute_loss)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         inner = cast(TextClassifier, cast(LogitsModel, model).inner)
-        device = inner.model.device
-        engine = ClassifierEngine(
-            evaluation_copy(inner, self.config),
-            dtype=evaluation_dtype(self.config.dtype, device),
-            device=device,
-            max_length=self.config.max_length,
-        )
+        engine = LiveEngine(inner, dtype=self.config.dtype, max_length=self.config.max_length)
         rows = own_rows(len(self.dev_texts)).tolist()
-        logits_NC = refuse_no_numbers(
-            engine.logits([self.dev_texts[row] for row in rows]), "classifier", "dev text"
-        )
-        best_own = logits_NC.argmax(1).astype(np.float32)
-        best = gather_rows_in_order(best_own, len(self.dev_texts))
-        predicted = [self.labels[int(number)] for number in best]
+        logits_NC = engine.logits([self.dev_texts[row] for row in rows])
+        best = gather_rows_in_order(logits_NC.argmax(1), len(self.dev_texts))
+        predicted = [self.labels[number] for number in best.tolist()]
         return {
             "accuracy": accuracy(predicted, self.dev_labels),
             "f1": macro_f1(predicted, self.dev_labels),
@@ -175,12 +182,12 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
     unknown = sorted(set(counts) - set(labels))
     if unknown:
         raise InputError(
-            f"{config.train.path}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
+            f"{config.train.origin}: label {unknown[0]!r} is not in labels {config.labels!r} ({len(unknown)} such "
             f"labels, {sum(counts[label] for label in unknown)} rows); add them there, or remove labels"
         )
     if len(counts) < 2:
         raise InputError(
-            f"{config.train.path}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
+            f"{config.train.origin}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
         )
     _name_likely_header(surveyed, counts)
     return labels, counts
@@ -212,14 +219,31 @@ def _read_labels(path: str) -> list[str]:
     return labels
 
 
+def _survey_labels(
+    given: ClassifierTrainInput | ClassifierDevConfig,
+    on_error: OnError | None,
+    quarantine: Location | None,
+    section: str,
+) -> Survey:
+    """Survey texts without labels of their own: of `paths`, or of `path` by `label_by`.
+
+    Raises:
+        InputError: as `survey_paths` and `survey_by_label`.
+    """
+    if given.paths is not None:
+        return survey_paths(given.paths, on_error, quarantine, f"{section}.paths")
+    assert given.path is not None
+    assert given.label_by is not None
+    return survey_by_label(given.path, given.label_by, on_error, quarantine, f"{section}.label_by")
+
+
 def _load_dev(
     dev: ClassifierDevConfig, classes: Mapping[str, int], set_aside: Sequence[Piece]
 ) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     labels: list[str] = []
-    if dev.path is not None and dev.label_by is not None:
-        by_label = survey_by_label(dev.path, dev.label_by, None, None, "dev.label_by")
-        rows = tables(by_label)
+    if dev.paths is not None or (dev.path is not None and dev.label_by is not None):
+        rows = tables(_survey_labels(dev, None, None, "dev"))
     else:
         rows = dev_tables(dev, "labelled", set_aside)
     for table in rows:

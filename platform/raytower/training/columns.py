@@ -19,10 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raytower.data.records import INSTRUCTION
+from raytower.models.device import load_tensor
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
 from raytower.training.batches import Rows
@@ -45,6 +48,12 @@ class TextColumns:
         return [text for column in self.documents for text in column if text is not None]
 
     @property
+    def rows_of_texts(self) -> NDArray[np.int64]:
+        """(B + R,) the row of each query, and then of each of `present_documents`."""
+        rows = [row for column in self.documents for row, text in enumerate(column) if text is not None]
+        return np.concatenate([np.arange(len(self.queries)), rows])
+
+    @property
     def asking_queries(self) -> list[str]:
         """The query of each of `present_documents`."""
         return [
@@ -57,11 +66,10 @@ class TextColumns:
     def place(self, values_R: Tensor) -> Tensor:
         """(K, B, …) values (R, …) of `present_documents` in their columns and rows; 0 where there is no document."""
         # 0 1 3 where 4 places hold a document each but the third
-        places_R = torch.tensor([text is not None for column in self.documents for text in column]).nonzero()[
-            :, 0
-        ]
+        are_there = [text is not None for column in self.documents for text in column]
+        places_R = load_tensor(np.flatnonzero(are_there), values_R.device)
         shape = (len(self.documents), len(self.queries), *values_R.shape[1:])
-        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R.to(values_R.device), values_R)
+        placed = values_R.new_zeros(shape).flatten(0, 1).index_copy(0, places_R, values_R)
         return placed.reshape(shape)
 
 
@@ -87,23 +95,19 @@ def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
     return TextColumns(queries, documents, targets, rows.get(INSTRUCTION.name))
 
 
-def prompted(
-    queries: Sequence[str], instructions: Sequence[str | None] | None, form: str | None, prefix: str
-) -> tuple[list[str], str]:
-    """The queries, and the prefix to encode them with: where rows say instructions, each stands behind its own.
+def query_prefixes(
+    instructions: Sequence[str | None] | None, form: str | None, prefix: str
+) -> str | list[str]:
+    """What stands before the queries of rows: one prefix for all or, where rows say instructions, one for each.
 
     Args:
-        queries: of the rows.
         instructions: of each query; of one that is None or blank `prefix` holds.
         form: what an instruction becomes; {} stands for it. None is the instruction alone.
         prefix: of queries without an instruction.
     """
     if instructions is None or not any(text and text.strip() for text in instructions):
-        return list(queries), prefix
-    prefixes = (
-        (form or "{}").replace("{}", text) if text and text.strip() else prefix for text in instructions
-    )
-    return [own + query for own, query in zip(prefixes, queries, strict=True)], ""
+        return prefix
+    return [(form or "{}").replace("{}", text) if text and text.strip() else prefix for text in instructions]
 
 
 def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[str | None]]]:
@@ -138,10 +142,15 @@ class JudgedPairs:
     list_lengths: list[int]
     width: int
 
+    @property
+    def rows_of_pairs(self) -> NDArray[np.int64]:
+        """(R,) the query, counted from 0, of each pair."""
+        return np.repeat(np.arange(len(self.list_lengths)), self.list_lengths)
+
     def as_lists(self, logits_R: Tensor) -> Tensor:
         """(B, K) logits, or labels, (R,) of the pairs, a row for each query; -inf where a shorter list has ended."""
-        lengths_B1 = torch.tensor(self.list_lengths)[:, None]
-        places_R = (torch.arange(self.width) < lengths_B1).flatten().nonzero()[:, 0].to(logits_R.device)
+        lengths_B1 = np.array(self.list_lengths)[:, None]
+        places_R = load_tensor(np.flatnonzero(np.arange(self.width) < lengths_B1), logits_R.device)
         filled = logits_R.new_full((len(self.list_lengths) * self.width,), -torch.inf)
         return filled.index_copy(0, places_R, logits_R).reshape(-1, self.width)
 

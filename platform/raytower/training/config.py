@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
+from raytower.data.plain_labels import keyed_by_label
 from raytower.models.config import LoraConfig, PoolingMode
 from raytower.objectives.config import (
     AnglE,
@@ -40,8 +43,10 @@ from raytower.objectives.config import (
     RankNet,
     SimCSE,
 )
+from raytower.workers import worker_counts
 
-_EVERY_STEPS = 200
+EVERY_STEPS = 200
+"""Steps between two measurements where a config says nothing."""
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
 RetrieverObjective = (
@@ -79,6 +84,8 @@ FREE_KEYS = frozenset(
     {
         "output",
         "log_dir",
+        "wandb",
+        "mlflow",
         "log_every_steps",
         "checkpoint_every_steps",
         "keep_checkpoints",
@@ -111,6 +118,9 @@ class DevConfig(Config):
 
     shorthand = "path"
 
+    graded_metric: ClassVar[str | None] = None
+    """The metric that graded labels have, where the job measures one."""
+
     path: str | None = None
     """Dev rows: a file, a folder or a glob, local or by URI; null sets `share` of the training rows aside."""
     share: float | None = Field(default=None, gt=0, lt=1)
@@ -118,15 +128,21 @@ class DevConfig(Config):
     query together, and of each label of a classifier the same share."""
     metric: str
     """What is measured; higher is better."""
-    every_steps: int | None = Field(default=None, ge=1)
-    """Steps between two measurements; null is 200, or what every_epochs says."""
     every_epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows between two measurements, in place of every_steps; 0.5 measures twice a pass."""
+    """Passes over the training rows between two measurements; 0.5 measures twice a pass. Null: every_steps says."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two measurements; null is 200, unless every_epochs says."""
     patience: int | None = Field(default=3, ge=1)
     """Evaluations in a row without a better value before training stops; null never stops it."""
 
+    @field_validator("every_steps")
+    @classmethod
+    def _known_steps(cls, steps: int | None, given: ValidationInfo) -> int | None:
+        # Here and nowhere else, so that a config of 200 and one that says nothing are one.
+        return EVERY_STEPS if steps is None and given.data.get("every_epochs") is None else steps
+
     def model_post_init(self, context: Any) -> None:
-        if self.path is None and self.share is None and not self.has_sets:
+        if not self.places and self.share is None:
             raise ValueError("dev.path is required and not given; name dev rows, or give dev.share")
         if self.path is not None and self.share is not None:
             raise ValueError(
@@ -138,14 +154,14 @@ class DevConfig(Config):
             )
 
     @property
-    def has_sets(self) -> bool:
-        """Whether the dev rows are several sets."""
-        return False
+    def each(self) -> Mapping[str, DevConfig]:
+        """The config of each dev set by name, or itself under ALONE."""
+        return {ALONE: self}
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """What is read, by the names of the keys."""
-        return {} if self.path is None else {"dev": self.path}
+    def places(self) -> tuple[str, ...]:
+        """All files, folders and globs that are read; none where `share` says."""
+        return () if self.path is None else (self.path,)
 
     @property
     def origin(self) -> str:
@@ -158,8 +174,9 @@ class DevConfig(Config):
         every_epochs need not be whole steps: the step that brings the rows seen to the next multiple is meant. Of 100
         rows at 16 a step these are steps 7, 13, 19 and 25 for every_epochs 1.
         """
-        if self.every_epochs is None:
-            return step % (self.every_steps or _EVERY_STEPS) == 0
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        assert self.every_epochs is not None
         # As a fraction, since 0.3 of 100 rows in floating point is not always 30.
         rows_between = Fraction(str(self.every_epochs)) * num_rows
         return step * rows_per_step // rows_between > (step - 1) * rows_per_step // rows_between
@@ -169,18 +186,84 @@ class DevConfig(Config):
         return self.patience is not None and stale_evaluations >= self.patience
 
 
+class TrainingWorkersConfig(FittedWorkersConfig):
+    """Workers of a training, which goes on with fewer of them while machines are missing."""
+
+    min: int | None = Field(default=None, ge=1)
+    """Fewest workers that a training goes on with where machines are lost; it takes others in when they come. null is
+    `num`: it waits for all."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.min is None or self.num is None:
+            return
+        if self.min > self.num:
+            raise ValueError(
+                f"workers.min is {self.min}, more than workers.num {self.num}; lower min or raise num"
+            )
+        if self.min < self.num and worker_counts(self.min, self.num) == [self.num]:
+            fewer = worker_counts(1, self.num)[-2]
+            raise ValueError(
+                f"workers.min is {self.min} and workers.num {self.num}; each worker takes as many of {self.num} equal "
+                f"shares of a batch as any other, so that there are {self.num} or, as the next fewer, {fewer}; lower "
+                f"min to {fewer}, or leave it out"
+            )
+
+
+class WandbConfig(Config):
+    """Where Weights & Biases keeps the run."""
+
+    shorthand = "project"
+
+    project: str = Field(default="raytower", min_length=1)
+    """Project of the run."""
+    entity: str | None = None
+    """User or team that the project belongs to; null is the default of the account."""
+    mode: Literal["offline", "online"] = "offline"
+    """offline asks no network: it writes a folder that `wandb sync` sends. online sends while training runs, with the
+    key that WANDB_API_KEY or `wandb login` gives to the worker."""
+    dir: str | None = None
+    """Local folder of its files; null is `<output>.wandb`."""
+
+
+class MlflowConfig(Config):
+    """Where MLflow keeps the run."""
+
+    shorthand = "experiment"
+
+    experiment: str = Field(default="raytower", min_length=1)
+    """Experiment of the run; it is made where there is none of this name."""
+    tracking_uri: str | None = None
+    """sqlite:///FILE, or a server's http:// or https:// address, whose user and password are MLFLOW_TRACKING_USERNAME
+    and MLFLOW_TRACKING_PASSWORD of the environment; null is the file mlflow.db beside the output."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.tracking_uri is None:
+            return
+        parts = urlsplit(self.tracking_uri)
+        if parts.username or parts.password:
+            raise ValueError(
+                "mlflow.tracking_uri holds a user or a password, which would be written into the output; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in their place"
+            )
+        if not self.tracking_uri.startswith(("sqlite:///", "http://", "https://")):
+            raise ValueError(
+                f"mlflow.tracking_uri is {self.tracking_uri!r}; give sqlite:///FILE, or the http:// or https:// "
+                "address of a server"
+            )
+
+
 class TrainInput(Config):
     """Where the training rows are."""
 
     shorthand = "path"
 
-    path: str
+    path: str | None
     """Training rows: a file, a folder or a glob, local or by URI."""
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """What is read, by the names of the keys."""
-        return {"train": self.path}
+    def places(self) -> tuple[str, ...]:
+        """All files, folders and globs that are read."""
+        return () if self.path is None else (self.path,)
 
 
 class TrainSet(Config):
@@ -195,10 +278,8 @@ class TrainSet(Config):
     theirs."""
 
 
-class MixedTrainInput(Config, Generic[SetT]):
+class MixedTrainInput(TrainInput, Generic[SetT]):
     """Where the training rows are: one set of them, or several by name."""
-
-    shorthand = "path"
 
     path: str | None = None
     """Training rows: a file, a folder or a glob, local or by URI; required unless there are sets."""
@@ -228,11 +309,8 @@ class MixedTrainInput(Config, Generic[SetT]):
             )
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """What is read, by the names of the keys."""
-        if self.path is not None:
-            return {"train": self.path}
-        return {f"train.sets.{name}": own.path for name, own in (self.sets or {}).items()}
+    def places(self) -> tuple[str, ...]:
+        return tuple(own.path for own in self.sets.values()) if self.sets else super().places
 
     def of_set(self, name: str) -> Self:
         """The rows of one of the sets alone."""
@@ -269,16 +347,18 @@ class TrainJobConfig(Config):
     epochs: float = Field(default=1, gt=0)
     """Passes over the training rows; 0.5 takes half of them."""
     dtype: TrainDtype = "bfloat16"
-    """Precision of forward passes; weights, gradients and optimizer stay in float32."""
+    """Precision of forward passes; weights that train, gradients and optimizer stay in float32. On a GPU float32 is
+    multiplied by TF32."""
     recompute: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the backbone: pays on accelerators and long runs, needs a C++ compiler."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters in place of the backbone's weights; the saved directory holds them merged."""
+    """Train low-rank adapters in place of the backbone's weights, which are held in dtype; the saved directory
+    holds them merged."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of what is drawn by chance; the same one gives the same result."""
-    workers: FittedWorkersConfig = FittedWorkersConfig()
+    workers: TrainingWorkersConfig = TrainingWorkersConfig()
     """`batch_size` is shared out evenly over them: left to the machine there are no more than divide it."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
@@ -289,6 +369,12 @@ class TrainJobConfig(Config):
     """Steps between two lines of progress."""
     log_dir: str | None = None
     """TensorBoard's event files; null is `<output>.tensorboard`."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases beside TensorBoard; needs the extra wandb. A project alone, or {}, takes the defaults; null
+    writes none."""
+    mlflow: MlflowConfig | None = None
+    """MLflow beside TensorBoard; needs the extra mlflow. An experiment alone, or {}, takes the defaults; null writes
+    none."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: Literal["all"] | Annotated[int, Field(ge=1)] | LastCheckpoints = 2
@@ -448,6 +534,8 @@ class RetrieverDevConfig(DevConfig):
     """Measuring during training: recall of dev pairs against a corpus, or, for the metrics auc, accuracy, f1 and
     spearman, the cosines of scored dev pairs."""
 
+    graded_metric: ClassVar = "spearman"
+
     split: str | None = None
     """Split of a BEIR folder, whose queries are those that qrels/<split>.tsv judges; null reads dev."""
     corpus: str | None = None
@@ -458,7 +546,7 @@ class RetrieverDevConfig(DevConfig):
     """recall@k, hit@k, mrr@k or ndcg@k of dev pairs; auc, accuracy, f1 or spearman of scored ones."""
     threshold: float | None = None
     """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
-    sets: dict[str, RetrieverDevSet] | None = None
+    sets: dict[str, RetrieverDevSet] | None = Field(default=None, min_length=1)
     """Several dev sets by name, in place of path and share. Each has a path, and of its own what it gives of `metric`,
     `split`, `corpus`, `corpus_rows`, `threshold`, `query_prefix`, `document_prefix` and `instruction_format`; the rest
     is as it stands beside the sets, and for the whole job."""
@@ -470,8 +558,6 @@ class RetrieverDevConfig(DevConfig):
         if self.sets is None:
             _check_dev_rows(self, "dev")
             return
-        if not self.sets:
-            raise ValueError("dev.sets is empty; name a set, or dev rows by dev.path")
         _check_names("dev.sets", self.sets)
         for key, given in (("path", self.path), ("share", self.share)):
             if given is not None:
@@ -483,25 +569,20 @@ class RetrieverDevConfig(DevConfig):
             _check_dev_rows(own, f"dev.sets.{name}")
 
     @property
-    def has_sets(self) -> bool:
-        return self.sets is not None
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        keys = {name: f"dev.sets.{name}" if name else "dev" for name in self.each}
-        paths = {keys[name]: own.path for name, own in self.each.items()}
-        corpora = {f"{keys[name]}.corpus": own.corpus for name, own in self.each.items()}
-        return {key: path for key, path in {**paths, **corpora}.items() if path is not None}
+    def places(self) -> tuple[str, ...]:
+        return super().places if self.sets is None else tuple(own.path for own in self.sets.values())
 
     @property
     def each(self) -> dict[str, RetrieverDevConfig]:
         """The config of each set by name: what it gives, and else what stands beside the sets; itself without sets."""
         if self.sets is None:
             return {ALONE: self}
-        return {name: self._of_set(own) for name, own in self.sets.items()}
+        return {name: self.of_set(name) for name in self.sets}
 
-    def _of_set(self, own: RetrieverDevSet) -> Self:
-        given = given_keys(own, RetrieverDevConfig)
+    def of_set(self, name: str) -> Self:
+        """The config of one of the sets."""
+        assert self.sets is not None
+        given = given_keys(self.sets[name], RetrieverDevConfig)
         metric = given.get("metric", self.metric)
         # What stands beside the sets is for those that read it.
         unread = ["corpus", "split"] if "@" not in metric else []
@@ -712,9 +793,31 @@ class TrainRerankerConfig(TrainJobConfig):
 
 
 class ClassifierTrainInput(TrainInput):
+    path: str | None = None
+    """Training rows: a file, a folder or a glob, local or by URI; null takes those of `paths`."""
     label_by: LabelBy | None = None
-    """Where labels stand if the rows are texts alone: file, in the name of each file (sports.txt); folder, in that of
-    the folder that a file lies in (sports/1.txt). Null: each row has its label."""
+    """Where labels stand if the rows of `path` are texts alone: file, in the name of each file (sports.txt); folder, in
+    that of the folder that a file lies in (sports/1.txt). Null: each row has its label."""
+    paths: dict[str, str] | None = Field(default=None, min_length=1)
+    """The texts of each label, {sports: a.jsonl, art: "art/*.txt"}, in place of `path`: a file, a folder or a glob."""
+
+    _labels_as_texts = field_validator("paths", mode="before")(keyed_by_label)
+
+    def model_post_init(self, context: Any) -> None:
+        if self.path is None and self.paths is None:
+            raise ValueError(
+                "train.path is required and not given; name labelled rows, or texts by train.paths"
+            )
+        _check_labelled_paths("train", self)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return super().places if self.paths is None else tuple(self.paths.values())
+
+    @property
+    def origin(self) -> str:
+        """Where the rows come from, for messages."""
+        return str(self.path) if self.paths is None else "train.paths"
 
 
 class ClassifierDevConfig(DevConfig):
@@ -722,9 +825,37 @@ class ClassifierDevConfig(DevConfig):
 
     label_by: LabelBy | None = None
     """Where labels stand if the dev rows are texts alone, as in train.label_by. Null: each row has its label."""
+    paths: dict[str, str] | None = Field(default=None, min_length=1)
+    """The dev texts of each label in place of `path`, as in train.paths."""
 
     metric: Literal["accuracy", "f1"] = "accuracy"
     """What is measured; f1 is the mean over labels."""
+
+    _labels_as_texts = field_validator("paths", mode="before")(keyed_by_label)
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        _check_labelled_paths("dev", self)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return super().places if self.paths is None else tuple(self.paths.values())
+
+    @property
+    def origin(self) -> str:
+        return super().origin if self.paths is None else "dev.paths"
+
+
+def _check_labelled_paths(section: str, given: ClassifierTrainInput | ClassifierDevConfig) -> None:
+    """Raise ValueError where `paths` stands beside another source of rows or labels."""
+    if given.paths is None:
+        return
+    for other in ("path", "share", "label_by"):
+        value = getattr(given, other, None)
+        if value is not None:
+            raise ValueError(
+                f"{section}.{other} is {value!r}, and {section}.paths names the texts of each label; give one of them"
+            )
 
 
 class TrainClassifierConfig(TrainJobConfig):
@@ -746,7 +877,7 @@ class TrainClassifierConfig(TrainJobConfig):
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        if self.dev is not None and self.dev.path is None and self.dev.label_by is not None:
+        if self.dev is not None and self.dev.share is not None and self.dev.label_by is not None:
             raise ValueError(
                 f"dev.label_by is {self.dev.label_by!r}, and dev.share takes dev rows from the training rows, which "
                 "have their labels by train.label_by; remove dev.label_by"

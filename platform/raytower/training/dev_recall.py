@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from raytower.data.config import NamedInput
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import INSTRUCTION
+from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
 from raytower.metrics import ranking_metrics
-from raytower.models.forward import ForwardEngine
-from raytower.training.columns import best_documents, prompted
+from raytower.training.columns import best_documents, query_prefixes
 from raytower.training.config import RetrieverDevConfig
+from raytower.training.dev_scored import ScoredPairs
 from raytower.training.inputs import dev_tables
 from raytower.training.shares import gather_rows_in_order, own_rows
 
@@ -100,7 +102,7 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
             places.setdefault(document, len(places))
     corpus = config.path if config.corpus is None and judged is not None else config.corpus
     if corpus is not None:
-        surveyed = survey_input(NamedInput(path=corpus), "corpus")
+        surveyed = survey_input(NamedInput(path=corpus), "corpus", remember=remembered)
         wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
         for (text,) in _survey_rows(surveyed, ("text",)):
             if text not in places and _position(text) < wanted:
@@ -124,8 +126,26 @@ def _judgements(config: RetrieverDevConfig) -> dict[str, dict[str, float]] | Non
     return read_qrels(config.path, config.split or "dev")
 
 
+class TextEngine(Protocol):
+    """Gives the vectors (N, D) of texts behind a prefix, or each behind its own, on a device or in the CPU's memory."""
+
+    def encode(
+        self, texts: Sequence[str], prefix: str | Sequence[str] = ""
+    ) -> Tensor | NDArray[np.float32]: ...
+
+
+def encode_queries(
+    engine: TextEngine, dev: DevSet | ScoredPairs, instruction_format: str | None, prefix: str
+) -> Tensor | NDArray[np.float32]:
+    """(own rows, D) the vectors of this worker's queries, behind `prefix` or each behind its instruction."""
+    rows = own_rows(len(dev.queries)).tolist()
+    said = None if dev.instructions is None else [dev.instructions[row] for row in rows]
+    before = query_prefixes(said, instruction_format, prefix)
+    return engine.encode([dev.queries[row] for row in rows], before)
+
+
 def evaluate_recall(
-    engine: ForwardEngine,
+    engine: TextEngine,
     dev: DevSet,
     metric: str,
     prefixes: tuple[str, str],
@@ -133,14 +153,15 @@ def evaluate_recall(
 ) -> dict[str, float]:
     """Recall@1, @10, MRR@10, nDCG@10 and `metric`; all workers call it together and get the same values.
 
+    Vectors are compared where the engine leaves them.
+
     Raises:
         InputError: `metric` is unknown.
     """
     own_corpus = own_rows(len(dev.corpus))
-    texts, prefix = prompted(dev.queries, dev.instructions, instruction_format, prefixes[0])
-    own_queries = [texts[row] for row in own_rows(len(texts)).tolist()]
-    query_QD = gather_rows_in_order(engine.encode(own_queries, prefix), len(dev.queries))
-    corpus_CD = torch.from_numpy(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
+    own_queries = encode_queries(engine, dev, instruction_format, prefixes[0])
+    query_QD = gather_rows_in_order(own_queries, len(dev.queries))
+    corpus_CD = torch.as_tensor(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
     name, _, k = metric.partition("@")
     own_k = {int(k)}
     cutoffs = sorted({1, 10} | own_k)
@@ -167,7 +188,8 @@ def _rank_documents(
     query_QD: Tensor, corpus_CD: Tensor, own_corpus: NDArray[np.int64], depth: int
 ) -> NDArray[np.int64]:
     """Corpus positions of the best documents over all workers, (Q, K), best first; -1 where there are no more."""
-    places_C = torch.from_numpy(own_corpus)
+    device = corpus_CD.device
+    places_C = torch.from_numpy(own_corpus).to(device)
     kept = min(depth, len(corpus_CD))
     scores, places = [], []
     for block_qD in query_QD.split(256):
@@ -175,8 +197,8 @@ def _rank_documents(
         scores.append(top.values)
         places.append(places_C[top.indices])
     # Workers' shares may differ by one text, so short lists are filled with scores that never win.
-    score_QK = torch.full((len(query_QD), depth), -torch.inf)
-    place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64)
+    score_QK = torch.full((len(query_QD), depth), -torch.inf, device=device)
+    place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64, device=device)
     score_QK[:, :kept], place_QK[:, :kept] = torch.cat(scores), torch.cat(places)
     all_score = torch.cat(gather_constants(score_QK).split(len(query_QD)), dim=1)
     all_place = torch.cat(gather_constants(place_QK).split(len(query_QD)), dim=1)
@@ -184,7 +206,7 @@ def _rank_documents(
     ranked = torch.gather(all_place, 1, best.indices)
     # Where the corpus is smaller than the depth, fillers remain at the end; -1 makes them name no document.
     ranked[torch.isinf(best.values)] = -1
-    return ranked.numpy()
+    return ranked.cpu().numpy()
 
 
 def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:

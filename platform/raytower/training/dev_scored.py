@@ -64,9 +64,14 @@ def load_scored_pairs(
         return ScoredPairs(queries, documents, labels, said)
     wrong = [label for label in found if label not in (-1, 0, 1)]
     if wrong or found == [-1, 0, 1]:
+        remedy = (
+            f"use {dev.graded_metric} for graded labels"
+            if dev.graded_metric
+            else "auc, accuracy and f1 all do, and this job measures nothing else; name rows of two classes by dev.path"
+        )
         raise InputError(
             f"{dev.origin} has the labels {[f'{label:g}' for label in found[:5]]}; dev.metric {metric} needs two "
-            "classes, 0 (or -1) and 1; use spearman for graded labels"
+            f"classes, 0 (or -1) and 1; {remedy}"
         )
     if len(found) < 2:
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ from raytower.progress import log
 from raytower.training.normalised import normalised
 
 Hashes = NDArray[np.uint64]
+
+_NAMED_LABELS = 5
 
 
 def choose_keys(hashes_N: Hashes, strata_N: NDArray[np.int64], share: float) -> Hashes:
@@ -40,10 +43,26 @@ def choose_keys(hashes_N: Hashes, strata_N: NDArray[np.int64], share: float) -> 
     return np.concatenate(chosen)
 
 
+def give_back(chosen_C: Hashes, hashes_N: Hashes, strata_N: NDArray[np.int64]) -> Hashes:
+    """The chosen hashes without one of each stratum that would be left with no row: the last of its draw.
+
+    A stratum may lose its rows to another one too, where both have a text.
+
+    Args:
+        chosen_C: (C,) sorted.
+        hashes_N, strata_N: as in `choose_keys`.
+    """
+    num_left_S = np.bincount(strata_N, weights=~_are_among(hashes_N, chosen_C))
+    last_S = np.zeros(len(num_left_S), dtype=np.uint64)
+    np.maximum.at(last_S, strata_N, hashes_N)
+    return np.setdiff1d(chosen_C, last_S[num_left_S == 0])
+
+
 def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
     """The survey of the rows that are trained; its `set_aside` are pieces with the others.
 
-    Labels are strata where rows are single texts: every label keeps its share. Memory holds 16 bytes a row.
+    Labels are strata where rows are single texts: every label keeps its share, and a row at least that is trained.
+    Memory holds 16 bytes a row.
 
     Raises:
         InputError: one of the sides would be empty.
@@ -60,7 +79,10 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
         else:
             strata.append(np.zeros(table.num_rows, dtype=np.int64))
     all_hashes = np.concatenate(hashes)
-    chosen = np.unique(choose_keys(all_hashes, np.concatenate(strata), share))
+    all_strata = np.concatenate(strata)
+    chosen = np.unique(choose_keys(all_hashes, all_strata, share))
+    if labels:
+        chosen = give_back(chosen, all_hashes, all_strata)
     num_dev = int(_are_among(all_hashes, chosen).sum())
     if not 0 < num_dev < surveyed.num_rows:
         side = "dev" if num_dev == 0 else "training"
@@ -78,9 +100,24 @@ def set_dev_aside(surveyed: Survey, share: float, seed: int) -> Survey:
             trained.append(dataclasses.replace(_pick(piece, ~is_dev), first_row=first_row))
             first_row += trained[-1].num_rows
     log(f"dev.share {share:g}: {num_dev:,} rows are set aside to measure with, {first_row:,} are trained")
+    if labels:
+        _say_labels_without_dev_rows(list(labels), all_strata[_are_among(all_hashes, chosen)])
     return dataclasses.replace(
-        surveyed, pieces=tuple(trained), num_rows=first_row, set_aside=tuple(set_aside)
+        surveyed,
+        pieces=tuple(trained),
+        num_rows=first_row,
+        set_aside=tuple(set_aside),
+        content=surveyed.content and f"{surveyed.content} without {share!r} by {seed}",
     )
+
+
+def _say_labels_without_dev_rows(labels: Sequence[str], dev_strata: NDArray[np.int64]) -> None:
+    """Log the labels, in the order of their numbers, that `dev_strata`, the numbers of the dev rows, hold none of."""
+    missing = np.setdiff1d(np.arange(len(labels)), dev_strata)
+    if len(missing):
+        names = ", ".join(repr(labels[number]) for number in missing[:_NAMED_LABELS])
+        more = " and others" if len(missing) > _NAMED_LABELS else ""
+        log(f"{len(missing):,} of {len(labels):,} labels have no dev row: {names}{more}")
 
 
 def _are_among(hashes_N: Hashes, sorted_C: Hashes) -> NDArray[np.bool_]:

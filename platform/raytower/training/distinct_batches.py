@@ -9,87 +9,112 @@ The head completes the batch that the windows before have begun, the tail begins
 window's own rows, whatever came before; then the head by the tail of the windows before; so what a window's order
 depends on never reaches further back than the batch that it continues.
 
+Values are compared by 64-bit hashes, which workers send each other in place of texts. In one window of 100,000 rows
+among four thousand million two values have one hash by chance; then their rows keep apart for nothing.
+
 Shape legend: N rows of a window, C columns that tell rows apart, m batches of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 Codes = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
 
 # Batches that a row is offered to before it is put where it shares something. A row is refused by the batches that have
 # its value already; even where half of them do, 64 in a row are one chance in 10^19.
 _MOST_SKIPS = 64
 _NONE = -1
+_NO_VALUE = 0
 
 
-def spread_duplicates(
-    windows: Iterable[pa.Table],
-    batch_size: int,
-    columns: Sequence[str],
-    *,
-    seed: int,
-    first_row: int = 0,
-    tell: Callable[[str], None] = lambda message: None,
-) -> Iterator[pa.Table]:
-    """The windows, each with its rows in an order in which batches share no value of `columns`; null equals nothing.
+class DistinctOrders:
+    """Of one window after the other, an order in which batches share no value; null equals nothing.
 
     A row that has no such place comes all the same, because a run must not end for it: objectives mask what is known
-    to be relevant. Of a list of documents the first one counts.
-
-    Args:
-        windows: rows of each window, in their shuffled order.
-        batch_size: rows of a batch; batches go on from one window to the next.
-        columns: what no two rows of a batch should share.
-        seed: decides the order, with the position of the window in the run.
-        first_row: rows of the run before the first window. The batch that it may continue counts as empty.
-        tell: gets one message, for the first window with rows that share a value all the same.
+    to be relevant.
     """
-    begun: pa.Table | None = None
-    row, told = first_row, False
-    for table in windows:
-        open_rows = 0 if begun is None else begun.num_rows
-        rows = table if begun is None else pa.concat_tables([begun, table])
-        codes = value_codes(rows, columns)
-        head = -row % batch_size
-        order = distinct_order(
-            codes[open_rows:], codes[:open_rows], head, batch_size, np.random.default_rng([seed, row])
-        )
-        table = table.take(order)
-        ordered = np.concatenate([codes[:open_rows], codes[open_rows:][order]])
-        sharing = count_sharing(ordered, open_rows + head, batch_size)
-        if sharing and not told:
-            told = True
-            tell(
-                f"sampler no_duplicates: {sharing:,} of {len(order):,} rows share a {' or '.join(columns)} with "
-                f"another row of their batch, for want of batches; those known to be relevant are masked. A smaller "
-                "batch_size or a larger shuffle_rows makes them fewer"
+
+    def __init__(
+        self,
+        batch_size: int,
+        columns: Sequence[str],
+        *,
+        seed: int,
+        first_row: int = 0,
+        tell: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            batch_size: rows of a batch; batches go on from one window to the next.
+            columns: names of what no two rows of a batch should share, for the message.
+            seed: decides the order, with the position of the window in the run.
+            first_row: rows of the run before the first window. The batch that it may continue counts as empty.
+            tell: gets one message, for the first window with rows that share a value all the same.
+        """
+        self._batch_size = batch_size
+        self._columns = columns
+        self._seed = seed
+        self._row = first_row
+        self._tell = tell
+        self._told = False
+        self._begun: Hashes = np.empty((0, len(columns)), dtype=np.uint64)
+
+    def next_order(self, hashes_NC: Hashes) -> NDArray[np.int64]:
+        """(N,) the rows of the next window in their new order; `hashes_NC` as `value_hashes`, in the shuffled one."""
+        open_rows = len(self._begun)
+        codes = value_codes(np.concatenate([self._begun, hashes_NC]))
+        head = -self._row % self._batch_size
+        random = np.random.default_rng([self._seed, self._row])
+        order_N = distinct_order(codes[open_rows:], codes[:open_rows], head, self._batch_size, random)
+        ordered = np.concatenate([codes[:open_rows], codes[open_rows:][order_N]])
+        sharing = count_sharing(ordered, open_rows + head, self._batch_size)
+        if sharing and not self._told:
+            self._told = True
+            self._tell(
+                f"sampler no_duplicates: {sharing:,} of {len(order_N):,} rows share a {' or '.join(self._columns)} "
+                "with another row of their batch, for want of batches; those known to be relevant are masked. A "
+                "smaller batch_size or a larger shuffle_rows makes them fewer"
             )
-        row += table.num_rows
-        in_batch = min(row % batch_size, open_rows + table.num_rows)
-        rows = table if begun is None else pa.concat_tables([begun, table])
-        begun = rows.slice(rows.num_rows - in_batch)
-        yield table
+        self._row += len(order_N)
+        rows = np.concatenate([self._begun, hashes_NC[order_N]])
+        in_batch = min(self._row % self._batch_size, len(rows))
+        self._begun = rows[len(rows) - in_batch :]
+        return order_N
 
 
-def value_codes(table: pa.Table, columns: Sequence[str]) -> Codes:
-    """(N, C) a number for each value; equal ones in a column have the same, no two columns share one, null is -1."""
-    codes = np.full((table.num_rows, len(columns)), _NONE, dtype=np.int64)
-    first = 0
+def value_hashes(table: pa.Table, columns: Sequence[str]) -> Hashes:
+    """(N, C) a hash of each value, the same in every process; 0 for null. Of a list of documents the first counts."""
+    hashes = np.empty((table.num_rows, len(columns)), dtype=np.uint64)
     for place, name in enumerate(columns):
         column = table[name]
         if pa.types.is_list(column.type):
             column = pc.list_element(column, 0)
-        chunks = column.dictionary_encode().unify_dictionaries().chunks
-        own = np.concatenate([pc.fill_null(chunk.indices, _NONE).to_numpy() for chunk in chunks])
-        codes[:, place] = np.where(own == _NONE, _NONE, own + first)
-        first += len(chunks[0].dictionary)
+        own = pd.util.hash_array(column.to_numpy())
+        hashes[:, place] = np.where(column.is_null().to_numpy(), np.uint64(_NO_VALUE), own)
+    return hashes
+
+
+def value_codes(hashes_NC: Hashes) -> Codes:
+    """(N, C) a number for each value, by its first row; equal ones in a column have the same, no two columns share one.
+
+    Null is -1. Of the columns `a b a`, `x null x` the codes are 0 2, 1 -1, 0 2.
+    """
+    codes = np.full(hashes_NC.shape, _NONE, dtype=np.int64)
+    first = 0
+    for place, column in enumerate(hashes_NC.T):
+        is_value = column != _NO_VALUE
+        own, values = pd.factorize(column[is_value])
+        codes[is_value, place] = own + first
+        first += len(values)
     return codes
 
 

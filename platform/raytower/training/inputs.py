@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -20,10 +20,11 @@ from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
-from raytower.data.sources import find_files, refuse_output_inside
+from raytower.data.sources import refuse_output_inside
+from raytower.data.survey_notes import counted, remembered
 from raytower.errors import InputError
 from raytower.progress import log
-from raytower.storage import known_sha256
+from raytower.storage import Location, known_sha256
 from raytower.training.config import DevConfig, TrainJobConfig
 from raytower.training.dev_split import set_dev_aside
 
@@ -72,7 +73,9 @@ def survey_training(
     reasons = []
     for kind in candidates:
         try:
-            surveyed = survey_input(source, kind, on_error=config.on_error, quarantine=quarantine)
+            surveyed = survey_input(
+                source, kind, on_error=config.on_error, quarantine=quarantine, remember=remembered
+            )
         except InputError as error:
             if len(candidates) == 1:
                 raise
@@ -154,20 +157,20 @@ def dev_tables(
     if split is None and is_beir(source):
         # Never the training split, which is what a reader of pairs would take.
         source = DevRows(path=dev.path, split="dev")
-    return tables(survey_input(source, kind))
+    return tables(survey_input(source, kind, remember=remembered))
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
     """Raise InputError if all rows have the same text in one of `columns`: no row would have a negative.
 
-    Of a list of documents the first one counts. It reads until every column has two texts, mostly one piece.
+    Of pairs that share their query, each document is known to be relevant to it; of those that share their document,
+    that one. It reads until every column has two texts, mostly one piece.
     """
     first: dict[str, str] = {}
     open_columns = list(columns)
     for table in tables(survey):
         for name in list(open_columns):
-            column = table[name]
-            values = pc.unique(pc.list_element(column, 0) if pa.types.is_list(column.type) else column)
+            values = pc.unique(table[name])
             text = first.setdefault(name, values[0].as_py())
             if len(values) > 1 or values[0].as_py() != text:
                 open_columns.remove(name)
@@ -176,8 +179,37 @@ def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:
     name = open_columns[0]
     raise InputError(
         f"all {survey.num_rows} training rows have the same {name}, {first[name][:60]!r}: there is nothing to tell "
-        "apart, and no row has a negative; check the columns of the file"
+        "apart, and no row has a negative; check the columns of the file, add rows with others, or give rows negatives "
+        "of their own (triples, candidates)"
     )
+
+
+def refuse_no_negative(survey: Survey) -> None:
+    """Raise InputError if no triple, or list of candidates, has a negative.
+
+    A row brings negatives of its own, so that rows may share their query, or their document. Only where all ask one
+    query may another row judge each negative relevant to it. It reads until there are two queries, mostly one piece.
+    """
+    queries: set[str] = set()
+    relevant: set[str] = set()
+    negatives: set[str] = set()
+    for table in tables(survey):
+        queries.update(pc.unique(pc.utf8_trim_whitespace(table["query"])).to_pylist())
+        if len(queries) > 1:
+            return
+        if "documents" in table.column_names:
+            lists = table["documents"].to_pylist()
+        else:
+            lists = list(zip(table["document"].to_pylist(), table["negative"].to_pylist(), strict=True))
+        for first, *others in lists:
+            relevant.add(first.strip())
+            negatives.update(text.strip() for text in others)
+    if negatives <= relevant:
+        raise InputError(
+            f"all {survey.num_rows} training rows have the same query, {queries.pop()[:60]!r}, and each of their "
+            "negatives is the document of another row, which is relevant to that query: no row has a negative; check "
+            "the columns of the file, or add rows with other queries"
+        )
 
 
 def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
@@ -213,10 +245,7 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
     """
     if "documents" not in survey.schema.names:
         return None
-    rows_of: Counter[int] = Counter()
-    for table in tables(survey):
-        lengths, counts = np.unique(pc.list_value_length(table["documents"]).to_numpy(), return_counts=True)
-        rows_of.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    rows_of = dict(counted(survey, "lengths of lists", lambda: _count_lengths(survey)))
     longest = max(rows_of)
     count = longest if wanted is None else min(wanted, longest)
     if wanted is not None and longest < wanted:
@@ -236,6 +265,15 @@ def count_documents(survey: Survey, wanted: int | None) -> int | None:
     return count
 
 
+def _count_lengths(survey: Survey) -> list[tuple[int, int]]:
+    """Each length of a candidate list, and how many rows have it."""
+    rows_of: Counter[int] = Counter()
+    for table in tables(survey):
+        lengths, counts = np.unique(pc.list_value_length(table["documents"]).to_numpy(), return_counts=True)
+        rows_of.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    return list(rows_of.items())
+
+
 def sample_rows(survey: Survey, num_rows: int) -> pa.Table:
     """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time."""
     count = min(_SAMPLED_PIECES, len(survey.pieces))
@@ -248,9 +286,9 @@ def sample_rows(survey: Survey, num_rows: int) -> pa.Table:
     return pa.concat_tables(sampled)
 
 
-def content_hash(path: str) -> str:
-    """Hash over the content of all files of an input: a file, a folder or a glob."""
+def content_hash(files: Iterable[Location]) -> str:
+    """Hash over names and content of the files of an input."""
     digest = hashlib.sha256()
-    for file in find_files(path).files:
-        digest.update(f"{file.location.name} {known_sha256(file.location)}\n".encode())
+    for file in files:
+        digest.update(f"{file.name} {known_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]

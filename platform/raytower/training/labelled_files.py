@@ -1,9 +1,9 @@
-"""Labels that stand in the names of files or folders: one file, or one folder, a class."""
+"""Labels that stand in the names of files or folders, or that the config names: one file, or one folder, a class."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from raytower.config import OnError
@@ -12,6 +12,7 @@ from raytower.data.pieces import Piece, Survey, survey
 from raytower.data.plain_labels import plain_label
 from raytower.data.records import canonical_schema
 from raytower.data.sources import SourceFile, find_files
+from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
 from raytower.storage import Location
 from raytower.training.config import LabelBy
@@ -33,10 +34,44 @@ def survey_by_label(
     Raises:
         InputError: nothing to read, a file that has no label of its own, or bad rows.
     """
+    labelled = [(_label_of(file, label_by, path, key), file) for file in find_files(path).files]
+    return _survey(labelled, on_error, quarantine)
+
+
+def survey_paths(
+    paths: Mapping[str, str], on_error: OnError | None, quarantine: Location | str | None, key: str
+) -> Survey:
+    """Survey texts as labelled rows, whose labels the config names.
+
+    Args:
+        paths: of each label a file, a folder or a glob.
+        on_error, quarantine: as `survey_by_label`.
+        key: of `paths` in the config, for messages.
+
+    Raises:
+        InputError: nothing to read, a file under two labels, or bad rows.
+    """
+    label_of: dict[str, str] = {}
+    labelled = []
+    for label, path in paths.items():
+        for file in find_files(path).files:
+            other = label_of.setdefault(str(file), label)
+            if other != label:
+                raise InputError(
+                    f"{key} has {file} under {other!r} and under {label!r}; a text has one label: keep one of them"
+                )
+            labelled.append((label, file))
+    return _survey(labelled, on_error, quarantine)
+
+
+def _survey(
+    labelled: Sequence[tuple[str, SourceFile]], on_error: OnError | None, quarantine: Location | str | None
+) -> Survey:
     surveys = []
-    for file in find_files(path).files:
-        label = _label_of(file, label_by, path, key)
-        surveyed = survey(NamedInput(path=str(file)), "lines", on_error=on_error, quarantine=quarantine)
+    for label, file in labelled:
+        surveyed = survey(
+            NamedInput(path=str(file)), "lines", on_error=on_error, quarantine=quarantine, remember=remembered
+        )
         surveys.append((label, surveyed))
     return _joined(surveys, quarantine)
 

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 import ray.train.torch
+import ray.util
 import torch
 
+from raytower.collectives import gather_constants
 from raytower.config import WorkersConfig
 from raytower.errors import InputError, RaytowerError, find_cause
-from raytower.models.device import is_out_of_memory
+from raytower.models.ahead import Ahead
+from raytower.models.device import is_out_of_memory, multiply_fast
+from raytower.models.directory import set_num_threads
 from raytower.progress import log
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError, one_line
-from raytower.training.batches import Rows, worker_slice
+from raytower.training import notice
+from raytower.training.backbone import narrow_base
+from raytower.training.batches import Rows
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainJobConfig
-from raytower.training.events import EventLog
+from raytower.training.exchange import Alone, GroupExchange
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.run_log import RunLog
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
+from raytower.training.trackers import TrackedRun
+from raytower.training.uploads import Uploads
 from raytower.training.word_gradients import WordGradients
 
 
@@ -42,11 +53,14 @@ class TrainingPlan:
     stream: StreamPlan
     num_steps: int
     workers: WorkersConfig
+    """What each of them holds, and how many there are at most."""
     storage: Location
     """Where checkpoints and the output go; every worker must be able to write there."""
     log_dir: Location
     failure_file: Location
     """Where a worker leaves the failure that ends the run for all of them."""
+    tracked: TrackedRun | None = None
+    """What trackers are told of the run; None without trackers."""
 
 
 @dataclass
@@ -74,14 +88,18 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     """
     plan: TrainingPlan = loop_config["plan"]
     context = ray.train.get_context()
-    torch.set_num_threads(plan.workers.num_threads)
+    set_num_threads(plan.workers.num_threads)
+    # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
+    os.environ["RAYON_NUM_THREADS"] = str(plan.workers.num_threads)
     try:
         if plan.failure_file.is_file():
             return dict(plan.failure_file.read_json())
         probe_storage(plan.storage, context.get_world_rank())
-        return _Worker(plan).run()
+        # However the run ends, the last checkpoint on its way arrives.
+        with Uploads() as uploads:
+            return _Worker(plan, uploads).run()
     except Exception as error:
-        failure = lasting_failure(error, plan.config.batch_size // plan.workers.num)
+        failure = lasting_failure(error, plan.config.batch_size // context.get_world_size())
         if failure is None:
             raise
         # All workers see the same mean loss and stop together. Any other failure may be one worker's, for which the
@@ -117,19 +135,32 @@ def lasting_failure(error: Exception, num_rows: int) -> dict[str, Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class _LoadedStep:
+    """This worker's rows of the batches of one optimizer step, and what the task made of them."""
+
+    rows: list[Rows]
+    batches: list[Any]
+
+
 class _Worker:
-    def __init__(self, plan: TrainingPlan) -> None:
+    def __init__(self, plan: TrainingPlan, uploads: Uploads) -> None:
         self.plan = plan
+        self.uploads = uploads
         self.config = config = plan.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.progress = Progress()
+        self._saved_step = 0
         with _checkpoint_folder() as folder:
             # A checkpoint's model directory has its adapters merged, and lacks what is not published. A run with such
             # weights builds the model that it began with and then loads them.
             start_from = folder / MODEL_DIR if folder and not plan.task.keeps_weights_apart else None
             device = ray.train.torch.get_device()
-            self.model = plan.task.build(start_from, device).to(device).train()
+            multiply_fast(getattr(torch, config.dtype), device)
+            self.model = plan.task.build(start_from, device)
+            narrow_base(self.model, config)
+            self.model = self.model.to(device).train()
             if folder and plan.task.keeps_weights_apart:
                 load_trainable(self.model, folder)
             optimizer = make_optimizer(self.model, config.optimizer)
@@ -144,27 +175,52 @@ class _Worker:
                 dtype=getattr(torch, config.dtype),
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=config.seed,
+                num_shares=plan.workers.num,
                 parallel=data_parallel(self.model, words) if self.world_size > 1 else None,
                 words=words,
             )
             if folder:
                 self.progress = Progress(**load_state(self.step, folder))
+                self._saved_step = self.progress.step
                 self._say(f"continuing from step {self.progress.step} of {plan.num_steps}")
+            if self.world_size < plan.workers.num:
+                self._say(f"{self.world_size} of {plan.workers.num} workers are there, and begin")
             if device.type == "cpu" and torch.cuda.is_available():
                 self._say("a GPU is there and not used: set workers.num_gpus to 1")
         self.events = None
         if self.rank == 0:
-            self.events = EventLog(plan.log_dir, self.progress.step + 1)
+            self.events = RunLog(plan.log_dir, self.progress.step + 1, plan.tracked)
 
     def run(self) -> dict[str, Any]:
+        try:
+            figures = self._train()
+        except notice.EndedForNow:
+            raise
+        except Exception:
+            if self.events is not None:
+                self.events.fail()
+            raise
+        if self.events is not None:
+            self.events.close()
+        return figures
+
+    def _train(self) -> dict[str, Any]:
+        skipped = self.progress.step * self.config.accumulate_batches
+        exchange = Alone() if self.world_size == 1 else _join_exchange()
+        stream = stream_batches(self.plan.stream, skipped, self._say, exchange)
+        num_left = 0 if self._is_over() else self.plan.num_steps - self.progress.step
+        # The next step's batches are read, tokenised and sent to the device while this step is computed.
+        with closing(stream), Ahead(self._load_step, itertools.repeat(stream, num_left)) as ahead:
+            return self._make_steps(ahead)
+
+    def _make_steps(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
-        accumulated = self.config.accumulate_batches
-        rows_per_step = self.config.batch_size * accumulated
+        rows_per_step = self.config.batch_size * self.config.accumulate_batches
         num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
-        batches = stream_batches(plan.stream, progress.step * accumulated, self._say)
+        steps = iter(ahead)
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while not self._is_over():
-            loss = self._make_step([next(batches) for _ in range(accumulated)])
+            loss = self._make_step(next(steps))
             for name, value in self.step.observed.items():
                 progress.observed.setdefault(name, []).append(value)
             progress.step += 1
@@ -173,12 +229,12 @@ class _Worker:
             if last or progress.step % self.config.log_every_steps == 0:
                 self._log(loss, (progress.step - first_step) / (time.perf_counter() - started))
             if dev is not None and (last or dev.is_due(progress.step, rows_per_step, num_rows)):
+                ahead.rest()  # the tokenizer of the next batch serves the dev rows, too
                 self._evaluate()
             elif last or progress.step % self.config.checkpoint_every_steps == 0:
-                # This checkpoint is only there to continue from, so it counts as the worst by the metric.
-                self._report({} if dev is None else {dev.metric: float("-inf")})
-        if self.events is not None:
-            self.events.close()
+                ahead.rest()  # it is saved with the model
+                self._report_to_continue()
+            self._end_on_notice(ahead)
         return {
             "steps": progress.step,
             "seconds": round(progress.seconds, 3),
@@ -188,12 +244,19 @@ class _Worker:
             "curve": progress.curve,
         }
 
-    def _make_step(self, batches: list[Rows]) -> float:
-        shares = [worker_slice(rows, self.rank, self.world_size) for rows in batches]
+    def _load_step(self, batches: Iterator[Rows]) -> _LoadedStep:
+        """Read this worker's rows of the next step and load them; in the thread that works ahead."""
+        if self.step.device.type == "cuda":
+            torch.cuda.set_device(self.step.device)  # a thread begins at the machine's first one
+        rows = [next(batches) for _ in range(self.config.accumulate_batches)]
+        return _LoadedStep(rows, [self.plan.task.load_batch(self.step, each) for each in rows])
+
+    def _make_step(self, loaded: _LoadedStep) -> float:
+        """One step on this worker's rows of the batches."""
         try:
-            return self.step.run(self.progress.step, shares, self.plan.task.backward)
+            return self.step.run(self.progress.step, loaded.batches, self.plan.task.propagate)
         except NotANumberError as error:
-            columns = batches[error.batch].values()
+            columns = loaded.rows[error.batch].values()
             text = next(values[0] for values in columns if isinstance(values[0], str))
             raise NotANumberError(
                 f"{error} at step {self.progress.step + 1}, whose batch begins with {text[:80]!r}; training has "
@@ -206,6 +269,34 @@ class _Worker:
         dev = self.plan.task.dev
         impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
+
+    def _end_on_notice(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> None:
+        """End all workers once a checkpoint of this step is stored, where one has been told that it will be ended.
+
+        A measurement that is due in this step comes before: the run would go on behind it.
+
+        Raises:
+            EndedForNow: on every worker.
+        """
+        reason = notice.given()
+        told = gather_constants(torch.tensor([[float(reason is not None)]]))
+        if self._is_over() or not told.any():
+            return
+        if self._saved_step < self.progress.step:
+            ahead.rest()  # its tokenizer is saved with the model
+            self._report_to_continue()
+        self.uploads.wait()
+        # The first worker that ends has Ray Train end all: none does before the checkpoint counts.
+        gather_constants(told)
+        why = reason or "another worker will be ended"
+        message = f"{why}: all workers start anew from the checkpoint of step {self.progress.step}"
+        self._say(message)
+        raise notice.EndedForNow(message)
+
+    def _report_to_continue(self) -> None:
+        """Report a checkpoint that is only there to continue from: it counts as the worst by the metric."""
+        dev = self.plan.task.dev
+        self._report({} if dev is None else {dev.metric: float("-inf")})
 
     def _evaluate(self) -> None:
         """Measure on dev and report a checkpoint."""
@@ -238,19 +329,20 @@ class _Worker:
     def _report(self, metrics: dict[str, float]) -> None:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""
         values = {**metrics, "step": self.progress.step}
+        self._saved_step = self.progress.step
         if self.rank:
             ray.train.report(values)
             return
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            info = {"history": self.progress.history, "curve": self.progress.curve}
-            self.plan.task.save(self.model, folder / MODEL_DIR, info)
-            if self.plan.task.keeps_weights_apart:
-                save_trainable(self.model, folder)
-            save_state(self.step, asdict(self.progress), folder)
-            ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(name))
+        self.uploads.begin(values, self._save)
         if self.events is not None:
             self.events.flush()
+
+    def _save(self, folder: Path) -> None:
+        info = {"history": self.progress.history, "curve": self.progress.curve}
+        self.plan.task.save(self.model, folder / MODEL_DIR, info)
+        if self.plan.task.keeps_weights_apart:
+            save_trainable(self.model, folder)
+        save_state(self.step, asdict(self.progress), folder)
 
     def _log(self, loss: float, steps_per_second: float) -> None:
         progress = self.progress
@@ -275,6 +367,18 @@ class _Worker:
     def _say(self, message: str) -> None:
         if self.rank == 0:
             log(message)
+
+
+def _join_exchange() -> GroupExchange:
+    """This worker's end of the exchange of rows, reached at the address by which Ray knows this node.
+
+    Left alone gloo listens where the name of the machine leads, which on many clusters is the machine itself.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, known in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in known):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return GroupExchange()
 
 
 def probe_storage(storage: Location, rank: int | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -81,7 +81,7 @@ def model_card(
     """
     kind = _kind_of(config)
     name = PurePosixPath(config.output).name
-    base = config.start if _HUB_ID.fullmatch(config.start) and not config.start.startswith(".") else None
+    base = config.start if _is_hub_id(config.start) else None
     data = ModelCardData(
         library_name=kind.library,
         pipeline_tag=kind.task,
@@ -103,6 +103,11 @@ def _kind_of(config: TrainJobConfig) -> _Kind:
     if isinstance(config, TrainRerankerConfig):
         return _RERANKER
     return _CLASSIFIER if isinstance(config, TrainClassifierConfig) else _ENCODER
+
+
+def _is_hub_id(start: str) -> bool:
+    """Whether a model of a hub is meant, and not a folder such as runs/encoder, which may look like one."""
+    return _HUB_ID.fullmatch(start) is not None and not start.startswith(".") and not Path(start).exists()
 
 
 def _origin(config: TrainJobConfig, base: str | None) -> str:

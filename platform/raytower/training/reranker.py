@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -12,27 +13,29 @@ from transformers import PreTrainedModel
 
 from raytower.collectives import gather_constants
 from raytower.data.pieces import Piece, Survey
+from raytower.models.chunks import Chunk
 from raytower.models.compute import check_max_length
-from raytower.models.cross_encoder import CausalCrossEncoder, CrossEncoder, CrossScorer
+from raytower.models.cross_encoder import CausalCrossEncoder, CrossEncoder
+from raytower.models.device import send
 from raytower.models.logits_model import LogitsModel
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
     PROBE,
-    evaluation_copy,
     freeze_unreached,
     merged_copy,
     prepare_backbone,
 )
 from raytower.training.batches import Rows, num_rows
-from raytower.training.columns import judged_pairs
+from raytower.training.columns import JudgedPairs, judged_pairs
 from raytower.training.config import ALONE, TrainRerankerConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, survey_training
+from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
 from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
-from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
+from raytower.training.shares import gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
 from raytower.training.task import RowSet, Task
 
@@ -41,6 +44,17 @@ _CPU = torch.device("cpu")
 _LISTWISE = ("pairwise_margin", "listwise_softmax", "rank_net", "lambda_loss")
 # Of these, the ones that read the scores of all documents; the others know the first one as the relevant one.
 _GRADED = ("rank_net", "lambda_loss")
+
+
+@dataclass(frozen=True)
+class LoadedPairs:
+    """A batch for the step: R pairs, their labels (R,) and chunks of their tokens, both on the device."""
+
+    own: RowSet[TrainRerankerConfig]
+    """The set that it is of."""
+    pairs: JudgedPairs
+    labels_R: Tensor  # noqa: N815 - carries its shape
+    chunks: list[Chunk]
 
 
 class RerankerTask(Task[TrainRerankerConfig]):
@@ -74,7 +88,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
                 count = count_documents(surveys[name], own.train.num_documents)
                 _check_rows(own, surveys[name])
                 _say_what_is_cut(own, surveys[name], model, count)
-            sets[name] = RowSet(own, count)
+            sets[name] = RowSet(own, count, name=name)
         alone = sets.pop(ALONE, RowSet(config))
         task = cls(config, absolute_if_local(config.start), alone.num_documents, surveyed.set_aside)
         task.sets = sets
@@ -94,27 +108,30 @@ class RerankerTask(Task[TrainRerankerConfig]):
         )
         return whole
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedPairs:
         model = cast(LogitsModel, step.model)
         own = self.set_of(rows)
-        objective = own.config.objective
         pairs = judged_pairs(rows, own.num_documents)
         block = model.inner.tokenise([pairs.queries, pairs.documents], self.config.max_length)
-        chunks = model.plan_chunks(block)
+        chunks = model.plan_chunks(block, step.shares(pairs.rows_of_pairs, len(pairs.list_lengths)))
+        labels_R = send(torch.tensor(pairs.labels), step.device)
+        return LoadedPairs(own, pairs, labels_R, chunks)
+
+    def propagate(self, step: TrainingStep, batch: LoadedPairs) -> Tensor:
+        pairs, labels_R, objective = batch.pairs, batch.labels_R, batch.own.config.objective
 
         def compute_loss() -> Tensor:
             with step.autocast():
-                logits_BC = step.parallel(chunks)
+                logits_BC = step.parallel(step.seeded(batch.chunks))
             if objective.name in _LISTWISE:
-                labels_R = torch.tensor(pairs.labels, device=logits_BC.device)
                 return objective(pairs.as_lists(logits_BC[:, 0]), pairs.as_lists(labels_R))
-            loss = objective(logits_BC, torch.tensor(pairs.labels, device=logits_BC.device))
+            loss = objective(logits_BC, labels_R)
             # Workers whose lists are longer hold more pairs: this makes it the mean over the pairs of all workers.
-            num_pairs_W = gather_constants(torch.tensor([float(len(pairs.labels))]))
-            return loss * float(len(pairs.labels) / num_pairs_W.mean())
+            num_pairs_W = gather_constants(torch.full((1,), float(len(labels_R)), device=loss.device))
+            return loss * (len(labels_R) / num_pairs_W.mean())
 
         loss = step.propagate(compute_loss)
-        self.observe_set(step, rows, loss)
+        self.observe_set(step, batch.own, loss)
         return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -122,16 +139,11 @@ class RerankerTask(Task[TrainRerankerConfig]):
         assert config.dev is not None
         assert dev is not None
         inner = cast(CrossEncoder, cast(LogitsModel, model).inner)
-        device = inner.model.device
-        scorer = CrossScorer(
-            evaluation_copy(inner, config),
-            dtype=evaluation_dtype(config.dtype, device),
-            device=device,
-            max_length=config.max_length,
-        )
+        engine = LiveEngine(inner, dtype=config.dtype, max_length=config.max_length)
         rows = own_rows(len(dev.labels)).tolist()
-        logits = scorer.score([dev.queries[row] for row in rows], [dev.documents[row] for row in rows])
-        gathered = gather_rows_in_order(logits, len(dev.labels))
+        logits_NC = engine.logits([dev.queries[row] for row in rows], [dev.documents[row] for row in rows])
+        logits_N = logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
+        gathered = gather_rows_in_order(logits_N, len(dev.labels)).cpu()
         # A threshold is given on the scale that a reader of the finished directory sees.
         scores = gathered.sigmoid() if inner.activation == "sigmoid" else gathered
         return scored_metrics(scores.double().numpy(), dev.labels, config.dev.metric, config.dev.threshold)

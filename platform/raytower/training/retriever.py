@@ -21,7 +21,6 @@ from raytower.models.compute import check_max_length
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.device import default_tokens_per_encoder_chunk
 from raytower.models.encoder import Encoder, Projection
-from raytower.models.forward import ForwardEngine
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.models.two_tower import TwoTower
@@ -33,26 +32,27 @@ from raytower.progress import log
 from raytower.storage import absolute_if_local
 from raytower.training.backbone import (
     PROBE,
-    evaluation_copy,
     freeze_unreached,
     has_dropout,
     merged_copy,
     prepare_backbone,
 )
 from raytower.training.batches import Rows, num_rows
-from raytower.training.columns import TextColumns, prompted, text_columns
+from raytower.training.columns import TextColumns, query_prefixes, text_columns
 from raytower.training.config import ALONE, RetrieverDevConfig, RetrieverDevSet, TrainRetrieverConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
-from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
+from raytower.training.dev_recall import DevSet, encode_queries, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import (
     check_labels,
     count_documents,
+    refuse_no_negative,
     refuse_single_text,
     sample_rows,
     survey_training,
 )
+from raytower.training.live_engine import LiveEngine
 from raytower.training.other_encoder import OtherEncoder, other_encoder_name
 from raytower.training.runner import fit, plan_training
 from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
@@ -71,6 +71,16 @@ _MEAN = "mean"
 _SAMPLED_SCORES = 10_000
 _SAMPLED_PAIRS = 256
 _SAMPLED_DOCUMENTS = 4
+
+
+@dataclass(frozen=True)
+class LoadedTexts:
+    """A batch for the step: its texts, and all of them as chunks of tokens on the device, column after column."""
+
+    own: RowSet[TrainRetrieverConfig]
+    """The set that it is of."""
+    columns: TextColumns
+    chunks: list[Chunk]
 
 
 class RetrieverTask(Task[TrainRetrieverConfig]):
@@ -148,7 +158,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             with naming_set(name):
                 scorer = None if own.teacher is None else loaded
                 fitted = _with_fitting_scale(own, surveys[name], counts[name], scorer)
-            sets[name] = RowSet(fitted, counts[name], _distinct_columns(own, surveys[name]))
+            sets[name] = RowSet(fitted, counts[name], _distinct_columns(own, surveys[name]), name)
         alone = sets.pop(ALONE, RowSet(config))
         named = [None if name is None else absolute_if_local(name) for name in (teacher, other)]
         aside = {name: own.set_aside for name, own in surveys.items()}
@@ -175,19 +185,24 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
         return tower
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedTexts:
         tower = cast(TwoTower, step.model)
         own = self.set_of(rows)
         columns = text_columns(rows, own.num_documents)
         query_prefix, document_prefix = _prefixes(tower.encoder, own.config)
-        queries = prompted(columns.queries, columns.instructions, own.config.instruction_format, query_prefix)
+        before = query_prefixes(columns.instructions, own.config.instruction_format, query_prefix)
         blocks = [
-            tower.tokenise(*queries),
+            tower.tokenise(columns.queries, before),
             tower.tokenise(columns.present_documents, document_prefix),
         ]
-        chunks = tower.plan_chunks(blocks)
-        targets = self._taught(columns, own.config)
-        objective = make_objective(own.config)
+        chunks = tower.plan_chunks(blocks, step.shares(columns.rows_of_texts, len(columns.queries)))
+        columns = dataclasses.replace(columns, targets=columns.targets.to(step.device))
+        return LoadedTexts(own, columns, chunks)
+
+    def propagate(self, step: TrainingStep, batch: LoadedTexts) -> Tensor:
+        columns, chunks = batch.columns, step.seeded(batch.chunks)
+        targets = self._taught(columns, batch.own.config)
+        objective = make_objective(batch.own.config)
 
         def embed(some: list[Chunk]) -> list[Tensor]:
             with step.autocast():
@@ -201,20 +216,14 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             loss = step.propagate(lambda: loss_of(embed(chunks)))
         else:
             loss = step.propagate_cached(lambda chunk: embed([chunk])[0], chunks, loss_of)
-        self.observe_set(step, rows, loss)
+        self.observe_set(step, batch.own, loss)
         return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         encoder = cast(TwoTower, model).encoder
         assert self.config.dev is not None
-        device = next(encoder.parameters()).device
-        engine = ForwardEngine(
-            evaluation_copy(encoder, self.config),
-            dtype=evaluation_dtype(self.config.dtype, device),
-            device=device,
-            max_length=self.config.max_length,
-        )
-        measured = {name: dev.measure(engine) for name, dev in self.dev_sets.items()}
+        engine = LiveEngine(encoder, dtype=self.config.dtype, max_length=self.config.max_length)
+        measured = {name: dev.measure(engine, encoder) for name, dev in self.dev_sets.items()}
         if ALONE in measured:
             return measured[ALONE]
         metrics = {f"{name}/{key}": value for name, own in measured.items() for key, value in own.items()}
@@ -256,18 +265,17 @@ class _Dev:
         rows = self.rows
         return rows.pairs if isinstance(rows, DevSet) else [rows.queries, rows.documents]
 
-    def measure(self, engine: ForwardEngine) -> dict[str, float]:
-        """Its metrics; all workers call it together and get the same values."""
+    def measure(self, engine: LiveEngine, encoder: Encoder) -> dict[str, float]:
+        """Its metrics by the engine of `encoder`; all workers call it together and get the same values."""
         dev, metric = self.rows, self.config.metric
-        prefixes = _prefixes(engine.encoder, self.prompts)
+        prefixes = _prefixes(encoder, self.prompts)
         if isinstance(dev, DevSet):
             return evaluate_recall(engine, dev, metric, prefixes, self.instruction_format)
-        queries, prefix = prompted(dev.queries, dev.instructions, self.instruction_format, prefixes[0])
-        rows = own_rows(len(dev.labels)).tolist()
-        left_BD = engine.encode([queries[row] for row in rows], prefix)
-        right_BD = engine.encode([dev.documents[row] for row in rows], prefixes[1])
+        left_BD = torch.as_tensor(encode_queries(engine, dev, self.instruction_format, prefixes[0]))
+        documents = [dev.documents[row] for row in own_rows(len(dev.labels)).tolist()]
+        right_BD = engine.encode(documents, prefixes[1])
         cosines = gather_rows_in_order((left_BD * right_BD).sum(1), len(dev.labels))
-        return scored_metrics(cosines.numpy(), dev.labels, metric, self.config.threshold)
+        return scored_metrics(cosines.cpu().numpy(), dev.labels, metric, self.config.threshold)
 
 
 def _load_dev_sets(config: TrainRetrieverConfig, set_aside: Mapping[str, Sequence[Piece]]) -> dict[str, _Dev]:
@@ -439,8 +447,8 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         raise InputError(f"teacher is set, and objective {objective.name} follows none; remove it")
     if "query" in names and "label" in names:
         check_labels(surveyed, lambda labels_B: _loss_of_equal_vectors(config, labels_B))
-    elif "documents" in names:
-        refuse_single_text(surveyed, ("query", "documents"))
+    elif "documents" in names or "negative" in names:
+        refuse_no_negative(surveyed)
     elif "document" in names:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:
@@ -460,9 +468,9 @@ def _say_what_is_cut(
         texts = rows[name]
         if name == "documents":
             texts = [text for documents in texts for text in documents]
-        prefix = query_prefix if name in ("query", "text") else document_prefix
+        prefix: str | list[str] = query_prefix if name in ("query", "text") else document_prefix
         if name == "query":
-            texts, prefix = prompted(texts, rows.get(INSTRUCTION.name), config.instruction_format, prefix)
+            prefix = query_prefixes(rows.get(INSTRUCTION.name), config.instruction_format, query_prefix)
         columns[name] = [encoder.prepared(texts, prefix)]
     shares = cut_shares(partial(tokenise, encoder.tokenizer), columns, config.max_length)
     say_cut_shares(shares, config.max_length, num_rows(rows))

@@ -6,35 +6,51 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2.api.config import ScalingConfig
 from torch import nn
 
 from raytower.config import WorkersConfig
-from raytower.data.pieces import Survey
+from raytower.data.config import DevRows, NamedInput, TrainRows
+from raytower.data.pieces import Survey, files_read
+from raytower.data.records import RecordKind
 from raytower.errors import InputError, OtherOutputError, RaytowerError, find_cause
 from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
-from raytower.storage import Location, check_output, output_folder, publish_directory
+from raytower.storage import (
+    Location,
+    check_output,
+    former_place,
+    output_folder,
+    publish_directory,
+    put_aside,
+)
+from raytower.training.backbone import narrow_base
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import FREE_KEYS, TrainClassifierConfig, TrainJobConfig
+from raytower.training.config import ALONE, EVERY_STEPS, FREE_KEYS, TrainClassifierConfig, TrainJobConfig
+from raytower.training.copies import copy_where_needed, pieces_to_copy
+from raytower.training.elastic import ElasticTrainer, TakeSigterm, TellOfDrainedNodes
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
-from raytower.training.row_stream import CPUS_PER_READER, MixedPlan, StreamPlan
-from raytower.training.sets import MixedSurvey, batches_of_sets
+from raytower.training.row_stream import MixedPlan, StreamPlan
+from raytower.training.sets import MixedSurvey, batches_of_sets, configs_of, surveys_of
 from raytower.training.task import Task
+from raytower.training.trackers import TrackedRun, check_trackers, tracked_run
 from raytower.workers import fit_workers
 
+# Between two looks for room for more workers. All start anew where there is some, which takes about as long.
+_RESIZE_S = 60.0
 TaskT = TypeVar("TaskT", bound=Task[Any])
 
 
@@ -44,11 +60,24 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     Raises:
         InputError: as `fit`.
     """
-    if Location.of(config.output).is_local:  # a remote one may be half published, which is gone on with
-        output_folder(config.output, INFO_NAME)
+    _check_output(config)
+    check_trackers(config)
     surveyed = task_class.survey(config)
+    identity = run_identity(config, surveyed)
+    if finished_run(config, identity) is not None:
+        log(f"{config.output} is finished; there is nothing to do")
+    elif (left := _checkpoints_of_another_run(Location.of(config.output), run_key(identity))) is not None:
+        former_place(str(left))
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
+
+
+def _check_output(config: TrainJobConfig) -> None:
+    """Raises InputError where the output cannot be written, or holds what no training has made."""
+    if Location.of(config.output).is_local:
+        output_folder(config.output, INFO_NAME)
+    else:  # it may be half published, which is gone on with
+        check_output(config.output, is_folder=True)
 
 
 def _describe_plan(
@@ -59,7 +88,8 @@ def _describe_plan(
     `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
     two moments).
     """
-    sizes = [(p.numel() * 4, p.requires_grad) for p in model.parameters()]
+    narrow_base(model, config)
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     sets = _batches_of_sets(config, survey)
     return {
         "rows": survey.num_rows,
@@ -67,6 +97,7 @@ def _describe_plan(
         "steps": _count_steps(config, survey),
         "unused_rows": _count_unused(config, survey, sets),
         **({"batches_of_sets": sets} if sets else {}),
+        "copied_rows": _count_copied(survey),
         "batches_per_step": config.accumulate_batches,
         "rows_per_worker_and_batch": config.batch_size // workers.num,
         "workers": workers.num,
@@ -84,14 +115,8 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     """
     values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from"})
     values["start"] = config.start
-    paths = {
-        **config.train.inputs,
-        **(config.dev.inputs if config.dev else {}),
-        "labels": config.labels if isinstance(config, TrainClassifierConfig) else None,
-    }
-    for name, path in paths.items():
-        if path is not None:
-            values[f"content of {name}"] = content_hash(path)
+    for name, files in _files_read(config, survey).items():
+        values[f"content of {name}"] = content_hash(files)
     guide = getattr(config, "guide", None)
     models = {
         "start": config.start,
@@ -103,6 +128,36 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
             values[f"content of {name}"] = hash_model(model)
     values["rows"] = survey.num_rows
     return values
+
+
+def _files_read(config: TrainJobConfig, surveyed: Survey) -> dict[str, list[Location]]:
+    """The files that a run reads, by what they are read for."""
+    files: dict[str, list[Location]] = {}
+    surveys = surveys_of(surveyed)
+    for name, own in configs_of(config).items():
+        # Only of a BEIR folder does it matter which rows are read.
+        kind: RecordKind = "pairs" if "query" in surveys[name].schema.names else "lines"
+        split = getattr(own.train, "split", None)
+        files[_key_of("train", name)] = _files_at(own.train.places, TrainRows, split, kind)
+    for name, dev in config.dev.each.items() if config.dev else ():
+        if dev.places:
+            split = getattr(dev, "split", None) or "dev"
+            files[_key_of("dev", name)] = _files_at(dev.places, DevRows, split, "pairs")
+        if (corpus := getattr(dev, "corpus", None)) is not None:
+            files[f"{_key_of('dev', name)}.corpus"] = files_read(NamedInput(path=corpus), "corpus")
+    if isinstance(config, TrainClassifierConfig) and config.labels is not None:
+        files["labels"] = files_read(NamedInput(path=config.labels, format="lines"), "lines")
+    return files
+
+
+def _key_of(section: str, name: str) -> str:
+    return section if name == ALONE else f"{section}.sets.{name}"
+
+
+def _files_at(
+    places: Sequence[str], rows: type[NamedInput], split: str | None, kind: RecordKind
+) -> list[Location]:
+    return [file for place in places for file in files_read(rows(path=place, split=split), kind)]
 
 
 def run_key(identity: dict[str, Any]) -> str:
@@ -117,16 +172,10 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         InputError: no training job wrote it.
     """
     output = check_output(config.output, is_folder=True)
-    if not output.exists() or (output.is_dir() and not output.children()):
+    if _is_empty(output) or _is_half_published(output, identity):
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
-    if not info and not output.is_local and _run_folder(output, identity).exists():
-        # Object stores have no rename, so a job killed while it published leaves part of it. Its checkpoint is there.
-        log(f"{config.output} is half published; publishing again")
-        output.delete()
-        return None
-    # Earlier versions took another number of workers for another run.
-    made_by = {key: value for key, value in info.get("run", {}).items() if key != "workers.num"}
+    made_by = _as_of_now(info.get("run", {}))
     if made_by == identity:
         if not any(
             (output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
@@ -149,14 +198,47 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     )
 
 
+def _is_empty(output: Location) -> bool:
+    """Whether nothing lies there. Hidden names count for nothing, as in `output_folder`."""
+    return all(child.name.startswith(".") for child in output.children())
+
+
+def _is_half_published(output: Location, identity: dict[str, Any]) -> bool:
+    """Whether a job of this identity was killed while it published; its checkpoint is there.
+
+    Object stores have no rename, so that a part of the output is left there.
+    """
+    is_begun = not output.is_local and not _is_empty(output) and not (output / INFO_NAME).is_file()
+    return is_begun and _run_folder(output, identity).exists()
+
+
+def _clear_half_published(output: Location, identity: dict[str, Any]) -> None:
+    if _is_half_published(output, identity):
+        log(f"{output} is half published; publishing again")
+        output.delete()
+
+
+def _as_of_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run by an earlier version as it would be now."""
+    # The number of workers made another run, and 200 steps were null where nothing was said.
+    values = {key: value for key, value in identity.items() if key != "workers.num"}
+    dev = values.get("dev")
+    if isinstance(dev, dict) and dev.get("every_steps") is None and dev.get("every_epochs") is None:
+        values["dev"] = {**dev, "every_steps": EVERY_STEPS}
+    return values
+
+
 def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     """Train and publish; a finished run is not repeated, a killed one continues from its last checkpoint.
 
     The model is loaded and checked against the rows only where there is something to train.
 
     Raises:
-        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers).
+        InputError: bad data or config; RaytowerError: training failed (a loss that is no number, lost workers), or an
+            extra is not installed.
     """
+    _check_output(config)
+    check_trackers(config)
     survey = task_class.survey(config)
     output = Location.of(config.output)
     identity = run_identity(config, survey)
@@ -168,14 +250,23 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         run_folder.delete()
         return done
     probe_storage(output.parent)
+    _clear_half_published(output, identity)
     _name_other_runs(output, run_folder)
+    _make_room_for_checkpoints(output, run_key(identity))
     workers = _workers(config)
+    task = task_class.prepare(config, survey)
+    readable = _copied_where_needed(survey, run_folder / "rows")
     plan = _make_plan(
-        config, survey, task_class.prepare(config, survey), workers, run_folder / "failure.json"
+        config,
+        readable,
+        task,
+        workers,
+        run_folder / "failure.json",
+        tracked_run(config, run_key(identity)),
     )
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
-    _compare_with_cluster(workers)
+    _compare_with_cluster(workers, config.workers.min or workers.num)
     result = _run_trainer(plan, run_folder.name)
     outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     if "failure" in outcome:
@@ -197,14 +288,36 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
-    _leave_checkpoints(result, config.num_left_checkpoints, output)
+    _leave_checkpoints(result, config.num_left_checkpoints, output, run_key(identity))
     _publish(checkpoint, output, info, model_card(config, figures, info["history"]))
     run_folder.delete()
     return figures
 
 
 def _workers(config: TrainJobConfig) -> WorkersConfig:
-    return fit_workers(config.workers, find_nodes, share=config.batch_size)
+    return fit_workers(config.workers, find_nodes, share=config.batch_size, least=config.workers.min)
+
+
+def _count_copied(survey: Survey) -> int:
+    """Rows that `_copied_where_needed` copies."""
+    return sum(
+        own.pieces[position].num_rows
+        for own in surveys_of(survey).values()
+        for position in pieces_to_copy(own.pieces)
+    )
+
+
+def _copied_where_needed(survey: Survey, folder: Location) -> Survey:
+    """The survey, with pieces that can be read in the order of training; see `copy_where_needed`."""
+    if not isinstance(survey, MixedSurvey):
+        return dataclasses.replace(survey, pieces=copy_where_needed(survey.pieces, folder))
+    # Each set has columns of its own, and files of copies.
+    return MixedSurvey.of(
+        {
+            name: dataclasses.replace(own, pieces=copy_where_needed(own.pieces, folder / name))
+            for name, own in survey.sets.items()
+        }
+    )
 
 
 def _batches_of_sets(config: TrainJobConfig, survey: Survey) -> dict[str, int]:
@@ -232,7 +345,12 @@ def _count_unused(config: TrainJobConfig, survey: Survey, sets: Mapping[str, int
 
 
 def _make_plan(
-    config: TrainJobConfig, survey: Survey, task: Task[Any], workers: WorkersConfig, failure_file: Location
+    config: TrainJobConfig,
+    survey: Survey,
+    task: Task[Any],
+    workers: WorkersConfig,
+    failure_file: Location,
+    tracked: TrackedRun | None = None,
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
     sets = _batches_of_sets(config, survey)
@@ -268,6 +386,7 @@ def _make_plan(
         storage=output.parent,
         log_dir=Location.of(config.log_dir or output.parent / f"{output.name}.tensorboard"),
         failure_file=failure_file,
+        tracked=tracked,
     )
 
 
@@ -276,22 +395,57 @@ def _publish(checkpoint: ray.train.Checkpoint, output: Location, info: dict[str,
     with checkpoint.as_directory() as folder, publish_directory(output) as target:
         shutil.copytree(Path(folder) / MODEL_DIR, target, dirs_exist_ok=True)
         (target / CARD_NAME).write_text(card, encoding="utf-8")
-        path = target / INFO_NAME
-        own = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+        _add_info(target, info)
 
 
-def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location) -> None:
-    """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`."""
+def _add_info(folder: Path, info: dict[str, Any]) -> None:
+    path = folder / INFO_NAME
+    own = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**own, **info}, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _leave_checkpoints(result: ray.train.Result, num_left: int | None, output: Location, key: str) -> None:
+    """The model directories of the last checkpoints, None is all, as `<output>.checkpoints/step-<number>`.
+
+    The raytower.json of each says by `run_key` which run made it.
+    """
     by_step = sorted(result.best_checkpoints or [], key=lambda item: item[1]["step"])
     for checkpoint, metrics in by_step if num_left is None else by_step[max(len(by_step) - num_left, 0) :]:
-        target = output.parent / f"{output.name}.checkpoints" / f"step-{metrics['step']}"
+        target = _left_checkpoints(output) / f"step-{metrics['step']}"
         if (
             target.exists()
         ):  # of a job that was killed while it published; the steps of a run are the same every time
             target.delete()
         with checkpoint.as_directory() as folder, publish_directory(target) as place:
             shutil.copytree(Path(folder) / MODEL_DIR, place, dirs_exist_ok=True)
+            _add_info(place, {"run_key": key})
+
+
+def _left_checkpoints(output: Location) -> Location:
+    return output.parent / f"{output.name}.checkpoints"
+
+
+def _checkpoints_of_another_run(output: Location, key: str) -> Location | None:
+    """The folder of left checkpoints, where any of them is not of the run with this key; else None.
+
+    What lacks raytower.json is no checkpoint, or one that is half published.
+    """
+    left = _left_checkpoints(output)
+    infos = [place / INFO_NAME for place in left.children()]
+    is_other = any(info.is_file() and info.read_json().get("run_key") != key for info in infos)
+    return left if is_other else None
+
+
+def _make_room_for_checkpoints(output: Location, key: str) -> None:
+    """Put aside the checkpoints that another run left beside the output: they would be taken for this one's.
+
+    Raises:
+        InputError: object stores cannot rename.
+    """
+    left = _checkpoints_of_another_run(output, key)
+    if left is not None:
+        former = put_aside(str(left))
+        log(f"the checkpoints that another run left as {left} are {former} now; remove them if not wanted")
 
 
 def _num_to_keep(config: TrainJobConfig, has_dev: bool) -> int | None:
@@ -309,19 +463,25 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
         checkpoint_score_order="max",
     )
     workers = plan.workers
+    least = config.workers.min or workers.num
+    is_elastic = least < workers.num
     resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = (ElasticTrainer if is_elastic else ray.train.torch.TorchTrainer)(
         train_worker,  # type: ignore[arg-type] # Ray's stub knows no return value
         train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num, use_gpu=workers.num_gpus > 0, resources_per_worker=resources
+        scaling_config=ScalingConfig(
+            num_workers=(least, workers.num) if is_elastic else workers.num,
+            use_gpu=workers.num_gpus > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[arg-type] # another class to a type checker, the same one to Python
             name=name,
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=checkpoints,
+            callbacks=[TakeSigterm(), TellOfDrainedNodes()],  # type: ignore[list-item] # its stub knows others alone
         ),
     )
     try:
@@ -364,12 +524,11 @@ def _name_other_runs(output: Location, own: Location) -> None:
             )
 
 
-def _compare_with_cluster(workers: WorkersConfig) -> None:
-    """Warn if the cluster has no room for the workers and their readers: Ray waits for nodes that may never come."""
+def _compare_with_cluster(workers: WorkersConfig, least: int) -> None:
+    """Warn if the cluster has no room for `least` workers: Ray waits for nodes that may never come."""
     there = ray.cluster_resources()
-    # At least one reader must fit beside the workers, or no row would ever be read.
-    cpus = workers.num * workers.num_cpus + CPUS_PER_READER
-    gpus = workers.num * workers.num_gpus
+    cpus = least * workers.num_cpus
+    gpus = least * workers.num_gpus
     if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
         log(
             f"the job needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {there.get('CPU', 0):g} and "

@@ -28,6 +28,7 @@ class MixedSurvey(Survey):
     def of(cls, sets: Mapping[str, Survey]) -> MixedSurvey:
         """The survey of all `sets`; `quarantine_file` names all the files that list what was rejected."""
         surveys = list(sets.values())
+        contents = [s.content for s in surveys]
         listed = list(dict.fromkeys(s.quarantine_file for s in surveys if s.quarantine_file))
         return cls(
             sets=sets,
@@ -39,6 +40,7 @@ class MixedSurvey(Survey):
             schema=surveys[0].schema,
             quarantine_file=", ".join(listed) or None,
             set_aside=tuple(chain.from_iterable(s.set_aside for s in surveys)),
+            content=", ".join(map(str, contents)) if None not in contents else None,
         )
 
 

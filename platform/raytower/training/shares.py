@@ -17,12 +17,13 @@ def own_rows(num_rows: int) -> NDArray[np.int64]:
     return np.arange(rank(), num_rows, world_size())
 
 
-def gather_rows_in_order(values: NDArray[np.float32], num_rows: int) -> Tensor:
-    """Each worker's results (own rows, …) → (num_rows, …), in row order, on every worker."""
+def gather_rows_in_order(values: Tensor | NDArray[np.float32], num_rows: int) -> Tensor:
+    """Each worker's results (own rows, …) → (num_rows, …), in row order, on every worker, on their device."""
     workers = world_size()
+    own = torch.as_tensor(values)
     # Shares differ by one row at most, so the filler stands at the very end and is cut off.
-    padded = torch.zeros((-(-num_rows // workers), *values.shape[1:]), dtype=torch.float32)
-    padded[: len(values)] = torch.from_numpy(values)
+    padded = own.new_zeros((-(-num_rows // workers), *own.shape[1:]))
+    padded[: len(own)] = own
     parts = gather_constants(padded).reshape(workers, *padded.shape)
     return parts.transpose(0, 1).reshape(-1, *padded.shape[1:])[:num_rows]
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from raytower.collectives import gather_constants, rank
+from raytower.collectives import gather_constants, rank, world_size
 from raytower.errors import RaytowerError
+from raytower.models.chunks import Chunk, Shares
 from raytower.objectives.gradient_cache import backward_cached
 from raytower.training.word_gradients import WordGradients
 
@@ -46,11 +50,13 @@ class TrainingStep:
         dtype: torch.dtype = torch.float32,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        num_shares: int | None = None,
         parallel: nn.Module | None = None,
         words: WordGradients | None = None,
     ) -> None:
-        """`parallel` is the model wrapped for data parallelism, where there is more than one worker; see
-        `data_parallel`. `words` collects the gradient of the model's word embeddings, which else autograd does.
+        """`num_shares` are the equal shares of a batch that dropout is drawn for, one or several of a worker; None is
+        as many as workers. `parallel` is the model wrapped for data parallelism, where there is more than one worker;
+        see `data_parallel`. `words` collects the gradient of the model's word embeddings, which else autograd does.
         """
         self.model = model
         self.parallel = parallel or model
@@ -61,12 +67,14 @@ class TrainingStep:
         self.dtype = dtype
         self.max_grad_norm = max_grad_norm
         self.seed = seed
+        self.num_shares = num_shares
         # Gradients underflow in float16 without loss scaling; bfloat16 has the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         self.observed: dict[str, float] = {}
         """What the last step's batches observed beside their loss, by name: the mean over them and all workers."""
         self._observed: dict[str, list[Tensor]] = {}
         self._num_batches = 1
+        self._batch = 0
         self._is_last_batch = True
 
     def run(
@@ -75,8 +83,8 @@ class TrainingStep:
         """Make optimizer step `number` from the mean gradient over `batches`; returns the mean loss over all workers.
 
         Args:
-            number: counts from 0. Dropout is a function of seed, step and worker alone, so a continued run draws what
-                an undisturbed one would have drawn.
+            number: counts from 0. Dropout is a function of seed, batch and share alone, so a continued run draws what
+                an undisturbed one would have drawn, with as many workers or, by `num_shares`, with others.
             batches: one batch, or several to accumulate; each is a batch of its own to its objective.
             backward: propagates one batch through `propagate` or `propagate_cached` and returns its loss, a scalar.
 
@@ -84,7 +92,6 @@ class TrainingStep:
             NotANumberError: the loss of a batch, or the gradient, is NaN or infinite; the weights are as before the
                 step. If a gradient overflows in float16, the step is left out and the loss scale lowered instead.
         """
-        torch.manual_seed((self.seed * 1_000_003 + number) * 4099 + rank())
         self.optimizer.zero_grad(set_to_none=True)
         if self.words is not None:
             self.words.begin()
@@ -93,35 +100,72 @@ class TrainingStep:
         losses = []
         for place, batch in enumerate(batches):
             self._is_last_batch = place == len(batches) - 1
+            self._batch = number * len(batches) + place
+            torch.manual_seed(self._own_seeds()[0])
             losses.append(backward(self, batch).detach().float().reshape(1, 1))
         observed = [torch.stack(values).mean().reshape(1, 1) for values in self._observed.values()]
         # (workers, batches + names) → the mean of each over the workers, the same on all of them.
-        means = gather_constants(torch.cat([*losses, *observed], dim=1)).mean(0).tolist()
-        batch_losses = means[: len(losses)]
-        self.observed = dict(zip(self._observed, means[len(losses) :], strict=True))
-        for place, loss in enumerate(batch_losses):
-            if not math.isfinite(loss):
-                self._refuse(f"the loss is {loss}", place)
+        means = gather_constants(torch.cat([*losses, *observed], dim=1)).mean(0)
         if self.words is not None:
             self.words.finish()
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        if self.words is not None and not math.isfinite(norm):
-            self.words.drop()
-        # An overflow in float16 lowers the loss scale and passes. If a scale below 1 does not help, it is no overflow.
-        is_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not math.isfinite(norm) and not is_overflow:
-            self._refuse(
-                f"the gradient's norm is {norm} at a loss of {batch_losses[-1]:.4f}", len(batches) - 1
-            )
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        figures = self._fetch(torch.cat([norm.reshape(1), means]))
+        self._check(figures[0], figures[1 : len(losses) + 1])
+        self.observed = dict(zip(self._observed, figures[len(losses) + 1 :], strict=True))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return sum(batch_losses) / len(batch_losses)
+        return sum(figures[1 : len(losses) + 1]) / len(losses)
+
+    @staticmethod
+    def _fetch(figures: Tensor) -> list[float]:
+        """The figures of a step: all that the process waits for the device for. So it is asked once, when all is queued
+        that the answer does not change.
+        """
+        return cast(list[float], figures.tolist())
+
+    def _check(self, norm: float, batch_losses: Sequence[float]) -> None:
+        """Refuse a loss or a norm that is no number, with the weights as they were."""
+        is_broken = not math.isfinite(norm)
+        if is_broken and self.words is not None:
+            self.words.drop()
+        for place, loss in enumerate(batch_losses):
+            if not math.isfinite(loss):
+                self._refuse(f"the loss is {loss}", place)
+        # An overflow in float16 lowers the loss scale and passes. If a scale below 1 does not help, it is no overflow.
+        if is_broken and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            self._refuse(
+                f"the gradient's norm is {norm} at a loss of {batch_losses[-1]:.4f}", len(batch_losses) - 1
+            )
 
     def _refuse(self, message: str, batch: int) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise NotANumberError(message, batch)
+
+    def shares(self, rows_R: NDArray[np.int64], num_rows: int) -> Shares | None:
+        """The shares of this worker in a batch of it; None where it has one alone. `seeded` gives their chunks seeds.
+
+        Args:
+            rows_R: (R,) of each text, or pair, of the batch its row.
+            num_rows: of the batch.
+        """
+        own = self._num_own_shares()
+        return None if own == 1 else Shares(rows_R * own // num_rows, own)
+
+    def seeded(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks of the batch that is propagated now; those that begin a share have dropout draw for it."""
+        seeds = self._own_seeds()
+        return [chunk if chunk.share is None else replace(chunk, seed=seeds[chunk.share]) for chunk in chunks]
+
+    def _own_seeds(self) -> list[int]:
+        """Of each of this worker's shares of the batch: worker 1 of 2 has 2 and 3 of 4 shares."""
+        own = self._num_own_shares()
+        first = (self.seed * 1_000_003 + self._batch) * 4099 + rank() * own
+        return [first + share for share in range(own)]
+
+    def _num_own_shares(self) -> int:
+        return 1 if self.num_shares is None else self.num_shares // world_size()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forward passes at the step's precision."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raytower.data.pieces import Survey
 from raytower.training.batches import Rows
-from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.config import ALONE, DevConfig, TrainJobConfig
 from raytower.training.mixing import SET
 from raytower.training.step import TrainingStep
 
@@ -31,6 +31,8 @@ class RowSet(Generic[ConfigT]):
     """Most documents of a candidate list; None for other rows."""
     distinct_columns: tuple[str, ...] = ()
     """Columns whose values no two rows of a batch should share."""
+    name: str = ALONE
+    """Of several sets, which."""
 
 
 class Task(ABC, Generic[ConfigT]):
@@ -55,10 +57,11 @@ class Task(ABC, Generic[ConfigT]):
             return self.sets[rows[SET][0]]
         return RowSet(self.config, self.num_documents, self.distinct_columns)
 
-    def observe_set(self, step: TrainingStep, rows: Rows, loss: Tensor) -> None:
-        """Note the loss, a scalar, of the set that the rows of a batch are of, where there are several."""
-        if SET in rows:
-            step.observe(f"loss/{rows[SET][0]}", loss)
+    @staticmethod
+    def observe_set(step: TrainingStep, own: RowSet[ConfigT], loss: Tensor) -> None:
+        """Note the loss, a scalar, of the set that a batch is of, where there are several."""
+        if own.name != ALONE:
+            step.observe(f"loss/{own.name}", loss)
 
     @classmethod
     @abstractmethod
@@ -101,8 +104,21 @@ class Task(ABC, Generic[ConfigT]):
         """
 
     @abstractmethod
+    def load_batch(self, step: TrainingStep, rows: Rows) -> Any:
+        """What `propagate` takes of this worker's rows: tokenised, cut into chunks, on the model's device.
+
+        It is called in a thread of its own while `step` computes the batch before: it draws nothing by chance, computes
+        nothing with the model, and exchanges nothing with other workers.
+        """
+
+    @abstractmethod
+    def propagate(self, step: TrainingStep, batch: Any) -> Tensor:
+        """Add the gradient of the mean loss over the rows of `load_batch`, by `step.propagate`; returns the loss, a
+        scalar."""
+
     def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
-        """Add the gradient of the mean loss over this worker's rows by `step.propagate`; returns the loss, a scalar."""
+        """Both of it for rows that nothing was done with ahead."""
+        return self.propagate(step, self.load_batch(step, rows))
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:

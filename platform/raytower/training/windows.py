@@ -15,8 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raytower.data.pieces import Piece, read_piece
-
 
 @dataclass(frozen=True)
 class Window:
@@ -71,19 +69,19 @@ def windows_from(windows: Iterator[Window], first_row: int, batch_size: int = 1)
             return
 
 
-def read_window(
-    window: Window, pieces: Sequence[Piece], seed: int, num_documents: int | None = None
-) -> pa.Table:
-    """The rows of a window in their order of training; the same every time.
+def readers_of(window: Window, num_workers: int) -> NDArray[np.int64]:
+    """(P,) the worker that reads each piece of a window: they take turns, on from one window to the next."""
+    first = window.number * len(window.pieces)
+    return (first + np.arange(len(window.pieces))) % num_workers
 
-    Of candidate lists longer than `num_documents`, so many are drawn; each epoch draws anew.
+
+def workers_of(window: Window, batch_size: int, num_workers: int) -> NDArray[np.int64]:
+    """(N,) the worker that trains on the row at each position of a window.
+
+    A worker takes contiguous rows of a batch: of batches of 4, two workers have 0 0 1 1 0 0 1 1 in the first window.
     """
-    table = pa.concat_tables([read_piece(pieces[index]) for index in window.pieces])
-    random = np.random.default_rng([seed, window.epoch, window.number])
-    order = random.permutation(table.num_rows)
-    if num_documents is not None and "documents" in table.column_names:
-        table = draw_documents(table, num_documents, random)
-    return table.take(order)
+    places_N = np.arange(window.first_row, window.end_row) % batch_size
+    return places_N // (batch_size // num_workers)
 
 
 def draw_documents(table: pa.Table, count: int, random: np.random.Generator) -> pa.Table:

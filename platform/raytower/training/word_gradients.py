@@ -33,8 +33,9 @@ class WordGradients:
         self.weight = lookups[0].weight
         self._padding = lookups[0].padding_idx
         self._sum_VH: Tensor | None = None
-        # Rows of the sum that are not zero: those read since the last step.
-        self._read_V = torch.zeros(len(self.weight), dtype=torch.uint8, device=self.weight.device)
+        # Rows of the sum that are not zero, each at least once: those read since the last step. Listing them without
+        # repetition would make each step wait for an accelerator.
+        self._read: list[Tensor] = []
         self._is_read_elsewhere = False
 
     @classmethod
@@ -73,19 +74,17 @@ class WordGradients:
 
     def begin(self) -> None:
         """Forget the gradient of the step before."""
-        if self._sum_VH is None:
-            return
-        if self._is_read_elsewhere:
+        if self._sum_VH is not None and self._is_read_elsewhere:
             self._sum_VH.zero_()
-        else:
-            self._sum_VH.index_fill_(0, self._rows_read(), 0)
-        self._read_V.zero_()
+        elif self._sum_VH is not None and self._read:
+            self._sum_VH.index_fill_(0, torch.cat(self._read), 0)
+        self._read = []
         self._is_read_elsewhere = False
 
     def drop(self) -> None:
         """Forget it where no row can be told from the others: a norm that is no number was multiplied into all."""
         self._sum_VH = None
-        self._read_V.zero_()
+        self._read = []
         self._is_read_elsewhere = False
 
     @contextmanager
@@ -117,11 +116,11 @@ class WordGradients:
                 dist.all_reduce(sum_VH)
                 sum_VH /= world_size()
         elif world_size() > 1:
-            dist.all_reduce(self._read_V, op=dist.ReduceOp.MAX)
-            rows_U = self._rows_read()
+            rows_U = self._rows_of_all()
             sum_UH = sum_VH[rows_U] / world_size()
             dist.all_reduce(sum_UH)
             sum_VH.index_copy_(0, rows_U, sum_UH)
+            self._read = [rows_U]
         self.weight.grad = sum_VH
 
     def add(self, ids_rL: Tensor, gradient_rLH: Tensor) -> None:
@@ -136,7 +135,7 @@ class WordGradients:
             sum_VH.index_put_((ids,), gradient.to(sum_VH.dtype), accumulate=True)
         else:
             sum_VH.index_add_(0, ids, gradient.to(sum_VH.dtype))
-        self._read_V[ids] = 1
+        self._read.append(ids)
 
     # What a backward pass leaves outside of the graph, a compiler would not see.
     @torch.compiler.disable
@@ -151,8 +150,13 @@ class WordGradients:
             self._sum_VH = torch.zeros_like(self.weight, requires_grad=False)
         return self._sum_VH
 
-    def _rows_read(self) -> Tensor:
-        return self._read_V.nonzero().squeeze(1)
+    def _rows_of_all(self) -> Tensor:
+        """(U,) the rows that any worker read, each once."""
+        read_V = torch.zeros(len(self.weight), dtype=torch.uint8, device=self.weight.device)
+        for ids in self._read:
+            read_V[ids] = 1
+        dist.all_reduce(read_V, op=dist.ReduceOp.MAX)
+        return read_V.nonzero().squeeze(1)
 
 
 class _Lookup(torch.autograd.Function):

@@ -34,7 +34,8 @@ BAD_ROWS: list[tuple[RecordKind, str, bytes, bytes, str]] = [
     ("corpus", "x.tsv", b"a\n", b"b\tc", "2 columns, expected 1 (text) separated by tabs; if tabs belong to the texts, "
      "give the file the extension .txt"),
     ("corpus", "x.tsv", b"i\tt\n", b"t", "1 column, expected 2 (id, text) separated by tabs"),
-    ("pairs", "x.tsv", b"a\tb\n", b"a\tb\tc", "3 columns, expected 2 (query, document) separated by tabs"),
+    ("pairs", "x.tsv", b"a\tb\n", b"a\tb\tc", "3 columns, expected 2 (query, document) separated by tabs; "
+     "if the others are to be left out, name all columns in a first line, query and document among them"),
     ("triples", "x.tsv", _TRIPLES, b"q\tt", "2 columns, expected 3 (query, title, neg_title) separated by tabs"),
     ("labelled", "x.txt", b"t\tA\n", b"t", "1 column, expected 2 (text, label) separated by tabs"),
     ("pairs", "x.tsv", b"a\tb\n", b"\tb", "empty query"),
@@ -52,7 +53,7 @@ BAD_ROWS: list[tuple[RecordKind, str, bytes, bytes, str]] = [
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","title":"t","label":NaN}',
      "label 'nan' is not a finite number"),
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","title":"t","label":true}',
-     "'label' is of JSON type boolean, must be a number"),
+     "'label' is of JSON type boolean, must be a number; write true as 1 and false as 0"),
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","title":"t"}',
      "missing key 'label' or 'score'"),
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","label":1}',
@@ -198,6 +199,51 @@ def test_a_verdict_or_negatives_are_not_passed_over(
     for file in files:
         with pytest.raises(InputError, match=rf"{file.name}.*{key}.* read it as {other}"):
             survey_of(file, kind)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "label_source",
+        "match_id",
+        "label_count",
+        "neg_count",
+        "negative_ids",
+        "numNegatives",
+        "query_score_url",
+    ],
+)
+def test_a_part_of_a_name_is_no_verdict_and_no_negative(tmp_path: Path, key: str) -> None:
+    row = {"query": "a", "document": "b", key: 1}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    assert survey_of(path, "pairs").unread_columns == (key,)
+    path = write_jsonl(tmp_path / "x.jsonl", [{**row, "negative": "c"}])
+    assert survey_of(path, "triples").unread_columns == (key,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("pairs", ("query", "document")), ("labelled", ("text", "label"))]
+)
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl"])
+def test_a_column_more_is_read_alike_in_every_form(
+    tmp_path: Path, kind: RecordKind, names: tuple[str, str], name: str
+) -> None:
+    """A table says by its first line which of its columns are read, as JSON does by its keys."""
+    row = {names[0]: "a b", "lang": "en", names[1]: "c d"}
+    between = "\t" if name == "x.tsv" else ","
+    table = "".join(between.join(cells) + "\n" for cells in (row.keys(), row.values()))
+    path = write(tmp_path / name, json.dumps(row) + "\n" if name == "x.jsonl" else table)
+    surveyed = survey_of(path, kind)
+    assert surveyed.unread_columns == ("lang",)
+    assert [[row[name] for name in names] for row in rows_of(surveyed)] == [["a b", "c d"]]
+
+
+@pytest.mark.parametrize("first", ["a b\tc d\t1\n", "query\tdocument\tscore\n", "query\tdoc\tlang\n"])
+def test_a_column_more_that_may_be_a_verdict_is_refused(tmp_path: Path, first: str) -> None:
+    """Without names, under the name of a verdict, or beside names of which one is none that pairs have."""
+    path = write(tmp_path / "x.tsv", first + "a b\tc d\t0\n")
+    with pytest.raises(InputError, match=r"x\.tsv:1: "):
+        survey_of(path, "pairs")
 
 
 def test_columns_that_are_not_read_are_known(tmp_path: Path) -> None:

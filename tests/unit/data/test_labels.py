@@ -27,6 +27,14 @@ from tests.support.data_files import read, survey_of, write
         ("01", "01"),
         ("\u3000还款 ", "还款"),
         ("a b", "a b"),
+        (1e3, "1000"),
+        ("1e3", "1000"),
+        ("+1.5E+3", "1500"),
+        ("1.50e-3", "0.0015"),
+        (1e-05, "0.00001"),
+        ("-0e2", "0"),
+        ("01e3", "01e3"),
+        ("1e9999", "1e9999"),
     ],
 )
 def test_the_normal_form(label: str | float, text: str) -> None:
@@ -40,6 +48,31 @@ def test_one_label_in_every_format(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     for name in ("x.jsonl", "x.tsv", "x.parquet"):
         assert [row["label"] for row in read(tmp_path / name, "labelled")] == ["1", "0"]
+
+
+def test_a_number_with_an_exponent_is_one_label_with_the_number(tmp_path: Path) -> None:
+    lines = (f'{{"text": "a", "label": {label}}}\n' for label in ("1e3", '"1e3"', "1000", "1000.0", '"1E+3"'))
+    write(tmp_path / "x.jsonl", "".join(lines))
+    write(tmp_path / "x.tsv", "a\t1e3\nb\tzero\nc\t 1e+03 \n")
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1e3, 1e20]}), tmp_path / "x.parquet")
+    labels = {
+        name: [row["label"] for row in read(tmp_path / name, "labelled")]
+        for name in ("x.jsonl", "x.tsv", "x.parquet")
+    }
+    assert labels["x.jsonl"] == ["1000"] * 5
+    assert labels["x.tsv"] == ["1000", "zero", "1000"]
+    assert labels["x.parquet"] == ["1000", "1" + "0" * 20]
+
+
+def test_labels_that_are_booleans_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [True]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"column 'label' is bool, .*; write true as 1 and false as 0"):
+        survey_of(tmp_path / "x.parquet", "labelled")
+    line = '{"text": "a", "label": true}\n'
+    with pytest.raises(
+        InputError, match=r"'label' is of JSON type boolean, .*; write true as 1 and false as 0"
+    ):
+        survey_of(write(tmp_path / "x.jsonl", line), "labelled")
 
 
 def test_a_label_that_is_no_number_is_no_class(tmp_path: Path) -> None:

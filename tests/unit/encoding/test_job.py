@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +240,24 @@ class TestBlocks:
         assert seen == [1, 0.5]
         with Ahead(divide, [1, 2]) as values:
             assert next(iter(values)) == 1  # leaving early does not hang
+
+    def test_nothing_is_computed_after_a_rest(self) -> None:
+        done: list[int] = []
+
+        def work(value: int) -> int:
+            time.sleep(0.05)
+            done.append(value)
+            return value
+
+        with Ahead(work, [1, 2, 3]) as values:
+            outputs = iter(values)
+            assert next(outputs) == 1
+            values.rest()
+            assert done == [1, 2]
+            time.sleep(0.1)
+            assert done == [1, 2]
+            assert list(outputs) == [2, 3]
+            values.rest()
 
     def test_padding_and_tokens_are_counted(self, dummy_encoder_dir: Path) -> None:
         engine = ForwardEngine(Encoder.load(dummy_encoder_dir), tokens_per_batch=20)

@@ -29,13 +29,19 @@ def job(config):
     try:
         print("working", flush=True)
         time.sleep(60)
+    except SystemExit:
+        if sys.argv[2] == "interrupted":
+            raise KeyboardInterrupt
+        if sys.argv[2] == "failed":
+            raise RuntimeError("the actor died")
+        raise
     finally:
         print("put in order", flush=True)
         if sys.argv[2] == "stuck":
             time.sleep(60)
     return {}
 
-raytower.cli.bounded_ending = partial(raytower.ending.bounded_ending, 1.0)
+raytower.cli.bounded_ending = partial(raytower.ending.bounded_ending, 1.0 if sys.argv[2] == "stuck" else 8.0)
 raytower.cli.find_reference = lambda reference: job
 raytower.cli.load_config = lambda *arguments: None
 raytower.cli.read_arguments = lambda *arguments: raytower.cli.arguments.Arguments()
@@ -77,6 +83,13 @@ def end_by(
 def test_a_signal_ends_a_job_in_order(signals: list[int], code: int, message: str, tmp_path: Path) -> None:
     assert end_by(signals, tmp_path)[:3] == (code, "put in order\n", message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("manner", ["interrupted", "failed"])
+def test_a_signal_in_the_midst_of_a_call_into_ray_keeps_its_code(manner: str, tmp_path: Path) -> None:
+    """A call into Ray makes another exception of the one that the signal raised, or fails for its dead processes."""
+    expected = (143, "put in order\n", "raytower: ended by SIGTERM\n")
+    assert end_by([signal.SIGTERM], tmp_path, manner)[:3] == expected
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

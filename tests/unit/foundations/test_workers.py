@@ -10,7 +10,7 @@ import ray
 from raytower import runtime
 from raytower.config import FittedWorkersConfig, WorkersConfig
 from raytower.errors import InputError
-from raytower.workers import Node, fit_workers, gpu_share, plan_workers
+from raytower.workers import Node, fit_workers, gpu_share, most_of, plan_workers, worker_counts
 
 LAPTOP = [Node(cpus=8)]
 ONE_GPU = [Node(cpus=8, gpus=1)]
@@ -69,6 +69,25 @@ def test_workers_share_a_batch_evenly() -> None:
     assert fitted(six, share=60) == (6, 8, 1)
     assert fitted(SERVER, share=1) == (1, 96, 1)
     assert fitted(six, {"num": 3}, share=64)[0] == 3  # given: the config has refused it where it must
+
+
+def test_workers_that_begin_decide_what_each_holds() -> None:
+    """Of four, two began on the CPU, beside two GPUs."""
+    two_gpus = [Node(cpus=16, gpus=2)]
+    assert fitted(two_gpus, {"num": 4}, least=2) == (4, 8, 1)
+    assert fitted(two_gpus, {"num": 4}) == (4, 4, 0)
+    assert fitted(CPU_CLUSTER, {"num": 4}, least=1) == (4, 15, 0)
+    assert fitted(LAPTOP, {"num": 4}, least=2) == (4, 4, 0)
+    with pytest.raises(
+        InputError, match=r"workers.min is 16, and the machines that are there have room for 8"
+    ):
+        fitted(SERVER, least=16)
+
+
+def test_workers_that_take_equally_many_shares() -> None:
+    assert worker_counts(2, 12) == [2, 3, 4, 6, 12]
+    assert worker_counts(2, 5) == [5]
+    assert [most_of([2, 4], places) for places in range(6)] == [0, 0, 2, 2, 4, 4]
 
 
 def test_several_workers_on_a_machine_without_gpus() -> None:

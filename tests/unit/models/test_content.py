@@ -27,7 +27,8 @@ def test_what_maps_texts_counts_and_what_names_the_model_does_not(
         "transformers_version": "9.9",
     }
     change_json(folder / "config.json", **outside)
-    (folder / "README.md").write_text("words")
+    for name in ("README.md", "README.txt", ".gitattributes", ".DS_Store", "picture.png"):
+        (folder / name).write_text("words")
     (folder / ".hidden.json").write_text("{}")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
@@ -43,5 +44,8 @@ def test_what_maps_texts_counts_and_what_names_the_model_does_not(
         ("raytower.json", {"max_length": 8}),
     ):
         change_json(folder / file, **values)
+        seen.append(hash_model(str(folder)))
+    for name in ("vocab.txt", "merges.txt"):
+        (folder / name).write_text("a\n")
         seen.append(hash_model(str(folder)))
     assert len(set(seen)) == len(seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers import SentenceTransformer
 
 from raytower.errors import FormatError, InputError
-from raytower.models.batch_planner import plan_batches
+from raytower.models.batch_planner import plan_batches, plan_chunks
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.models.forward import ForwardEngine
@@ -52,6 +53,52 @@ def test_padding_is_counted_against_the_longest_text_of_each_batch() -> None:
     plan = plan_batches([10, 2, 9, 3], tokens_per_batch=20)
     assert [batch.tolist() for batch in plan.batches] == [[0, 2], [3, 1]]
     assert plan.num_padded_tokens == 20 + 6
+
+
+def test_chunks_of_two_lengths_by_hand() -> None:
+    """One chunk of six rows of 9 costs 54 + 10; two, of 9 9 and 1 1 1 1, cost 18 + 4 and two launches."""
+    lengths = [9, 1, 1, 9, 1, 1]
+    apart, together = plan_chunks(lengths, 100, 10), plan_chunks(lengths, 100, 33)
+    assert [batch.tolist() for batch in apart.batches] == [[0, 3], [1, 2, 4, 5]]
+    assert [batch.tolist() for batch in together.batches] == [[0, 3, 1, 2, 4, 5]]
+    assert (apart.num_padded_tokens, together.num_padded_tokens, apart.num_tokens) == (22, 54, 22)
+    assert plan_chunks([], 100, 10).batches == []
+
+
+@given(
+    lengths=st.lists(st.integers(min_value=0, max_value=12), min_size=1, max_size=9),
+    budget=st.integers(min_value=1, max_value=40),
+    launch=st.integers(min_value=0, max_value=30),
+    rows=st.none() | st.integers(min_value=1, max_value=5),
+)
+def test_chunks_cost_least_of_all_ways_to_cut(
+    lengths: list[int], budget: int, launch: int, rows: int | None
+) -> None:
+    """Of all ways to cut the sorted lengths that keep to the bounds, tried one by one."""
+    widths = sorted((max(length, 1) for length in lengths), reverse=True)
+    costs = []
+    for cuts in product([False, True], repeat=len(widths) - 1):
+        ends = [place + 1 for place, cut in enumerate(cuts) if cut] + [len(widths)]
+        parts = [widths[begin:end] for begin, end in pairwise([0, *ends])]
+        most = rows or len(widths)
+        if all(len(part) == 1 or (part[0] * len(part) <= budget and len(part) <= most) for part in parts):
+            costs.append(sum(part[0] * len(part) + launch for part in parts))
+    plan = plan_chunks(lengths, budget, launch, rows)
+    assert sorted(int(row) for batch in plan.batches for row in batch) == list(range(len(lengths)))
+    padded = sum(max(max(lengths[row] for row in batch), 1) * len(batch) for batch in plan.batches)
+    assert plan.num_padded_tokens == padded
+    assert padded + launch * len(plan.batches) == min(costs)
+    assert all(len(batch) <= (rows or len(batch)) for batch in plan.batches)
+
+
+def test_chunks_of_a_large_batch_keep_the_bounds() -> None:
+    """Where cuts lie at multiples of a few rows: no chunk beyond the budget, and little more than the least cost."""
+    lengths = np.random.default_rng(0).integers(1, 512, 20_000)
+    plan = plan_chunks(lengths, 65_536, 4096)
+    assert np.array_equal(np.sort(np.concatenate(plan.batches)), np.arange(20_000))
+    assert all(lengths[batch].max() * len(batch) <= 65_536 for batch in plan.batches)
+    # Of n equal steps between the lengths each wastes half a step, at most as much as launches cost.
+    assert plan.num_padded_tokens < 1.05 * plan.num_tokens
 
 
 def test_minilm_gives_the_peers_vectors_and_so_does_our_copy(minilm_dir: Path, tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from raytower.errors import FormatError, InputError
+from raytower.models.chunks import in_row_order
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.two_tower import TwoTower
 from raytower.training.config import TrainRetrieverConfig
+from raytower.training.live_engine import LiveEngine
 from raytower.training.retriever import RetrieverTask
 from tests.support.tiny_models import build_tiny_encoder, tiny_tokenizer
 
@@ -177,6 +179,117 @@ def test_truncate_dim_is_followed(plain: Path, tmp_path: Path, stack: str) -> No
     assert Encoder.load(whole).fingerprint != encoder.fingerprint
 
 
+# As INSTRUCTOR's: the prompt is read and not pooled. The last two are the library's modules, the others our own.
+PROMPT_LEFT_OUT: dict[str, Modules] = {
+    "mean": lambda: [Pooling(32, "mean", include_prompt=False), Normalize()],
+    "cls": lambda: [Pooling(32, "cls", include_prompt=False)],
+    "max": lambda: [Pooling(32, "max", include_prompt=False)],
+    "last": lambda: [Pooling(32, "lasttoken", include_prompt=False)],
+    "dense": lambda: [Pooling(32, "mean", include_prompt=False), Dense(32, 8), Normalize()],
+    "two poolings": lambda: [Pooling(32, ("mean", "weightedmean"), include_prompt=False)],
+    "word weights": lambda: [word_weights(), Pooling(32, "mean", include_prompt=False), Normalize()],
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_LEFT_OUT)
+def test_a_prompt_that_is_not_pooled_is_left_out_as_the_peer_leaves_it_out(
+    plain: Path, tmp_path: Path, name: str
+) -> None:
+    folder = save_stack(plain, tmp_path / "model", PROMPT_LEFT_OUT[name](), prompts={"query": "the home: "})
+    engine = ForwardEngine(Encoder.load(folder))
+    peer = SentenceTransformer(str(folder), device="cpu")
+    for prompt in ("the home: ", "在", ""):
+        expected = peer.encode(TEXTS, prompt=prompt)
+        assert np.abs(engine.encode(TEXTS, prompt) - expected).max() < 1e-6, prompt
+    with_prompt = engine.encode(TEXTS, "the home: ")
+    assert np.abs(with_prompt - by_peer(folder)).max() > 1e-3
+    # The prompt's tokens are read all the same: it is not as if there were none of them.
+    pooled = Pooling.load(str(next(folder.glob("*_Pooling"))))
+    pooled.include_prompt = True
+    pooled.save(str(next(folder.glob("*_Pooling"))))
+    other = Encoder.load(folder)
+    assert other.fingerprint != engine.fingerprint
+    if name != "last":
+        assert np.abs(ForwardEngine(other).encode(TEXTS, "the home: ") - with_prompt).max() > 1e-3
+    engine.encoder.save(tmp_path / "saved")
+    assert Encoder.load(tmp_path / "saved").fingerprint == engine.fingerprint
+    saved = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert np.abs(saved.encode_query(TEXTS) - with_prompt).max() < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])
+def test_a_text_cut_to_its_prompt_is_pooled_as_by_the_peer(plain: Path, tmp_path: Path, mode: str) -> None:
+    """64 tokens are kept, and the prompt has more: nothing is left to pool."""
+    folder = save_stack(plain, tmp_path / "model", [Pooling(32, mode, include_prompt=False)])  # type: ignore[arg-type]
+    prompt = "the moon " * 80
+    expected = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, prompt=prompt)
+    assert np.abs(ForwardEngine(Encoder.load(folder)).encode(TEXTS, prompt) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mean", "cls", "two poolings"])
+def test_queries_and_documents_of_one_chunk_leave_out_their_own_prompts(
+    plain: Path, tmp_path: Path, name: str
+) -> None:
+    folder = save_stack(plain, tmp_path / "model", PROMPT_LEFT_OUT[name]())
+    tower = TwoTower(Encoder.load(folder), 64, 10_000)
+    blocks = [tower.tokenise(TEXTS, prompt) for prompt in ("the home: ", "", "在")]
+    chunks = tower.plan_chunks(blocks)
+    assert len(chunks) == 1
+    with torch.no_grad():
+        found = in_row_order(tower(chunks), chunks).numpy()
+    peer = SentenceTransformer(str(folder), device="cpu")
+    expected = [
+        peer.encode(TEXTS, prompt=prompt, normalize_embeddings=True) for prompt in ("the home: ", "", "在")
+    ]
+    assert np.abs(found - np.concatenate(expected)).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mean", "cls", "two poolings"])
+def test_texts_behind_prompts_of_their_own_leave_these_out(plain: Path, tmp_path: Path, name: str) -> None:
+    """In a step and in a dev measurement; every third text has no prompt."""
+    folder = save_stack(plain, tmp_path / "model", PROMPT_LEFT_OUT[name]())
+    prompts = [("the home: ", "", "在")[place % 3] for place in range(len(TEXTS))]
+    peer = SentenceTransformer(str(folder), device="cpu")
+    expected = np.stack(
+        [
+            peer.encode(text, prompt=prompt, normalize_embeddings=True)
+            for text, prompt in zip(TEXTS, prompts, strict=True)
+        ]
+    )
+    encoder = Encoder.load(folder)
+    tower = TwoTower(encoder, 64, 10_000)
+    chunks = tower.plan_chunks([tower.tokenise(TEXTS, prompts)])
+    with torch.no_grad():
+        assert np.abs(in_row_order(tower(chunks), chunks).numpy() - expected).max() < 1e-6
+        engine = LiveEngine(encoder.eval(), dtype="float32", max_length=64)
+        live = torch.nn.functional.normalize(engine.encode(TEXTS, prompts), dim=-1)
+        assert np.abs(live.numpy() - expected).max() < 1e-6
+        one = torch.nn.functional.normalize(engine.encode(TEXTS, "the home: "), dim=-1)
+    expected = peer.encode(TEXTS, prompt="the home: ", normalize_embeddings=True)
+    assert np.abs(one.numpy() - expected).max() < 1e-6
+
+
+def test_a_graph_leaves_the_prompt_out_too(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph gives hidden states alone, and both engines pool them by the same code."""
+    monkeypatch.setenv("RAYTOWER_CACHE", str(tmp_path / "cache"))
+    folder = save_stack(plain, tmp_path / "model", PROMPT_LEFT_OUT["dense"]())
+    expected = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, prompt="the home: ")
+    by_graph = ForwardEngine(Encoder.load(folder), engine="onnx").encode(TEXTS, "the home: ")
+    assert np.abs(by_graph - expected).max() < 1e-5
+
+
+def test_instructor_s_own_directories_do_not_say_that_they_leave_it_out(plain: Path, tmp_path: Path) -> None:
+    """The peer library knows it by their names on the hub."""
+    folder = save_stack(plain, tmp_path / "hkunlp" / "instructor-base", [Pooling(32), Normalize()])
+    other = save_stack(plain, tmp_path / "hkunlp" / "instructor-based", [Pooling(32), Normalize()])
+    assert not Encoder.load(folder).settings.include_prompt
+    assert Encoder.load(other).settings.include_prompt
+    Encoder.load(folder).save(tmp_path / "saved")
+    assert not Encoder.load(tmp_path / "saved").settings.include_prompt
+
+
 def test_what_is_not_known_of_the_settings_survives(plain: Path, tmp_path: Path) -> None:
     folder = save_stack(
         plain,
@@ -236,10 +349,6 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no pooling": (
         lambda f: Refused.drop(f, 1),
         "a pass through its modules Dense, LayerNorm, Normalize: KeyError",
-    ),
-    "prompt left out": (
-        lambda f: change_json(f / "1_Pooling" / "config.json", include_prompt=False),
-        "include_prompt false",
     ),
     "foreign activation": (
         lambda f: change_json(f / "2_Dense" / "config.json", activation_function="os.system"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +28,7 @@ from raytower.models.forward import ForwardEngine
 from raytower.models.onnx_export import export_graph, graph_for
 from raytower.storage import StorageError
 from tests.support.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
+from tests.support.warm import in_two_processes
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
@@ -116,6 +116,10 @@ def make_graph(directory: Path) -> str:
     return str(graph_for(Encoder.load(directory), "float32"))
 
 
+def note_graph(rank: int, directory: Path, folder: Path) -> None:
+    (folder / str(rank)).write_text(make_graph(directory))
+
+
 def make_graph_of_other_weights(folder: Path) -> str:
     return make_graph(build_tiny_encoder(folder.parent.parent / "other", seed=3))
 
@@ -134,10 +138,10 @@ class TestCache:
 
     @pytest.mark.processes
     def test_workers_that_export_at_once_end_with_one_whole_graph(
-        self, dummy_encoder_dir: Path, cache: Path
+        self, dummy_encoder_dir: Path, cache: Path, tmp_path: Path
     ) -> None:
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            first, second = pool.map(make_graph, [dummy_encoder_dir] * 2)
+        in_two_processes(note_graph, dummy_encoder_dir, tmp_path)
+        first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
         assert first == second
         assert [path.name for path in (cache / "onnx").iterdir()] == [Path(first).parent.name]
 

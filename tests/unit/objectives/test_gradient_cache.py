@@ -123,8 +123,10 @@ def test_dropout_is_large_enough_to_be_noticed(
 @pytest.mark.parametrize("rows_per_batch", [1, 5, 7, 24, 100])  # of 24 texts
 @pytest.mark.parametrize("name", ["symmetric", "hardest with hard negatives", "matryoshka"])
 def test_chunks_of_any_size_equal_one_forward_pass(
-    dummy_encoder_dir: Path, name: str, rows_per_batch: int
+    dummy_encoder_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows_per_batch: int
 ) -> None:
+    # Nothing but the rows asks for a cut.
+    monkeypatch.setattr("raytower.models.chunks.tokens_per_launch", lambda _: 10_000)
     tower = load_tower(dummy_encoder_dir, tokens_per_batch=10_000)
     assert len(plan_case(IN_BATCH[name], tower, BATCH)) == 1
     whole = backward_whole(IN_BATCH[name], tower, tower, BATCH), gradients_of(tower)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from raytower.config import Config, make_config
@@ -28,6 +28,7 @@ from raytower.objectives.config import (
     RankNet,
 )
 from tests.support.objective_cases import end_worker
+from tests.support.warm import in_two_processes
 
 NAN = math.nan
 
@@ -438,7 +439,7 @@ def gradients_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tens
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out: Path = tmp_path_factory.mktemp("workers") / "two.pt"
-    multiprocessing.spawn(worker, (port, str(out)), nprocs=2)
+    in_two_processes(worker, port, str(out))
     return dict(torch.load(out, weights_only=True))
 
 

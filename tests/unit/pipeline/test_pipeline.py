@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,12 +17,13 @@ from raytower.config import Config, make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.build import build_index
 from raytower.pipeline.config import PipelineConfig
-from raytower.pipeline.content import put_aside
-from raytower.pipeline.job import INPUT_KEYS, STEP_JOBS, plan_pipeline, run_pipeline
-from raytower.storage import Location
+from raytower.pipeline.content import content_of
+from raytower.pipeline.job import INPUT_KEYS, STEP_JOBS, _prepare, plan_pipeline, run_pipeline
+from raytower.storage import Location, put_aside
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import finished_run, run_identity, run_key
+from tests.support.data_files import beir_folder
 from tests.support.encoding_here import encode_here
 from tests.support.index_cases import HERE
 from tests.support.tiny_models import build_tiny_encoder
@@ -178,8 +180,11 @@ def test_keys_that_change_no_result_run_nothing(work: Work) -> None:
     free = {
         "train-retriever": {"log_every_steps": 1, "workers": {"num": 4}},
         "encode": {"workers": {"num": 3}},
+        "index_build": {"workers": {"num_cpus": 3}},
     }
     assert work.run(**free) == []
+    assert work.run(index_build={"workers": {"num": 3}}) == [BUILD, MINE, EVALUATE], "into as many shards"
+    work.run()
     assert work.run(**{"train-retriever": {"epochs": 1}}) == [], "the default, written down"
 
 
@@ -350,11 +355,91 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "dev.metric",
         "dev.chosen_by",
         "instruction_format",
+        *("wandb.project", "wandb.entity", "wandb.dir", "mlflow.experiment", "mlflow.tracking_uri"),
     }
     found: set[str] = set()
     for job in STEP_JOBS:
         found |= text_keys(find_reference(COMMANDS[job].config))
     assert found - no_inputs == INPUT_KEYS.keys()
+
+
+def test_a_split_that_is_not_read_and_a_file_of_a_label(work: Work) -> None:
+    """Of a BEIR folder a step's content is that of its split; of paths by label that of each file."""
+    folder = beir_folder(Path("set"))
+    steps = {
+        "train-retriever": {"model": "start", "train": "set", "output": "runs/a"},
+        "train-classifier": {
+            "model": "start",
+            "train": {"paths": {"x": "x.txt", "y": "y.txt"}},
+            "output": "runs/b",
+        },
+        "evaluate": {"encoder": "start", "index": "runs/index", "queries": "set"},
+    }
+    for name in ("x.txt", "y.txt"):
+        Path(name).write_text("text\n")
+    config = make_config(
+        PipelineConfig,
+        {
+            "state": "runs/state.json",
+            "steps": [{"job": job, "config": values} for job, values in steps.items()],
+        },
+    )
+
+    def contents() -> list[list[str]]:
+        return [
+            [
+                content_of(item.kind, item.name, item.rows, item.records)
+                for item in step.inputs
+                if item.kind == "rows"
+            ]
+            for step in _prepare(config)
+        ]
+
+    seen = [contents()]
+    assert list(map(len, seen[0])) == [1, 2, 1]
+    for path in (folder / "qrels" / "dev.tsv", folder / "README.txt"):
+        path.write_text("words")
+        assert contents() == seen[0]
+    for path in (folder / "qrels" / "train.tsv", folder / "qrels" / "test.tsv", Path("y.txt")):
+        path.write_text(path.read_text() + "\n")
+        seen.append(contents())
+    assert [[a == b for a, b in zip(*two, strict=True)] for two in pairwise(seen)] == [
+        [False, True, True],
+        [True, True, False],
+        [True, False, True],
+    ]
+
+
+def test_each_set_of_a_training_reads_its_split(work: Work) -> None:
+    folder = beir_folder(Path("set"))
+    shutil.copy(folder / "qrels" / "test.tsv", folder / "qrels" / "dev.tsv")
+    train = {"split": "dev", "sets": {"x": "set", "y": {"path": "set", "split": "test"}}}
+    dev = {"split": "test", "sets": {"x": {"path": "set", "corpus": "set"}}}
+    values = {"model": "start", "train": train, "dev": dev, "output": "runs/a"}
+    steps = [{"job": "train-retriever", "config": values}]
+    config = make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps})
+
+    def contents() -> dict[str, str]:
+        (step,) = _prepare(config)
+        return {
+            item.key: content_of(item.kind, item.name, item.rows, item.records)
+            for item in step.inputs
+            if item.kind == "rows"
+        }
+
+    changed = []
+    for split in ("train", "dev", "test"):
+        before = contents()
+        path = folder / "qrels" / f"{split}.tsv"
+        path.write_text(path.read_text() + "\n")
+        changed.append([key for key, content in contents().items() if content != before[key]])
+    assert list(before) == [
+        "train.sets.x.path",
+        "train.sets.y.path",
+        "dev.sets.x.path",
+        "dev.sets.x.corpus",
+    ]
+    assert changed == [[], ["train.sets.x.path"], ["train.sets.y.path", "dev.sets.x.path"]]
 
 
 def text_keys(config: type[Config]) -> set[str]:
@@ -365,7 +450,7 @@ def text_keys(config: type[Config]) -> set[str]:
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, Config):
                 found |= {f"{name}.{inner}" for inner in text_keys(kind)}
-            elif kind is str:
+            elif kind is str or get_args(kind) == (str, str):
                 found.add(name)
     return found
 

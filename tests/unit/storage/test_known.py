@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from pyarrow import fs as pafs
 
 from raytower.storage import Location, known, known_sha256
+from tests.support.s3_server import s3_server
 
 OLD = 10**18  # 2001
 
@@ -88,3 +90,23 @@ def test_a_damaged_note_and_a_cache_that_cannot_be_written_cost_a_reading(
     assert len(readings) == 5
     monkeypatch.setenv("RAYTOWER_CACHE", str(write(tmp_path / "no folder", b"")))
     assert known_sha256(Location.of(file)) == sha256(b"one")
+
+
+def test_an_object_is_read_once_until_it_is_written(tmp_path: Path, readings: list[str]) -> None:
+    """It was read through at each start: 150 GB of training rows over one stream."""
+    with s3_server(tmp_path) as server:
+        place = Location.of(server.uri("bucket/rows.tsv"))
+        server.put("bucket", "rows.tsv", b"one")
+        assert [known_sha256(place) for _ in range(3)] == [sha256(b"one")] * 3
+        assert readings == ["rows.tsv"]
+        server.put("bucket", "rows.tsv", b"two")
+        assert known_sha256(place) == sha256(b"two")
+        assert readings == ["rows.tsv"] * 2
+
+
+def test_other_remote_files_are_read_each_time(tmp_path: Path, readings: list[str]) -> None:
+    """Nothing is known to change whenever they are written."""
+    write(tmp_path / "rows.tsv", b"one")
+    place = Location(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "rows.tsv")
+    assert [known_sha256(place) for _ in range(2)] == [sha256(b"one")] * 2
+    assert len(readings) == 2

@@ -166,6 +166,57 @@ def test_pairs_with_the_same_text_everywhere(dummy_encoder_dir: Path, tmp_path: 
     assert f"all 32 training rows have the same {column}, 'the same'" in message
 
 
+def _triples(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    return write_rows(path, ["query\ttitle\tneg_title", *("\t".join(row) for row in rows)])
+
+
+def _candidates(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    lists = ({"query": query, "documents": texts, "scores": [1, 0]} for query, *texts in rows)
+    return write_rows(path, [json.dumps(row) for row in lists])
+
+
+@pytest.mark.parametrize(("write", "name"), [(_triples, "train.tsv"), (_candidates, "train.jsonl")])
+def test_negatives_of_their_own_let_rows_share_a_query_or_a_document(
+    dummy_encoder_dir: Path, tmp_path: Path, write: Any, name: str
+) -> None:
+    """Of pairs no row would have a negative. Here none has one where all negatives are answers to the one query."""
+    numbers = range(8)
+    for rows in (
+        [(f"question {i}", "the answer", f"other {i}") for i in numbers],
+        [("the question", f"answer {i}", f"other {i}") for i in numbers],
+        [("the question", "the answer", f"other {i}") for i in numbers],
+    ):
+        prepared = make_config(
+            TrainRetrieverConfig,
+            {
+                "model": str(dummy_encoder_dir),
+                "train": str(write(tmp_path / name, rows)),
+                "output": str(tmp_path / "out"),
+                "batch_size": 8,
+                "max_length": 32,
+                "workers": {"num": 1},
+            },
+        )
+        RetrieverTask.prepare(prepared, RetrieverTask.survey(prepared))
+    turned = [("the question", f"answer {i}", f"answer {7 - i} ") for i in numbers]
+    message = refused("retriever", dummy_encoder_dir, write(tmp_path / name, turned))
+    assert (
+        "all 8 training rows have the same query, 'the question', and each of their negatives is the"
+        in message
+    )
+
+
+def test_graded_dev_labels_of_a_reranker_have_no_metric(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """It said "use spearman", which train-reranker does not measure."""
+    train = write_scored(tmp_path / "train.tsv", 32)
+    dev = write_scored(tmp_path / "dev.tsv", 16, low=0.5)
+    message = refused("reranker", dummy_encoder_dir, train, dev={"path": str(dev), "metric": "auc"})
+    assert (
+        "auc, accuracy and f1 all do, and this job measures nothing else; name rows of two classes" in message
+    )
+    assert "spearman" not in message
+
+
 @pytest.mark.parametrize("kind", ["retriever", "reranker", "classifier"])
 def test_max_length_beyond_the_positions(dummy_encoder_dir: Path, tmp_path: Path, kind: str) -> None:
     write = {"retriever": write_pairs, "reranker": write_scored, "classifier": write_labelled}[kind]

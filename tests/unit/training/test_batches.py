@@ -23,21 +23,23 @@ from transformers import BertForSequenceClassification
 from raytower.config import WorkersConfig
 from raytower.data.config import InputConfig
 from raytower.data.pieces import survey
-from raytower.errors import InputError
+from raytower.errors import InputError, OtherOutputError
 from raytower.models.encoder import Encoder
 from raytower.storage import Location
 from raytower.training import runner
-from raytower.training.batches import count_steps, cut_batches, join_windows, skip_rows, worker_slice
+from raytower.training.batches import count_steps
 from raytower.training.config import (
     OptimizerConfig,
     TrainRetrieverConfig,
 )
-from raytower.training.distinct_batches import spread_duplicates
+from raytower.training.distinct_batches import DistinctOrders, value_hashes
 from raytower.training.optimizer import load_optimizer, make_optimizer, make_schedule, save_optimizer
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
-from raytower.training.runner import finished_run, run_identity, run_key
-from raytower.training.windows import Window, draw_documents, plan_windows, read_window, windows_from
+from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.runner import _clear_half_published, finished_run, run_identity, run_key
+from raytower.training.windows import Window, draw_documents, plan_windows, windows_from
 from raytower.workers import Node
+from tests.support.data_files import beir_folder
 from tests.support.tiny_models import build_tiny_encoder, tiny_config
 from tests.support.tiny_training import (
     retriever_config,
@@ -142,19 +144,28 @@ class TestDrawing:
             tmp_path / "lists.jsonl", [json.dumps({**row, "query": f"q{i}"}) for i in range(20)]
         )
         pieces = survey(InputConfig(path=str(path)), "candidates", rows_per_piece=5).pieces
-        windows = windows_of([5] * 4, 10, epochs=2)
 
-        def drawn(some: list[Window], seed: int = 3) -> dict[str, list[str]]:
-            tables = [read_window(window, pieces, seed, 3) for window in some]
-            return {row["query"]: row["documents"] for table in tables for row in table.to_pylist()}
+        def drawn(batches: slice, seed: int = 3) -> dict[str, list[str]]:
+            """Of batches of five rows: four are an epoch, two a window."""
+            plan = StreamPlan(
+                pieces=pieces,
+                batch_size=5,
+                num_batches=batches.stop,
+                seed=seed,
+                window_rows=10,
+                num_documents=3,
+            )
+            read = stream_batches(plan, batches.start)
+            return {q: d for rows in read for q, d in zip(rows["query"], rows["documents"], strict=True)}
 
-        first, second = drawn(windows[:2]), drawn(windows[2:])
+        first, second = drawn(slice(0, 4)), drawn(slice(4, 8))
         assert first.keys() == second.keys()
         assert first != second
-        assert drawn(windows[:2], seed=4) != first
+        assert drawn(slice(0, 4)) == first
+        assert drawn(slice(0, 4), seed=4) != first
         # A run that continues with the second window draws for it what it would have drawn.
-        assert drawn(windows[1:2]).items() <= first.items()
-        assert drawn(windows[2:]) == second
+        assert drawn(slice(2, 4)).items() <= first.items()
+        assert drawn(slice(4, 8)) == second
 
 
 def tables_of(rows: list[tuple[str, str | None]], sizes: list[int]) -> Iterator[pa.Table]:
@@ -166,22 +177,6 @@ def tables_of(rows: list[tuple[str, str | None]], sizes: list[int]) -> Iterator[
 
 
 class TestBatches:
-    @given(
-        sizes=st.lists(st.integers(min_value=1, max_value=30), min_size=1, max_size=8),
-        batch_size=st.integers(min_value=1, max_value=20),
-    )
-    def test_batches_hold_the_rows_in_order(self, sizes: list[int], batch_size: int) -> None:
-        rows = [(str(number), None) for number in range(sum(sizes))]
-        batches = list(cut_batches(tables_of(rows, sizes), batch_size))
-        assert len(batches) == len(rows) // batch_size
-        flat = [query for batch in batches for query in batch["query"]]
-        assert flat == [query for query, _ in rows[: len(flat)]]
-
-    def test_workers_share_a_batch_without_loss(self) -> None:
-        rows = {"query": list("abcdefgh")}
-        shares = [worker_slice(rows, rank, 4)["query"] for rank in range(4)]
-        assert shares == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
-
     def test_steps(self) -> None:
         assert count_steps(100, 32, 1) == 3
         assert count_steps(100, 32, 2) == 6
@@ -189,24 +184,19 @@ class TestBatches:
         with pytest.raises(InputError, match="fewer than one batch of 32"):
             count_steps(31, 32, 1)
 
-    def test_windows_are_joined_again_and_rows_left_out(self) -> None:
-        rows = [(str(number), None) for number in range(10)]
-        joined = join_windows(tables_of(rows, [2, 3, 1, 4]), [5, 1, 4])
-        assert [table["query"].to_pylist() for table in joined] == [list("01234"), ["5"], list("6789")]
-        left = skip_rows(tables_of(rows, [2, 3, 1, 4]), 3)
-        assert [table["query"].to_pylist() for table in left] == [list("34"), ["5"], list("6789")]
-
 
 def spread(
     rows: list[tuple[str, str | None]], sizes: list[int], batch_size: int, first: int = 0
 ) -> tuple[list[list[tuple[str, str | None]]], list[str]]:
     """The rows of each window in their new order, from the window `first` on, and what was told."""
     told: list[str] = []
-    tables = islice(tables_of(rows, sizes), first, None)
-    spread_tables = spread_duplicates(
-        tables, batch_size, ["query", "id"], seed=1, first_row=sum(sizes[:first]), tell=told.append
-    )
-    return [list(zip(*table.to_pydict().values(), strict=True)) for table in spread_tables], told
+    columns = ["query", "id"]
+    orders = DistinctOrders(batch_size, columns, seed=1, first_row=sum(sizes[:first]), tell=told.append)
+    windows = []
+    for table in islice(tables_of(rows, sizes), first, None):
+        ordered = table.take(pa.array(orders.next_order(value_hashes(table, columns))))
+        windows.append(list(zip(*ordered.to_pydict().values(), strict=True)))
+    return windows, told
 
 
 def shares_something(batch: list[tuple[str, str | None]]) -> bool:
@@ -279,8 +269,9 @@ class TestDistinctBatches:
         table = pa.table(
             {"query": list("abcd"), "documents": [["x", "y"], ["x", "z"], ["y", "x"], ["y", "z"]]}
         )
-        (spread_table,) = spread_duplicates([table], 2, ["query", "documents"], seed=0)
-        best = [row[0] for row in spread_table["documents"].to_pylist()]
+        columns = ["query", "documents"]
+        order = DistinctOrders(2, columns, seed=0).next_order(value_hashes(table, columns))
+        best = [row[0] for row in table.take(pa.array(order))["documents"].to_pylist()]
         assert sorted(best[:2]) == sorted(best[2:]) == ["x", "y"]
 
     def test_rows_that_share_nothing_keep_their_order(self) -> None:
@@ -433,6 +424,46 @@ class TestIdentity:
         (tmp_path / "out" / "model.safetensors").touch()
         assert finished_run(config, identity) == {"steps": 3}
 
+    def test_two_hundred_steps_are_what_is_meant_where_nothing_is_said(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
+        """Said, and not said, they were two runs. An output of before has null there."""
+        pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+
+        def config(**dev: Any) -> TrainRetrieverConfig:
+            given = {"path": str(pairs), **dev}
+            return retriever_config(still_encoder, pairs, tmp_path / "out", dev=given)
+
+        identity = self.identity(config())
+        assert self.identity(config(every_steps=200)) == self.identity(config(every_steps=None)) == identity
+        assert self.identity(config(every_epochs=1)) != identity
+        (tmp_path / "out").mkdir()
+        run = {**identity, "dev": {**identity["dev"], "every_steps": None}}
+        info = {"run": run, "figures": {"steps": 3}}
+        (tmp_path / "out" / "raytower.json").write_text(json.dumps(info), encoding="utf-8")
+        (tmp_path / "out" / "model.safetensors").touch()
+        assert finished_run(config(), identity) == {"steps": 3}
+
+    def test_only_what_is_read_of_a_folder_counts(self, still_encoder: Path, tmp_path: Path) -> None:
+        """The test split of a BEIR folder that is trained from; what lies beside a model's weights."""
+        start = tmp_path / "start"
+        shutil.copytree(still_encoder, start)
+        folder = beir_folder(tmp_path / "set")
+        changes = {"dev": {"path": str(folder), "split": "test"}}
+        config = retriever_config(start, folder, tmp_path / "out")
+        measured = retriever_config(start, folder, tmp_path / "out", **changes)
+        before = self.identity(config), self.identity(measured)
+        for name in ("README.txt", ".gitattributes", ".DS_Store", "picture.png"):
+            (start / name).write_bytes(b"words")
+        (folder / "README.txt").write_text("words")
+        (folder / "notes.jsonl").write_text("{}\n")
+        assert (self.identity(config), self.identity(measured)) == before
+        judged = folder / "qrels" / "test.tsv"
+        judged.write_text(judged.read_text() + "q2\td2\t1\n")
+        assert self.identity(config) == before[0]
+        after = self.identity(measured)
+        assert {key for key in after if after[key] != before[1][key]} == {"content of dev"}
+
     def test_an_output_that_is_half_published_elsewhere_is_published_again(
         self, still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -449,7 +480,27 @@ class TestIdentity:
             finished_run(config, identity)
         (bucket / f".run.{run_key(identity)}.train").mkdir()
         assert finished_run(config, identity) is None
+        assert (bucket / "run").exists(), "a dry run asks too"
+        _clear_half_published(output, identity)
         assert not (bucket / "run").exists()
+
+
+def test_a_dry_run_refuses_the_output_that_the_run_refuses(still_encoder: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.tsv", 40)
+    config = retriever_config(still_encoder, pairs, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()
+    assert plan_train_retriever(config)["steps"] == 5
+    assert finished_run(config, run_identity(config, RetrieverTask.survey(config))) is None
+    info = {"run": {**run_identity(config, RetrieverTask.survey(config)), "seed": 1}, "figures": {}}
+    (tmp_path / "out" / "raytower.json").write_text(json.dumps(info), encoding="utf-8")
+    for call in (plan_train_retriever, train_retriever):
+        with pytest.raises(OtherOutputError, match=r"made by another config or other data \(seed\)"):
+            call(config)
+    (tmp_path / "out" / "raytower.json").rename(tmp_path / "out" / "notes.json")
+    for call in (plan_train_retriever, train_retriever):
+        with pytest.raises(InputError, match=r"holds files of something else, as 'notes\.json'"):
+            call(config)
 
 
 def test_dry_run_plans_without_ray(still_encoder: Path, tmp_path: Path) -> None:
@@ -491,7 +542,7 @@ def test_an_output_of_another_config_is_refused(still_encoder: Path, tmp_path: P
     pairs = write_pairs(tmp_path / "pairs.tsv", 8)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="made by another config"):
+    with pytest.raises(InputError, match=r"holds files of something else, as 'notes\.txt'"):
         train_retriever(retriever_config(still_encoder, pairs, tmp_path / "out"))
 
 

@@ -22,7 +22,7 @@ from raytower.training.config import (
     TrainRerankerConfig,
     TrainRetrieverConfig,
 )
-from raytower.training.dev_split import _are_among, choose_keys, set_dev_aside
+from raytower.training.dev_split import _are_among, choose_keys, give_back, set_dev_aside
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
 from tests.support.tiny_training import (
@@ -116,6 +116,23 @@ def test_every_label_keeps_its_share(tmp_path: Path) -> None:
     lines = [f"text {i}\t{'rare' if i % 10 == 0 else 'common'}" for i in range(400)]
     _, dev, _ = split(write_rows(tmp_path / "train.tsv", lines), "labelled", 0.1)
     assert Counter(row["label"] for row in dev) == {"rare": 4, "common": 36}
+
+
+def test_every_label_keeps_a_row_that_is_trained(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its only row is nearer to 0.6 of it than none is. A label without a dev row is said."""
+    lines = [*(f"text {i}\tcommon" for i in range(20)), "alone\trare", "a\ttwo", "b\ttwo"]
+    trained, dev, _ = split(write_rows(tmp_path / "train.tsv", lines), "labelled", 0.6)
+    assert Counter(row["label"] for row in trained) == {"common": 8, "rare": 1, "two": 1}
+    assert Counter(row["label"] for row in dev) == {"common": 12, "two": 1}
+    assert "1 of 3 labels have no dev row: 'rare'" in capfd.readouterr().err
+
+
+def test_a_text_of_two_labels_is_given_back_to_both() -> None:
+    """Stratum 1 has the key 7 alone, which stratum 0 has given away; stratum 2 has given away both of its own."""
+    hashes = np.array([3, 7, 9, 7, 4, 5], dtype=np.uint64)
+    strata = np.array([0, 0, 0, 1, 2, 2])
+    chosen = np.array([3, 4, 5, 7], dtype=np.uint64)
+    assert give_back(chosen, hashes, strata).tolist() == [3, 4]
 
 
 def test_candidates_of_a_row_stay_together(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from raytower.data.pieces import read_piece
 from raytower.errors import InputError
 from raytower.training.classifier import ClassifierTask, plan_train_classifier
 from raytower.training.config import TrainClassifierConfig
-from raytower.training.labelled_files import survey_by_label
-from raytower.training.windows import plan_windows, read_window
+from raytower.training.labelled_files import survey_by_label, survey_paths
+from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.runner import run_identity
 
 ROWS = [("moon", "a"), ("sun", "a"), ("茶", "b"), ("杯", "b"), ("水", "b"), ("1984", "7")]
 
@@ -70,11 +71,9 @@ def test_files_and_folders_give_the_rows_of_a_labelled_file(tmp_path: Path) -> N
         assert (surveyed.num_rows, surveyed.num_rejected) == (6, 0)
         assert [piece.index for piece in surveyed.pieces] == list(range(len(surveyed.pieces)))
         assert [piece.first_row for piece in surveyed.pieces][:2] == [0, surveyed.pieces[0].num_rows]
-    windows = plan_windows([piece.num_rows for piece in by_file.pieces], seed=1, window_rows=100)
-    shuffled = read_window(next(iter(windows)), by_file.pieces, 1, None)
-    assert sorted(zip(shuffled["text"].to_pylist(), shuffled["label"].to_pylist(), strict=True)) == sorted(
-        ROWS
-    )
+    plan = StreamPlan(pieces=by_file.pieces, batch_size=6, num_batches=1, seed=1, window_rows=100)
+    (shuffled,) = stream_batches(plan)
+    assert sorted(zip(shuffled["text"], shuffled["label"], strict=True)) == sorted(ROWS)
 
 
 def test_a_plan_counts_them_and_dev_share_takes_of_each_label(still_encoder: Path, tmp_path: Path) -> None:
@@ -121,3 +120,51 @@ def test_a_file_outside_all_folders_has_no_label(tmp_path: Path) -> None:
 def test_dev_share_has_its_labels_by_the_training_rows(still_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dev\.label_by is 'file', and dev\.share"):
         config_of(tmp_path, still_encoder, dev={"share": 0.5, "label_by": "file"})
+
+
+def test_paths_name_the_texts_of_each_label(still_encoder: Path, tmp_path: Path) -> None:
+    """A file, a folder and a glob, whose names say nothing of the labels."""
+    write(tmp_path / "one.txt", ["moon", "sun"])
+    write(tmp_path / "folder" / "x.txt", ["茶"])
+    write(tmp_path / "folder" / "y.jsonl", ["杯", "水"], as_json=True)
+    write(tmp_path / "seven-1.txt", ["1984"])
+    paths = {"a": tmp_path / "one.txt", "b": tmp_path / "folder", "7.0": tmp_path / "seven-*.txt"}
+    given = {"train": {"paths": {label: str(path) for label, path in paths.items()}}, "dev": None}
+    values = {"model": str(still_encoder), "output": str(tmp_path / "out"), "batch_size": 2, "max_length": 32}
+    config = make_config(TrainClassifierConfig, {**values, **given, "workers": {"num": 1}})
+    surveyed = ClassifierTask.survey(config)
+    assert sorted(rows_of(surveyed)) == sorted(ROWS)
+    given["dev"] = given["train"]
+    config = make_config(TrainClassifierConfig, {**values, **given, "workers": {"num": 1}})
+    task = ClassifierTask.prepare(config, surveyed)
+    assert sorted(zip(task.dev_texts, task.dev_labels, strict=True)) == sorted(ROWS)
+    before = run_identity(config, surveyed)
+    write(tmp_path / "folder" / "x.txt", ["水"])
+    after = run_identity(config, surveyed)
+    assert {key for key in after if after[key] != before[key]} == {"content of train", "content of dev"}
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({}, "train.path is required and not given; name labelled rows, or texts by train.paths"),
+        (
+            {"path": "x", "paths": {"a": "y"}},
+            "train.path is 'x', and train.paths names the texts of each label",
+        ),
+        ({"label_by": "file", "paths": {"a": "y"}}, "train.label_by is 'file', and train.paths names"),
+        ({"paths": {"1": "x", "1.0": "y"}}, "it names the label '1' twice"),
+        ({"paths": {}}, "train.paths"),
+    ],
+)
+def test_paths_beside_another_source_are_refused(train: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        make_config(TrainClassifierConfig, {"model": "m", "output": "o", "train": train})
+    assert words in str(caught.value)
+
+
+def test_a_file_of_two_labels_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "x.txt", ["moon"])
+    paths = {"a": str(tmp_path / "x.txt"), "b": str(tmp_path / "*.txt")}
+    with pytest.raises(InputError, match=r"train\.paths has .*x\.txt under 'a' and under 'b'"):
+        survey_paths(paths, "fail", None, "train.paths")

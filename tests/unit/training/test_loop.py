@@ -20,14 +20,19 @@ from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRetrieverConfig
 from raytower.training.loop import train_worker
 from raytower.training.retriever import RetrieverTask
-from raytower.training.runner import _leave_checkpoints, _make_plan, _num_to_keep
+from raytower.training.runner import (
+    _leave_checkpoints,
+    _make_plan,
+    _make_room_for_checkpoints,
+    _num_to_keep,
+)
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_models import build_tiny_encoder
 from tests.support.tiny_training import batches_of, write_labelled, write_pairs
 
 
 def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
-    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """64 rows at 16 a step: 12 steps are 3 epochs, measured after each; no value ends the run."""
     train = write_labelled(tmp_path / "train.tsv", 64)
@@ -52,7 +57,7 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     plan = _make_plan(config, surveyed, task, WorkersConfig(num=1), failure_file)
     reported: list[tuple[Any, dict[str, Any]]] = []
 
-    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
         folder = tmp_path / f"checkpoint{len(reported)}"
         shutil.copytree(checkpoint.path, folder)
         reported.append((ray.train.Checkpoint.from_directory(str(folder)), metrics))
@@ -61,6 +66,7 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(
         "raytower.training.loop.stream_batches", lambda *_, **__: batches_of(surveyed, config)
@@ -78,14 +84,25 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     assert ranks[0] == outcome["best"] > ranks[1] == ranks[2]
     # Ray gives the best first where there is a metric.
     result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
-    _leave_checkpoints(result, config.num_left_checkpoints, Location.of(tmp_path / "out"))
+    output = Location.of(tmp_path / "out")
+    _leave_checkpoints(result, config.num_left_checkpoints, output, "a")
     kept = sorted((tmp_path / "out.checkpoints").iterdir())
     assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
     assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
-    _leave_checkpoints(result, 2, Location.of(tmp_path / "last"))
+    _leave_checkpoints(result, 2, Location.of(tmp_path / "last"), "a")
     assert sorted(path.name for path in (tmp_path / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
-    _leave_checkpoints(result, 0, Location.of(tmp_path / "none"))
+    _leave_checkpoints(result, 0, Location.of(tmp_path / "none"), "a")
     assert not (tmp_path / "none.checkpoints").exists()
+    # They stay where the run that made them goes on, and make room for those of another, whose steps are fewer.
+    _make_room_for_checkpoints(output, "a")
+    assert len(list((tmp_path / "out.checkpoints").iterdir())) == 3
+    _make_room_for_checkpoints(output, "b")
+    _leave_checkpoints(result, 1, output, "b")
+    assert [path.name for path in (tmp_path / "out.checkpoints").iterdir()] == ["step-12"]
+    former = tmp_path / ".out.checkpoints.former-1"
+    assert sorted(path.name for path in former.iterdir()) == ["step-12", "step-4", "step-8"]
+    assert TextClassifier.load(former / "step-12").labels[0] == "topics##a"
+    assert str(former) in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,7 +150,7 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
     failure_file = Location.of(tmp_path / "failure.json")
     reported: list[Any] = []
 
-    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
         folder = tmp_path / f"checkpoint{len(reported)}"
         shutil.copytree(checkpoint.path, folder)
         reported.append(ray.train.Checkpoint.from_directory(str(folder)))
@@ -141,10 +158,11 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(
         "raytower.training.loop.stream_batches",
-        lambda stream, skipped, say: islice(batches_of(surveyed, config), skipped, None),
+        lambda stream, skipped, *_: (rows for rows in islice(batches_of(surveyed, config), skipped, None)),
     )
     curves = []
     for checkpoint in (lambda: None, lambda: reported[0]):

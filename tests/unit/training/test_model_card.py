@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,13 @@ def test_a_directory_of_this_machine_is_not_named() -> None:
     assert card.data.base_model is None
     assert "Trained from a model directory by" in text
     assert card_of(TrainRetrieverConfig, model="./start")[1].data.base_model is None
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/encoder` on a hub would be somebody else's model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "encoder").mkdir(parents=True)
+    text, card = card_of(TrainRetrieverConfig, model="runs/encoder")
+    assert card.data.base_model is None
+    assert "huggingface.co" not in text
+    assert card_of(TrainRetrieverConfig, model="runs/other")[1].data.base_model == "runs/other"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,11 +41,10 @@ from raytower.training.model_card import model_card
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
-from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.row_stream import stream_batches
 from raytower.training.runner import _describe_plan, _make_plan, run_identity
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
-from raytower.training.windows import Window, read_window
 from tests.support.data_files import rows_of, write, write_jsonl
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_training import (
@@ -92,16 +90,6 @@ def plan_of(task_class: type[Task[Any]], config: Any) -> TrainingPlan:
     return _make_plan(config, surveyed, task, ONE, Location.of(config.output).parent / "failure.json")
 
 
-@pytest.fixture
-def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows are read in this process, as the readers of a run do it beside training."""
-
-    def read(plan: StreamPlan, windows: Iterator[Window]) -> Iterator[pa.Table]:
-        return (read_window(window, plan.pieces, plan.seed, plan.num_documents) for window in windows)
-
-    monkeypatch.setattr("raytower.training.row_stream._read_windows", read)
-
-
 def step_of(model: torch.nn.Module, config: Any) -> TrainingStep:
     optimizer = make_optimizer(model, config.optimizer)
     return TrainingStep(model, optimizer, make_schedule(optimizer, 10, 0.0))
@@ -111,7 +99,6 @@ def first_of(name: str, batches: list[Rows]) -> Rows:
     return next(rows for rows in batches if rows[SET][0] == name)
 
 
-@pytest.mark.usefixtures("read_here")
 class TestStream:
     def test_batches_are_of_one_set_and_each_set_has_epochs_of_its_own(
         self, still_encoder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -160,7 +147,6 @@ class TestStream:
         assert (plan["rows"], plan["steps"], plan["unused_rows"]) == (64, 8, 8)
 
 
-@pytest.mark.usefixtures("read_here")
 def test_each_set_has_its_objective_and_its_prompts(still_encoder: Path, tmp_path: Path) -> None:
     """The losses are those of sentence-transformers' vectors by the formulas, once by once and accumulated."""
     config = retriever(still_encoder, tmp_path, train={"sets": two_sets(tmp_path)}, document_prefix="doc: ")
@@ -189,7 +175,6 @@ def test_each_set_has_its_objective_and_its_prompts(still_encoder: Path, tmp_pat
     assert set(step.observed) == {"loss/ask", "loss/sts"}
 
 
-@pytest.mark.usefixtures("read_here")
 def test_each_set_of_a_reranker_has_its_objective(dummy_reranker_dir: Path, tmp_path: Path) -> None:
     sets = {
         "lists": {"path": str(write_candidates(tmp_path / "a.jsonl", 16)), "objective": "listwise_softmax"},
@@ -217,7 +202,6 @@ def test_each_set_of_a_reranker_has_its_objective(dummy_reranker_dir: Path, tmp_
     assert set(step.observed) == {"loss/judged"}
 
 
-@pytest.mark.usefixtures("read_here")
 def test_a_teacher_and_a_guide_serve_the_sets_that_ask_for_them(
     still_encoder: Path, dummy_reranker_dir: Path, tmp_path: Path
 ) -> None:
@@ -421,7 +405,6 @@ class TestInstructions:
             ("a", None),
         ]
 
-    @pytest.mark.usefixtures("read_here")
     def test_they_stand_before_their_queries_in_place_of_the_prefix(
         self, still_encoder: Path, tmp_path: Path
     ) -> None:
@@ -544,7 +527,6 @@ class TestDevSets:
             RetrieverTask.prepare(config, RetrieverTask.survey(config))
 
 
-@pytest.mark.usefixtures("read_here")
 def test_losses_and_metrics_of_sets_are_logged_and_a_run_goes_on_with_the_same(
     still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -564,7 +546,7 @@ def test_losses_and_metrics_of_sets_are_logged_and_a_run_goes_on_with_the_same(
     )
     reported: list[tuple[Any, dict[str, Any]]] = []
 
-    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
         folder = tmp_path / f"checkpoint{len(reported)}"
         shutil.copytree(checkpoint.path, folder)
         reported.append((ray.train.Checkpoint.from_directory(str(folder)), metrics))
@@ -572,6 +554,7 @@ def test_losses_and_metrics_of_sets_are_logged_and_a_run_goes_on_with_the_same(
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     outcomes = []
     for checkpoint in (lambda: None, lambda: reported[0][0]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import RoFormerConfig, RoFormerModel
 
 from raytower.config import make_config
-from raytower.training.batches import Rows, worker_slice
+from raytower.training.batches import Rows
 from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
@@ -31,7 +31,8 @@ from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_tokenizer
-from tests.support.tiny_training import batches_of, write_pairs
+from tests.support.tiny_training import batches_of, worker_slice, write_pairs
+from tests.support.warm import in_processes, in_two_processes
 
 Backward = Callable[[TrainingStep, Rows], Tensor]
 Weights = dict[str, Tensor]
@@ -241,7 +242,7 @@ class TestTwoWorkers:
     ) -> list[dict[str, dict[str, Any]]]:
         """One for each worker."""
         folder = tmp_path_factory.mktemp("results")
-        multiprocessing.spawn(_worker, (jobs, folder), nprocs=2)
+        in_two_processes(_worker, jobs, folder)
         return [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(2)]
 
     @pytest.mark.parametrize("name", ["plain", "cached", "one batch", "clipped", "weights out of use"])
@@ -298,6 +299,81 @@ class TestTwoWorkers:
             assert worker[name]["batch"] == batch
             assert worker[name]["moved"] == 0
         assert results[0][name] == results[1][name]
+
+
+SHARED_JOBS: dict[str, dict[str, Any]] = {
+    "plain": ACCUMULATED,
+    "cached": {**ACCUMULATED, "gradient_cache": 4},
+    "lora": {"lora": {"rank": 4, "dropout": 0.1}},
+}
+
+
+def _worker_of_some(rank: int, workers: int, jobs: dict[str, Job], folder: Path) -> None:
+    """Four workers make six steps, with a checkpoint after two; two workers make the next two from there."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / str(workers)}",
+        rank=rank,
+        world_size=workers,
+        timeout=timedelta(seconds=120),
+    )
+    losses = {}
+    for name, job in jobs.items():
+        parts = [[worker_slice(rows, rank, workers) for rows in batches] for batches in job.steps]
+        own = replace(job, steps=parts)
+        if workers == 4:
+            step = with_shares(own.make_step(own.build()), is_parallel=True)
+            losses[name] = own.run(step, 0, 2)
+            if rank == 0:
+                TestContinuedRuns.save(job, step, 2, folder / name)
+            losses[name] += own.run(step, 2, 6)
+        else:
+            step = with_shares(TestContinuedRuns.restore(own, folder / name)[0], is_parallel=True)
+            losses[name] = own.run(step, 2, 4)
+            if rank == 0:
+                TestContinuedRuns.save(job, step, 4, folder / f"{name}, two")
+    if rank == 0:
+        torch.save(losses, folder / f"losses{workers}.pt")
+    end_worker()
+
+
+def with_shares(step: TrainingStep, is_parallel: bool = False) -> TrainingStep:
+    """`step` as the loop makes it where there are four workers at most."""
+    step.num_shares = 4
+    if is_parallel:
+        step.parallel = data_parallel(step.model, step.words)
+    return step
+
+
+@pytest.mark.processes
+class TestFewerWorkers:
+    """With dropout: four processes; two, from a checkpoint of theirs; this one alone, from a checkpoint of the two."""
+
+    @pytest.fixture(scope="class")
+    def jobs(self, dummy_encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+        folder = tmp_path_factory.mktemp("shared")
+        return {
+            name: make_job(dummy_encoder_dir, folder, 6, changes) for name, changes in SHARED_JOBS.items()
+        }
+
+    @pytest.fixture(scope="class")
+    def folder(self, jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("losses")
+        for workers in (4, 2):
+            in_processes(workers, _worker_of_some, workers, jobs, folder)
+        return folder
+
+    @pytest.mark.parametrize("name", list(SHARED_JOBS))
+    def test_they_have_the_losses_of_all(self, jobs: dict[str, Job], folder: Path, name: str) -> None:
+        """Each worker drew masks for all its rows at once, so that two drew others than four."""
+        job = jobs[name]
+        four, two = (torch.load(folder / f"losses{n}.pt", weights_only=True)[name] for n in (4, 2))
+        assert two == pytest.approx(four[2:4], abs=1e-5)
+        alone = with_shares(TestContinuedRuns.restore(job, folder / f"{name}, two")[0])
+        assert job.run(alone, 4, 6) == pytest.approx(four[4:], abs=1e-5)
+        by_worker = TestContinuedRuns.restore(job, folder / f"{name}, two")[0]
+        assert job.run(by_worker, 4, 6)[0] != pytest.approx(four[4], abs=1e-3)
 
 
 RESUMED_JOBS: dict[str, dict[str, Any]] = {

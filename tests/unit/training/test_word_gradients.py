@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -31,9 +31,10 @@ from transformers import (
 )
 
 from raytower.config import make_config
+from raytower.models import chunks
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder, EncoderSettings
-from raytower.training.batches import Rows, worker_slice
+from raytower.training.batches import Rows
 from raytower.training.config import TrainJobConfig, TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
@@ -42,7 +43,8 @@ from raytower.training.step import TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_config, tiny_tokenizer
-from tests.support.tiny_training import batches_of, write_pairs
+from tests.support.tiny_training import batches_of, worker_slice, write_pairs
+from tests.support.warm import in_two_processes
 
 VOCABULARY = 3_000
 Job = tuple[TrainJobConfig, Any, list[list[Rows]]]
@@ -165,6 +167,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class TestOneProcess:
+    @pytest.fixture(autouse=True)
+    def in_one_chunk(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sums over several chunks round in another order; those of accumulated and of cached batches are tested."""
+        monkeypatch.setattr(chunks, "tokens_per_launch", lambda _: 10_000)
+
     @pytest.mark.parametrize("name", list(CASES))
     def test_three_steps_leave_what_dense_gradients_leave(
         self, wide_encoder: Path, tmp_path: Path, name: str
@@ -388,7 +395,7 @@ def _worker(rank: int, jobs: dict[str, Job], folder: Path) -> None:
 def test_two_workers_exchange_the_rows_that_were_read_and_no_more(wide_encoder: Path, tmp_path: Path) -> None:
     """Three steps with the gradients of torch's data parallelism, and three without the table among them."""
     jobs = {name: make_job(wide_encoder, tmp_path, CASES[name]) for name in PARALLEL_CASES}
-    multiprocessing.spawn(_worker, (jobs, tmp_path), nprocs=2)
+    in_two_processes(_worker, jobs, tmp_path)
     for rank in range(2):
         results = torch.load(tmp_path / f"results{rank}.pt", weights_only=True)
         for name in [*PARALLEL_CASES, "tied"]:
