@@ -71,7 +71,8 @@ def plan_workers(
 ) -> WorkersConfig:
     """As `fit_workers`, of what the machines have.
 
-    Eight GPUs and 96 CPUs on one node: eight workers of one GPU and 12 CPUs. Three nodes of 16 CPUs: three of 16.
+    Eight GPUs and 96 CPUs on one node: eight workers of one GPU and 12 CPUs. Three nodes of 16 CPUs, and one of 1:
+    three of 16.
 
     Of a cluster whose nodes come with demand there may be none now: then num must be given, and null is 1 CPU
     and no GPU.
@@ -100,7 +101,21 @@ def plan_workers(
             return int(node.gpus / num_gpus)
         return max(min(per_cpu_node, int(node.cpus)), 1)
 
-    most = sum(places(node) for node in usable)
+    def cpus_of(taken: Sequence[Node], num: int) -> float:
+        """CPUs of a worker, which are all alike, where `num` are put on these nodes."""
+        # Of more workers than there are places a node takes its part.
+        crowd = -(-num // len(taken)) if num > sum(map(places, taken)) else 1
+        return min(node.cpus / min(max(places(node), crowd), num) for node in taken)
+
+    by_size = sorted(usable, key=lambda node: node.cpus / places(node), reverse=True)
+    parts = [by_size[: number + 1] for number in range(len(by_size))]
+    if (wanted := asked.num) is not None:
+        enough = [part for part in parts if not num_gpus or sum(map(places, part)) >= wanted]
+        usable = max(enough or [by_size], key=lambda part: cpus_of(part, wanted))
+    elif not num_gpus:
+        # Of 15, 15 and 1 CPUs two workers of 15, not three of 1.
+        usable = max(parts, key=lambda part: (most := sum(map(places, part))) * cpus_of(part, most))
+    most = sum(map(places, usable))
     num = asked.num or (most if share is None else _largest_divisor(share, most))
     if least is not None and num < least:
         raise InputError(
@@ -108,9 +123,7 @@ def plan_workers(
             "evenly; lower it, or say by workers.num how many to wait for"
         )
     now = num if least is None else max(most_of(worker_counts(least, num), most), least)
-    # Of more workers than there are places a node takes its part.
-    crowd = -(-now // len(usable)) if now > most else 1
-    cpus = min(node.cpus / min(max(places(node), crowd), now) for node in usable)
+    cpus = cpus_of(usable, now)
     # Threads are whole; of more workers than CPUs each holds a part of one.
     num_cpus = float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100
     return WorkersConfig(num=num, num_cpus=asked.num_cpus or max(num_cpus, 0.01), num_gpus=num_gpus)

@@ -142,14 +142,14 @@ def test_sigterm_to_a_worker_costs_no_step(
     assert curve_of(output) == pytest.approx(undisturbed, abs=1e-5)
 
 
-def test_nodes_come_and_go_without_a_trace_in_the_curve(dummy_encoder_dir: Path, tmp_path: Path) -> None:
-    """4 workers, 2 while a node is drained, 4 with another one, 2 once that is lost; dropout is always that of 4."""
+def test_a_drained_node_leaves_no_trace_in_the_curve(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """4 workers, and 2 once a node is drained; dropout is always that of 4, and no step is made twice."""
     output = tmp_path / "out"
     values = run_values(dummy_encoder_dir, write_pairs(tmp_path / "pairs.tsv", 48), output)
     values |= {
         "workers": {"min": 2, "max": 4, "num_cpus": CPUS_PER_WORKER, "num_gpus": 0},
         "epochs": 16,
-        "max_failures": 1,
+        "max_failures": 0,
     }
     script = f"from tests.support.elastic_run import main; main({values!r})"
     environment = clean_environment(
@@ -161,13 +161,11 @@ def test_nodes_come_and_go_without_a_trace_in_the_curve(dummy_encoder_dir: Path,
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["steps"] == 48
     numbers = [int(line) for line in (tmp_path / "workers").read_text().split()]
-    assert [number for number, _ in groupby(numbers)] == [4, 2, 4, 2]
-    # Twice there was notice, so that no step was made again; the third time a node was lost.
+    assert [number for number, _ in groupby(numbers)] == [4, 2]
     saved = re.findall(r"all workers start anew from the checkpoint of step (\d+)", ended.stderr)
-    continued = re.findall(r"continuing from step (\d+)", ended.stderr)
-    assert len(saved) == 2
-    assert len(continued) == 3
-    assert continued[:2] == saved
+    assert re.findall(r"continuing from step (\d+)", ended.stderr) == saved
+    assert len(saved) == 1
+    assert len(numbers) == 48
     config = make_config(TrainRetrieverConfig, values)
     surveyed = RetrieverTask.survey(config)
     task = RetrieverTask.prepare(config, surveyed)

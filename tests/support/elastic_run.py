@@ -19,7 +19,6 @@ from torch import Tensor
 
 from raytower.collectives import rank, world_size
 from raytower.config import make_config
-from raytower.training import runner
 from raytower.training.batches import Rows
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
@@ -43,7 +42,7 @@ class SlowTask(RetrieverTask):
 
 
 def main(values: dict[str, Any]) -> None:
-    """4 workers on two nodes; one node is drained; another one comes, and is lost. The figures go to stdout."""
+    """4 workers on two nodes, one of which is drained and goes. The figures go to stdout, as JSON."""
     output = Path(values["output"])
     workers = output.parent / "workers"
     # The head has no room for a worker: it reads rows.
@@ -52,27 +51,17 @@ def main(values: dict[str, Any]) -> None:
     cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
     drained = cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
     os.environ["RAY_ADDRESS"] = cluster.address
-    runner._RESIZE_S = 1.0
 
-    def next_steps(count: int) -> None:
-        """Until a checkpoint of `count` steps more is stored."""
-        first = max(registered_steps(output.parent), default=0)
-        wait_for(lambda: max(registered_steps(output.parent), default=0) >= first + count, f"{count} steps")
-
-    # Nodes start in the main thread alone, which takes their signals.
+    # What ends nodes runs in the main thread, which takes their signals.
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(fit, SlowTask, make_config(TrainRetrieverConfig, values))
-        next_steps(4)
+        wait_for(lambda: bool(registered_steps(output.parent)), "a checkpoint")
         deadline_ms = int((time.time() + 600) * 1000)
         reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         client = ray._private.worker.global_worker.gcs_client
         assert client.drain_node(drained.node_id, reason, "taken away", deadline_ms)[0]
-        wait_for(lambda: workers.read_text().endswith("4\n2\n"), "two workers")
+        wait_for(lambda: "2\n" in workers.read_text(), "two workers")
         cluster.remove_node(drained, allow_graceful=False)
-        lost = cluster.add_node(num_cpus=2 * CPUS_PER_WORKER)
-        wait_for(lambda: workers.read_text().endswith("2\n4\n"), "four workers again")
-        next_steps(4)
-        cluster.remove_node(lost, allow_graceful=False)
         print(json.dumps(run.result()))
     ray.shutdown()
     cluster.shutdown()

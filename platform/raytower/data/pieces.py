@@ -133,14 +133,16 @@ def survey(
     *,
     say: bool = True,
     remember: Remember | None = None,
+    may_be_empty: bool = False,
 ) -> Survey:
     """Read every row of the input once, check it, and cut the input into pieces of at most `rows_per_piece` rows.
 
     `rows_per_piece` counts rows of the file; a candidates row with 3 positives gives 3 rows of the piece.
     Memory is bounded by one piece, plus eight bytes a row where rows bring ids, plus, for BEIR pairs, the judgements.
     on_error None means `fail` in a command without that key. Under `quarantine`, rejected rows are listed in a file
-    in the folder `quarantine`, published when the survey ends. `say` names files that give no row on stderr. `remember`
-    is asked for what was surveyed before; not for a BEIR folder's pairs, of which there are few.
+    in the folder `quarantine`, published when the survey ends. `say` names files that give no row on stderr.
+    `may_be_empty` gives a survey without pieces where no file has a good row. `remember` is asked for what was surveyed
+    before; not for a BEIR folder's pairs, of which there are few.
 
     Raises:
         InputError: nothing to read; under `fail`, the first row that breaks a rule or repeats an id, naming file, line
@@ -154,15 +156,15 @@ def survey(
             return _survey_beir(input, kind, rows_per_piece, rejects)
         found = find_files(input.path, input.format)
         if say:
-            _say("passed over", found.ignored)
+            say_files("passed over", found.ignored)
         layouts = [(file, detect_layout(file, kind, input)) for file in found.files]
         sources = [Source(file, layout) for file, layout in layouts if layout is not None]
-        if not sources:
+        if not sources and not may_be_empty:
             raise InputError(f"{found.files[0]} holds no rows; give a file that has rows")
         _refuse_mixed_formats(input, sources)
 
         def scan() -> Survey:
-            return _survey_sources(sources, kind, rows_per_piece, rejects)
+            return _survey_sources(sources, kind, rows_per_piece, rejects, may_be_empty)
 
         surveyed = scan() if remember is None else remember(sources, rows_per_piece, scan)
         if not surveyed.num_rejected:
@@ -170,7 +172,7 @@ def survey(
         filled = {str(piece.source.file) for piece in surveyed.pieces if isinstance(piece.source, Source)}
         # One empty file must not stop a job, but the user must hear of it.
         if say:
-            _say("no row in", [str(file) for file in found.files if str(file) not in filled])
+            say_files("no row in", [str(file) for file in found.files if str(file) not in filled])
         return surveyed
 
 
@@ -244,7 +246,11 @@ def _refuse_mixed_formats(config: InputConfig, sources: Sequence[Source]) -> Non
 
 
 def _survey_sources(
-    sources: Sequence[Source], kind: RecordKind, rows_per_piece: int, rejects: Rejects
+    sources: Sequence[Source],
+    kind: RecordKind,
+    rows_per_piece: int,
+    rejects: Rejects,
+    may_be_empty: bool = False,
 ) -> Survey:
     have_ids = any(source.layout.has_ids for source in sources)
     hashes: list[np.ndarray] = []
@@ -267,8 +273,9 @@ def _survey_sources(
                     # Python keys the hash of strings anew in each process; a survey runs in one.
                     hashes.append(np.fromiter(map(hash, chunk.values("id")), np.int64, num_rows))
     drafts = list(_without_duplicates(drafts, hashes, rejects)) if hashes else drafts
-    surveyed = _finish(drafts, types.schema(sources[0].layout.schema), sources, rejects)
-    if not surveyed.pieces:
+    own = sources[0].layout.schema if sources else canonical_schema(kind)
+    surveyed = _finish(drafts, types.schema(own), sources, rejects)
+    if not surveyed.pieces and not may_be_empty:
         raise InputError(_no_rows(sources, kind, surveyed.quarantine_file))
     return dataclasses.replace(
         surveyed,
@@ -364,7 +371,8 @@ def _no_rows(sources: Sequence[Source], kind: RecordKind, quarantine_file: str |
     )
 
 
-def _say(what: str, names: Sequence[str]) -> None:
+def say_files(what: str, names: Sequence[str]) -> None:
+    """Name files on stderr, the first few of them; nothing where there are none."""
     if names:
         more = f" and {len(names) - _NAMED_FILES} more" if len(names) > _NAMED_FILES else ""
         print(f"raytower: {what} {', '.join(names[:_NAMED_FILES])}{more}", file=sys.stderr)

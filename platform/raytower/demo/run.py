@@ -121,7 +121,8 @@ class _Demo:
             files = write_sample(self.folder / "data", SAMPLES[self.config.sample], self.config.seed)
             ensure_ray()
         log(
-            f"sample: {files.num_train} training pairs, {files.num_corpus} answers; files under {self.folder}"
+            f"sample: {files.num_train} training pairs, {files.num_corpus} answers; files under {self.folder}. Of "
+            f"texts the first {_MAX_LENGTH} tokens are read, less than most answers have, so that this takes minutes"
         )
         base = self._measure_encoder("zero-shot", self.model, files)
         trained_dir = self._train_encoder(files)
@@ -296,7 +297,7 @@ class _Demo:
         return Retriever(
             ForwardEngine(model, max_length=_MAX_LENGTH, dtype=self.dtype),
             opened,
-            CrossScorer(CrossEncoder.load(reranker), dtype=self.dtype),
+            CrossScorer(CrossEncoder.load(reranker), dtype=self.dtype, max_length=_MAX_LENGTH),
             query_prefix=model.prefix_for("query"),
         )
 
@@ -310,6 +311,7 @@ class _Demo:
             "reranker": reranker,
             "dtype": self.dtype,
             "max_length": _MAX_LENGTH,
+            "rerank_max_length": _MAX_LENGTH,
             "port": self.config.port,
         }
         with _timed(self.seconds, "serve"):

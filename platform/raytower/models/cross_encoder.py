@@ -22,7 +22,6 @@ from raytower.models.directory import (
     load_tokenizer,
     read_info,
     read_json_object,
-    resolve_model,
     transformer_folder,
 )
 from raytower.models.fusion import Fusion
@@ -46,6 +45,7 @@ from raytower.models.sequence_classifier import (
     load_config,
     pad_apart,
     recorded_max_length,
+    resolve_transformer,
 )
 from raytower.models.token_block import TokenBlock
 
@@ -77,7 +77,7 @@ class CrossEncoder(SequenceClassifier):
             FormatError: weights are missing (an encoder is no reranker yet), it has other than 1 or 2 labels, its
                 logit has an activation that is not known here, or nothing says how a causal language model reranks.
         """
-        path = resolve_model(str(name))
+        path = resolve_transformer(str(name))
         layout = _read_any_layout(path)
         if layout is None and is_causal(path):
             raise refuse_plain(path)
@@ -109,7 +109,7 @@ class CrossEncoder(SequenceClassifier):
         Raises:
             InputError: `name` is a finished classifier with another number of logits, so its head cannot go on.
         """
-        path = resolve_model(str(name))
+        path = resolve_transformer(str(name))
         layout = _read_any_layout(path)
         if layout is not None and layout.answers is not None:
             return CausalCrossEncoder.go_on_from(path, layout, num_labels)

@@ -14,10 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from raytower.errors import FormatError
 from raytower.progress import log
@@ -219,11 +224,22 @@ def native_config(config: Values, file: object) -> dict[str, Any] | None:
     code = own_code(config)
     if code is None:
         return None
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise FormatError(
             f"{str(file)!r} is of the kind {kind!r}, which transformers does not know, and names code of its "
             f"repository for it ({code}), which is never run; name a model of a kind that transformers knows"
+        )
+    if not _has_class(kind, code.rpartition(".")[2]):
+        raise FormatError(
+            f"{str(file)!r} names code of its repository ({code}), which is never run, and transformers has no class "
+            f"of that name for {kind!r}: its own one would give other vectors, without a word; name another model"
+        )
+    if _looks_back_only(kind) and "AutoModel" in config["auto_map"] and config.get("is_causal") is None:
+        raise FormatError(
+            f"{str(file)!r} names code of its repository for a decoder ({code}), which is never run, and does not say "
+            "whether tokens see those behind them, as encoders made of decoders often have it; where its authors "
+            "say so, give it in a copy of the directory: is_causal false in config.json if they do, true if they do not"
         )
     _say_once(
         f"{str(file)!r} names code of its repository ({code}), which is never run; transformers' own class for "
@@ -237,6 +253,16 @@ def own_code(config: Values) -> str | None:
     named = config.get("auto_map")
     values = named if isinstance(named, dict) else {}
     return next((str(value) for key, value in sorted(values.items()) if key.startswith("AutoModel")), None)
+
+
+def _has_class(kind: str, name: str) -> bool:
+    """Whether transformers has a class of that name for a kind of model."""
+    return hasattr(import_module(f"transformers.models.{model_type_to_module_name(kind)}"), name)
+
+
+def _looks_back_only(kind: str) -> bool:
+    """Whether models of a kind generate text, and none of them fills in masked words."""
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _form_of(config: Values) -> _Form | None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import masking_utils
 
-# They answer whether a padding mask, the first argument or None, can be left out.
+# They answer whether a padding mask, the first argument or None, can be left out. A version of transformers that has
+# other names asks each mask, which costs time and no result.
 _NAMES = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
 
 
@@ -24,7 +25,7 @@ def _answering(ask: Callable[..., bool]) -> Callable[..., bool]:
     return can_skip
 
 
-_ASKED = {name: getattr(masking_utils, name) for name in _NAMES}
+_ASKED = {name: getattr(masking_utils, name) for name in _NAMES if hasattr(masking_utils, name)}
 _KNOWN = {name: _answering(ask) for name, ask in _ASKED.items()}
 
 

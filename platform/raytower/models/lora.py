@@ -5,12 +5,17 @@ Source: Hu et al. 2021 (LoRA), by the library `peft`, an optional extra.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from raytower.errors import InputError, import_extra
 from raytower.models.config import LoraConfig
+
+_POOLER = r"(.*\.)?pooler(\..*)?"
 
 
 def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
@@ -18,15 +23,21 @@ def add_adapters(backbone: PreTrainedModel, config: LoraConfig) -> None:
 
     Raises:
         MissingExtraError: `peft` is not installed.
-        InputError: no layer has a name that ends in one of `target_modules`.
+        InputError: no layer has a name that ends in one of `target_modules`, or there is no linear one at all.
     """
     peft = import_extra("peft")
+    if not any(isinstance(module, nn.Linear | Conv1D) for module in backbone.modules()):
+        raise InputError(
+            f"lora is set, and a {type(backbone).__name__} has no linear layer that takes an adapter; remove lora"
+        )
+    has_pooler = any(re.fullmatch(_POOLER, name) for name, _ in backbone.named_modules())
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules or "all-linear",
-        exclude_modules=r"(.*\.)?pooler(\..*)?",  # ALBERT's is a linear layer itself
+        # ALBERT's is a linear layer itself; peft warns where there is none.
+        exclude_modules=_POOLER if has_pooler else None,
     )
     # The pooler belongs to a classifier's head, which trains as a whole; that of an encoder is frozen already.
     pooler = [p for name, p in backbone.named_parameters() if name.startswith("pooler.") and p.requires_grad]

@@ -28,12 +28,14 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     is_sequence_classifier,
+    is_static,
     load_weights,
     loading,
     max_positions,
     new_digest,
     read_info,
     read_json_object,
+    resolve_model,
     save_pretrained,
     write_json,
 )
@@ -177,6 +179,17 @@ def load_causal(path: Path) -> PreTrainedModel:
             "family is known whose forward takes logits_to_keep, such as Qwen3, Gemma or Llama"
         )
     return model
+
+
+def resolve_transformer(name: str) -> Path:
+    """`resolve_model`, of what can have a head. Raises FormatError for a table of token vectors."""
+    path = resolve_model(name)
+    if is_static(path):
+        raise FormatError(
+            f"{str(path)!r} is a StaticEmbedding, a table of token vectors, on which no reranker or classifier is put; "
+            "name an encoder with a transformer"
+        )
+    return path
 
 
 def load_config(path: Path) -> PretrainedConfig:

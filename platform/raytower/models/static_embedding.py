@@ -75,9 +75,11 @@ def load_static(place: Path) -> tuple[StaticBackbone, PreTrainedTokenizerFast]:
             "give the tokenizer that it was made with"
         )
     cut = (rules.truncation or {}).get("max_length") or _MAX_TOKENS
-    # Any token fills batches up: the mask hides it from the mean.
-    filler = rules.id_to_token(0)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token=filler, model_max_length=cut)
+    rules.no_padding()  # its token may be none of the table's
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, model_max_length=cut)
+    # Any token fills batches up: the mask hides it from the mean. Named when the tokenizer is made, it would become a
+    # special one, and an ordinary word be cut out of others: "the" out of "there".
+    tokenizer.pad_token = rules.id_to_token(0)
     backbone = StaticBackbone(StaticConfig(vocab_size=table_VH.shape[0], hidden_size=table_VH.shape[1]))
     backbone.embedding.weight.data = table_VH.float()
     return backbone.eval(), tokenizer

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from raytower.errors import FormatError, InputError
 from raytower.models.class_ranks import rank_classes, softmax
-from raytower.models.directory import load_tokenizer, read_info, resolve_model, transformer_folder
+from raytower.models.directory import load_tokenizer, read_info, transformer_folder
 from raytower.models.logits_engine import LogitsEngine
 from raytower.models.sequence_classifier import (
     SequenceClassifier,
@@ -26,6 +26,7 @@ from raytower.models.sequence_classifier import (
     load_classifier,
     pad_apart,
     recorded_max_length,
+    resolve_transformer,
 )
 
 # What transformers calls a classifier whose labels exclude each other.
@@ -43,7 +44,7 @@ class TextClassifier(SequenceClassifier):
             FormatError: weights are missing (an encoder is no classifier yet), or it is a reranker with one logit, a
                 regression, or a classifier of which several labels may hold at once.
         """
-        path = resolve_model(str(name))
+        path = resolve_transformer(str(name))
         model, missing = load_classifier(path)
         if missing:
             raise FormatError(
@@ -69,7 +70,7 @@ class TextClassifier(SequenceClassifier):
                 labels are not these in this order, so its head cannot go on.
         """
         _check_labels(labels)
-        path = transformer_folder(resolve_model(str(name)))
+        path = transformer_folder(resolve_transformer(str(name)))
         finished = finished_config(path)
         if finished is None:
             numbers = dict(enumerate(labels))

@@ -92,5 +92,6 @@ def _say_once(name: str, found: TrainedPrefixes) -> None:
     keys = "query_prefix and document_prefix (encode: prefix)" if found.document else "query_prefix"
     log(
         f"warning: encoder {name!r} holds no prompts, and its family ({found.family}) was trained with {behind}; texts "
-        f"go without it until {keys} say it, or prompts of config_sentence_transformers.json"
+        f"go without it until prompts of its config_sentence_transformers.json say it, or, for the encoder that a job "
+        f"is about, {keys}"
     )

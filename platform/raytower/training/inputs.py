@@ -29,7 +29,8 @@ from raytower.training.config import DevConfig, TrainJobConfig
 from raytower.training.dev_split import set_dev_aside
 
 _NAMED_COLUMNS = 8
-# Few, because a piece of a compressed file is found by reading all before it.
+# Few, because a piece of a compressed file is found by reading all before it. More where these hold too few rows, as
+# where each file has a line.
 _SAMPLED_PIECES = 4
 
 
@@ -238,6 +239,20 @@ def check_labels(survey: Survey, apply: Callable[[Tensor], object]) -> None:
         )
 
 
+def refuse_equal_scores(survey: Survey, objective: str) -> None:
+    """Raise InputError if no candidate list has two scores that differ: there is no order to learn.
+
+    It reads until a list has them, mostly one piece.
+    """
+    for table in tables(survey):
+        if any(len(set(scores)) > 1 for scores in table["scores"].to_pylist()):
+            return
+    raise InputError(
+        f"{', '.join(survey.files[:3])}: the scores of each row are all equal, and objective {objective} learns their "
+        "order; give the documents of a query different scores"
+    )
+
+
 def count_documents(survey: Survey, wanted: int | None) -> int | None:
     """Most documents of a candidate list in training: `wanted`, or those of the longest list; None for other rows.
 
@@ -275,20 +290,25 @@ def _count_lengths(survey: Survey) -> list[tuple[int, int]]:
 
 
 def sample_rows(survey: Survey, num_rows: int) -> pa.Table:
-    """About `num_rows` rows of an input, evenly spaced within a few evenly spaced pieces; the same ones every time."""
-    count = min(_SAMPLED_PIECES, len(survey.pieces))
+    """About `num_rows` rows of an input, evenly spaced within evenly spaced pieces; the same ones every time."""
+    all_pieces = len(survey.pieces)
+    count = min(max(_SAMPLED_PIECES, -(-num_rows * all_pieces // survey.num_rows)), all_pieces)
     wanted = -(-num_rows // count)
     sampled = []
     for number in range(count):
-        table = read_piece(survey.pieces[(2 * number + 1) * len(survey.pieces) // (2 * count)])
+        table = read_piece(survey.pieces[(2 * number + 1) * all_pieces // (2 * count)])
         kept = min(table.num_rows, wanted)
         sampled.append(table.take(pa.array(np.arange(kept) * table.num_rows // kept)))
     return pa.concat_tables(sampled)
 
 
-def content_hash(files: Iterable[Location]) -> str:
-    """Hash over names and content of the files of an input."""
+def content_hash(files: Iterable[Location], *, with_folders: bool = False) -> str:
+    """Hash over names and content of the files of an input.
+
+    `with_folders`: over the names of the folders that they lie in, too, where these are labels.
+    """
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {known_sha256(file)}\n".encode())
+        name = f"{file.parent.name}/{file.name}" if with_folders else file.name
+        digest.update(f"{name} {known_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]

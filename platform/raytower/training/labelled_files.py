@@ -8,12 +8,13 @@ from pathlib import PurePosixPath
 
 from raytower.config import OnError
 from raytower.data.config import NamedInput
-from raytower.data.pieces import Piece, Survey, survey
+from raytower.data.pieces import Piece, Survey, say_files, survey
 from raytower.data.plain_labels import plain_label
 from raytower.data.records import canonical_schema
-from raytower.data.sources import SourceFile, find_files
+from raytower.data.sources import SourceFile, find_files, split_glob
 from raytower.data.survey_notes import remembered
 from raytower.errors import InputError
+from raytower.progress import log
 from raytower.storage import Location
 from raytower.training.config import LabelBy
 
@@ -34,8 +35,10 @@ def survey_by_label(
     Raises:
         InputError: nothing to read, a file that has no label of its own, or bad rows.
     """
-    labelled = [(_label_of(file, label_by, path, key), file) for file in find_files(path).files]
-    return _survey(labelled, on_error, quarantine)
+    found = find_files(path)
+    say_files("passed over", found.ignored)
+    labelled = [(_label_of(file, label_by, path, key), file) for file in found.files]
+    return _survey(labelled, on_error, quarantine, path, key)
 
 
 def survey_paths(
@@ -54,45 +57,72 @@ def survey_paths(
     label_of: dict[str, str] = {}
     labelled = []
     for label, path in paths.items():
-        for file in find_files(path).files:
+        found = find_files(path)
+        say_files("passed over", found.ignored)
+        for file in found.files:
             other = label_of.setdefault(str(file), label)
             if other != label:
                 raise InputError(
                     f"{key} has {file} under {other!r} and under {label!r}; a text has one label: keep one of them"
                 )
             labelled.append((label, file))
-    return _survey(labelled, on_error, quarantine)
+    return _survey(labelled, on_error, quarantine, ", ".join(paths.values()), key)
 
 
 def _survey(
-    labelled: Sequence[tuple[str, SourceFile]], on_error: OnError | None, quarantine: Location | str | None
+    labelled: Sequence[tuple[str, SourceFile]],
+    on_error: OnError | None,
+    quarantine: Location | str | None,
+    path: str,
+    key: str,
 ) -> Survey:
-    surveys = []
+    surveys, empty = [], []
     for label, file in labelled:
         surveyed = survey(
-            NamedInput(path=str(file)), "lines", on_error=on_error, quarantine=quarantine, remember=remembered
+            NamedInput(path=str(file)),
+            "lines",
+            on_error=on_error,
+            quarantine=quarantine,
+            say=False,
+            may_be_empty=True,
+            remember=remembered,
         )
         surveys.append((label, surveyed))
+        if not surveyed.num_rows:
+            empty.append(str(file))
+    # One empty file must not stop a job, but the user must hear of it: a class may be missing.
+    say_files("no row in", empty)
+    if len(empty) == len(surveys):
+        raise InputError(f"{path!r} holds no file with a row; give files that have rows")
+    _name_unread(path, key, surveys)
     return _joined(surveys, quarantine)
 
 
 def _label_of(file: SourceFile, label_by: LabelBy, path: str, key: str) -> str:
     name = PurePosixPath(file.location.path)
-    if label_by == "folder" and Location.of(path).path == str(name.parent):
+    if label_by == "folder" and split_glob(path)[0].path == str(name.parent):
         raise InputError(
             f"{key} is folder, and {file} lies at the top of {path!r}, in no folder of a class; move it into one, or "
             "set it to file"
         )
-    # Only the extensions that say format and compression are none of the label.
-    text = name.parent.name if label_by == "folder" else name.name.removesuffix(_extensions(file))
+    text = name.parent.name if label_by == "folder" else _bare_name(file)
     if not (label := plain_label(text)):
         raise InputError(f"{key} is {label_by}, and the name of {file} gives no label; rename it")
     return label
 
 
-def _extensions(file: SourceFile) -> str:
+def _bare_name(file: SourceFile) -> str:
+    """The name without the extensions that say format and compression, which may be in capitals."""
     compression = {"gzip": ".gz", "zstd": ".zst", None: ""}[file.compression]
-    return file.suffix + compression
+    name = file.location.name
+    return name[: len(name) - len(file.suffix + compression)]
+
+
+def _name_unread(path: str, key: str, surveys: Sequence[tuple[str, Survey]]) -> None:
+    unread = sorted({column for _, surveyed in surveys for column in surveyed.unread_columns})
+    if unread:
+        named = ", ".join(map(repr, unread))
+        log(f"{path}: read as texts, whose labels stand in names ({key}); {named} are no part of them")
 
 
 def _joined(surveys: Sequence[tuple[str, Survey]], quarantine: Location | str | None) -> Survey:

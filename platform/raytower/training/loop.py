@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -213,7 +213,7 @@ class _Worker:
         with closing(stream), Ahead(self._load_step, itertools.repeat(stream, num_left)) as ahead:
             return self._make_steps(ahead)
 
-    def _make_steps(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> dict[str, Any]:
+    def _make_steps(self, ahead: Ahead[Generator[Rows, None, None], _LoadedStep]) -> dict[str, Any]:
         plan, progress, dev = self.plan, self.progress, self.plan.task.dev
         rows_per_step = self.config.batch_size * self.config.accumulate_batches
         num_rows = sum(piece.num_rows for piece in plan.stream.pieces)
@@ -270,7 +270,7 @@ class _Worker:
         impatient = dev is not None and dev.is_over(self.progress.stale_evaluations)
         return impatient or self.progress.step >= self.plan.num_steps
 
-    def _end_on_notice(self, ahead: Ahead[Iterator[Rows], _LoadedStep]) -> None:
+    def _end_on_notice(self, ahead: Ahead[Generator[Rows, None, None], _LoadedStep]) -> None:
         """End all workers once a checkpoint of this step is stored, where one has been told that it will be ended.
 
         A measurement that is due in this step comes before: the run would go on behind it.

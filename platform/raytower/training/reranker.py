@@ -31,7 +31,7 @@ from raytower.training.config import ALONE, TrainRerankerConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, count_documents, survey_training
+from raytower.training.inputs import check_labels, count_documents, refuse_equal_scores, survey_training
 from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
 from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
@@ -182,6 +182,7 @@ def _check_rows(config: TrainRerankerConfig, surveyed: Survey) -> None:
         )
     elif "scores" in names and objective.name in _GRADED:
         check_labels(surveyed, lambda labels: _loss_of_single_documents(config, labels))
+        refuse_equal_scores(surveyed, objective.name)
 
 
 def _say_what_is_cut(

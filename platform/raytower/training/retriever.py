@@ -66,6 +66,8 @@ _DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id"
 _CPU = torch.device("cpu")
 # The metric of several dev sets: the mean of what is measured of each.
 _MEAN = "mean"
+# Objectives that look at each pair alone.
+_BY_ITSELF = ("cosine_embedding", "cosine_regression")
 # Rows, or (query, document) pairs for a teacher that has to score them here, from which margin_mse's scale is taken;
 # and how many documents of a row. 256 pairs take a large teacher a minute on a CPU.
 _SAMPLED_SCORES = 10_000
@@ -152,7 +154,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         # A mistyped name is refused here, not by every worker.
         loaded = None if teacher is None else CrossEncoder.load(teacher)
         if other is not None:
-            Encoder.load(other)
+            own_prefix(Encoder.load(other), "query", other)
         sets: dict[str, RowSet[TrainRetrieverConfig]] = {}
         for name, own in configs.items():
             with naming_set(name):
@@ -445,6 +447,12 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         return
     if config.teacher is not None:
         raise InputError(f"teacher is set, and objective {objective.name} follows none; remove it")
+    has_own_negatives = "negative" in names or "documents" in names
+    if config.batch_size == 1 and not has_own_negatives and objective.name not in _BY_ITSELF:
+        raise InputError(
+            f"batch_size is 1, and objective {objective.name} compares the rows of a batch: it would learn nothing; "
+            "raise batch_size, with gradient_cache where memory is short"
+        )
     if "query" in names and "label" in names:
         check_labels(surveyed, lambda labels_B: _loss_of_equal_vectors(config, labels_B))
     elif "documents" in names or "negative" in names:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +29,15 @@ from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
 from raytower.storage import (
+    Lease,
     Location,
+    StorageError,
     check_output,
     former_place,
     output_folder,
     publish_directory,
     put_aside,
+    writer_lease,
 )
 from raytower.training.backbone import narrow_base
 from raytower.training.batches import count_steps, count_unused
@@ -116,7 +122,8 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude={*FREE_KEYS, "model", "init_from"})
     values["start"] = config.start
     for name, files in _files_read(config, survey).items():
-        values[f"content of {name}"] = content_hash(files)
+        by_folder = getattr(getattr(config, name, None), "label_by", None) == "folder"
+        values[f"content of {name}"] = content_hash(files, with_folders=by_folder)
     guide = getattr(config, "guide", None)
     models = {
         "start": config.start,
@@ -176,6 +183,7 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
     made_by = _as_of_now(info.get("run", {}))
+    identity = _as_recorded(identity, made_by, _chosen(config, identity))
     if made_by == identity:
         if not any(
             (output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
@@ -228,6 +236,28 @@ def _as_of_now(identity: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _chosen(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """Of an identity what is no key of the config, and the keys that are not at their default."""
+    others = {key: value for key, value in identity.items() if key not in type(config).model_fields}
+    return {**others, **config.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _as_recorded(
+    identity: dict[str, Any], recorded: dict[str, Any], chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """`identity` without the keys that `recorded` lacks and nobody has chosen: they came with a newer version.
+
+    A new key's default is what was done before there was one, so they tell no run from another.
+    """
+    return {
+        key: _as_recorded(value, recorded[key], chosen.get(key) or {})
+        if isinstance(value, dict) and isinstance(recorded.get(key), dict)
+        else value
+        for key, value in identity.items()
+        if key in recorded or key in chosen
+    }
+
+
 def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     """Train and publish; a finished run is not repeated, a killed one continues from its last checkpoint.
 
@@ -244,13 +274,52 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     identity = run_identity(config, survey)
     run_folder = _run_folder(output, identity)
     done = finished_run(config, identity)
-    if done is not None:
-        log(f"{config.output} is finished; nothing to do")
-        # A job killed between publishing and cleaning up leaves its checkpoints.
-        run_folder.delete()
-        return done
-    probe_storage(output.parent)
-    _clear_half_published(output, identity)
+    if done is None:
+        probe_storage(output.parent)
+        with _only_job(output) as lease:
+            done = finished_run(config, identity)  # another job may have been at it
+            if done is None:
+                _clear_half_published(output, identity)
+                return _train(task_class, config, survey, identity, lease)
+    log(f"{config.output} is finished; nothing to do")
+    # A job killed between publishing and cleaning up leaves its checkpoints.
+    run_folder.delete()
+    return done
+
+
+@contextmanager
+def _only_job(output: Location) -> Iterator[Lease | None]:
+    """Refuse a second training with this output while one is at work: they would share or replace what they write.
+
+    None where the storage cannot tell.
+    """
+    place = output.parent / f".{output.name}.train.lock"
+    owner = f"a training (process {os.getpid()} on {socket.gethostname()})"
+    with ExitStack() as stack:
+        lease = None
+        try:
+            lease = stack.enter_context(writer_lease(place, owner=owner))
+        except InputError:  # hdfs and some network drives: neither locks nor conditional writes
+            log(f"warning: {output} cannot be locked; start no second training with this output")
+        except StorageError:
+            raise
+        except RaytowerError as error:
+            raise InputError(
+                f"output {str(output)!r} is being trained by another job: {error}; or choose another output"
+            ) from error
+        yield lease
+
+
+def _train(
+    task_class: type[Task[Any]],
+    config: TrainJobConfig,
+    survey: Survey,
+    identity: dict[str, Any],
+    lease: Lease | None,
+) -> dict[str, Any]:
+    """As `fit`, of a run that is not finished, while no other job writes this output."""
+    output = Location.of(config.output)
+    run_folder = _run_folder(output, identity)
     _name_other_runs(output, run_folder)
     _make_room_for_checkpoints(output, run_key(identity))
     workers = _workers(config)
@@ -288,6 +357,8 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
         "curve": figures.pop("curve"),
         "figures": figures,
     }
+    if lease is not None:
+        lease.check()
     _leave_checkpoints(result, config.num_left_checkpoints, output, run_key(identity))
     _publish(checkpoint, output, info, model_card(config, figures, info["history"]))
     run_folder.delete()

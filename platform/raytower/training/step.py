@@ -218,6 +218,9 @@ class TrainingStep:
 
 def data_parallel(model: nn.Module, words: WordGradients | None) -> nn.Module:
     """The model as several workers train it: a backward pass averages over them what `words` does not collect."""
+    collected = set() if words is None else set(words.names(model))
+    if not any(p.requires_grad for name, p in model.named_parameters() if name not in collected):
+        return model  # a table alone (StaticEmbedding), which `words` averages; torch refuses to wrap nothing
     if words is not None:
         # torch has this for its own wrappers alone; without it every worker would wait for gradients of the table.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(

@@ -34,6 +34,10 @@ def fitted(nodes: list[Node], asked: dict[str, Any] | None = None, **how: Any) -
         # The node without a GPU is left alone; 64 / 8 and 8 / 1 are both 8.
         (GPU_CLUSTER, (9, 8, 1)),
         ([Node(cpus=0), Node(cpus=4)], (1, 4, 0)),
+        # A head that is small does not make small workers of all.
+        ([Node(cpus=1), *CPU_CLUSTER], (3, 15, 0)),
+        ([Node(cpus=8), Node(cpus=4)], (1, 8, 0)),
+        ([Node(cpus=8), Node(cpus=5)], (2, 5, 0)),
     ],
 )
 def test_one_worker_a_gpu_and_else_one_a_machine(
@@ -54,6 +58,8 @@ def test_one_worker_a_gpu_and_else_one_a_machine(
         (LAPTOP, {"num_cpus": 3}, (1, 3, 0)),
         (CPU_CLUSTER, {"num": 6}, (6, 7, 0)),
         (CPU_CLUSTER, {"num": 2}, (2, 15, 0)),
+        ([Node(cpus=1), *CPU_CLUSTER], {"num": 3}, (3, 15, 0)),
+        ([Node(cpus=1), *CPU_CLUSTER], {"num": 4}, (4, 7, 0)),
         (LAPTOP, {"num_gpus": 1}, (1, 8, 1)),  # nodes with GPUs may come
     ],
 )
@@ -99,7 +105,7 @@ def test_several_workers_on_a_machine_without_gpus() -> None:
 
 
 def test_what_fits_on_each_node_is_never_more_than_it_has() -> None:
-    for nodes in (LAPTOP, SERVER, CPU_CLUSTER, GPU_CLUSTER):
+    for nodes in (LAPTOP, SERVER, CPU_CLUSTER, GPU_CLUSTER, [Node(cpus=1), *CPU_CLUSTER]):
         for num in range(1, 40):
             workers = plan_workers(FittedWorkersConfig(num=num), nodes)
             places = sum(

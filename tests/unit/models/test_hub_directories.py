@@ -661,6 +661,25 @@ class TestConfigsForCodeOfTheirOwn:
         said = capsys.readouterr().err
         assert said.count("names code of its repository (modeling_own.BertModel), which is never run") == 1
 
+    @pytest.mark.parametrize(
+        ("auto_map", "changes", "said"),
+        [
+            ("modeling_own.BertBiModel", {}, "transformers has no class of that name for 'bert'"),
+            (
+                "modeling_qwen.Qwen2Model",
+                {"model_type": "qwen2"},
+                "does not say whether tokens see those behind",
+            ),
+        ],
+    )
+    def test_code_that_may_compute_something_else_is_refused(
+        self, tmp_path: Path, auto_map: str, changes: dict[str, Any], said: str
+    ) -> None:
+        folder = build_tiny_encoder(tmp_path / "model")
+        change_json(folder / "config.json", auto_map={"AutoModel": auto_map}, **changes)
+        with pytest.raises(FormatError, match=said):
+            Encoder.load(folder)
+
     @pytest.mark.parametrize("kind", [Encoder, CrossEncoder])
     def test_a_module_of_its_own_is_refused_before_weights_are_read(self, tmp_path: Path, kind: Any) -> None:
         folder = build_tiny_encoder(tmp_path / "model")
@@ -737,7 +756,8 @@ class TestTrainedPrefixes:
         change_json(tmp_path / "model" / "config.json", _name_or_path="BAAI/bge-base-zh-v1.5")
         said = self.said(capsys, tmp_path / "model")
         assert "为这个句子生成表示以用于检索相关文章：" in said
-        assert "go without it until query_prefix say" in said
+        assert "go without it until prompts of its config" in said
+        assert said.endswith("a job is about, query_prefix\n")
 
     @pytest.mark.usefixtures("here")
     def test_pickled_weights_do_not_hide_the_name(self, e5: Path, capsys: pytest.CaptureFixture[str]) -> None:

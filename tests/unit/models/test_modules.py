@@ -25,12 +25,16 @@ from sentence_transformers.sentence_transformer.modules import (
     WordWeights,
 )
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from raytower.errors import FormatError, InputError
 from raytower.models.chunks import in_row_order
+from raytower.models.config import LoraConfig
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
+from raytower.models.lora import add_adapters
 from raytower.models.two_tower import TwoTower
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.live_engine import LiveEngine
@@ -234,7 +238,8 @@ def test_queries_and_documents_of_one_chunk_leave_out_their_own_prompts(
     tower = TwoTower(Encoder.load(folder), 64, 10_000)
     blocks = [tower.tokenise(TEXTS, prompt) for prompt in ("the home: ", "", "在")]
     chunks = tower.plan_chunks(blocks)
-    assert len(chunks) == 1
+    # Chunks are cut by cost; one at least holds texts of all three.
+    assert any(len({row // len(TEXTS) for row in chunk.rows.tolist()}) == 3 for chunk in chunks)
     with torch.no_grad():
         found = in_row_order(tower(chunks), chunks).numpy()
     peer = SentenceTransformer(str(folder), device="cpu")
@@ -451,6 +456,31 @@ class TestStatic:
         assert np.abs(encoded(folder) - by_peer(folder)).max() < 1e-6
         Encoder.load(folder).save(tmp_path / "saved")
         assert np.abs(by_peer(tmp_path / "saved") - by_peer(folder)).max() < 1e-6
+
+    def test_the_first_token_stays_an_ordinary_one(self, tmp_path: Path) -> None:
+        vocabulary = {"the": 0, "there": 1, "re": 2, "[UNK]": 3}
+        rules = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+        rules.pre_tokenizer = Whitespace()
+        folder = tmp_path / "model"
+        SentenceTransformer(modules=[StaticEmbedding(rules, embedding_dim=16)], device="cpu").save(
+            str(folder), create_model_card=False
+        )
+        texts = ["there", "the re", "there the there"]
+        peer = SentenceTransformer(str(folder), device="cpu").encode(texts)
+        engine = ForwardEngine(Encoder.load(folder))
+        assert np.abs(engine.encode(texts) - peer).max() < 1e-6
+        engine.encoder.save(tmp_path / "saved")
+        assert (
+            np.abs(SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts) - peer).max()
+            < 1e-6
+        )
+
+    def test_it_has_no_layer_for_adapters(self, tmp_path: Path) -> None:
+        backbone = Encoder.load(self.save(tmp_path / "model")).backbone
+        with pytest.raises(
+            InputError, match="a StaticBackbone has no linear layer that takes an adapter; remove"
+        ):
+            add_adapters(backbone, LoraConfig())
 
     def test_model2vec_s_form(self, tmp_path: Path) -> None:
         """Rows shared by a mapping, a weight a token; config.json is model2vec's own."""

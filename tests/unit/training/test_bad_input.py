@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from raytower.cli.arguments import read_arguments
 from raytower.config import load_config, make_config
 from raytower.errors import InputError, MissingExtraError
+from raytower.models.encoder import Encoder, EncoderSettings
+from raytower.models.static_embedding import StaticBackbone, StaticConfig
 from raytower.objectives.config import CoSENT, EmbeddingDistillation, LambdaLoss
 from raytower.storage import Location
 from raytower.storage.errors import StorageError, StorageRefusedError
@@ -26,6 +29,7 @@ from raytower.training.loop import lasting_failure, probe_storage
 from raytower.training.reranker import RerankerTask, plan_train_reranker, train_reranker
 from raytower.training.retriever import RetrieverTask, plan_train_retriever, train_retriever
 from raytower.training.step import NotANumberError
+from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tiny_training import (
     write_candidates,
     write_labelled,
@@ -514,3 +518,49 @@ def test_every_job_config_is_frozen_and_shares_its_keys() -> None:
     for config_class in (TrainRetrieverConfig, TrainRerankerConfig, TrainClassifierConfig):
         assert issubclass(config_class, TrainJobConfig)
         assert set(TrainJobConfig.model_fields) <= set(config_class.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("objective", "write"),
+    [("in_batch_negatives", write_pairs), ("cosent", write_scored), ("simcse", write_lines)],
+)
+def test_a_batch_of_one_row_has_nothing_to_compare(
+    dummy_encoder_dir: Path, tmp_path: Path, objective: str, write: Callable[[Path, int], Path]
+) -> None:
+    """The loss was 0 at every step, and the same weights were published after hours."""
+    train = write(tmp_path / ("train.txt" if write is write_lines else "train.tsv"), 16)
+    message = refused("retriever", dummy_encoder_dir, train, objective=objective, batch_size=1)
+    assert f"batch_size is 1, and objective {objective} compares the rows of a batch" in message
+
+
+def test_a_batch_of_one_row_with_negatives_of_its_own_or_none_needed(
+    dummy_encoder_dir: Path, tmp_path: Path
+) -> None:
+    for objective, write in (("in_batch_negatives", write_triples), ("cosine_regression", write_scored)):
+        values = {
+            "model": str(dummy_encoder_dir),
+            "train": str(write(tmp_path / f"{objective}.tsv", 16)),
+            "output": str(tmp_path / "out"),
+            "objective": objective,
+            "batch_size": 1,
+            "max_length": 32,
+        }
+        config = make_config(TrainRetrieverConfig, values)
+        RetrieverTask.prepare(config, RetrieverTask.survey(config))
+
+
+def test_lists_of_equal_scores_have_no_order(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    lists = [{"query": f"q{n}", "documents": ["a", "b"], "scores": [n, n]} for n in range(16)]
+    train = write_rows(tmp_path / "train.jsonl", [json.dumps(row) for row in lists])
+    message = refused("reranker", dummy_encoder_dir, train, objective="rank_net")
+    assert "the scores of each row are all equal, and objective rank_net learns their order" in message
+
+
+@pytest.mark.parametrize("kind", ["reranker", "classifier"])
+def test_a_table_of_vectors_takes_no_head(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "model").mkdir()
+    backbone = StaticBackbone(StaticConfig(vocab_size=len(tiny_tokenizer()), hidden_size=4))
+    Encoder(backbone, tiny_tokenizer(), EncoderSettings()).save(tmp_path / "model")
+    write, name = (write_candidates, "train.jsonl") if kind == "reranker" else (write_labelled, "train.tsv")
+    message = refused(kind, tmp_path / "model", write(tmp_path / name, 16))
+    assert "is a StaticEmbedding, a table of token vectors, on which no" in message

@@ -168,3 +168,51 @@ def test_a_file_of_two_labels_is_refused(tmp_path: Path) -> None:
     paths = {"a": str(tmp_path / "x.txt"), "b": str(tmp_path / "*.txt")}
     with pytest.raises(InputError, match=r"train\.paths has .*x\.txt under 'a' and under 'b'"):
         survey_paths(paths, "fail", None, "train.paths")
+
+
+def test_extensions_may_be_in_capitals(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    write(folder / "Moon.TXT", ["a"])
+    write(folder / "Moon.txt.GZ", ["b"])
+    (folder / "Moon.txt.GZ").write_bytes(gzip.compress(b"b\n"))
+    surveyed = survey_by_label(str(folder), "file", "fail", None, "train.label_by")
+    assert sorted(rows_of(surveyed)) == [("a", "Moon"), ("b", "Moon")]
+
+
+def test_what_is_not_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "files"
+    write(folder / "a.txt", ["x"])
+    write(folder / "b.jsonl", ["y"], as_json=True)
+    (folder / "b.jsonl").write_text('{"text": "y", "label": "z"}\n')
+    (folder / "c.txt").write_text("")
+    write(folder / "d.text", ["w"])
+    surveyed = survey_by_label(str(folder), "file", "fail", None, "train.label_by")
+    assert sorted(rows_of(surveyed)) == [("x", "a"), ("y", "b")]
+    said = capsys.readouterr().err
+    assert "passed over" in said
+    assert "d.text" in said
+    assert "no row in" in said
+    assert "c.txt" in said
+    assert "'label' are no part of them" in said
+
+
+def test_files_without_a_row_are_refused_and_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    for name in ("a.txt", "b.txt"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    with pytest.raises(InputError, match="holds no file with a row"):
+        survey_by_label(str(folder), "file", "fail", None, "train.label_by")
+    (folder / "a.txt").write_bytes(b"\xff\n")
+    write(folder / "b.txt", ["x"])
+    surveyed = survey_by_label(str(folder), "file", "quarantine", str(tmp_path / "aside"), "train.label_by")
+    assert rows_of(surveyed) == [("x", "b")]
+    assert surveyed.num_rejected == 1
+
+
+def test_a_renamed_folder_is_another_training(still_encoder: Path, tmp_path: Path) -> None:
+    folder = write_folders(tmp_path / "folders")
+    config = config_of(folder, still_encoder, train={"label_by": "folder"})
+    before = run_identity(config, ClassifierTask.survey(config))
+    (folder / "b").rename(folder / "c")
+    assert run_identity(config, ClassifierTask.survey(config)) != before

@@ -15,7 +15,7 @@ import torch
 from raytower.config import WorkersConfig, make_config
 from raytower.errors import InputError
 from raytower.models.text_classifier import TextClassifier
-from raytower.storage import Location
+from raytower.storage import Location, writer_lease
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRetrieverConfig
 from raytower.training.loop import train_worker
@@ -25,10 +25,11 @@ from raytower.training.runner import (
     _make_plan,
     _make_room_for_checkpoints,
     _num_to_keep,
+    fit,
 )
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_models import build_tiny_encoder
-from tests.support.tiny_training import batches_of, write_labelled, write_pairs
+from tests.support.tiny_training import batches_of, retriever_config, write_labelled, write_pairs
 
 
 def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
@@ -174,3 +175,12 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
     assert curves[0][0]["loss"] > curves[0][3]["loss"] + 0.05
     for whole, continued in zip(*curves, strict=True):
         assert continued["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+def test_a_second_training_with_one_output_is_refused(still_encoder: Path, tmp_path: Path) -> None:
+    """They shared their checkpoints, or the one that ended last replaced what the other had published."""
+    config = retriever_config(still_encoder, write_pairs(tmp_path / "pairs.tsv", 16), tmp_path / "out")
+    lock = Location.of(tmp_path / ".out.train.lock")
+    said = r"is being trained by another job: .* is held by the first .* choose another output"
+    with writer_lease(lock, owner="the first"), pytest.raises(InputError, match=said):
+        fit(RetrieverTask, config)

@@ -112,3 +112,26 @@ def test_an_output_of_an_older_version_says_so(still_encoder: Path, tmp_path: Pa
     publish(tmp_path / "out", {**former, "weights of start": "0" * 64})
     with pytest.raises(InputError, match="an older version of raytower wrote it"):
         finished_run(config, identity)
+
+
+def test_keys_that_came_later_tell_no_run_from_another_at_their_defaults(
+    still_encoder: Path, tmp_path: Path
+) -> None:
+    """Every output of before refused its own command as soon as any objective got a new setting."""
+    pairs = write_pairs(tmp_path / "pairs.tsv", 8)
+    config = retriever_config(still_encoder, pairs, tmp_path / "out", objective={"scale": 50})
+    identity = identity_of(config)
+    former = {key: value for key, value in identity.items() if key not in ("guide", "pooling")}
+    former["objective"] = {k: v for k, v in identity["objective"].items() if k != "more_negatives"}
+    former["optimizer"] = {k: v for k, v in identity["optimizer"].items() if k not in ("schedule", "head_lr")}
+    publish(tmp_path / "out", former)
+    assert finished_run(config, identity) == {"steps": 1}
+    for changes, named in (
+        ({"objective": {"scale": 50, "more_negatives": ["query_query"]}}, "objective"),
+        ({"optimizer": {"lr": 1e-3, "schedule": "cosine"}}, "objective, optimizer"),
+        ({"objective": {"scale": 50}, "guide": {"encoder": str(still_encoder)}}, "content of guide, guide"),
+        ({"objective": {"scale": 20}}, "objective"),
+    ):
+        other = retriever_config(still_encoder, pairs, tmp_path / "out", **changes)
+        with pytest.raises(InputError, match=rf"other data \({named}\)"):
+            finished_run(other, identity_of(other))

@@ -34,6 +34,7 @@ from raytower.config import make_config
 from raytower.models import chunks
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder, EncoderSettings
+from raytower.models.static_embedding import StaticBackbone, StaticConfig
 from raytower.training.batches import Rows
 from raytower.training.config import TrainJobConfig, TrainRerankerConfig, TrainRetrieverConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
@@ -403,3 +404,11 @@ def test_two_workers_exchange_the_rows_that_were_read_and_no_more(wide_encoder: 
             assert results[name]["difference"] < 1e-6, name
         # Rows of 32 of some forty characters, and a byte for each row of the vocabulary.
         assert results["largest exchange"] <= VOCABULARY
+
+
+def test_a_table_alone_is_not_wrapped_for_several_workers() -> None:
+    """Of a StaticEmbedding nothing is left to torch's data parallelism, which refuses to wrap nothing."""
+    model = StaticBackbone(StaticConfig(vocab_size=5, hidden_size=4))
+    words = WordGradients.of(model)
+    assert words is not None
+    assert data_parallel(model, words) is model
