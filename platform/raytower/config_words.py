@@ -235,6 +235,9 @@ def _branches(annotation: Any) -> list[Any]:
 
 
 def _iterate_branches(annotation: Any) -> Iterator[Any]:
+    inner, _ = _unwrapped(annotation)
+    if typing.get_origin(inner) in (Union, types.UnionType):  # one whose `name` chooses is wrapped
+        annotation = inner
     if typing.get_origin(annotation) not in (Union, types.UnionType):
         yield annotation
         return

@@ -23,7 +23,11 @@ Floats = NDArray[np.float64]
 
 
 def ranking_metrics(
-    ranked_ids: Sequence[Sequence[str]], relevant: Sequence[Mapping[str, float]], ks: Sequence[int]
+    ranked_ids: Sequence[Sequence[str]],
+    relevant: Sequence[Mapping[str, float]],
+    ks: Sequence[int],
+    mrr_ks: Sequence[int] = (MRR_DEPTH,),
+    ndcg_ks: Sequence[int] = (NDCG_DEPTH,),
 ) -> dict[str, Floats]:
     """Score one ranked list per query against its graded judgements.
 
@@ -31,9 +35,9 @@ def ranking_metrics(
       trec_eval and BEIR.
     - `hit@k`: 1 where at least one relevant document is among the first k. Where every query has one relevant
       document the two are equal; systems that call this one "Recall@k" mean `hit@k`.
-    - `mrr@10`: 1 / rank of the first relevant document among the first 10, else 0.
-    - `ndcg@10`: gains as judged (linear), discount log2(rank + 1), against the ideal order of all judged
-      documents.
+    - `mrr@k`: 1 / rank of the first relevant document among the first k, else 0; `mrr@10` unless told.
+    - `ndcg@k`: gains as judged (linear), discount log2(rank + 1), against the ideal order of all judged
+      documents; `ndcg@10` unless told.
 
     A document is relevant when its judgement is above 0. An id that a list repeats counts only at its
     first place.
@@ -42,6 +46,8 @@ def ranking_metrics(
         ranked_ids: for each query the document ids, best first; lists may be shorter than a cut-off.
         relevant: for each query, judgement by document id.
         ks: cut-offs of recall and hit.
+        mrr_ks: cut-offs of MRR.
+        ndcg_ks: cut-offs of nDCG.
 
     Returns:
         Metric name to one value per query, float64 [Q].
@@ -54,11 +60,15 @@ def ranking_metrics(
         raise InputError(
             f"{len(ranked_ids)} ranked lists for {len(relevant)} sets of judgements; there must be as many"
         )
-    if not ks or min(ks) < 1:
-        raise InputError(f"cut-offs are {list(ks)}; give at least one, each 1 or more")
-    depth = max(*ks, MRR_DEPTH, NDCG_DEPTH)
+    if not ks or min([*ks, *mrr_ks, *ndcg_ks]) < 1:
+        raise InputError(
+            f"cut-offs are {list(ks)}, of MRR {list(mrr_ks)} and of nDCG {list(ndcg_ks)}; give at least one, each 1 or "
+            "more"
+        )
+    deepest_ndcg = max(ndcg_ks, default=0)
+    depth = max([*ks, *mrr_ks, deepest_ndcg])
     gains = np.zeros((len(ranked_ids), depth))  # [Q, D]
-    ideal = np.zeros((len(ranked_ids), NDCG_DEPTH))
+    ideal = np.zeros((len(ranked_ids), deepest_ndcg))
     num_relevant = np.zeros(len(ranked_ids))
     for row, (ids, judged) in enumerate(zip(ranked_ids, relevant, strict=True)):
         positive = sorted((gain for gain in judged.values() if gain > 0), reverse=True)
@@ -67,7 +77,7 @@ def ranking_metrics(
                 f"query number {row} has no relevant document; leave it out before computing metrics"
             )
         num_relevant[row] = len(positive)
-        ideal[row, : len(positive)] = positive[:NDCG_DEPTH]
+        ideal[row, : len(positive)] = positive[:deepest_ndcg]
         gains[row, : len(ids)] = _gains_in_order(ids[:depth], judged)
     found = gains > 0
     metrics: dict[str, Floats] = {}
@@ -75,9 +85,11 @@ def ranking_metrics(
         hits = found[:, :k].sum(axis=1)
         metrics[f"recall@{k}"] = hits / num_relevant
         metrics[f"hit@{k}"] = (hits > 0).astype(np.float64)
-    metrics[f"mrr@{MRR_DEPTH}"] = reciprocal_rank(found[:, :MRR_DEPTH])
-    discount = 1.0 / np.log2(np.arange(2, NDCG_DEPTH + 2))
-    metrics[f"ndcg@{NDCG_DEPTH}"] = (gains[:, :NDCG_DEPTH] @ discount) / (ideal @ discount)
+    for k in mrr_ks:
+        metrics[f"mrr@{k}"] = reciprocal_rank(found[:, :k])
+    discount = 1.0 / np.log2(np.arange(2, deepest_ndcg + 2))
+    for k in ndcg_ks:
+        metrics[f"ndcg@{k}"] = (gains[:, :k] @ discount[:k]) / (ideal[:, :k] @ discount[:k])
     return metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -103,6 +104,37 @@ class TestRetrieverRuns:
         engine = ForwardEngine(published, max_length=32)
         measured = evaluate_recall(engine, load_dev_set(config.dev), "recall@1", ("", ""))
         assert measured["recall@1"] == pytest.approx(figures["best"], abs=1e-6)
+
+    def test_two_workers_train_two_sets_as_one_process_would(
+        self, still_encoder: Path, tmp_path: Path
+    ) -> None:
+        """Both take the same set in the same step; the curve is that of one worker to rounding."""
+        sets = {
+            "ask": {"path": str(write_pairs(tmp_path / "ask.tsv", 40)), "query_prefix": "ask: "},
+            "sts": {"path": str(write_scored(tmp_path / "sts.tsv", 24)), "objective": "cosent"},
+        }
+        dev = {"sets": {"ask": sets["ask"]["path"], "sts": {"path": sets["sts"]["path"], "metric": "auc"}}}
+        curves = []
+        for num in (1, 2):
+            output = tmp_path / f"out{num}"
+            config = retriever_config(
+                still_encoder,
+                tmp_path / "ask.tsv",
+                output,
+                train={"sets": sets},
+                dev={**dev, "chosen_by": "ask"},
+                log_every_steps=1,
+                workers={"num": num, "num_cpus": 0.5},
+            )
+            assert train_retriever(config)["steps"] == 8
+            info = json.loads((output / "raytower.json").read_text())
+            curves.append(info["curve"])
+            assert {"ask/recall@10", "sts/auc", "mean"} <= set(info["history"][0])
+        one, two = curves
+        assert [sorted(row) for row in one] == [sorted(row) for row in two]
+        assert Counter(name for row in one for name in row if "/" in name) == {"loss/ask": 5, "loss/sts": 3}
+        for first, second in zip(one, two, strict=True):
+            assert second == pytest.approx(first, abs=1e-3)
 
     def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(
         self, still_encoder: Path, tmp_path: Path

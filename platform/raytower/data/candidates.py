@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raytower.data.records import INSTRUCTION
 from raytower.data.row_batch import RowBatch, mask_of
 from raytower.data.visible import describe_unseen, shows_nothing
 
@@ -126,11 +127,14 @@ def _split_and_sort(batch: RowBatch) -> None:
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     documents = batch.columns["documents"].flatten().take(pa.array(element[order]))
     batch.lines = batch.lines[row]
+    instructions = batch.columns.get(INSTRUCTION.name)
     batch.columns = {
         "query": batch.columns["query"].take(pa.array(row)),
         "documents": pa.ListArray.from_arrays(offsets, documents),
         "scores": pa.ListArray.from_arrays(offsets, pa.array(scores[order])),
     }
+    if instructions is not None:
+        batch.columns[INSTRUCTION.name] = instructions.take(pa.array(row))
 
 
 def _count_up(sizes: np.ndarray) -> np.ndarray:

@@ -41,6 +41,11 @@ class InputConfig(PathConfig):
     split_key: ClassVar[str] = "input.split"
     """How the command calls the key of the split, for messages; empty where it has none."""
 
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether rows with queries may bring an `instruction`, which then is a column of their records."""
+        return False
+
     def remedy(self, text: str) -> str:
         """The end of a message: `text`, which advises to set keys of this section."""
         return f"; {text}"
@@ -49,7 +54,14 @@ class InputConfig(PathConfig):
 class NamedInput(InputConfig):
     """An input of which the command's config holds the path alone, so no message may advise to set another key."""
 
+    instructions: bool = False
+    """Whether rows with queries may bring an instruction."""
+
     split_key: ClassVar[str] = ""
+
+    @property
+    def reads_instructions(self) -> bool:
+        return self.instructions
 
     def remedy(self, text: str) -> str:
         return ""

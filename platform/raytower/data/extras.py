@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytower.data.columns import cast_exactly, parents
-from raytower.data.records import RecordKind, canonical_schema
 from raytower.data.row_batch import Column, RowBatch, mask_of
 from raytower.data.sources import SourceFile
 from raytower.errors import InputError
@@ -103,10 +102,10 @@ class ExtraTypes:
         """Own name → stored name of the columns that pass through under another name."""
         return {original: name for name, original in self._originals.items() if name != original}
 
-    def schema(self, kind: RecordKind) -> pa.Schema:
-        """The full schema of tables of `kind`: canonical columns, then the passed-through ones as first seen."""
+    def schema(self, own: pa.Schema) -> pa.Schema:
+        """The full schema of tables: the columns `own` of their kind, then the passed-through ones as first seen."""
         extra = [pa.field(name, seen.type) for name, seen in self._columns.items()]
-        return pa.schema([*canonical_schema(kind), *extra])
+        return pa.schema([*own, *extra])
 
 
 def build_table(batch: RowBatch, schema: pa.Schema) -> pa.Table:

@@ -16,8 +16,10 @@ from raytower.data.first_bytes import binary_format, refuse_other_file, refuse_o
 from raytower.data.records import (
     EXPECTED_HEADER,
     HEADERLESS,
+    INSTRUCTION,
     RecordField,
     RecordKind,
+    canonical_schema,
     fields_of,
     is_corpus_like,
 )
@@ -102,6 +104,14 @@ class Layout:
         return cuts.get(self.format, "lines")
 
     @property
+    def schema(self) -> pa.Schema:
+        """The columns of its records, without those that pass through."""
+        schema = canonical_schema(self.kind)
+        if INSTRUCTION not in self.fields:
+            return schema
+        return schema.append(pa.field(INSTRUCTION.name, INSTRUCTION.record_type))
+
+    @property
     def has_ids(self) -> bool:
         """Whether rows may bring ids of their own."""
         has_id = not self.columns or name_among(self.fields[0], self.columns) is not None
@@ -140,7 +150,10 @@ def detect_layout(file: SourceFile, kind: RecordKind, config: InputConfig) -> La
             raise InputError(f"{file} is no readable {file.suffix[1:]} file: it is empty; write it again")
         return None
     file_format = _detect_format(file, kind, config, head)
-    layout = Layout(kind, file_format, fields_of(kind, tuple(config.text_fields), config.id_field))
+    fields = fields_of(
+        kind, tuple(config.text_fields), config.id_field, instructions=config.reads_instructions
+    )
+    layout = Layout(kind, file_format, fields)
     if layout.is_columnar:
         return layout
     refuse_other_text(file, head)

@@ -273,7 +273,8 @@ def _survey_sources(
                     # Python keys the hash of strings anew in each process; a survey runs in one.
                     hashes.append(np.fromiter(map(hash, chunk.values("id")), np.int64, num_rows))
     drafts = list(_without_duplicates(drafts, hashes, rejects)) if hashes else drafts
-    surveyed = _finish(drafts, types.schema(kind), sources, rejects)
+    own = sources[0].layout.schema if sources else canonical_schema(kind)
+    surveyed = _finish(drafts, types.schema(own), sources, rejects)
     if not surveyed.pieces and not may_be_empty:
         raise InputError(_no_rows(sources, kind, surveyed.quarantine_file))
     return dataclasses.replace(

@@ -72,6 +72,9 @@ _FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
     "labelled": (RecordField("text", ("text",)), RecordField("label", ("label",), "category")),
 }
 
+INSTRUCTION = RecordField("instruction", ("instruction", "prompt"), required=False, may_be_blank=True)
+"""What its query is asked for, which a training row may say; see `InputConfig.reads_instructions`."""
+
 # The column names that the documentation gives for TSV files of each kind; None where files carry no header.
 EXPECTED_HEADER: dict[RecordKind, tuple[str, ...]] = {
     "triples": ("query", "title", "neg_title"),
@@ -90,15 +93,21 @@ def is_corpus_like(kind: RecordKind) -> bool:
 
 
 def fields_of(
-    kind: RecordKind, text_fields: tuple[str, ...], id_field: str | None, text_may_be_blank: bool = False
+    kind: RecordKind,
+    text_fields: tuple[str, ...],
+    id_field: str | None,
+    text_may_be_blank: bool = False,
+    instructions: bool = False,
 ) -> tuple[RecordField, ...]:
     """The fields to read for `kind`. For a corpus: its id, then one field for each of `text_fields`.
 
     The last text field is required, those before it (a title) are not. `text_may_be_blank` lets the required one be
-    empty as long as the joined text is not, which BEIR's corpora need.
+    empty as long as the joined text is not, which BEIR's corpora need. `instructions` adds INSTRUCTION to kinds with
+    queries.
     """
     if not is_corpus_like(kind):
-        return _FIELDS[kind]
+        fields = _FIELDS[kind]
+        return (*fields, INSTRUCTION) if instructions and fields[0].name == "query" else fields
     names = (id_field,) if id_field else ("id", "_id")
     identifier = RecordField("id", names, "id", required=id_field is not None)
     last = len(text_fields) - 1

@@ -20,7 +20,7 @@ from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
 from raytower.data.plain_labels import EXPONENT, WHOLE_NUMBER, written_out
-from raytower.data.records import HEADERLESS, RecordField, canonical_schema, is_corpus_like
+from raytower.data.records import HEADERLESS, RecordField, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
 from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, iter_slices
 from raytower.data.visible import describe_unseen, shows_nothing
@@ -99,7 +99,7 @@ def to_records(batch: RowBatch, source: Source) -> RowBatch:
         make_candidates(batch)
     if layout.kind == "triples":
         _reject_equal_sides(batch)
-    batch.columns = {name: batch.columns[name] for name in canonical_schema(layout.kind).names}
+    batch.columns = {name: batch.columns[name] for name in layout.schema.names}
     batch.rejections.sort(key=lambda rejection: rejection.line)
     return batch
 

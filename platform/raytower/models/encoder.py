@@ -333,18 +333,21 @@ class Encoder(nn.Module):
         return Padding(int(cast(int, self.tokenizer.pad_token_id)))
 
     def tokenise(
-        self, texts: Sequence[str], max_length: int, prefix: str = "", *, start: int = 0
+        self, texts: Sequence[str], max_length: int, prefix: str | Sequence[str] = "", *, start: int = 0
     ) -> TokenBlock:
-        """Token ids of the texts behind `prefix`, cut to `max_length`; `start` is the first one's number, for messages.
+        """Token ids of the texts behind `prefix`, or each behind its own, cut to `max_length`.
+
+        `start` is the first one's number, for messages.
 
         Raises:
             InputError: as `tokenising.tokenise`.
         """
         block = tokenise(self.tokenizer, [self.prepared(texts, prefix)], max_length, start=start)
-        if not prefix or self._pools_prompt:
+        prefixes = [prefix] * len(block) if isinstance(prefix, str) else prefix
+        if not any(prefixes) or self._pools_prompt:
             return block
-        unpooled = np.full(len(block), self._prompt_length(prefix, max_length), np.int64)
-        return replace(block, unpooled=unpooled)
+        lengths = {each: self._prompt_length(each, max_length) if each else 0 for each in set(prefixes)}
+        return replace(block, unpooled=np.array([lengths[each] for each in prefixes], np.int64))
 
     @property
     def _pools_prompt(self) -> bool:
@@ -358,9 +361,12 @@ class Encoder(nn.Module):
         ids = tokenise(self.tokenizer, [self.prepared([""], prefix)], max_length).ids.tolist()
         return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
 
-    def prepared(self, texts: Sequence[str], prefix: str = "") -> list[str]:
+    def prepared(self, texts: Sequence[str], prefix: str | Sequence[str] = "") -> list[str]:
         """What the tokenizer is given: each text behind its prefix, in lower case where the directory says so."""
-        joined = [prefix + text for text in texts] if prefix else list(texts)
+        if not isinstance(prefix, str):
+            joined = [own + text for own, text in zip(prefix, texts, strict=True)]
+        else:
+            joined = [prefix + text for text in texts] if prefix else list(texts)
         return [text.lower() for text in joined] if self.settings.lower_case else joined
 
     def prefix_for(self, role: Literal["query", "document"]) -> str:

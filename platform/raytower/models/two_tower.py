@@ -43,8 +43,8 @@ class TwoTower(nn.Module):
         if teacher_dim is not None and teacher_dim != encoder.dim:
             self.into_teacher = nn.Linear(encoder.dim, teacher_dim)
 
-    def tokenise(self, texts: Sequence[str], prefix: str) -> TokenBlock:
-        """Ids of each text with its prefix, cut to `max_length`."""
+    def tokenise(self, texts: Sequence[str], prefix: str | Sequence[str]) -> TokenBlock:
+        """Ids of each text behind the prefix, or its own, cut to `max_length`."""
         return self.encoder.tokenise(texts, self.max_length, prefix)
 
     def plan_chunks(self, columns: Sequence[TokenBlock], shares: Shares | None = None) -> list[Chunk]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,7 +82,7 @@ _RECORDS: dict[tuple[str, str], RecordKind] = {
     ("classify", "input.path"): "lines",
 }
 # The split of a BEIR folder that is read where a config names none.
-_SPLITS = {"dev.path": "dev"}
+_SPLITS = {"dev": "dev"}
 # Keys that change how a job goes and not its result.
 _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
@@ -420,19 +420,15 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
 
 def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
     found = []
-    for key, kind in INPUT_KEYS.items():
-        *path, last = key.split(".")
-        section: Any = config
-        for name in path:
-            section = getattr(section, name, None)
-        value = getattr(section, last, None)
+    for key, kind, section in _places(config):
+        value = getattr(section, key.rpartition(".")[2], None)
         if key == "model" and getattr(config, "init_from", None) is not None:
             continue
         # Null, and the names that `labels` of a reranker are, name nothing to read.
         named = {key: value} if isinstance(value, str) else {}
         if isinstance(value, Mapping):
             named = {f"{key}.{label}": place for label, place in value.items()}
-        records = _RECORDS.get((job, key), "corpus" if key == "dev.corpus" else "pairs")
+        records = _RECORDS.get((job, key), "corpus" if key.endswith(".corpus") else "pairs")
         for full_key, place in named.items():
             makers = [step.number for step in earlier if step.output and may_hold(place, step.output)]
             rows = _rows_at(key, place, section) if kind == "rows" else None
@@ -440,10 +436,28 @@ def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
     return found
 
 
+def _places(config: Config) -> Iterator[tuple[str, Kind, Any]]:
+    """The keys of a job that may name what it reads, each with the section that holds it.
+
+    Sets of a training have names of their own; their sections are as they hold for each.
+    """
+    for key, kind in INPUT_KEYS.items():
+        section: Any = config
+        for name in key.split(".")[:-1]:
+            section = getattr(section, name, None)
+        yield key, kind, section
+    for name in ("train", "dev"):
+        owner = getattr(config, name, None)
+        for own in getattr(owner, "sets", None) or ():
+            section = owner.of_set(own)  # type: ignore[union-attr]
+            yield f"{name}.sets.{own}.path", "rows", section
+            yield f"{name}.sets.{own}.corpus", "rows", section
+
+
 def _rows_at(key: str, place: str, section: Any) -> InputConfig:
     if isinstance(section, InputConfig):
         return section
-    return InputConfig(path=place, split=getattr(section, "split", None) or _SPLITS.get(key))
+    return InputConfig(path=place, split=getattr(section, "split", None) or _SPLITS.get(key.split(".")[0]))
 
 
 def _check_order(steps: Sequence[_Step]) -> None:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raytower.data.records import INSTRUCTION
 from raytower.models.device import load_tensor
 from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.targets import Targets
@@ -38,6 +39,8 @@ class TextColumns:
     documents: Sequence[Sequence[str | None]]
     """None where a row has no document in this column; the first column has all."""
     targets: Targets
+    instructions: Sequence[str | None] | None = None
+    """What each query is asked for, where rows say it."""
 
     @property
     def present_documents(self) -> list[str]:
@@ -89,7 +92,22 @@ def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
         filled = [[*row, *[0.0] * (len(documents) - len(row))] for row in rows["scores"]]
         teacher = torch.tensor(filled, dtype=torch.float32)
     targets = Targets(keys=keys, labels_B=scores, teacher_BK=teacher, present_BK=present_BK)
-    return TextColumns(queries, documents, targets)
+    return TextColumns(queries, documents, targets, rows.get(INSTRUCTION.name))
+
+
+def query_prefixes(
+    instructions: Sequence[str | None] | None, form: str | None, prefix: str
+) -> str | list[str]:
+    """What stands before the queries of rows: one prefix for all or, where rows say instructions, one for each.
+
+    Args:
+        instructions: of each query; of one that is None or blank `prefix` holds.
+        form: what an instruction becomes; {} stands for it. None is the instruction alone.
+        prefix: of queries without an instruction.
+    """
+    if instructions is None or not any(text and text.strip() for text in instructions):
+        return prefix
+    return [(form or "{}").replace("{}", text) if text and text.strip() else prefix for text in instructions]
 
 
 def _texts(rows: Rows, num_documents: int | None) -> tuple[list[str], list[list[str | None]]]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
 from raytower.data.plain_labels import keyed_by_label
@@ -57,12 +64,21 @@ RetrieverObjective = (
 )
 LabelBy = Literal["file", "folder"]
 _LAST = r"last [1-9]\d*"
+_RETRIEVER_METRIC = r"^((recall|hit|mrr|ndcg)@[1-9]\d*|auc|accuracy|f1|spearman)$"
 LastCheckpoints = Annotated[str, Field(pattern=f"^{_LAST}$")]
 RerankerFormat = Literal["scored", "triples", "candidates"]
 RerankerObjective = (
     PointwiseCrossEntropy | PointwiseRegression | PairwiseMargin | ListwiseSoftmax | RankNet | LambdaLoss
 )
 ClassifierObjective = CrossEntropy | Focal
+Mixing = Literal["proportional", "even"] | Annotated[float, Field(ge=1)]
+ALONE = ""
+"""The name of rows beside which there are no others."""
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_TAUGHT = ("margin_mse", "kl_divergence", "embedding_distillation")
+_WITH_THRESHOLD = ("auc", "accuracy", "f1")
+_INSTRUCTION_PLACE = "{}"
+SetT = TypeVar("SetT", bound="TrainSet")
 # Keys that change how a run goes but not its result, so a job may continue with other values.
 FREE_KEYS = frozenset(
     {
@@ -136,6 +152,11 @@ class DevConfig(Config):
             raise ValueError(
                 f"dev.every_steps is {self.every_steps} and dev.every_epochs {self.every_epochs:g}; give one of them"
             )
+
+    @property
+    def each(self) -> Mapping[str, DevConfig]:
+        """The config of each dev set by name, or itself under ALONE."""
+        return {ALONE: self}
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -245,10 +266,68 @@ class TrainInput(Config):
         return () if self.path is None else (self.path,)
 
 
+class TrainSet(Config):
+    """One of several sets of training rows."""
+
+    shorthand = "path"
+
+    path: str
+    """Training rows: a file, a folder or a glob, local or by URI."""
+    weight: float = Field(default=1, gt=0)
+    """How often a row of this set comes beside one of the others; with mixing even, its share of the batches beside
+    theirs."""
+
+
+class MixedTrainInput(TrainInput, Generic[SetT]):
+    """Where the training rows are: one set of them, or several by name."""
+
+    path: str | None = None
+    """Training rows: a file, a folder or a glob, local or by URI; required unless there are sets."""
+    sets: dict[str, SetT] | None = None
+    """Several sets of rows by name, in place of path; each batch is of one set, so that its negatives are of one kind.
+    Each has a path, a `weight`, and of its own what it gives of `format`, `num_documents`, `objective` and others; the
+    rest is as it stands beside the sets, and for the whole job."""
+    mixing: Mixing = "proportional"
+    """Which share of the batches each of the sets has. proportional: that of its rows; even: the same for all; a number
+    T from 1 on: that of the T-th root of its rows, between the two. Times `weight`."""
+
+    def model_post_init(self, context: Any) -> None:
+        if (self.path is None) == (not self.sets):
+            if self.path is not None:
+                raise ValueError(
+                    f"train.path is {self.path!r} and train.sets are {', '.join(self.sets or {})}; rows come from one "
+                    "of them: give one"
+                )
+            raise ValueError(
+                "train.path is required and not given; name training rows, or several sets of them by train.sets"
+            )
+        _check_names("train.sets", self.sets)
+        if self.path is not None and self.mixing != "proportional":
+            raise ValueError(
+                f"train.mixing is {self.mixing}, and train.path names one set of rows; remove it, or name several by "
+                "train.sets"
+            )
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(own.path for own in self.sets.values()) if self.sets else super().places
+
+    def of_set(self, name: str) -> Self:
+        """The rows of one of the sets alone."""
+        assert self.sets is not None
+        return self.model_copy(update={"sets": None, **given_keys(self.sets[name], type(self))})
+
+    @model_serializer(mode="wrap")
+    def _without_sets(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """One set of rows is written down, and known again, as it was before there could be several."""
+        values: dict[str, Any] = dump(self)
+        return values if self.sets else {key: values[key] for key in values if key not in ("sets", "mixing")}
+
+
 class TrainJobConfig(Config):
     """Keys that every training job has."""
 
-    train: TrainInput
+    train: TrainInput | MixedTrainInput[Any]
     """Where the training rows are."""
 
     model: str | None = None
@@ -335,6 +414,17 @@ class TrainJobConfig(Config):
         return None if kept == "all" else int(kept.removeprefix("last ")) if isinstance(kept, str) else 0
 
     @property
+    def train_sets(self) -> dict[str, Any]:
+        """The sets of training rows by name; none where the rows are one."""
+        return self.train.sets or {} if isinstance(self.train, MixedTrainInput) else {}
+
+    def of_set(self, name: str) -> Self:
+        """The config of one of train.sets: what the set gives, and the job's keys where it gives nothing."""
+        assert isinstance(self.train, MixedTrainInput)
+        own = self.train_sets[name]
+        return self.model_copy(update={"train": self.train.of_set(name), **given_keys(own, type(self))})
+
+    @property
     def start_name(self) -> str | None:
         return self.init_from if self.init_from is not None else self.model
 
@@ -343,6 +433,27 @@ class TrainJobConfig(Config):
         """Where the weights come from: `init_from`, or `model` without it."""
         assert self.start_name is not None
         return self.start_name
+
+
+def given_keys(own: Config, config_class: type[Config]) -> dict[str, Any]:
+    """What a set gives of the keys of a class; null leaves the class's own."""
+    names = own.model_fields_set & set(config_class.model_fields)
+    return {name: getattr(own, name) for name in names if getattr(own, name) is not None}
+
+
+def _check_names(key: str, sets: Mapping[str, Config] | None) -> None:
+    """Names of sets are parts of the names of metrics."""
+    for name in sets or {}:
+        if not _SET_NAME.fullmatch(name):
+            raise ValueError(
+                f"{key}: {name!r} cannot be the name of a set; use letters and digits, and - and _ behind them"
+            )
+
+
+def _check_instruction_format(given: str | None) -> str | None:
+    if given is not None and given.count(_INSTRUCTION_PLACE) != 1:
+        raise ValueError(f"{_INSTRUCTION_PLACE} must stand in it once, where the instruction goes")
+    return given
 
 
 def _with_default_name(name: str) -> Any:
@@ -359,15 +470,64 @@ def _with_default_name(name: str) -> Any:
     return fill
 
 
-class RetrieverTrainInput(TrainInput):
-    path: str
-    """Training rows: a file, a folder or a glob, local or by URI."""
+class RetrieverTrainSet(TrainSet):
+    """Pairs, triples, texts or others, with what is learnt from them."""
+
+    format: Literal["auto", RetrieverFormat] | None = None
+    """Kind of the rows, as train.format."""
+    split: str | None = None
+    """Split of a BEIR folder, as train.split."""
+    num_documents: int | None = Field(default=None, ge=2)
+    """Most documents of a row of candidates, as train.num_documents."""
+    objective: Annotated[RetrieverObjective, Field(discriminator="name")] | None = None
+    """What is learnt from this set; null is the job's objective."""
+    query_prefix: str | None = None
+    """Put before each query of this set; null is the job's."""
+    document_prefix: str | None = None
+    """Put before each document of this set; null is the job's."""
+    instruction_format: str | None = None
+    """What an instruction of a row becomes, as the job's instruction_format."""
+
+    _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
+    _instruction_place = field_validator("instruction_format")(_check_instruction_format)
+
+
+class RetrieverTrainInput(MixedTrainInput[RetrieverTrainSet]):
+    """Where the training rows are."""
+
     format: Literal["auto", RetrieverFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     split: str | None = None
     """Split of a BEIR folder, whose pairs are those that qrels/<split>.tsv judges relevant; null reads train."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
+
+
+class RetrieverDevSet(Config):
+    """One of several dev sets."""
+
+    shorthand = "path"
+
+    path: str
+    """Dev rows: a file, a folder or a glob, local or by URI."""
+    split: str | None = None
+    """Split of a BEIR folder, as dev.split."""
+    corpus: str | None = None
+    """Texts to search among, as dev.corpus."""
+    corpus_rows: int | None = Field(default=None, ge=1)
+    """Corpus texts that are searched, as dev.corpus_rows."""
+    metric: str | None = Field(default=None, pattern=_RETRIEVER_METRIC)
+    """What is measured of this set, as dev.metric."""
+    threshold: float | None = None
+    """accuracy and f1: a cosine above this is a match, as dev.threshold."""
+    query_prefix: str | None = None
+    """Put before each query of this set; null is the job's."""
+    document_prefix: str | None = None
+    """Put before each document of this set; null is the job's."""
+    instruction_format: str | None = None
+    """What an instruction of a row becomes, as the job's instruction_format."""
+
+    _instruction_place = field_validator("instruction_format")(_check_instruction_format)
 
 
 class RetrieverDevConfig(DevConfig):
@@ -379,35 +539,84 @@ class RetrieverDevConfig(DevConfig):
     split: str | None = None
     """Split of a BEIR folder, whose queries are those that qrels/<split>.tsv judges; null reads dev."""
     corpus: str | None = None
-    """Texts to search among; null takes the dev documents themselves."""
+    """Texts to search among; null takes those of a BEIR folder, and else the dev documents themselves."""
     corpus_rows: int = Field(default=20_000, ge=1)
     """Corpus texts that are searched: all relevant ones, and a fixed sample of the others."""
-    metric: str = Field(
-        default="recall@10", pattern=r"^((recall|hit)@[1-9]\d*|(mrr|ndcg)@10|auc|accuracy|f1|spearman)$"
-    )
-    """recall@k, hit@k, mrr@10 or ndcg@10 of dev pairs; auc, accuracy, f1 or spearman of scored ones."""
+    metric: str = Field(default="recall@10", pattern=_RETRIEVER_METRIC)
+    """recall@k, hit@k, mrr@k or ndcg@k of dev pairs; auc, accuracy, f1 or spearman of scored ones."""
     threshold: float | None = None
     """accuracy and f1: a cosine above this is a match; null takes the threshold that suits the dev set best."""
+    sets: dict[str, RetrieverDevSet] | None = Field(default=None, min_length=1)
+    """Several dev sets by name, in place of path and share. Each has a path, and of its own what it gives of `metric`,
+    `split`, `corpus`, `corpus_rows`, `threshold`, `query_prefix`, `document_prefix` and `instruction_format`; the rest
+    is as it stands beside the sets, and for the whole job."""
+    chosen_by: str | None = None
+    """Of several sets, the one whose metric chooses the best checkpoint; null is the mean of all."""
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        if self.is_scored and self.corpus is not None:
-            raise ValueError(
-                f"dev.corpus is set, and dev.metric {self.metric} searches none; remove it, or measure recall@10"
-            )
-        if self.is_scored and self.split is not None:
-            raise ValueError(f"dev.split is set, and dev.metric {self.metric} reads scored pairs; remove it")
-        if self.path is None and self.split is not None:
-            raise ValueError(
-                f"dev.split is {self.split!r}, and dev.share takes dev rows from the training rows, whose split is "
-                "train.split; remove dev.split, or name the folder by dev.path"
-            )
-        if self.threshold is not None and self.metric not in ("auc", "accuracy", "f1"):
-            raise ValueError(f"dev.threshold is set, and dev.metric {self.metric} has none; remove it")
+        if self.sets is None:
+            _check_dev_rows(self, "dev")
+            return
+        _check_names("dev.sets", self.sets)
+        for key, given in (("path", self.path), ("share", self.share)):
+            if given is not None:
+                raise ValueError(
+                    f"dev.{key} is {given!r} and dev.sets are {', '.join(self.sets)}; dev rows come from one of them: "
+                    "give one"
+                )
+        for name, own in self.each.items():
+            _check_dev_rows(own, f"dev.sets.{name}")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return super().places if self.sets is None else tuple(own.path for own in self.sets.values())
+
+    @property
+    def each(self) -> dict[str, RetrieverDevConfig]:
+        """The config of each set by name: what it gives, and else what stands beside the sets; itself without sets."""
+        if self.sets is None:
+            return {ALONE: self}
+        return {name: self.of_set(name) for name in self.sets}
+
+    def of_set(self, name: str) -> Self:
+        """The config of one of the sets."""
+        assert self.sets is not None
+        given = given_keys(self.sets[name], RetrieverDevConfig)
+        metric = given.get("metric", self.metric)
+        # What stands beside the sets is for those that read it.
+        unread = ["corpus", "split"] if "@" not in metric else []
+        unread += [] if metric in _WITH_THRESHOLD else ["threshold"]
+        return self.model_copy(update={"sets": None, **dict.fromkeys(unread), **given})
 
     @property
     def is_scored(self) -> bool:
         return "@" not in self.metric
+
+    @model_serializer(mode="wrap")
+    def _without_sets(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """One dev set is written down, and known again, as it was before there could be several."""
+        values: dict[str, Any] = dump(self)
+        return {
+            key: values[key] for key in values if key not in ("sets", "chosen_by") or values[key] is not None
+        }
+
+
+def _check_dev_rows(dev: RetrieverDevConfig, key: str) -> None:
+    """Refuse keys that the metric of one dev set does not read; `key` is that of the set."""
+    if dev.is_scored and dev.corpus is not None:
+        raise ValueError(
+            f"{key}.corpus is set, and {key}.metric {dev.metric} searches none; remove it, or measure recall@10"
+        )
+    if dev.is_scored and dev.split is not None:
+        raise ValueError(f"{key}.split is set, and {key}.metric {dev.metric} reads scored pairs; remove it")
+    if dev.path is None and dev.split is not None:
+        raise ValueError(
+            f"dev.split is {dev.split!r}, and dev.share takes dev rows from the training rows, whose split is "
+            "train.split; remove dev.split, or name the folder by dev.path"
+        )
+    if dev.threshold is not None and dev.metric not in _WITH_THRESHOLD:
+        raise ValueError(f"{key}.threshold is set, and {key}.metric {dev.metric} has none; remove it")
 
 
 class TrainRetrieverConfig(TrainJobConfig):
@@ -444,27 +653,91 @@ class TrainRetrieverConfig(TrainJobConfig):
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     document_prefix: str | None = None
     """Put before each document when it is encoded; null is the encoder's own prompt."""
+    instruction_format: str | None = None
+    """Put before a query whose row says an instruction, in place of the query's prefix: {} stands for the instruction,
+    as in "Instruct: {}\\nQuery: "; null is the instruction alone."""
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        name = self.objective.name
-        if self.guide is not None and name != "in_batch_negatives":
+        names = [objective.name for objective in self.objectives]
+        shown = ", ".join(dict.fromkeys(names))
+        if self.guide is not None and "in_batch_negatives" not in names:
             raise ValueError(
-                f"guide is set, and objective {name} asks none; remove it, or choose in_batch_negatives"
+                f"guide is set, and objective {shown} asks none; remove it, or choose in_batch_negatives"
             )
-        if self.matryoshka is not None and name == "embedding_distillation":
+        if self.train_sets and self.teacher is not None and not set(_TAUGHT) & set(names):
             raise ValueError(
-                f"matryoshka.dims are {list(self.matryoshka.dims)}, and objective {name} follows whole vectors of the "
+                f"teacher is set, and no set's objective follows one ({shown}); remove it, or choose an objective that "
+                "follows a teacher"
+            )
+        if "embedding_distillation" in names and len(set(names)) > 1:
+            raise ValueError(
+                f"the sets have the objectives {shown}; embedding_distillation follows the vectors of a teacher, "
+                "from which others pull away: give it to all sets, or train it in a run of its own"
+            )
+        self._check_chosen_dev_set()
+        if self.matryoshka is not None and "embedding_distillation" in names:
+            raise ValueError(
+                f"matryoshka.dims are {list(self.matryoshka.dims)}, and objective {shown} follows whole vectors of the "
                 "teacher, which has none for their prefixes; remove matryoshka, and train it afterwards by another "
                 "objective"
             )
 
+    def _check_chosen_dev_set(self) -> None:
+        if self.dev is None or self.dev.chosen_by is None:
+            return
+        named = [name for name in self.dev_sets if name != ALONE]
+        if self.dev.chosen_by not in named:
+            remedy = f"choose one of: {', '.join(named)}" if named else "there are no dev sets: remove it"
+            raise ValueError(f"dev.chosen_by is {self.dev.chosen_by!r}, which is no dev set; {remedy}")
+
+    @property
+    def objectives(self) -> list[RetrieverObjective]:
+        """What is learnt from each of the sets, or from the rows that are one."""
+        return [own.objective or self.objective for own in self.train_sets.values()] or [self.objective]
+
+    @property
+    def dev_sets(self) -> dict[str, RetrieverDevConfig]:
+        """The config of each dev set by name. With dev.share each training set has a dev set of its name."""
+        if self.dev is None:
+            return {}
+        if self.dev.share is not None and self.train_sets:
+            return dict.fromkeys(self.train_sets, self.dev)
+        return self.dev.each
+
+    def of_set(self, name: str) -> Self:
+        """As of every job; without a guide or a teacher where the set's objective asks none."""
+        own = super().of_set(name)
+        unasked = ["guide"] if own.objective.name != "in_batch_negatives" else []
+        unasked += ["teacher"] if own.objective.name not in _TAUGHT else []
+        return own.model_copy(update=dict.fromkeys(unasked))
+
+    @model_serializer(mode="wrap")
+    def _without_format(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run whose rows say no instructions is known again as it was before they could."""
+        values: dict[str, Any] = dump(self)
+        return {key: values[key] for key in values if key != "instruction_format" or values[key] is not None}
+
     _objective_name = model_validator(mode="before")(_with_default_name("in_batch_negatives"))
+    _instruction_place = field_validator("instruction_format")(_check_instruction_format)
 
 
-class RerankerTrainInput(TrainInput):
-    path: str
-    """Training rows: a file, a folder or a glob, local or by URI."""
+class RerankerTrainSet(TrainSet):
+    """Judged pairs, triples or candidates, with what is learnt from them."""
+
+    format: Literal["auto", RerankerFormat] | None = None
+    """Kind of the rows, as train.format."""
+    num_documents: int | None = Field(default=None, ge=2)
+    """Most documents of a row of candidates, as train.num_documents."""
+    objective: Annotated[RerankerObjective, Field(discriminator="name")] | None = None
+    """What is learnt from this set; null is the job's objective."""
+
+    _objective_name = model_validator(mode="before")(_with_default_name("pointwise_regression"))
+
+
+class RerankerTrainInput(MixedTrainInput[RerankerTrainSet]):
+    """Where the training rows are."""
+
     format: Literal["auto", RerankerFormat] = "auto"
     """Kind of the rows; auto detects it from the first rows."""
     num_documents: int | None = Field(default=None, ge=2)
@@ -499,6 +772,13 @@ class TrainRerankerConfig(TrainJobConfig):
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
+        for name, own in self.train_sets.items():
+            if own.objective is not None and own.objective.num_labels != self.objective.num_labels:
+                raise ValueError(
+                    f"train.sets.{name}.objective {own.objective.name} reads {own.objective.num_labels} logits of a "
+                    f"pair, and the job's objective {self.objective.name} reads {self.objective.num_labels}; a model "
+                    "has so many for all sets: choose objectives with equally many"
+                )
         if self.labels is None:
             return
         if self.objective.num_labels != 2:

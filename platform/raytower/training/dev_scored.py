@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from raytower.data.pieces import Piece
+from raytower.data.records import INSTRUCTION
 from raytower.errors import InputError
 from raytower.metrics import accuracy_f1, auc, best_threshold, spearman
 from raytower.training.columns import judged_pairs
@@ -23,12 +24,17 @@ class ScoredPairs:
     queries: list[str]
     documents: list[str]
     labels: list[float]
+    instructions: list[str | None] | None = None
+    """What each query is asked for, where rows say it and the caller reads them."""
 
 
-def load_scored_pairs(dev: DevConfig, metric: str, set_aside: Sequence[Piece] = ()) -> ScoredPairs:
+def load_scored_pairs(
+    dev: DevConfig, metric: str, set_aside: Sequence[Piece] = (), instructions: bool = False
+) -> ScoredPairs:
     """Read scored pairs and check that `metric` can be computed of them, before any training; -1 counts as 0.
 
     Triples and candidates among the training rows that were set aside are pairs with the labels that train them.
+    `instructions` reads those that rows say for their queries.
 
     Raises:
         InputError: bad rows, or labels that `metric` cannot use.
@@ -36,7 +42,8 @@ def load_scored_pairs(dev: DevConfig, metric: str, set_aside: Sequence[Piece] = 
     queries: list[str] = []
     documents: list[str] = []
     labels: list[float] = []
-    for table in dev_tables(dev, "scored", set_aside):
+    said: list[str | None] = []
+    for table in dev_tables(dev, "scored", set_aside, instructions=instructions):
         if "query" not in table.column_names:
             raise InputError(
                 f"{dev.origin}: the training rows are single texts; dev.metric {metric} needs judged pairs, by dev.path"
@@ -47,13 +54,14 @@ def load_scored_pairs(dev: DevConfig, metric: str, set_aside: Sequence[Piece] = 
             queries += pairs.queries
             documents += pairs.documents
             labels += pairs.labels
+            said += [row.get(INSTRUCTION.name)] * len(pairs.labels)
     found = sorted(set(labels))
     if metric == "spearman":
         if len(found) < 2:
             raise InputError(
                 f"{dev.origin}: every label is {found[0]:g}; dev.metric spearman needs labels that differ"
             )
-        return ScoredPairs(queries, documents, labels)
+        return ScoredPairs(queries, documents, labels, said)
     wrong = [label for label in found if label not in (-1, 0, 1)]
     if wrong or found == [-1, 0, 1]:
         remedy = (
@@ -70,7 +78,7 @@ def load_scored_pairs(dev: DevConfig, metric: str, set_aside: Sequence[Piece] = 
             f"{dev.origin}: all {len(labels)} labels are {found[0]:g}; dev.metric {metric} needs pairs of both "
             "classes, 0 and 1"
         )
-    return ScoredPairs(queries, documents, [float(label == 1) for label in labels])
+    return ScoredPairs(queries, documents, [float(label == 1) for label in labels], said)
 
 
 def scored_metrics(

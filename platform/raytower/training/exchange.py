@@ -28,6 +28,12 @@ class Exchange(Protocol):
     def to_each(self, tables: Sequence[pa.Table]) -> list[pa.Table]:
         """Give each worker the table at its rank; what each worker gave to this one, in rank order."""
 
+    def branch(self) -> Exchange:
+        """Another one between the same workers, whose calls may come between this one's in any order.
+
+        All workers make it together.
+        """
+
 
 class Alone:
     """The only worker."""
@@ -40,6 +46,9 @@ class Alone:
 
     def to_each(self, tables: Sequence[pa.Table]) -> list[pa.Table]:
         return list(tables)
+
+    def branch(self) -> Alone:
+        return self
 
 
 class GroupExchange:
@@ -61,6 +70,9 @@ class GroupExchange:
 
     def to_each(self, tables: Sequence[pa.Table]) -> list[pa.Table]:
         return [pa.ipc.open_stream(part).read_all() for part in self._send(list(map(_as_bytes, tables)))]
+
+    def branch(self) -> GroupExchange:
+        return GroupExchange()
 
     def _send(self, messages: Sequence[bytes]) -> list[pa.Buffer]:
         """A message to each worker; those to this one, in rank order."""

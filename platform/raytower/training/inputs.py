@@ -41,6 +41,7 @@ def survey_training(
     kinds: Sequence[str],
     objective: str,
     split: str | None = None,
+    instructions: bool = False,
 ) -> Survey:
     """Survey the training file as `wanted`, or, for `auto`, as the first of `kinds` that its rows fit.
 
@@ -53,13 +54,14 @@ def survey_training(
         kinds: what the objective trains from.
         objective: its name, for messages.
         split: of a BEIR folder; None is train.
+        instructions: whether rows with queries may bring an instruction.
 
     Raises:
         InputError: a split of what is no BEIR folder, bad rows under on_error fail, rows that fit none of `kinds`, or
             a `wanted` that is none of them.
     """
     refuse_output_inside(config.output, path)
-    source = TrainRows(path=path, split=split)
+    source = TrainRows(path=path, split=split, instructions=instructions)
     refuse_split(source)
     if wanted != "auto" and wanted not in kinds:
         raise InputError(
@@ -136,18 +138,22 @@ def tables(survey: Survey) -> Iterator[pa.Table]:
 
 
 def dev_tables(
-    dev: DevConfig, kind: RecordKind, set_aside: Sequence[Piece], split: str | None = None
+    dev: DevConfig,
+    kind: RecordKind,
+    set_aside: Sequence[Piece],
+    split: str | None = None,
+    instructions: bool = False,
 ) -> Iterator[pa.Table]:
     """The dev rows, a piece at a time: those of dev.path as `kind`, or the training rows that were set aside.
 
-    `split` is that of a BEIR folder; None is dev.
+    `split` is that of a BEIR folder; None is dev. `instructions` as of `survey_training`.
 
     Raises:
         InputError: a split of what is no BEIR folder, or bad rows in dev.path.
     """
     if dev.path is None:
         return map(read_piece, set_aside)
-    source = DevRows(path=dev.path, split=split)
+    source = DevRows(path=dev.path, split=split, instructions=instructions)
     refuse_split(source)
     if split is None and is_beir(source):
         # Never the training split, which is what a reader of pairs would take.

@@ -22,7 +22,6 @@ from raytower.models.encoder import Encoder
 from raytower.models.known_padding import padding_is_known
 from raytower.models.sequence_classifier import SequenceClassifier
 from raytower.models.token_block import TokenBlock
-from raytower.models.tokenising import tokenise
 from raytower.training.shares import evaluation_dtype
 
 
@@ -52,8 +51,8 @@ class LiveEngine(BlockEngine):
             return cast(Tensor, self.model(**inputs))
         return self.model.logits(**inputs)
 
-    def encode(self, texts: Sequence[str], prefix: str = "") -> Tensor:
-        """Vectors, float32 (N, D) on the device, of texts behind a prefix, by an encoder.
+    def encode(self, texts: Sequence[str], prefix: str | Sequence[str] = "") -> Tensor:
+        """Vectors, float32 (N, D) on the device, of texts behind a prefix, or each behind its own, by an encoder.
 
         Raises:
             InputError: a vector that holds NaN or infinity.
@@ -62,8 +61,8 @@ class LiveEngine(BlockEngine):
         encoder = cast(Encoder, self.model)
 
         def tokenise_rows(rows: slice) -> TokenBlock:
-            prepared = encoder.prepared(texts[rows], prefix)
-            return tokenise(encoder.tokenizer, [prepared], self.max_length, start=rows.start)
+            own = prefix if isinstance(prefix, str) else prefix[rows]
+            return encoder.tokenise(texts[rows], self.max_length, own, start=rows.start)
 
         return self._refused(self._forward_all(len(texts), tokenise_rows), "encoder", "dev text")
 

@@ -76,6 +76,8 @@ class Progress:
     """Dev metrics of each evaluation."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """Loss, what the task observes beside it (a classifier's accuracy) and learning rate of each logged step."""
+    observed: dict[str, list[float]] = field(default_factory=dict)
+    """What the task has observed since the last logged step, by name."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +221,8 @@ class _Worker:
         started, first_step, before = time.perf_counter(), progress.step, progress.seconds
         while not self._is_over():
             loss = self._make_step(next(steps))
+            for name, value in self.step.observed.items():
+                progress.observed.setdefault(name, []).append(value)
             progress.step += 1
             progress.seconds = before + time.perf_counter() - started
             last = progress.step == plan.num_steps
@@ -309,7 +313,8 @@ class _Worker:
             progress.stale_evaluations += 1
         progress.history.append({"step": progress.step, **metrics})
         best = "none" if progress.best is None else f"{progress.best:.4f}"
-        self._say(f"step {progress.step}: dev {dev.metric} {value:.4f} (best {best})")
+        told = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.plan.task.told_metrics)
+        self._say(f"step {progress.step}: dev {told} (best {best})")
         if self.events is not None:
             self.events.write(progress.step, {f"dev/{name}": metric for name, metric in metrics.items()})
         self._report({**metrics, dev.metric: self._rank_of(value)})
@@ -342,7 +347,10 @@ class _Worker:
     def _log(self, loss: float, steps_per_second: float) -> None:
         progress = self.progress
         lr = float(self.step.schedule.get_last_lr()[0])
-        seen = {"loss": loss, **self.step.observed}
+        # A step is of one set where there are several, so what was observed is averaged over the steps between.
+        means = {name: math.fsum(values) / len(values) for name, values in progress.observed.items()}
+        progress.observed = {}
+        seen = {"loss": loss, **means}
         progress.curve.append({"step": progress.step, **seen, "lr": lr})
         rows_per_second = steps_per_second * self.config.batch_size * self.config.accumulate_batches
         seconds_left = (self.plan.num_steps - progress.step) / max(steps_per_second, 1e-9)

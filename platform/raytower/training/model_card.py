@@ -121,6 +121,7 @@ def _settings(config: TrainJobConfig, figures: Mapping[str, Any]) -> list[tuple[
     told = {
         "objective": objective.pop("name"),
         **{f"objective.{name}": value for name, value in objective.items() if value is not None},
+        **_sets(values["train"]),
         **{
             name: values[name]
             for name in ("batch_size", "accumulate_batches", "epochs", "max_length", "dtype", "seed")
@@ -131,6 +132,17 @@ def _settings(config: TrainJobConfig, figures: Mapping[str, Any]) -> list[tuple[
         "seconds": figures["seconds"],
     }
     return list(told.items())
+
+
+def _sets(train: Mapping[str, Any]) -> dict[str, str]:
+    """How several sets of training rows are mixed, and what is learnt from each; places of files are left out."""
+    sets = train.get("sets") or {}
+    own = {
+        f"train.sets.{name}": f"weight {given['weight']:g}"
+        + (f", objective {given['objective']['name']}" if given.get("objective") else "")
+        for name, given in sets.items()
+    }
+    return {"train.mixing": str(train["mixing"]), **own} if own else {}
 
 
 def _measured(

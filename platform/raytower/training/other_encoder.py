@@ -22,7 +22,8 @@ def other_encoder_name(config: TrainRetrieverConfig) -> str | None:
     """The encoder that training asks for vectors: the guide, or the teacher of embedding_distillation."""
     if config.guide is not None:
         return config.guide.encoder
-    return config.teacher if isinstance(config.objective, EmbeddingDistillation) else None
+    follows = any(isinstance(objective, EmbeddingDistillation) for objective in config.objectives)
+    return config.teacher if follows else None
 
 
 class OtherEncoder:

@@ -27,16 +27,17 @@ from raytower.training.backbone import (
 )
 from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import JudgedPairs, judged_pairs
-from raytower.training.config import TrainRerankerConfig
+from raytower.training.config import ALONE, TrainRerankerConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import check_labels, count_documents, refuse_equal_scores, survey_training
 from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
+from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
 from raytower.training.shares import gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
-from raytower.training.task import Task
+from raytower.training.task import RowSet, Task
 
 _CPU = torch.device("cpu")
 # Objectives that compare the documents of one query: logits (queries, documents) in place of (pairs, classes).
@@ -49,6 +50,8 @@ _GRADED = ("rank_net", "lambda_loss")
 class LoadedPairs:
     """A batch for the step: R pairs, their labels (R,) and chunks of their tokens, both on the device."""
 
+    own: RowSet[TrainRerankerConfig]
+    """The set that it is of."""
     pairs: JudgedPairs
     labels_R: Tensor  # noqa: N815 - carries its shape
     chunks: list[Chunk]
@@ -73,29 +76,22 @@ class RerankerTask(Task[TrainRerankerConfig]):
 
     @classmethod
     def survey(cls, config: TrainRerankerConfig) -> Survey:
-        return survey_training(
-            config, config.train.path, config.train.format, config.objective.formats, config.objective.name
-        )
+        return survey_sets(config, _survey)
 
     @classmethod
     def prepare(cls, config: TrainRerankerConfig, surveyed: Survey) -> Self:
         model = _load_start(config, config.start)
-        names, shape = surveyed.schema.names, config.objective.num_labels
-        count = count_documents(surveyed, config.train.num_documents)
-        if "label" in names or ("scores" in names and config.objective.name not in _LISTWISE):
-            check_labels(surveyed, lambda labels: config.objective(torch.zeros(len(labels), shape), labels))
-        elif "scores" in names and config.objective.name in _GRADED:
-            check_labels(surveyed, lambda labels: _loss_of_single_documents(config, labels))
-            refuse_equal_scores(surveyed, config.objective.name)
-        rows = spaced_rows(surveyed, num_documents=count)
-        pairs = judged_pairs(rows)
-        shares = cut_shares(
-            model.tokenise,
-            {"pair of query and document": [pairs.queries, pairs.documents]},
-            config.max_length,
-        )
-        say_cut_shares(shares, config.max_length, num_rows(rows))
-        task = cls(config, absolute_if_local(config.start), count, surveyed.set_aside)
+        surveys = surveys_of(surveyed)
+        sets: dict[str, RowSet[TrainRerankerConfig]] = {}
+        for name, own in configs_of(config).items():
+            with naming_set(name):
+                count = count_documents(surveys[name], own.train.num_documents)
+                _check_rows(own, surveys[name])
+                _say_what_is_cut(own, surveys[name], model, count)
+            sets[name] = RowSet(own, count, name=name)
+        alone = sets.pop(ALONE, RowSet(config))
+        task = cls(config, absolute_if_local(config.start), alone.num_documents, surveyed.set_aside)
+        task.sets = sets
         if task.scored_dev is not None:
             say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
         return task
@@ -114,26 +110,29 @@ class RerankerTask(Task[TrainRerankerConfig]):
 
     def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedPairs:
         model = cast(LogitsModel, step.model)
-        pairs = judged_pairs(rows, self.num_documents)
+        own = self.set_of(rows)
+        pairs = judged_pairs(rows, own.num_documents)
         block = model.inner.tokenise([pairs.queries, pairs.documents], self.config.max_length)
         chunks = model.plan_chunks(block, step.shares(pairs.rows_of_pairs, len(pairs.list_lengths)))
         labels_R = send(torch.tensor(pairs.labels), step.device)
-        return LoadedPairs(pairs, labels_R, chunks)
+        return LoadedPairs(own, pairs, labels_R, chunks)
 
     def propagate(self, step: TrainingStep, batch: LoadedPairs) -> Tensor:
-        pairs, labels_R = batch.pairs, batch.labels_R
+        pairs, labels_R, objective = batch.pairs, batch.labels_R, batch.own.config.objective
 
         def compute_loss() -> Tensor:
             with step.autocast():
                 logits_BC = step.parallel(step.seeded(batch.chunks))
-            if self.config.objective.name in _LISTWISE:
-                return self.config.objective(pairs.as_lists(logits_BC[:, 0]), pairs.as_lists(labels_R))
-            loss = self.config.objective(logits_BC, labels_R)
+            if objective.name in _LISTWISE:
+                return objective(pairs.as_lists(logits_BC[:, 0]), pairs.as_lists(labels_R))
+            loss = objective(logits_BC, labels_R)
             # Workers whose lists are longer hold more pairs: this makes it the mean over the pairs of all workers.
             num_pairs_W = gather_constants(torch.full((1,), float(len(labels_R)), device=loss.device))
             return loss * (len(labels_R) / num_pairs_W.mean())
 
-        return step.propagate(compute_loss)
+        loss = step.propagate(compute_loss)
+        self.observe_set(step, batch.own, loss)
+        return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         config, dev = self.config, self.scored_dev
@@ -166,6 +165,38 @@ def train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
 def plan_train_reranker(config: TrainRerankerConfig) -> dict[str, Any]:
     """The plan for --dry-run: makes every check that training would make, and trains nothing."""
     return plan_training(RerankerTask, config)[0]
+
+
+def _survey(config: TrainRerankerConfig) -> Survey:
+    train, objective = config.train, config.objective
+    assert train.path is not None
+    return survey_training(config, train.path, train.format, objective.formats, objective.name)
+
+
+def _check_rows(config: TrainRerankerConfig, surveyed: Survey) -> None:
+    """Refuse labels that the objective does not take, before any worker starts."""
+    objective, names = config.objective, surveyed.schema.names
+    if "label" in names or ("scores" in names and objective.name not in _LISTWISE):
+        check_labels(
+            surveyed, lambda labels: objective(torch.zeros(len(labels), objective.num_labels), labels)
+        )
+    elif "scores" in names and objective.name in _GRADED:
+        check_labels(surveyed, lambda labels: _loss_of_single_documents(config, labels))
+        refuse_equal_scores(surveyed, objective.name)
+
+
+def _say_what_is_cut(
+    config: TrainRerankerConfig, surveyed: Survey, model: CrossEncoder, num_documents: int | None
+) -> None:
+    """Log the share of the pairs that `max_length` cuts."""
+    rows = spaced_rows(surveyed, num_documents=num_documents)
+    pairs = judged_pairs(rows)
+    shares = cut_shares(
+        model.tokenise,
+        {"pair of query and document": [pairs.queries, pairs.documents]},
+        config.max_length,
+    )
+    say_cut_shares(shares, config.max_length, num_rows(rows))
 
 
 def _loss_of_single_documents(config: TrainRerankerConfig, labels_B: Tensor) -> Tensor:

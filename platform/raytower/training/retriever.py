@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raytower.data.pieces import Piece, Survey
+from raytower.data.records import INSTRUCTION
 from raytower.errors import InputError
 from raytower.models.chunks import Chunk, in_row_order
 from raytower.models.compute import check_max_length
@@ -37,11 +38,11 @@ from raytower.training.backbone import (
     prepare_backbone,
 )
 from raytower.training.batches import Rows, num_rows
-from raytower.training.columns import TextColumns, text_columns
-from raytower.training.config import TrainRetrieverConfig
+from raytower.training.columns import TextColumns, query_prefixes, text_columns
+from raytower.training.config import ALONE, RetrieverDevConfig, RetrieverDevSet, TrainRetrieverConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
-from raytower.training.dev_recall import DevSet, evaluate_recall, load_dev_set
+from raytower.training.dev_recall import DevSet, encode_queries, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import (
     check_labels,
@@ -54,14 +55,17 @@ from raytower.training.inputs import (
 from raytower.training.live_engine import LiveEngine
 from raytower.training.other_encoder import OtherEncoder, other_encoder_name
 from raytower.training.runner import fit, plan_training
+from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
 from raytower.training.step import TrainingStep
-from raytower.training.task import Task
+from raytower.training.task import RowSet, Task
 from raytower.training.windows import draw_documents
 
 # Rows with an equal value in one of these are false negatives of each other; of candidates the best document counts.
 _DISTINCT_COLUMNS = ("query", "document", "documents", "query_id", "document_id", "text")
 _CPU = torch.device("cpu")
+# The metric of several dev sets: the mean of what is measured of each.
+_MEAN = "mean"
 # Objectives that look at each pair alone.
 _BY_ITSELF = ("cosine_embedding", "cosine_regression")
 # Rows, or (query, document) pairs for a teacher that has to score them here, from which margin_mse's scale is taken;
@@ -75,6 +79,8 @@ _SAMPLED_DOCUMENTS = 4
 class LoadedTexts:
     """A batch for the step: its texts, and all of them as chunks of tokens on the device, column after column."""
 
+    own: RowSet[TrainRetrieverConfig]
+    """The set that it is of."""
     columns: TextColumns
     chunks: list[Chunk]
 
@@ -88,10 +94,11 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         start: str,
         num_documents: int | None,
         teacher: str | None,
-        set_aside: Sequence[Piece] = (),
+        set_aside: Mapping[str, Sequence[Piece]] | None = None,
         other_encoder: str | None = None,
     ) -> None:
-        """`set_aside` are dev rows. A directory here is named absolutely.
+        """`set_aside` are dev rows among the training rows, by the name of their set. A directory here is named
+        absolutely.
 
         Args:
             teacher: the reranker that scores documents.
@@ -101,57 +108,67 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         self.num_documents = num_documents
         self.teacher = teacher
         self.other_encoder = other_encoder
-        self.recall_dev: DevSet | None = None
-        self.scored_dev: ScoredPairs | None = None
-        if config.dev is not None and config.dev.is_scored:
-            self.scored_dev = load_scored_pairs(config.dev, config.dev.metric, set_aside)
-        elif config.dev is not None:
-            self.recall_dev = load_dev_set(config.dev, set_aside)
+        self.dev_sets = _load_dev_sets(config, set_aside or {})
         self._teacher: CrossScorer | None = None
         self._other: OtherEncoder | None = None
 
     @property
     def keeps_weights_apart(self) -> bool:
         # The layer into a teacher's space is not published.
-        return super().keeps_weights_apart or isinstance(self.config.objective, EmbeddingDistillation)
+        return super().keeps_weights_apart or _follows_vectors(self.config)
+
+    @property
+    def dev(self) -> RetrieverDevConfig | None:
+        """Of several dev sets, the metric is that of the one that chooses, or their mean."""
+        dev = self.config.dev
+        if dev is None or ALONE in self.dev_sets:
+            return dev
+        chosen = dev.chosen_by
+        metric = _MEAN if chosen is None else f"{chosen}/{self.dev_sets[chosen].config.metric}"
+        return dev.model_copy(update={"metric": metric})
+
+    @property
+    def told_metrics(self) -> list[str]:
+        chosen = super().told_metrics
+        own = [f"{name}/{dev.config.metric}" for name, dev in self.dev_sets.items() if name != ALONE]
+        return [*(name for name in own if name not in chosen), *chosen]
 
     @classmethod
     def survey(cls, config: TrainRetrieverConfig) -> Survey:
-        return survey_training(
-            config,
-            config.train.path,
-            config.train.format,
-            config.objective.formats,
-            config.objective.name,
-            config.train.split,
-        )
+        return survey_sets(config, _survey)
 
     @classmethod
     def prepare(cls, config: TrainRetrieverConfig, surveyed: Survey) -> Self:
         encoder = _load_start(config, config.start)
         own_prefix(encoder, "query", config.start)  # the driver alone says what it lacks
         prepare_backbone(encoder.backbone, config.model_copy(update={"compile": False}))
-        _check_rows(config, surveyed)
-        count = count_documents(surveyed, config.train.num_documents)
-        _say_what_is_cut(config, surveyed, encoder, count)
+        configs, surveys = configs_of(config), surveys_of(surveyed)
+        counts: dict[str, int | None] = {}
+        for name, own in configs.items():
+            with naming_set(name):
+                _check_rows(own, surveys[name])
+                counts[name] = count_documents(surveys[name], own.train.num_documents)
+                _say_what_is_cut(own, surveys[name], encoder, counts[name])
         other = other_encoder_name(config)
-        teacher = config.teacher if other is None else None
+        teacher = None if _follows_vectors(config) else config.teacher
         # A mistyped name is refused here, not by every worker.
         loaded = None if teacher is None else CrossEncoder.load(teacher)
         if other is not None:
             own_prefix(Encoder.load(other), "query", other)
-        config = _with_fitting_scale(config, surveyed, count, loaded)
+        sets: dict[str, RowSet[TrainRetrieverConfig]] = {}
+        for name, own in configs.items():
+            with naming_set(name):
+                scorer = None if own.teacher is None else loaded
+                fitted = _with_fitting_scale(own, surveys[name], counts[name], scorer)
+            sets[name] = RowSet(fitted, counts[name], _distinct_columns(own, surveys[name]), name)
+        alone = sets.pop(ALONE, RowSet(config))
         named = [None if name is None else absolute_if_local(name) for name in (teacher, other)]
-        task = cls(config, absolute_if_local(config.start), count, named[0], surveyed.set_aside, named[1])
-        if task.recall_dev is not None:
-            say_overlap(surveyed, config.dev, task.recall_dev.pairs)
-        elif task.scored_dev is not None:
-            say_overlap(surveyed, config.dev, [task.scored_dev.queries, task.scored_dev.documents])
-        if config.sampler == "no_duplicates":
-            names = surveyed.schema.names
-            # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
-            distinct = [*_DISTINCT_COLUMNS, *(["label"] if "text" in names else [])]
-            task.distinct_columns = tuple(name for name in distinct if name in names)
+        aside = {name: own.set_aside for name, own in surveys.items()}
+        start = absolute_if_local(config.start)
+        task = cls(alone.config, start, alone.num_documents, named[0], aside, named[1])
+        task.sets, task.distinct_columns = sets, alone.distinct_columns
+        for dev in task.dev_sets.values():
+            say_overlap(surveyed, dev.config, dev.pairs)
         return task
 
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:
@@ -172,20 +189,22 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
 
     def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedTexts:
         tower = cast(TwoTower, step.model)
-        columns = text_columns(rows, self.num_documents)
-        query_prefix, document_prefix = _prefixes(tower.encoder)
+        own = self.set_of(rows)
+        columns = text_columns(rows, own.num_documents)
+        query_prefix, document_prefix = _prefixes(tower.encoder, own.config)
+        before = query_prefixes(columns.instructions, own.config.instruction_format, query_prefix)
         blocks = [
-            tower.tokenise(columns.queries, query_prefix),
+            tower.tokenise(columns.queries, before),
             tower.tokenise(columns.present_documents, document_prefix),
         ]
         chunks = tower.plan_chunks(blocks, step.shares(columns.rows_of_texts, len(columns.queries)))
         columns = dataclasses.replace(columns, targets=columns.targets.to(step.device))
-        return LoadedTexts(columns, chunks)
+        return LoadedTexts(own, columns, chunks)
 
     def propagate(self, step: TrainingStep, batch: LoadedTexts) -> Tensor:
         columns, chunks = batch.columns, step.seeded(batch.chunks)
-        targets = self._taught(columns)
-        objective = make_objective(self.config)
+        targets = self._taught(columns, batch.own.config)
+        objective = make_objective(batch.own.config)
 
         def embed(some: list[Chunk]) -> list[Tensor]:
             with step.autocast():
@@ -196,39 +215,114 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             return objective([query_BD, *columns.place(document_RD)], targets)
 
         if self.config.gradient_cache is None:
-            return step.propagate(lambda: loss_of(embed(chunks)))
-        return step.propagate_cached(lambda chunk: embed([chunk])[0], chunks, loss_of)
+            loss = step.propagate(lambda: loss_of(embed(chunks)))
+        else:
+            loss = step.propagate_cached(lambda chunk: embed([chunk])[0], chunks, loss_of)
+        self.observe_set(step, batch.own, loss)
+        return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         encoder = cast(TwoTower, model).encoder
         assert self.config.dev is not None
         engine = LiveEngine(encoder, dtype=self.config.dtype, max_length=self.config.max_length)
-        prefixes = _prefixes(encoder)
-        if self.recall_dev is not None:
-            return evaluate_recall(engine, self.recall_dev, self.config.dev.metric, prefixes)
-        assert self.scored_dev is not None
-        dev = self.scored_dev
-        rows = own_rows(len(dev.labels)).tolist()
-        left_BD = engine.encode([dev.queries[row] for row in rows], prefixes[0])
-        right_BD = engine.encode([dev.documents[row] for row in rows], prefixes[1])
-        cosines = gather_rows_in_order((left_BD * right_BD).sum(1), len(dev.labels))
-        return scored_metrics(
-            cosines.cpu().numpy(), dev.labels, self.config.dev.metric, self.config.dev.threshold
-        )
+        measured = {name: dev.measure(engine, encoder) for name, dev in self.dev_sets.items()}
+        if ALONE in measured:
+            return measured[ALONE]
+        metrics = {f"{name}/{key}": value for name, own in measured.items() for key, value in own.items()}
+        chosen = [own[self.dev_sets[name].config.metric] for name, own in measured.items()]
+        return {**metrics, _MEAN: sum(chosen) / len(chosen)}
 
     def save(self, model: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
         merged_copy(cast(TwoTower, model).encoder, self.config).save(folder, info)
 
-    def _taught(self, columns: TextColumns) -> Targets:
-        """The targets; with the teacher's scores or vectors, or a guide's vectors, where there is one."""
-        if self._teacher is not None:
+    def _taught(self, columns: TextColumns, config: TrainRetrieverConfig | None = None) -> Targets:
+        """The targets; with the teacher's scores or vectors, or a guide's vectors, where `config` asks for them.
+
+        `config` is that of the set that the rows are of; None is the job's.
+        """
+        own = config or self.config
+        if self._teacher is not None and own.teacher is not None:
             return dataclasses.replace(columns.targets, teacher_BK=_taught_scores(self._teacher, columns))
-        if self._other is None:
+        if self._other is None or (own.guide is None and own.teacher is None):
             return columns.targets
         vectors = self._other.vectors_of(columns)
-        if self.config.guide is None:
+        if own.guide is None:
             return dataclasses.replace(columns.targets, teacher_columns=vectors)
-        return dataclasses.replace(columns.targets, guide=Guide(settings=self.config.guide, columns=vectors))
+        return dataclasses.replace(columns.targets, guide=Guide(settings=own.guide, columns=vectors))
+
+
+@dataclass(frozen=True)
+class _Dev:
+    """One dev set: its rows, and how they are measured."""
+
+    config: RetrieverDevConfig
+    rows: DevSet | ScoredPairs
+    prompts: TrainRetrieverConfig | RetrieverDevSet
+    """Says what stands before queries and documents; null is the encoder's own."""
+    instruction_format: str | None
+
+    @property
+    def pairs(self) -> Sequence[Sequence[str]]:
+        """Queries and documents, one pair for each document of each query."""
+        rows = self.rows
+        return rows.pairs if isinstance(rows, DevSet) else [rows.queries, rows.documents]
+
+    def measure(self, engine: LiveEngine, encoder: Encoder) -> dict[str, float]:
+        """Its metrics by the engine of `encoder`; all workers call it together and get the same values."""
+        dev, metric = self.rows, self.config.metric
+        prefixes = _prefixes(encoder, self.prompts)
+        if isinstance(dev, DevSet):
+            return evaluate_recall(engine, dev, metric, prefixes, self.instruction_format)
+        left_BD = torch.as_tensor(encode_queries(engine, dev, self.instruction_format, prefixes[0]))
+        documents = [dev.documents[row] for row in own_rows(len(dev.labels)).tolist()]
+        right_BD = engine.encode(documents, prefixes[1])
+        cosines = gather_rows_in_order((left_BD * right_BD).sum(1), len(dev.labels))
+        return scored_metrics(cosines.cpu().numpy(), dev.labels, metric, self.config.threshold)
+
+
+def _load_dev_sets(config: TrainRetrieverConfig, set_aside: Mapping[str, Sequence[Piece]]) -> dict[str, _Dev]:
+    """The dev sets by name, or the one that there is under ALONE; none without dev rows.
+
+    Raises:
+        InputError: rows that cannot be read, or measured by the metric; it names the set.
+    """
+    loaded = {}
+    for name, dev in config.dev_sets.items():
+        aside = set_aside.get(name, ())
+        given = (config.dev.sets or {}).get(name) if config.dev else None
+        job = config.of_set(name) if dev.share is not None and name != ALONE else config
+        with naming_set(name, "dev.sets" if given else "train.sets"):
+            rows: DevSet | ScoredPairs = (
+                load_scored_pairs(dev, dev.metric, aside, instructions=True)
+                if dev.is_scored
+                else load_dev_set(dev, aside)
+            )
+        form = given.instruction_format if given else None
+        loaded[name] = _Dev(dev, rows, given or job, form or job.instruction_format)
+    return loaded
+
+
+def _survey(config: TrainRetrieverConfig) -> Survey:
+    train, objective = config.train, config.objective
+    assert train.path is not None
+    return survey_training(
+        config, train.path, train.format, objective.formats, objective.name, train.split, instructions=True
+    )
+
+
+def _distinct_columns(config: TrainRetrieverConfig, surveyed: Survey) -> tuple[str, ...]:
+    """Columns whose values no two rows of a batch should share; none unless the sampler asks for them."""
+    if config.sampler != "no_duplicates":
+        return ()
+    names = surveyed.schema.names
+    # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
+    distinct = [*_DISTINCT_COLUMNS, *(["label"] if "text" in names else [])]
+    return tuple(name for name in distinct if name in names)
+
+
+def _follows_vectors(config: TrainRetrieverConfig) -> bool:
+    """Whether the vectors of a teacher are followed; if so, by all sets."""
+    return any(isinstance(objective, EmbeddingDistillation) for objective in config.objectives)
 
 
 def _taught_scores(teacher: CrossScorer, columns: TextColumns) -> Tensor:
@@ -324,7 +418,9 @@ def _load_start(config: TrainRetrieverConfig, start: str) -> Encoder:
             f"matryoshka.dims asks for {config.matryoshka.dims[0]} dimensions, and the encoder has {encoder.dim}; "
             f"start at {encoder.dim} or less"
         )
-    if config.objective.name == "simcse" and not has_dropout(encoder.backbone):
+    if any(objective.name == "simcse" for objective in config.objectives) and not has_dropout(
+        encoder.backbone
+    ):
         raise InputError(
             f"objective simcse needs dropout, and model {start!r} has none: both passes would be equal; set "
             "hidden_dropout_prob in its config.json"
@@ -372,7 +468,7 @@ def _say_what_is_cut(
 ) -> None:
     """Log the share of each column's texts that `max_length` cuts, prefixes counted."""
     rows = spaced_rows(surveyed, num_documents=num_documents)
-    query_prefix, document_prefix = _prefixes(encoder)
+    query_prefix, document_prefix = _prefixes(encoder, config)
     columns: dict[str, list[list[str]]] = {}
     for name in ("query", "text", "document", "documents", "negative"):
         if name not in rows:
@@ -380,7 +476,9 @@ def _say_what_is_cut(
         texts = rows[name]
         if name == "documents":
             texts = [text for documents in texts for text in documents]
-        prefix = query_prefix if name in ("query", "text") else document_prefix
+        prefix: str | list[str] = query_prefix if name in ("query", "text") else document_prefix
+        if name == "query":
+            prefix = query_prefixes(rows.get(INSTRUCTION.name), config.instruction_format, query_prefix)
         columns[name] = [encoder.prepared(texts, prefix)]
     shares = cut_shares(partial(tokenise, encoder.tokenizer), columns, config.max_length)
     say_cut_shares(shares, config.max_length, num_rows(rows))
@@ -391,5 +489,10 @@ def _loss_of_equal_vectors(config: TrainRetrieverConfig, labels_B: Tensor) -> Te
     return config.objective([vectors_BD, vectors_BD], Targets(labels_B=labels_B))
 
 
-def _prefixes(encoder: Encoder) -> tuple[str, str]:
-    return encoder.prefix_for("query"), encoder.prefix_for("document")
+def _prefixes(encoder: Encoder, given: TrainRetrieverConfig | RetrieverDevSet) -> tuple[str, str]:
+    """What stands before queries and documents: what `given` says, and else the encoder's own prompts."""
+    query, document = given.query_prefix, given.document_prefix
+    return (
+        encoder.prefix_for("query") if query is None else query,
+        encoder.prefix_for("document") if document is None else document,
+    )

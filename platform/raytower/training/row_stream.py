@@ -9,13 +9,15 @@ every row once. A thread does so for the next window while the last one is train
     rows in their order  [ batch | batch | … ]   each batch cut into contiguous shares of the workers
 
 A worker's memory holds the pieces that it reads, and its share of two windows, whatever the number of rows, files and
-workers.
+workers. Of several sets of rows each is read so, by a thread and through an exchange of its own: the threads of one
+worker may come to their windows in another order than those of the next.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +28,10 @@ from numpy.typing import NDArray
 from raytower.data.pieces import Piece, read_piece
 from raytower.models.ahead import Ahead
 from raytower.progress import log
-from raytower.training.batches import Rows
+from raytower.training.batches import Rows, num_rows
 from raytower.training.distinct_batches import DistinctOrders, value_hashes
 from raytower.training.exchange import Alone, Exchange
+from raytower.training.mixing import SET, order_of_sets
 from raytower.training.windows import (
     Window,
     draw_documents,
@@ -56,6 +59,14 @@ class StreamPlan:
     """Most documents of a candidate list; longer ones are drawn from, anew in each epoch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixedPlan(StreamPlan):
+    """Several sets of rows; `pieces` are those of all, and `num_batches` their sum."""
+
+    sets: Mapping[str, StreamPlan]
+    """The plan of each set by name."""
+
+
 def stream_batches(
     plan: StreamPlan,
     skip_batches: int = 0,
@@ -69,11 +80,47 @@ def stream_batches(
     worker's own share needs: workers that stop after the same batch have taken part in the same exchanges, and none
     waits for another.
 
-    `tell` hears of rows that no batch without their values was left for, once.
+    `tell` hears of rows that no batch without their values was left for, once. The rows of a MixedPlan have the name of
+    their set in the column SET; which set a batch is of depends on the seed and the batch's number alone.
 
     Raises:
         InputError: a file has changed since the survey.
     """
+    if isinstance(plan, MixedPlan):
+        # Here and not with a set's first batch: all workers make them together, in one order.
+        exchanges = [exchange.branch() for _ in plan.sets]
+        return _stream_sets(plan, skip_batches, tell, exchanges)
+    return _stream_set(plan, skip_batches, tell, exchange)
+
+
+def _stream_sets(
+    plan: MixedPlan, skip_batches: int, tell: Callable[[str], None], exchanges: Sequence[Exchange]
+) -> Generator[Rows, None, None]:
+    """The batches of each set in their order. `exchanges` are those of the sets."""
+    names = list(plan.sets)
+    order_N = order_of_sets([own.num_batches for own in plan.sets.values()], plan.seed)
+    done = np.bincount(order_N[:skip_batches], minlength=len(names)).tolist()
+    with ExitStack() as stack:
+        # A set begins to be read with its first batch.
+        streams = [
+            stack.enter_context(
+                closing(_stream_set(plan.sets[name], skipped, _telling(name, tell), exchange))
+            )
+            for name, skipped, exchange in zip(names, done, exchanges, strict=True)
+        ]
+        for number in order_N[skip_batches:].tolist():
+            rows = next(streams[number])
+            yield {**rows, SET: [names[number]] * num_rows(rows)}
+
+
+def _telling(name: str, tell: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda message: tell(f"train.sets.{name}: {message}")
+
+
+def _stream_set(
+    plan: StreamPlan, skip_batches: int, tell: Callable[[str], None], exchange: Exchange
+) -> Generator[Rows, None, None]:
+    """`stream_batches` of rows that are one set."""
     first_row, end_row = skip_batches * plan.batch_size, plan.num_batches * plan.batch_size
     piece_rows = [piece.num_rows for piece in plan.pieces]
     windows = plan_windows(piece_rows, seed=plan.seed, window_rows=plan.window_rows)
@@ -87,14 +134,21 @@ def stream_batches(
     reader = _WindowReader(plan, exchange, begin, first_row, tell)
     own_rows = plan.batch_size // exchange.num_workers
     with Ahead(reader.read, read) as tables:
-        arriving = zip(taken, tables, strict=True)
-        rows, start, arrived_row = reader.no_rows, 0, begin.first_row
-        for number in range(skip_batches, plan.num_batches):
-            while arrived_row < (number + 1) * plan.batch_size:
-                window, table = next(arriving)
-                rows, start, arrived_row = pa.concat_tables([rows.slice(start), table]), 0, window.end_row
-            yield rows.slice(start, own_rows).to_pydict()
-            start += own_rows
+        try:
+            arriving = zip(taken, tables, strict=True)
+            rows, start, arrived_row = reader.no_rows, 0, begin.first_row
+            for number in range(skip_batches, plan.num_batches):
+                while arrived_row < (number + 1) * plan.batch_size:
+                    window, table = next(arriving)
+                    rows, start, arrived_row = (
+                        pa.concat_tables([rows.slice(start), table]),
+                        0,
+                        window.end_row,
+                    )
+                yield rows.slice(start, own_rows).to_pydict()
+                start += own_rows
+        finally:
+            tables.rest()  # not to leave out a window for which the other workers wait
 
 
 class _WindowReader:

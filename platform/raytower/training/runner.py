@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,14 +42,15 @@ from raytower.storage import (
 from raytower.training.backbone import narrow_base
 from raytower.training.batches import count_steps, count_unused
 from raytower.training.checkpoint import MODEL_DIR
-from raytower.training.config import EVERY_STEPS, FREE_KEYS, TrainClassifierConfig, TrainJobConfig
+from raytower.training.config import ALONE, EVERY_STEPS, FREE_KEYS, TrainClassifierConfig, TrainJobConfig
 from raytower.training.copies import copy_where_needed, pieces_to_copy
 from raytower.training.elastic import ElasticTrainer, TakeSigterm, TellOfDrainedNodes
 from raytower.training.inputs import content_hash
 from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
-from raytower.training.row_stream import StreamPlan
+from raytower.training.row_stream import MixedPlan, StreamPlan
+from raytower.training.sets import MixedSurvey, batches_of_sets, configs_of, surveys_of
 from raytower.training.task import Task
 from raytower.training.trackers import TrackedRun, check_trackers, tracked_run
 from raytower.workers import fit_workers
@@ -95,12 +96,14 @@ def _describe_plan(
     """
     narrow_base(model, config)
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    sets = _batches_of_sets(config, survey)
     return {
         "rows": survey.num_rows,
         "rejected_rows": survey.num_rejected,
         "steps": _count_steps(config, survey),
-        "unused_rows": _count_unused(config, survey),
-        "copied_rows": sum(survey.pieces[position].num_rows for position in pieces_to_copy(survey.pieces)),
+        "unused_rows": _count_unused(config, survey, sets),
+        **({"batches_of_sets": sets} if sets else {}),
+        "copied_rows": _count_copied(survey),
         "batches_per_step": config.accumulate_batches,
         "rows_per_worker_and_batch": config.batch_size // workers.num,
         "workers": workers.num,
@@ -136,17 +139,26 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
 
 def _files_read(config: TrainJobConfig, surveyed: Survey) -> dict[str, list[Location]]:
     """The files that a run reads, by what they are read for."""
-    train, dev = config.train, config.dev
-    # Only of a BEIR folder does it matter which rows are read.
-    kind: RecordKind = "pairs" if "query" in surveyed.schema.names else "lines"
-    files = {"train": _files_at(train.places, TrainRows, getattr(train, "split", None), kind)}
-    if dev is not None and dev.places:
-        files["dev"] = _files_at(dev.places, DevRows, getattr(dev, "split", None) or "dev", "pairs")
-    if (corpus := getattr(dev, "corpus", None)) is not None:
-        files["dev.corpus"] = files_read(NamedInput(path=corpus), "corpus")
+    files: dict[str, list[Location]] = {}
+    surveys = surveys_of(surveyed)
+    for name, own in configs_of(config).items():
+        # Only of a BEIR folder does it matter which rows are read.
+        kind: RecordKind = "pairs" if "query" in surveys[name].schema.names else "lines"
+        split = getattr(own.train, "split", None)
+        files[_key_of("train", name)] = _files_at(own.train.places, TrainRows, split, kind)
+    for name, dev in config.dev.each.items() if config.dev else ():
+        if dev.places:
+            split = getattr(dev, "split", None) or "dev"
+            files[_key_of("dev", name)] = _files_at(dev.places, DevRows, split, "pairs")
+        if (corpus := getattr(dev, "corpus", None)) is not None:
+            files[f"{_key_of('dev', name)}.corpus"] = files_read(NamedInput(path=corpus), "corpus")
     if isinstance(config, TrainClassifierConfig) and config.labels is not None:
         files["labels"] = files_read(NamedInput(path=config.labels, format="lines"), "lines")
     return files
+
+
+def _key_of(section: str, name: str) -> str:
+    return section if name == ALONE else f"{section}.sets.{name}"
 
 
 def _files_at(
@@ -312,7 +324,7 @@ def _train(
     _make_room_for_checkpoints(output, run_key(identity))
     workers = _workers(config)
     task = task_class.prepare(config, survey)
-    readable = dataclasses.replace(survey, pieces=copy_where_needed(survey.pieces, run_folder / "rows"))
+    readable = _copied_where_needed(survey, run_folder / "rows")
     plan = _make_plan(
         config,
         readable,
@@ -357,8 +369,42 @@ def _workers(config: TrainJobConfig) -> WorkersConfig:
     return fit_workers(config.workers, find_nodes, share=config.batch_size, least=config.workers.min)
 
 
-def _count_unused(config: TrainJobConfig, survey: Survey) -> int:
-    """Rows that fill no step, which is said: of few rows they may be half."""
+def _count_copied(survey: Survey) -> int:
+    """Rows that `_copied_where_needed` copies."""
+    return sum(
+        own.pieces[position].num_rows
+        for own in surveys_of(survey).values()
+        for position in pieces_to_copy(own.pieces)
+    )
+
+
+def _copied_where_needed(survey: Survey, folder: Location) -> Survey:
+    """The survey, with pieces that can be read in the order of training; see `copy_where_needed`."""
+    if not isinstance(survey, MixedSurvey):
+        return dataclasses.replace(survey, pieces=copy_where_needed(survey.pieces, folder))
+    # Each set has columns of its own, and files of copies.
+    return MixedSurvey.of(
+        {
+            name: dataclasses.replace(own, pieces=copy_where_needed(own.pieces, folder / name))
+            for name, own in survey.sets.items()
+        }
+    )
+
+
+def _batches_of_sets(config: TrainJobConfig, survey: Survey) -> dict[str, int]:
+    """How many batches of the run are of each set of rows; empty where the rows are one."""
+    if not isinstance(survey, MixedSurvey):
+        return {}
+    return batches_of_sets(config, survey, _count_steps(config, survey) * config.accumulate_batches)
+
+
+def _count_unused(config: TrainJobConfig, survey: Survey, sets: Mapping[str, int]) -> int:
+    """Rows that fill no step, which is said: of few rows they may be half. Of several sets, rows that are never read.
+
+    `sets` are the batches of each, which have been said.
+    """
+    if isinstance(survey, MixedSurvey):
+        return sum(max(own.num_rows - sets[name] * config.batch_size, 0) for name, own in survey.sets.items())
     batch_rows = config.batch_size * config.accumulate_batches
     unused = count_unused(survey.num_rows, batch_rows, config.epochs)
     if unused:
@@ -378,7 +424,8 @@ def _make_plan(
     tracked: TrackedRun | None = None,
 ) -> TrainingPlan:
     num_steps = _count_steps(config, survey)
-    _count_unused(config, survey)
+    sets = _batches_of_sets(config, survey)
+    _count_unused(config, survey, sets)
     output = Location.of(config.output)
     stream = StreamPlan(
         pieces=survey.pieces,
@@ -389,6 +436,18 @@ def _make_plan(
         distinct_columns=task.distinct_columns,
         num_documents=task.num_documents,
     )
+    if isinstance(survey, MixedSurvey):
+        parts = {
+            name: dataclasses.replace(
+                stream,
+                pieces=survey.sets[name].pieces,
+                num_batches=count,
+                distinct_columns=task.sets[name].distinct_columns,
+                num_documents=task.sets[name].num_documents,
+            )
+            for name, count in sets.items()
+        }
+        stream = MixedPlan(**vars(stream), sets=parts)
     return TrainingPlan(
         config=config,
         task=task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -12,11 +13,26 @@ from torch import Tensor, nn
 
 from raytower.data.pieces import Survey
 from raytower.training.batches import Rows
-from raytower.training.config import DevConfig, TrainJobConfig
+from raytower.training.config import ALONE, DevConfig, TrainJobConfig
+from raytower.training.mixing import SET
 from raytower.training.step import TrainingStep
 
 _CPU = torch.device("cpu")
 ConfigT = TypeVar("ConfigT", bound=TrainJobConfig)
+
+
+@dataclass(frozen=True)
+class RowSet(Generic[ConfigT]):
+    """One of the sets of training rows, or the one that there is."""
+
+    config: ConfigT
+    """The job's config as it holds for these rows."""
+    num_documents: int | None = None
+    """Most documents of a candidate list; None for other rows."""
+    distinct_columns: tuple[str, ...] = ()
+    """Columns whose values no two rows of a batch should share."""
+    name: str = ALONE
+    """Of several sets, which."""
 
 
 class Task(ABC, Generic[ConfigT]):
@@ -32,6 +48,20 @@ class Task(ABC, Generic[ConfigT]):
         """`start` is config.start; a local directory must be absolute, because workers run in folders of their own."""
         self.config = config
         self.start = start
+        self.sets: Mapping[str, RowSet[ConfigT]] = {}
+        """Several sets of rows by name; where there is one, it is as the task itself says."""
+
+    def set_of(self, rows: Rows) -> RowSet[ConfigT]:
+        """The set that the rows of a batch are of."""
+        if SET in rows:
+            return self.sets[rows[SET][0]]
+        return RowSet(self.config, self.num_documents, self.distinct_columns)
+
+    @staticmethod
+    def observe_set(step: TrainingStep, own: RowSet[ConfigT], loss: Tensor) -> None:
+        """Note the loss, a scalar, of the set that a batch is of, where there are several."""
+        if own.name != ALONE:
+            step.observe(f"loss/{own.name}", loss)
 
     @classmethod
     @abstractmethod
@@ -60,6 +90,11 @@ class Task(ABC, Generic[ConfigT]):
     def dev(self) -> DevConfig | None:
         """When to measure, and what chooses the best checkpoint; None without a dev set."""
         return self.config.dev
+
+    @property
+    def told_metrics(self) -> list[str]:
+        """The dev metrics that a line of the log has; the last one chooses the best checkpoint."""
+        return [] if self.dev is None else [self.dev.metric]
 
     @abstractmethod
     def build(self, start_from: Path | None, device: torch.device = _CPU) -> nn.Module:

@@ -299,6 +299,18 @@ def test_steps_out_of_order_are_refused(work: Work) -> None:
         plan_pipeline(twice)
 
 
+def test_a_set_whose_rows_have_changed_trains_again(work: Work) -> None:
+    write_pairs(Path("more.tsv"), 16)
+    change = {"train-retriever": {"train": {"sets": {"first": "train.tsv", "more": {"path": "more.tsv"}}}}}
+    assert work.run(**change) == list(JOBS)
+    assert work.run(**change) == []
+    write_pairs(Path("more.tsv"), 24)
+    assert work.run(**change)[0] == TRAIN
+    Path("more.tsv").unlink()
+    with pytest.raises(InputError, match=r"step 1 train-retriever: no file or folder at 'more\.tsv'"):
+        plan_pipeline(work.config(change))
+
+
 def test_a_missing_input_is_named_with_its_step(work: Work) -> None:
     work.run()
     Path("train.tsv").unlink()
@@ -341,6 +353,8 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "document_prefix",
         "prefix",
         "dev.metric",
+        "dev.chosen_by",
+        "instruction_format",
         *("wandb.project", "wandb.entity", "wandb.dir", "mlflow.experiment", "mlflow.tracking_uri"),
     }
     found: set[str] = set()
@@ -394,6 +408,38 @@ def test_a_split_that_is_not_read_and_a_file_of_a_label(work: Work) -> None:
         [True, True, False],
         [True, False, True],
     ]
+
+
+def test_each_set_of_a_training_reads_its_split(work: Work) -> None:
+    folder = beir_folder(Path("set"))
+    shutil.copy(folder / "qrels" / "test.tsv", folder / "qrels" / "dev.tsv")
+    train = {"split": "dev", "sets": {"x": "set", "y": {"path": "set", "split": "test"}}}
+    dev = {"split": "test", "sets": {"x": {"path": "set", "corpus": "set"}}}
+    values = {"model": "start", "train": train, "dev": dev, "output": "runs/a"}
+    steps = [{"job": "train-retriever", "config": values}]
+    config = make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps})
+
+    def contents() -> dict[str, str]:
+        (step,) = _prepare(config)
+        return {
+            item.key: content_of(item.kind, item.name, item.rows, item.records)
+            for item in step.inputs
+            if item.kind == "rows"
+        }
+
+    changed = []
+    for split in ("train", "dev", "test"):
+        before = contents()
+        path = folder / "qrels" / f"{split}.tsv"
+        path.write_text(path.read_text() + "\n")
+        changed.append([key for key, content in contents().items() if content != before[key]])
+    assert list(before) == [
+        "train.sets.x.path",
+        "train.sets.y.path",
+        "dev.sets.x.path",
+        "dev.sets.x.corpus",
+    ]
+    assert changed == [[], ["train.sets.x.path"], ["train.sets.y.path", "dev.sets.x.path"]]
 
 
 def text_keys(config: type[Config]) -> set[str]:

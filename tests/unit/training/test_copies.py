@@ -22,8 +22,9 @@ from raytower.errors import InputError
 from raytower.storage import Location
 from raytower.training import copies, runner
 from raytower.training.copies import copy_where_needed, pieces_to_copy
+from raytower.training.loop import TrainingPlan
 from raytower.training.retriever import plan_train_retriever, train_retriever
-from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.row_stream import MixedPlan, StreamPlan, stream_batches
 from tests.support.data_files import beir_folder, write, write_jsonl
 from tests.support.tiny_training import retriever_config
 
@@ -166,3 +167,41 @@ def test_a_run_reads_copies_beside_its_checkpoints(
     (copy,) = tmp_path.glob(".out.*.train/rows/*")
     assert piece.source == CopiedRows(Location.of(copy))
     assert read_piece(piece).num_rows == 60
+
+
+def test_copies_of_several_sets_lie_apart(
+    still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets have other columns; the batches are those of the files themselves."""
+    monkeypatch.setattr(copies, "_MOST_PIECES", 0)
+    triples = "query\ttitle\tneg_title\n" + "".join(f"q{i}\td{i}\tn{i}\n" for i in range(16))
+    sets = {
+        "pairs": str(write(tmp_path / "pairs.tsv.gz", gzip.compress(TEXT.encode()))),
+        "triples": str(write(tmp_path / "triples.tsv.gz", gzip.compress(triples.encode()))),
+        "plain": str(write(tmp_path / "plain.tsv", TEXT)),
+    }
+    config = retriever_config(
+        still_encoder, tmp_path / "pairs.tsv.gz", tmp_path / "out", train={"sets": sets}
+    )
+    assert plan_train_retriever(config)["copied_rows"] == 60 + 16
+    plans: list[TrainingPlan] = []
+    make_plan = runner._make_plan
+
+    def stop(config: Any, surveyed: Survey, task: Any, *rest: Any) -> None:
+        plans.extend(make_plan(config, own, task, *rest) for own in (surveyed, task.survey(config)))
+        raise InterruptedError
+
+    monkeypatch.setattr(runner, "_make_plan", stop)
+    with pytest.raises(InterruptedError):
+        train_retriever(config)
+    copied, read = (plan.stream for plan in plans)
+    assert isinstance(copied, MixedPlan)
+    for name, own in copied.sets.items():
+        found = list(tmp_path.glob(f".out.*.train/rows/{name}/*"))
+        assert [piece.source for piece in own.pieces if isinstance(piece.source, CopiedRows)] == [
+            CopiedRows(Location.of(path)) for path in found
+        ]
+        assert len(found) == (name != "plain")
+    assert len(copied.pieces) == 3
+    assert sum(isinstance(piece.source, CopiedRows) for piece in copied.pieces) == 2
+    assert list(stream_batches(copied)) == list(stream_batches(read))

@@ -16,6 +16,7 @@ from raytower.data.pieces import Survey, read_piece, survey
 from raytower.errors import InputError
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import (
+    ALONE,
     DevConfig,
     TrainClassifierConfig,
     TrainRerankerConfig,
@@ -172,7 +173,7 @@ def test_recall_is_measured_of_the_documents_that_queries_are_trained_to_find(
         RetrieverTask, TrainRetrieverConfig, dummy_encoder_dir, train, dev={"share": 0.2}
     )
     assert surveyed.num_rows == 32
-    dev = task.recall_dev
+    dev = task.dev_sets[ALONE].rows
     numbers = [int(query.split()[-1].strip("?")) for query in dev.queries]
     assert len(numbers) == 8
     assert [[dev.corpus[place] for place in places] for places in dev.relevant] == [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -30,7 +31,8 @@ from raytower.errors import InputError
 from raytower.training.batches import Rows
 from raytower.training.distinct_batches import DistinctOrders, value_hashes
 from raytower.training.exchange import Alone, Exchange, GroupExchange
-from raytower.training.row_stream import StreamPlan, stream_batches
+from raytower.training.mixing import SET
+from raytower.training.row_stream import MixedPlan, StreamPlan, stream_batches
 from raytower.training.windows import Window, plan_windows, readers_of, workers_of
 from tests.support.objective_cases import end_worker
 from tests.support.tiny_training import cut_batches, read_whole_window, worker_slice, write_pairs, write_rows
@@ -45,17 +47,26 @@ class Board:
         self.laid_down: list[Any] = [None] * num_workers
         # A worker that waits for nobody fails, and is not waited for.
         self.barrier = threading.Barrier(num_workers, timeout=30)
+        self.branches: defaultdict[int, Board] = defaultdict(lambda: Board(num_workers))
+        self.lock = threading.Lock()
 
 
 class ThreadExchange:
     def __init__(self, board: Board, rank: int) -> None:
         self.board, self.rank, self.num_workers = board, rank, len(board.laid_down)
+        self.num_branches = 0
 
     def to_all(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         return self._pass([values] * self.num_workers)
 
     def to_each(self, tables: Sequence[pa.Table]) -> list[pa.Table]:
         return self._pass(tables)
+
+    def branch(self) -> ThreadExchange:
+        with self.board.lock:
+            board = self.board.branches[self.num_branches]
+        self.num_branches += 1
+        return ThreadExchange(board, self.rank)
 
     def _pass(self, messages: Sequence[Any]) -> list[Any]:
         self.board.laid_down[self.rank] = messages
@@ -224,6 +235,65 @@ DISTINCT_BEFORE = [
 ]
 
 
+def mixed_plan(plan: StreamPlan, pairs: Path) -> MixedPlan:
+    """A second set of 30 triples beside the rows of `plan`, with other columns and windows."""
+    lines = ["query\ttitle\tneg_title", *(f"q{i % 10}\td{i}\tn{i}" for i in range(30))]
+    path = write_rows(pairs, lines)
+    pieces = survey(InputConfig(path=str(path)), "triples", rows_per_piece=4).pieces
+    other = replace(plan, pieces=pieces, num_batches=9, window_rows=12, distinct_columns=("query",))
+    return MixedPlan(
+        **{**vars(plan), "pieces": (*plan.pieces, *pieces), "num_batches": 16 + 9},
+        sets={"first": plan, "other": other},
+    )
+
+
+class TestSets:
+    @pytest.fixture(scope="class")
+    def mixed(self, plan: StreamPlan, tmp_path_factory: pytest.TempPathFactory) -> MixedPlan:
+        return mixed_plan(plan, tmp_path_factory.mktemp("rows") / "triples.tsv")
+
+    @pytest.mark.parametrize("num_workers", WORKERS)
+    def test_workers_train_on_the_batches_of_one(self, mixed: MixedPlan, num_workers: int) -> None:
+        """Each set's batches are those that it has alone; they begin anywhere, within a set's window too."""
+        whole = list(stream_batches(mixed))
+        for name, own in mixed.sets.items():
+            batches = [{**rows, SET: [name] * 8} for rows in whole_batches(own)]
+            assert [rows for rows in whole if rows[SET][0] == name] == batches
+        for skip in (0, 1, 11, 24, 25):
+            streams = of_workers(
+                num_workers, lambda exchange, skip=skip: list(stream_batches(mixed, skip, exchange=exchange))
+            )
+            for rank, batches in enumerate(streams):
+                assert batches == [worker_slice(rows, rank, num_workers) for rows in whole[skip:]]
+
+    def test_a_worker_may_come_to_the_windows_of_sets_in_another_order(
+        self, mixed: MixedPlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Half of the pieces of each set are read slowly, which are other ones of each worker."""
+
+        def late(piece: Piece) -> pa.Table:
+            time.sleep(0.02 * (("negative" in piece.schema.names) == (piece.index % 2 == 0)))
+            return read_piece(piece)
+
+        whole = list(stream_batches(mixed))
+        monkeypatch.setattr("raytower.training.row_stream.read_piece", late)
+        streams = of_workers(4, lambda exchange: list(stream_batches(mixed, exchange=exchange)))
+        for rank, batches in enumerate(streams):
+            assert batches == [worker_slice(rows, rank, 4) for rows in whole]
+
+    def test_workers_that_stop_after_the_same_batch_wait_for_nobody(self, mixed: MixedPlan) -> None:
+        before = threading.active_count()
+        for workers in WORKERS:
+            for taken in (0, 1, 2, 5, 13, 24, 25):
+
+                def run(exchange: Exchange, taken: int = taken) -> list[Rows]:
+                    with closing(stream_batches(mixed, exchange=exchange)) as batches:
+                        return list(islice(batches, taken))
+
+                assert [len(batches) for batches in of_workers(workers, run)] == [taken] * workers
+        assert threading.active_count() == before
+
+
 class TestShares:
     @given(
         number=st.integers(0, 99),
@@ -343,6 +413,9 @@ def _exchange_worker(rank: int, folder: Path, pieces: Sequence[Piece]) -> None:
         )
         batches = list(stream_batches(plan, 3, exchange=exchange))
         assert batches == [worker_slice(rows, rank, 2) for rows in whole_batches(plan)[3:]]
+    mixed = mixed_plan(plan, folder / f"triples{rank}.tsv")
+    batches = list(stream_batches(mixed, 3, exchange=exchange))
+    assert batches == [worker_slice(rows, rank, 2) for rows in list(stream_batches(mixed))[3:]]
     (folder / f"done{rank}").touch()
     end_worker()
 

@@ -31,7 +31,12 @@ from raytower.models.two_tower import TwoTower
 from raytower.training.checkpoint import load_trainable, save_trainable
 from raytower.training.classifier import ClassifierTask
 from raytower.training.columns import text_columns
-from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.training.config import (
+    ALONE,
+    TrainClassifierConfig,
+    TrainRerankerConfig,
+    TrainRetrieverConfig,
+)
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
@@ -638,7 +643,7 @@ def test_scored_dev_pairs_measure_an_encoder(dummy_encoder_dir: Path, tmp_path: 
     )
     model.eval()
     measured = task.evaluate(model)
-    dev_pairs = task.scored_dev
+    dev_pairs = task.dev_sets[ALONE].rows
     tower = TwoTower(model.encoder, 32, 4096).eval()
 
     def embed(texts: list[str]) -> torch.Tensor:
