@@ -133,7 +133,7 @@ def test_steps_that_were_finished_before_keys_were_renamed_are_skipped(
     """And from then on by what they read, too."""
     monkeypatch.chdir(tmp_path)
     contents = {"corpus.txt": "1"}
-    monkeypatch.setattr("raytower.pipeline.job.content_of", lambda kind, name, _: contents.get(name, "0"))
+    monkeypatch.setattr("raytower.pipeline.job.content_of", lambda kind, name, *_: contents.get(name, "0"))
     monkeypatch.setattr("raytower.pipeline.job.content_of_output", lambda *_: "1")
     monkeypatch.setattr("raytower.pipeline.job.mark_of", lambda *_: "1")
     for step in every_job().steps:

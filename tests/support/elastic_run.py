@@ -19,7 +19,6 @@ from torch import Tensor
 
 from raytower.collectives import rank, world_size
 from raytower.config import make_config
-from raytower.training.batches import Rows
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import fit
@@ -33,12 +32,12 @@ CPUS_PER_WORKER = 2
 class SlowTask(RetrieverTask):
     """Its steps take long enough for nodes to come and go between them; a file says how many workers made each."""
 
-    def backward(self, step: TrainingStep, rows: Rows) -> Tensor:
+    def propagate(self, step: TrainingStep, batch: Any) -> Tensor:
         if rank() == 0:
             with open(Path(self.config.output).parent / "workers", "a", encoding="utf-8") as stream:
                 stream.write(f"{world_size()}\n")
         time.sleep(0.1 if world_size() == 4 else 0.4)
-        return super().backward(step, rows)
+        return super().propagate(step, batch)
 
 
 def main(values: dict[str, Any]) -> None:

@@ -93,6 +93,7 @@ _FREE_KEYS = {
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
+    **dict.fromkeys(("wandb", "mlflow", "min")),
     "schedule": "linear",
     "guide": None,
     "more_negatives": None,
@@ -535,7 +536,7 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):
         kept = _as_before(values)
-        for section in ("train", "dev", "optimizer", "objective"):
+        for section in ("train", "dev", "optimizer", "objective", "workers"):
             if isinstance(own := kept.get(section), dict):
                 kept[section] = _as_before(own)
         if isinstance(dev := kept.get("dev"), dict) and dev["every_steps"] is None:
