@@ -142,6 +142,7 @@ def test_sigterm_to_a_worker_costs_no_step(
     assert curve_of(output) == pytest.approx(undisturbed, abs=1e-5)
 
 
+@pytest.mark.slow  # a cluster of three nodes on one machine takes minutes to start
 def test_a_drained_node_leaves_no_trace_in_the_curve(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     """4 workers, and 2 once a node is drained; dropout is always that of 4, and no step is made twice."""
     output = tmp_path / "out"
