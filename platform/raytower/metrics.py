@@ -67,18 +67,7 @@ def ranking_metrics(
         )
     deepest_ndcg = max(ndcg_ks, default=0)
     depth = max([*ks, *mrr_ks, deepest_ndcg])
-    gains = np.zeros((len(ranked_ids), depth))  # [Q, D]
-    ideal = np.zeros((len(ranked_ids), deepest_ndcg))
-    num_relevant = np.zeros(len(ranked_ids))
-    for row, (ids, judged) in enumerate(zip(ranked_ids, relevant, strict=True)):
-        positive = sorted((gain for gain in judged.values() if gain > 0), reverse=True)
-        if not positive:
-            raise InputError(
-                f"query number {row} has no relevant document; leave it out before computing metrics"
-            )
-        num_relevant[row] = len(positive)
-        ideal[row, : len(positive)] = positive[:deepest_ndcg]
-        gains[row, : len(ids)] = _gains_in_order(ids[:depth], judged)
+    gains, ideal, num_relevant = _gains(ranked_ids, relevant, depth, deepest_ndcg)
     found = gains > 0
     metrics: dict[str, Floats] = {}
     for k in ks:
@@ -91,6 +80,32 @@ def ranking_metrics(
     for k in ndcg_ks:
         metrics[f"ndcg@{k}"] = (gains[:, :k] @ discount[:k]) / (ideal[:, :k] @ discount[:k])
     return metrics
+
+
+def _gains(
+    ranked_ids: Sequence[Sequence[str]],
+    relevant: Sequence[Mapping[str, float]],
+    depth: int,
+    ideal_depth: int,
+) -> tuple[Floats, Floats, Floats]:
+    """(Q, depth) gains of what was found, (Q, ideal_depth) in the ideal order, and (Q,) relevant documents.
+
+    Raises:
+        InputError: a query has no relevant document.
+    """
+    gains = np.zeros((len(ranked_ids), depth))  # [Q, D]
+    ideal = np.zeros((len(ranked_ids), ideal_depth))
+    num_relevant = np.zeros(len(ranked_ids))
+    for row, (ids, judged) in enumerate(zip(ranked_ids, relevant, strict=True)):
+        positive = sorted((gain for gain in judged.values() if gain > 0), reverse=True)
+        if not positive:
+            raise InputError(
+                f"query number {row} has no relevant document; leave it out before computing metrics"
+            )
+        num_relevant[row] = len(positive)
+        ideal[row, : len(positive)] = positive[:ideal_depth]
+        gains[row, : len(ids)] = _gains_in_order(ids[:depth], judged)
+    return gains, ideal, num_relevant
 
 
 def _gains_in_order(ids: Sequence[str], judged: Mapping[str, float]) -> list[float]:

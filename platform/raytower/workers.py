@@ -101,20 +101,7 @@ def plan_workers(
             return int(node.gpus / num_gpus)
         return max(min(per_cpu_node, int(node.cpus)), 1)
 
-    def cpus_of(taken: Sequence[Node], num: int) -> float:
-        """CPUs of a worker, which are all alike, where `num` are put on these nodes."""
-        # Of more workers than there are places a node takes its part.
-        crowd = -(-num // len(taken)) if num > sum(map(places, taken)) else 1
-        return min(node.cpus / min(max(places(node), crowd), num) for node in taken)
-
-    by_size = sorted(usable, key=lambda node: node.cpus / places(node), reverse=True)
-    parts = [by_size[: number + 1] for number in range(len(by_size))]
-    if (wanted := asked.num) is not None:
-        enough = [part for part in parts if not num_gpus or sum(map(places, part)) >= wanted]
-        usable = max(enough or [by_size], key=lambda part: cpus_of(part, wanted))
-    elif not num_gpus:
-        # Of 15, 15 and 1 CPUs two workers of 15, not three of 1.
-        usable = max(parts, key=lambda part: (most := sum(map(places, part))) * cpus_of(part, most))
+    usable = _chosen_nodes(usable, places, asked.num, by_gpus=bool(num_gpus))
     most = sum(map(places, usable))
     num = asked.num or (most if share is None else _largest_divisor(share, most))
     if least is not None and num < least:
@@ -123,10 +110,34 @@ def plan_workers(
             "evenly; lower it, or say by workers.num how many to wait for"
         )
     now = num if least is None else max(most_of(worker_counts(least, num), most), least)
-    cpus = cpus_of(usable, now)
+    cpus = _cpus_of_each(usable, places, now)
     # Threads are whole; of more workers than CPUs each holds a part of one.
     num_cpus = float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100
     return WorkersConfig(num=num, num_cpus=asked.num_cpus or max(num_cpus, 0.01), num_gpus=num_gpus)
+
+
+def _chosen_nodes(
+    usable: list[Node], places: Callable[[Node], int], wanted: int | None, *, by_gpus: bool
+) -> list[Node]:
+    """The nodes whose workers, who are all alike, have most CPUs together; all, where GPUs say how many there are.
+
+    Of 15, 15 and 1 CPUs two workers of 15, not three of 1.
+    """
+    by_size = sorted(usable, key=lambda node: node.cpus / places(node), reverse=True)
+    parts = [by_size[: number + 1] for number in range(len(by_size))]
+    if wanted is not None:
+        enough = [part for part in parts if not by_gpus or sum(map(places, part)) >= wanted]
+        return max(enough or [by_size], key=lambda part: _cpus_of_each(part, places, wanted))
+    if by_gpus:
+        return usable
+    return max(parts, key=lambda part: (most := sum(map(places, part))) * _cpus_of_each(part, places, most))
+
+
+def _cpus_of_each(taken: Sequence[Node], places: Callable[[Node], int], num: int) -> float:
+    """CPUs of a worker where `num` are put on these nodes."""
+    # Of more workers than there are places a node takes its part.
+    crowd = -(-num // len(taken)) if num > sum(map(places, taken)) else 1
+    return min(node.cpus / min(max(places(node), crowd), num) for node in taken)
 
 
 def _largest_divisor(number: int, most: int) -> int:
