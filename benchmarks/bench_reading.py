@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,28 +102,54 @@ def measure(folder: Path, num_rows: int, workers: int, pairs: float) -> None:
         print(f"| {what}, copying once | {num_rows / copy_seconds:,.0f} | |")
         seconds, read = read_alone(copied)
         show(f"{what}, from its copy", num_rows, seconds, read / size)
+    costs = Costs(
+        rows=num_rows,
+        row_bytes=row_bytes,
+        pieces=len(found.pieces),
+        first_seconds=hash_seconds + survey_seconds,
+        again_seconds=again_seconds,
+        alone_seconds=alone_seconds,
+        exchanging_seconds=exchanging,
+    )
+    show_costs(costs, workers, pairs)
 
-    scale = pairs / num_rows
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What was measured of `rows` rows, in seconds of CPU: starting, and reading them once alone and by exchange."""
+
+    rows: int
+    row_bytes: float
+    pieces: int
+    first_seconds: float
+    again_seconds: float
+    alone_seconds: float
+    exchanging_seconds: float
+
+
+def show_costs(costs: Costs, workers: int, pairs: float) -> None:
+    """What so many workers pay for so many pairs at these rates."""
+    row_bytes = costs.row_bytes
+    scale = pairs / costs.rows
     epoch_bytes = row_bytes * pairs
     windows = pairs / WINDOW_ROWS
-    pieces_per_window = len(found.pieces) / num_rows * WINDOW_ROWS
+    pieces_per_window = costs.pieces / costs.rows * WINDOW_ROWS
     print(
         f"\n| {workers} workers, {pairs:,.0f} pairs of {row_bytes:.0f} bytes | now | each worker reads all |"
     )
     print("|---|---|---|")
     print(f"| read an epoch | {in_tb(epoch_bytes)} | {in_tb(epoch_bytes * workers)} |")
     print(f"| sent between workers an epoch | {in_tb(epoch_bytes * (workers - 1) / workers)} | 0 |")
-    alone_hours = hours(alone_seconds, scale)
-    print(
-        f"| CPU hours an epoch, all workers | {hours(exchanging, scale):.2f} | {alone_hours * workers:.1f} |"
-    )
+    alone_hours = hours(costs.alone_seconds, scale)
+    exchanging_hours = hours(costs.exchanging_seconds, scale)
+    print(f"| CPU hours an epoch, all workers | {exchanging_hours:.2f} | {alone_hours * workers:.1f} |")
     print(f"| of them reading alone | {alone_hours:.2f} | {alone_hours * workers:.1f} |")
     print(f"| windows, each an exchange | {windows:,.0f} | |")
     most = -(-pieces_per_window // workers)
     print(f"| pieces of a window that one worker reads, at most | {most:.0f} | {pieces_per_window:.0f} |")
-    first = (hash_seconds + survey_seconds) * scale
+    first = costs.first_seconds * scale
     print(f"| start-up on the driver, the first time, s | {first:,.0f} | {first:,.0f} |")
-    print(f"| start-up on the driver, again, s | {again_seconds * scale:,.1f} | {first:,.0f} |")
+    print(f"| start-up on the driver, again, s | {costs.again_seconds * scale:,.1f} | {first:,.0f} |")
 
 
 def hours(seconds: float, scale: float) -> float:

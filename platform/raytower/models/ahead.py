@@ -14,7 +14,8 @@ _Output = TypeVar("_Output")
 class Ahead(Generic[_Input, _Output]):
     """Goes through `inputs` and gives `function` of each; the next is computed in a thread while the last is used.
 
-    Iterate over it inside `with`; `seconds` is the time spent in `function` so far.
+    Iterate over it inside `with`; `seconds` is the time spent in `function` so far. What has been begun is finished at
+    the end: other processes may have begun the same, and wait for this one's part in it.
     """
 
     def __init__(self, function: Callable[[_Input], _Output], inputs: Iterable[_Input]) -> None:
@@ -28,7 +29,7 @@ class Ahead(Generic[_Input, _Output]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown()
 
     def rest(self) -> None:
         """Return once nothing is computed: what the thread uses may be used here until the next output is taken."""

@@ -134,21 +134,14 @@ def _stream_set(
     reader = _WindowReader(plan, exchange, begin, first_row, tell)
     own_rows = plan.batch_size // exchange.num_workers
     with Ahead(reader.read, read) as tables:
-        try:
-            arriving = zip(taken, tables, strict=True)
-            rows, start, arrived_row = reader.no_rows, 0, begin.first_row
-            for number in range(skip_batches, plan.num_batches):
-                while arrived_row < (number + 1) * plan.batch_size:
-                    window, table = next(arriving)
-                    rows, start, arrived_row = (
-                        pa.concat_tables([rows.slice(start), table]),
-                        0,
-                        window.end_row,
-                    )
-                yield rows.slice(start, own_rows).to_pydict()
-                start += own_rows
-        finally:
-            tables.rest()  # not to leave out a window for which the other workers wait
+        arriving = zip(taken, tables, strict=True)
+        rows, start, arrived_row = reader.no_rows, 0, begin.first_row
+        for number in range(skip_batches, plan.num_batches):
+            while arrived_row < (number + 1) * plan.batch_size:
+                window, table = next(arriving)
+                rows, start, arrived_row = pa.concat_tables([rows.slice(start), table]), 0, window.end_row
+            yield rows.slice(start, own_rows).to_pydict()
+            start += own_rows
 
 
 class _WindowReader:

@@ -134,7 +134,7 @@ def run_identity(config: TrainJobConfig, survey: Survey) -> dict[str, Any]:
         if model is not None:
             values[f"content of {name}"] = hash_model(model)
     values["rows"] = survey.num_rows
-    return values
+    return _in_one_form(values)
 
 
 def _files_read(config: TrainJobConfig, surveyed: Survey) -> dict[str, list[Location]]:
@@ -182,7 +182,7 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     if _is_empty(output) or _is_half_published(output, identity):
         return None
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
-    made_by = _as_of_now(info.get("run", {}))
+    made_by = _in_one_form(info.get("run", {}))
     identity = _as_recorded(identity, made_by, _chosen(config, identity))
     if made_by == identity:
         if not any(
@@ -226,13 +226,14 @@ def _clear_half_published(output: Location, identity: dict[str, Any]) -> None:
         output.delete()
 
 
-def _as_of_now(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run by an earlier version as it would be now."""
-    # The number of workers made another run, and 200 steps were null where nothing was said.
+def _in_one_form(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as earlier versions wrote it, so that what they finished, or left unfinished, is known."""
+    # The number of workers made another run.
     values = {key: value for key, value in identity.items() if key != "workers.num"}
     dev = values.get("dev")
-    if isinstance(dev, dict) and dev.get("every_steps") is None and dev.get("every_epochs") is None:
-        values["dev"] = {**dev, "every_steps": EVERY_STEPS}
+    # Null was written where nothing was said, which means so many steps.
+    if isinstance(dev, dict) and dev.get("every_steps") == EVERY_STEPS and dev.get("every_epochs") is None:
+        values["dev"] = {**dev, "every_steps": None}
     return values
 
 

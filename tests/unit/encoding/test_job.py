@@ -241,6 +241,15 @@ class TestBlocks:
         with Ahead(divide, [1, 2]) as values:
             assert next(iter(values)) == 1  # leaving early does not hang
 
+    def test_what_was_begun_is_finished_at_the_end(self) -> None:
+        """Other processes may wait for this one's part in it: nothing is called off."""
+        done: list[int] = []
+        with Ahead(done.append, range(200)) as values:
+            for _, _ in zip(range(100), values, strict=False):
+                pass
+        assert done == list(range(len(done)))
+        assert len(done) > 100
+
     def test_nothing_is_computed_after_a_rest(self) -> None:
         done: list[int] = []
 

@@ -437,6 +437,8 @@ class TestIdentity:
         identity = self.identity(config())
         assert self.identity(config(every_steps=200)) == self.identity(config(every_steps=None)) == identity
         assert self.identity(config(every_epochs=1)) != identity
+        # A run of before that was killed is found by a hash of this, and goes on.
+        assert identity["dev"]["every_steps"] is None
         (tmp_path / "out").mkdir()
         run = {**identity, "dev": {**identity["dev"], "every_steps": None}}
         info = {"run": run, "figures": {"steps": 3}}
