@@ -42,6 +42,7 @@ T = TypeVar("T")
 BATCH_SIZE = 1024
 WINDOW_ROWS = 100_000
 # A note is read by the piece: with so few rows in each there are enough to measure.
+_FEWEST_ROWS = 100_000
 _FEW_ROWS = 64
 
 
@@ -59,7 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--pairs", type=float, default=1e9)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rows < _FEWEST_ROWS:
+        parser.error(f"--rows is {arguments.rows}; give {_FEWEST_ROWS} or more: smaller files are not copied")
+    return arguments
 
 
 def measure(folder: Path, num_rows: int, workers: int, pairs: float) -> None:
