@@ -42,7 +42,7 @@ T = TypeVar("T")
 BATCH_SIZE = 1024
 WINDOW_ROWS = 100_000
 # A note is read by the piece: with so few rows in each there are enough to measure.
-_FEWEST_ROWS = 100_000
+_FEWEST_ROWS = 150_000
 _FEW_ROWS = 64
 
 
@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=float, default=1e9)
     arguments = parser.parse_args()
     if arguments.rows < _FEWEST_ROWS:
-        parser.error(f"--rows is {arguments.rows}; give {_FEWEST_ROWS} or more: smaller files are not copied")
+        parser.error(
+            f"--rows is {arguments.rows}; give {_FEWEST_ROWS} or more: smaller files are neither copied nor noted"
+        )
     return arguments
 
 
