@@ -57,8 +57,8 @@ def warn_of_slow_dtype(dtype: str, device_type: str) -> None:
     """Say where a precision that was asked for is emulated: nothing else tells why a job takes so long."""
     if dtype == "bfloat16" and device_type == "cpu" and fast_dtype(torch.device("cpu")) != dtype:
         log(
-            "warning: dtype is bfloat16, which this CPU emulates in about ten times the time of float32 (it has neither "
-            "AVX-512 BF16 nor AMX); set dtype to float32"
+            "warning: dtype is bfloat16, which this CPU emulates in about ten times the time of float32 (it has "
+            "neither AVX-512 BF16 nor AMX); set dtype to float32"
         )
 
 

@@ -85,7 +85,7 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
 def with_dtype(config: TrainJobConfigT) -> TrainJobConfigT:
     """The config with the precision that auto stands for, by what its workers compute on.
 
-    It is settled once: workers of unlike machines would each choose their own, and a run that goes on elsewhere another.
+    It is settled once: workers of unlike machines would each choose their own.
     """
     num_gpus = config.workers.num_gpus
     on_gpu = any(node.gpus for node in find_nodes()) if num_gpus is None else num_gpus > 0
