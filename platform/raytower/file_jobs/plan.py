@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ TEXTS_IN_PROCESS = 10_000
 """So many texts pass through models before Ray has started and every worker has loaded them."""
 # About a minute of a small model on two cores: what is lost when a job is killed, and a worker's least work.
 _TEXTS_PER_SHARE = 16_384
-_MIN_ROWS, _MAX_ROWS = 16, 1_024
+_MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Share:
     num_rows: int
 
 
-def choose_rows_per_share(texts_per_row: int) -> int:
-    """Rows of a share, of which each has so many texts or pairs that pass through a model.
+def choose_rows_per_share(texts_per_row: int, most: int) -> int:
+    """Rows of a share, no more than `most`, of which each has so many texts or pairs that pass through a model.
 
     It does not depend on the workers, so that a job which is started again with others goes on. A query costs 1 text,
-    and 101 where its 100 candidates are reranked: 1,024 and 128 rows.
+    and 101 where its 100 candidates are reranked: 128 rows, or `most` where nothing is reranked.
     """
     rows = max(_TEXTS_PER_SHARE // max(texts_per_row, 1), 1)
-    return min(max(1 << (rows.bit_length() - 1), _MIN_ROWS), _MAX_ROWS)
+    return min(max(1 << (rows.bit_length() - 1), _MIN_ROWS), most)
 
 
 def shares_of(pieces: Sequence[Piece]) -> list[Share]:
@@ -62,7 +63,7 @@ def shares_between(pieces: Sequence[Piece], starts: NDArray[np.int64], rows_per_
             cuts.append(end)
     firsts = np.cumsum([0, *(piece.num_rows for piece in pieces)])
     shares = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in itertools.pairwise(cuts):
         low = int(np.searchsorted(firsts, first, side="right")) - 1
         high = int(np.searchsorted(firsts, last, side="left"))
         shares.append(Share(tuple(pieces[low:high]), first - int(firsts[low]), last - first))

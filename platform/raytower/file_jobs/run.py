@@ -1,7 +1,7 @@
 """Doing the shares of a job: each becomes a part beside the output, and the output appears of all of them.
 
-A part appears when it is whole, and its figures after it. A job that was killed and is started again keeps its parts, as
-long as everything that decides them is the same. One job at a time writes to an output.
+A part appears when it is whole, and its figures after it. A job that was killed and is started again keeps its parts
+where everything that decides them is the same. One job at a time writes to an output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ from raytower.file_jobs.plan import Share, choose_workers
 from raytower.progress import Progress, log
 from raytower.storage import Location, StorageError, writer_lease
 
-Sink = pa.NativeFile | IO[bytes]
+Sink: TypeAlias = "pa.NativeFile | IO[bytes]"
 _COPY_BYTES = 2**20
 
 
@@ -57,7 +57,9 @@ class FileJob:
 
     @cached_property
     def identity(self) -> str:
-        shape = [(share.start, share.num_rows, [piece.index for piece in share.pieces]) for share in self.shares]
+        shape = [
+            (share.start, share.num_rows, [piece.index for piece in share.pieces]) for share in self.shares
+        ]
         content = json.dumps([self.content, shape], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -288,6 +288,16 @@ class CrossScorer(LogitsEngine[CrossEncoder]):
         logits_NC = self.logits(queries, documents)
         return logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a reader of the directory puts a sigmoid on its logits."""
+        return self.model.num_labels > 1 or self.model.activation == "sigmoid"
+
+    def activated(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Logits (N,) behind the directory's own activation, as the peer library's `predict` gives them."""
+        values = logits.astype(np.float64)
+        return 0.5 * (1 + np.tanh(values / 2)) if self.gives_probabilities else values
+
 
 def _read_any_layout(path: Path) -> RerankerLayout | None:
     """The layout that a directory states, or that a causal language model's chat template tells; None of others."""

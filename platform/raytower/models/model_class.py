@@ -1,4 +1,4 @@
-"""Whether a model directory holds an encoder, a reranker or a text classifier, as its JSON files say; no weights are read.
+"""Whether a model directory holds an encoder, a reranker or a text classifier, as its JSON files say.
 
 As the wrong one a model loads without a word: a reranker as an encoder loses its head, a classifier of two labels as a
 reranker scores pairs that it never saw.
