@@ -43,7 +43,7 @@ class RowWriter:
         if self._file_type == "jsonl":
             self._write_line(json.dumps({**row, **more}, ensure_ascii=False, allow_nan=False))
         else:
-            self._write_line("\t".join(_tsv_cell(name, value) for name, value in row.items()))
+            self._write_line("\t".join(tsv_cell(name, value) for name, value in row.items()))
         self.num_rows += 1
 
     def _write_line(self, line: str) -> None:
@@ -107,7 +107,8 @@ def open_rows(place: Location, file_type: FileType, columns: Sequence[str]) -> I
         yield RowWriter(stream, file_type, columns)
 
 
-def _tsv_cell(name: str, value: Any) -> str:
+def tsv_cell(name: str, value: Any) -> str:
+    """A value as a TSV carries it. Raises InputError where it holds a tab or a line break."""
     text = f"{value:.6f}" if isinstance(value, float) else str(value)
     if any(mark in text for mark in "\t\n\r"):
         raise InputError(

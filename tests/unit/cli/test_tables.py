@@ -65,10 +65,11 @@ def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) 
     evil = "\x1b]0;owned\x07"
     point = {"weight": 0.0, "mrr@10": 0.5}
     results = {
-        "raytower.retrieval.search:render_search": {
+        "raytower.cli.tables:render_search_or_figures": {
             "index_version": evil,
             "results": [{"rank": 1, "score": 0.5, "id": evil, "text": evil}],
         },
+        "raytower.retrieval.embed:render_embed": {"vectors": [[0.5]], "encoder": evil},
         "raytower.cli.tables:render_versions": {
             "current": "000001",
             "versions": [{**VERSION, "operation": evil, "kind": evil}],
