@@ -44,6 +44,7 @@ _LEAST_CANDIDATES = 50
 # A change adds a small file of counts; so many are added up at each opening before they become one.
 _MOST_FILES = 16
 _ROWS_COUNTED = 65_536
+_QUERIES_AT_ONCE = 64
 Scores = NDArray[np.float32]
 
 
@@ -162,22 +163,35 @@ class LexicalSide:
 
     def search(self, queries: Sequence[str], k: int, where: str | None = None) -> Hits:
         """The best hits (Q, K) of each query among the documents that an SQL condition holds for."""
-        found = [self._best(query, k, where) for query in queries]
-        depth = max((len(rows) for rows, _ in found), default=0)
-        hits = empty_hits(len(found), depth)
-        for number, (rows, scores) in enumerate(found):
-            hits.rows[number, : len(rows)], hits.scores[number, : len(rows)] = rows, scores
+        candidates = max(_CANDIDATES_PER_HIT * k, _LEAST_CANDIDATES)
+        parts: list[Hits] = []
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            terms = [self._terms(query) for query in queries[start : start + _QUERIES_AT_ONCE]]
+            rows = [self._candidates(of_query, candidates, where) for of_query in terms]
+            parts.append(_best(rows, self._scores(terms, rows), k))
+        depth = max((part.rows.shape[1] for part in parts), default=0)
+        hits = empty_hits(len(queries), depth)
+        for number, part in enumerate(parts):
+            place = (
+                slice(number * _QUERIES_AT_ONCE, (number + 1) * _QUERIES_AT_ONCE),
+                slice(part.rows.shape[1]),
+            )
+            hits.rows[place], hits.scores[place] = part.rows, part.scores
         return hits
 
     def scores(self, queries: Sequence[str], rows: Sequence[Rows]) -> list[Scores]:
         """The scores (n,) of each query's rows (n,); 0 where a row holds none of its tokens."""
+        return self._scores([self._terms(query) for query in queries], rows)
+
+    def _scores(self, terms: Sequence[_Terms], rows: Sequence[Rows]) -> list[Scores]:
+        # Rows of several queries are read together: one by one they would take ten times as long.
         all_rows = np.concatenate([np.empty(0, np.int64), *rows])
         distinct, places = np.unique(all_rows, return_inverse=True)
         texts = self._table.take(distinct, [TOKENS])[TOKENS].combine_chunks()
         bounds = np.cumsum([0, *map(len, rows)])
         return [
-            self._scored(self._terms(query), texts.take(pa.array(places[first:last])))
-            for query, first, last in zip(queries, bounds[:-1], bounds[1:], strict=True)
+            self._scored(of_query, texts.take(pa.array(places[first:last])))
+            for of_query, first, last in zip(terms, bounds[:-1], bounds[1:], strict=True)
         ]
 
     def _terms(self, query: str) -> _Terms:
@@ -190,16 +204,10 @@ class LexicalSide:
         kept = np.flatnonzero(held > 0)
         return _Terms([words[place] for place in kept], weights[kept])
 
-    def _best(self, query: str, k: int, where: str | None) -> tuple[Rows, Scores]:
-        terms = self._terms(query)
+    def _candidates(self, terms: _Terms, depth: int, where: str | None) -> Rows:
         if not terms.words:
-            return np.empty(0, np.int64), np.empty(0, np.float32)
-        depth = max(_CANDIDATES_PER_HIT * k, _LEAST_CANDIDATES)
-        found = self._table.best_matches(terms.words, depth, where)
-        rows = found.column(0).to_numpy()
-        scores = self._scored(terms, found.column(1).combine_chunks())
-        order = np.lexsort((rows, -scores))[:k]
-        return rows[order], scores[order]
+            return np.empty(0, np.int64)
+        return self._table.best_matches(terms.words, depth, where)
 
     def _scored(self, terms: _Terms, texts: pa.Array) -> Scores:
         """The scores (n,) of documents by their joined tokens (n,)."""
@@ -222,6 +230,15 @@ class _Terms:
 
     words: list[str]
     weights: NDArray[np.float64]
+
+
+def _best(rows: Sequence[Rows], scores: Sequence[Scores], k: int) -> Hits:
+    """The best k of each query's candidates, equal scores by row."""
+    hits = empty_hits(len(rows), min(max(map(len, rows), default=0), k))
+    for number, (of_query, scored) in enumerate(zip(rows, scores, strict=True)):
+        order = np.lexsort((of_query, -scored))[:k]
+        hits.rows[number, : len(order)], hits.scores[number, : len(order)] = of_query[order], scored[order]
+    return hits
 
 
 def _split(texts: pa.Array) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:

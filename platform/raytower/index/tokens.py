@@ -13,6 +13,7 @@ iPhone15手机壳 is iphone15, iphone, 15, 手 机 壳 手机 机壳. A script t
 
 from __future__ import annotations
 
+import itertools
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -41,11 +42,7 @@ _LETTERS_OR_DIGITS = regex.compile(r"[\p{L}\p{M}]++|\p{N}++", regex.V1)
 
 
 def tokens(text: str, settings: TokensConfig) -> list[str]:
-    """The tokens of a text, as often as they occur; none for a text of punctuation alone.
-
-    Raises:
-        MissingExtraError: the text is in a script that ICU is to part, and icu4py is not installed.
-    """
+    """The tokens of a text, as often as they occur; none for a text of punctuation alone."""
     found: list[str] = []
     for run in _RUNS.finditer(_normalised(text)):
         if run.lastgroup == "grams":
@@ -53,7 +50,9 @@ def tokens(text: str, settings: TokensConfig) -> list[str]:
         elif run.lastgroup == "unspaced":
             found += _icu_words(run.group()) if settings.unspaced == "icu" else _grams(run.group())
         else:
-            found += _code(run.group(), settings.stemmer)
+            code = run.group()
+            # Most runs are a word of letters.
+            found += [_word(code, settings.stemmer)] if code.isalpha() else _code(code, settings.stemmer)
     return found
 
 
@@ -68,7 +67,7 @@ def _normalised(text: str) -> str:
 
 
 def _grams(run: str) -> list[str]:
-    return [*run, *map("".join, zip(run, run[1:], strict=False))]
+    return [*run, *map("".join, itertools.pairwise(run))]
 
 
 def _code(code: str, stemmer: str | None) -> Iterator[str]:
@@ -81,7 +80,11 @@ def _code(code: str, stemmer: str | None) -> Iterator[str]:
         if len(parts) > 1:
             yield word[:MOST_CHARACTERS]
         for part in parts:
-            yield (part if stemmer is None else _stem(stemmer)(part))[:MOST_CHARACTERS]
+            yield _word(part, stemmer)
+
+
+def _word(letters: str, stemmer: str | None) -> str:
+    return (letters if stemmer is None else _stem(stemmer)(letters))[:MOST_CHARACTERS]
 
 
 def _icu_words(run: str) -> list[str]:
