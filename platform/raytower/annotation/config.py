@@ -8,19 +8,19 @@ from pydantic import Field, field_validator
 
 from raytower.config import OnError
 from raytower.data.config import InputConfig
-from raytower.retrieval.config import BatchConfig, RerankConfig
+from raytower.retrieval.config import BatchConfig, ModeConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
 
 
-class MineConfig(RerankConfig, BatchConfig):
+class MineConfig(RerankConfig, ModeConfig, BatchConfig):
     """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
 
     renamed: ClassVar = {"depth": "recall_k", "kind": "format"}
 
-    encoder: str
-    """Encoder: a directory, a hub id or a URI."""
+    encoder: str | None = None
+    """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     index: str
     """The index: a folder or a URI."""
     input: InputConfig
@@ -40,7 +40,8 @@ class MineConfig(RerankConfig, BatchConfig):
     num_negatives: int = Field(default=1, ge=1)
     """Sampled for each pair, without replacement; fewer where fewer remain."""
     max_score_ratio: float | None = Field(default=None, gt=0)
-    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
+    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual. By the
+    scores of vectors, in mode hybrid too; mode lexical has none."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
@@ -59,6 +60,11 @@ class MineConfig(RerankConfig, BatchConfig):
         return value
 
     def model_post_init(self, context: Any) -> None:
+        if self.mode == "lexical" and self.max_score_ratio is not None:
+            raise ValueError(
+                f"max_score_ratio is {self.max_score_ratio}, which compares scores of vectors, and mode lexical has "
+                "none; set mode to hybrid, or max_score_ratio to null"
+            )
         if self.skip_top + self.num_negatives > self.recall_k:
             raise ValueError(
                 f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than recall_k "

@@ -7,14 +7,14 @@ from typing import Any
 from pydantic import Field
 
 from raytower.data.config import QueriesConfig
-from raytower.retrieval.config import BatchConfig, RerankConfig, RetrieverConfig
+from raytower.retrieval.config import BatchConfig, ModeConfig, RerankConfig, RetrieverConfig
 
 
 class EvaluateConfig(RetrieverConfig, BatchConfig):
     """`raytower evaluate`."""
 
-    encoder: str
-    """Encoder: a directory, a hub id or a URI."""
+    encoder: str | None = None
+    """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     index: str
     """The index: a folder or a URI."""
     queries: QueriesConfig
@@ -38,11 +38,12 @@ class DevQueriesConfig(QueriesConfig):
     """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have no splits."""
 
 
-class TuneFusionConfig(RerankConfig, BatchConfig):
-    """`raytower tune-fusion`."""
+class TuneFusionConfig(RerankConfig, ModeConfig, BatchConfig):
+    """`raytower tune-fusion`: the weight of a reranker, or without one that of words beside vectors."""
 
-    reranker: str
-    """Cross-encoder directory, in whose raytower.json the fusion is stored."""
+    reranker: str | None = None
+    """Cross-encoder directory, in whose raytower.json the fusion of its scores with those of `mode` is stored; null
+    tunes the weight of lexical beside dense scores, which a new version of the index holds."""
     index: str
     """The index: a folder or a URI."""
     queries: DevQueriesConfig
@@ -50,8 +51,9 @@ class TuneFusionConfig(RerankConfig, BatchConfig):
     encoder: str | None = None
     """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     recall_k: int = Field(default=100, ge=1)
-    """Documents that the first stage recalls for each query; all of them are reranked."""
+    """Documents that the first stage recalls for each query; all of them are reranked. Without a reranker, as many are
+    candidates by vectors and as many by words."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own."""
     store: bool = True
-    """Whether the fusion is stored with the reranker; false only shows it."""
+    """Whether the fusion is stored, with the reranker or in the index; false only shows it."""

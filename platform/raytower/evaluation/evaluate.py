@@ -16,12 +16,13 @@ from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.judgements import Judgements, absent_text, judge
 from raytower.evaluation.reports import RUN_NAME, check_reports_output, open_run, write_reports
 from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH, Floats, bootstrap_interval, ranking_metrics
 from raytower.progress import Progress, log
-from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
+from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import Hit, Retriever, recall_order
+from raytower.retrieval.retriever import Hit, Retriever, count_wordless, recall_order
 from raytower.storage import Location
 
 _WORST_QUERIES = 20
@@ -47,6 +48,7 @@ class _Measured:
     final: list[dict[str, Floats]] = field(default_factory=list)
     recall: list[dict[str, Floats]] = field(default_factory=list)
     worst: list[_WorstQuery] = field(default_factory=list)
+    wordless: int = 0
     milliseconds: dict[str, float] = field(
         default_factory=lambda: {"encode": 0.0, "recall": 0.0, "rerank": 0.0}
     )
@@ -59,7 +61,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         `queries`, each metric by its name (of the final order), `intervals` (95 % bootstrap, by metric name),
         `relevant_missing` (judged documents that the index does not hold; they count as missed),
         `queries_without_relevant` (left out), `reranked`, `recall_stage` (the metrics before reranking, null without
-        a reranker), `index_version`, `seconds`, `queries_per_second`, `output`.
+        a reranker), `mode`, `queries_without_words` (they share no token with a document; mode hybrid has for them what
+        dense has, lexical nothing), `index_version`, `seconds`, `queries_per_second`, `output`.
 
     Raises:
         InputError: bad queries, an index that another encoder made, a fusion weight that cannot be used.
@@ -68,19 +71,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.output is not None:
         check_reports_output(config.output)
     queries = read_queries(config.queries.path, config.queries.format, config.queries.split)
-    engine = load_engine(config.encoder, config)
-    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    name = _encoder_name(config)
+    engine = load_query_engine(name, config)
+    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint if engine else None)
     if on_gpu := index.use_gpu():
         log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
     judgements = judge(queries, index)
     if judgements.num_missing:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
-    retriever = load_retriever(engine, index, config, config.encoder)
+    retriever = load_retriever(engine, index, config, name)
     searching = time.perf_counter()
     measured = _measure(retriever, judgements, config)
     now = time.perf_counter()
     result = {
         **_summary(measured, judgements, config),
+        "mode": config.mode,
+        "queries_without_words": measured.wordless,
         "index_version": index.version,
         "seconds": round(now - start, 3),
         "queries_per_second": round(len(judgements.ids) / (now - searching), 1),
@@ -90,11 +96,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         worst = _describe_worst(measured, judgements, index)
         settings = {
             **config.model_dump(mode="json"),
+            "encoder": name,
             "query_prefix": retriever.query_prefix,
-            "fingerprint": engine.fingerprint,
+            "fingerprint": index.fingerprint,
             "index_version": index.version,
             "index_rows": index.num_rows,
             "fusion": retriever.fusion.to_dict() if retriever.fusion else None,
+            "hybrid": asdict(retriever.hybrid) if config.mode == "hybrid" and retriever.hybrid else None,
         }
         write_reports(Location.of(config.output), _report(result, measured, settings, worst))
     return result
@@ -108,12 +116,12 @@ def plan_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     plan = plan_rows(
         len(queries),
         config,
-        config.encoder,
+        None if config.mode == "lexical" else _encoder_name(config),
         rows_per_batch=config.rows_per_batch,
         candidates=_depth(config),
         reranker=config.reranker,
     )
-    manifest = open_index_manifest(config.index, plan["fingerprint"])
+    manifest = open_index_manifest(config.index, plan["fingerprint"], config.mode)
     return {
         **plan,
         "queries": len(queries),
@@ -121,6 +129,10 @@ def plan_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "index_version": manifest.version,
         "index_rows": manifest.rows,
     }
+
+
+def _encoder_name(config: EvaluateConfig) -> str:
+    return config.encoder or open_manifest(config.index).encoder
 
 
 def _measure(retriever: Retriever, judgements: Judgements, config: EvaluateConfig) -> _Measured:
@@ -153,6 +165,7 @@ def _search(
     vectors = retriever.encode(texts)
     times.append(time.perf_counter())
     candidates = retriever.recall(vectors, _depth(config))
+    measured.wordless += count_wordless(candidates, config.mode)
     times.append(time.perf_counter())
     by_recall = [recall_order(items) for items in candidates]
     final = by_recall

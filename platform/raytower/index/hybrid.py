@@ -1,11 +1,11 @@
 """Hybrid search: the best documents by vectors and the best by words as one list.
 
 Of each side so many documents are candidates. Where a document is a candidate of one side alone, its score on the other
-is computed: the inner product with its vector in the table, or BM25 over its tokens. So every candidate has both, and no
-default stands for a score that is not known. Two ways make one score of them:
+is computed: the inner product with its vector in the table, or BM25 over its tokens. So every candidate has both, and
+no default stands for a score that is not known. Two ways make one score of them:
 
     standardised       (1 - w) · z(dense) + w · z(lexical); z by mean and deviation over the candidates of this query
-    reciprocal_ranks   (1 - w) / (60 + dense rank) + w / (60 + lexical rank)   (Cormack, Clarke and Büttcher, SIGIR 2009)
+    reciprocal_ranks   (1 - w) / (60 + dense rank) + w / (60 + lexical rank)   (Cormack et al., SIGIR 2009)
 
 BM25 is a sum over the query's words, so its scale is the query's own; constants taken from other queries, as
 `models.fusion.Fusion` has for rerankers, would let long queries be decided by words alone.
@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
-from raytower.index.config import HybridConfig, HybridWay, SearchMode
 from raytower.index.hits import Hits, empty_hits
 from raytower.index.kinds import Vectors
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Filter, Index, prepare_queries
 from raytower.index.rowmap import Rows
+from raytower.index.search_config import HybridConfig, HybridWay
+from raytower.models.fusion import SearchMode
 
 DEFAULT_WAY: HybridWay = "standardised"
 # Best on 600 judged queries of zh_questions, where from .2 to .4 hardly differ (docs/results/hybrid.md).
@@ -188,7 +189,11 @@ def _dense_scores(index: Index, prepared: Vectors, rows: Sequence[Rows]) -> list
     for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(ends // _ROWS_AT_ONCE)) + 1):
         wanted = [rows[number] for number in part]
         distinct, places = np.unique(np.concatenate(wanted), return_inverse=True)
-        found = index.table.vectors(distinct, unit=unit) if len(distinct) else np.empty((0, index.dim), np.float32)
+        found = (
+            index.table.vectors(distinct, unit=unit)
+            if len(distinct)
+            else np.empty((0, index.dim), np.float32)
+        )
         of_query = np.split(places, np.cumsum([len(each) for each in wanted])[:-1])
         scores += [found[at] @ prepared[number] for number, at in zip(part, of_query, strict=True)]
     return scores
