@@ -1,4 +1,4 @@
-"""`raytower tune-fusion`: a weight tuned on dev queries, of rerank logits beside recall scores or words beside vectors."""
+"""`raytower tune-fusion`: a weight tuned on dev queries: of rerank beside recall scores, or of words beside vectors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from raytower.data.queries import QuerySet, read_queries
-from raytower.evaluation.config import TuneFusionConfig
 from raytower.errors import RaytowerError
+from raytower.evaluation.config import TuneFusionConfig
 from raytower.evaluation.judgements import judge
 from raytower.index.hybrid import DEFAULT_WAY, HybridFusion, check_mode
 from raytower.index.manifest import HybridEntry

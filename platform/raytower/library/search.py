@@ -21,7 +21,6 @@ from raytower.index.search_config import HybridConfig
 from raytower.library.inputs import Unpicklable, count_of, name_of, plain, texts_of, vectors_of
 from raytower.library.models import ENCODER, Encoder, Reranker, Several, load_encoder, load_reranker
 from raytower.models.fusion import SearchMode
-from raytower.retrieval.load import fusion_in
 from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_by, recall_order
 
 _INDEX = "the folder or the URI of an index"
@@ -106,7 +105,7 @@ class SearchIndex(Unpicklable):
             k: hits a query; fewer come back where fewer documents match.
             filter: which documents may be hits, by their columns: `{"year": {"$gte": 2020}}`, or an SQL condition.
             rerank: puts the first `recall_k` in a new order; a reranker, or its name, which is loaded once. Its scores
-                are mixed with recall scores where that was tuned.
+                are mixed with recall scores where that was tuned in this mode.
             recall_k: how many documents the reranker sees of each query.
             mode: `dense` finds by vectors; `lexical` by words (BM25), and loads no encoder; `hybrid` by both.
             lexical_weight: share of words in mode hybrid, from 0 to 1; None is what was tuned for this index, else 0.3.
@@ -153,7 +152,7 @@ class SearchIndex(Unpicklable):
             encoder.shared if encoder else None,
             self._index,
             scorer,
-            fusion_in(mode, scorer.fusion if scorer is not None else None, None),
+            scorer.fusion if scorer is not None and scorer.fusion and scorer.fusion.mode == mode else None,
             query_prefix=encoder.prefix("query") if encoder else "",
             mode=mode,
         )

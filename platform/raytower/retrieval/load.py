@@ -93,8 +93,8 @@ def fusion_in(mode: SearchMode, fusion: Fusion | None, weight: float | None) -> 
     if weight is not None and weight != 1:
         raise InputError(
             f"fusion_weight is {weight} and mode is {mode}, but the reranker's fusion was tuned on recall scores of "
-            f"mode {fusion.mode}, which have another scale; tune it again with `raytower tune-fusion --mode {mode}`, or "
-            "set fusion_weight to null (rerank scores alone)"
+            f"mode {fusion.mode}, which have another scale; tune it again with `raytower tune-fusion --mode {mode}`, "
+            "or set fusion_weight to null (rerank scores alone)"
         )
     log(f"the reranker's fusion was tuned in mode {fusion.mode}; in mode {mode} its score alone orders")
     return None

@@ -6,7 +6,7 @@ Shape legend: Q queries, D embedding dimension, K candidates a query, N texts or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -172,7 +172,7 @@ class Parts:
     scorer: PairModel | None = None
     classifier: LabelModel | None = None
     fusion: Fusion | None = None
-    hybrid: HybridFusion = HybridFusion()
+    hybrid: HybridFusion = field(default_factory=HybridFusion)
     kind: str = ""
     metric: str = ""
     measured_recall: float | None = None
