@@ -148,7 +148,7 @@ class TestRealIndexes:
         )
         delete_from_index(IndexDeleteConfig(index=place, ids=["a"]))
         more = write_embeddings(tmp_path / "more", ["d"], unit_vectors(1, seed=2), ["red tulip"])
-        add_to_index(IndexAddConfig(index=place, embeddings=more), run=HERE)
+        add_to_index(IndexAddConfig(index=place, embeddings=more))
         index = Index.open(place)
         found = search_hybrid(index, ["red"], vectors[:1], 9, HybridFusion(weight=1))
         assert [document.id for document in index.documents(found.rows[0])][:2] in (["c", "d"], ["d", "c"])
