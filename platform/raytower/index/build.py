@@ -495,7 +495,8 @@ def ingest(
 ) -> tuple[DocumentTable, int]:
     """The rows of a source as a version of the table, not yet published, and the number of their first row.
 
-    With `tokens` it has the tokens of each text, made so, and an inverted index over them. A version that a killed job over the same source made is taken again.
+    With `tokens` it has the tokens of each text, made so, and an inverted index over them. A version that a killed job
+    over the same source made is taken again.
     """
     digest = digest_of(source.identity())
     note = index / WORK_NAME / digest / "table.json"

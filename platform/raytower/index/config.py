@@ -94,7 +94,7 @@ class IvfConfig(Config):
 
 
 class TokensConfig(Config):
-    """How texts become the tokens of lexical search (`index/tokens.py`); a version keeps it, and its queries follow it."""
+    """How texts become the tokens of lexical search (`index/tokens.py`). A version keeps it, and queries follow it."""
 
     stemmer: Stemmer | None = None
     """Snowball stemmer of words between spaces: connections and connected become connect. Null leaves words as they

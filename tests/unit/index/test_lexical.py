@@ -246,7 +246,7 @@ def test_an_index_without_a_lexical_side_names_the_remedy_and_gets_one(tmp_path:
     place = str(tmp_path / "index")
     documents = numbered(random_texts(200, 9))
     build(place, embedded(tmp_path / "e", documents), lexical=False)
-    with pytest.raises(InputError, match="no lexical side.*index compact --lexical true"):
+    with pytest.raises(InputError, match=r"no lexical side.*index compact --lexical true"):
         Index.open(place).search_lexical(["借"], 5)
     before = open_manifest(place)
     assert before.lexical is None
