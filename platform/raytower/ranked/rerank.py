@@ -76,7 +76,11 @@ def plan_rerank(config: RerankFileConfig) -> dict[str, Any]:
     workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares))
     return {
         **plan_reranker_rows(
-            surveyed.num_rows, config, config.reranker, rows_per_batch=config.rows_per_batch
+            surveyed.num_rows,
+            config,
+            config.reranker,
+            rows_per_batch=config.rows_per_batch,
+            max_length=config.max_length,
         ),
         "queries": len(starts),
         "parts": len(shares),

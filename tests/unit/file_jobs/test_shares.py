@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -108,7 +108,7 @@ def test_who_does_it(
 class Upper:
     """Writes the texts of a share in capitals; `fail_at` ends the job there, as a kill would."""
 
-    calls: list[str] = []
+    calls: ClassVar[list[str]] = []
 
     def __init__(self, fail_at: str | None = None) -> None:
         self._fail_at = fail_at
@@ -202,9 +202,9 @@ def test_tasks_on_ray_write_the_same(ray_cluster: None, tmp_path: Path) -> None:
     figures = run_shares(job, WorkersConfig(num=2, num_cpus=0.5), join_bytes)
     assert sum(part["rows"] for part in figures) == 10
     assert (tmp_path / "out.txt").read_text() == EXPECTED
+    job = job_of(tmp_path)
+    (tmp_path / "in.txt").write_text("other\n")
     with pytest.raises(InputError, match="has changed since it was surveyed"):
-        job = job_of(tmp_path)
-        (tmp_path / "in.txt").write_text("other\n")
         run_shares(job, WorkersConfig(num=2, num_cpus=0.5), join_bytes)
 
 
