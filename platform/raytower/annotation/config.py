@@ -134,8 +134,9 @@ class ClassifyConfig(BatchConfig):
 
 
 class SimilarityConfig(RerankConfig, BatchConfig):
-    """`raytower similarity`, by an encoder or by a reranker. Prefixes are an encoder's alone; null are its own: the first text a query,
-    the second a document.
+    """`raytower similarity`, by an encoder or by a reranker.
+
+    Prefixes are an encoder's alone; null are its own: the first text a query, the second a document.
 
     Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
     """
@@ -181,8 +182,8 @@ class SimilarityConfig(RerankConfig, BatchConfig):
         given_prefix = next((name for name, value in prefixes.items() if value is not None), None)
         if self.reranker is not None and given_prefix is not None:
             raise ValueError(
-                f"{given_prefix} is given, which only an encoder reads; leave it out (a reranker's prompts stand in its "
-                "directory)"
+                f"{given_prefix} is given, which only an encoder reads; leave it out (a reranker's prompts stand in "
+                "its directory)"
             )
 
 

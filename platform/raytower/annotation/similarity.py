@@ -1,6 +1,6 @@
 """`raytower similarity`: the score of each pair of a file, and how well it tells similar from dissimilar.
 
-A score is the cosine of an encoder's vectors, or what a reranker's directory makes of its logit: a probability for most.
+A score is the cosine of an encoder's vectors, or what a reranker's directory makes of its logit, mostly a probability.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def _reranker_judge(config: SimilarityConfig) -> PairJudge:
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):
             raise InputError(
-                f"reranker {name!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores must be finite; "
-                "set dtype to float32, or name another reranker"
+                f"reranker {name!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores must be "
+                "finite; set dtype to float32, or name another reranker"
             )
         return scorer.activated(logits)
 
