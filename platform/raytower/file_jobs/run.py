@@ -96,6 +96,7 @@ def workers_for(
 
         return find_nodes()
 
+    # As `ensure_ray` goes by, which where Ray is not installed cannot be asked.
     joins_cluster = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
     return choose_workers(
         asked,
@@ -258,7 +259,8 @@ def _do_on_ray(
         num_gpus=workers.num_gpus,
         max_calls=0,  # else Ray ends a process with a GPU after each task, and models are loaded anew
     )(_do_in_task)
-    shared = (job.identity, job.open_worker, job.arguments, workers.num_threads)
+    # Arguments travel once, and not with every task.
+    shared = (job.identity, job.open_worker, ray.put(job.arguments), workers.num_threads)
     waiting = list(missing)
     running: dict[Any, int] = {}
     try:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytower.config import FittedWorkersConfig, WorkersConfig
+from raytower.config import FittedWorkersConfig
 from raytower.data.config import InputConfig
 from raytower.data.pieces import Piece, read_pieces, survey
 from raytower.errors import InputError
@@ -195,17 +195,6 @@ def test_parquet_parts_become_one_file(tmp_path: Path) -> None:
     with Location.of(tmp_path / "all.parquet").open_write() as sink:
         join_parquet(parts, sink)
     assert pq.read_table(tmp_path / "all.parquet")["n"].to_pylist() == [0, 10, 1, 11, 2, 12]
-
-
-def test_tasks_on_ray_write_the_same(ray_cluster: None, tmp_path: Path) -> None:
-    job = job_of(tmp_path)
-    figures = run_shares(job, WorkersConfig(num=2, num_cpus=0.5), join_bytes)
-    assert sum(part["rows"] for part in figures) == 10
-    assert (tmp_path / "out.txt").read_text() == EXPECTED
-    job = job_of(tmp_path)
-    (tmp_path / "in.txt").write_text("other\n")
-    with pytest.raises(InputError, match="has changed since it was surveyed"):
-        run_shares(job, WorkersConfig(num=2, num_cpus=0.5), join_bytes)
 
 
 def test_the_identity_tells_what_decides_the_output(tmp_path: Path) -> None:
