@@ -56,9 +56,7 @@ def test_search_rerank_and_similarity_on_ray(
     assert not [place.name for place in tmp_path.iterdir() if place.name.startswith(".")]
 
 
-def test_a_task_says_what_went_wrong(
-    ray_cluster: None, dummy_encoder_dir: Path, tmp_path: Path
-) -> None:
+def test_a_task_says_what_went_wrong(ray_cluster: None, dummy_encoder_dir: Path, tmp_path: Path) -> None:
     write_version(tmp_path / "index", "000001", dummy_encoder_dir, 1, ["one\tcolumn"])
     (tmp_path / "q.txt").write_text("sun 3\nmoon\na star\n")
     values = {"index": str(tmp_path / "index"), "input": str(tmp_path / "q.txt"), "workers": WORKERS}

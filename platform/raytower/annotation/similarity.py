@@ -51,7 +51,7 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
     job, default_threshold = _job(config, survey)
     workers = workers_for(config.workers, survey.num_rows, job.texts_per_row, len(job.shares))
     head = header_of(config.file_type, _COLUMNS[config.labelled])
-    figures = run_shares(job, workers, partial(join_bytes, head=head))
+    figures, _ = run_shares(job, workers, partial(join_bytes, head=head))
     measured = {}
     if config.labelled:
         scores, labels = (

@@ -110,8 +110,8 @@ def workers_for(
 
 def run_shares(
     job: FileJob, workers: WorkersConfig | None, join: Callable[[Sequence[Location], Sink], None]
-) -> list[dict[str, Any]]:
-    """Do what is missing, write the output, and return the figures of each share in order.
+) -> tuple[list[dict[str, Any]], int]:
+    """Do what is missing, write the output; the figures of each share in order, and how many rows were done now.
 
     Args:
         job: what is to be done.
@@ -135,7 +135,7 @@ def run_shares(
         with job.output.open_write() as sink:
             join([job.part(number) for number in range(len(job.shares))], sink)
         job.folder.delete()
-    return [figures[number] for number in range(len(job.shares))]
+    return [figures[number] for number in range(len(job.shares))], num_rows
 
 
 def join_bytes(parts: Sequence[Location], sink: Sink, head: bytes = b"") -> None:

@@ -147,7 +147,8 @@ def test_a_job_that_was_ended_goes_on(tmp_path: Path) -> None:
         run_shares(job_of(tmp_path, fail_at="text 7"), None, join_bytes)
     assert not (tmp_path / "out.txt").exists()
     Upper.calls = []
-    figures = run_shares(job_of(tmp_path), None, join_bytes)
+    figures, num_done = run_shares(job_of(tmp_path), None, join_bytes)
+    assert num_done == 4
     assert Upper.calls == ["text 6", "text 7", "text 8", "text 9"]
     assert figures == [{"rows": 3}, {"rows": 3}, {"rows": 3}, {"rows": 1}]
     assert (tmp_path / "out.txt").read_text() == EXPECTED
