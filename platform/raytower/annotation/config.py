@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from raytower.config import OnError
+from raytower.config import Config, OnError
 from raytower.data.config import InputConfig
-from raytower.retrieval.config import BatchConfig, ModeConfig, RerankConfig
+from raytower.retrieval.config import BatchConfig, FileWorkersConfig, ModeConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
+Sampling = Literal["random", "top", "score"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
+
+
+class ScreenConfig(Config):
+    """A cross-encoder that tells likely positives among the candidates, as RocketQA's denoising (Qu et al. 2021)."""
+
+    shorthand: ClassVar = "reranker"
+
+    reranker: str
+    """Cross-encoder: a directory, a hub id or a URI."""
+    margin: float = 0.0
+    """Drop candidates whose logit is not this far below that of the pair's own document."""
+    max_probability: float | None = Field(default=None, gt=0, lt=1)
+    """Drop candidates whose logit gives this probability or more, by the logistic function; RocketQA took 0.1."""
+
+    def limit(self, own_logit: float) -> float:
+        """A candidate passes with a logit below this, given the logit of the pair's own document."""
+        limit = own_logit - self.margin
+        if self.max_probability is None:
+            return limit
+        return min(limit, math.log(self.max_probability / (1 - self.max_probability)))
 
 
 class MineConfig(RerankConfig, ModeConfig, BatchConfig):
@@ -39,9 +61,19 @@ class MineConfig(RerankConfig, ModeConfig, BatchConfig):
     """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
     num_negatives: int = Field(default=1, ge=1)
     """Sampled for each pair, without replacement; fewer where fewer remain."""
+    sampling: Sampling = "random"
+    """Which of the candidates that are left: any by chance, the nearest, or by chance the nearer the likelier."""
+    sampling_temperature: float = Field(default=0.05, gt=0)
+    """Sampling by score: a candidate's chance grows with exp(score / sampling_temperature); 0.05 fits cosines,
+    and scores of the modes lexical and hybrid are larger."""
     max_score_ratio: float | None = Field(default=None, gt=0)
     """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual. By the
     scores of vectors, in mode hybrid too; mode lexical has none."""
+    max_score_margin: float | None = None
+    """Drop candidates that score less than this below the pair's own document; 0.05 is usual of cosines.
+    By the scores of vectors too."""
+    screen: ScreenConfig | None = None
+    """A cross-encoder that drops what it takes for positives, of those that are drawn; null screens none."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
@@ -60,10 +92,16 @@ class MineConfig(RerankConfig, ModeConfig, BatchConfig):
         return value
 
     def model_post_init(self, context: Any) -> None:
-        if self.mode == "lexical" and self.max_score_ratio is not None:
+        for name in ("max_score_ratio", "max_score_margin"):
+            if self.mode == "lexical" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which compares scores of vectors, and mode lexical has none; "
+                    f"set mode to hybrid, or {name} to null"
+                )
+        if self.sampling != "score" and self.sampling_temperature != _default(self, "sampling_temperature"):
             raise ValueError(
-                f"max_score_ratio is {self.max_score_ratio}, which compares scores of vectors, and mode lexical has "
-                "none; set mode to hybrid, or max_score_ratio to null"
+                f"sampling_temperature is {self.sampling_temperature}, which sampling {self.sampling} does not read; "
+                "leave it out, or set sampling to score"
             )
         if self.skip_top + self.num_negatives > self.recall_k:
             raise ValueError(
@@ -139,33 +177,62 @@ class ClassifyConfig(BatchConfig):
                 )
 
 
-class SimilarityConfig(BatchConfig):
-    """`raytower similarity`. Prefixes null are the encoder's own: the first text a query, the second a document.
+class SimilarityConfig(RerankConfig, BatchConfig):
+    """`raytower similarity`, by an encoder or by a reranker.
+
+    Prefixes are an encoder's alone; null are its own: the first text a query, the second a document.
 
     Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
     """
 
     renamed: ClassVar = {"format": "file_type"}
 
-    encoder: str
-    """Encoder: a directory, a hub id or a URI."""
+    encoder: str | None = None
+    """Encoder whose cosines are the scores: a directory, a hub id or a URI; null where a reranker scores."""
+    reranker: str | None = None
+    """Cross-encoder directory or hub id that scores the pairs; null where an encoder does."""
     input: InputConfig
     """Pairs of texts."""
     output: str
-    """File of pairs with their cosines."""
+    """File of pairs with their scores."""
     labelled: bool = True
     """Whether the input holds labels (`query title label`); false reads pairs alone."""
-    threshold: float = Field(default=0.8, ge=-1, le=1)
-    """A pair counts as similar from this cosine on."""
+    threshold: float | None = None
+    """A pair counts as similar from this score on; null is a cosine of 0.8, a reranker's probability of 0.5, or a logit
+    of 0 of one that puts no sigmoid on it."""
     file_type: FileType = "tsv"
     """Type of the file that is written."""
     query_prefix: str | None = None
     """Put before the first text; null is the encoder's own prompt for queries."""
     document_prefix: str | None = None
     """Put before the second text; null is the encoder's own prompt for documents."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that score side by side."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
     them."""
+
+    def model_post_init(self, context: Any) -> None:
+        if (self.encoder is None) == (self.reranker is None):
+            given = "neither is" if self.encoder is None else "both are"
+            raise ValueError(
+                f"encoder and reranker are two ways to score a pair, and {given} given; name one of them"
+            )
+        if self.encoder is not None and self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ValueError(
+                f"threshold is {self.threshold:g}; a cosine lies between -1 and 1, and so must it"
+            )
+        prefixes = {"query_prefix": self.query_prefix, "document_prefix": self.document_prefix}
+        given_prefix = next((name for name, value in prefixes.items() if value is not None), None)
+        if self.reranker is not None and given_prefix is not None:
+            raise ValueError(
+                f"{given_prefix} is given, which only an encoder reads; leave it out (a reranker's prompts stand in "
+                "its directory)"
+            )
+
+
+def _default(config: Config, name: str) -> Any:
+    return type(config).model_fields[name].default
 
 
 AnnotationConfig = MineConfig | ClassifyConfig | SimilarityConfig

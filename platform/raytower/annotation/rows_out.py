@@ -24,14 +24,20 @@ class RowWriter:
     """Writes rows of one set of columns. Made by `open_rows`."""
 
     def __init__(
-        self, stream: pa.NativeFile | IO[bytes], file_type: FileType, columns: Sequence[str]
+        self,
+        stream: pa.NativeFile | IO[bytes],
+        file_type: FileType,
+        columns: Sequence[str],
+        *,
+        has_header: bool = True,
     ) -> None:
+        """Without a header: a part of a TSV that others stand before; see `header_of`."""
         self._stream = stream
         self._file_type = file_type
         self._columns = tuple(columns)
         self.num_rows = 0
-        if file_type == "tsv":
-            self._write_line("\t".join(self._columns))
+        if has_header:
+            stream.write(header_of(file_type, columns))
 
     def write(self, *values: Any, **more: Any) -> None:
         """One row: a value for each column, in order. `more` goes into JSON lines only.
@@ -48,6 +54,11 @@ class RowWriter:
 
     def _write_line(self, line: str) -> None:
         self._stream.write(line.encode() + b"\n")
+
+
+def header_of(file_type: FileType, columns: Sequence[str]) -> bytes:
+    """What a file of these columns begins with."""
+    return "\t".join(columns).encode() + b"\n" if file_type == "tsv" else b""
 
 
 def refuse_name_of_another_type(output: str, file_type: FileType) -> None:

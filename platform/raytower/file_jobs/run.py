@@ -96,6 +96,7 @@ def workers_for(
 
         return find_nodes()
 
+    # As `ensure_ray` goes by, which where Ray is not installed cannot be asked.
     joins_cluster = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
     return choose_workers(
         asked,
@@ -109,8 +110,8 @@ def workers_for(
 
 def run_shares(
     job: FileJob, workers: WorkersConfig | None, join: Callable[[Sequence[Location], Sink], None]
-) -> list[dict[str, Any]]:
-    """Do what is missing, write the output, and return the figures of each share in order.
+) -> tuple[list[dict[str, Any]], int]:
+    """Do what is missing, write the output; the figures of each share in order, and how many rows were done now.
 
     Args:
         job: what is to be done.
@@ -134,7 +135,7 @@ def run_shares(
         with job.output.open_write() as sink:
             join([job.part(number) for number in range(len(job.shares))], sink)
         job.folder.delete()
-    return [figures[number] for number in range(len(job.shares))]
+    return [figures[number] for number in range(len(job.shares))], num_rows
 
 
 def join_bytes(parts: Sequence[Location], sink: Sink, head: bytes = b"") -> None:
@@ -258,7 +259,8 @@ def _do_on_ray(
         num_gpus=workers.num_gpus,
         max_calls=0,  # else Ray ends a process with a GPU after each task, and models are loaded anew
     )(_do_in_task)
-    shared = (job.identity, job.open_worker, job.arguments, workers.num_threads)
+    # Arguments travel once, and not with every task.
+    shared = (job.identity, job.open_worker, ray.put(job.arguments), workers.num_threads)
     waiting = list(missing)
     running: dict[Any, int] = {}
     try:

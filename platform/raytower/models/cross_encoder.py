@@ -80,8 +80,8 @@ class CrossEncoder(SequenceClassifier):
                 logit has an activation that is not known here, or nothing says how a causal language model reranks.
         """
         path = resolve_transformer(str(name))
-        refuse_other_class(path, "reranker")
         layout = _read_any_layout(path)
+        refuse_other_class(path, "reranker")
         if layout is None and is_causal(path):
             raise refuse_plain(path)
         if layout is not None and layout.answers is not None:

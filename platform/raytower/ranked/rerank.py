@@ -54,7 +54,7 @@ def rerank(config: RerankFileConfig) -> dict[str, Any]:
     shares = _shares(surveyed, starts)
     workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares))
     job = _job(config, file_type, surveyed, shares, has_scores)
-    figures = run_shares(job, workers, partial(join_parts, file_type=file_type))
+    figures, num_done = run_shares(job, workers, partial(join_parts, file_type=file_type))
     seconds = time.perf_counter() - start
     return {
         "queries": len(starts),
@@ -64,7 +64,7 @@ def rerank(config: RerankFileConfig) -> dict[str, Any]:
         "file_type": file_type,
         "rejected_rows": surveyed.num_rejected,
         "seconds": round(seconds, 3),
-        "pairs_per_second": round(surveyed.num_rows / seconds, 1),
+        "pairs_per_second": round(num_done / seconds, 1),
         "output": config.output,
     }
 
@@ -76,7 +76,11 @@ def plan_rerank(config: RerankFileConfig) -> dict[str, Any]:
     workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares))
     return {
         **plan_reranker_rows(
-            surveyed.num_rows, config, config.reranker, rows_per_batch=config.rows_per_batch
+            surveyed.num_rows,
+            config,
+            config.reranker,
+            rows_per_batch=config.rows_per_batch,
+            max_length=config.max_length,
         ),
         "queries": len(starts),
         "parts": len(shares),

@@ -50,7 +50,7 @@ def search_one_or_many(config: SearchConfig) -> dict[str, Any]:
     file_type, surveyed, shares = _prepare(config)
     workers = workers_for(config.workers, surveyed.num_rows, _texts_per_query(config), len(shares))
     job = _job(config, file_type, surveyed, shares)
-    figures = run_shares(job, workers, partial(join_parts, file_type=file_type))
+    figures, num_done = run_shares(job, workers, partial(join_parts, file_type=file_type))
     seconds = time.perf_counter() - start
     without = sum(part["without_hits"] for part in figures)
     if without:
@@ -68,7 +68,7 @@ def search_one_or_many(config: SearchConfig) -> dict[str, Any]:
         "index_version": job.content["index_version"],
         "rejected_rows": surveyed.num_rejected,
         "seconds": round(seconds, 3),
-        "queries_per_second": round(surveyed.num_rows / seconds, 1),
+        "queries_per_second": round(num_done / seconds, 1),
         "output": config.output,
     }
 

@@ -178,7 +178,7 @@ class EmbedConfig(EngineConfig):
     encoder: str
     """Encoder: a directory, a hub id or a URI."""
     text: list[str] = Field(min_length=1)
-    """The texts; on the command line one by position, or one by each --text."""
+    """The texts; on the command line one by position, or any number by a --text each."""
     role: Literal["query", "document"] = "document"
     """What the texts are, which chooses between the encoder's prompts."""
     prefix: str | None = None

@@ -47,11 +47,13 @@ def plan_rows(
     return {**plan, "fingerprint": fingerprint}
 
 
-def plan_reranker_rows(rows: int, config: EngineConfig, name: str, *, rows_per_batch: int) -> dict[str, Any]:
-    """The plan of scoring `rows` pairs, like `plan_rows`; `config.max_length` is that of a pair."""
+def plan_reranker_rows(
+    rows: int, config: EngineConfig, name: str, *, rows_per_batch: int, max_length: int | None
+) -> dict[str, Any]:
+    """The plan of scoring `rows` pairs of `max_length` tokens, like `plan_rows`."""
     reranker = CrossEncoder.load(name)
-    if config.max_length is not None:
-        check_max_length(config.max_length, reranker.max_positions)
+    if max_length is not None:
+        check_max_length(max_length, reranker.max_positions)
     num_parameters = sum(parameter.numel() for parameter in reranker.parameters())
     plan = _plan_memory(rows, rows_per_batch, num_parameters, config.dtype, 2 * _BYTES_PER_TEXT_IN_FLIGHT)
     return {**plan, "fingerprint": reranker.fingerprint}

@@ -87,7 +87,9 @@ def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) 
     for name, result in results.items():
         shown = find_reference(name)(result)
         assert all(line.isprintable() for line in shown.splitlines()), name
-        assert r"\x1b]0;owned\x07" in shown or r"\e]0;owned\a" in shown, name  # as we write it, and YAML
+        # As we write it, YAML and JSON.
+        ways = (r"\x1b]0;owned\x07", r"\e]0;owned\a", r"\u001b]0;owned\u0007")
+        assert any(way in shown for way in ways), name
 
 
 def test_a_terminal_that_lacks_a_character_is_shown_its_code(monkeypatch: pytest.MonkeyPatch) -> None:

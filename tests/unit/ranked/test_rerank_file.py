@@ -144,14 +144,14 @@ def test_what_cannot_be_done(dummy_encoder_dir: Path, dummy_reranker_dir: Path, 
         with pytest.raises(InputError, match="the rows of query 'a' do not stand together in the input"):
             command(torn)
     candidates = write_candidates(tmp_path / "c.tsv")
-    with pytest.raises(FormatError, match="is an encoder .* it is no reranker"):
+    with pytest.raises(FormatError, match=r"is an encoder .* it is no reranker"):
         rerank(config_of(dummy_encoder_dir, candidates, tmp_path / "a.tsv"))
-    with pytest.raises(InputError, match="not all rows of .* have a recall score to mix with"):
+    with pytest.raises(InputError, match=r"not all rows of .* have a recall score to mix with"):
         rerank(config_of(dummy_reranker_dir, candidates, tmp_path / "a.tsv", fusion_weight=0.5))
-    with pytest.raises(InputError, match="the input has none; write .tsv or .jsonl"):
+    with pytest.raises(InputError, match=r"the input has none; write \.tsv or \.jsonl"):
         rerank(config_of(dummy_reranker_dir, candidates, tmp_path / "a.trec"))
     (tmp_path / "mixed.tsv").write_text("a\tx\t0.5\na\ty\n")
-    with pytest.raises(InputError, match=r"mixed.tsv:2: 2 columns, expected 3 \(query, document, score\)"):
+    with pytest.raises(InputError, match=r"mixed\.tsv:2: 2 columns, expected 3 \(query, document, score\)"):
         rerank(config_of(dummy_reranker_dir, str(tmp_path / "mixed.tsv"), tmp_path / "a.tsv"))
     (tmp_path / "word.tsv").write_text("a\tx\tgood\n")
     with pytest.raises(InputError, match="'good' is not a finite number"):

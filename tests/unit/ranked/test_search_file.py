@@ -160,16 +160,6 @@ def test_parts_of_another_fusion_are_not_kept(
     assert search_module._job(config, file_type, surveyed, shares).identity != before
 
 
-def test_tasks_on_ray_find_the_same(
-    ray_cluster: None, world: World, queries: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search_module, "_MAX_QUERIES_PER_SHARE", 2)
-    workers = {"num": 2, "num_cpus": 0.5, "num_gpus": 0}
-    search_one_or_many(config_of(world, queries, tmp_path / "ray.jsonl", workers=workers))
-    search_one_or_many(config_of(world, queries, tmp_path / "here.jsonl"))
-    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
-
-
 def test_the_plan_counts_and_does_nothing(
     world: World, queries: str, tmp_path: Path, dummy_reranker_dir: Path
 ) -> None:
