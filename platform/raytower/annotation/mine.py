@@ -160,7 +160,7 @@ class Miner:
         self._config = config
         self._teacher = teacher
         self._screen = screen
-        prefix = own_or(config.query_prefix, engine.encoder, "query", index.encoder) if engine else ""
+        prefix = own_or(config.query_prefix, engine.encoder, "query", _encoder_name(config)) if engine else ""
         self._retriever = Retriever(
             engine,
             index,
