@@ -109,6 +109,8 @@ _MEANT = {"every_steps": EVERY_STEPS}
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
 # What `similarity` has gained; none of these decides what an encoder's cosines are.
 _NEWER_OF_SIMILARITY = ("reranker", "rerank_max_length", "workers")
+# What mine and evaluate have gained; these values are what was done before.
+_BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -542,6 +544,8 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 for name, value in workers.items()
             },
         }
+    if job in ("mine", "evaluate") and values["mode"] == "dense":
+        values = {name: value for name, value in values.items() if _BY_VECTORS.get(name) != value}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):

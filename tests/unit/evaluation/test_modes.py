@@ -255,6 +255,9 @@ class TestMine:
         values = {"index": "i", "input": "p", "output": "o", "mode": "lexical", "max_score_ratio": 0.9}
         with pytest.raises(InputError, match=r"max_score_ratio is 0\.9.*set mode to hybrid"):
             make_config(MineConfig, values)
+        values = {**values, "max_score_ratio": None, "max_score_margin": 0.05}
+        with pytest.raises(InputError, match=r"max_score_margin is 0\.05.*set mode to hybrid"):
+            make_config(MineConfig, values)
 
 
 class TestTuning:
@@ -277,6 +280,14 @@ class TestTuning:
         none = Candidates(np.empty(0, np.int64), np.empty(0), np.empty(0))
         with pytest.raises(InputError, match="no query has a candidate"):
             tune_hybrid([none], [np.empty(0, np.bool_)], "standardised")
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [({"mode": "lexical"}, "mode is lexical"), ({"hybrid": {"weight": 0.4}}, r"hybrid\.weight is 0\.4")],
+    )
+    def test_keys_that_nothing_would_read(self, more: dict[str, Any], words: str) -> None:
+        with pytest.raises(InputError, match=f"{words}.*name a reranker"):
+            make_config(TuneFusionConfig, {"index": "i", "queries": "q", **more})
 
     def test_a_new_version_of_the_index_holds_it(self, tmp_path: Path, dummy_encoder_dir: Path) -> None:
         encoder = Encoder.load(dummy_encoder_dir)
