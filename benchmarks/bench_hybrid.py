@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    dev = dev_sample(arguments.data, arguments.corpus, arguments.queries)
+    dev = dev_sample(arguments.data, arguments.corpus, arguments.queries, drawn_queries=True)
     engine = ForwardEngine(Encoder.load(arguments.model), max_length=MAX_LENGTH)
     queries, documents = encoded(arguments.work, engine, dev)
     index = built(arguments.work, dev.corpus, documents)

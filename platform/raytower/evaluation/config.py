@@ -61,11 +61,11 @@ class TuneFusionConfig(RerankConfig, ModeConfig, BatchConfig):
     def model_post_init(self, context: Any) -> None:
         if self.reranker is None and self.mode == "lexical":
             raise ValueError(
-                "mode is lexical, and without a reranker the weight of words beside vectors is tuned; name a reranker, or "
-                "leave mode out"
+                "mode is lexical, and without a reranker the weight of words beside vectors is tuned; name a reranker, "
+                "or leave mode out"
             )
         if self.reranker is None and self.hybrid.weight is not None:
             raise ValueError(
-                f"hybrid.weight is {self.hybrid.weight}, which is what is tuned without a reranker; leave it out, or name "
-                "a reranker"
+                f"hybrid.weight is {self.hybrid.weight}, which is what is tuned without a reranker; leave it out, or "
+                "name a reranker"
             )
