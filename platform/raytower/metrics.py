@@ -6,8 +6,10 @@ interval. Array shapes: Q queries, D the deepest cut-off, N scored items.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -285,6 +287,42 @@ def bootstrap_interval(
         )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson_interval(right: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the share of `right` among `trials`, by the score test (Wilson 1927, JASA 22:209).
+
+    With z the normal quantile of the level, p = right / trials and n = trials:
+
+        (p + z²/2n ± z √(p(1 - p)/n + z²/4n²)) / (1 + z²/n)
+
+    It lies within 0 and 1, and 3 of 3 give [0.44, 1], where a bootstrap draws nothing but ones and gives [1, 1].
+
+    Raises:
+        InputError: no trials, or not 0 <= right <= trials.
+    """
+    if trials < 1 or not 0 <= right <= trials:
+        raise InputError(f"{right} right of {trials} trials; give at least one trial, and no more right than that")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, square = right / trials, z * z / trials
+    middle = share + square / 2
+    half = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    # Rounding may miss the edges, which are exact where none or all are right.
+    low = 0.0 if right == 0 else (middle - half) / (1 + square)
+    high = 1.0 if right == trials else (middle + half) / (1 + square)
+    return low, high
+
+
+def mean_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of `values` [N]: Wilson's where each is 0 or 1, else a bootstrap by `seed`.
+
+    Raises:
+        InputError: as `bootstrap_interval`.
+    """
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if len(array) and ((array == 0) | (array == 1)).all():
+        return wilson_interval(int(array.sum()), len(array))
+    return bootstrap_interval(array, seed=seed)
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
