@@ -189,7 +189,7 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --index runs/index --input data/train.tsv --output runs/negatives.tsv",
     ),
     "evaluate": Command(
-        "measure recall, MRR and nDCG of an index, with or without a reranker",
+        "measure recall, MRR, nDCG and more of an index or a run file, or test how evaluations differ",
         "raytower.evaluation.config:EvaluateConfig",
         "raytower.evaluation.evaluate:evaluate",
         "raytower.evaluation.evaluate:plan_evaluate",

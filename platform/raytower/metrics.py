@@ -302,7 +302,9 @@ def wilson_interval(right: int, trials: int, level: float = 0.95) -> tuple[float
         InputError: no trials, or not 0 <= right <= trials.
     """
     if trials < 1 or not 0 <= right <= trials:
-        raise InputError(f"{right} right of {trials} trials; give at least one trial, and no more right than that")
+        raise InputError(
+            f"{right} right of {trials} trials; give at least one trial, and no more right than that"
+        )
     z = NormalDist().inv_cdf((1 + level) / 2)
     share, square = right / trials, z * z / trials
     middle = share + square / 2

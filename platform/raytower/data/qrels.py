@@ -31,7 +31,7 @@ def read_lines(file: SourceFile) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         # pyarrow's streams are files by their methods, and io.BufferedReader asks for no more.
-        with file.open() as stream, io.BufferedReader(stream) as lines:  # type: ignore[type-var]
+        with file.open() as stream, io.BufferedReader(stream) as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if text.strip():

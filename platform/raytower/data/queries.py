@@ -48,8 +48,8 @@ def read_queries(
     if format == "trec" or (format == "auto" and is_trec_qrels(path)):
         if need_texts:
             raise InputError(
-                f"{path} holds TREC qrels, which judge ids and have no texts to search for; give a BEIR folder or pairs, "
-                "or name the run file that they judge by run"
+                f"{path} holds TREC qrels, which judge ids and have no texts to search for; give a BEIR folder or "
+                "pairs, or name the run file that they judge by run"
             )
         return _read_trec(path)
     if format == "beir" or (format == "auto" and beir.is_beir(InputConfig(path=path))):
@@ -75,7 +75,9 @@ def _read_trec(path: str) -> QuerySet:
     qrels = read_trec_qrels(path)
     queries = _by_id([*qrels], qrels, None)
     if not queries.ids:
-        raise InputError(f"{path}: no judgement is above 0, so nothing is relevant to any query; check the file")
+        raise InputError(
+            f"{path}: no judgement is above 0, so nothing is relevant to any query; check the file"
+        )
     return queries
 
 

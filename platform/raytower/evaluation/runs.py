@@ -27,9 +27,9 @@ from raytower.data.layouts import read_head, split_first_line
 from raytower.data.qrels import OURS, read_lines
 from raytower.data.sources import SourceFile, single_file
 from raytower.errors import InputError
+from raytower.evaluation.config import RunFormat
 from raytower.storage import Location
 
-RunFormat = Literal["auto", "trec", "tsv", "jsonl"]
 _FORMS = {
     "trec": "`query Q0 document rank score tag`, parted by white space",
     "tsv": "`query <tab> text <tab> score`",
@@ -205,7 +205,9 @@ def _number(value: Any, line: str, place: str, form: str) -> float:
     except ValueError:
         raise _no_row(line, place, form) from None
     if not math.isfinite(number):
-        raise InputError(f"{place}: score {value!r} is not finite; rankings need numbers that can be compared")
+        raise InputError(
+            f"{place}: score {value!r} is not finite; rankings need numbers that can be compared"
+        )
     return number
 
 
@@ -231,7 +233,11 @@ def _wrong_kind(form: str, by: str) -> str:
         )
     return (
         "the row has no texts of a query and a document, by which pairs judge; give "
-        + ("the qrels of this run's ids, a BEIR folder or a TREC file, as queries, or " if form != "tsv" else "")
+        + (
+            "the qrels of this run's ids, a BEIR folder or a TREC file, as queries, or "
+            if form != "tsv"
+            else ""
+        )
         + "a TSV, or JSON lines with query and text"
     )
 

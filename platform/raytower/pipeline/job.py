@@ -65,6 +65,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "labels": "rows",
     "input.path": "rows",
     "queries.path": "rows",
+    "run.path": "rows",
     "target.queries.path": "rows",
     "model": "model",
     "init_from": "model",
@@ -102,6 +103,8 @@ _NEWER = {
 _MEANT = {"every_steps": EVERY_STEPS}
 # What a null among `workers` was before the machine decided.
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
+# What `evaluate` has gained; null and false are what was done before.
+_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -532,6 +535,8 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 for name, value in workers.items()
             },
         }
+    if job == "evaluate":
+        values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):
