@@ -11,8 +11,8 @@ from raytower.data.config import PathConfig, QueriesConfig
 from raytower.retrieval.config import BatchConfig, RerankConfig, RetrieverConfig
 
 RunFormat = Literal["auto", "trec", "tsv", "jsonl"]
-# A comma with as many opening as closing parentheses and braces behind it: none is open.
-_COMMA = re.compile(r",(?![^({]*[)}])")
+# A comma outside parentheses: none closes behind it before one opens.
+_COMMA = re.compile(r",(?![^(]*\))")
 
 
 class RunFileConfig(PathConfig):

@@ -130,6 +130,8 @@ def _find_measure(name: str) -> Any:
         supported = library.DefaultPipeline.supports(measure)
     except AssertionError as error:  # how the library says that a parameter is missing or wrong
         raise InputError(f"metrics has {name!r}, which cannot be counted: {error}; {remedy}") from error
+    if measure.params.get("cutoff", 1) < 1:
+        raise InputError(f"metrics has {name!r}, whose cut-off is {measure.params['cutoff']}; give 1 or more")
     if not supported:
         raise InputError(
             f"metrics has {name!r}, for which the library ir-measures has no program here; install what it needs for "
