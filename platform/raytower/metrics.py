@@ -20,6 +20,7 @@ MRR_DEPTH = 10
 NDCG_DEPTH = 10
 # Resampled values held at once by the bootstrap (8 bytes of index and 8 of value each).
 _BOOTSTRAP_BLOCK = 1 << 21
+_CLASS_METRICS = ("precision", "recall", "f1")
 
 Floats = NDArray[np.float64]
 
@@ -169,18 +170,43 @@ class ClassScores:
         if predicted == expected:
             self._right[expected] += 1
 
-    def macro(self) -> dict[str, float]:
-        """`precision_macro`, `recall_macro` and `f1_macro`. Raises InputError where no row was counted."""
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """`precision`, `recall`, `f1` and `rows` (expected ones) of each class, in the order of the names.
+
+        Raises InputError where no row was counted.
+        """
         classes = self._predicted.keys() | self._expected.keys()
         if not classes:
             raise InputError("no rows were classified; precision and recall need at least one")
-        totals = {"precision_macro": 0.0, "recall_macro": 0.0, "f1_macro": 0.0}
+        scores = {}
         for name in sorted(classes):
             right, predicted, expected = self._right[name], self._predicted[name], self._expected[name]
-            totals["precision_macro"] += right / predicted if predicted else 0.0
-            totals["recall_macro"] += right / expected if expected else 0.0
-            totals["f1_macro"] += 2 * right / (predicted + expected)
-        return {metric: total / len(classes) for metric, total in totals.items()}
+            scores[name] = {
+                "precision": right / predicted if predicted else 0.0,
+                "recall": right / expected if expected else 0.0,
+                "f1": 2 * right / (predicted + expected),
+                "rows": expected,
+            }
+        return scores
+
+    def macro(self) -> dict[str, float]:
+        """`precision_macro`, `recall_macro` and `f1_macro`. Raises InputError where no row was counted."""
+        scores = self.per_class().values()
+        return {f"{name}_macro": sum(one[name] for one in scores) / len(scores) for name in _CLASS_METRICS}
+
+    def means(self) -> dict[str, float]:
+        """What `macro` gives, the same weighted by the expected rows of each class (`f1_weighted`), and `f1_micro`.
+
+        A row has one label and gets one, so that precision, recall and F1 over all rows are one number, the accuracy.
+        Raises InputError where no row was counted.
+        """
+        scores = self.per_class().values()
+        num_rows = sum(one["rows"] for one in scores)
+        weighted = {
+            f"{name}_weighted": sum(one[name] * one["rows"] for one in scores) / num_rows
+            for name in _CLASS_METRICS
+        }
+        return {**self.macro(), **weighted, "f1_micro": sum(self._right.values()) / num_rows}
 
 
 def midranks(values: ArrayLike) -> Floats:

@@ -342,3 +342,18 @@ def test_classes_agree_with_scikit_learn(rows: list[tuple[str, str]]) -> None:
     assert [macro["precision_macro"], macro["recall_macro"], macro["f1_macro"]] == pytest.approx(
         list(theirs[:3]), abs=1e-9
     )
+    means = scores.means()
+    assert means["f1_micro"] == pytest.approx(
+        sklearn.metrics.f1_score(expected, predicted, average="micro"), abs=1e-9
+    )
+    theirs = sklearn.metrics.precision_recall_fscore_support(
+        expected, predicted, average="weighted", zero_division=0
+    )
+    assert [means[f"{name}_weighted"] for name in ("precision", "recall", "f1")] == pytest.approx(
+        list(theirs[:3]), abs=1e-9
+    )
+    theirs = sklearn.metrics.precision_recall_fscore_support(expected, predicted, zero_division=0)
+    assert list(scores.per_class()) == sorted({*expected, *predicted})
+    assert [list(one.values()) for one in scores.per_class().values()] == [
+        pytest.approx(list(column), abs=1e-9) for column in zip(*theirs, strict=True)
+    ]
