@@ -97,6 +97,8 @@ def trec_id(name: str) -> str:
     """
     if not name:
         raise InputError("an id is empty; a run file cannot hold it, give every query and document an id")
+    if not _UNSAFE_IN_ID.search(name):
+        return name
     return _UNSAFE_IN_ID.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), name)
 
 

@@ -46,10 +46,10 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure the ranked lists of a file.
 
     Returns:
-        As `evaluate`, with `relevant_missing` and `index_version` null, and besides `queries_without_hits` (judged, and
-        not in the run: 0 for each metric), `queries_not_judged` (in the run, and left out), `tied` (hits with the score
-        of the hit before, which stay as written), `wrong_ranks` (hits whose rank is not their place by score; the score
-        counts) and `repeated_rows` (left out).
+        As `evaluate_index`, with `relevant_missing` and `index_version` null, and besides `queries_without_hits`
+        (judged, and not in the run: 0 for each metric), `queries_not_judged` (in the run, and left out), `tied` (hits
+        with the score of the hit before, which stay as written), `wrong_ranks` (hits whose rank is not their place by
+        score; the score counts) and `repeated_rows` (left out).
 
     Raises:
         InputError: bad queries, a bad run file, a run without any of the queries, or a metric that cannot be used.

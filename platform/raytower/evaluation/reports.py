@@ -47,14 +47,17 @@ class RunWriter:
         trec_eval goes by the score (as a 4-byte float, ties by id) and never reads the rank, so a score that is not
         below the one before it is written as the next smaller float: the order stays what it was.
         """
-        last = np.float32(np.inf)
-        lines = []
-        for rank, (doc_id, score) in enumerate(ranked, start=1):
-            value = np.float32(score)
-            if not value < last:
-                value = np.nextafter(last, np.float32(-np.inf))
-            lines.append(f"{trec_id(query_id)} Q0 {trec_id(doc_id)} {rank} {value:.9g} {self._tag}\n")
-            last = value
+        pairs = list(ranked)
+        values = np.array([score for _, score in pairs], np.float32)
+        if not (values[1:] < values[:-1]).all():
+            for place in range(1, len(values)):
+                if not values[place] < values[place - 1]:
+                    values[place] = np.nextafter(values[place - 1], np.float32(-np.inf))
+        query = trec_id(query_id)
+        lines = [
+            f"{query} Q0 {trec_id(doc_id)} {rank} {value:.9g} {self._tag}\n"
+            for rank, ((doc_id, _), value) in enumerate(zip(pairs, values.tolist(), strict=True), start=1)
+        ]
         self._stream.write("".join(lines).encode())
 
 

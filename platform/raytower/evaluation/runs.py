@@ -102,10 +102,11 @@ def read_run(path: str, format: RunFormat, by: Literal["id", "text"]) -> Run:
     collected: dict[str, _Collected] = {}
     known: dict[str, str] = {}  # each name once in memory
     run = Run()
+    name = str(file)
     last: str | None = None
     is_again = False
     for number, line in read_lines(file):
-        row = _PARSERS[form](line, f"{file}:{number}")
+        row = _PARSERS[form](line, f"{name}:{number}")
         query = row.query_id if by == "id" else row.query
         document = row.document_id if by == "id" else row.text
         if query is None or document is None:
