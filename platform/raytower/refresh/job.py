@@ -1,8 +1,8 @@
 """An encoder trained in rounds: mine negatives with the one that is there, train, encode, index, measure, and again.
 
 A round's negatives are those that its encoder still takes for answers (ANCE, Xiong et al. 2021, between rounds rather
-than between steps). All steps are a pipeline's, so a job that was killed goes on where it was, and another call with other
-settings makes anew what they concern.
+than between steps). All steps are a pipeline's, so a job that was killed goes on where it was, and another call with
+other settings makes anew what they concern.
 """
 
 from __future__ import annotations
