@@ -253,6 +253,14 @@ COMMANDS: dict[str, Command] = {
         "raytower.serving.client:server_status",
         example="--url http://127.0.0.1:8000",
     ),
+    "refresh": Command(
+        "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",
+        "raytower.refresh.config:RefreshConfig",
+        "raytower.refresh.job:refresh",
+        "raytower.refresh.job:plan_refresh",
+        example="--model runs/encoder --train data/train.tsv --corpus data/corpus.tsv --queries data/dev.tsv "
+        "--output runs/refresh",
+    ),
     "pipeline": Command(
         "run several jobs one after the other from one file; a finished step is skipped",
         "raytower.pipeline.config:PipelineConfig",

@@ -72,6 +72,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "encoder": "model",
     "teacher": "model",
     "guide.encoder": "model",
+    "screen.reranker": "model",
     "reranker": "model",
     "classifier": "model",
     "embeddings": "embeddings",
