@@ -66,7 +66,8 @@ class TwoTower(nn.Module):
         with padding_is_known():
             for chunk in chunks:
                 chunk.begin()
-                vectors.append(self.encoder(**chunk.inputs))
+                # A chunk may hold a row more than it stands for: see `Sharding.even_out`.
+                vectors.append(self.encoder(**chunk.inputs)[: len(chunk.rows)])
         embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
         if self.into_teacher is None:
             return embeddings

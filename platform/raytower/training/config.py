@@ -192,8 +192,16 @@ class TrainingWorkersConfig(FittedWorkersConfig):
     min: int | None = Field(default=None, ge=1)
     """Fewest workers that a training goes on with where machines are lost; it takes others in when they come. null is
     `num`: it waits for all."""
+    sharding: Literal["none", "full"] = "none"
+    """What each worker holds: none, the whole model; full, its part of the weights, gradients and moments, with layers
+    put together as they compute, for models that do not fit one GPU so."""
 
     def model_post_init(self, context: Any) -> None:
+        if self.sharding == "full" and self.num == 1:
+            raise ValueError(
+                "workers.sharding is full and workers.num 1, which has nobody to share the model with; raise num, or "
+                "set sharding to none"
+            )
         if self.min is None or self.num is None:
             return
         if self.min > self.num:
@@ -403,6 +411,11 @@ class TrainJobConfig(Config):
                 f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
                 "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
                 "to the number of GPUs"
+            )
+        if self.workers.sharding == "full" and self.compile:
+            raise ValueError(
+                "workers.sharding is full and compile is true: a compiled backbone hides its layers from what puts "
+                "them together; set compile to false, or workers.sharding to none"
             )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
