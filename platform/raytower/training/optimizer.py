@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor

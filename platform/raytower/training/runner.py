@@ -50,8 +50,8 @@ from raytower.training.loop import TrainingPlan, probe_storage, train_worker
 from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
 from raytower.training.row_stream import MixedPlan, StreamPlan
-from raytower.training.sharding import layers_of
 from raytower.training.sets import MixedSurvey, batches_of_sets, configs_of, surveys_of
+from raytower.training.sharding import layers_of
 from raytower.training.task import Task
 from raytower.training.trackers import TrackedRun, check_trackers, tracked_run
 from raytower.workers import fit_workers
