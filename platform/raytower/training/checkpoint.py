@@ -7,7 +7,9 @@
     parts/                  of a model that is shared out, in place of both: what each worker holds of them
 
 Any number of workers goes on from either, whether they share the model out or not. `parts` is written and read by
-torch.distributed.checkpoint, in its form as safetensors. It lacks the weights that the model directory holds. The step decides the schedule and the position in the data; seed, step and worker decide dropout.
+torch.distributed.checkpoint, in its form as safetensors; it lacks the weights that the model directory holds.
+
+The step decides the schedule and the position in the data; seed, step and worker decide dropout.
 """
 
 from __future__ import annotations
@@ -90,8 +92,8 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
 def save_parts(step: TrainingStep, folder: Path, *, with_weights: bool) -> None:
     """Write what this worker holds of a model that is shared out: moments, step counts and, `with_weights`, weights.
 
-    All workers call it together, each with a folder of its own; `load_state` and `load_trainable` read a folder with the
-    files of all.
+    All workers call it together, each with a folder of its own; `load_state` and `load_trainable` read a folder that
+    has the files of all.
     """
     state = cast(AdamW, step.optimizer).state_dict()["state"]
     tensors = {_moment(number, name): value for number, own in state.items() for name, value in own.items()}

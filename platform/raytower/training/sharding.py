@@ -1,13 +1,13 @@
 """Fully sharded data parallelism: each worker holds a part of the weights, gradients and moments. Imports no Ray.
 
-A layer of the transformer is put together from the parts of all workers before it computes, forward and backward, in the
-precision of forward passes, and taken apart behind it; its gradient is summed in float32 into the parts. What lies
-outside of layers (tables, the last norm, projections, heads) is put together once a forward pass, in float32, as it is
-without sharding.
+A layer of the transformer is put together from the parts of all workers before it computes, forward and backward, in
+the precision of forward passes, which its input is rounded to, and taken apart behind it; its gradient is summed in
+float32 into the parts. What lies outside of layers (tables, the last norm, projections, heads) is put together once a
+forward pass, in float32, as it is without sharding.
 
 All of this is exchanged between the workers, so that each must make the same forward passes, in one order. See
-`Sharding.even_out` for chunks, of which each worker cuts as many as suit its own texts, and `Sharding.whole_on_each` for
-dev rows.
+`Sharding.even_out` for chunks, of which each worker cuts as many as suit its own texts, and `Sharding.whole_on_each`
+for dev rows.
 
 Source: Rajbhandari et al. 2020, ZeRO, stage 3; by FSDP2 of torch (`fully_shard`).
 """
@@ -57,13 +57,11 @@ class Sharding:
         of_layers = MixedPrecisionPolicy(
             param_dtype=None if dtype is torch.float32 else dtype,
             reduce_dtype=torch.float32,
-            # Autocast decides which operations are made in 16 bits, as without sharding.
-            cast_forward_inputs=False,
         )
         self._layers = [
             cast(FSDPModule, fully_shard(layer, mesh=mesh, mp_policy=of_layers)) for layer in layers
         ]
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(model, mesh=mesh)
         self.model = model
 
     def even_out(self, chunks: Sequence[Chunk]) -> list[Chunk]:
