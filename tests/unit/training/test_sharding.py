@@ -93,7 +93,7 @@ class Job:
         dtype = getattr(torch, config.dtype)
         sharding = Sharding(model, dtype=dtype, device=_CPU) if is_shared_out else None
         optimizer = make_optimizer(model, config.optimizer)
-        return TrainingStep(
+        step = TrainingStep(
             model,
             optimizer,
             make_schedule(optimizer, len(self.steps), config.optimizer.warmup_ratio),
@@ -104,6 +104,10 @@ class Job:
             words=None if is_shared_out else WordGradients.of(model),
             sharding=sharding,
         )
+        if step.scaler.is_enabled():
+            # The first scale, 65,536, overflows what is summed in 16 bits, and the step would be left out.
+            step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 512.0})
+        return step
 
     def run(self, step: TrainingStep, first: int, end: int, rank: int = 0, workers: int = 1) -> list[float]:
         own = [[worker_slice(rows, rank, workers) for rows in batches] for batches in self.steps]
@@ -167,6 +171,7 @@ SHARED_OUT: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16 lora": ("retriever", {"dtype": "bfloat16", "lora": {"rank": 4}}),
     "float16": ("retriever", {"dtype": "float16"}),
 }
+
 IN_16_BITS = [name for name in SHARED_OUT if "float16" in name]
 
 
@@ -374,7 +379,9 @@ class TestLayers:
         assert [type(layer).__name__ for layer in layers_of(albert)] == ["AlbertLayerGroup"]
 
     def test_a_model_without_layers_is_refused(self) -> None:
-        with pytest.raises(InputError, match="workers.sharding is full, and StaticBackbone names no layers"):
+        with pytest.raises(
+            InputError, match=r"workers\.sharding is full, and StaticBackbone names no layers"
+        ):
             layers_of(StaticBackbone.__new__(StaticBackbone))
 
 
