@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import ray.train
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import AlbertConfig, AlbertModel, BertModel, Qwen3Config, Qwen3Model
 
-from raytower.config import make_config
+from raytower.config import WorkersConfig, make_config
+from raytower.data.pieces import Survey
 from raytower.errors import InputError
-from raytower.models.static_embedding import StaticBackbone
+from raytower.models.cross_encoder import CrossEncoder
+from raytower.models.encoder import Encoder
+from raytower.models.logits_model import LogitsModel
+from raytower.models.text_classifier import TextClassifier
 from raytower.models.two_tower import TwoTower
+from raytower.storage import Location
 from raytower.training.backbone import narrow_base
 from raytower.training.batches import Rows
 from raytower.training.checkpoint import (
@@ -32,9 +42,13 @@ from raytower.training.checkpoint import (
 )
 from raytower.training.classifier import ClassifierTask
 from raytower.training.config import TrainClassifierConfig, TrainRerankerConfig, TrainRetrieverConfig
+from raytower.training.exchange import Alone
+from raytower.training.live_engine import LiveEngine
+from raytower.training.loop import TrainingPlan, train_worker
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
+from raytower.training.runner import _make_plan
 from raytower.training.sharding import Sharding, layers_of, with_weights
 from raytower.training.step import TrainingStep
 from raytower.training.word_gradients import WordGradients
@@ -157,6 +171,7 @@ def join_group(folder: Path, rank: int, workers: int) -> None:
     )
 
 
+DEV_TEXTS = tuple(question(number) for number in range(7))
 ACCUMULATED = {"accumulate_batches": 2}
 SHARED_OUT: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("retriever", ACCUMULATED),
@@ -177,22 +192,41 @@ IN_16_BITS = [name for name in SHARED_OUT if "float16" in name]
 
 def _worker(rank: int, jobs: dict[str, Job], folder: Path) -> None:
     join_group(folder, rank, 2)
-    results = {}
-    for name, job in jobs.items():
-        step = job.make_step(job.build(), is_shared_out=True)
-        added = _count_added_chunks(step)
-        losses = job.run(step, 0, 3, rank, 2)
-        assert step.sharding is not None
-        whole = step.sharding.gather()
-        parts = sum(p.to_local().numel() for p in step.model.parameters())
-        results[name] = {
-            "losses": losses,
-            "weights": None if whole is None else weights_of(whole),
-            "share": parts / sum(p.numel() for p in step.model.parameters()),
-            "added": added,
-        }
+    results = {name: _run_shared_out(job, rank) for name, job in jobs.items()}
     torch.save(results, folder / f"results{rank}.pt")
     end_worker()
+
+
+def _run_shared_out(job: Job, rank: int) -> dict[str, Any]:
+    """Three steps; behind the first the first worker alone makes as many forward passes as its dev rows take."""
+    step = job.make_step(job.build(), is_shared_out=True)
+    assert step.sharding is not None
+    added = _count_added_chunks(step)
+    losses = job.run(step, 0, 1, rank, 2)
+    with step.sharding.whole_on_each():
+        measured = measure(step.model, DEV_TEXTS if rank == 0 else ())
+    losses += job.run(step, 1, 3, rank, 2)
+    whole = step.sharding.gather()
+    parts = [cast(DTensor, p).to_local() for p in step.model.parameters()]
+    return {
+        "losses": losses,
+        "measured": measured,
+        "weights": None if whole is None else weights_of(whole),
+        "share": sum(part.numel() for part in parts) / sum(p.numel() for p in step.model.parameters()),
+        "added": added,
+    }
+
+
+def measure(model: nn.Module, texts: Sequence[str]) -> Tensor:
+    """What a model that trains gives for dev rows, two of them at a time."""
+    inner = model.encoder if isinstance(model, TwoTower) else cast(LogitsModel, model).inner
+    engine = LiveEngine(inner, dtype="float32", max_length=64)
+    engine.tokens_per_batch = 64
+    model.eval()
+    columns = [texts, texts] if isinstance(inner, CrossEncoder) else [texts]
+    measured = engine.encode(texts) if isinstance(inner, Encoder) else engine.logits(*columns)
+    model.train()
+    return measured
 
 
 def _count_added_chunks(step: TrainingStep) -> list[int]:
@@ -232,8 +266,11 @@ class TestTwoWorkers:
         self, jobs: dict[str, Job], results: list[dict[str, Any]], name: str
     ) -> None:
         alone = jobs[name].make_step(jobs[name].build(), is_shared_out=False)
-        losses = jobs[name].run(alone, 0, 3)
+        losses = jobs[name].run(alone, 0, 1)
+        measured = measure(alone.model, DEV_TEXTS)
+        losses += jobs[name].run(alone, 1, 3)
         first, second = (worker[name] for worker in results)
+        torch.testing.assert_close(first["measured"], measured, rtol=0, atol=1e-5)
         assert first["losses"] == pytest.approx(losses, abs=1e-5)
         assert first["losses"] == second["losses"]
         assert second["weights"] is None
@@ -356,6 +393,76 @@ class TestContinuedRuns:
         assert len(list((folder / "plain 2" / "parts").iterdir())) == 4
 
 
+def _loop_worker(rank: int, plan: TrainingPlan, survey: Survey, folder: Path) -> None:
+    """The loop of a worker, from its start and from the checkpoint in its midst, with Ray Train's calls answered."""
+    join_group(folder, rank, 2)
+    context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
+    reported: list[Path] = []
+    began: list[Any] = [None]
+
+    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
+        place = folder / f"checkpoint{len(reported)}"
+        shutil.copytree(checkpoint.path, place, dirs_exist_ok=True)
+        reported.append(place)
+
+    def stream(_: Any, skipped: int, *__: Any) -> Iterator[Rows]:
+        batches = islice(batches_of(survey, plan.config), skipped, None)
+        yield from (worker_slice(rows, rank, 2) for rows in batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.train, "get_context", lambda: context)
+        patch.setattr(ray.train, "get_checkpoint", lambda: began[0])
+        patch.setattr(ray.train, "report", report)
+        patch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
+        patch.setattr("ray.train.torch.get_device", lambda: _CPU)
+        patch.setattr("raytower.training.loop.stream_batches", stream)
+        patch.setattr("raytower.training.loop._join_exchange", Alone)
+        outcomes = [train_worker({"plan": plan})]
+        dist.barrier()
+        began[0] = ray.train.Checkpoint.from_directory(str(reported[0]))
+        outcomes.append(train_worker({"plan": plan}))
+    (folder / f"outcomes{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    end_worker()
+
+
+@pytest.mark.processes
+def test_the_loop_of_a_worker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    """Its checkpoints are put together from both workers; the model directory is that of any training."""
+    train = write_labelled(tmp_path / "train.tsv", 64)
+    values = {
+        "model": str(dummy_encoder_dir),
+        "train": str(train),
+        "output": str(tmp_path / "out"),
+        "batch_size": 16,
+        "max_length": 32,
+        "dtype": "float32",
+        "optimizer": {"lr": 1e-2},
+        "log_every_steps": 1,
+        "dev": {"path": str(write_labelled(tmp_path / "dev.tsv", 9)), "every_steps": 2},
+        "workers": {"num": 2, "sharding": "full"},
+    }
+    config = make_config(TrainClassifierConfig, values)
+    survey = ClassifierTask.survey(config)
+    task = ClassifierTask.prepare(config, survey)
+    plan = _make_plan(config, survey, task, WorkersConfig(num=2), Location.of(tmp_path / "failure.json"))
+    in_processes(2, _loop_worker, plan, survey, tmp_path)
+    (first, again), (other, _) = (json.loads((tmp_path / f"outcomes{n}.json").read_text()) for n in (0, 1))
+    assert first["history"] == other["history"]
+    assert [row["step"] for row in first["history"]] == [2, 4]
+    losses, same = ([row["loss"] for row in outcome["curve"]] for outcome in (first, again))
+    assert same == pytest.approx(losses, abs=1e-5)
+    assert again["history"] == first["history"]
+    # Checkpoints of steps 2 and 4, and of 4 again.
+    ends = [load_file(tmp_path / f"checkpoint{n}" / MODEL_DIR / "model.safetensors") for n in (1, 2)]
+    assert largest_difference(*ends) < 1e-5
+    dev = [line.split("\t") for line in (tmp_path / "dev.tsv").read_text().splitlines()]
+    classifier = TextClassifier.load(tmp_path / "checkpoint1" / MODEL_DIR)
+    engine = LiveEngine(classifier.eval(), dtype="float32", max_length=32)
+    best = engine.logits([text for text, _ in dev]).argmax(1).tolist()
+    right = [classifier.labels[number] == label for number, (_, label) in zip(best, dev, strict=True)]
+    assert sum(right) / 9 == pytest.approx(first["history"][1]["accuracy"])
+
+
 class TestLayers:
     def test_they_are_what_transformers_does_not_split(self) -> None:
         """BERT names its embeddings, too, whose table is no layer."""
@@ -373,16 +480,15 @@ class TestLayers:
 
     def test_a_model_that_names_none_gives_what_it_recomputes(self) -> None:
         """ALBERT has one layer, which it goes through again and again."""
-        albert = AlbertModel(
-            AlbertConfig(vocab_size=50, embedding_size=8, hidden_size=16, intermediate_size=16)
-        )
+        sizes = {"vocab_size": 50, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
+        albert = AlbertModel(AlbertConfig(**sizes, num_attention_heads=2))
         assert [type(layer).__name__ for layer in layers_of(albert)] == ["AlbertLayerGroup"]
 
     def test_a_model_without_layers_is_refused(self) -> None:
-        with pytest.raises(
-            InputError, match=r"workers\.sharding is full, and StaticBackbone names no layers"
-        ):
-            layers_of(StaticBackbone.__new__(StaticBackbone))
+        bert = BertModel(tiny_config(num_hidden_layers=0))
+        bert._no_split_modules = []
+        with pytest.raises(InputError, match=r"workers\.sharding is full, and BertModel names no layers"):
+            layers_of(bert)
 
 
 def test_a_copy_with_other_weights_keeps_what_is_tied() -> None:
