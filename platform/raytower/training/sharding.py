@@ -57,6 +57,8 @@ class Sharding:
         of_layers = MixedPrecisionPolicy(
             param_dtype=None if dtype is torch.float32 else dtype,
             reduce_dtype=torch.float32,
+            # What follows the layers has weights of this type, in evaluation without autocast too.
+            output_dtype=torch.float32,
         )
         self._layers = [
             cast(FSDPModule, fully_shard(layer, mesh=mesh, mp_policy=of_layers)) for layer in layers

@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AlbertConfig, AlbertModel, BertModel, Qwen3Config, Qwen3Model
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from raytower.config import WorkersConfig, make_config
 from raytower.data.pieces import Survey
@@ -204,7 +212,7 @@ def _run_shared_out(job: Job, rank: int) -> dict[str, Any]:
     added = _count_added_chunks(step)
     losses = job.run(step, 0, 1, rank, 2)
     with step.sharding.whole_on_each():
-        measured = measure(step.model, DEV_TEXTS if rank == 0 else ())
+        measured = measure(job, step.model, DEV_TEXTS if rank == 0 else ())
     losses += job.run(step, 1, 3, rank, 2)
     whole = step.sharding.gather()
     parts = [cast(DTensor, p).to_local() for p in step.model.parameters()]
@@ -217,10 +225,10 @@ def _run_shared_out(job: Job, rank: int) -> dict[str, Any]:
     }
 
 
-def measure(model: nn.Module, texts: Sequence[str]) -> Tensor:
+def measure(job: Job, model: nn.Module, texts: Sequence[str]) -> Tensor:
     """What a model that trains gives for dev rows, two of them at a time."""
     inner = model.encoder if isinstance(model, TwoTower) else cast(LogitsModel, model).inner
-    engine = LiveEngine(inner, dtype="float32", max_length=64)
+    engine = LiveEngine(inner, dtype=job.task.config.dtype, max_length=64)
     engine.tokens_per_batch = 64
     model.eval()
     columns = [texts, texts] if isinstance(inner, CrossEncoder) else [texts]
@@ -267,7 +275,7 @@ class TestTwoWorkers:
     ) -> None:
         alone = jobs[name].make_step(jobs[name].build(), is_shared_out=False)
         losses = jobs[name].run(alone, 0, 1)
-        measured = measure(alone.model, DEV_TEXTS)
+        measured = measure(jobs[name], alone.model, DEV_TEXTS)
         losses += jobs[name].run(alone, 1, 3)
         first, second = (worker[name] for worker in results)
         torch.testing.assert_close(first["measured"], measured, rtol=0, atol=1e-5)
@@ -479,16 +487,16 @@ class TestLayers:
         assert layers_of(nn.ModuleList([qwen])) == list(qwen.layers)
 
     def test_a_model_that_names_none_gives_what_it_recomputes(self) -> None:
-        """ALBERT has one layer, which it goes through again and again."""
-        sizes = {"vocab_size": 50, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
-        albert = AlbertModel(AlbertConfig(**sizes, num_attention_heads=2))
-        assert [type(layer).__name__ for layer in layers_of(albert)] == ["AlbertLayerGroup"]
+        distilbert = DistilBertModel(
+            DistilBertConfig(vocab_size=50, dim=16, hidden_dim=16, n_heads=2, n_layers=2)
+        )
+        assert layers_of(distilbert) == list(distilbert.transformer.layer)
 
     def test_a_model_without_layers_is_refused(self) -> None:
-        bert = BertModel(tiny_config(num_hidden_layers=0))
-        bert._no_split_modules = []
-        with pytest.raises(InputError, match=r"workers\.sharding is full, and BertModel names no layers"):
-            layers_of(bert)
+        sizes = {"vocab_size": 50, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
+        albert = AlbertModel(AlbertConfig(**sizes, num_attention_heads=2))
+        with pytest.raises(InputError, match=r"workers\.sharding is full, and AlbertModel names no layers"):
+            layers_of(albert)
 
 
 def test_a_copy_with_other_weights_keeps_what_is_tied() -> None:
