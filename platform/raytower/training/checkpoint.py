@@ -100,7 +100,7 @@ def save_parts(step: TrainingStep, folder: Path, *, with_weights: bool) -> None:
     if with_weights:
         tensors |= {f"{_WEIGHT}{name}": p.detach() for name, p in _trainable(step.model).items()}
     writer = HuggingFaceStorageWriter(str(folder / _PARTS_DIR), save_distributed=True)
-    distributed_checkpoint.save(cast(dict[str, Any], tensors), storage_writer=writer)
+    distributed_checkpoint.save(tensors, storage_writer=writer)
 
 
 def _load_moments(optimizer: AdamW, folder: Path) -> None:

@@ -91,6 +91,7 @@ FREE_KEYS = frozenset(
         "keep_checkpoints",
         "max_failures",
         "workers",
+        "attention",
     }
 )
 
@@ -660,6 +661,9 @@ class TrainRetrieverConfig(TrainJobConfig):
     enough batches."""
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
+    attention: Literal["auto", "padded", "unpadded"] = "auto"
+    """padded: texts of a chunk are filled up to the longest; unpadded: they lie end to end, and nothing is computed of
+    padding; auto: unpadded on a GPU in 16 bits, where the model gives the same vectors so."""
     max_length: int = Field(default=64, ge=1)
     """Tokens of a text while training; the published encoder keeps the length of its start."""
     query_prefix: str | None = None

@@ -60,9 +60,7 @@ class Sharding:
             # What follows the layers has weights of this type, in evaluation without autocast too.
             output_dtype=torch.float32,
         )
-        self._layers = [
-            cast(FSDPModule, fully_shard(layer, mesh=mesh, mp_policy=of_layers)) for layer in layers
-        ]
+        self._layers = [fully_shard(layer, mesh=mesh, mp_policy=of_layers) for layer in layers]
         fully_shard(model, mesh=mesh)
         self.model = model
 
@@ -156,5 +154,6 @@ def _word_tables(backbone: PreTrainedModel) -> list[nn.Module]:
 
 
 def _without_rows(chunk: Chunk) -> Chunk:
-    """One row of a chunk, which goes through the model and is left out of what comes back."""
-    return Chunk({name: values[:1] for name, values in chunk.inputs.items()}, chunk.rows[:0])
+    """One row of a chunk, filled up, which goes through the model and is left out of what comes back."""
+    of_rows = {name: values[:1] for name, values in chunk.inputs.items() if name not in ("places", "starts")}
+    return Chunk(of_rows, chunk.rows[:0])
