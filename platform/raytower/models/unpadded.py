@@ -1,8 +1,8 @@
 """Texts laid end to end through a transformer, so that nothing is computed of padding: attention stays within a text.
 
 A transformer of transformers asks for its attention by name. The one that is registered here is told where texts begin
-(`cu_seq_lens_q`, as for flash attention), and computes them by torch's flash attention for texts of any length on a GPU,
-text by text elsewhere; without being told it is `sdpa`. Not every model passes on what it is told, or counts positions
+(`cu_seq_lens_q`, as for flash attention), and computes them by torch's flash attention for texts of many lengths on a
+GPU, text by text elsewhere; without being told it is `sdpa`. Not every model passes on what it is told, or counts positions
 from the text's start, so that `lay_out` tries it on two texts.
 
 Shape legend: B texts of a chunk, L tokens of the longest, T tokens of all, A heads, h width of one, H of the model.
@@ -10,6 +10,7 @@ Shape legend: B texts of a chunk, L tokens of the longest, T tokens of all, A he
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -172,7 +173,7 @@ def _attend(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in zip(starts, starts[1:], strict=False)
+        for start, end in itertools.pairwise(starts)
     ]
     return torch.cat(texts, dim=2).transpose(1, 2), None
 

@@ -318,7 +318,7 @@ def _settle_attention(tower: TwoTower, config: TrainRetrieverConfig, device: tor
     try:
         if device.type == "cuda" and not has_kernel:
             raise PaddedOnlyError(
-                f"the GPU's kernel for it computes in 16 bits, from Ampere on; dtype is {config.dtype}"
+                f"the kernel computes in 16 bits, on GPUs from Ampere on; dtype is {config.dtype}"
             )
         if config.compile:
             raise PaddedOnlyError("it is compiled")
