@@ -2,8 +2,8 @@
 
 A transformer of transformers asks for its attention by name. The one that is registered here is told where texts begin
 (`cu_seq_lens_q`, as for flash attention), and computes them by torch's flash attention for texts of many lengths on a
-GPU, text by text elsewhere; without being told it is `sdpa`. Not every model passes on what it is told, or counts positions
-from the text's start, so that `lay_out` tries it on two texts.
+GPU, text by text elsewhere; without being told it is `sdpa`. Not every model passes on what it is told, or counts
+positions from the text's start, so that `lay_out` tries it on two texts.
 
 Shape legend: B texts of a chunk, L tokens of the longest, T tokens of all, A heads, h width of one, H of the model.
 """
