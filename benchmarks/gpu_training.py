@@ -11,7 +11,8 @@ to `all` --device cpu --size tiny.
 
 all: everything from texts, in less than ten minutes: pairs a second with tokenising inside the step and ahead of it,
 padding, share of the rate at which the device multiplies matrices, memory by batch, and how often a step waits for the
-device; then float32, texts without padding, adapters and dev rows. Lengths are log-normal, those of queries a quarter of the documents'.
+device; then float32, texts without padding, adapters and dev rows. Lengths are log-normal, those of queries a quarter
+of the documents'.
 speed: pairs a second with in-batch negatives, and model FLOPs utilisation. Forward and backward of a token cost 6 FLOP
 a weight of the layers, and 12 · layers · width · length in attention; embedding tables are looked up, not multiplied.
 largest: the largest batch, doubling until the memory is full, with and without gradient caching.

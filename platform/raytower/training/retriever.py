@@ -322,7 +322,7 @@ def _settle_attention(tower: TwoTower, config: TrainRetrieverConfig, device: tor
             )
         if config.compile:
             raise PaddedOnlyError("it is compiled")
-        tower.leave_out_padding([PROBE, f"{PROBE}, and one that is longer than others"])
+        tower.leave_out_padding([PROBE, _beyond_windows(tower)])
     except PaddedOnlyError as error:
         if config.attention == "unpadded":
             raise InputError(
@@ -331,6 +331,13 @@ def _settle_attention(tower: TwoTower, config: TrainRetrieverConfig, device: tor
             ) from error
         if rank() == 0:
             log(f"texts are filled up (attention: auto), for of this model {error}")
+
+
+def _beyond_windows(tower: TwoTower) -> str:
+    """A text of more words than the window of layers that see no further has tokens, on both sides."""
+    settings = tower.encoder.backbone.config.get_text_config()
+    window = getattr(settings, "sliding_window", None) or getattr(settings, "local_attention", None) or 0
+    return " ".join([PROBE] * (1 + (2 * min(window, tower.max_length) + 8) // len(PROBE.split())))
 
 
 def _survey(config: TrainRetrieverConfig) -> Survey:
