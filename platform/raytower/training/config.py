@@ -91,6 +91,7 @@ FREE_KEYS = frozenset(
         "keep_checkpoints",
         "max_failures",
         "workers",
+        "attention",
     }
 )
 
@@ -192,8 +193,16 @@ class TrainingWorkersConfig(FittedWorkersConfig):
     min: int | None = Field(default=None, ge=1)
     """Fewest workers that a training goes on with where machines are lost; it takes others in when they come. null is
     `num`: it waits for all."""
+    sharding: Literal["none", "full"] = "none"
+    """What each worker holds: none, the whole model; full, its part of the weights, gradients and moments, with layers
+    put together as they compute, for models that do not fit one GPU so."""
 
     def model_post_init(self, context: Any) -> None:
+        if self.sharding == "full" and self.num == 1:
+            raise ValueError(
+                "workers.sharding is full and workers.num 1, which has nobody to share the model with; raise num, or "
+                "set sharding to none"
+            )
         if self.min is None or self.num is None:
             return
         if self.min > self.num:
@@ -404,6 +413,11 @@ class TrainJobConfig(Config):
                 f"workers.num_gpus is {self.workers.num_gpus:g}; a training worker computes on one GPU, or on CPUs "
                 "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
                 "to the number of GPUs"
+            )
+        if self.workers.sharding == "full" and self.compile:
+            raise ValueError(
+                "workers.sharding is full and compile is true: a compiled backbone hides its layers from what puts "
+                "them together; set compile to false, or workers.sharding to none"
             )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
@@ -648,6 +662,9 @@ class TrainRetrieverConfig(TrainJobConfig):
     enough batches."""
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
+    attention: Literal["auto", "padded", "unpadded"] = "auto"
+    """padded: texts of a chunk are filled up to the longest; unpadded: they lie end to end, and nothing is computed of
+    padding; auto: unpadded on a GPU in 16 bits, where the model gives the same vectors so."""
     max_length: int = Field(default=64, ge=1)
     """Tokens of a text while training; the published encoder keeps the length of its start."""
     query_prefix: str | None = None

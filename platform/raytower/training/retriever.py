@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raytower.collectives import rank
 from raytower.data.pieces import Piece, Survey
 from raytower.data.records import INSTRUCTION
 from raytower.errors import InputError
@@ -24,6 +25,7 @@ from raytower.models.encoder import Encoder, Projection
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.models.two_tower import TwoTower
+from raytower.models.unpadded import PaddedOnlyError
 from raytower.objectives.config import EmbeddingDistillation, MarginMSE
 from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
@@ -185,6 +187,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         tokens = default_tokens_per_encoder_chunk(device)
         tower = TwoTower(encoder, config.max_length, tokens, config.gradient_cache, teacher_dim)
         freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
+        _settle_attention(tower, config, device)
         return tower
 
     def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedTexts:
@@ -300,6 +303,41 @@ def _load_dev_sets(config: TrainRetrieverConfig, set_aside: Mapping[str, Sequenc
         form = given.instruction_format if given else None
         loaded[name] = _Dev(dev, rows, given or job, form or job.instruction_format)
     return loaded
+
+
+def _settle_attention(tower: TwoTower, config: TrainRetrieverConfig, device: torch.device) -> None:
+    """Carry out `attention`; the first worker says where auto cannot leave padding out.
+
+    Raises:
+        InputError: it is unpadded, and the model or the device has no such attention.
+    """
+    has_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    has_kernel = has_kernel and config.dtype != "float32"
+    if config.attention == "padded" or (config.attention == "auto" and not has_kernel):
+        return
+    try:
+        if device.type == "cuda" and not has_kernel:
+            raise PaddedOnlyError(
+                f"the kernel computes in 16 bits, on GPUs from Ampere on; dtype is {config.dtype}"
+            )
+        if config.compile:
+            raise PaddedOnlyError("it is compiled")
+        tower.leave_out_padding([PROBE, _beyond_windows(tower)])
+    except PaddedOnlyError as error:
+        if config.attention == "unpadded":
+            raise InputError(
+                f"attention is unpadded, which {type(tower.encoder.backbone).__name__} is not trained with: {error}; "
+                "set it to auto"
+            ) from error
+        if rank() == 0:
+            log(f"texts are filled up (attention: auto), for of this model {error}")
+
+
+def _beyond_windows(tower: TwoTower) -> str:
+    """A text of more words than the window of layers that see no further has tokens, on both sides."""
+    settings = tower.encoder.backbone.config.get_text_config()
+    window = getattr(settings, "sliding_window", None) or getattr(settings, "local_attention", None) or 0
+    return " ".join([PROBE] * (1 + (2 * min(window, tower.max_length) + 8) // len(PROBE.split())))
 
 
 def _survey(config: TrainRetrieverConfig) -> Survey:
