@@ -115,7 +115,26 @@ EXAMPLES: dict[str, Example] = {
     "index list": Example({"index": "runs/index"}),
     "index verify": Example({"index": "runs/index"}),
     "index rollback": Example({"index": "runs/index", "to": "000001"}),
-    "search": Example({"index": "runs/index", "query": "怎么才能开通微粒贷", "k": 5}),
+    "search": Example(
+        {
+            "index": "runs/index",
+            "input": {"path": "data/queries.txt"},
+            "output": "runs/recall.tsv",
+            "k": 50,
+            "reranker": None,
+        },
+        "Queries one a line, or `id <tab> query`; one query is given as `query` in place of input and output.",
+    ),
+    "rerank": Example(
+        {
+            "reranker": "runs/reranker",
+            "input": {"path": "runs/recall.tsv"},
+            "output": "runs/ranked.tsv",
+            "k": 10,
+        },
+        "Rows: `query <tab> candidate [<tab> recall score]`, the rows of a query together.",
+    ),
+    "embed": Example({"encoder": "runs/encoder", "text": ["怎么才能开通微粒贷"], "role": "query"}),
     "mine": Example(
         {
             "encoder": "runs/encoder",

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from raytower.config import Config, OnError
 from raytower.data.config import InputConfig
-from raytower.retrieval.config import BatchConfig, RerankConfig
+from raytower.retrieval.config import BatchConfig, FileWorkersConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
 Sampling = Literal["random", "top", "score"]
@@ -168,33 +168,58 @@ class ClassifyConfig(BatchConfig):
                 )
 
 
-class SimilarityConfig(BatchConfig):
-    """`raytower similarity`. Prefixes null are the encoder's own: the first text a query, the second a document.
+class SimilarityConfig(RerankConfig, BatchConfig):
+    """`raytower similarity`, by an encoder or by a reranker.
+
+    Prefixes are an encoder's alone; null are its own: the first text a query, the second a document.
 
     Where both texts are of one kind (two questions) and the encoder has prefixes, set both to the same one.
     """
 
     renamed: ClassVar = {"format": "file_type"}
 
-    encoder: str
-    """Encoder: a directory, a hub id or a URI."""
+    encoder: str | None = None
+    """Encoder whose cosines are the scores: a directory, a hub id or a URI; null where a reranker scores."""
+    reranker: str | None = None
+    """Cross-encoder directory or hub id that scores the pairs; null where an encoder does."""
     input: InputConfig
     """Pairs of texts."""
     output: str
-    """File of pairs with their cosines."""
+    """File of pairs with their scores."""
     labelled: bool = True
     """Whether the input holds labels (`query title label`); false reads pairs alone."""
-    threshold: float = Field(default=0.8, ge=-1, le=1)
-    """A pair counts as similar from this cosine on."""
+    threshold: float | None = None
+    """A pair counts as similar from this score on; null is a cosine of 0.8, a reranker's probability of 0.5, or a logit
+    of 0 of one that puts no sigmoid on it."""
     file_type: FileType = "tsv"
     """Type of the file that is written."""
     query_prefix: str | None = None
     """Put before the first text; null is the encoder's own prompt for queries."""
     document_prefix: str | None = None
     """Put before the second text; null is the encoder's own prompt for documents."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that score side by side."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
     them."""
+
+    def model_post_init(self, context: Any) -> None:
+        if (self.encoder is None) == (self.reranker is None):
+            given = "neither is" if self.encoder is None else "both are"
+            raise ValueError(
+                f"encoder and reranker are two ways to score a pair, and {given} given; name one of them"
+            )
+        if self.encoder is not None and self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ValueError(
+                f"threshold is {self.threshold:g}; a cosine lies between -1 and 1, and so must it"
+            )
+        prefixes = {"query_prefix": self.query_prefix, "document_prefix": self.document_prefix}
+        given_prefix = next((name for name, value in prefixes.items() if value is not None), None)
+        if self.reranker is not None and given_prefix is not None:
+            raise ValueError(
+                f"{given_prefix} is given, which only an encoder reads; leave it out (a reranker's prompts stand in "
+                "its directory)"
+            )
 
 
 def _default(config: Config, name: str) -> Any:

@@ -37,7 +37,6 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     is_cross_encoder,
-    is_sequence_classifier,
     is_static,
     load_tokenizer,
     load_weights,
@@ -59,6 +58,7 @@ from raytower.models.library_modules import (
     read_modules_file,
     write_modules_file,
 )
+from raytower.models.model_class import refuse_other_class
 from raytower.models.static_embedding import StaticBackbone, load_static, save_static
 from raytower.models.token_block import Padding, TokenBlock
 from raytower.models.tokenising import tokenise
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
         path = resolve_model(str(name))
         body = transformer_folder(path)
         if not from_classifier:
-            _refuse_classifier(path)
+            refuse_other_class(path, "encoder")
         backbone: PreTrainedModel
         tokenizer: PreTrainedTokenizerBase
         by_pooler = _asks_for_pooler(_sentence_file(body))
@@ -455,17 +455,6 @@ def pool(
         return hidden_BLH.masked_fill(weight_BL1 == 0, -torch.inf).amax(1)
     last_B = mask_BL.shape[1] - 1 - mask_BL.long().flip(1).argmax(1)
     return hidden_BLH[rows_B, last_B] * weight_BL1[rows_B, last_B]
-
-
-def _refuse_classifier(path: Path) -> None:
-    names = read_json_object(transformer_folder(path) / "config.json").get("architectures") or []
-    is_headed = any(is_sequence_classifier(str(name)) for name in names)
-    if is_cross_encoder(path) or (is_headed and not (path / "modules.json").is_file()):
-        raise FormatError(
-            f"{str(path)!r} is a {', '.join(map(str, names))}, a reranker or a classifier; as an encoder it would lose "
-            "its head and give vectors that it was never trained for: name an encoder, or train one of it with "
-            "`raytower train-retriever`"
-        )
 
 
 def _load_backbone(path: Path, *, with_pooler: bool) -> PreTrainedModel:

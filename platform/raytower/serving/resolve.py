@@ -103,16 +103,20 @@ def _encoder_name(config: CollectionConfig, manifest: IndexManifest) -> str:
 def _encoder_entry(name: str) -> tuple[ModelEntry, Path]:
     from raytower.models.directory import resolve_model  # torch, which checking a config does without
     from raytower.models.encoder import Encoder, read_encoder_info
+    from raytower.models.model_class import refuse_other_class
 
     path = resolve_model(name)
+    refuse_other_class(path, "encoder")
     return _entry(name, path, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
 
 
 def _classifier_entry(name: str) -> ModelEntry:
     from raytower.models.directory import read_info, resolve_model
+    from raytower.models.model_class import refuse_other_class
     from raytower.models.text_classifier import TextClassifier
 
     path = resolve_model(name)
+    refuse_other_class(path, "classifier")
     return _entry(name, path, read_info(path), lambda: TextClassifier.load(path).fingerprint)
 
 
@@ -127,9 +131,11 @@ def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | Non
     from raytower.models.cross_encoder import CrossEncoder
     from raytower.models.directory import read_info, resolve_model
     from raytower.models.fusion import Fusion
+    from raytower.models.model_class import refuse_other_class
     from raytower.retrieval.load import fusion_of
 
     path = resolve_model(config.reranker)
+    refuse_other_class(path, "reranker")
     info = read_info(path)
     stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
     entry = _entry(config.reranker, path, info, lambda: CrossEncoder.load(path).fingerprint)
