@@ -63,6 +63,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "dev.paths": "rows",
     "dev.corpus": "rows",
     "labels": "rows",
+    "tuned": "rows",
     "input.path": "rows",
     "queries.path": "rows",
     "target.queries.path": "rows",
