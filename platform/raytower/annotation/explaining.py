@@ -44,9 +44,7 @@ def parts_of(text: str, most: int = MOST_PARTS) -> list[Part]:
     if len(words) <= most:
         return words
     ends = [len(words) * number // most for number in range(most + 1)]
-    return [
-        Part(words[first].start, words[last - 1].end) for first, last in itertools.pairwise(ends)
-    ]
+    return [Part(words[first].start, words[last - 1].end) for first, last in itertools.pairwise(ends)]
 
 
 def without(text: str, part: Part) -> str:
