@@ -88,7 +88,8 @@ def main() -> None:
     for data in (disciplines(arguments), finance(arguments), domains(arguments)):
         labels = np.unique([label for _, label in data.corpus])
         print(
-            f"\n{data.name}: {len(labels)} labels; corpus {len(data.corpus)}, dev {len(data.dev)}, test {len(data.test)}"
+            f"\n{data.name}: {len(labels)} labels; corpus {len(data.corpus)}, dev {len(data.dev)}, "
+            f"test {len(data.test)}"
         )
         measure(data, vectors)
     hide_labels(disciplines(arguments), vectors)
@@ -216,7 +217,7 @@ def report(
     config = TuneClassifyConfig.model_validate(
         {**settings, "mode": mode, "input": {"path": "dev"}, "output": "o", "positive": data.positive}
     )
-    calibration, measured = choose_calibration(config, dev, expected)
+    calibration, _ = choose_calibration(config, dev, expected)
     cut, _ = choose_cut(config, Decider(mode, calibration=calibration), dev, expected)
     figures = tally(Decider(mode, positive=data.positive), test, data.test)
     tuned = tally(Decider(mode, calibration=calibration, positive=data.positive, cut=cut), test, data.test)

@@ -134,6 +134,19 @@ class Decider:
         self.cut = cut
         self.abstain_below = abstain_below
 
+    @classmethod
+    def of(cls, mode: Mode, settings: ClassifySettings | None) -> Decider:
+        """By tuned settings; without them scores stay as they are, and every text gets a label."""
+        if settings is None:
+            return cls(mode)
+        return cls(
+            mode,
+            calibration=settings.calibration,
+            positive=settings.positive,
+            cut=settings.cut,
+            abstain_below=settings.abstain_below,
+        )
+
     @property
     def gives_chances(self) -> bool:
         """Whether scores may be read as chances that a label is right; cosines may not."""

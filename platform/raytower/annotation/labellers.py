@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from raytower.annotation.config import VoteKind
-from raytower.annotation.labels import Prediction, count_votes, label_logits, label_of, rank_labels
+from raytower.annotation.labels import (
+    DOCUMENTS_AT_ONCE,
+    WIDER,
+    Prediction,
+    count_labels,
+    count_votes,
+    label_logits,
+    label_of,
+    needs_more,
+    rank_labels,
+)
 from raytower.data.plain_labels import plain_label
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.retriever import Candidate, index_recall
-
-# Where the first documents are not enough, so many times as many are asked for; of texts together at most so many.
-_WIDER = 4
-_DOCUMENTS_AT_ONCE = 65_536
 
 
 class Labeller(Protocol):
@@ -105,9 +111,9 @@ class IndexLabeller:
             self._weigh(text, row) for text, row in zip(texts, self._recall(vectors_ND, depth), strict=True)
         ]
         while depth < num_documents and (short := self._short(found)):
-            depth = min(_WIDER * depth, num_documents)
+            depth = min(WIDER * depth, num_documents)
             # Where few labels have most of the documents, one text may need them all: not those of many texts at once.
-            at_once = max(1, _DOCUMENTS_AT_ONCE // depth)
+            at_once = max(1, DOCUMENTS_AT_ONCE // depth)
             for start in range(0, len(short), at_once):
                 rows = short[start : start + at_once]
                 for row, candidates in zip(rows, self._recall(vectors_ND[rows], depth), strict=True):
@@ -122,9 +128,7 @@ class IndexLabeller:
         """The texts that need more documents."""
         if self._mode == "votes":
             return [row for row, each in enumerate(found) if len(each.voters) < self._depth]
-        return [
-            row for row, each in enumerate(found) if len({label for label, _ in each.voters}) < self._depth
-        ]
+        return needs_more([each.voters for each in found], self._depth)
 
     def _weigh(self, text: str, candidates: Sequence[Candidate]) -> Neighbours:
         voters: list[tuple[str, float]] = []
@@ -140,16 +144,9 @@ class IndexLabeller:
         return Neighbours(voters if self._mode == "labels" else voters[: self._depth], nearest, same)
 
     def _count_labels(self, at_most: int) -> int:
-        """How many labels the index has, counted up to `at_most`."""
         has_field = self._label_field in self._index.table.schema.names
         columns = ["id", "text", *([self._label_field] if has_field else [])]
-        labels: set[str] = set()
-        for batch in self._index.batches(columns):
-            for row in batch.to_pylist():
-                labels.add(label_of(row["id"], row["text"], row, self._label_field, self._mode))
-                if len(labels) >= at_most:
-                    return at_most
-        return len(labels)
+        return count_labels(self._index.batches(columns), self._label_field, at_most)
 
 
 class ClassifierLabeller:

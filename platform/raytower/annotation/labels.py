@@ -6,11 +6,12 @@ in every result; what shows labels to people may write `A##B` as it likes. `A,B`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytower.annotation.config import VoteKind
@@ -19,6 +20,10 @@ from raytower.errors import InputError
 from raytower.models.class_ranks import rank_classes
 
 LEVEL_MARK = "##"
+# Where the documents that were recalled first have too few labels, so many times as many are asked for; of several
+# texts together at most so many.
+WIDER = 4
+DOCUMENTS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,26 @@ def label_of(
         f"document {id!r} of the index has no {label_field!r}, so it cannot vote; encode a corpus "
         f"with a column {label_field!r}, name another label_field, or set mode to labels"
     )
+
+
+def count_labels(batches: Iterable[pa.RecordBatch], label_field: str, at_most: int) -> int:
+    """How many labels documents have in mode labels, counted up to `at_most`, which is all that memory holds.
+
+    Args:
+        batches: with id, text and, where documents have it, `label_field`.
+    """
+    labels: set[str] = set()
+    for batch in batches:
+        for row in batch.to_pylist():
+            labels.add(label_of(row["id"], row["text"], row, label_field, "labels"))
+            if len(labels) >= at_most:
+                return at_most
+    return len(labels)
+
+
+def needs_more(found: Sequence[Sequence[tuple[str, float]]], num_labels: int) -> list[int]:
+    """The texts among whose neighbours, labels and scores, there are fewer than `num_labels` labels."""
+    return [row for row, each in enumerate(found) if len({label for label, _ in each}) < num_labels]
 
 
 def num_levels(label: str) -> int:
