@@ -1,6 +1,6 @@
 """Labels by label texts, by votes of labelled texts and by a linear classifier over the same vectors, on three sets.
 
-    python benchmarks/bench_classification.py --data DIR --model DIR --work DIR [--texts 2000]
+    python benchmarks/bench_classification.py --data DIR --model DIR --work DIR [--texts 2000] [--engine onnx]
 
 DIR of --data holds csl_disciplines and finance_questions; the 12 domains are those of the package insuranceqa-data (in
 Chinese). The encoder is as its authors left it. Of each set `--texts` texts are the corpus (or train the linear
@@ -33,10 +33,11 @@ from raytower.annotation.label_figures import LabelTally
 from raytower.annotation.labels import Prediction, count_votes, rank_labels
 from raytower.annotation.suspecting import suspect
 from raytower.annotation.tune_classify import choose_calibration, choose_cut, choose_votes
+from raytower.models.compute import EngineChoice
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 
-MAX_LENGTH = 128
+MAX_LENGTH = 64
 MAX_K = 50
 NUM_HIDDEN, NUM_EXAMPLES = 10, 5
 Rows = list[tuple[str, str]]
@@ -81,10 +82,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--engine", choices=["torch", "onnx"], default="torch")
     parser.add_argument("--texts", type=int, default=2_000)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    vectors = CachedVectors(arguments.model, arguments.work)
+    vectors = CachedVectors(arguments.model, arguments.engine, arguments.work)
     for data in (disciplines(arguments), finance(arguments), domains(arguments)):
         labels = np.unique([label for _, label in data.corpus])
         print(
@@ -99,8 +101,8 @@ def main() -> None:
 class CachedVectors:
     """Vectors by role and text, kept in a file for each call's texts."""
 
-    def __init__(self, model: str, work: Path) -> None:
-        self._engine = ForwardEngine(Encoder.load(model), max_length=MAX_LENGTH)
+    def __init__(self, model: str, engine: EngineChoice, work: Path) -> None:
+        self._engine = ForwardEngine(Encoder.load(model), engine=engine, max_length=MAX_LENGTH)
         self._work = work
 
     def of(self, name: str, texts: Sequence[str]) -> Vectors:
