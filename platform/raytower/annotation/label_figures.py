@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from raytower.annotation.deciding import Decider, Decision
 from raytower.annotation.labels import at_level, num_levels
+from raytower.errors import import_extra
 from raytower.metrics import ClassScores, bootstrap_interval
 from raytower.progress import log
 
@@ -93,10 +94,9 @@ class LabelTally:
 
     def _of_positive(self, positive: str) -> dict[str, Any]:
         """Figures of the positive class; null where the rows do not have what one needs."""
-        from sklearn.metrics import average_precision_score, precision_recall_fscore_support
-
+        metrics = import_extra("sklearn.metrics")
         expected, called = np.array(self._is_positive), np.array(self._called_positive)
-        precision, recall, f1, _ = precision_recall_fscore_support(
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
             expected, called, average="binary", zero_division=0.0
         )
         if not expected.any():
@@ -106,7 +106,9 @@ class LabelTally:
             "rows": int(expected.sum()),
             "called": int(called.sum()),
             "average_precision": (
-                float(average_precision_score(expected, self._positive_scores)) if expected.any() else None
+                float(metrics.average_precision_score(expected, self._positive_scores))
+                if expected.any()
+                else None
             ),
             "precision": float(precision) if called.any() else None,
             "recall": float(recall) if expected.any() else None,

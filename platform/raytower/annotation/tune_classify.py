@@ -34,7 +34,7 @@ from raytower.data.pieces import Survey
 from raytower.data.pieces import survey as survey_input
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
-from raytower.errors import InputError
+from raytower.errors import InputError, import_extra
 from raytower.metrics import macro_f1
 from raytower.progress import Progress
 from raytower.storage import Location, check_output
@@ -58,6 +58,7 @@ def tune_classify(config: TuneClassifyConfig) -> dict[str, Any]:
         `positive` its `f1` at the cut; `coverage`, what thresholds cost and give.
 
     Raises:
+        MissingExtraError: isotonic calibration, or a positive class, without the extra `measures`.
         InputError: bad rows, fewer rows than `folds`, rows of a single label, a positive class that no row or every row
             has, no threshold that gives `min_accuracy`, an index that another encoder made.
     """
@@ -226,9 +227,7 @@ def fit_calibration(
         were_shares: whether scores are shares or probabilities, and not cosines.
     """
     if kind == "isotonic":
-        from sklearn.isotonic import IsotonicRegression
-
-        fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
+        fitted = import_extra("sklearn.isotonic").IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
         fitted.fit(_first(padded_NK), right.astype(np.float64))
         return Calibration(
             kind=kind,
@@ -255,11 +254,10 @@ def choose_cut(
     """The score of the positive class from which on a text gets it, with the best F1; of equal ones the highest."""
     if config.positive is None:
         return None, None
-    from sklearn.metrics import average_precision_score, precision_recall_curve
-
+    metrics = import_extra("sklearn.metrics")
     scores = np.array([decider.score_of(decider.decide(row).ranked, config.positive) for row in ranked])
     is_positive = np.array([label == config.positive for label in expected])
-    precision, recall, thresholds = precision_recall_curve(is_positive, scores)
+    precision, recall, thresholds = metrics.precision_recall_curve(is_positive, scores)
     # The last point is no threshold: nothing is called positive there.
     sums = precision[:-1] + recall[:-1]
     f1 = np.divide(2 * precision[:-1] * recall[:-1], sums, out=np.zeros(len(sums)), where=sums > 0)
@@ -267,7 +265,7 @@ def choose_cut(
     return float(thresholds[best]), {
         "label": config.positive,
         "rows": int(is_positive.sum()),
-        "average_precision": float(average_precision_score(is_positive, scores)),
+        "average_precision": float(metrics.average_precision_score(is_positive, scores)),
         "f1": float(f1[best]),
         "precision": float(precision[best]),
         "recall": float(recall[best]),
