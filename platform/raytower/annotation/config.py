@@ -122,7 +122,7 @@ class ClassifyConfig(BatchConfig):
     suspects: str | None = None
     """Mode votes, over an index of the very rows of the input: file of rows whose label their neighbours contradict.
     Documents with the text of a row do not vote on it; null writes none."""
-    suspect_share: float = Field(default=0.1, ge=0, lt=0.5)
+    suspect_share: float = Field(default=0.02, ge=0, lt=0.5)
     """A label with at most this share of the votes is suspected."""
     file_type: FileType = "tsv"
     """Type of the file that is written."""

@@ -17,12 +17,12 @@ from tests.support.labelled_index import LabelledIndexes, Rows
 pytestmark = pytest.mark.shared
 
 DATA = SHARED / "data" / "csl_disciplines"
-NUM_HIDDEN, NUM_EXAMPLES, NUM_ASKED = 10, 5, 3
+NUM_HIDDEN, NUM_EXAMPLES, NUM_ASKED = 10, 5, 2
 
 
 def _rows(name: str) -> Rows:
     lines = (DATA / name).read_text(encoding="utf-8").splitlines()
-    return [(text[:120], label) for text, label in (line.rsplit("\t", 1) for line in lines)]
+    return [(text[:60], label) for text, label in (line.rsplit("\t", 1) for line in lines)]
 
 
 def _some(rows: Rows, count: int) -> dict[str, list[str]]:
@@ -47,7 +47,7 @@ def test_hidden_labels_work_as_soon_as_they_are_in_the_index(tmp_path: Path, mod
         least = 0.2
     else:
         examples = _some(_rows("train.txt"), NUM_EXAMPLES)
-        known = [label for label in labels if label not in hidden][:20]
+        known = [label for label in labels if label not in hidden][:8]
         documents = [(text, label) for label in [*hidden, *known] for text in examples[label]]
         least = 0.3
     index = world.index([row for row in documents if row[1] not in hidden])
