@@ -53,9 +53,9 @@ def tune_classify(config: TuneClassifyConfig) -> dict[str, Any]:
     Returns:
         `settings` as they are written; `rows`, `labels_missing`, `rejected_rows`, `mode`, `index_version` (of a
         classifier: fingerprint), `output`, `seconds`; `accuracy` and `f1_macro` with them on these rows; in mode votes
-        `tried`, each way of voting and what it reaches; `ece` of the scores as they were (of shares and probabilities)
-        and `calibrated`: `ece`, `brier` and `reliability` of each calibration, on rows that it was not fitted on; with
-        `positive` its `f1` at the cut; `coverage`, what thresholds cost and give.
+        `tried`, each way of voting and what it reaches; `ece` of the scores as they were (of shares and probabilities),
+        `calibrated`, `ece` and `brier` of each calibration on rows that it was not fitted on, and `reliability` of the
+        one that is taken; with `positive` its `f1` at the cut; `coverage`, what thresholds cost and give.
 
     Raises:
         MissingExtraError: isotonic calibration, or a positive class, without the extra `measures`.
@@ -195,22 +195,19 @@ def choose_calibration(
     parts_N = np.random.default_rng(config.seed).permutation(len(right)) % config.folds
     padded_NK = padded(ranked, were_shares)
     figures: list[dict[str, Any]] = []
+    held_out: list[Floats] = []
     for kind in kinds:
         chances = np.empty(len(right))
         for fold in range(config.folds):
             inside, outside = parts_N == fold, parts_N != fold
             fitted = fit_calibration(kind, padded_NK[outside], right[outside], were_shares)
             chances[inside] = _first_chances(fitted, padded_NK[inside], were_shares)
-        figures.append(
-            {
-                "kind": kind,
-                "brier": float(((chances - right) ** 2).mean()),
-                "ece": expected_calibration_error(chances, right),
-                "reliability": reliability(chances, right),
-            }
-        )
-    best = kinds[int(np.argmin([each["brier"] for each in figures]))]
-    return fit_calibration(best, padded_NK, right, were_shares), {**measured, "calibrated": figures}
+        brier = float(((chances - right) ** 2).mean())
+        figures.append({"kind": kind, "brier": brier, "ece": expected_calibration_error(chances, right)})
+        held_out.append(chances)
+    best = int(np.argmin([each["brier"] for each in figures]))
+    measured |= {"calibrated": figures, "reliability": reliability(held_out[best], right)}
+    return fit_calibration(kinds[best], padded_NK, right, were_shares), measured
 
 
 def fit_calibration(

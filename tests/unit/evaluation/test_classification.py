@@ -32,11 +32,13 @@ from raytower.annotation.tune_classify import (
     fit_calibration,
     padded,
     plan_tune_classify,
+    tune_classify,
 )
 from raytower.config import make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.change import add_to_index, delete_from_index
 from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig
+from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from tests.support.labelled_index import LabelledIndexes as World
 from tests.support.labelled_index import Rows
 
@@ -359,6 +361,7 @@ def test_tuned_votes_are_used_as_they_were_found(world: World) -> None:
     )
     assert chosen["accuracy"] == best == tuned["accuracy"]
     assert {each["kind"] for each in tuned["calibrated"]} == {"temperature", "isotonic"}
+    assert sum(each["rows"] for each in tuned["reliability"]) == len(dev)
     result, _ = world.classify(index, dev, mode="votes", tuned=tuned["output"])
     assert result["accuracy"] == tuned["accuracy"]
     assert result["coverage"] == tuned["coverage"]
@@ -392,6 +395,34 @@ def test_tuned_chances_of_the_nearest_labels_sum_to_one(world: World) -> None:
     )
     plain, _ = world.classify(index, dev)
     assert "ece" not in plain  # a cosine is no chance
+
+
+def test_a_trained_classifier_is_tuned_and_explained(world: World) -> None:
+    folder = world.folder / "classifier"
+    TextClassifier.start_from(world.encoder, ["fruit", "water"]).save(folder)
+    dev = [(FRUIT[0], "fruit"), (WATER[1], "water"), ("lemon", "fruit"), ("ocean", "water")]
+    values = {"mode": "classifier", "classifier": str(folder), "input": {"path": world.rows(dev)}}
+    output = world.folder / "tuned.json"
+    more = {"folds": 2, "calibration": "temperature", "positive": "fruit"}
+    tuned = tune_classify(make_config(TuneClassifyConfig, {**values, "output": str(output), **more}))
+    temperature = tuned["settings"]["calibration"]["temperature"]
+    labels = world.folder / "labels.jsonl"
+    config = {**values, "output": str(labels), "file_type": "jsonl", "tuned": str(output), "explain": True}
+    result = classify(make_config(ClassifyConfig, config))
+    assert result["positive"]["cut"] == tuned["positive"]["cut"]
+    engine = ClassifierEngine(TextClassifier.load(folder))
+    for line in map(json.loads, labels.read_text().splitlines()):
+        chances = dict(
+            zip(["fruit", "water"], softmax(engine.logits([line["text"]])[0] / temperature), strict=True)
+        )
+        assert dict(line["labels"]) == pytest.approx(chances, abs=1e-5)
+        for word in line["words"]:
+            rest = line["text"].replace(word["word"], "", 1)
+            other = 0.0
+            if rest.strip():
+                left = softmax(engine.logits([rest])[0] / temperature)
+                other = float(left[["fruit", "water"].index(line["label"])])
+            assert word["drop"] == pytest.approx(chances[line["label"]] - other, abs=1e-5)
 
 
 def test_an_unsure_text_gets_no_label(world: World) -> None:
