@@ -230,6 +230,13 @@ COMMANDS: dict[str, Command] = {
         "raytower.annotation.classify:plan_classify",
         example="--classifier runs/classifier --mode classifier --input data/new.txt --output runs/labels.tsv",
     ),
+    "tune-classify": Command(
+        "find votes, chances, a cut and a threshold for classify, on dev rows",
+        "raytower.annotation.config:TuneClassifyConfig",
+        "raytower.annotation.tune_classify:tune_classify",
+        "raytower.annotation.tune_classify:plan_tune_classify",
+        example="--encoder runs/encoder --index runs/index --mode votes --input data/dev.txt --output runs/votes.json",
+    ),
     "similarity": Command(
         "score a file of text pairs",
         "raytower.annotation.config:SimilarityConfig",

@@ -178,6 +178,16 @@ EXAMPLES: dict[str, Example] = {
         },
         "Mode labels: the index is built over label texts, and the nearest one is the prediction.",
     ),
+    "tune-classify": Example(
+        {
+            "encoder": "runs/encoder",
+            "index": "runs/labelled-index",
+            "input": {"path": "data/dev.txt"},
+            "output": "runs/votes.json",
+            "mode": "votes",
+        },
+        "Dev rows, never those that are measured later.",
+    ),
     "similarity": Example(
         {
             "encoder": "runs/encoder",

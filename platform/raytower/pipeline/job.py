@@ -65,6 +65,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "dev.paths": "rows",
     "dev.corpus": "rows",
     "labels": "rows",
+    "tuned": "rows",
     "input.path": "rows",
     "queries.path": "rows",
     "run.path": "rows",

@@ -328,9 +328,13 @@ class MixedTrainInput(TrainInput, Generic[SetT]):
 
     @model_serializer(mode="wrap")
     def _without_sets(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """One set of rows is written down, and known again, as it was before there could be several."""
+        """One set of rows is written down, and known again, as it was before there were these keys."""
         values: dict[str, Any] = dump(self)
-        return values if self.sets else {key: values[key] for key in values if key not in ("sets", "mixing")}
+        newer = [
+            *(() if self.sets else ("sets", "mixing")),
+            *(() if values.get("sibling_labels") else ("sibling_labels",)),
+        ]
+        return {key: values[key] for key in values if key not in newer}
 
 
 class TrainJobConfig(Config):
@@ -494,6 +498,8 @@ class RetrieverTrainSet(TrainSet):
     """Split of a BEIR folder, as train.split."""
     num_documents: int | None = Field(default=None, ge=2)
     """Most documents of a row of candidates, as train.num_documents."""
+    sibling_labels: int | None = Field(default=None, ge=0)
+    """Labels of the same parent as hard negatives, as train.sibling_labels."""
     objective: Annotated[RetrieverObjective, Field(discriminator="name")] | None = None
     """What is learnt from this set; null is the job's objective."""
     query_prefix: str | None = None
@@ -516,6 +522,9 @@ class RetrieverTrainInput(MixedTrainInput[RetrieverTrainSet]):
     """Split of a BEIR folder, whose pairs are those that qrels/<split>.tsv judges relevant; null reads train."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
+    sibling_labels: int = Field(default=0, ge=0)
+    """Labelled rows with in_batch_negatives: other labels of the same parent (`A##C` of `A##B`) that a row gets as hard
+    negatives; fewer where it has fewer."""
 
 
 class RetrieverDevSet(Config):
