@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytower import escapes
+from raytower.config import to_json
 
 _MAX_WIDTH = 120
 # What a column of text is folded to at least, and what stands between two columns.
@@ -33,6 +35,15 @@ def render_result(result: Mapping[str, Any]) -> str:
     parts = [_pairs(single)] if single else []
     parts += [f"{name}\n{_records(rows)}" for name, rows in tables]
     return "\n\n".join(parts)
+
+
+def render_search_or_figures(result: Mapping[str, Any]) -> str:
+    """The hits of one query, one a line, wherever they go; the figures of many, as those of every job."""
+    if "results" in result:
+        from raytower.retrieval.search import render_search  # FAISS and torch, which other tables do without
+
+        return render_search(dict(result))
+    return render_result(result) if sys.stdout.isatty() else to_json(result)
 
 
 def render_evaluation(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytower.annotation.classify import classify, plan_classify
@@ -21,7 +25,7 @@ from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityCon
 from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.labels import count_votes, label_logits, rank_labels
 from raytower.annotation.mine import mine, plan_mine
-from raytower.annotation.similarity import measure_scores, plan_similarity, similarity
+from raytower.annotation.similarity import average_precision, measure_scores, plan_similarity, similarity
 from raytower.cli.tables import render_tuning
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
@@ -623,10 +627,10 @@ def test_votes_of_labelled_texts(world: World, tmp_path: Path) -> None:
     assert lines[1] == f"{TEXTS[0]}\tthings##apple\t1.000000"
     assert lines[3].split("\t")[1] == f"things##{TEXTS[8].split()[0]}"
     assert result["accuracy"] == pytest.approx(2 / 3)
-    assert (result["hit@5"], result["labels_missing"]) == (pytest.approx(2 / 3), 1)
+    assert result["labels_missing"] == 1
     # Two classes of four are always right: of the third row neither the expected nor the predicted one is.
     assert (result["precision_macro"], result["recall_macro"], result["f1_macro"]) == (0.5, 0.5, 0.5)
-    assert set(result["intervals"]) == {"accuracy", "hit@5", "hit@10", "hit@20"}
+    assert set(result["intervals"]) == {"accuracy"}  # one neighbour has no second label
 
 
 def test_votes_are_counted_over_the_k_nearest(world: World, tmp_path: Path) -> None:
@@ -771,6 +775,52 @@ def test_similarity_prefixes_change_what_is_encoded(world: World, tmp_path: Path
     )
     left, right = world.encode([f"a {TEXTS[0]}", f"b {TEXTS[20]}"])
     assert json.loads(lines[1])["score"] == pytest.approx(left @ right, abs=1e-6)
+
+
+def test_similarity_by_a_reranker_is_what_the_peer_library_predicts(
+    dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    rows = [*SCORED, (TEXTS[4], TEXTS[5], "1"), (TEXTS[8], TEXTS[2], "0")]
+    scored = _write(tmp_path / "scored.tsv", rows)
+    values = {"reranker": str(dummy_reranker_dir), "input": scored, "output": str(tmp_path / "out.tsv")}
+    result = similarity(make_config(SimilarityConfig, {**values, "rows_per_batch": 2}))
+    header, *lines = (line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines())
+    assert header == ["query", "title", "label", "score"]
+    expected = PeerCrossEncoder(str(dummy_reranker_dir), device="cpu").predict([row[:2] for row in rows[1:]])
+    assert [float(line[3]) for line in lines] == pytest.approx(expected, abs=2e-6)
+    labels = np.array([int(row[2]) for row in rows[1:]])
+    assert result["auc"] == pytest.approx(roc_auc_score(labels, expected))
+    assert result["average_precision"] == pytest.approx(average_precision_score(labels, expected))
+    assert (result["rows"], result["threshold"]) == (5, 0.5)
+    assert result["accuracy"] == np.mean((expected >= 0.5) == labels)
+    # The tuned cut by hand: of all cuts at a score the lowest with the highest accuracy.
+    cuts = [*np.sort(expected), 2]
+    accuracies = [np.mean((expected >= cut) == labels) for cut in cuts]
+    best = cuts[int(np.argmax(accuracies))]
+    assert result["best_threshold"] == pytest.approx(best, abs=1e-6)
+    assert result["best_accuracy"] == max(accuracies)
+    assert result["best_f1"] == pytest.approx(f1_score(labels, expected >= best))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "and neither is given; name one of them"),
+        ({"encoder": "e", "reranker": "r"}, "and both are given; name one of them"),
+        ({"encoder": "e", "threshold": 1.5}, "a cosine lies between -1 and 1"),
+        ({"reranker": "r", "query_prefix": "q: "}, "query_prefix is given, which only an encoder reads"),
+    ],
+)
+def test_similarity_has_one_way_to_score(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(SimilarityConfig, {"input": "i.tsv", "output": "o.tsv", **values})
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12))
+def test_average_precision_is_scikit_learns(rows: list[tuple[int, bool]]) -> None:
+    scores, labels = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    if labels.any():
+        assert average_precision(scores, labels) == pytest.approx(average_precision_score(labels, scores))
 
 
 def test_similarity_of_pairs_without_labels(world: World, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ RENAMED = [
     ("full", "sample", ("demo",)),
     ("depth", "recall_k", ("mine",)),
     ("kind", "format", ("mine",)),
-    ("format", "file_type", ("classify", "similarity")),
+    ("format", "file_type", ("classify", "similarity", "search", "rerank")),
     ("placement", "layout", ("serve",)),
     ("path", "input.path", ("index delete", "index set")),
     ("recall", "target.recall", ("index compact", "index convert")),
