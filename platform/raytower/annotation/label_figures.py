@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from raytower.annotation.deciding import Decider, Decision
 from raytower.annotation.labels import at_level, num_levels
 from raytower.errors import import_extra
-from raytower.metrics import ClassScores, bootstrap_interval
+from raytower.metrics import ClassScores, mean_interval
 from raytower.progress import log
 
 Floats = NDArray[np.float64]
@@ -60,7 +60,7 @@ class LabelTally:
             self._called_positive.append(first == positive)
 
     def figures(self) -> dict[str, Any]:
-        """`accuracy`, `hit@k`, their `intervals`, macro precision, recall and F1, and what else these rows have.
+        """`accuracy`, `hit@k`, their `intervals`, means of precision, recall and F1, and what else these rows have.
 
         `levels` where labels are paths; `reliability` and `ece` where scores are chances; `coverage` always;
         `answered`, `accuracy_answered` with a threshold; `positive` with a positive class.
@@ -70,10 +70,8 @@ class LabelTally:
         values |= {f"hit@{k}": (ranks >= 1) & (ranks <= k) for k in self._cutoffs}
         figures: dict[str, Any] = {
             **{name: float(value.mean()) for name, value in values.items()},
-            **self._classes.macro(),
-            "intervals": {
-                name: list(bootstrap_interval(value, seed=self._seed)) for name, value in values.items()
-            },
+            **self._classes.means(),
+            "intervals": {name: list(mean_interval(value, self._seed)) for name, value in values.items()},
         }
         scores, right = np.array(self._scores), ranks == 1
         if self._decider.abstain_below is not None:
@@ -134,7 +132,7 @@ class _Level:
         return {
             "rows": self._num_rows,
             "accuracy": self._num_right / self._num_rows,
-            **self._classes.macro(),
+            **self._classes.means(),
         }
 
 
