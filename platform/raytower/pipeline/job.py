@@ -65,16 +65,18 @@ INPUT_KEYS: dict[str, Kind] = {
     "dev.paths": "rows",
     "dev.corpus": "rows",
     "labels": "rows",
+    "tuned": "rows",
     "input.path": "rows",
     "queries.path": "rows",
+    "run.path": "rows",
     "target.queries.path": "rows",
     "model": "model",
     "init_from": "model",
     "encoder": "model",
     "teacher": "model",
     "guide.encoder": "model",
-    "reranker": "model",
     "screen.reranker": "model",
+    "reranker": "model",
     "classifier": "model",
     "embeddings": "embeddings",
     "index": "index",
@@ -113,6 +115,8 @@ _GAINED: dict[str, dict[str, Any]] = {
     "mine": {"sampling": "random", "sampling_temperature": 0.05, "max_score_margin": None, "screen": None},
     "similarity": {"reranker": None, "rerank_max_length": None},
 }
+# What `evaluate` has gained; null and false are what was done before.
+_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -552,6 +556,8 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 for name, value in workers.items()
             },
         }
+    if job == "evaluate":
+        values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):
