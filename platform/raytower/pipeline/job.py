@@ -110,10 +110,13 @@ _NEWER = {
 _MEANT = {"every_steps": EVERY_STEPS}
 # What a null among `workers` was before the machine decided.
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
+# Likewise of annotating jobs.
+_GAINED: dict[str, dict[str, Any]] = {
+    "mine": {"sampling": "random", "sampling_temperature": 0.05, "max_score_margin": None, "screen": None},
+    "similarity": {"reranker": None, "rerank_max_length": None},
+}
 # What `evaluate` has gained; null and false are what was done before.
 _NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
-# What `similarity` has gained; none of these decides what an encoder's cosines are.
-_NEWER_OF_SIMILARITY = ("reranker", "rerank_max_length", "workers")
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -535,9 +538,15 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
 
 def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
-    if job == "similarity" and values["reranker"] is None:
-        values = {name: value for name, value in values.items() if name not in _NEWER_OF_SIMILARITY}
+    gained = _GAINED.get(job, {})
+    values = {name: value for name, value in values.items() if name not in gained or value != gained[name]}
+    if job == "similarity":
+        values = {name: value for name, value in values.items() if name != "workers"}
+        # What null means of an encoder, and the default was.
         values["threshold"] = 0.8 if values["threshold"] is None else values["threshold"]
+        if isinstance(below := values.get("compute"), dict):  # as keys were named once
+            kept = {name: value for name, value in below.items() if name not in gained or value is not None}
+            values["compute"] = kept
     if isinstance(workers := values.get("workers"), dict):
         # `num` had the name `max` where workers come and go.
         values = {
