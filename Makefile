@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick lint check clean
+.PHONY: demo test quick slower lint check clean
 
 demo: $(STAMP)
 	$(BIN)/raytower demo $(ARGS)
@@ -16,9 +16,14 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(PYTEST) -n $(PROCESSES) $(ARGS)
 
-# What needs no Ray, no browser and no other process that imports all of raytower.
+# What needs no Ray, no browser and no other process that imports all of raytower, and takes no more than a moment.
+HERE := not slow and not processes and not browser
 quick: $(STAMP)
-	$(PYTEST) -n 2 -m 'not slow and not processes and not browser' $(ARGS)
+	$(PYTEST) -n 2 -m '$(HERE) and not slower' $(ARGS)
+
+# Measures anew what `make quick` leaves out for its time.
+slower: $(STAMP)
+	$(PYTEST) -n 2 -m '$(HERE)' --record-slower $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check platform jobs tests benchmarks

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import slower
+
 # Time limits of single examples would fail where the machine is busy; `ci` draws the same examples in every run.
 settings.register_profile(
     "local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], derandomize=False
@@ -34,11 +36,23 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-slower", action="store_true", help="write tests/slower.txt from this run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-slower") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(slower.Recorder())
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow_ones = slower.listed(slower.LIST.read_text(encoding="utf-8"))
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("processes")
+        if slower.without_parameters(item.nodeid) in slow_ones:
+            item.add_marker("slower")
     if not (SHARED / "data").is_dir():
         for item in items:
             if "shared" in item.keywords:

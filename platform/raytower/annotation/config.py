@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from raytower.config import OnError
+from raytower.config import Config, OnError
 from raytower.data.config import InputConfig
 from raytower.retrieval.config import BatchConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
+Sampling = Literal["random", "top", "score"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "temperature", "query_prefix")
+
+
+class ScreenConfig(Config):
+    """A cross-encoder that tells likely positives among the candidates, as RocketQA's denoising (Qu et al. 2021)."""
+
+    shorthand: ClassVar = "reranker"
+
+    reranker: str
+    """Cross-encoder: a directory, a hub id or a URI."""
+    margin: float = 0.0
+    """Drop candidates whose logit is not this far below that of the pair's own document."""
+    max_probability: float | None = Field(default=None, gt=0, lt=1)
+    """Drop candidates whose logit gives this probability or more, by the logistic function; RocketQA took 0.1."""
+
+    def limit(self, own_logit: float) -> float:
+        """A candidate passes with a logit below this, given the logit of the pair's own document."""
+        limit = own_logit - self.margin
+        if self.max_probability is None:
+            return limit
+        return min(limit, math.log(self.max_probability / (1 - self.max_probability)))
 
 
 class MineConfig(RerankConfig, BatchConfig):
@@ -39,8 +61,16 @@ class MineConfig(RerankConfig, BatchConfig):
     """Best ranks that are never taken: where positives are sparsely labelled, these are often unlabelled ones."""
     num_negatives: int = Field(default=1, ge=1)
     """Sampled for each pair, without replacement; fewer where fewer remain."""
+    sampling: Sampling = "random"
+    """Which of the candidates that are left: any by chance, the nearest, or by chance the nearer the likelier."""
+    sampling_temperature: float = Field(default=0.05, gt=0)
+    """Sampling by score: a candidate's chance grows with exp(score / sampling_temperature)."""
     max_score_ratio: float | None = Field(default=None, gt=0)
     """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
+    max_score_margin: float | None = None
+    """Drop candidates that score less than this below the pair's own document; 0.05 is usual of cosines."""
+    screen: ScreenConfig | None = None
+    """A cross-encoder that drops what it takes for positives, of those that are drawn; null screens none."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
@@ -59,6 +89,11 @@ class MineConfig(RerankConfig, BatchConfig):
         return value
 
     def model_post_init(self, context: Any) -> None:
+        if self.sampling != "score" and self.sampling_temperature != _default(self, "sampling_temperature"):
+            raise ValueError(
+                f"sampling_temperature is {self.sampling_temperature}, which sampling {self.sampling} does not read; "
+                "leave it out, or set sampling to score"
+            )
         if self.skip_top + self.num_negatives > self.recall_k:
             raise ValueError(
                 f"skip_top {self.skip_top} and num_negatives {self.num_negatives} need more than recall_k "
@@ -160,6 +195,10 @@ class SimilarityConfig(BatchConfig):
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
     them."""
+
+
+def _default(config: Config, name: str) -> Any:
+    return type(config).model_fields[name].default
 
 
 AnnotationConfig = MineConfig | ClassifyConfig | SimilarityConfig

@@ -1,12 +1,11 @@
 """`raytower mine`: hard negatives for training pairs, from what an index recalls for each query.
 
-Two passes over the pairs: the first remembers which documents are known positives of a query (eight bytes each), the
-second searches in batches and samples. A teacher (a cross-encoder) may score what was sampled, for distillation.
+Two passes over the pairs: the first remembers which texts are known positives of each other, the second searches in
+batches and samples. A cross-encoder may screen what is sampled, and a teacher score it, for distillation.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +16,14 @@ from numpy.typing import NDArray
 
 from raytower.annotation.config import MineConfig
 from raytower.annotation.cosines import cosines
+from raytower.annotation.negatives import KnownPositives, distinct_texts, draw_order, score_limits
 from raytower.annotation.rows_in import row_batches, survey_rows
 from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.data.pieces import Survey, read_pieces
 from raytower.errors import InputError
 from raytower.index.reader import Index
+from raytower.models.compute import PARAMETER_BYTES
+from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.forward import ForwardEngine
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_engine, load_reranker, open_index_manifest, own_or
@@ -34,6 +36,8 @@ _COLUMNS = {
     "scored": ("query", "title", "label"),
     "candidates": ("query", "documents", "scores"),
 }
+# Of as many drawn candidates as negatives are wanted, most pass; the second half makes up for those that do not.
+_SCREENED_FIRST = 2
 
 
 @dataclass(frozen=True)
@@ -56,40 +60,11 @@ class MinedCounts:
     pairs_with_fewer: int = 0
     """Written with fewer than num_negatives."""
     dropped_positives: int = 0
-    """Recalled documents that are known positives of the query, or the query itself."""
+    """Recalled documents that are known positives of the query or of its document, or one of the two."""
     dropped_likely_positives: int = 0
-    """Candidates above max_score_ratio."""
-
-
-class KnownPositives:
-    """Which documents are positives of a query, by text and by id; eight bytes for each.
-
-    Entries are kept as hashes of 64 bits. Of a thousand million lookups less than one is expected to find a wrong
-    entry, and such an error only drops one candidate.
-    """
-
-    def __init__(self, keys: NDArray[np.uint64]) -> None:
-        """`keys`: the hashes, (entries,), in any order."""
-        self._keys = np.unique(keys)
-
-    @staticmethod
-    def read(survey: Survey) -> KnownPositives:
-        parts = []
-        for table in read_pieces(survey.pieces):
-            columns = (table[name].to_pylist() for name in ("query", "document", "document_id"))
-            keys = []
-            for query, document, document_id in zip(*columns, strict=True):
-                keys.append(_key(query, "text", document))
-                if document_id is not None:
-                    keys.append(_key(query, "id", document_id))
-            parts.append(np.array(keys, dtype=np.uint64))
-        return KnownPositives(np.concatenate(parts))
-
-    def include(self, query: str, candidates: Sequence[Candidate]) -> NDArray[np.bool_]:
-        """Whether each candidate is a known positive of `query`, or the query's own text; bool [K]."""
-        keys = [(_key(query, "text", item.text), _key(query, "id", item.id)) for item in candidates]
-        known = np.isin(np.array(keys, dtype=np.uint64).reshape(-1, 2), self._keys).any(axis=1)
-        return known | np.array([item.text == query for item in candidates], dtype=bool)
+    """Candidates above max_score_ratio or max_score_margin."""
+    screened_out: int = 0
+    """Drawn candidates that the cross-encoder of `screen` takes for positives."""
 
 
 def mine(config: MineConfig) -> dict[str, Any]:
@@ -98,12 +73,12 @@ def mine(config: MineConfig) -> dict[str, Any]:
     Triples are `query title neg_title`, scored pairs `query title label`, candidates `query documents scores` with one
     row for each pair. Labels and scores are 1 and 0, or the teacher's logits.
 
-    Candidates equal to the query, or known positives of it in any row, are never negatives. The sample depends on the
-    seed and on a pair's place in the input alone, not on how pairs are batched.
+    Candidates equal to the query or its document, or known positives of either in any row and direction, are never
+    negatives. The sample depends on the seed and on a pair's place in the input alone, not on how pairs are batched.
 
     Returns:
         pairs, negatives, pairs_without_negatives, pairs_with_fewer, dropped_positives, dropped_likely_positives,
-        rejected_rows, index_version, seconds, output.
+        screened_out, rejected_rows, index_version, seconds, output.
 
     Raises:
         InputError: bad rows under on_error fail, an index that another encoder made, for a TSV a text with a tab, or a
@@ -114,7 +89,12 @@ def mine(config: MineConfig) -> dict[str, Any]:
     engine = load_engine(config.encoder, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
     teacher = None if config.teacher is None else load_reranker(config.teacher, config)
-    miner = Miner(config, engine, index, KnownPositives.read(survey), teacher)
+    screen = None
+    if config.screen is not None:
+        same = config.screen.reranker == config.teacher
+        screen = teacher if same else load_reranker(config.screen.reranker, config)
+    keys = [KnownPositives.keys_of(table) for table in read_pieces(survey.pieces)]
+    miner = Miner(config, engine, index, KnownPositives(np.concatenate(keys)), teacher, screen)
     with open_rows(Location.of(config.output), config.file_type, _COLUMNS[config.format]) as writer:
         miner.run(_pair_batches(survey, config.rows_per_batch), survey.num_rows, writer)
     counts = miner.counts
@@ -143,10 +123,16 @@ def plan_mine(config: MineConfig) -> dict[str, Any]:
         reranker=config.teacher,
     )
     manifest = open_index_manifest(config.index, plan["fingerprint"])
-    # Up to two keys a pair, held twice while they are sorted.
-    plan["predicted_memory_bytes"] += survey.num_rows * 2 * 8 * 2
+    # Up to four keys a pair, held twice while they are sorted.
+    plan["predicted_memory_bytes"] += survey.num_rows * 4 * 8 * 2
     if config.teacher is not None:
         plan["teacher_pairs"] = survey.num_rows * (1 + config.num_negatives)
+    if config.screen is not None:
+        # As many as are scored first; where too few pass, the others of recall_k follow.
+        plan["screened_pairs"] = survey.num_rows * (1 + config.num_negatives * _SCREENED_FIRST)
+        if config.screen.reranker != config.teacher:
+            weights = sum(p.numel() for p in CrossEncoder.load(config.screen.reranker).parameters())
+            plan["predicted_memory_bytes"] += weights * (4 + PARAMETER_BYTES[config.dtype])
     return {**plan, "rejected_rows": survey.num_rejected, "index_rows": manifest.rows}
 
 
@@ -160,9 +146,11 @@ class Miner:
         index: Index,
         positives: KnownPositives,
         teacher: PairScorer | None = None,
+        screen: PairScorer | None = None,
     ) -> None:
         self._config = config
         self._teacher = teacher
+        self._screen = screen
         self._engine = engine
         self._prefix = own_or(config.query_prefix, engine.encoder, "query", config.encoder)
         self._recall = index_recall(index)
@@ -196,9 +184,11 @@ class Miner:
         vectors = self._engine.encode(queries, self._prefix)
         recalled = dict(zip(queries, self._recall(vectors, self._config.recall_k), strict=True))
         limits = self._limits(batch, vectors, {query: row for row, query in enumerate(queries)})
-        return [
-            self._sample(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)
+        drawn = [
+            self._draw(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)
         ]
+        taken = self._pass_screen(batch, drawn)
+        return [sorted(items, key=lambda item: -item.score) for items in taken]
 
     def scores(self, batch: Sequence[Pair], lists: Sequence[Sequence[str]]) -> list[list[float]]:
         """A score for each document in the list of each pair: the teacher's logit, or 1 for the first and 0 after it.
@@ -208,31 +198,48 @@ class Miner:
         """
         if self._teacher is None:
             return [[1, *[0] * (len(documents) - 1)] if documents else [] for documents in lists]
-        queries = [pair.query for pair, documents in zip(batch, lists, strict=True) for _ in documents]
-        logits = self._teacher.score(queries, [text for documents in lists for text in documents])
+        return self._logits(self._teacher, "teacher", [pair.query for pair in batch], lists)
+
+    def _logits(
+        self, scorer: PairScorer, key: str, queries: Sequence[str], lists: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """The logit of each document in the list of each query; one call scores all pairs.
+
+        Raises:
+            InputError: a logit is infinite or no number.
+        """
+        flat = [query for query, documents in zip(queries, lists, strict=True) for _ in documents]
+        logits = scorer.score(flat, [text for documents in lists for text in documents])
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):
             raise InputError(
-                f"teacher {self._config.teacher!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
-                "must be finite; set dtype to float32, or name another teacher"
+                f"{key} {self._name_of(key)!r} scores query {flat[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
+                f"must be finite; set dtype to float32, or name another {key}"
             )
         ends = np.cumsum([len(documents) for documents in lists])[:-1]
         return [part.tolist() for part in np.split(logits, ends)]
 
+    def _name_of(self, key: str) -> str | None:
+        screen = self._config.screen
+        return screen.reranker if key == "screen" and screen is not None else self._config.teacher
+
     def _limits(self, batch: Sequence[Pair], vectors: Vectors, rows: dict[str, int]) -> NDArray[np.float64]:
         """The score above which a candidate of each pair is too near to be a negative, float64 [pairs]."""
-        if self._config.max_score_ratio is None:
-            return np.full(len(batch), np.inf)
+        ratio, margin = self._config.max_score_ratio, self._config.max_score_margin
+        if ratio is None and margin is None:
+            return score_limits(np.zeros(len(batch)), None, None)
         documents = self._document_engine.encode([pair.document for pair in batch], self._manifest.prefix)
         own = vectors[[rows[pair.query] for pair in batch]]
         if self._manifest.metric == "cosine":
             scores = cosines(own, documents)
         else:
             scores = np.einsum("nd,nd->n", own.astype(np.float64), documents.astype(np.float64))
-        return scores * self._config.max_score_ratio
+        return score_limits(scores, ratio, margin)
 
-    def _sample(self, pair: Pair, candidates: Sequence[Candidate], limit: float) -> list[Candidate]:
+    def _draw(self, pair: Pair, candidates: Sequence[Candidate], limit: float) -> list[Candidate]:
+        """The candidates that may be negatives of the pair, in the order in which they are taken."""
         known = self._positives.include(pair.query, candidates)
+        known |= self._positives.include(pair.document, candidates)
         self.counts.dropped_positives += int(known.sum())
         first = self._config.skip_top
         left = [
@@ -240,16 +247,45 @@ class Miner:
         ]
         far = [item for item in left if item.score <= limit]
         self.counts.dropped_likely_positives += len(left) - len(far)
-        by_text: dict[str, Candidate] = {}
-        for item in far:
-            by_text.setdefault(item.text, item)
-        distinct = list(by_text.values())
-        generator = np.random.default_rng([self._config.seed, pair.number])
-        num_taken = min(self._config.num_negatives, len(distinct))
-        if not num_taken:
-            return []
-        chosen = generator.choice(len(distinct), size=num_taken, replace=False)
-        return [distinct[place] for place in sorted(chosen.tolist())]
+        distinct = distinct_texts(far)
+        order = draw_order(
+            [item.score for item in distinct],
+            self._config.sampling,
+            self._config.sampling_temperature,
+            np.random.default_rng([self._config.seed, pair.number]),
+        )
+        return [distinct[place] for place in order.tolist()]
+
+    def _pass_screen(self, batch: Sequence[Pair], drawn: Sequence[list[Candidate]]) -> list[list[Candidate]]:
+        """The first `num_negatives` of each pair's drawn candidates that pass the screen; without one, the first.
+
+        A cross-encoder scores no more than it has to: first a few of each pair, then, of pairs that too few are left
+        of, all others. The result is that of scoring all.
+        """
+        wanted, screen = self._config.num_negatives, self._config.screen
+        if screen is None or self._screen is None:
+            return [items[:wanted] for items in drawn]
+        own = self._logits(
+            self._screen, "screen", [pair.query for pair in batch], [[pair.document] for pair in batch]
+        )
+        limits = [screen.limit(score) for (score,) in own]
+        taken: list[list[Candidate]] = [[] for _ in batch]
+        rest = [list(items) for items in drawn]
+        for num_scored in (wanted * _SCREENED_FIRST, None):
+            lacking = [place for place, items in enumerate(taken) if len(items) < wanted and rest[place]]
+            looked_at = [rest[place][:num_scored] for place in lacking]
+            queries = [batch[place].query for place in lacking]
+            texts = [[item.text for item in items] for items in looked_at]
+            if not lacking:
+                break
+            for place, items, scores in zip(
+                lacking, looked_at, self._logits(self._screen, "screen", queries, texts), strict=True
+            ):
+                passed = [score < limits[place] for score in scores]
+                self.counts.screened_out += passed.count(False)
+                taken[place] += [item for item, passes in zip(items, passed, strict=True) if passes]
+                rest[place] = rest[place][len(items) :]
+        return [items[:wanted] for items in taken]
 
     def _write(
         self, pair: Pair, documents: Sequence[str], scores: Sequence[float], writer: RowWriter
@@ -276,9 +312,3 @@ def _pair_batches(survey: Survey, rows_per_batch: int) -> Iterator[list[Pair]]:
         rows = zip(table["query"].to_pylist(), table["document"].to_pylist(), strict=True)
         yield [Pair(number + offset, query, document) for offset, (query, document) in enumerate(rows)]
         number += table.num_rows
-
-
-def _key(query: str, kind: str, value: str) -> int:
-    # Lengths part the fields, so that no two triples of strings feed the same bytes.
-    content = f"{kind}{len(query)}:{query}{value}".encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

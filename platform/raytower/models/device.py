@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from raytower.errors import InputError
 from raytower.models.compute import ComputeDtype, EngineChoice
+from raytower.progress import log
 from raytower.storage.errors import one_line
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +50,16 @@ def fast_dtype(device: torch.device) -> ComputeDtype:
     # torch 2.8 answers these questions in private functions alone.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if device.type == "cuda" or native else "float32"
+
+
+@functools.cache  # said once in a process, however many models it loads
+def warn_of_slow_dtype(dtype: str, device_type: str) -> None:
+    """Say where a precision that was asked for is emulated: nothing else tells why a job takes so long."""
+    if dtype == "bfloat16" and device_type == "cpu" and fast_dtype(torch.device("cpu")) != dtype:
+        log(
+            "warning: dtype is bfloat16, which this CPU emulates in about ten times the time of float32 (it has "
+            "neither AVX-512 BF16 nor AMX); set dtype to float32"
+        )
 
 
 def choose_device(device: str | torch.device | None, engine: EngineChoice = "torch") -> torch.device:

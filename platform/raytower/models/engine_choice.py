@@ -11,6 +11,7 @@ import torch
 
 from raytower.errors import FormatError, RaytowerError
 from raytower.models.compute import Engine, EngineChoice, EngineDtype, engines_of
+from raytower.models.device import warn_of_slow_dtype
 from raytower.models.directory import resolve_model
 from raytower.models.onnx_export import Model, body_of, open_graph, put_body
 from raytower.progress import log
@@ -68,6 +69,7 @@ def settle_engine(
         RaytowerError: engine onnx, and the model cannot be exported.
     """
     if engine == "torch":
+        warn_of_slow_dtype(dtype, device.type)
         return Settled("torch", "as asked for")
     if engine == "onnx":
         put_body(model, open_graph(model, dtype, directory))

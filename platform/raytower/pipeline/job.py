@@ -552,7 +552,9 @@ def _as_before(values: Mapping[str, Any]) -> dict[str, Any]:
 def _former_values(job: str, config: Config) -> dict[str, Any]:
     """The config of a step as it was dumped before keys were renamed."""
     if job.startswith("train-"):  # none of their keys was renamed
-        return _without_newer(job, config.model_dump(mode="json"))
+        values = _without_newer(job, config.model_dump(mode="json"))
+        # It was the default where auto is now.
+        return {**values, "dtype": "bfloat16"} if values["dtype"] == "auto" else values
     values = _without_newer(job, _under_former_keys(config))
     if isinstance(config, IndexBuildConfig) and config.target.queries is not None:
         values["target"]["queries"] = config.target.queries.path_alone

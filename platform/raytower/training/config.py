@@ -47,7 +47,7 @@ from raytower.workers import worker_counts
 
 EVERY_STEPS = 200
 """Steps between two measurements where a config says nothing."""
-TrainDtype = Literal["float32", "bfloat16", "float16"]
+TrainDtype = Literal["auto", "float32", "bfloat16", "float16"]
 RetrieverFormat = Literal["pairs", "triples", "candidates", "scored", "lines", "labelled"]
 RetrieverObjective = (
     InBatchNegatives
@@ -346,9 +346,10 @@ class TrainJobConfig(Config):
     """Batches whose gradients are averaged into one optimizer step."""
     epochs: float = Field(default=1, gt=0)
     """Passes over the training rows; 0.5 takes half of them."""
-    dtype: TrainDtype = "bfloat16"
-    """Precision of forward passes; weights that train, gradients and optimizer stay in float32. On a GPU float32 is
-    multiplied by TF32."""
+    dtype: TrainDtype = "auto"
+    """Precision of forward passes; weights that train, gradients and optimizer stay in float32. auto: bfloat16 on GPUs
+    and on CPUs that multiply it, else float32, by the machine that starts the job. On a GPU float32 is multiplied by
+    TF32."""
     recompute: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, about a third more time."""
     compile: bool = False

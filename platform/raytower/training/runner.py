@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train.v2.api.config import ScalingConfig
 from torch import nn
 
@@ -25,6 +26,7 @@ from raytower.data.pieces import Survey, files_read
 from raytower.data.records import RecordKind
 from raytower.errors import InputError, OtherOutputError, RaytowerError, find_cause
 from raytower.models.content import hash_model
+from raytower.models.device import fast_dtype, warn_of_slow_dtype
 from raytower.models.directory import INFO_NAME
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
@@ -58,6 +60,7 @@ from raytower.workers import fit_workers
 # Between two looks for room for more workers. All start anew where there is some, which takes about as long.
 _RESIZE_S = 60.0
 TaskT = TypeVar("TaskT", bound=Task[Any])
+TrainJobConfigT = TypeVar("TrainJobConfigT", bound=TrainJobConfig)
 
 
 def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict[str, Any], TaskT]:
@@ -69,13 +72,28 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     _check_output(config)
     check_trackers(config)
     surveyed = task_class.survey(config)
+    config, asked = with_dtype(config), config
     identity = run_identity(config, surveyed)
-    if finished_run(config, identity) is not None:
+    if finished_run(asked, identity) is not None:
         log(f"{config.output} is finished; there is nothing to do")
     elif (left := _checkpoints_of_another_run(Location.of(config.output), run_key(identity))) is not None:
         former_place(str(left))
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
     return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
+
+
+def with_dtype(config: TrainJobConfigT) -> TrainJobConfigT:
+    """The config with the precision that auto stands for, by what its workers compute on.
+
+    It is settled once: workers of unlike machines would each choose their own.
+    """
+    num_gpus = config.workers.num_gpus
+    on_gpu = any(node.gpus for node in find_nodes()) if num_gpus is None else num_gpus > 0
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if config.dtype != "auto":
+        warn_of_slow_dtype(config.dtype, device.type)
+        return config
+    return config.model_copy(update={"dtype": fast_dtype(device)})
 
 
 def _check_output(config: TrainJobConfig) -> None:
@@ -184,6 +202,8 @@ def finished_run(config: TrainJobConfig, identity: dict[str, Any]) -> dict[str, 
     info = (output / INFO_NAME).read_json() if (output / INFO_NAME).is_file() else {}
     made_by = _in_one_form(info.get("run", {}))
     identity = _as_recorded(identity, made_by, _chosen(config, identity))
+    if config.dtype == "auto" and "dtype" in made_by:  # another machine may have settled it in another way
+        identity["dtype"] = made_by["dtype"]
     if made_by == identity:
         if not any(
             (output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
@@ -272,13 +292,14 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     check_trackers(config)
     survey = task_class.survey(config)
     output = Location.of(config.output)
+    config, asked = with_dtype(config), config
     identity = run_identity(config, survey)
     run_folder = _run_folder(output, identity)
-    done = finished_run(config, identity)
+    done = finished_run(asked, identity)
     if done is None:
         probe_storage(output.parent)
         with _only_job(output) as lease:
-            done = finished_run(config, identity)  # another job may have been at it
+            done = finished_run(asked, identity)  # another job may have been at it
             if done is None:
                 _clear_half_published(output, identity)
                 return _train(task_class, config, survey, identity, lease)

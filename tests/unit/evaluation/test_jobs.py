@@ -307,7 +307,7 @@ def test_mined_negatives_are_the_nearest_that_are_no_positives(world: World, tmp
 
 
 def test_mining_samples_by_seed_and_place_and_not_by_batch(world: World, tmp_path: Path) -> None:
-    pairs = [(text, "a positive") for text in TEXTS]
+    pairs = [(text, f"the positive of {text}") for text in TEXTS]
     settings = {"recall_k": 20, "num_negatives": 2}
     _, first = _mine(world, tmp_path, pairs, **settings, rows_per_batch=3)
     _, second = _mine(world, tmp_path, pairs, **settings, rows_per_batch=256)
@@ -340,6 +340,42 @@ def test_mining_skips_the_top_and_what_scores_too_high(world: World, tmp_path: P
     assert 0 < len(left) < len(TEXTS)
     above = sum(score > limit and text != positive for text, score in zip(CORPUS, scores, strict=True))
     assert result["dropped_likely_positives"] == above
+
+
+def test_a_screen_drops_what_a_cross_encoder_takes_for_positives(
+    world: World, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    """The first in drawn order that pass, however many are scored at a time."""
+    query, positive = "tiger lemons", TEXTS[3]
+    near = list(dict.fromkeys(CORPUS[place] for place in world.nearest(query, 30)))
+    near = [text for text in near if text not in (query, positive)]
+    logits = _logits(dummy_reranker_dir, query, [positive, *near])
+    for margin in (0.0, 0.3, -0.3):
+        passed = [text for text, logit in zip(near, logits[1:], strict=True) if logit < logits[0] - margin]
+        screen = {"reranker": str(dummy_reranker_dir), "margin": margin}
+        settings = {"recall_k": 30, "num_negatives": 3, "sampling": "top", "screen": screen}
+        result, (_, *rows) = _mine(world, tmp_path, [(query, positive)], **settings)
+        assert [row[2] for row in rows] == passed[:3]
+        assert bool(result["screened_out"]) == (near[:3] != passed[:3])
+    # All are screened out: the pair is not written.
+    screen["margin"] = 1e9
+    result, rows = _mine(world, tmp_path, [(query, positive)], **settings)
+    assert (result["pairs_without_negatives"], result["screened_out"], len(rows)) == (1, len(near), 1)
+    pairs = _write(tmp_path / "p.tsv", [(query, positive)])
+    values = {"encoder": world.encoder, "index": world.index, "input": {"path": pairs}}
+    plan = plan_mine(make_config(MineConfig, {**values, "output": str(tmp_path / "o.tsv"), **settings}))
+    assert plan["screened_pairs"] == 1 + 2 * 3
+
+
+def test_mining_takes_the_nearest_and_leaves_a_margin(world: World, tmp_path: Path) -> None:
+    query, positive = "tiger lemons", TEXTS[3]
+    settings = {"recall_k": 30, "num_negatives": 2, "sampling": "top"}
+    vectors = world.encode([query, positive])
+    limit = float(vectors[0] @ vectors[1]) - 0.2
+    _, (_, *rows) = _mine(world, tmp_path, [(query, positive)], **settings, max_score_margin=0.2)
+    scores = world.vectors @ vectors[0]
+    left = [CORPUS[place] for place in world.nearest(query, 30) if scores[place] <= limit]
+    assert [row[2] for row in rows] == list(dict.fromkeys(left))[:2]
 
 
 def test_mining_drops_positives_by_their_id(world: World, tmp_path: Path) -> None:

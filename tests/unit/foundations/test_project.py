@@ -22,6 +22,7 @@ from raytower.cli import COMMANDS, find_reference
 from raytower.config import Config, load_config
 from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.job import plan_pipeline
+from tests.support import slower
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "platform" / "raytower"
@@ -316,3 +317,37 @@ def test_hooks_before_a_commit_are_those_of_make_lint() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
     for hook in hooks:
         assert hook["entry"].removesuffix(" --fix") in makefile, hook["id"]
+
+
+def test_what_make_quick_leaves_out_is_there() -> None:
+    """A test that was renamed or removed leaves the list, so that nothing is left out by a name of before."""
+    names = slower.listed(slower.LIST.read_text(encoding="utf-8"))
+    assert len(names) > 100
+    gone = []
+    for name in sorted(names):
+        file, *names_inside = name.split("::")
+        path = ROOT / file
+        # hypothesis gives a state machine the function `runTest`.
+        if names_inside[-1] == "runTest":
+            written = f"{names_inside[0]} = "
+        else:
+            written = f"def {names_inside[-1]}("
+        if not path.is_file() or written not in path.read_text(encoding="utf-8"):
+            gone.append(name)
+    assert not gone, "run `make slower`, or mend tests/slower.txt"
+
+
+def test_what_was_slow_is_listed_by_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slower, "LIST", tmp_path / "slower.txt")
+    recorder = slower.Recorder()
+    for name, when, seconds in (
+        ("a.py::test_b[x]", "setup", 0.06),
+        ("a.py::test_b[x]", "call", 0.06),
+        ("a.py::test_b[y]", "call", 0.01),
+        ("a.py::C::test_c", "call", 0.09),
+        ("a.py::test_d", "call", 7.0),
+    ):
+        report = pytest.TestReport(name, ("a.py", 0, name), {}, "passed", None, when, duration=seconds)  # type: ignore[arg-type]
+        recorder.pytest_runtest_logreport(report)
+    recorder.pytest_sessionfinish()
+    assert slower.listed(slower.LIST.read_text()) == {"a.py::test_b", "a.py::test_d"}
