@@ -101,7 +101,9 @@ _FREE_KEYS = {
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
-    **dict.fromkeys(("wandb", "mlflow", "min")),
+    **dict.fromkeys(("wandb", "mlflow", "min", "sibling_labels")),
+    "sharding": "none",
+    "attention": "auto",
     "schedule": "linear",
     "guide": None,
     "more_negatives": None,
@@ -114,6 +116,14 @@ _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
 _GAINED: dict[str, dict[str, Any]] = {
     "mine": {"sampling": "random", "sampling_temperature": 0.05, "max_score_margin": None, "screen": None},
     "similarity": {"reranker": None, "rerank_max_length": None},
+    "classify": {
+        **dict.fromkeys(("tuned", "positive", "cut", "abstain_below", "suspects")),
+        "votes": "similarity",
+        "explain": False,
+        "suspect_share": 0.02,
+    },
+    # An index of before has no lexical side, which `index compact` adds; it is not built anew for it.
+    "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
 }
 # What `evaluate` has gained; null and false are what was done before.
 _NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
