@@ -208,7 +208,7 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --index runs/index --input data/train.tsv --output runs/negatives.tsv",
     ),
     "evaluate": Command(
-        "measure recall, MRR and nDCG of an index, with or without a reranker",
+        "measure recall, MRR, nDCG and more of an index or a run file, or test how evaluations differ",
         "raytower.evaluation.config:EvaluateConfig",
         "raytower.evaluation.evaluate:evaluate",
         "raytower.evaluation.evaluate:plan_evaluate",
@@ -229,6 +229,13 @@ COMMANDS: dict[str, Command] = {
         "raytower.annotation.classify:classify",
         "raytower.annotation.classify:plan_classify",
         example="--classifier runs/classifier --mode classifier --input data/new.txt --output runs/labels.tsv",
+    ),
+    "tune-classify": Command(
+        "find votes, chances, a cut and a threshold for classify, on dev rows",
+        "raytower.annotation.config:TuneClassifyConfig",
+        "raytower.annotation.tune_classify:tune_classify",
+        "raytower.annotation.tune_classify:plan_tune_classify",
+        example="--encoder runs/encoder --index runs/index --mode votes --input data/dev.txt --output runs/votes.json",
     ),
     "similarity": Command(
         "score a file of text pairs",
@@ -271,6 +278,14 @@ COMMANDS: dict[str, Command] = {
         "raytower.serving.config:ServeStatusConfig",
         "raytower.serving.client:server_status",
         example="--url http://127.0.0.1:8000",
+    ),
+    "refresh": Command(
+        "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",
+        "raytower.refresh.config:RefreshConfig",
+        "raytower.refresh.job:refresh",
+        "raytower.refresh.job:plan_refresh",
+        example="--model runs/encoder --train data/train.tsv --corpus data/corpus.tsv --queries data/dev.tsv "
+        "--output runs/refresh",
     ),
     "pipeline": Command(
         "run several jobs one after the other from one file; a finished step is skipped",

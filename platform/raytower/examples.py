@@ -178,6 +178,16 @@ EXAMPLES: dict[str, Example] = {
         },
         "Mode labels: the index is built over label texts, and the nearest one is the prediction.",
     ),
+    "tune-classify": Example(
+        {
+            "encoder": "runs/encoder",
+            "index": "runs/labelled-index",
+            "input": {"path": "data/dev.txt"},
+            "output": "runs/votes.json",
+            "mode": "votes",
+        },
+        "Dev rows, never those that are measured later.",
+    ),
     "similarity": Example(
         {
             "encoder": "runs/encoder",
@@ -202,6 +212,20 @@ EXAMPLES: dict[str, Example] = {
     "serve reload": Example({"url": "http://127.0.0.1:8000"}),
     "serve rollback": Example({"url": "http://127.0.0.1:8000"}),
     "serve status": Example({"url": "http://127.0.0.1:8000"}),
+    "refresh": Example(
+        {
+            "model": _BACKBONE,
+            "train": {"path": "data/train.tsv"},
+            "corpus": {"path": "data/corpus.tsv"},
+            "queries": {"path": "data/dev.tsv"},
+            "output": "runs/refresh",
+            "rounds": 3,
+            "metric": "ndcg@10",
+            "training": {"batch_size": 64, "max_length": 64, "epochs": 1},
+            "mining": {"num_negatives": 4, "max_score_ratio": 0.95},
+        },
+        "Each round trains on negatives that the round before still takes for answers.",
+    ),
     "pipeline": Example(
         {
             "state": "runs/pipeline.json",

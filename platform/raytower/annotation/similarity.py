@@ -49,7 +49,9 @@ def similarity(config: SimilarityConfig) -> dict[str, Any]:
     start = time.perf_counter()
     survey = _survey(config)
     job, default_threshold = _job(config, survey)
-    workers = workers_for(config.workers, survey.num_rows, job.texts_per_row, len(job.shares))
+    workers = workers_for(
+        config.workers, survey.num_rows, job.texts_per_row, len(job.shares), use_gpus=config.engine != "onnx"
+    )
     head = header_of(config.file_type, _COLUMNS[config.labelled])
     figures, _ = run_shares(job, workers, partial(join_bytes, head=head))
     measured = {}

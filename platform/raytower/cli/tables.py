@@ -47,7 +47,12 @@ def render_search_or_figures(result: Mapping[str, Any]) -> str:
 
 
 def render_evaluation(result: Mapping[str, Any]) -> str:
-    """A line a metric: its value, its 95 % interval and, after a reranker, what the first stage alone has."""
+    """A line a metric: its value, its 95 % interval and, after a reranker, what the first stage alone has.
+
+    Of a comparison a line a metric and system, and the queries that moved most.
+    """
+    if "comparisons" in result:
+        return _render_comparison(result)
     first = result["recall_stage"] or {}
     rows = [
         {
@@ -61,6 +66,37 @@ def render_evaluation(result: Mapping[str, Any]) -> str:
     shown = {*result["intervals"], "intervals", "recall_stage"}
     rest = {name: value for name, value in result.items() if name not in shown}
     return f"{_records(rows)}\n\n{render_result(rest)}"
+
+
+def _render_comparison(result: Mapping[str, Any]) -> str:
+    rows = [
+        {
+            "metric": row["metric"],
+            "system": row["system"],
+            "baseline": row["baseline_value"],
+            "value": row["value"],
+            "difference": f"{row['difference']:+.4f}",
+            "95 % interval": f"{row['low']:+.4f} to {row['high']:+.4f}",
+            "p": row["p"],
+            "p (Holm)": row["p_holm"],
+            "better/worse/equal": f"{row['better']:,}/{row['worse']:,}/{row['equal']:,}",
+        }
+        for row in result["comparisons"]
+    ]
+    moved = [
+        {
+            "system": row["system"],
+            "query": row["query"],
+            "from": row["baseline_value"],
+            "to": row["value"],
+        }
+        for row in result["moved"]
+    ]
+    rest = {name: value for name, value in result.items() if name not in ("comparisons", "moved")}
+    parts = [_records(rows), render_result(rest)]
+    if moved:
+        parts.insert(1, f"queries that moved most, by {result['moved_by']}\n{_records(moved)}")
+    return "\n\n".join(parts)
 
 
 def render_tuning(result: Mapping[str, Any]) -> str:

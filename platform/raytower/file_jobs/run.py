@@ -229,16 +229,18 @@ def _do_in_task(
     identity: str,
     open_worker: Callable[..., ShareWorker],
     arguments: tuple[Any, ...],
-    num_threads: int,
+    workers: WorkersConfig,
     share: Share,
     part: Location,
 ) -> dict[str, Any]:
     if identity not in _opened:
         from raytower.models.directory import set_num_threads
 
-        set_num_threads(num_threads)
+        set_num_threads(workers.num_threads)
+        if not workers.num_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else engines would take a GPU that they see
         # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
-        os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+        os.environ["RAYON_NUM_THREADS"] = str(workers.num_threads)
         _opened.clear()
         _opened[identity] = open_worker(*arguments)
     return _do(_opened[identity], share, part)
@@ -260,7 +262,7 @@ def _do_on_ray(
         max_calls=0,  # else Ray ends a process with a GPU after each task, and models are loaded anew
     )(_do_in_task)
     # Arguments travel once, and not with every task.
-    shared = (job.identity, job.open_worker, ray.put(job.arguments), workers.num_threads)
+    shared = (job.identity, job.open_worker, ray.put(job.arguments), workers)
     waiting = list(missing)
     running: dict[Any, int] = {}
     try:

@@ -281,7 +281,7 @@ def _converted(config: IndexConvertConfig, former: Format2, run: Run) -> IndexMa
         update={"placement": config.placement or ("cluster" if former.placement else "rows")}
     )
     target = config.target
-    asked = {
+    asked: dict[str, Any] = {
         "recall_k": target.k or draft.recall_k,
         "recall_target": target.recall or draft.recall_target,
         "queries": None if target.queries is None else kept_queries(index, draft.origin, target.queries),

@@ -202,12 +202,14 @@ class LexicalSide:
         inverse = np.log1p((self._rows - held + 0.5) / (held + 0.5))
         weights = inverse * np.fromiter(times.values(), np.float64, len(words))
         kept = np.flatnonzero(held > 0)
-        return _Terms([words[place] for place in kept], weights[kept])
+        held_words = [words[place] for place in kept]
+        return _Terms(held_words, [times[word] for word in held_words], weights[kept])
 
     def _candidates(self, terms: _Terms, depth: int, where: str | None) -> Rows:
         if not terms.words:
             return np.empty(0, np.int64)
-        return self._table.best_matches(terms.words, depth, where)
+        asked = [word for word, times in zip(terms.words, terms.times, strict=True) for _ in range(times)]
+        return self._table.best_matches(asked, depth, where)
 
     def _scored(self, terms: _Terms, texts: pa.Array) -> Scores:
         """The scores (n,) of documents by their joined tokens (n,)."""
@@ -226,9 +228,10 @@ class LexicalSide:
 
 @dataclass(frozen=True)
 class _Terms:
-    """Distinct tokens of a query, and what each of them weighs (T,)."""
+    """Distinct tokens of a query, how often each stands there, and what it weighs, (T,)."""
 
     words: list[str]
+    times: list[int]
     weights: NDArray[np.float64]
 
 

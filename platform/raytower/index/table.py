@@ -226,7 +226,7 @@ class DocumentTable:
         return _raising(explained)
 
     def best_matches(self, words: Sequence[str], limit: int, where: str | None = None) -> Rows:
-        """The rows (n,) that match some tokens best, as the inverted index counts; of those a condition holds for.
+        """The rows (n,) that match some tokens best, as the inverted index counts, each as often as it is given.
 
         Raises InputError where the condition does not fit the columns.
         """

@@ -8,7 +8,8 @@ hyphens go. Then, by script:
     every other script             words as spaces and punctuation part them, stemmed where a stemmer is set
 
 A code is found by its whole and by its parts. ERR_CONN_0x80070005 is itself; err, conn and 0x80070005; 0, x and
-80070005. iPhone15手机壳 is iphone15, iphone, 15, 手 机 壳 手机 机壳. A script that is not known here is parted by its spaces.
+80070005. iPhone15手机壳 is iphone15, iphone, 15, 手 机 壳 手机 机壳. A script that is not known here is parted by its
+spaces.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ from raytower.models.model_class import refuse_other_class
 from raytower.models.static_embedding import StaticBackbone, load_static, save_static
 from raytower.models.token_block import Padding, TokenBlock
 from raytower.models.tokenising import tokenise
+from raytower.models.unpadded import run_laid_out
 
 # Of these kinds AutoModel would take the decoder too, whose weights an encoder's directory lacks.
 _ENCODERS_ALONE: dict[object, type[PreTrainedModel]] = {
@@ -172,6 +173,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.output_name = "pooler_output" if settings.pooling == "pooler" else "last_hidden_state"
         """What of the backbone's output vectors are made from."""
+        self.first_position = 0
+        """What the backbone counts positions from; only of texts that are laid end to end it has to be known."""
         self.width = _output_width(backbone) if width is None else width
         self.backbone = backbone
         self.projections = nn.ModuleList(projections or [])
@@ -283,14 +286,23 @@ class Encoder(nn.Module):
         return entries
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, unpooled: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        unpooled: Tensor | None = None,
+        places: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32.
 
-        `unpooled` (B,) says how many of each row's first tokens pooling leaves out; None: none.
+        `unpooled` (B,) says how many of each row's first tokens pooling leaves out; None: none. `places` and `starts`
+        have texts laid end to end for the backbone; see `run_laid_out`.
         """
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = getattr(output, self.output_name).float()
+        if places is None or starts is None:
+            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+            hidden = getattr(output, self.output_name).float()
+        else:
+            hidden = run_laid_out(self.backbone, input_ids, places, starts, self.first_position).float()
         # Pooling, projection and norm in fp32: sums over many tokens lose digits in bf16.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             if self.library is None:

@@ -52,7 +52,7 @@ def rerank(config: RerankFileConfig) -> dict[str, Any]:
     start = time.perf_counter()
     file_type, surveyed, starts, has_scores = _prepare(config)
     shares = _shares(surveyed, starts)
-    workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares))
+    workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares), use_gpus=config.engine != "onnx")
     job = _job(config, file_type, surveyed, shares, has_scores)
     figures, num_done = run_shares(job, workers, partial(join_parts, file_type=file_type))
     seconds = time.perf_counter() - start
@@ -73,7 +73,7 @@ def plan_rerank(config: RerankFileConfig) -> dict[str, Any]:
     """Queries, pairs, parts, workers (1: this process) and predicted memory; surveys the input."""
     file_type, surveyed, starts, _ = _prepare(config)
     shares = _shares(surveyed, starts)
-    workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares))
+    workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares), use_gpus=config.engine != "onnx")
     return {
         **plan_reranker_rows(
             surveyed.num_rows,

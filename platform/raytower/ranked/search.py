@@ -48,7 +48,13 @@ def search_one_or_many(config: SearchConfig) -> dict[str, Any]:
         return search(config)
     start = time.perf_counter()
     file_type, surveyed, shares = _prepare(config)
-    workers = workers_for(config.workers, surveyed.num_rows, _texts_per_query(config), len(shares))
+    workers = workers_for(
+        config.workers,
+        surveyed.num_rows,
+        _texts_per_query(config),
+        len(shares),
+        use_gpus=config.engine != "onnx",
+    )
     job = _job(config, file_type, surveyed, shares)
     figures, num_done = run_shares(job, workers, partial(join_parts, file_type=file_type))
     seconds = time.perf_counter() - start
@@ -78,7 +84,13 @@ def plan_one_or_many(config: SearchConfig) -> dict[str, Any]:
     if config.input is None:
         return plan_search(config)
     file_type, surveyed, shares = _prepare(config)
-    workers = workers_for(config.workers, surveyed.num_rows, _texts_per_query(config), len(shares))
+    workers = workers_for(
+        config.workers,
+        surveyed.num_rows,
+        _texts_per_query(config),
+        len(shares),
+        use_gpus=config.engine != "onnx",
+    )
     plan = plan_search(config, surveyed.num_rows, config.rows_per_batch)
     return {
         **plan,

@@ -7,15 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytower.annotation.deciding import ClassifySettings
+from raytower.annotation.labels import count_labels
 from raytower.config import make_config
 from raytower.errors import InputError
 from raytower.index.hybrid import HybridFusion, check_mode, modes_of
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
+from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest, published_version
 from raytower.serving.conductor import Served
 from raytower.serving.config import CollectionConfig, ServeConfig
-from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, HybridEntry, ModelEntry
+from raytower.serving.generation import (
+    MOST_LABELS,
+    ComputeEntry,
+    FusionEntry,
+    Generation,
+    HybridEntry,
+    ModelEntry,
+)
 from raytower.storage import Location, absolute_if_local
 
 if TYPE_CHECKING:
@@ -50,7 +60,11 @@ def newest_version(index: str) -> str | None:
 def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by which every process finds the same index and models, whatever its folder and its environment."""
     return {
-        name: absolute_if_local(value) if name in _PLACES and value else value
+        name: [absolute_if_local(each) for each in value]
+        if name == "classify_tuned"
+        else absolute_if_local(value)
+        if name in _PLACES and value
+        else value
         for name, value in settings.items()
     }
 
@@ -88,6 +102,8 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         document_max_length=manifest.max_length,
         label_field=config.label_field,
         classify_modes=_classify_modes(config),
+        classify_settings=_classify_settings(config, encoder, classifier),
+        num_labels=_num_labels(config, manifest),
         compute=ComputeEntry(
             engine=config.engine,
             dtype=config.dtype,
@@ -178,6 +194,38 @@ def _query_prompt(name: str, path: Path) -> str:
     prompts = found if isinstance(found, dict) else {}
     say_untold_prefix("query", name, transformer_folder(path), prompts)
     return str(prompts.get("query", ""))
+
+
+def _classify_settings(
+    config: CollectionConfig, encoder: ModelEntry, classifier: ModelEntry | None
+) -> tuple[ClassifySettings, ...]:
+    """Raises InputError: settings of a way that is not served, of another model, or two of one way."""
+    found: dict[str, ClassifySettings] = {}
+    for name in config.classify_tuned:
+        settings = ClassifySettings.read(name)
+        mode = settings.mode
+        if mode not in _classify_modes(config):
+            raise InputError(
+                f"classify_tuned names {name!r}, which was tuned for mode {mode}, and the collection does not classify "
+                "by it; add it to classify_modes (or name a classifier), or leave the file out"
+            )
+        if mode in found:
+            raise InputError(
+                f"classify_tuned names two files that were tuned for mode {mode}; keep one of them"
+            )
+        model = classifier if mode == "classifier" else encoder
+        assert model is not None  # or the mode is not served
+        settings.check(mode, model.fingerprint, None if mode == "classifier" else config.label_field, name)
+        found[mode] = settings
+    return tuple(found.values())
+
+
+def _num_labels(config: CollectionConfig, manifest: IndexManifest) -> int:
+    if "labels" not in config.classify_modes:
+        return 0
+    table = DocumentTable.open(Location.of(config.index), manifest.table_version)
+    columns = ["id", "text", *({config.label_field} & set(table.schema.names) - {"id", "text"})]
+    return count_labels(table.scan(columns), config.label_field, MOST_LABELS)
 
 
 def _classify_modes(config: CollectionConfig) -> tuple[Any, ...]:

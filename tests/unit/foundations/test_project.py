@@ -46,7 +46,7 @@ FLOORS = [
     {"export"},
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
-    {"demo"},
+    {"demo", "refresh"},
 ]
 RAY_FREE = [
     "models",

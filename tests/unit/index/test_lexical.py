@@ -107,6 +107,15 @@ def test_a_score_by_hand(tmp_path: Path) -> None:
     assert hits.rows.tolist() == [[0, 1], [0, 1]]
 
 
+def test_candidates_are_taken_by_what_repeats_in_the_query(tmp_path: Path) -> None:
+    """Once each, x outweighs y, and the candidates would all hold x."""
+    texts = ["x"] * 60 + ["y"] * 70
+    build(tmp_path / "index", embedded(tmp_path / "e", numbered(texts)))
+    hits = Index.open(str(tmp_path / "index")).search_lexical(["x y y y", "x y"], 10)
+    assert (hits.rows[0] >= 60).all()
+    assert (hits.rows[1] < 60).all()
+
+
 def test_changes_are_in_force_at_once(tmp_path: Path) -> None:
     place = str(tmp_path / "index")
     documents = numbered(random_texts(800, 2))

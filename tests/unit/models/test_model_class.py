@@ -117,6 +117,7 @@ COMMANDS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("tune-fusion", "reranker", "reranker", {"queries": "pairs.tsv"}),
     ("mine", "encoder", "encoder", _IN_OUT),
     ("mine", "teacher", "reranker", {**_IN_OUT, "encoder": "encoder", "format": "scored"}),
+    ("mine", "screen.reranker", "reranker", {**_IN_OUT, "encoder": "encoder"}),
     ("classify", "encoder", "encoder", _IN_OUT),
     ("classify", "classifier", "classifier", {**_IN_OUT, "mode": "classifier"}),
     ("similarity", "encoder", "encoder", {**_IN_OUT, "labelled": False}),
