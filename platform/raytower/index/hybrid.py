@@ -7,8 +7,8 @@ no default stands for a score that is not known. Two ways make one score of them
     standardised       (1 - w) · z(dense) + w · z(lexical); z by mean and deviation over the candidates of this query
     reciprocal_ranks   (1 - w) / (60 + dense rank) + w / (60 + lexical rank)   (Cormack et al., SIGIR 2009)
 
-BM25 is a sum over the query's words, so its scale is the query's own; constants taken from other queries, as
-`models.fusion.Fusion` has for rerankers, would let long queries be decided by words alone.
+Means and deviations are the query's own, so that nothing has to be tuned before. Constants from other queries, which
+`models.fusion.Fusion` has for rerankers, measured the same (docs/results/hybrid.md), and would need dev queries.
 
 Shape legend: Q queries, D embedding dimension, K hits a query, n candidates of one query.
 """
@@ -31,7 +31,7 @@ from raytower.index.search_config import HybridConfig, HybridWay
 from raytower.models.fusion import SearchMode
 
 DEFAULT_WAY: HybridWay = "standardised"
-# Best on 600 judged queries of zh_questions, where from .2 to .4 hardly differ (docs/results/hybrid.md).
+# On 600 judged queries of zh_questions weights from .1 to .4 hardly differ (docs/results/hybrid.md).
 DEFAULT_WEIGHT = 0.3
 # Candidates of each side, at least: a list of few hits then begins as one of many.
 LEAST_CANDIDATES = 100

@@ -8,6 +8,7 @@ from typing import Any
 from raytower import escapes
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
+from raytower.progress import log
 from raytower.retrieval.config import SearchConfig
 from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
 from raytower.retrieval.plans import plan_rows
@@ -30,6 +31,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     assert config.query is not None, "many queries are raytower.ranked's"
     index = Index.open(config.index)
     found = open_search(config, index)([config.query])
+    if found.num_wordless and config.mode == "hybrid":
+        log("the query shares no token with a document, so mode hybrid has what mode dense finds")
     results = [
         {
             "rank": hit.rank,

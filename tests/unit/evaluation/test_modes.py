@@ -141,6 +141,10 @@ class TestSearch:
         one = search(make_config(SearchConfig, {**values, "query": QUERIES[0]}))["results"]
         assert [hit["id"] for hit in one] == [IDS[row] for row in expected.rows[0]]
 
+    def test_one_query_without_words_is_told_of(self, world: str, capsys: pytest.CaptureFixture[str]) -> None:
+        search(make_config(SearchConfig, {"index": world, "query": "…", "mode": "hybrid"}))
+        assert "shares no token with a document" in capsys.readouterr().err
+
     def test_dense_is_what_it_was(self, world: str) -> None:
         found = search(make_config(SearchConfig, {"index": world, "query": "pump"}))
         index = Index.open(world)

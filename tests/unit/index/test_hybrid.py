@@ -99,6 +99,9 @@ class TestRealIndexes:
     @pytest.fixture(autouse=True)
     def _few_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hybrid, "LEAST_CANDIDATES", DEPTH)
+        monkeypatch.setattr(
+            hybrid, "_ROWS_AT_ONCE", 30
+        )  # vectors of some queries are read apart from those of others
 
     @pytest.mark.parametrize("filter", [None, {"parity": 1}])
     def test_it_is_the_union_with_missing_scores_computed(
