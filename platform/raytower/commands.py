@@ -253,6 +253,12 @@ COMMANDS: dict[str, Command] = {
         "raytower.serving.client:server_status",
         example="--url http://127.0.0.1:8000",
     ),
+    "cluster init": Command(
+        "make the token that `ray up cluster.yaml` hands to every node, once for each user",
+        "raytower.cluster.config:ClusterInitConfig",
+        "raytower.cluster.token:init_cluster",
+        "raytower.cluster.token:plan_init",
+    ),
     "pipeline": Command(
         "run several jobs one after the other from one file; a finished step is skipped",
         "raytower.pipeline.config:PipelineConfig",

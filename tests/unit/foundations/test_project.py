@@ -41,7 +41,7 @@ FLOORS = [
     {"retrieval"},
     {"evaluation", "annotation"},
     {"serving"},
-    {"export"},
+    {"cluster", "export"},
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
     {"demo"},
