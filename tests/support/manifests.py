@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from importlib_resources import files
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
@@ -55,7 +55,9 @@ def _generate(generator: dict[str, Any], folder: Path, objects: list[dict[str, A
     assert generator["options"] == {"disableNameSuffixHash": True}
     data = {Path(name).name: (folder / name).read_text(encoding="utf-8") for name in generator["files"]}
     if generator.get("behavior") == "merge":
-        (known,) = [o for o in objects if (o["kind"], o["metadata"]["name"]) == ("ConfigMap", generator["name"])]
+        (known,) = [
+            o for o in objects if (o["kind"], o["metadata"]["name"]) == ("ConfigMap", generator["name"])
+        ]
         known["data"] |= data
     else:
         metadata = {"name": generator["name"]}
@@ -104,13 +106,20 @@ def schema_errors(item: dict[str, Any]) -> list[str]:
         reference = f"https://raytower.test/kuberay.json#/$defs/{item['kind']}"
         assert schema, f"nothing is written down of {item['kind']}"
     else:
-        group = {"v1": "core.v1"}.get(item["apiVersion"], item["apiVersion"].replace(".k8s.io", "").replace("/", "."))
+        group = {"v1": "core.v1"}.get(
+            item["apiVersion"], item["apiVersion"].replace(".k8s.io", "").replace("/", ".")
+        )
         reference = f"https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.api.{group}.{item['kind']}"
     validator = Draft202012Validator({"$ref": reference}, registry=_registry())
-    return [f"{'/'.join(map(str, error.path))}: {error.message[:300]}" for error in validator.iter_errors(item)]
+    return [
+        f"{'/'.join(map(str, error.path))}: {error.message[:300]}" for error in validator.iter_errors(item)
+    ]
 
 
 @cache
 def _registry() -> Registry[Any]:
-    contents = [json.loads(place.read_text(encoding="utf-8")) for place in (_KUBERNETES / "_definitions.json", _KUBERAY)]
+    contents = [
+        json.loads(place.read_text(encoding="utf-8"))
+        for place in (_KUBERNETES / "_definitions.json", _KUBERAY)
+    ]
     return Registry().with_resources([(item["$id"], Resource.from_contents(item)) for item in contents])

@@ -36,7 +36,7 @@ def init_cluster(config: ClusterInitConfig) -> dict[str, Any]:
         os.replace(file.name, place)
     except OSError as error:
         raise InputError(
-            f"token_file: {place} cannot be written ({error.strerror}); name a file in a folder of yours by --token_file"
+            f"token_file: {place} cannot be written ({error.strerror}); name one in a folder of yours by --token_file"
         ) from error
     return plan
 
@@ -55,7 +55,7 @@ def plan_init(config: ClusterInitConfig) -> dict[str, Any]:
     mode = place.stat().st_mode & 0o777
     if mode & _OTHERS:
         raise InputError(
-            f"token_file: others may read {place} (mode {mode:o}, not 600), and whoever has read it may run commands on "
-            "the cluster; --replace makes a new token, `chmod 600` keeps this one"
+            f"token_file: others may read {place} (mode {mode:o}, not 600), and whoever has read it may run commands "
+            "on the cluster; --replace makes a new token, `chmod 600` keeps this one"
         )
     return {"token_file": str(place), "made": False}

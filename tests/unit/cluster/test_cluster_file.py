@@ -57,7 +57,9 @@ class TestRoom:
 
     def test_what_the_guide_says_of_a_node_type_is_so(self, provider: str) -> None:
         types = {**CHANGES, "aws": CLUSTER}[provider]["available_node_types"]
-        rows = re.findall(r"^\| `(\w+)` \| (\d+) CPUs(?:, (\d+) GPUs?)?[^|]*\|[^|]*\| (yes|no)", GUIDE, re.MULTILINE)
+        rows = re.findall(
+            r"^\| `(\w+)` \| (\d+) CPUs(?:, (\d+) GPUs?)?[^|]*\|[^|]*\| (yes|no)", GUIDE, re.MULTILINE
+        )
         assert {row[0] for row in rows} == types.keys() - {"head"}
         for name, cpus, gpus, spot in rows:
             expected = {"CPU": int(cpus), **({"GPU": int(gpus)} if gpus else {})}

@@ -165,7 +165,9 @@ class TestSecurity:
         for item in built(size):
             for pod in pods_of(item):
                 is_head = pod["spec"]["containers"][0]["name"] == "ray-head"
-                assert pod["spec"]["serviceAccountName"] == ("raytower-head" if is_head else "raytower-worker")
+                assert pod["spec"]["serviceAccountName"] == (
+                    "raytower-head" if is_head else "raytower-worker"
+                )
                 assert is_head or pod["spec"]["automountServiceAccountToken"] is False
 
     def test_no_secret_stands_in_a_file(self, size: str) -> None:
@@ -228,7 +230,9 @@ def read_entrypoint(words: list[str], files: dict[str, Path]) -> Config:
 
 @pytest.mark.parametrize("size", SIZES)
 class TestJobs:
-    def test_their_commands_are_raytowers_and_their_configs_are_accepted(self, size: str, tmp_path: Path) -> None:
+    def test_their_commands_are_raytowers_and_their_configs_are_accepted(
+        self, size: str, tmp_path: Path
+    ) -> None:
         files = configs(size, tmp_path)
         found = {name: read_entrypoint(words, files) for name, words in entrypoints(size)}
         assert found.keys() == {"train-", "encode-", "build-", "refresh", "compact"}
@@ -271,7 +275,8 @@ def resources_of(group: dict[str, Any]) -> dict[str, str]:
 def places_of(groups: list[dict[str, Any]], ask: Ask) -> int:
     nodes = [(resources_of(group), group["maxReplicas"]) for group in groups]
     return sum(
-        most * ask.places(amount(node["cpu"]), amount(node.get("nvidia.com/gpu", "0"))) for node, most in nodes
+        most * ask.places(amount(node["cpu"]), amount(node.get("nvidia.com/gpu", "0")))
+        for node, most in nodes
     )
 
 
@@ -304,7 +309,9 @@ class TestPods:
                 assert open_paths[check["path"]] == check["port"]
 
     def test_spot_machines_are_for_what_goes_on_where_it_was(self, size: str) -> None:
-        tolerant = {name for name, pod in ray_pods(size) if "spot" in json.dumps(pod["spec"].get("tolerations", []))}
+        tolerant = {
+            name for name, pod in ray_pods(size) if "spot" in json.dumps(pod["spec"].get("tolerations", []))
+        }
         assert tolerant == ({"cpu"} if size == "small" else {"cpu", "gpu"})
 
 
