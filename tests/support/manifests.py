@@ -47,7 +47,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file. By way of JSON, so that what was an alias is a value of its own and can be patched alone."""
+    """The objects of a file. By way of JSON, so that what was an alias can be patched alone."""
     return [json.loads(json.dumps(item)) for item in yaml.safe_load_all(path.read_text(encoding="utf-8"))]
 
 

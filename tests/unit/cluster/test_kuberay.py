@@ -1,4 +1,4 @@
-"""deploy/kuberay as far as it can be read without a Kubernetes: schemas, security, commands, and room for what jobs ask."""
+"""deploy/kuberay as far as it can be read without a Kubernetes: schemas, security, commands, room for jobs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class TestObjects:
         assert all(c["enableInTreeAutoscaling"] for c in clusters(size))
 
     def test_what_is_named_is_there(self, size: str) -> None:
-        """Accounts, ConfigMaps, the cluster of jobs, its Secret and Service; Secrets that people make are the README's."""
+        """Accounts, ConfigMaps, the cluster of jobs and its Secret; Secrets that people make are the README's."""
         names = {(o["kind"], o["metadata"].get("name")) for o in built(size)}
         readme = (KUBERAY / "README.md").read_text(encoding="utf-8")
         made = set(re.findall(r"create secret generic ([\w-]+)", readme)) | {"raytower"}  # the operator's own
