@@ -11,7 +11,8 @@ to `all` --device cpu --size tiny.
 
 all: everything from texts, in less than ten minutes: pairs a second with tokenising inside the step and ahead of it,
 padding, share of the rate at which the device multiplies matrices, memory by batch, and how often a step waits for the
-device; then float32, adapters and dev rows. Lengths are log-normal, those of queries a quarter of the documents'.
+device; then float32, texts without padding, adapters and dev rows. Lengths are log-normal, those of queries a quarter
+of the documents'.
 speed: pairs a second with in-batch negatives, and model FLOPs utilisation. Forward and backward of a token cost 6 FLOP
 a weight of the layers, and 12 · layers · width · length in attention; embedding tables are looked up, not multiplied.
 largest: the largest batch, doubling until the memory is full, with and without gradient caching.
@@ -42,6 +43,7 @@ from gpu_encoding import make_tokenizer, matrix_rate, word_of
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from raytower.models.ahead import Ahead
 from raytower.models.batch_planner import plan_batches
@@ -353,8 +355,17 @@ def flop_of_lengths(step: TrainingStep, lengths: NDArray[np.int64]) -> float:
     return float(6 * weights * lengths.sum() + attention * (lengths.astype(float) ** 2).sum())
 
 
+def drop_no_attention(tower: TwoTower, is_unpadded: bool) -> None:
+    """Without dropout of attention, which alone allows texts that lie end to end; then with such, if asked for."""
+    for module in tower.modules():
+        if isinstance(module, BertSelfAttention):
+            module.dropout.p = 0.0
+    if is_unpadded:
+        tower.eval().leave_out_padding([word_of(1), " ".join(map(word_of, range(9)))])
+
+
 def compare_settings(arguments: argparse.Namespace, texts: Sequence[Texts], seconds: float) -> None:
-    """Float32 by both ways of multiplying, adapters on either kind of base, and dev rows, each on batches of texts."""
+    """Float32 by both ways of multiplying, texts without padding, adapters on either kind of base, and dev rows."""
     size, device = SIZES[arguments.size], torch.device(arguments.device)
     tokens = TOKENS_PER_CHUNK[device.type]
 
@@ -364,6 +375,17 @@ def compare_settings(arguments: argparse.Namespace, texts: Sequence[Texts], seco
             torch.set_float32_matmul_precision(precision)
             yield name, make_step(size, exact, tokens, None)
         torch.set_float32_matmul_precision("highest")
+        for name, is_unpadded in (("padded, no dropout of attention", False), ("unpadded, the same", True)):
+            yield (
+                name,
+                make_step(
+                    size,
+                    arguments,
+                    tokens,
+                    None,
+                    lambda tower, is_unpadded=is_unpadded: drop_no_attention(tower, is_unpadded),
+                ),
+            )
         if importlib.util.find_spec("peft") is None:
             print("no adapters: peft is not installed")
             return

@@ -169,17 +169,36 @@ COMMANDS: dict[str, Command] = {
         example="runs/index 000003",
     ),
     "search": Command(
-        "ask an index a question",
+        "ask an index a question, or each of a file of questions (--input, --output)",
         "raytower.retrieval.config:SearchConfig",
-        "raytower.retrieval.search:search",
-        "raytower.retrieval.search:plan_search",
-        "raytower.retrieval.search:render_search",
+        "raytower.ranked.search:search_one_or_many",
+        "raytower.ranked.search:plan_one_or_many",
+        "raytower.cli.tables:render_search_or_figures",
         always_rendered=True,
         positions=(
             "index",
             "query",
         ),
         example="runs/index 怎么才能开通微粒贷 --k 5",
+    ),
+    "rerank": Command(
+        "score and sort a file of candidates with a reranker",
+        "raytower.ranked.config:RerankFileConfig",
+        "raytower.ranked.rerank:rerank",
+        "raytower.ranked.rerank:plan_rerank",
+        example="--reranker runs/reranker --input runs/recall.tsv --output runs/ranked.tsv --k 10",
+    ),
+    "embed": Command(
+        "the vectors of a few texts as JSON; `encode` is for a corpus",
+        "raytower.retrieval.config:EmbedConfig",
+        "raytower.retrieval.embed:embed",
+        "raytower.retrieval.embed:plan_embed",
+        "raytower.retrieval.embed:render_embed",
+        positions=(
+            "encoder",
+            "text",
+        ),
+        example="runs/encoder 怎么才能开通微粒贷 --role query",
     ),
     "mine": Command(
         "mine hard negatives for training pairs from an index",
@@ -189,7 +208,7 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --index runs/index --input data/train.tsv --output runs/negatives.tsv",
     ),
     "evaluate": Command(
-        "measure recall, MRR and nDCG of an index, with or without a reranker",
+        "measure recall, MRR, nDCG and more of an index or a run file, or test how evaluations differ",
         "raytower.evaluation.config:EvaluateConfig",
         "raytower.evaluation.evaluate:evaluate",
         "raytower.evaluation.evaluate:plan_evaluate",
@@ -210,6 +229,13 @@ COMMANDS: dict[str, Command] = {
         "raytower.annotation.classify:classify",
         "raytower.annotation.classify:plan_classify",
         example="--classifier runs/classifier --mode classifier --input data/new.txt --output runs/labels.tsv",
+    ),
+    "tune-classify": Command(
+        "find votes, chances, a cut and a threshold for classify, on dev rows",
+        "raytower.annotation.config:TuneClassifyConfig",
+        "raytower.annotation.tune_classify:tune_classify",
+        "raytower.annotation.tune_classify:plan_tune_classify",
+        example="--encoder runs/encoder --index runs/index --mode votes --input data/dev.txt --output runs/votes.json",
     ),
     "similarity": Command(
         "score a file of text pairs",
@@ -258,6 +284,14 @@ COMMANDS: dict[str, Command] = {
         "raytower.cluster.config:ClusterInitConfig",
         "raytower.cluster.token:init_cluster",
         "raytower.cluster.token:plan_init",
+    ),
+    "refresh": Command(
+        "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",
+        "raytower.refresh.config:RefreshConfig",
+        "raytower.refresh.job:refresh",
+        "raytower.refresh.job:plan_refresh",
+        example="--model runs/encoder --train data/train.tsv --corpus data/corpus.tsv --queries data/dev.tsv "
+        "--output runs/refresh",
     ),
     "pipeline": Command(
         "run several jobs one after the other from one file; a finished step is skipped",

@@ -31,6 +31,10 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     "peft": ("peft, which lora needs,", "lora", ""),
     "prometheus_client": ("prometheus_client, which counts what a server does,", "serve", ""),
     "tiktoken": ("tiktoken, which reads token ids of OpenAI's clients,", "serve", ""),
+    **dict.fromkeys(
+        ("ir_measures", "scipy", "sklearn"),
+        ("What measures and compares (ir-measures, SciPy, scikit-learn)", "measures", ""),
+    ),
     "sentry_sdk": ("Sentry's SDK, which observe.sentry_dsn needs,", "sentry", ""),
     "opentelemetry": ("OpenTelemetry, which observe.otlp_endpoint needs,", "otel", ""),
     "wandb": ("W&B's client, which wandb needs,", "wandb", ""),

@@ -115,7 +115,26 @@ EXAMPLES: dict[str, Example] = {
     "index list": Example({"index": "runs/index"}),
     "index verify": Example({"index": "runs/index"}),
     "index rollback": Example({"index": "runs/index", "to": "000001"}),
-    "search": Example({"index": "runs/index", "query": "怎么才能开通微粒贷", "k": 5}),
+    "search": Example(
+        {
+            "index": "runs/index",
+            "input": {"path": "data/queries.txt"},
+            "output": "runs/recall.tsv",
+            "k": 50,
+            "reranker": None,
+        },
+        "Queries one a line, or `id <tab> query`; one query is given as `query` in place of input and output.",
+    ),
+    "rerank": Example(
+        {
+            "reranker": "runs/reranker",
+            "input": {"path": "runs/recall.tsv"},
+            "output": "runs/ranked.tsv",
+            "k": 10,
+        },
+        "Rows: `query <tab> candidate [<tab> recall score]`, the rows of a query together.",
+    ),
+    "embed": Example({"encoder": "runs/encoder", "text": ["怎么才能开通微粒贷"], "role": "query"}),
     "mine": Example(
         {
             "encoder": "runs/encoder",
@@ -159,6 +178,16 @@ EXAMPLES: dict[str, Example] = {
         },
         "Mode labels: the index is built over label texts, and the nearest one is the prediction.",
     ),
+    "tune-classify": Example(
+        {
+            "encoder": "runs/encoder",
+            "index": "runs/labelled-index",
+            "input": {"path": "data/dev.txt"},
+            "output": "runs/votes.json",
+            "mode": "votes",
+        },
+        "Dev rows, never those that are measured later.",
+    ),
     "similarity": Example(
         {
             "encoder": "runs/encoder",
@@ -184,6 +213,20 @@ EXAMPLES: dict[str, Example] = {
     "serve rollback": Example({"url": "http://127.0.0.1:8000"}),
     "serve status": Example({"url": "http://127.0.0.1:8000"}),
     "cluster init": Example({"replace": False}, "Nothing has to be set."),
+    "refresh": Example(
+        {
+            "model": _BACKBONE,
+            "train": {"path": "data/train.tsv"},
+            "corpus": {"path": "data/corpus.tsv"},
+            "queries": {"path": "data/dev.tsv"},
+            "output": "runs/refresh",
+            "rounds": 3,
+            "metric": "ndcg@10",
+            "training": {"batch_size": 64, "max_length": 64, "epochs": 1},
+            "mining": {"num_negatives": 4, "max_score_ratio": 0.95},
+        },
+        "Each round trains on negatives that the round before still takes for answers.",
+    ),
     "pipeline": Example(
         {
             "state": "runs/pipeline.json",

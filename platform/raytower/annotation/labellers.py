@@ -6,9 +6,21 @@ Labels are compared and written as the data has them; see `labels`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from raytower.annotation.labels import Prediction, count_votes, label_logits, label_of, rank_labels
+from raytower.annotation.config import VoteKind
+from raytower.annotation.labels import (
+    DOCUMENTS_AT_ONCE,
+    WIDER,
+    Prediction,
+    count_labels,
+    count_votes,
+    label_logits,
+    label_of,
+    needs_more,
+    rank_labels,
+)
 from raytower.data.plain_labels import plain_label
 from raytower.index.reader import Index
 from raytower.models.forward import ForwardEngine
@@ -31,6 +43,18 @@ class Labeller(Protocol):
         """Rows, of so many for each label, whose label could never have been predicted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What an index says of a text."""
+
+    voters: Sequence[tuple[str, float]]
+    """Label and score of each document that counts, best first."""
+    nearest: str | None
+    """The text of the first of them; None without any."""
+    same: Sequence[str]
+    """Labels of the documents with the very text, where those do not count."""
+
+
 class IndexLabeller:
     """Labels by retrieval. A document's label is its `label_field` where it has one; in mode labels else its text."""
 
@@ -42,18 +66,28 @@ class IndexLabeller:
         mode: Literal["labels", "votes"],
         depth: int,
         label_field: str,
-        temperature: float,
-        prefix: str,
+        votes: VoteKind = "similarity",
+        temperature: float = 1.0,
+        prefix: str = "",
+        leave_out_same: bool = False,
     ) -> None:
-        """`depth` documents are recalled for each text; `prefix` is put before it; the rest as in ClassifyConfig."""
+        """`prefix` is put before each text; the rest as in ClassifyConfig.
+
+        Args:
+            depth: in mode votes the neighbours that vote, in mode labels the labels that are ranked, if the index has
+                as many: documents are recalled until there are so many labels among them.
+            leave_out_same: documents with the very text of a text do not count.
+        """
         self._engine = engine
         self._index = index
         self._recall = index_recall(index)
         self._mode = mode
-        self._depth = depth
         self._label_field = label_field
+        self._votes = votes
         self._temperature = temperature
         self._prefix = prefix
+        self._leave_out_same = leave_out_same
+        self._depth = depth if mode == "votes" else self._count_labels(depth)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -61,21 +95,58 @@ class IndexLabeller:
 
     def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
         """Raises InputError: a document without the label field in mode votes."""
-        recalled = self._recall(self._engine.encode(texts, self._prefix), self._depth)
-        return [self._rank(candidates) for candidates in recalled]
+        return [self.rank(found.voters) for found in self.neighbours(texts)]
+
+    def rank(self, voters: Sequence[tuple[str, float]]) -> list[Prediction]:
+        """The labels of what `neighbours` gives, best first."""
+        if self._mode == "labels":
+            return rank_labels(voters)[: self._depth]
+        return count_votes(voters, self._temperature, self._votes)
+
+    def neighbours(self, texts: Sequence[str]) -> list[Neighbours]:
+        """Of each text as many documents as it takes. Raises InputError: as `label`."""
+        vectors_ND = self._engine.encode(texts, self._prefix)
+        depth, num_documents = max(self._depth, 1), self._index.num_rows
+        found = [
+            self._weigh(text, row) for text, row in zip(texts, self._recall(vectors_ND, depth), strict=True)
+        ]
+        while depth < num_documents and (short := self._short(found)):
+            depth = min(WIDER * depth, num_documents)
+            # Where few labels have most of the documents, one text may need them all: not those of many texts at once.
+            at_once = max(1, DOCUMENTS_AT_ONCE // depth)
+            for start in range(0, len(short), at_once):
+                rows = short[start : start + at_once]
+                for row, candidates in zip(rows, self._recall(vectors_ND[rows], depth), strict=True):
+                    found[row] = self._weigh(texts[row], candidates)
+        return found
 
     def count_missing(self, label_counts: Mapping[str, int]) -> int:
         column = self._label_field if self._label_field in self._index.table.schema.names else "text"
         return _count_absent(label_counts, set(find_documents(self._index, column, set(label_counts), "id")))
 
-    def _rank(self, candidates: Sequence[Candidate]) -> list[Prediction]:
-        neighbours = [
-            (label_of(item.id, item.text, item.metadata, self._label_field, self._mode), item.score)
-            for item in candidates
-        ]
-        return (
-            rank_labels(neighbours) if self._mode == "labels" else count_votes(neighbours, self._temperature)
-        )
+    def _short(self, found: Sequence[Neighbours]) -> list[int]:
+        """The texts that need more documents."""
+        if self._mode == "votes":
+            return [row for row, each in enumerate(found) if len(each.voters) < self._depth]
+        return needs_more([each.voters for each in found], self._depth)
+
+    def _weigh(self, text: str, candidates: Sequence[Candidate]) -> Neighbours:
+        voters: list[tuple[str, float]] = []
+        same: list[str] = []
+        nearest = None
+        for item in candidates:
+            label = label_of(item.id, item.text, item.metadata, self._label_field, self._mode)
+            if self._leave_out_same and item.text.strip() == text.strip():
+                same.append(label)
+                continue
+            voters.append((label, item.score))
+            nearest = item.text if nearest is None else nearest
+        return Neighbours(voters if self._mode == "labels" else voters[: self._depth], nearest, same)
+
+    def _count_labels(self, at_most: int) -> int:
+        has_field = self._label_field in self._index.table.schema.names
+        columns = ["id", "text", *([self._label_field] if has_field else [])]
+        return count_labels(self._index.batches(columns), self._label_field, at_most)
 
 
 class ClassifierLabeller:

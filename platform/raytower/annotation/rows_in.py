@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from raytower.annotation.config import AnnotationConfig
 from raytower.annotation.rows_out import check_rows_output, refuse_name_of_another_type
-from raytower.data.pieces import Survey, read_pieces
+from raytower.data.pieces import DEFAULT_ROWS_PER_PIECE, Survey, read_pieces
 from raytower.data.pieces import survey as survey_input
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
@@ -19,11 +19,13 @@ def survey_rows(
     config: AnnotationConfig,
     kind: Literal["pairs", "scored", "labelled", "lines"],
     *written: Sequence[str],
+    rows_per_piece: int = DEFAULT_ROWS_PER_PIECE,
 ) -> Survey:
     """Survey a job's input as rows of `kind`; rejected rows go beside the output, under its name.
 
     Args:
         written: the sets of columns that the job writes.
+        rows_per_piece: rows that are read as one table.
 
     Raises:
         InputError: no such input, bad rows under on_error fail, an output inside the input, one that cannot be written,
@@ -32,7 +34,7 @@ def survey_rows(
     refuse_output_inside(config.output, config.input.path)
     check_rows_output(config.output, *written)
     refuse_name_of_another_type(config.output, config.file_type)
-    return survey_input(config.input, kind, on_error=config.on_error, quarantine=quarantine_of(config.output))
+    return survey_input(config.input, kind, rows_per_piece, config.on_error, quarantine_of(config.output))
 
 
 def row_batches(survey: Survey, rows_per_batch: int) -> Iterator[pa.Table]:

@@ -24,14 +24,20 @@ class RowWriter:
     """Writes rows of one set of columns. Made by `open_rows`."""
 
     def __init__(
-        self, stream: pa.NativeFile | IO[bytes], file_type: FileType, columns: Sequence[str]
+        self,
+        stream: pa.NativeFile | IO[bytes],
+        file_type: FileType,
+        columns: Sequence[str],
+        *,
+        has_header: bool = True,
     ) -> None:
+        """Without a header: a part of a TSV that others stand before; see `header_of`."""
         self._stream = stream
         self._file_type = file_type
         self._columns = tuple(columns)
         self.num_rows = 0
-        if file_type == "tsv":
-            self._write_line("\t".join(self._columns))
+        if has_header:
+            stream.write(header_of(file_type, columns))
 
     def write(self, *values: Any, **more: Any) -> None:
         """One row: a value for each column, in order. `more` goes into JSON lines only.
@@ -43,11 +49,16 @@ class RowWriter:
         if self._file_type == "jsonl":
             self._write_line(json.dumps({**row, **more}, ensure_ascii=False, allow_nan=False))
         else:
-            self._write_line("\t".join(_tsv_cell(name, value) for name, value in row.items()))
+            self._write_line("\t".join(tsv_cell(name, value) for name, value in row.items()))
         self.num_rows += 1
 
     def _write_line(self, line: str) -> None:
         self._stream.write(line.encode() + b"\n")
+
+
+def header_of(file_type: FileType, columns: Sequence[str]) -> bytes:
+    """What a file of these columns begins with."""
+    return "\t".join(columns).encode() + b"\n" if file_type == "tsv" else b""
 
 
 def refuse_name_of_another_type(output: str, file_type: FileType) -> None:
@@ -107,7 +118,8 @@ def open_rows(place: Location, file_type: FileType, columns: Sequence[str]) -> I
         yield RowWriter(stream, file_type, columns)
 
 
-def _tsv_cell(name: str, value: Any) -> str:
+def tsv_cell(name: str, value: Any) -> str:
+    """A value as a TSV carries it. Raises InputError where it holds a tab or a line break."""
     text = f"{value:.6f}" if isinstance(value, float) else str(value)
     if any(mark in text for mark in "\t\n\r"):
         raise InputError(

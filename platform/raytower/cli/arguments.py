@@ -48,7 +48,8 @@ class _Parser(argparse.ArgumentParser):
 def read_arguments(config_class: type[Config], positions: Sequence[str], given: Sequence[str]) -> Arguments:
     """Read `given`; `positions` are keys that may be given by position, without their names.
 
-    A list grows by every argument that names it; all else may be given once.
+    A list grows by every argument that names it; all else may be given once. Where no key is given by position, a list
+    of texts takes several arguments (`--compare A B`).
     `--key value`, `--key=value`, `--section.key value`, `--section value` (its shorthand), `--switch`, `--no-switch`;
     dashes and underscores in names are the same. A mapping is written as JSON, or in braces as in a config file; a list
     as JSON, by one argument an item, or, of numbers, with commas.
@@ -56,7 +57,7 @@ def read_arguments(config_class: type[Config], positions: Sequence[str], given: 
     Raises:
         InputError: an unknown key (the nearest one is named), a key without a value, or an argument too many.
     """
-    values = _Values(config_class)
+    values = _Values(config_class, lists_take_all=not positions)
     parsed, unknown = _shared_parser(positions).parse_known_intermixed_args(values.take(given))
     if parsed.help:
         return Arguments(help=True)
@@ -95,9 +96,16 @@ def _shared_parser(positions: Sequence[str]) -> argparse.ArgumentParser:
 
 
 class _Values:
-    """What is said of a config's keys, by dotted path."""
+    """What is said of a config's keys, by dotted path.
 
-    def __init__(self, config_class: type[Config]) -> None:
+    Args:
+        config_class: the command's config.
+        lists_take_all: whether a list of texts takes all arguments up to the next key (`--compare A B C`), which they
+            may where none is meant by its position.
+    """
+
+    def __init__(self, config_class: type[Config], lists_take_all: bool = False) -> None:
+        self._lists_take_all = lists_take_all
         self.said: dict[str, Any] = {}
         self._keys = {key.path: key for key in keys_of(config_class)}
         self._aliases = {
@@ -139,6 +147,10 @@ class _Values:
                 rest.append(f"--{path}={value}" if has_value else argument)
             else:
                 self._set(key, value)
+                while self._lists_take_all and key.kind.startswith("list of TEXT") and waiting:
+                    if waiting[0].startswith("--"):
+                        break
+                    self._set(key, waiting.pop(0))
         return rest
 
     def set_by_position(self, path: str, value: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytower import escapes
+from raytower.config import to_json
 
 _MAX_WIDTH = 120
 # What a column of text is folded to at least, and what stands between two columns.
@@ -35,8 +37,22 @@ def render_result(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def render_search_or_figures(result: Mapping[str, Any]) -> str:
+    """The hits of one query, one a line, wherever they go; the figures of many, as those of every job."""
+    if "results" in result:
+        from raytower.retrieval.search import render_search  # FAISS and torch, which other tables do without
+
+        return render_search(dict(result))
+    return render_result(result) if sys.stdout.isatty() else to_json(result)
+
+
 def render_evaluation(result: Mapping[str, Any]) -> str:
-    """A line a metric: its value, its 95 % interval and, after a reranker, what the first stage alone has."""
+    """A line a metric: its value, its 95 % interval and, after a reranker, what the first stage alone has.
+
+    Of a comparison a line a metric and system, and the queries that moved most.
+    """
+    if "comparisons" in result:
+        return _render_comparison(result)
     first = result["recall_stage"] or {}
     rows = [
         {
@@ -50,6 +66,37 @@ def render_evaluation(result: Mapping[str, Any]) -> str:
     shown = {*result["intervals"], "intervals", "recall_stage"}
     rest = {name: value for name, value in result.items() if name not in shown}
     return f"{_records(rows)}\n\n{render_result(rest)}"
+
+
+def _render_comparison(result: Mapping[str, Any]) -> str:
+    rows = [
+        {
+            "metric": row["metric"],
+            "system": row["system"],
+            "baseline": row["baseline_value"],
+            "value": row["value"],
+            "difference": f"{row['difference']:+.4f}",
+            "95 % interval": f"{row['low']:+.4f} to {row['high']:+.4f}",
+            "p": row["p"],
+            "p (Holm)": row["p_holm"],
+            "better/worse/equal": f"{row['better']:,}/{row['worse']:,}/{row['equal']:,}",
+        }
+        for row in result["comparisons"]
+    ]
+    moved = [
+        {
+            "system": row["system"],
+            "query": row["query"],
+            "from": row["baseline_value"],
+            "to": row["value"],
+        }
+        for row in result["moved"]
+    ]
+    rest = {name: value for name, value in result.items() if name not in ("comparisons", "moved")}
+    parts = [_records(rows), render_result(rest)]
+    if moved:
+        parts.insert(1, f"queries that moved most, by {result['moved_by']}\n{_records(moved)}")
+    return "\n\n".join(parts)
 
 
 def render_tuning(result: Mapping[str, Any]) -> str:

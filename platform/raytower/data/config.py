@@ -9,7 +9,7 @@ from pydantic import Field
 from raytower.config import Config
 
 InputFormat = Literal["auto", "lines", "tsv", "csv", "jsonl", "beir", "parquet", "arrow"]
-QueryFormat = Literal["auto", "pairs", "beir"]
+QueryFormat = Literal["auto", "pairs", "beir", "trec"]
 
 
 class PathConfig(Config):
@@ -80,9 +80,10 @@ class DevRows(NamedInput):
 
 
 class QueriesConfig(PathConfig):
-    """Judged queries: pairs (relevance by text) or a BEIR folder (relevance by id)."""
+    """Judged queries: pairs (relevance by text), a BEIR folder (relevance by id), or TREC qrels (ids alone)."""
 
     format: QueryFormat = "auto"
-    """Kind of the rows; auto takes a BEIR folder for one, and everything else for pairs."""
+    """Kind of the rows; auto takes a BEIR folder for one, a file of TREC qrels too, and everything else for pairs. TREC
+    qrels hold no texts, so they judge run files alone."""
     split: str = "test"
     """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have no splits."""

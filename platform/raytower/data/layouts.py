@@ -375,7 +375,8 @@ def _table_columns(
             f"{file}:1: the first line, {'<TAB>'.join(first)[:120]!r}, reads like a header, but does not name the "
             f"columns of {kind}, and as a row it would count. Name them {names} in it, or remove the line"
         )
-    return HEADERLESS[kind], False
+    least = sum(field.required for field in fields if field.name in HEADERLESS[kind])
+    return HEADERLESS[kind][: max(len(first), least)], False
 
 
 def _corpus_columns(

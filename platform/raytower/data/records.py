@@ -7,7 +7,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "labelled", "lines"]
+RecordKind = Literal["corpus", "pairs", "triples", "scored", "candidates", "ranked", "labelled", "lines"]
 
 FieldType = Literal["text", "id", "number", "category", "texts", "numbers"]
 """text: a string. id: a string or an integer. number: finite. category: a string or a number, kept as its text in
@@ -69,6 +69,14 @@ _FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
         RecordField("documents", ("documents",), "texts"),
         RecordField("scores", ("scores",), "numbers"),
     ),
+    # A document that was recalled for a query, in a row of its own, as `raytower search --input` writes them.
+    "ranked": (
+        RecordField("query", ("query", "sentence1", "text_a")),
+        RecordField("document", ("document", "title", "text", "candidate", "sentence2", "text_b")),
+        RecordField("score", ("recall_score", "score"), "number", required=False),
+        RecordField("query_id", ("query_id",), "id", required=False),
+        RecordField("document_id", ("document_id", "id"), "id", required=False),
+    ),
     "labelled": (RecordField("text", ("text",)), RecordField("label", ("label",), "category")),
 }
 
@@ -80,9 +88,10 @@ EXPECTED_HEADER: dict[RecordKind, tuple[str, ...]] = {
     "triples": ("query", "title", "neg_title"),
     "scored": ("query", "title", "label"),
 }
-# What the columns of a TSV without a header mean.
+# What the columns of a TSV without a header mean. The last ones may be missing where their fields are not required.
 HEADERLESS: dict[RecordKind, tuple[str, ...]] = {
     "pairs": ("query", "document"),
+    "ranked": ("query", "document", "score"),
     "labelled": ("text", "label"),
 }
 

@@ -179,8 +179,9 @@ def _check_field(batch: RowBatch, wanted: RecordField) -> None:
     if wanted.type == "number":
         texts = batch.columns[name]
         values = _parse_numbers(texts)
-        batch.columns[name] = pa.array(values)
-        wrong = ~np.isfinite(values)
+        missing = mask_of(texts.is_null())  # where it must be there, such rows are rejected above
+        batch.columns[name] = pa.array(values, mask=missing)
+        wrong = ~np.isfinite(values) & ~missing
         batch.reject(wrong, lambda i: f"{label} {texts[i].as_py()[:60]!r} is not a finite number")
 
 

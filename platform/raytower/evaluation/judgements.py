@@ -23,13 +23,15 @@ class Judgements:
     ids: list[str]
     texts: list[str]
     relevant: list[dict[str, float]]
-    num_missing: int
-    """Judgements whose document is not in the index."""
+    num_missing: int | None
+    """Judgements whose document is not in the index; None where there is no index to look into."""
     num_without_relevant: int
     """Queries of the input that nothing is relevant to; they are no part of the lists above."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Where relevance goes by text: document id → id of the first document with its text, of texts that stand in the
     index more than once."""
+    unwanted: Sequence[Mapping[str, float]] = ()
+    """Documents judged 0 or less, for each query; empty where relevance goes by text."""
 
     def counted_once(
         self, ids: Sequence[str], relevant: Mapping[str, float]
@@ -64,7 +66,32 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
         ]
         copies = {doc_id: same[0] for same in ids.values() if len(same) > 1 for doc_id in same}
         num_missing = sum(text not in ids for texts in queries.relevant_texts for text in texts)
-    return Judgements(queries.ids, queries.texts, relevant, num_missing, queries.num_without_relevant, copies)
+    return Judgements(
+        queries.ids,
+        queries.texts,
+        relevant,
+        num_missing,
+        queries.num_without_relevant,
+        copies,
+        queries.unwanted or (),
+    )
+
+
+def judge_run(queries: QuerySet) -> Judgements:
+    """Turn a query set into judgements over what a run file holds: ids, or texts where relevance goes by text."""
+    if queries.relevant is not None:
+        relevant = queries.relevant
+    else:
+        assert queries.relevant_texts is not None
+        relevant = [dict.fromkeys(texts, 1.0) for texts in queries.relevant_texts]
+    return Judgements(
+        queries.ids,
+        queries.texts,
+        relevant,
+        None,
+        queries.num_without_relevant,
+        unwanted=queries.unwanted or (),
+    )
 
 
 def absent_text(identifier: str) -> str | None:

@@ -1,10 +1,13 @@
-"""What an evaluation leaves behind: run.trec, report.json and report.html."""
+"""What an evaluation leaves behind.
+
+run.trec and qrels.trec (the judgements), per_query.jsonl (each query with its text and the value of each metric),
+report.json and report.html; a comparison leaves comparison.json.
+"""
 
 from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -13,13 +16,19 @@ import numpy as np
 import pyarrow as pa
 
 from raytower.config import to_json
+from raytower.data.qrels import OURS, trec_id
 from raytower.errors import FormatError, InputError
+from raytower.evaluation.judgements import Judgements, absent_text
+from raytower.metrics import Floats
+from raytower.progress import log
 from raytower.storage import Location, output_folder
 
 RUN_NAME = "run.trec"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
-_UNSAFE_IN_ID = re.compile(r"[\s%]")
+QRELS_NAME = "qrels.trec"
+PER_QUERY_NAME = "per_query.jsonl"
+COMPARISON_NAME = "comparison.json"
 _SHOWN_CHARACTERS = 400
 _FIRST_BYTES = 2**16
 _TITLE = "<title>raytower evaluation</title>"
@@ -30,7 +39,7 @@ class RunWriter:
 
     def __init__(self, stream: pa.NativeFile | IO[bytes], tag: str) -> None:
         self._stream = stream
-        self._tag = _escape(tag)
+        self._tag = trec_id(tag)
 
     def write(self, query_id: str, ranked: Iterable[tuple[str, float]]) -> None:
         """The documents of one query, best first, each with its score.
@@ -38,19 +47,22 @@ class RunWriter:
         trec_eval goes by the score (as a 4-byte float, ties by id) and never reads the rank, so a score that is not
         below the one before it is written as the next smaller float: the order stays what it was.
         """
-        last = np.float32(np.inf)
-        lines = []
-        for rank, (doc_id, score) in enumerate(ranked, start=1):
-            value = np.float32(score)
-            if not value < last:
-                value = np.nextafter(last, np.float32(-np.inf))
-            lines.append(f"{_escape(query_id)} Q0 {_escape(doc_id)} {rank} {value:.9g} {self._tag}\n")
-            last = value
+        pairs = list(ranked)
+        values = np.array([score for _, score in pairs], np.float32)
+        if not (values[1:] < values[:-1]).all():
+            for place in range(1, len(values)):
+                if not values[place] < values[place - 1]:
+                    values[place] = np.nextafter(values[place - 1], np.float32(-np.inf))
+        query = trec_id(query_id)
+        lines = [
+            f"{query} Q0 {trec_id(doc_id)} {rank} {value:.9g} {self._tag}\n"
+            for rank, ((doc_id, _), value) in enumerate(zip(pairs, values.tolist(), strict=True), start=1)
+        ]
         self._stream.write("".join(lines).encode())
 
 
 @contextmanager
-def open_run(place: Location, tag: str = "raytower") -> Iterator[RunWriter]:
+def open_run(place: Location, tag: str = OURS) -> Iterator[RunWriter]:
     """A writer of a run file; the file appears when the block ends well.
 
     The format parts columns by white space, so white space and `%` inside ids are written percent-encoded (`%20`).
@@ -63,7 +75,7 @@ def check_reports_output(output: str) -> None:
     """Find before any work that `output` cannot be written, or holds something else than a report.
 
     Raises:
-        InputError: as `output_folder`, or one of the three files is there and no evaluation has written it.
+        InputError: as `output_folder`, or one of the files is there and no evaluation has written it.
     """
     place = output_folder(output, *_OURS)
     names = [child.name for child in place.children()]
@@ -78,7 +90,26 @@ def check_reports_output(output: str) -> None:
 def _is_run(place: Location) -> bool:
     with place.open_read() as stream:
         first = stream.read(_FIRST_BYTES).partition(b"\n")[0].split()
-    return not first or (len(first) == 6 and first[-1] == b"raytower")
+    return not first or (len(first) == 6 and first[-1] == OURS.encode())
+
+
+def _is_qrels(place: Location) -> bool:
+    with place.open_read() as stream:
+        first = stream.read(_FIRST_BYTES).partition(b"\n")[0].split()
+    return not first or (len(first) == 4 and first[1] == OURS.encode())
+
+
+def _is_per_query(place: Location) -> bool:
+    with place.open_read() as stream:
+        return bytes(stream.read(_FIRST_BYTES)).startswith(b'{"query_id": ')
+
+
+def _is_comparison(place: Location) -> bool:
+    try:
+        comparison = place.read_json()
+    except FormatError:
+        return False
+    return isinstance(comparison, dict) and comparison.keys() >= {"baseline", "comparisons", "moved"}
 
 
 def _is_report(place: Location) -> bool:
@@ -94,14 +125,75 @@ def _is_page(place: Location) -> bool:
         return _TITLE.encode() in stream.read(_FIRST_BYTES)
 
 
-_OURS = {RUN_NAME: _is_run, REPORT_NAME: _is_report, PAGE_NAME: _is_page}
+_OURS = {
+    RUN_NAME: _is_run,
+    REPORT_NAME: _is_report,
+    PAGE_NAME: _is_page,
+    QRELS_NAME: _is_qrels,
+    PER_QUERY_NAME: _is_per_query,
+    COMPARISON_NAME: _is_comparison,
+}
 
 
-def write_reports(output: Location, report: Mapping[str, Any]) -> None:
-    """report.html, then report.json: who finds the JSON finds all three files of this evaluation."""
+def write_reports(
+    output: Location, report: Mapping[str, Any], judgements: Judgements, values: Mapping[str, Floats]
+) -> None:
+    """All files but run.trec, report.json last: who finds the JSON finds all files of this evaluation.
+
+    Args:
+        output: the folder.
+        report: what the page and the JSON hold.
+        judgements: of the queries.
+        values: by metric one value per query, [Q].
+    """
     plain = json.loads(to_json(report))
+    _write_qrels(output / QRELS_NAME, judgements)
+    _write_per_query(output / PER_QUERY_NAME, judgements, values)
     (output / PAGE_NAME).write_bytes(render_page(plain).encode())
     (output / REPORT_NAME).write_json(plain)
+
+
+def _write_qrels(place: Location, judgements: Judgements) -> None:
+    """TREC's qrels; a relevant text that the index lacks has an id of its own, so that it counts as missed there too.
+
+    Where a judged text stands in the index several times, each of its documents is relevant here, while `evaluate`
+    counts the text once.
+    """
+    judged = [
+        {**one, **other}
+        for one, other in zip(
+            judgements.relevant, judgements.unwanted or [{}] * len(judgements.relevant), strict=True
+        )
+    ]
+    if any(value != int(value) for one in judged for value in one.values()):
+        log(f"{place.name} is not written: some judgements are no whole numbers, which TREC's form demands")
+        place.delete()
+        return
+    with place.open_write() as stream:
+        for query_id, one in zip(judgements.ids, judged, strict=True):
+            lines = [
+                f"{trec_id(query_id)} {OURS} {trec_id(_name_of(doc_id, number))} {int(value)}\n"
+                for number, (doc_id, value) in enumerate(one.items(), start=1)
+            ]
+            stream.write("".join(lines).encode())
+
+
+def _name_of(doc_id: str, number: int) -> str:
+    return doc_id if absent_text(doc_id) is None else f"not in the index {number}"
+
+
+def _write_per_query(place: Location, judgements: Judgements, values: Mapping[str, Floats]) -> None:
+    """A line a query: `query_id`, `query`, `relevant` (how many documents are) and `metrics`, by name."""
+    columns = {name: each.tolist() for name, each in values.items()}
+    with place.open_write() as stream:
+        for row, (query_id, text) in enumerate(zip(judgements.ids, judgements.texts, strict=True)):
+            line = {
+                "query_id": query_id,
+                "query": text,
+                "relevant": len(judgements.relevant[row]),
+                "metrics": {name: each[row] for name, each in columns.items()},
+            }
+            stream.write(f"{to_json(line)}\n".encode())
 
 
 def render_page(report: Mapping[str, Any]) -> str:
@@ -114,7 +206,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{_TITLE}<style>{_STYLE}</style><main><h1>Evaluation</h1>"
-        f"<table>{counts}</table><h2>Metrics</h2><p>Means over queries with 95&nbsp;% bootstrap intervals.</p>"
+        f"<table>{counts}</table><h2>Metrics</h2><p>Means over queries with 95&nbsp;% intervals.</p>"
         f"{_metric_table(stages)}<h2>Worst queries</h2>{worst or '<p>None.</p>'}"
         f"<h2>Settings</h2><table>{settings}</table></main></html>\n"
     )
@@ -161,9 +253,3 @@ def _worst_query(item: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return html.escape(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …")
-
-
-def _escape(name: str) -> str:
-    if not name:
-        raise InputError("an id is empty; a run file cannot hold it, give every query and document an id")
-    return _UNSAFE_IN_ID.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), name)

@@ -200,10 +200,7 @@ class Reranker(Unpicklable):
         if not isinstance(query, str):
             raise InputError(f"query is {shown(query)}; it must be a string")
         listed = texts_of(texts, "texts")
-        logits = self.score([query] * len(listed), listed).astype(np.float64)
-        model = self._engine.model
-        sigmoid = model.num_labels > 1 or model.activation == "sigmoid"
-        scores = 0.5 * (1 + np.tanh(logits / 2)) if sigmoid else logits
+        scores = self._engine.activated(self.score([query] * len(listed), listed))
         order = np.argsort(-scores, kind="stable")[:first]
         return [Ranked(int(place), float(scores[place])) for place in order]
 

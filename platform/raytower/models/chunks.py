@@ -56,11 +56,13 @@ def cut_chunks(
     tokens_per_batch: int,
     rows_per_batch: int | None = None,
     shares: Shares | None = None,
+    unpadded: bool = False,
 ) -> list[Chunk]:
     """Cut a batch into the chunks that cost least, with at most `tokens_per_batch` padded tokens and `rows_per_batch`
     rows each.
 
-    No chunk holds rows of two shares, so that they are the chunks of workers with a share each.
+    No chunk holds rows of two shares, so that they are the chunks of workers with a share each. With `unpadded` inputs
+    say where in them texts lie; see `run_laid_out`.
     """
     chunks = []
     for share in range(1 if shares is None else shares.number):
@@ -68,9 +70,18 @@ def cut_chunks(
         plan = plan_chunks(block.lengths[own], tokens_per_batch, tokens_per_launch(device), rows_per_batch)
         for place, rows_r in enumerate(own[rows] for rows in plan.batches):
             inputs = load_rows(block, rows_r, padding, device)
+            if unpadded:
+                inputs |= _places(block.lengths[rows_r], device)
             begins = None if shares is None or place else share
             chunks.append(Chunk(inputs, load_tensor(rows_r, device), begins))
     return chunks
+
+
+def _places(lengths_r: Ids, device: torch.device) -> dict[str, Tensor]:
+    """Of texts of 2 and 1 tokens, filled up to 2: places [0, 1, 2] of 4, starts [0, 2, 3]."""
+    places_T = np.flatnonzero(np.arange(lengths_r.max()) < lengths_r[:, None])
+    starts = load_tensor(np.concatenate([[0], np.cumsum(lengths_r)]), device)
+    return {"places": load_tensor(places_T, device), "starts": starts.to(torch.int32)}
 
 
 def load_rows(block: TokenBlock, rows_r: Ids, padding: Padding, device: torch.device) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from raytower.models.directory import (
 )
 from raytower.models.fusion import Fusion
 from raytower.models.logits_engine import LogitsEngine
+from raytower.models.model_class import ModelClass, refuse_other_class
 from raytower.models.pair_format import PairFormat, TemplateTokeniser
 from raytower.models.reranker_layout import (
     AnswerTokens,
@@ -60,6 +61,7 @@ _ACTIVATIONS: dict[Activation, str] = {
 class CrossEncoder(SequenceClassifier):
     """A sequence classifier over (query, document) with one logit, or two read as their difference."""
 
+    model_class: ClassVar[ModelClass] = "reranker"
     reads_pairs: ClassVar[bool] = True
 
     activation: Activation = "sigmoid"
@@ -74,11 +76,12 @@ class CrossEncoder(SequenceClassifier):
         """Load a finished reranker directory or hub id.
 
         Raises:
-            FormatError: weights are missing (an encoder is no reranker yet), it has other than 1 or 2 labels, its
+            FormatError: it is an encoder or a classifier, weights are missing, it has other than 1 or 2 labels, its
                 logit has an activation that is not known here, or nothing says how a causal language model reranks.
         """
         path = resolve_transformer(str(name))
         layout = _read_any_layout(path)
+        refuse_other_class(path, "reranker")
         if layout is None and is_causal(path):
             raise refuse_plain(path)
         if layout is not None and layout.answers is not None:
@@ -284,6 +287,16 @@ class CrossScorer(LogitsEngine[CrossEncoder]):
             )
         logits_NC = self.logits(queries, documents)
         return logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a reader of the directory puts a sigmoid on its logits."""
+        return self.model.num_labels > 1 or self.model.activation == "sigmoid"
+
+    def activated(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Logits (N,) behind the directory's own activation, as the peer library's `predict` gives them."""
+        values = logits.astype(np.float64)
+        return 0.5 * (1 + np.tanh(values / 2)) if self.gives_probabilities else values
 
 
 def _read_any_layout(path: Path) -> RerankerLayout | None:

@@ -37,7 +37,6 @@ from raytower.models.directory import (
     hash_tensors,
     hash_tokenizer,
     is_cross_encoder,
-    is_sequence_classifier,
     is_static,
     load_tokenizer,
     load_weights,
@@ -59,9 +58,11 @@ from raytower.models.library_modules import (
     read_modules_file,
     write_modules_file,
 )
+from raytower.models.model_class import refuse_other_class
 from raytower.models.static_embedding import StaticBackbone, load_static, save_static
 from raytower.models.token_block import Padding, TokenBlock
 from raytower.models.tokenising import tokenise
+from raytower.models.unpadded import run_laid_out
 
 # Of these kinds AutoModel would take the decoder too, whose weights an encoder's directory lacks.
 _ENCODERS_ALONE: dict[object, type[PreTrainedModel]] = {
@@ -172,6 +173,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.output_name = "pooler_output" if settings.pooling == "pooler" else "last_hidden_state"
         """What of the backbone's output vectors are made from."""
+        self.first_position = 0
+        """What the backbone counts positions from; only of texts that are laid end to end it has to be known."""
         self.width = _output_width(backbone) if width is None else width
         self.backbone = backbone
         self.projections = nn.ModuleList(projections or [])
@@ -206,7 +209,7 @@ class Encoder(nn.Module):
         path = resolve_model(str(name))
         body = transformer_folder(path)
         if not from_classifier:
-            _refuse_classifier(path)
+            refuse_other_class(path, "encoder")
         backbone: PreTrainedModel
         tokenizer: PreTrainedTokenizerBase
         by_pooler = _asks_for_pooler(_sentence_file(body))
@@ -283,14 +286,23 @@ class Encoder(nn.Module):
         return entries
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, unpooled: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        unpooled: Tensor | None = None,
+        places: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """(B, L) ids and mask (None: no padding anywhere) → (B, D) embeddings in fp32.
 
-        `unpooled` (B,) says how many of each row's first tokens pooling leaves out; None: none.
+        `unpooled` (B,) says how many of each row's first tokens pooling leaves out; None: none. `places` and `starts`
+        have texts laid end to end for the backbone; see `run_laid_out`.
         """
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = getattr(output, self.output_name).float()
+        if places is None or starts is None:
+            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+            hidden = getattr(output, self.output_name).float()
+        else:
+            hidden = run_laid_out(self.backbone, input_ids, places, starts, self.first_position).float()
         # Pooling, projection and norm in fp32: sums over many tokens lose digits in bf16.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             if self.library is None:
@@ -443,17 +455,6 @@ def pool(
         return hidden_BLH.masked_fill(weight_BL1 == 0, -torch.inf).amax(1)
     last_B = mask_BL.shape[1] - 1 - mask_BL.long().flip(1).argmax(1)
     return hidden_BLH[rows_B, last_B] * weight_BL1[rows_B, last_B]
-
-
-def _refuse_classifier(path: Path) -> None:
-    names = read_json_object(transformer_folder(path) / "config.json").get("architectures") or []
-    is_headed = any(is_sequence_classifier(str(name)) for name in names)
-    if is_cross_encoder(path) or (is_headed and not (path / "modules.json").is_file()):
-        raise FormatError(
-            f"{str(path)!r} is a {', '.join(map(str, names))}, a reranker or a classifier; as an encoder it would lose "
-            "its head and give vectors that it was never trained for: name an encoder, or train one of it with "
-            "`raytower train-retriever`"
-        )
 
 
 def _load_backbone(path: Path, *, with_pooler: bool) -> PreTrainedModel:

@@ -35,5 +35,6 @@ class LogitsModel(nn.Module):
         with padding_is_known():
             for chunk in chunks:
                 chunk.begin()
-                logits.append(self.inner.logits(**chunk.inputs))
+                # A chunk may hold a row more than it stands for: see `Sharding.even_out`.
+                logits.append(self.inner.logits(**chunk.inputs)[: len(chunk.rows)])
         return in_row_order(logits, chunks)

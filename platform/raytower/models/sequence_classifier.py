@@ -39,6 +39,7 @@ from raytower.models.directory import (
     save_pretrained,
     write_json,
 )
+from raytower.models.model_class import INFO_KEY, ModelClass
 from raytower.models.token_block import Padding, TokenBlock
 from raytower.models.tokenising import tokenise
 
@@ -46,6 +47,8 @@ from raytower.models.tokenising import tokenise
 class SequenceClassifier(nn.Module):
     """Model, tokenizer and length of a Hugging Face sequence classifier; a base for what is done with its logits."""
 
+    model_class: ClassVar[ModelClass]
+    """What a directory of it states itself to be."""
     reads_pairs: ClassVar[bool] = False
     """Whether a row is a pair of texts, and not one."""
     graph_refusal: ClassVar[str | None] = None
@@ -70,7 +73,7 @@ class SequenceClassifier(nn.Module):
         folder = Path(path)
         self.tokenizer.model_max_length = self.max_length
         save_pretrained(self.model, self.tokenizer, folder)
-        self.info = {**self.info, **(info or {}), "max_length": self.max_length}
+        self.info = {**self.info, **(info or {}), INFO_KEY: self.model_class, "max_length": self.max_length}
         write_json(folder / INFO_NAME, {**self.info, "fingerprint": self.compute_fingerprint()})
 
     def tokenise(self, columns: Sequence[Sequence[str]], max_length: int, start: int = 0) -> TokenBlock:

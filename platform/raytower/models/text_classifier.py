@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from raytower.errors import FormatError, InputError
 from raytower.models.class_ranks import rank_classes, softmax
 from raytower.models.directory import load_tokenizer, read_info, transformer_folder
 from raytower.models.logits_engine import LogitsEngine
+from raytower.models.model_class import ModelClass, refuse_other_class
 from raytower.models.sequence_classifier import (
     SequenceClassifier,
     finished_config,
@@ -36,15 +37,18 @@ _PROBLEM_TYPE = "single_label_classification"
 class TextClassifier(SequenceClassifier):
     """A sequence classifier over single texts whose labels exclude each other."""
 
+    model_class: ClassVar[ModelClass] = "classifier"
+
     @classmethod
     def load(cls, name: str | Path) -> TextClassifier:
         """Load a finished classifier directory or hub id.
 
         Raises:
-            FormatError: weights are missing (an encoder is no classifier yet), or it is a reranker with one logit, a
+            FormatError: it is an encoder or a reranker, weights are missing, or it is a
                 regression, or a classifier of which several labels may hold at once.
         """
         path = resolve_transformer(str(name))
+        refuse_other_class(path, "classifier")
         model, missing = load_classifier(path)
         if missing:
             raise FormatError(

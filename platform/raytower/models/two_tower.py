@@ -14,6 +14,7 @@ from raytower.models.chunks import Chunk, Shares, cut_chunks, in_row_order
 from raytower.models.encoder import Encoder
 from raytower.models.known_padding import padding_is_known
 from raytower.models.token_block import TokenBlock
+from raytower.models.unpadded import PaddedOnlyError, lay_out
 
 
 class TwoTower(nn.Module):
@@ -39,6 +40,7 @@ class TwoTower(nn.Module):
         self.max_length = max_length
         self.tokens_per_batch = tokens_per_batch
         self.rows_per_batch = rows_per_batch
+        self.unpadded = False
         self.into_teacher: nn.Linear | None = None
         if teacher_dim is not None and teacher_dim != encoder.dim:
             self.into_teacher = nn.Linear(encoder.dim, teacher_dim)
@@ -56,7 +58,36 @@ class TwoTower(nn.Module):
             tokens_per_batch=self.tokens_per_batch,
             rows_per_batch=self.rows_per_batch,
             shares=shares,
+            unpadded=self.unpadded,
         )
+
+    @torch.no_grad()
+    def leave_out_padding(self, texts: Sequence[str]) -> None:
+        """Lay the texts of chunks end to end from now on, if that changes no vector of `texts`, of several lengths.
+
+        Raises:
+            PaddedOnlyError: as `lay_out`.
+        """
+        encoder = self.encoder
+        if encoder.output_name != "last_hidden_state":
+            raise PaddedOnlyError("its vectors come from its pooler")
+        column = self.tokenise(texts, "")
+        device = next(encoder.parameters()).device
+
+        def vectors_of(first_position: int | None) -> Tensor:
+            encoder.first_position = first_position or 0
+            chunks = cut_chunks(
+                column,
+                encoder.padding,
+                device,
+                tokens_per_batch=len(texts) * self.max_length,
+                unpadded=first_position is not None,
+            )
+            return in_row_order([encoder(**chunk.inputs) for chunk in chunks], chunks)
+
+        positions = (0, encoder.padding.token + 1)  # RoBERTa counts from behind its padding's id
+        encoder.first_position = lay_out(encoder.backbone, positions, vectors_of)
+        self.unpadded = True
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Embeddings (r, D), unit length, of each chunk's texts, with gradients; (r, T) where a layer brings them to a
@@ -66,7 +97,8 @@ class TwoTower(nn.Module):
         with padding_is_known():
             for chunk in chunks:
                 chunk.begin()
-                vectors.append(self.encoder(**chunk.inputs))
+                # A chunk may hold a row more than it stands for: see `Sharding.even_out`.
+                vectors.append(self.encoder(**chunk.inputs)[: len(chunk.rows)])
         embeddings = [nn.functional.normalize(vectors_rD, dim=-1) for vectors_rD in vectors]
         if self.into_teacher is None:
             return embeddings

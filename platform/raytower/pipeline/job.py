@@ -50,6 +50,8 @@ STEP_JOBS: dict[str, Kind] = {
     "train-classifier": "model",
     "encode": "embeddings",
     "index build": "index",
+    "search": "rows",
+    "rerank": "rows",
     "mine": "rows",
     "evaluate": "report",
     "classify": "rows",
@@ -63,14 +65,17 @@ INPUT_KEYS: dict[str, Kind] = {
     "dev.paths": "rows",
     "dev.corpus": "rows",
     "labels": "rows",
+    "tuned": "rows",
     "input.path": "rows",
     "queries.path": "rows",
+    "run.path": "rows",
     "target.queries.path": "rows",
     "model": "model",
     "init_from": "model",
     "encoder": "model",
     "teacher": "model",
     "guide.encoder": "model",
+    "screen.reranker": "model",
     "reranker": "model",
     "classifier": "model",
     "embeddings": "embeddings",
@@ -79,6 +84,8 @@ INPUT_KEYS: dict[str, Kind] = {
 # What the rows of an input are read as, which decides the files that are read of a BEIR folder; of others as pairs.
 _RECORDS: dict[tuple[str, str], RecordKind] = {
     ("encode", "input.path"): "corpus",
+    ("search", "input.path"): "lines",
+    ("rerank", "input.path"): "ranked",
     ("classify", "input.path"): "lines",
 }
 # The split of a BEIR folder that is read where a config names none.
@@ -87,13 +94,16 @@ _SPLITS = {"dev": "dev"}
 _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
     "encode": frozenset({"workers", "tokens_per_batch"}),
+    **dict.fromkeys(("search", "rerank", "similarity"), frozenset({"workers"})),
     # `num` decides into how many shards an index is built.
     "index build": frozenset({"workers.num_cpus", "workers.num_gpus"}),
 }
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
-    **dict.fromkeys(("wandb", "mlflow", "min")),
+    **dict.fromkeys(("wandb", "mlflow", "min", "sibling_labels")),
+    "sharding": "none",
+    "attention": "auto",
     "schedule": "linear",
     "guide": None,
     "more_negatives": None,
@@ -102,6 +112,21 @@ _NEWER = {
 _MEANT = {"every_steps": EVERY_STEPS}
 # What a null among `workers` was before the machine decided.
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
+# Likewise of annotating jobs.
+_GAINED: dict[str, dict[str, Any]] = {
+    "mine": {"sampling": "random", "sampling_temperature": 0.05, "max_score_margin": None, "screen": None},
+    "similarity": {"reranker": None, "rerank_max_length": None},
+    "classify": {
+        **dict.fromkeys(("tuned", "positive", "cut", "abstain_below", "suspects")),
+        "votes": "similarity",
+        "explain": False,
+        "suspect_share": 0.02,
+    },
+    # An index of before has no lexical side, which `index compact` adds; it is not built anew for it.
+    "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
+}
+# What `evaluate` has gained; null and false are what was done before.
+_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -523,6 +548,15 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
 
 def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
+    gained = _GAINED.get(job, {})
+    values = {name: value for name, value in values.items() if name not in gained or value != gained[name]}
+    if job == "similarity":
+        values = {name: value for name, value in values.items() if name != "workers"}
+        # What null means of an encoder, and the default was.
+        values["threshold"] = 0.8 if values["threshold"] is None else values["threshold"]
+        if isinstance(below := values.get("compute"), dict):  # as keys were named once
+            kept = {name: value for name, value in below.items() if name not in gained or value is not None}
+            values["compute"] = kept
     if isinstance(workers := values.get("workers"), dict):
         # `num` had the name `max` where workers come and go.
         values = {
@@ -532,6 +566,8 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 for name, value in workers.items()
             },
         }
+    if job == "evaluate":
+        values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
         return {name: value for name, value in values.items() if name != "engine"}
     if job.startswith("train-"):

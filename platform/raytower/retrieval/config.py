@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from inspect import get_annotations
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raytower.config import Config, FractionField
+from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
+from raytower.data.config import InputConfig
 from raytower.data.unseen import is_unseen
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
 
+RankedFileType = Literal["tsv", "jsonl", "parquet", "trec"]
+_OF_FILES = ("output", "file_type", "rows_per_batch", "workers", "on_error")
 # The order of the shared keys, which stand behind a command's own.
 _SHARED = (
     "reranker",
@@ -100,20 +103,74 @@ class RetrieverConfig(RerankConfig):
     """Put before each query when it is encoded; null is the encoder's own."""
 
 
-class SearchConfig(RetrieverConfig):
-    """`raytower search`."""
+class FileWorkersConfig(FittedWorkersConfig):
+    """Workers of a job from file to file; what is null is as the machine has it."""
+
+    num: int | None = Field(default=None, ge=1)
+    """How many Ray tasks run at once, each with models and index of its own. Null is this process alone for little work
+    and on one machine without several GPUs; else one for each GPU, and without GPUs one for each machine."""
+
+
+class SearchConfig(RetrieverConfig, BatchConfig):
+    """`raytower search`: a `query`, or an `input` of many, whose hits go to `output`."""
+
+    renamed: ClassVar = {"format": "file_type"}
 
     index: str
     """The index: a folder or a URI."""
-    query: str
-    """The text to search for."""
+    query: str | None = None
+    """The text to search for; null where there is an input."""
+    input: InputConfig | None = None
+    """Queries to search for, one a line, or with ids; null where there is one query."""
+    output: str | None = None
+    """File of the hits of an input: `query <tab> text <tab> score` without a header, or as file_type says."""
+    file_type: RankedFileType | None = None
+    """Type of the file that is written; null goes by its ending: .tsv or .txt, .jsonl, .parquet, .trec."""
     k: int = Field(default=10, ge=1)
-    """Hits to show."""
+    """Hits of a query."""
     encoder: str | None = None
     """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     filter: dict[str, Any] | str | None = None
     """A condition on the documents' columns: JSON, such as {"year": {"$gte": 2020}}, or SQL text."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that search an input side by side."""
+    on_error: OnError = "fail"
+    """What happens with rows of an input that cannot be read: fail stops the job, quarantine leaves them out and lists
+    them."""
 
     def model_post_init(self, context: Any) -> None:
+        if (self.query is None) == (self.input is None):
+            given = "both are" if self.input is not None else "neither is"
+            raise ValueError(
+                f"query is one text to search for and input a file of many, and {given} given; give one of them"
+            )
+        if self.input is not None and self.output is None:
+            raise ValueError("input is given and output is not; name the file that its hits go to")
+        if self.query is None:
+            return
+        for name in _OF_FILES:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is given, which a search for one query does not read; leave it out, or give the queries "
+                    "as input"
+                )
         if is_unseen(self.query):
             raise ValueError(f"the query is {self.query!r}, which shows nothing; give a text to search for")
+
+
+class EmbedConfig(EngineConfig):
+    """`raytower embed`."""
+
+    encoder: str
+    """Encoder: a directory, a hub id or a URI."""
+    text: list[str] = Field(min_length=1)
+    """The texts; on the command line one by position, or any number by a --text each."""
+    role: Literal["query", "document"] = "document"
+    """What the texts are, which chooses between the encoder's prompts."""
+    prefix: str | None = None
+    """Put before each text; null is the encoder's own for the role."""
+
+    def model_post_init(self, context: Any) -> None:
+        for place, text in enumerate(self.text):
+            if is_unseen(text):
+                raise ValueError(f"text {place} is {text!r}, which shows nothing; give a text")

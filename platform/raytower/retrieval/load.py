@@ -35,7 +35,12 @@ def load_classifier(name: str, config: EngineConfig) -> ClassifierEngine:
 
 def load_reranker(name: str, config: RerankConfig) -> CrossScorer:
     """The reranker of a job, ready to score; its stored fusion is in it."""
-    settings = {**config.engine_settings, "max_length": config.rerank_max_length}
+    return load_scorer(name, config, config.rerank_max_length)
+
+
+def load_scorer(name: str, config: EngineConfig, max_length: int | None) -> CrossScorer:
+    """A reranker that reads so many tokens of a pair; None is its own limit."""
+    settings = {**config.engine_settings, "max_length": max_length}
     return CrossScorer(CrossEncoder.load(name), **settings, directory=graph_directory(name, config.engine))
 
 

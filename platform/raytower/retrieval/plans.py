@@ -44,6 +44,18 @@ def plan_rows(
     return {**plan, "fingerprint": encoder.fingerprint}
 
 
+def plan_reranker_rows(
+    rows: int, config: EngineConfig, name: str, *, rows_per_batch: int, max_length: int | None
+) -> dict[str, Any]:
+    """The plan of scoring `rows` pairs of `max_length` tokens, like `plan_rows`."""
+    reranker = CrossEncoder.load(name)
+    if max_length is not None:
+        check_max_length(max_length, reranker.max_positions)
+    num_parameters = sum(parameter.numel() for parameter in reranker.parameters())
+    plan = _plan_memory(rows, rows_per_batch, num_parameters, config.dtype, 2 * _BYTES_PER_TEXT_IN_FLIGHT)
+    return {**plan, "fingerprint": reranker.fingerprint}
+
+
 def plan_classifier_rows(
     rows: int, config: EngineConfig, name: str, *, rows_per_batch: int
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raytower import escapes
@@ -10,7 +11,7 @@ from raytower.index.versions import open_manifest
 from raytower.retrieval.config import SearchConfig
 from raytower.retrieval.load import load_engine, load_retriever
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import index_recall
+from raytower.retrieval.retriever import SearchResult, index_recall
 
 _SHOWN_CHARACTERS = 200
 
@@ -24,12 +25,9 @@ def search(config: SearchConfig) -> dict[str, Any]:
         InputError: no such index or model, a filter that does not fit the columns, or an encoder that did not make
             the index.
     """
+    assert config.query is not None, "many queries are raytower.ranked's"
     index = Index.open(config.index)
-    engine = load_engine(config.encoder or index.manifest.encoder, config)
-    index.check_fingerprint(engine.fingerprint)
-    retriever = load_retriever(engine, index, config, config.encoder or index.encoder)
-    recall = index_recall(index, config.filter)
-    found = retriever.search([config.query], k=config.k, recall_k=config.recall_k, recall=recall)
+    found = open_search(config, index)([config.query])
     results = [
         {
             "rank": hit.rank,
@@ -45,12 +43,37 @@ def search(config: SearchConfig) -> dict[str, Any]:
     return {"index_version": index.version, "results": results}
 
 
-def plan_search(config: SearchConfig) -> dict[str, Any]:
+def open_search(config: SearchConfig, index: Index) -> Callable[[Sequence[str]], SearchResult]:
+    """The search of a config over an opened index: queries to hits. One query and many go by it.
+
+    Raises:
+        InputError: no such model, a filter that does not fit the columns, or an encoder that did not make the index.
+    """
+    name = config.encoder or index.encoder
+    engine = load_engine(name, config)
+    index.check_fingerprint(engine.fingerprint)
+    retriever = load_retriever(engine, index, config, name)
+    recall = index_recall(index, config.filter)
+
+    def search(queries: Sequence[str]) -> SearchResult:
+        return retriever.search(queries, k=config.k, recall_k=config.recall_k, recall=recall)
+
+    return search
+
+
+def plan_search(config: SearchConfig, num_queries: int = 1, rows_per_batch: int = 1) -> dict[str, Any]:
     """The plan of a search: the memory that it needs, and the index version that it will ask."""
     manifest = open_manifest(config.index)
     depth = max(config.k, config.recall_k) if config.reranker else config.k
     encoder = config.encoder or manifest.encoder
-    plan = plan_rows(1, config, encoder, rows_per_batch=1, candidates=depth, reranker=config.reranker)
+    plan = plan_rows(
+        num_queries,
+        config,
+        encoder,
+        rows_per_batch=rows_per_batch,
+        candidates=depth,
+        reranker=config.reranker,
+    )
     check_fingerprint(manifest, plan["fingerprint"])
     return {**plan, "index_version": manifest.version, "index_rows": manifest.rows}
 

@@ -50,6 +50,8 @@ class CollectionConfig(Config):
     counts the labels of the nearest."""
     label_field: str = Field(default="label", min_length=1)
     """Column of the documents that holds their labels."""
+    classify_tuned: tuple[str, ...] = ()
+    """Files that tune-classify wrote, one for each way at most: labels are as those of `classify` with `tuned`."""
     fusion_weight: FractionField | None = None
     """Weight of the rerank score beside the recall score; null is the one stored with the reranker."""
     query_prefix: str | None = None

@@ -12,13 +12,24 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.annotation.config import VoteKind
 from raytower.annotation.cosines import pair_cosines
-from raytower.annotation.labels import count_votes, label_logits, label_of, rank_labels
+from raytower.annotation.deciding import Decider
+from raytower.annotation.labels import (
+    DOCUMENTS_AT_ONCE,
+    WIDER,
+    Prediction,
+    count_votes,
+    label_logits,
+    label_of,
+    needs_more,
+    rank_labels,
+)
 from raytower.errors import InputError
 from raytower.index.table import TEXT, Document
 from raytower.retrieval.ranking import Ranking, rank
@@ -51,7 +62,7 @@ from raytower.serving.errors import (
 )
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation
-from raytower.serving.parts import Parts, Recalled, Scored
+from raytower.serving.parts import Parts, Recalled, Scored, Vectors
 from raytower.serving.work import Deadline
 
 # What a search may take of forward passes and still go before bulk work.
@@ -512,12 +523,14 @@ async def _by_classifier(
     parts: Parts, call: ClassifyCall, lane: Lane, deadline: Deadline
 ) -> tuple[list[list[tuple[str, float]]], TokenCounts]:
     assert parts.classifier is not None
+    settings = parts.generation.settings_of("classifier")
     logits, counts = await parts.classifier.logits(call.texts, lane, deadline)
     try:
-        ranked = label_logits(parts.classifier.served.labels, logits, call.top_k)
+        depth = call.top_k if settings is None else settings.depth
+        ranked = label_logits(parts.classifier.served.labels, logits, depth)
     except InputError as error:
         raise NotFiniteError(str(error)) from error
-    return [[(item.label, item.score) for item in row] for row in ranked], counts
+    return _decided(Decider.of("classifier", settings), ranked, call.top_k), counts
 
 
 async def _by_index(
@@ -525,23 +538,67 @@ async def _by_index(
 ) -> tuple[list[list[tuple[str, float]]], TokenCounts]:
     """By the labels of the nearest documents; see `raytower.annotation.labels`."""
     assert mode != "classifier"
+    settings = parts.generation.settings_of(mode)
+    encoded = await parts.encoder.encode(call.texts, parts.generation.query_prefix, lane, deadline)
+    if mode == "votes":
+        depth = _NEIGHBOURS if settings is None else settings.depth
+        found = await _neighbours(parts, encoded.vectors, depth, mode, deadline)
+        temperature = _TEMPERATURE if settings is None else settings.temperature or 1.0
+        kind: VoteKind = "similarity" if settings is None or settings.votes is None else settings.votes
+        ranked = [count_votes(row, temperature, kind) for row in found]
+    else:
+        depth = max(call.top_k, _LABEL_DEPTH) if settings is None else settings.depth
+        found = await _labels(parts, encoded.vectors, min(depth, parts.generation.num_labels), deadline)
+        ranked = [rank_labels(row)[:depth] for row in found]
+    return _decided(Decider.of(mode, settings), ranked, call.top_k), encoded.counts
+
+
+async def _labels(
+    parts: Parts, vectors: Vectors, num_labels: int, deadline: Deadline
+) -> list[list[tuple[str, float]]]:
+    """Label and score of so many of the nearest documents that there are `num_labels` labels among them."""
+    depth = max(num_labels, 1)
+    found = await _neighbours(parts, vectors, depth, "labels", deadline)
+    while depth < parts.recall.rows and (short := needs_more(found, num_labels)):
+        depth = min(WIDER * depth, parts.recall.rows)
+        at_once = max(1, DOCUMENTS_AT_ONCE // depth)
+        for start in range(0, len(short), at_once):
+            rows = short[start : start + at_once]
+            wider = await _neighbours(parts, vectors[rows], depth, "labels", deadline)
+            for row, each in zip(rows, wider, strict=True):
+                found[row] = each
+    return found
+
+
+async def _neighbours(
+    parts: Parts, vectors: Vectors, depth: int, mode: Literal["labels", "votes"], deadline: Deadline
+) -> list[list[tuple[str, float]]]:
+    """Label and score of the `depth` nearest documents of each vector, best first."""
     field = parts.generation.label_field
     columns = [name for name in (TEXT, field) if name in parts.recall.columns]
-    encoded = await parts.encoder.encode(call.texts, parts.generation.query_prefix, lane, deadline)
-    depth = _NEIGHBOURS if mode == "votes" else max(call.top_k, _LABEL_DEPTH)
-    recalled = await parts.recall.search(encoded.vectors, depth, None, deadline)
+    recalled = await parts.recall.search(vectors, depth, None, deadline)
     found = [row[row >= 0] for row in recalled.rows]
     documents = iter(await parts.recall.documents(np.concatenate(found), columns, deadline))
-    labels = []
+    neighbours = []
     for row, scores in zip(found, recalled.scores, strict=True):
-        neighbours = []
+        own = []
         for _, score in zip(row, scores.tolist(), strict=False):
             document = next(documents)
             try:
                 label = label_of(document.id, document.text, document.metadata, field, mode)
             except InputError as error:
                 raise UnprocessableError(str(error)) from error
-            neighbours.append((label, score))
-        ranked = rank_labels(neighbours) if mode == "labels" else count_votes(neighbours, _TEMPERATURE)
-        labels.append([(item.label, item.score) for item in ranked[: call.top_k]])
-    return labels, encoded.counts
+            own.append((label, score))
+        neighbours.append(own)
+    return neighbours
+
+
+def _decided(
+    decider: Decider, ranked: Sequence[Sequence[Prediction]], top_k: int
+) -> list[list[tuple[str, float]]]:
+    """The first labels with their final scores; none of a text that is not sure enough of any."""
+    decisions = [decider.decide(row) for row in ranked]
+    return [
+        [] if each.label is None else [(item.label, item.score) for item in each.ranked[:top_k]]
+        for each in decisions
+    ]

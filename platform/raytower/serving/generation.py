@@ -8,10 +8,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from raytower.annotation.deciding import ClassifySettings
 from raytower.models.compute import EngineChoice, EngineDtype
 
 # The collection of a server that was given one index.
 DEFAULT_COLLECTION = "default"
+# Labels that are ranked for a text at most.
+MOST_LABELS = 1_000
 
 
 class _Document(BaseModel):
@@ -67,7 +70,15 @@ class Generation(_Document):
     label_field: str = "label"
     """Column of a document that holds its label, for classification by votes or by label texts."""
     classify_modes: tuple[Literal["labels", "votes", "classifier"], ...] = ()
+    classify_settings: tuple[ClassifySettings, ...] = ()
+    """As tune-classify found them, of one way each."""
+    num_labels: int = 0
+    """With label texts: how many labels the index has, counted up to MOST_LABELS."""
     compute: ComputeEntry = ComputeEntry()
+
+    def settings_of(self, mode: str) -> ClassifySettings | None:
+        """The tuned settings of a way to classify."""
+        return next((each for each in self.classify_settings if each.mode == mode), None)
 
     @property
     def id(self) -> str:

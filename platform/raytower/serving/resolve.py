@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytower.annotation.deciding import ClassifySettings
+from raytower.annotation.labels import count_labels
 from raytower.config import make_config
 from raytower.errors import InputError
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
+from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest, published_version
 from raytower.serving.conductor import Served
 from raytower.serving.config import CollectionConfig, ServeConfig
-from raytower.serving.generation import ComputeEntry, FusionEntry, Generation, ModelEntry
+from raytower.serving.generation import MOST_LABELS, ComputeEntry, FusionEntry, Generation, ModelEntry
 from raytower.storage import Location, absolute_if_local
 
 if TYPE_CHECKING:
@@ -48,7 +51,11 @@ def newest_version(index: str) -> str | None:
 def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by which every process finds the same index and models, whatever its folder and its environment."""
     return {
-        name: absolute_if_local(value) if name in _PLACES and value else value
+        name: [absolute_if_local(each) for each in value]
+        if name == "classify_tuned"
+        else absolute_if_local(value)
+        if name in _PLACES and value
+        else value
         for name, value in settings.items()
     }
 
@@ -82,6 +89,8 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         document_max_length=manifest.max_length,
         label_field=config.label_field,
         classify_modes=_classify_modes(config),
+        classify_settings=_classify_settings(config, encoder, classifier),
+        num_labels=_num_labels(config, manifest),
         compute=ComputeEntry(
             engine=config.engine,
             dtype=config.dtype,
@@ -103,16 +112,20 @@ def _encoder_name(config: CollectionConfig, manifest: IndexManifest) -> str:
 def _encoder_entry(name: str) -> tuple[ModelEntry, Path]:
     from raytower.models.directory import resolve_model  # torch, which checking a config does without
     from raytower.models.encoder import Encoder, read_encoder_info
+    from raytower.models.model_class import refuse_other_class
 
     path = resolve_model(name)
+    refuse_other_class(path, "encoder")
     return _entry(name, path, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
 
 
 def _classifier_entry(name: str) -> ModelEntry:
     from raytower.models.directory import read_info, resolve_model
+    from raytower.models.model_class import refuse_other_class
     from raytower.models.text_classifier import TextClassifier
 
     path = resolve_model(name)
+    refuse_other_class(path, "classifier")
     return _entry(name, path, read_info(path), lambda: TextClassifier.load(path).fingerprint)
 
 
@@ -127,9 +140,11 @@ def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | Non
     from raytower.models.cross_encoder import CrossEncoder
     from raytower.models.directory import read_info, resolve_model
     from raytower.models.fusion import Fusion
+    from raytower.models.model_class import refuse_other_class
     from raytower.retrieval.load import fusion_of
 
     path = resolve_model(config.reranker)
+    refuse_other_class(path, "reranker")
     info = read_info(path)
     stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
     entry = _entry(config.reranker, path, info, lambda: CrossEncoder.load(path).fingerprint)
@@ -162,6 +177,38 @@ def _query_prompt(name: str, path: Path) -> str:
     prompts = found if isinstance(found, dict) else {}
     say_untold_prefix("query", name, transformer_folder(path), prompts)
     return str(prompts.get("query", ""))
+
+
+def _classify_settings(
+    config: CollectionConfig, encoder: ModelEntry, classifier: ModelEntry | None
+) -> tuple[ClassifySettings, ...]:
+    """Raises InputError: settings of a way that is not served, of another model, or two of one way."""
+    found: dict[str, ClassifySettings] = {}
+    for name in config.classify_tuned:
+        settings = ClassifySettings.read(name)
+        mode = settings.mode
+        if mode not in _classify_modes(config):
+            raise InputError(
+                f"classify_tuned names {name!r}, which was tuned for mode {mode}, and the collection does not classify "
+                "by it; add it to classify_modes (or name a classifier), or leave the file out"
+            )
+        if mode in found:
+            raise InputError(
+                f"classify_tuned names two files that were tuned for mode {mode}; keep one of them"
+            )
+        model = classifier if mode == "classifier" else encoder
+        assert model is not None  # or the mode is not served
+        settings.check(mode, model.fingerprint, None if mode == "classifier" else config.label_field, name)
+        found[mode] = settings
+    return tuple(found.values())
+
+
+def _num_labels(config: CollectionConfig, manifest: IndexManifest) -> int:
+    if "labels" not in config.classify_modes:
+        return 0
+    table = DocumentTable.open(Location.of(config.index), manifest.table_version)
+    columns = ["id", "text", *({config.label_field} & set(table.schema.names) - {"id", "text"})]
+    return count_labels(table.scan(columns), config.label_field, MOST_LABELS)
 
 
 def _classify_modes(config: CollectionConfig) -> tuple[Any, ...]:

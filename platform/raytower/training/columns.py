@@ -6,7 +6,7 @@
 | triples      | query | document, negative            |                   |
 | candidates   | query | up to `num_documents`         | their scores      |
 | scored       | query | document                      | label             |
-| labelled     | text  | the label's own text          | label             |
+| labelled     | text  | the label's own text, others  | label             |
 | lines        | text  | the same text once more       |                   |
 
 Candidate lists differ in length: shorter ones have no document in the last columns.
@@ -73,12 +73,15 @@ class TextColumns:
         return placed.reshape(shape)
 
 
-def text_columns(rows: Rows, num_documents: int | None = None) -> TextColumns:
+def text_columns(
+    rows: Rows, num_documents: int | None = None, negatives: Sequence[Sequence[str | None]] = ()
+) -> TextColumns:
     """The columns of an encoder objective from rows of any kind.
 
-    Candidates have `num_documents` columns, or as many as the longest of them.
+    Candidates have `num_documents` columns, or as many as the longest of them. `negatives` are further columns.
     """
     queries, documents = _texts(rows, num_documents)
+    documents += [list(column) for column in negatives]
     labels = rows["label"] if "text" in rows and "label" in rows else None
     columns = [
         text_keys(column, rows.get("document_id") if number == 0 else None, labels if number == 0 else None)

@@ -91,6 +91,7 @@ FREE_KEYS = frozenset(
         "keep_checkpoints",
         "max_failures",
         "workers",
+        "attention",
     }
 )
 
@@ -192,8 +193,16 @@ class TrainingWorkersConfig(FittedWorkersConfig):
     min: int | None = Field(default=None, ge=1)
     """Fewest workers that a training goes on with where machines are lost; it takes others in when they come. null is
     `num`: it waits for all."""
+    sharding: Literal["none", "full"] = "none"
+    """What each worker holds: none, the whole model; full, its part of the weights, gradients and moments, with layers
+    put together as they compute, for models that do not fit one GPU so."""
 
     def model_post_init(self, context: Any) -> None:
+        if self.sharding == "full" and self.num == 1:
+            raise ValueError(
+                "workers.sharding is full and workers.num 1, which has nobody to share the model with; raise num, or "
+                "set sharding to none"
+            )
         if self.min is None or self.num is None:
             return
         if self.min > self.num:
@@ -319,9 +328,13 @@ class MixedTrainInput(TrainInput, Generic[SetT]):
 
     @model_serializer(mode="wrap")
     def _without_sets(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """One set of rows is written down, and known again, as it was before there could be several."""
+        """One set of rows is written down, and known again, as it was before there were these keys."""
         values: dict[str, Any] = dump(self)
-        return values if self.sets else {key: values[key] for key in values if key not in ("sets", "mixing")}
+        newer = [
+            *(() if self.sets else ("sets", "mixing")),
+            *(() if values.get("sibling_labels") else ("sibling_labels",)),
+        ]
+        return {key: values[key] for key in values if key not in newer}
 
 
 class TrainJobConfig(Config):
@@ -405,6 +418,11 @@ class TrainJobConfig(Config):
                 "with 0: no two can share a GPU, and a second one would lie idle. Set it to 0 or 1, and workers.num "
                 "to the number of GPUs"
             )
+        if self.workers.sharding == "full" and self.compile:
+            raise ValueError(
+                "workers.sharding is full and compile is true: a compiled backbone hides its layers from what puts "
+                "them together; set compile to false, or workers.sharding to none"
+            )
         if self.start_name is None:
             raise ValueError("model is required and not given; name an encoder by model or by init_from")
 
@@ -480,6 +498,8 @@ class RetrieverTrainSet(TrainSet):
     """Split of a BEIR folder, as train.split."""
     num_documents: int | None = Field(default=None, ge=2)
     """Most documents of a row of candidates, as train.num_documents."""
+    sibling_labels: int | None = Field(default=None, ge=0)
+    """Labels of the same parent as hard negatives, as train.sibling_labels."""
     objective: Annotated[RetrieverObjective, Field(discriminator="name")] | None = None
     """What is learnt from this set; null is the job's objective."""
     query_prefix: str | None = None
@@ -502,6 +522,9 @@ class RetrieverTrainInput(MixedTrainInput[RetrieverTrainSet]):
     """Split of a BEIR folder, whose pairs are those that qrels/<split>.tsv judges relevant; null reads train."""
     num_documents: int | None = Field(default=None, ge=2)
     """Candidates: most documents of a row, its best and others that each epoch draws anew; null takes all."""
+    sibling_labels: int = Field(default=0, ge=0)
+    """Labelled rows with in_batch_negatives: other labels of the same parent (`A##C` of `A##B`) that a row gets as hard
+    negatives; fewer where it has fewer."""
 
 
 class RetrieverDevSet(Config):
@@ -648,6 +671,9 @@ class TrainRetrieverConfig(TrainJobConfig):
     enough batches."""
     gradient_cache: int | None = Field(default=None, ge=1)
     """Rows of a chunk: large batches at the memory of a chunk; null keeps the whole batch's activations."""
+    attention: Literal["auto", "padded", "unpadded"] = "auto"
+    """padded: texts of a chunk are filled up to the longest; unpadded: they lie end to end, and nothing is computed of
+    padding; auto: unpadded on a GPU in 16 bits, where the model gives the same vectors so."""
     max_length: int = Field(default=64, ge=1)
     """Tokens of a text while training; the published encoder keeps the length of its start."""
     query_prefix: str | None = None

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,20 @@ from raytower.storage.errors import StorageError, StorageRefusedError, one_line
 from raytower.training import notice
 from raytower.training.backbone import narrow_base
 from raytower.training.batches import Rows
-from raytower.training.checkpoint import MODEL_DIR, load_state, load_trainable, save_state, save_trainable
+from raytower.training.checkpoint import (
+    MODEL_DIR,
+    load_state,
+    load_trainable,
+    save_parts,
+    save_state,
+    save_trainable,
+)
 from raytower.training.config import TrainJobConfig
 from raytower.training.exchange import Alone, GroupExchange
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.row_stream import StreamPlan, stream_batches
 from raytower.training.run_log import RunLog
+from raytower.training.sharding import Sharding
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.task import Task
 from raytower.training.trackers import TrackedRun
@@ -160,14 +168,21 @@ class _Worker:
             multiply_fast(getattr(torch, config.dtype), device)
             self.model = plan.task.build(start_from, device)
             narrow_base(self.model, config)
-            self.model = self.model.to(device).train()
             if folder and plan.task.keeps_weights_apart:
                 load_trainable(self.model, folder)
+            self.model.train()
+            self.sharding: Sharding | None = None
+            if config.workers.sharding == "full" and self.world_size > 1:
+                # No device holds all of the model at any time.
+                self.sharding = Sharding(self.model, dtype=getattr(torch, config.dtype), device=device)
+            else:
+                self.model = self.model.to(device)
             optimizer = make_optimizer(self.model, config.optimizer)
             schedule = make_schedule(
                 optimizer, plan.num_steps, config.optimizer.warmup_ratio, config.optimizer.schedule
             )
-            words = WordGradients.of(self.model)
+            words = WordGradients.of(self.model) if self.sharding is None else None
+            is_replicated = self.world_size > 1 and self.sharding is None
             self.step = TrainingStep(
                 self.model,
                 optimizer,
@@ -176,8 +191,9 @@ class _Worker:
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=config.seed,
                 num_shares=plan.workers.num,
-                parallel=data_parallel(self.model, words) if self.world_size > 1 else None,
+                parallel=data_parallel(self.model, words) if is_replicated else None,
                 words=words,
+                sharding=self.sharding,
             )
             if folder:
                 self.progress = Progress(**load_state(self.step, folder))
@@ -185,6 +201,8 @@ class _Worker:
                 self._say(f"continuing from step {self.progress.step} of {plan.num_steps}")
             if self.world_size < plan.workers.num:
                 self._say(f"{self.world_size} of {plan.workers.num} workers are there, and begin")
+            if config.workers.sharding == "full" and self.sharding is None:
+                self._say("workers.sharding is full, and one worker alone holds the whole model")
             if device.type == "cpu" and torch.cuda.is_available():
                 self._say("a GPU is there and not used: set workers.num_gpus to 1")
         self.events = None
@@ -303,7 +321,8 @@ class _Worker:
         progress, dev = self.progress, self.plan.task.dev
         assert dev is not None
         self.model.eval()
-        metrics = self.plan.task.evaluate(self.model)
+        with nullcontext() if self.sharding is None else self.sharding.whole_on_each():
+            metrics = self.plan.task.evaluate(self.model)
         self.model.train()
         value = metrics[dev.metric]
         # NaN (Spearman of scores that are all equal) is worse than any number, and no first one to beat.
@@ -330,7 +349,7 @@ class _Worker:
         """Hand a checkpoint to Ray Train, which counts it once all of it is stored."""
         values = {**metrics, "step": self.progress.step}
         self._saved_step = self.progress.step
-        if self.rank:
+        if self.rank and self.sharding is None:
             ray.train.report(values)
             return
         self.uploads.begin(values, self._save)
@@ -338,10 +357,18 @@ class _Worker:
             self.events.flush()
 
     def _save(self, folder: Path) -> None:
+        """What this worker adds to a checkpoint: the first one all, or all but the parts that the others hold."""
+        task, model = self.plan.task, self.model
+        if self.sharding is not None:
+            save_parts(self.step, folder, with_weights=task.keeps_weights_apart)
+            whole = self.sharding.gather()
+            if whole is None:
+                return
+            model = whole
         info = {"history": self.progress.history, "curve": self.progress.curve}
-        self.plan.task.save(self.model, folder / MODEL_DIR, info)
-        if self.plan.task.keeps_weights_apart:
-            save_trainable(self.model, folder)
+        task.save(model, folder / MODEL_DIR, info)
+        if task.keeps_weights_apart and self.sharding is None:
+            save_trainable(model, folder)
         save_state(self.step, asdict(self.progress), folder)
 
     def _log(self, loss: float, steps_per_second: float) -> None:

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -65,6 +65,11 @@ def make_schedule(
     return LambdaLR(optimizer, factor)
 
 
+def parameters_of(optimizer: AdamW) -> list[Tensor]:
+    """The parameters in the order of their numbers in the optimizer's state."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def save_optimizer(optimizer: AdamW, path: Path) -> None:
     """Write moments and step counts. No pickle: names are `<parameter number>.<state name>`."""
     tensors = {
@@ -76,10 +81,16 @@ def save_optimizer(optimizer: AdamW, path: Path) -> None:
 
 
 def load_optimizer(optimizer: AdamW, path: Path) -> None:
-    """Read back what `save_optimizer` wrote, onto the devices of the parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    """Read back what `save_optimizer` wrote, onto the devices of the parameters; of weights in parts, their parts."""
+    parameters = parameters_of(optimizer)
+    state: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - the handle is no mapping
             number, _, name = key.partition(".")
-            state.setdefault(int(number), {})[name] = file.get_tensor(key)
+            value = file.get_tensor(key)
+            parameter = parameters[int(number)]
+            if isinstance(parameter, DTensor) and value.dim():
+                mesh, placements = parameter.device_mesh, parameter.placements
+                value = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+            state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

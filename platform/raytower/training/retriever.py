@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raytower.collectives import rank
 from raytower.data.pieces import Piece, Survey
 from raytower.data.records import INSTRUCTION
 from raytower.errors import InputError
@@ -24,6 +25,7 @@ from raytower.models.encoder import Encoder, Projection
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.models.two_tower import TwoTower
+from raytower.models.unpadded import PaddedOnlyError
 from raytower.objectives.config import EmbeddingDistillation, MarginMSE
 from raytower.objectives.margin_mse import fitting_scale, refuse_saturating_scale
 from raytower.objectives.matryoshka import over_dimensions
@@ -51,12 +53,14 @@ from raytower.training.inputs import (
     refuse_single_text,
     sample_rows,
     survey_training,
+    tables,
 )
 from raytower.training.live_engine import LiveEngine
 from raytower.training.other_encoder import OtherEncoder, other_encoder_name
 from raytower.training.runner import fit, plan_training
 from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
 from raytower.training.shares import evaluation_dtype, gather_rows_in_order, own_rows
+from raytower.training.sibling_labels import Siblings, draw_siblings, siblings_of
 from raytower.training.step import TrainingStep
 from raytower.training.task import RowSet, Task
 from raytower.training.windows import draw_documents
@@ -160,13 +164,16 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
             with naming_set(name):
                 scorer = None if own.teacher is None else loaded
                 fitted = _with_fitting_scale(own, surveys[name], counts[name], scorer)
-            sets[name] = RowSet(fitted, counts[name], _distinct_columns(own, surveys[name]), name)
+                siblings = _siblings(own, surveys[name])
+            distinct = _distinct_columns(own, surveys[name])
+            sets[name] = RowSet(fitted, counts[name], distinct, name, siblings)
         alone = sets.pop(ALONE, RowSet(config))
         named = [None if name is None else absolute_if_local(name) for name in (teacher, other)]
         aside = {name: own.set_aside for name, own in surveys.items()}
         start = absolute_if_local(config.start)
         task = cls(alone.config, start, alone.num_documents, named[0], aside, named[1])
         task.sets, task.distinct_columns = sets, alone.distinct_columns
+        task.siblings = alone.siblings
         for dev in task.dev_sets.values():
             say_overlap(surveyed, dev.config, dev.pairs)
         return task
@@ -185,12 +192,13 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         tokens = default_tokens_per_encoder_chunk(device)
         tower = TwoTower(encoder, config.max_length, tokens, config.gradient_cache, teacher_dim)
         freeze_unreached(tower, lambda: tower(tower.plan_chunks([tower.tokenise([PROBE], "")])))
+        _settle_attention(tower, config, device)
         return tower
 
     def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedTexts:
         tower = cast(TwoTower, step.model)
         own = self.set_of(rows)
-        columns = text_columns(rows, own.num_documents)
+        columns = text_columns(rows, own.num_documents, _hard_labels(own, rows))
         query_prefix, document_prefix = _prefixes(tower.encoder, own.config)
         before = query_prefixes(columns.instructions, own.config.instruction_format, query_prefix)
         blocks = [
@@ -302,6 +310,41 @@ def _load_dev_sets(config: TrainRetrieverConfig, set_aside: Mapping[str, Sequenc
     return loaded
 
 
+def _settle_attention(tower: TwoTower, config: TrainRetrieverConfig, device: torch.device) -> None:
+    """Carry out `attention`; the first worker says where auto cannot leave padding out.
+
+    Raises:
+        InputError: it is unpadded, and the model or the device has no such attention.
+    """
+    has_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    has_kernel = has_kernel and config.dtype != "float32"
+    if config.attention == "padded" or (config.attention == "auto" and not has_kernel):
+        return
+    try:
+        if device.type == "cuda" and not has_kernel:
+            raise PaddedOnlyError(
+                f"the kernel computes in 16 bits, on GPUs from Ampere on; dtype is {config.dtype}"
+            )
+        if config.compile:
+            raise PaddedOnlyError("it is compiled")
+        tower.leave_out_padding([PROBE, _beyond_windows(tower)])
+    except PaddedOnlyError as error:
+        if config.attention == "unpadded":
+            raise InputError(
+                f"attention is unpadded, which {type(tower.encoder.backbone).__name__} is not trained with: {error}; "
+                "set it to auto"
+            ) from error
+        if rank() == 0:
+            log(f"texts are filled up (attention: auto), for of this model {error}")
+
+
+def _beyond_windows(tower: TwoTower) -> str:
+    """A text of more words than the window of layers that see no further has tokens, on both sides."""
+    settings = tower.encoder.backbone.config.get_text_config()
+    window = getattr(settings, "sliding_window", None) or getattr(settings, "local_attention", None) or 0
+    return " ".join([PROBE] * (1 + (2 * min(window, tower.max_length) + 8) // len(PROBE.split())))
+
+
 def _survey(config: TrainRetrieverConfig) -> Survey:
     train, objective = config.train, config.objective
     assert train.path is not None
@@ -318,6 +361,41 @@ def _distinct_columns(config: TrainRetrieverConfig, surveyed: Survey) -> tuple[s
     # Texts with an equal label belong together; the label of a scored pair is 0 or 1 and says no such thing.
     distinct = [*_DISTINCT_COLUMNS, *(["label"] if "text" in names else [])]
     return tuple(name for name in distinct if name in names)
+
+
+def _siblings(config: TrainRetrieverConfig, surveyed: Survey) -> Siblings:
+    """Labels of the same parent, where rows get them as hard negatives.
+
+    Raises:
+        InputError: rows without labels, an objective that does not take more documents, or no label with a sibling.
+    """
+    count = config.train.sibling_labels
+    if not count:
+        return {}
+    if not {"text", "label"} <= set(surveyed.schema.names):
+        raise InputError(
+            f"train.sibling_labels is {count}, and these rows have no labels; set train.format to labelled, or "
+            "sibling_labels to 0"
+        )
+    if config.objective.name != "in_batch_negatives":
+        raise InputError(
+            f"train.sibling_labels is {count}, and objective {config.objective.name} takes no more negatives; set the "
+            "objective to in_batch_negatives, or sibling_labels to 0"
+        )
+    siblings = siblings_of(label for table in tables(surveyed) for label in table["label"].to_pylist())
+    if not any(siblings.values()):
+        raise InputError(
+            f"train.sibling_labels is {count}, and no two of the {len(siblings)} labels have one parent; set it to 0"
+        )
+    return siblings
+
+
+def _hard_labels(own: RowSet[TrainRetrieverConfig], rows: Rows) -> list[list[str | None]]:
+    """Columns of labels of the same parent as each row's; none where they are not asked for."""
+    if not own.siblings:
+        return []
+    config = own.config
+    return draw_siblings(rows["text"], rows["label"], own.siblings, config.train.sibling_labels, config.seed)
 
 
 def _follows_vectors(config: TrainRetrieverConfig) -> bool:

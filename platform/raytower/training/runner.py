@@ -53,6 +53,7 @@ from raytower.training.model_card import FILE_NAME as CARD_NAME
 from raytower.training.model_card import model_card
 from raytower.training.row_stream import MixedPlan, StreamPlan
 from raytower.training.sets import MixedSurvey, batches_of_sets, configs_of, surveys_of
+from raytower.training.sharding import layers_of
 from raytower.training.task import Task
 from raytower.training.trackers import TrackedRun, check_trackers, tracked_run
 from raytower.workers import fit_workers
@@ -79,7 +80,10 @@ def plan_training(task_class: type[TaskT], config: TrainJobConfig) -> tuple[dict
     elif (left := _checkpoints_of_another_run(Location.of(config.output), run_key(identity))) is not None:
         former_place(str(left))
     task = task_class.prepare(config.model_copy(update={"compile": False}), surveyed)
-    return _describe_plan(config, surveyed, task.build(None), _workers(config)), task
+    model = task.build(None)
+    if config.workers.sharding == "full":
+        layers_of(model)
+    return _describe_plan(config, surveyed, model, _workers(config)), task
 
 
 def with_dtype(config: TrainJobConfigT) -> TrainJobConfigT:
@@ -110,7 +114,7 @@ def _describe_plan(
     """The figures of --dry-run: rows, steps, and the bytes of weights, gradients and Adam's moments on each worker.
 
     `model` is prepared as for training; frozen weights count once, trained ones four times (themselves, the gradient,
-    two moments).
+    two moments). Workers that share the model out have equal parts of it.
     """
     narrow_base(model, config)
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
@@ -126,7 +130,8 @@ def _describe_plan(
         "rows_per_worker_and_batch": config.batch_size // workers.num,
         "workers": workers.num,
         "trainable_parameters": sum(size // 4 for size, trains in sizes if trains),
-        "predicted_state_bytes_per_worker": sum(size * (4 if trains else 1) for size, trains in sizes),
+        "predicted_state_bytes_per_worker": sum(size * (4 if trains else 1) for size, trains in sizes)
+        // (workers.num if config.workers.sharding == "full" else 1),
         "output": config.output,
     }
 

@@ -23,6 +23,7 @@ from raytower.collectives import gather_constants, rank, world_size
 from raytower.errors import RaytowerError
 from raytower.models.chunks import Chunk, Shares
 from raytower.objectives.gradient_cache import backward_cached
+from raytower.training.sharding import Sharding, total_norm
 from raytower.training.word_gradients import WordGradients
 
 BatchT = TypeVar("BatchT")
@@ -53,14 +54,18 @@ class TrainingStep:
         num_shares: int | None = None,
         parallel: nn.Module | None = None,
         words: WordGradients | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """`num_shares` are the equal shares of a batch that dropout is drawn for, one or several of a worker; None is
         as many as workers. `parallel` is the model wrapped for data parallelism, where there is more than one worker;
         see `data_parallel`. `words` collects the gradient of the model's word embeddings, which else autograd does.
+        `sharding` is the model's, where it is shared out; then there is no `parallel`, and no `words`, whose table
+        would be one of many parts.
         """
         self.model = model
         self.parallel = parallel or model
         self.words = words
+        self.sharding = sharding
         self.optimizer = optimizer
         self.schedule = schedule
         self.device = next(model.parameters()).device
@@ -109,7 +114,9 @@ class TrainingStep:
         if self.words is not None:
             self.words.finish()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        parameters = list(self.model.parameters())
+        norm = total_norm(parameters)
+        nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         figures = self._fetch(torch.cat([norm.reshape(1), means]))
         self._check(figures[0], figures[1 : len(losses) + 1])
         self.observed = dict(zip(self._observed, figures[len(losses) + 1 :], strict=True))
@@ -154,9 +161,13 @@ class TrainingStep:
         return None if own == 1 else Shares(rows_R * own // num_rows, own)
 
     def seeded(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The chunks of the batch that is propagated now; those that begin a share have dropout draw for it."""
+        """The chunks of the batch that is propagated now; those that begin a share have dropout draw for it.
+
+        Of a model that is shared out all workers get equally many: see `Sharding.even_out`.
+        """
         seeds = self._own_seeds()
-        return [chunk if chunk.share is None else replace(chunk, seed=seeds[chunk.share]) for chunk in chunks]
+        own = [chunk if chunk.share is None else replace(chunk, seed=seeds[chunk.share]) for chunk in chunks]
+        return own if self.sharding is None else self.sharding.even_out(own)
 
     def _own_seeds(self) -> list[int]:
         """Of each of this worker's shares of the batch: worker 1 of 2 has 2 and 3 of 4 shares."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from raytower.data.pieces import Survey
 from raytower.training.batches import Rows
 from raytower.training.config import ALONE, DevConfig, TrainJobConfig
 from raytower.training.mixing import SET
+from raytower.training.sibling_labels import Siblings
 from raytower.training.step import TrainingStep
 
 _CPU = torch.device("cpu")
@@ -33,6 +35,8 @@ class RowSet(Generic[ConfigT]):
     """Columns whose values no two rows of a batch should share."""
     name: str = ALONE
     """Of several sets, which."""
+    siblings: Siblings = field(default_factory=dict)
+    """Of each label those of the same parent, where they are hard negatives."""
 
 
 class Task(ABC, Generic[ConfigT]):
@@ -43,6 +47,9 @@ class Task(ABC, Generic[ConfigT]):
 
     num_documents: int | None = None
     """Most documents of a candidate list; None for other rows."""
+
+    siblings: Siblings = MappingProxyType({})
+    """Of each label those of the same parent, where they are hard negatives."""
 
     def __init__(self, config: ConfigT, start: str) -> None:
         """`start` is config.start; a local directory must be absolute, because workers run in folders of their own."""
@@ -55,7 +62,7 @@ class Task(ABC, Generic[ConfigT]):
         """The set that the rows of a batch are of."""
         if SET in rows:
             return self.sets[rows[SET][0]]
-        return RowSet(self.config, self.num_documents, self.distinct_columns)
+        return RowSet(self.config, self.num_documents, self.distinct_columns, siblings=self.siblings)
 
     @staticmethod
     def observe_set(step: TrainingStep, own: RowSet[ConfigT], loss: Tensor) -> None:

@@ -16,7 +16,8 @@ _PREFIX = "rtcheckpoint-"
 
 
 class Uploads:
-    """The checkpoints of the first worker; every other one reports its figures at the same steps.
+    """The checkpoints of the first worker; every other one reports its figures at the same steps. Of a model that is
+    shared out each worker has its part of every checkpoint, and Ray Train puts the parts into one folder.
 
     As a context it waits at its end.
     """

@@ -146,6 +146,15 @@ class TestArguments:
             config = make_config(config_class, said)
             assert (config.input.path, config.input.format) == ("d.tsv", "tsv")
 
+    def test_a_list_of_texts_takes_several_arguments_where_no_position_is_meant(self) -> None:
+        config_class = find_reference(COMMANDS["evaluate"].config)
+        given = ["--compare", "a", "b", "--k", "1,5", "--compare=c", "--metrics", "nDCG@10,AP"]
+        config = make_config(config_class, read_arguments(config_class, (), given).overrides)
+        assert (config.compare, config.k) == (["a", "b", "c"], [1, 5])
+        assert config.metrics == ["nDCG@10", "AP"]
+        # Where a position is meant, the next argument is it.
+        assert read("--names", "a", "x").text == "x"
+
     def test_positions_stand_anywhere(self) -> None:
         assert read("x", "--k", "5").text == read("--k", "5", "x").text == read("--full", "x").text == "x"
 

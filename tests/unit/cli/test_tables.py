@@ -65,10 +65,11 @@ def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) 
     evil = "\x1b]0;owned\x07"
     point = {"weight": 0.0, "mrr@10": 0.5}
     results = {
-        "raytower.retrieval.search:render_search": {
+        "raytower.cli.tables:render_search_or_figures": {
             "index_version": evil,
             "results": [{"rank": 1, "score": 0.5, "id": evil, "text": evil}],
         },
+        "raytower.retrieval.embed:render_embed": {"vectors": [[0.5]], "encoder": evil},
         "raytower.cli.tables:render_versions": {
             "current": "000001",
             "versions": [{**VERSION, "operation": evil, "kind": evil}],
@@ -86,7 +87,9 @@ def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) 
     for name, result in results.items():
         shown = find_reference(name)(result)
         assert all(line.isprintable() for line in shown.splitlines()), name
-        assert r"\x1b]0;owned\x07" in shown or r"\e]0;owned\a" in shown, name  # as we write it, and YAML
+        # As we write it, YAML and JSON.
+        ways = (r"\x1b]0;owned\x07", r"\e]0;owned\a", r"\u001b]0;owned\u0007")
+        assert any(way in shown for way in ways), name
 
 
 def test_a_terminal_that_lacks_a_character_is_shown_its_code(monkeypatch: pytest.MonkeyPatch) -> None:

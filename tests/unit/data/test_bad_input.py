@@ -58,6 +58,10 @@ BAD_ROWS: list[tuple[RecordKind, str, bytes, bytes, str]] = [
      "missing key 'label' or 'score'"),
     ("scored", "x.jsonl", b'{"query":"q","title":"t","label":1}\n', b'{"query":"q","label":1}',
      "missing key 'document' or 'title' or 'sentence2'"),
+    ("ranked", "x.tsv", b"q\tt\n", b"q\tt\t1", "3 columns, expected 2 (query, document) separated by tabs; "
+     "if the others are to be left out, name all columns in a first line, query and document among them"),
+    ("ranked", "x.tsv", b"q\tt\t1\n", b"q\tt", "2 columns, expected 3 (query, document, score) separated by tabs"),
+    ("ranked", "x.tsv", b"q\tt\t1\n", b"q\tt\tnan", "recall_score 'nan' is not a finite number"),
     ("lines", "x.jsonl", b'{"text": "a"}\n', b'{"title": "a"}', "missing key 'text'"),
     ("lines", "x.jsonl", b'{"text": "a"}\n', b'{"text": null}', "'text' is null, must be a string"),
     ("lines", "x.jsonl", b'{"text": "a"}\n', b'{"text": ["a"]}', "'text' is of JSON type array, must be a string"),

@@ -264,6 +264,37 @@ def test_tables_have_the_canonical_columns(tmp_path: Path, kind: RecordKind) -> 
         assert surveyed.schema == canonical_schema(kind)
 
 
+def _ranked(query: str, document: str, score: float | None = None, **ids: str) -> dict:
+    return {
+        "query": query,
+        "document": document,
+        "score": score,
+        "query_id": None,
+        "document_id": None,
+        **ids,
+    }
+
+
+def test_candidates_a_row_each(tmp_path: Path) -> None:
+    """The files of a recall stage: two columns or three, with and without a header."""
+    assert read(write(tmp_path / "a.tsv", "q\tx\nq\ty\n"), "ranked") == [_ranked("q", "x"), _ranked("q", "y")]
+    scored = write(tmp_path / "b.txt", "q\tx\t0.5\nq\ty\t-1e-3\n")
+    assert read(scored, "ranked") == [_ranked("q", "x", 0.5), _ranked("q", "y", -0.001)]
+    named = write(tmp_path / "c.tsv", "score\ttitle\tquery\n0.5\tx\tq\n")
+    assert read(named, "ranked") == [_ranked("q", "x", 0.5)]
+    rows = [{"query_id": "7", "query": "q", "rank": 1, "id": "d", "score": 2, "text": "x"}]
+    expected = [_ranked("q", "x", 2.0, query_id="7", document_id="d")]
+    assert read(write_jsonl(tmp_path / "d.jsonl", rows), "ranked") == expected
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "e.parquet")
+    assert read(tmp_path / "e.parquet", "ranked") == expected
+    # Of a list that was reranked the recall score is read.
+    reranked = [{**rows[0], "recall_score": 0.25}, {**rows[0], "recall_score": None}]
+    assert [row["score"] for row in read(write_jsonl(tmp_path / "f.jsonl", reranked), "ranked")] == [
+        0.25,
+        None,
+    ]
+
+
 def test_explicit_format_overrides_the_extension(tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.tsv", "a\tb\n")
     assert read(path, "corpus", format="lines") == [{"id": "corpus:1", "text": "a\tb"}]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from raytower.annotation.rows_out import check_rows_output, open_rows, refuse_name_of_another_type
 from raytower.data.queries import QuerySet
 from raytower.errors import InputError
-from raytower.evaluation.judgements import absent_text, judge
+from raytower.evaluation.judgements import Judgements, absent_text, judge
 from raytower.evaluation.reports import check_reports_output, open_run, render_page, write_reports
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
@@ -110,6 +110,23 @@ def _report() -> dict:
     }
 
 
+_JUDGED = Judgements(
+    ["a query", "b"],
+    ["one", "two"],
+    [{"d1": 2.0}, {"\x00gone": 1.0, "100%": 1.0}],
+    num_missing=1,
+    num_without_relevant=0,
+    unwanted=[{"d3": 0.0}, {}],
+)
+
+
+def test_fractions_of_judgements_are_no_qrels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = Judgements(["a"], ["one"], [{"d1": 0.5}], 0, 0)
+    write_reports(Location.of(tmp_path), _report(), half, {"mrr@10": np.array([1])})
+    assert not (tmp_path / "qrels.trec").exists()
+    assert "qrels.trec is not written: some judgements are no whole numbers" in capsys.readouterr().err
+
+
 class _Tags(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -136,10 +153,23 @@ def test_the_page_escapes_texts_and_needs_nothing_from_outside() -> None:
 
 
 def test_reports_are_written_beside_each_other(tmp_path: Path) -> None:
-    write_reports(
-        Location.of(tmp_path / "out"), {**_report(), "numpy": np.float32(0.5), "nothing": float("nan")}
+    report = {**_report(), "numpy": np.float32(0.5), "nothing": float("nan")}
+    write_reports(Location.of(tmp_path / "out"), report, _JUDGED, {"mrr@10": np.array([0.5, 1])})
+    assert sorted(place.name for place in (tmp_path / "out").iterdir()) == [
+        "per_query.jsonl",
+        "qrels.trec",
+        "report.html",
+        "report.json",
+    ]
+    assert (tmp_path / "out" / "qrels.trec").read_text() == (
+        "a%20query raytower d1 2\na%20query raytower d3 0\n"
+        "b raytower not%20in%20the%20index%201 1\nb raytower 100%25 1\n"
     )
-    assert sorted(place.name for place in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "per_query.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"query_id": "a query", "query": "one", "relevant": 1, "metrics": {"mrr@10": 0.5}},
+        {"query_id": "b", "query": "two", "relevant": 2, "metrics": {"mrr@10": 1}},
+    ]
     back = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (back["queries"], back["numpy"], back["nothing"]) == (2, 0.5, None)
 
@@ -191,12 +221,15 @@ def test_an_output_that_keeps_nothing_is_refused(
         check(str(tmp_path / output))
 
 
-@pytest.mark.parametrize("name", ["report.json", "report.html", "run.trec"])
+@pytest.mark.parametrize(
+    "name",
+    ["report.json", "report.html", "run.trec", "qrels.trec", "per_query.jsonl", "comparison.json"],
+)
 def test_a_report_that_is_anothers_is_not_overwritten(name: str, tmp_path: Path) -> None:
     with open_run(Location.of(tmp_path / "run.trec")) as run:
         run.write("q1", [("d7", 0.5)])
     check_reports_output(str(tmp_path))  # an evaluation that was killed
-    write_reports(Location.of(tmp_path), _report())
+    write_reports(Location.of(tmp_path), _report(), _JUDGED, {"mrr@10": np.array([0.5, 1])})
     check_reports_output(str(tmp_path))
     (tmp_path / "notes").touch()
     check_reports_output(str(tmp_path))

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ir_measures
 import numpy as np
 import pytest
 import pytrec_eval
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytower.annotation.classify import classify, plan_classify
@@ -20,7 +25,7 @@ from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityCon
 from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.labels import count_votes, label_logits, rank_labels
 from raytower.annotation.mine import mine, plan_mine
-from raytower.annotation.similarity import measure_scores, plan_similarity, similarity
+from raytower.annotation.similarity import average_precision, measure_scores, plan_similarity, similarity
 from raytower.cli.tables import render_tuning
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
@@ -160,6 +165,57 @@ def test_evaluate_agrees_with_brute_force_and_trec_eval(world: World, tmp_path: 
     # The exact matches are found, the missing document is not: neither 0 nor 1 by accident.
     assert 0 < result["hit@1"] < 1
     assert result["recall@1"] <= result["recall@10"]
+
+
+def test_an_index_is_measured_by_any_metric_and_its_run_read_back_gives_the_same(
+    world: World, tmp_path: Path
+) -> None:
+    """Without the two texts that the corpus holds twice, since a run file counts every document."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(json.dumps({"_id": "c3", "title": "", "text": CORPUS[3]}) + "\n")
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"c{n}", "text": TEXTS[n]}) + "\n" for n in range(3, 8))
+    )
+    qrels = "c3\tc4\t2\nc3\tc5\t1\nc4\tc4\t1\nc5\tc9\t1\nc5\tc5\t0\nc7\tgone\t1\n"
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
+    names = ["nDCG@10", "MRR@10", "R@20", "AP", "Judged@10"]
+    values = {"index": world.index, "queries": str(folder), "k": [1, 10], "metrics": names}
+    # The encoder is the one that the index names.
+    result = evaluate(make_config(EvaluateConfig, {**values, "output": str(tmp_path / "out")}))
+    run = read_run(Location.of(tmp_path / "out" / "run.trec"))
+    assert {len(ranked) for ranked in run.values()} == {20}
+    judged: dict[str, dict[str, int]] = {}
+    for query, document, score in (line.split("\t") for line in qrels.splitlines()):
+        judged.setdefault(query, {})[document] = int(score)
+    measures = [ir_measures.parse_measure(name) for name in names]
+    theirs = ir_measures.calc_aggregate(
+        measures, judged, {query: dict(ranked) for query, ranked in run.items()}
+    )
+    for name, measure in zip(names, measures, strict=True):
+        assert result[name] == pytest.approx(theirs[measure], abs=1e-9), name
+        assert result["intervals"][name][0] <= result[name] <= result["intervals"][name][1]
+    assert result["unjudged"]["10"] == sum(
+        document not in judged[query] for query, ranked in run.items() for document, _ in ranked[:10]
+    )
+    again = {**values, "index": None, "run": str(tmp_path / "out" / "run.trec")}
+    for queries in (str(folder), str(tmp_path / "out" / "qrels.trec")):
+        read_back = evaluate(make_config(EvaluateConfig, {**again, "queries": queries}))
+        assert [read_back[name] for name in names] == [result[name] for name in names]
+        assert read_back["unjudged"] == result["unjudged"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["encoder"] == world.encoder
+    assert list(report["stages"][0]["metrics"]) == names
+
+    # The query stands in the corpus under its own id, where it is the nearest.
+    without = evaluate(make_config(EvaluateConfig, {**values, "ignore_identical_ids": True}))
+    kept = {query: {doc: s for doc, s in ranked if doc != query} for query, ranked in run.items()}
+    assert without["identical_ids"] == 4
+    expected = ir_measures.calc_aggregate(measures, judged, kept)
+    # All but AP and R@20, for which one document more was recalled.
+    for name in ("nDCG@10", "MRR@10", "Judged@10"):
+        assert without[name] == pytest.approx(expected[ir_measures.parse_measure(name)], abs=1e-9)
+    assert without["MRR@10"] != result["MRR@10"]
 
 
 def test_evaluate_does_not_depend_on_the_batch(world: World, tmp_path: Path) -> None:
@@ -571,10 +627,10 @@ def test_votes_of_labelled_texts(world: World, tmp_path: Path) -> None:
     assert lines[1] == f"{TEXTS[0]}\tthings##apple\t1.000000"
     assert lines[3].split("\t")[1] == f"things##{TEXTS[8].split()[0]}"
     assert result["accuracy"] == pytest.approx(2 / 3)
-    assert (result["hit@5"], result["labels_missing"]) == (pytest.approx(2 / 3), 1)
+    assert result["labels_missing"] == 1
     # Two classes of four are always right: of the third row neither the expected nor the predicted one is.
     assert (result["precision_macro"], result["recall_macro"], result["f1_macro"]) == (0.5, 0.5, 0.5)
-    assert set(result["intervals"]) == {"accuracy", "hit@5", "hit@10", "hit@20"}
+    assert set(result["intervals"]) == {"accuracy"}  # one neighbour has no second label
 
 
 def test_votes_are_counted_over_the_k_nearest(world: World, tmp_path: Path) -> None:
@@ -719,6 +775,52 @@ def test_similarity_prefixes_change_what_is_encoded(world: World, tmp_path: Path
     )
     left, right = world.encode([f"a {TEXTS[0]}", f"b {TEXTS[20]}"])
     assert json.loads(lines[1])["score"] == pytest.approx(left @ right, abs=1e-6)
+
+
+def test_similarity_by_a_reranker_is_what_the_peer_library_predicts(
+    dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    rows = [*SCORED, (TEXTS[4], TEXTS[5], "1"), (TEXTS[8], TEXTS[2], "0")]
+    scored = _write(tmp_path / "scored.tsv", rows)
+    values = {"reranker": str(dummy_reranker_dir), "input": scored, "output": str(tmp_path / "out.tsv")}
+    result = similarity(make_config(SimilarityConfig, {**values, "rows_per_batch": 2}))
+    header, *lines = (line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines())
+    assert header == ["query", "title", "label", "score"]
+    expected = PeerCrossEncoder(str(dummy_reranker_dir), device="cpu").predict([row[:2] for row in rows[1:]])
+    assert [float(line[3]) for line in lines] == pytest.approx(expected, abs=2e-6)
+    labels = np.array([int(row[2]) for row in rows[1:]])
+    assert result["auc"] == pytest.approx(roc_auc_score(labels, expected))
+    assert result["average_precision"] == pytest.approx(average_precision_score(labels, expected))
+    assert (result["rows"], result["threshold"]) == (5, 0.5)
+    assert result["accuracy"] == np.mean((expected >= 0.5) == labels)
+    # The tuned cut by hand: of all cuts at a score the lowest with the highest accuracy.
+    cuts = [*np.sort(expected), 2]
+    accuracies = [np.mean((expected >= cut) == labels) for cut in cuts]
+    best = cuts[int(np.argmax(accuracies))]
+    assert result["best_threshold"] == pytest.approx(best, abs=1e-6)
+    assert result["best_accuracy"] == max(accuracies)
+    assert result["best_f1"] == pytest.approx(f1_score(labels, expected >= best))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "and neither is given; name one of them"),
+        ({"encoder": "e", "reranker": "r"}, "and both are given; name one of them"),
+        ({"encoder": "e", "threshold": 1.5}, "a cosine lies between -1 and 1"),
+        ({"reranker": "r", "query_prefix": "q: "}, "query_prefix is given, which only an encoder reads"),
+    ],
+)
+def test_similarity_has_one_way_to_score(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(SimilarityConfig, {"input": "i.tsv", "output": "o.tsv", **values})
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12))
+def test_average_precision_is_scikit_learns(rows: list[tuple[int, bool]]) -> None:
+    scores, labels = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    if labels.any():
+        assert average_precision(scores, labels) == pytest.approx(average_precision_score(labels, scores))
 
 
 def test_similarity_of_pairs_without_labels(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand, and against trec_eval's own code (pytrec_eval)."""
+"""Metrics against values worked out by hand, and against trec_eval's own code (pytrec_eval), scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import pytrec_eval
+import scipy.stats
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +21,12 @@ from raytower.metrics import (
     best_threshold,
     bootstrap_interval,
     macro_f1,
+    mean_interval,
     midranks,
     ranking_metrics,
     reciprocal_rank,
     spearman,
+    wilson_interval,
 )
 
 RUN = ["d1", "d2", "d3", "d4"]
@@ -282,3 +286,74 @@ def test_bootstrap_refusals(values: list[float], settings: dict[str, float], mes
     with pytest.raises(InputError, match=message):
         bootstrap_interval(values, **settings)
     assert bootstrap_interval([0.1], samples=1) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(("right", "trials"), [(3, 3), (0, 3), (1, 1), (7, 20), (580, 1000), (50, 100)])
+def test_intervals_of_proportions_are_wilsons(right: int, trials: int) -> None:
+    expected = scipy.stats.binomtest(right, trials).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(right, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_three_of_three_right_is_no_certainty() -> None:
+    low, high = mean_interval([1, 1, 1])
+    assert (round(low, 2), high) == (0.44, 1)
+    assert mean_interval([True, False]) == wilson_interval(1, 2)
+    values = [0.0, 0.5, 1.0]
+    assert mean_interval(values, seed=4) == bootstrap_interval(values, seed=4)
+    with pytest.raises(InputError, match="at least one, all finite"):
+        mean_interval([])
+
+
+@pytest.mark.parametrize(("right", "trials"), [(1, 0), (2, 1), (-1, 3)])
+def test_wilson_refusals(right: int, trials: int) -> None:
+    with pytest.raises(InputError, match=f"{right} right of {trials} trials"):
+        wilson_interval(right, trials)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), min_size=2, max_size=40))
+def test_scores_agree_with_scikit_learn_and_scipy(rows: list[tuple[int, int]]) -> None:
+    scores, labels = (np.array(column) for column in zip(*rows, strict=True))
+    if len(set(labels.tolist())) == 2:
+        assert auc(scores, labels) == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores), abs=1e-9)
+        if len(set(scores.tolist())) > 1:
+            assert spearman(scores, labels) == pytest.approx(
+                scipy.stats.spearmanr(scores, labels).statistic, abs=1e-9
+            )
+    accuracy_at, f1 = accuracy_f1(scores, labels, 3)
+    assert accuracy_at == pytest.approx(sklearn.metrics.accuracy_score(labels, scores >= 3), abs=1e-9)
+    assert f1 == pytest.approx(sklearn.metrics.f1_score(labels, scores >= 3, zero_division=0), abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcde")), min_size=1, max_size=40))
+def test_classes_agree_with_scikit_learn(rows: list[tuple[str, str]]) -> None:
+    predicted, expected = (list(column) for column in zip(*rows, strict=True))
+    assert accuracy(predicted, expected) == pytest.approx(
+        sklearn.metrics.accuracy_score(expected, predicted), abs=1e-9
+    )
+    scores = ClassScores()
+    for label, right in rows:
+        scores.add(label, right)
+    theirs = sklearn.metrics.precision_recall_fscore_support(
+        expected, predicted, average="macro", zero_division=0
+    )
+    macro = scores.macro()
+    assert [macro["precision_macro"], macro["recall_macro"], macro["f1_macro"]] == pytest.approx(
+        list(theirs[:3]), abs=1e-9
+    )
+    means = scores.means()
+    assert means["f1_micro"] == pytest.approx(
+        sklearn.metrics.f1_score(expected, predicted, average="micro"), abs=1e-9
+    )
+    theirs = sklearn.metrics.precision_recall_fscore_support(
+        expected, predicted, average="weighted", zero_division=0
+    )
+    assert [means[f"{name}_weighted"] for name in ("precision", "recall", "f1")] == pytest.approx(
+        list(theirs[:3]), abs=1e-9
+    )
+    theirs = sklearn.metrics.precision_recall_fscore_support(expected, predicted, zero_division=0)
+    assert list(scores.per_class()) == sorted({*expected, *predicted})
+    assert [list(one.values()) for one in scores.per_class().values()] == [
+        pytest.approx(list(column), abs=1e-9) for column in zip(*theirs, strict=True)
+    ]

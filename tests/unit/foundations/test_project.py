@@ -38,13 +38,15 @@ FLOORS = [
     {"training"},
     {"encoding"},
     {"index"},
+    {"file_jobs"},
     {"retrieval"},
     {"evaluation", "annotation"},
+    {"ranked"},
     {"serving"},
     {"cluster", "export"},
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
-    {"demo"},
+    {"demo", "refresh"},
 ]
 RAY_FREE = [
     "models",

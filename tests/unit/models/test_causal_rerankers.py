@@ -400,7 +400,7 @@ class TestHeads:
 
 def test_neither_is_an_encoder_but_one_may_start_from_it(qwen: Path, tmp_path: Path) -> None:
     for folder in (qwen, build_headed(tmp_path / "reranker", **PROMPT)):
-        with pytest.raises(FormatError, match="a reranker or a classifier; as an encoder it would lose"):
+        with pytest.raises(FormatError, match="it is no encoder, and as one it would lose its head"):
             Encoder.load(folder)
         encoder = Encoder.load(folder, from_classifier=True)
         assert encoder.prompts == {}

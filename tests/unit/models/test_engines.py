@@ -211,12 +211,12 @@ class TestExport:
     @pytest.mark.parametrize(
         ("key", "kind", "message"),
         [
-            ("encoder", "reranker", "is a BertForSequenceClassification, a reranker or a classifier"),
-            ("encoder", "classifier", "a reranker or a classifier; as an encoder"),
+            ("encoder", "reranker", "is a reranker .BertForSequenceClassification.: it is no encoder"),
+            ("encoder", "classifier", "it is no encoder, and as one it would lose its head"),
             ("reranker", "encoder", "it is no reranker"),
-            ("reranker", "classifier", "has 3 labels; a reranker has 1 logit or 2 classes"),
+            ("reranker", "classifier", "is a classifier .BertForSequenceClassification.: it is no reranker"),
             ("classifier", "encoder", "it is no classifier"),
-            ("classifier", "reranker", r"has 1 label\(s\)"),
+            ("classifier", "reranker", "is a reranker .BertForSequenceClassification.: it is no classifier"),
         ],
     )
     def test_the_wrong_class_is_refused(

@@ -342,7 +342,17 @@ def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
 
 def test_every_key_that_names_something_to_read_counts() -> None:
     """A key that is added later is to be looked at here: does it name an input, or not?"""
-    no_inputs = {"output", "log_dir", "label_field", "input.id_field", "input.split", "queries.split"}
+    no_inputs = {
+        "output",
+        "log_dir",
+        "label_field",
+        "suspects",
+        "positive",
+        "input.id_field",
+        "input.split",
+        "queries.split",
+    }
+    no_inputs |= {"query", "filter"}
     no_inputs |= {
         "train.split",
         "dev.split",

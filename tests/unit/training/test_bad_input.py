@@ -370,7 +370,7 @@ def test_vectors_are_followed_of_an_encoder_alone(
     words = (
         "follows the vectors of a teacher, and none is named; set teacher to an encoder directory"
         if teacher is None
-        else "a reranker or a classifier"
+        else "it is no encoder"
     )
     assert words in refused("retriever", dummy_encoder_dir, train, **changes)
 

@@ -87,7 +87,9 @@ class LabelScore(BaseModel):
 class ClassifyResponse(BaseModel):
     mode: Literal["classifier", "labels", "votes"]
     model: str
-    results: list[list[LabelScore]] = Field(description="labels of each text, best first")
+    results: list[list[LabelScore]] = Field(
+        description="labels of each text, best first; none where tuned settings find none sure enough"
+    )
     usage: Usage
     index_version: str
     generation: str

@@ -1,0 +1,186 @@
+"""Metrics of an index on judged queries, with or without a reranker."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from raytower.data.queries import QuerySet, read_queries
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.judgements import absent_text, judge
+from raytower.evaluation.measured import Measured, report_of
+from raytower.evaluation.measures import Measures
+from raytower.evaluation.reports import RUN_NAME, check_reports_output, open_run, write_reports
+from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
+from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
+from raytower.progress import Progress, log
+from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
+from raytower.retrieval.lookup import find_documents
+from raytower.retrieval.plans import plan_rows
+from raytower.retrieval.retriever import Candidate, Hit, Retriever, recall_order
+from raytower.storage import Location
+
+
+def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
+    """Search every query and measure.
+
+    Returns:
+        `queries`, each metric by its name (of the final order), `intervals` (95 %, by metric name: Wilson's where every
+        value is 0 or 1, else a bootstrap), `unjudged` (documents among the first k of all lists that nobody judged, by
+        k), `relevant_missing` (judged documents that the index does not hold; they count as missed),
+        `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
+        `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `index_version`, `seconds`,
+        `queries_per_second`, `output`.
+
+    Raises:
+        InputError: bad queries, an index that another encoder made, a fusion weight or a metric that cannot be used.
+        MissingExtraError: a metric of ir-measures, which is not installed.
+    """
+    assert config.index is not None  # the config refused it otherwise
+    start = time.perf_counter()
+    if config.output is not None:
+        check_reports_output(config.output)
+    measures = Measures(config.metrics, config.k)
+    queries = _read(config)
+    name = _encoder_name(config)
+    engine = load_engine(name, config)
+    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    if on_gpu := index.use_gpu():
+        log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
+    judgements = judge(queries, index)
+    if judgements.num_missing:
+        log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
+    retriever = load_retriever(engine, index, config, name)
+    searching = time.perf_counter()
+    measured = _measure(retriever, Measured(measures, judgements, config.k, config.seed), config)
+    now = time.perf_counter()
+    result = {
+        **measured.summary(),
+        "index_version": index.version,
+        "seconds": round(now - start, 3),
+        "queries_per_second": round(len(judgements.ids) / (now - searching), 1),
+        "output": config.output,
+    }
+    if config.output is not None:
+        settings = {
+            **config.model_dump(mode="json"),
+            "encoder": name,
+            "query_prefix": retriever.query_prefix,
+            "fingerprint": engine.fingerprint,
+            "index_version": index.version,
+            "index_rows": index.num_rows,
+            "fusion": retriever.fusion.to_dict() if retriever.fusion else None,
+        }
+        wanted = {
+            doc_id
+            for place in measured.worst_places
+            for doc_id in judgements.relevant[place]
+            if absent_text(doc_id) is None
+        }
+        texts = find_documents(index, "id", wanted, "text")
+        report = report_of(result, measured, settings, texts)
+        write_reports(Location.of(config.output), report, judgements, measured.values)
+    return result
+
+
+def plan_index(config: EvaluateConfig) -> dict[str, Any]:
+    """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
+    assert config.index is not None  # the config refused it otherwise
+    if config.output is not None:
+        check_reports_output(config.output)
+    depth = _depth(config, Measures(config.metrics, config.k))
+    queries = _read(config)
+    plan = plan_rows(
+        len(queries),
+        config,
+        _encoder_name(config),
+        rows_per_batch=config.rows_per_batch,
+        candidates=depth,
+        reranker=config.reranker,
+    )
+    manifest = open_index_manifest(config.index, plan["fingerprint"])
+    return {
+        **plan,
+        "queries": len(queries),
+        "reranked_pairs": len(queries) * min(config.recall_k, manifest.rows) if config.reranker else 0,
+        "index_version": manifest.version,
+        "index_rows": manifest.rows,
+    }
+
+
+def _read(config: EvaluateConfig) -> QuerySet:
+    assert config.queries is not None  # the config refused it otherwise
+    return read_queries(config.queries.path, config.queries.format, config.queries.split)
+
+
+def _encoder_name(config: EvaluateConfig) -> str:
+    assert config.index is not None
+    return config.encoder or open_manifest(config.index).encoder
+
+
+def _measure(retriever: Retriever, measured: Measured, config: EvaluateConfig) -> Measured:
+    """Search all queries in batches; where there is an output, run.trec is written on the way."""
+    judgements = measured.judgements
+    total = len(judgements.ids)
+    progress = Progress("evaluated", "queries", total)
+    with ExitStack() as stack:
+        run = None
+        if config.output is not None:
+            run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
+        for start in range(0, total, config.rows_per_batch):
+            part = slice(start, min(start + config.rows_per_batch, total))
+            ranked = _search(retriever, part, config, measured)
+            if run is not None:
+                for query_id, hits in zip(judgements.ids[part], ranked, strict=True):
+                    run.write(query_id, [(hit.id, hit.score) for hit in hits])
+            progress.advance(len(ranked))
+    return measured
+
+
+def _search(retriever: Retriever, part: slice, config: EvaluateConfig, measured: Measured) -> list[list[Hit]]:
+    """Search one batch of queries, add its metrics and times to `measured`, and return its final order."""
+    texts = measured.judgements.texts[part]
+    depth = _depth(config, measured.measures)
+    times = [time.perf_counter()]
+    vectors = retriever.encode(texts)
+    times.append(time.perf_counter())
+    # One more where one may be left out.
+    candidates = retriever.recall(vectors, depth + config.ignore_identical_ids)
+    if config.ignore_identical_ids:
+        candidates = _without_identical(candidates, part, measured, depth)
+    times.append(time.perf_counter())
+    by_recall = [recall_order(items) for items in candidates]
+    final = by_recall
+    if retriever.scorer is not None:
+        final = retriever.rerank(texts, candidates, config.recall_k)
+        measured.add_recall(part, _ids(by_recall))
+    times.append(time.perf_counter())
+    measured.add(part, _ids(final), final)
+    for name, seconds in zip(("encode", "recall", "rerank"), np.diff(times), strict=True):
+        measured.milliseconds[name] += float(seconds) * 1000
+    return final
+
+
+def _ids(ranked: list[list[Hit]]) -> list[list[str]]:
+    return [[hit.id for hit in hits] for hits in ranked]
+
+
+def _without_identical(
+    candidates: list[list[Candidate]], part: slice, measured: Measured, depth: int
+) -> list[list[Candidate]]:
+    """At most `depth` candidates of each query, without the one whose id is the query's."""
+    kept = []
+    for query_id, items in zip(measured.judgements.ids[part], candidates, strict=True):
+        others = [item for item in items if item.id != query_id]
+        measured.identical_ids += len(items) - len(others)
+        kept.append(others[:depth])
+    return kept
+
+
+def _depth(config: EvaluateConfig, measures: Measures) -> int:
+    deepest = max(*config.k, MRR_DEPTH, NDCG_DEPTH, measures.depth)
+    return max(deepest, config.recall_k) if config.reranker else deepest

@@ -1,0 +1,282 @@
+"""Doing the shares of a job: each becomes a part beside the output, and the output appears of all of them.
+
+A part appears when it is whole, and its figures after it. A job that was killed and is started again keeps its parts
+where everything that decides them is the same. One job at a time writes to an output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, Any, Protocol, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytower.config import FittedWorkersConfig, WorkersConfig
+from raytower.data.pieces import Survey, read_piece
+from raytower.errors import InputError, RaytowerError, find_cause, import_extra
+from raytower.file_jobs.plan import Share, choose_workers
+from raytower.progress import Progress, log
+from raytower.storage import Location, StorageError, writer_lease
+
+Sink: TypeAlias = "pa.NativeFile | IO[bytes]"
+_COPY_BYTES = 2**20
+
+
+class ShareWorker(Protocol):
+    """What does the shares of a job, with its models loaded."""
+
+    def __call__(self, table: pa.Table, sink: Sink) -> dict[str, Any]:
+        """Write the part of the rows of `table`, and return its figures, which JSON can hold."""
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """What is to be done, and where to."""
+
+    output: Location
+    """The file that is written; what other processes find, too."""
+    shares: Sequence[Share]
+    open_worker: Callable[..., ShareWorker]
+    """A function of a module, called once in each process that works, with `arguments`."""
+    arguments: tuple[Any, ...]
+    content: Mapping[str, Any]
+    """All that decides what is written, as JSON can hold it: a second start keeps parts of the same alone."""
+    texts_per_row: int = 1
+    """Texts or pairs of a row that pass through models."""
+    verb: str = "done"
+    unit: str = "rows"
+
+    @cached_property
+    def identity(self) -> str:
+        shape = [
+            (share.start, share.num_rows, [piece.index for piece in share.pieces]) for share in self.shares
+        ]
+        content = json.dumps([self.content, shape], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def num_rows(self) -> int:
+        return sum(share.num_rows for share in self.shares)
+
+    @property
+    def folder(self) -> Location:
+        """Where parts lie until the output is whole. Hidden, so that no job takes it for data."""
+        return self.output.parent / f".{self.output.name}.parts"
+
+    def part(self, number: int) -> Location:
+        return self.folder / f"part-{number:08d}"
+
+
+def content_of(survey: Survey) -> list[str]:
+    """Checksums of an input's files, for `FileJob.content`."""
+    return [Location.of(file).sha256() for file in survey.files]
+
+
+def workers_for(
+    asked: FittedWorkersConfig, num_rows: int, texts_per_row: int, num_shares: int, *, use_gpus: bool = True
+) -> WorkersConfig | None:
+    """`choose_workers` of the cluster that is joined, or of this machine. None: this process alone.
+
+    Raises:
+        InputError: no machine of the cluster is there that could decide, and `workers.num` is null.
+    """
+
+    def find_nodes() -> Any:
+        import_extra("ray")
+        from raytower.runtime import find_nodes
+
+        return find_nodes()
+
+    # As `ensure_ray` goes by, which where Ray is not installed cannot be asked.
+    joins_cluster = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    return choose_workers(
+        asked,
+        num_rows * texts_per_row,
+        num_shares,
+        joins_cluster=joins_cluster,
+        find_nodes=find_nodes,
+        use_gpus=use_gpus,
+    )
+
+
+def run_shares(
+    job: FileJob, workers: WorkersConfig | None, join: Callable[[Sequence[Location], Sink], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """Do what is missing, write the output; the figures of each share in order, and how many rows were done now.
+
+    Args:
+        job: what is to be done.
+        workers: Ray tasks, so many at once; None does one share after the other in this process.
+        join: writes the output of its parts, which are given in order.
+
+    Raises:
+        InputError: as the worker; another job writes to the output; or the input has changed since it was surveyed.
+        RaytowerError: as the worker; or a task failed.
+    """
+    with _only_job(job):
+        figures = _kept(job)
+        if figures:
+            log(f"{len(figures)} of {len(job.shares)} parts of {job.output} are finished already")
+        missing = [number for number in range(len(job.shares)) if number not in figures]
+        num_rows = sum(job.shares[number].num_rows for number in missing)
+        progress = Progress(job.verb, job.unit, num_rows)
+        for number, found in _do_here(job, missing) if workers is None else _do_on_ray(job, missing, workers):
+            figures[number] = found
+            progress.advance(job.shares[number].num_rows)
+        with job.output.open_write() as sink:
+            join([job.part(number) for number in range(len(job.shares))], sink)
+        job.folder.delete()
+    return [figures[number] for number in range(len(job.shares))], num_rows
+
+
+def join_bytes(parts: Sequence[Location], sink: Sink, head: bytes = b"") -> None:
+    """`head` and the bytes of all parts, one after the other."""
+    sink.write(head)
+    for part in parts:
+        with part.open_read() as stream:
+            shutil.copyfileobj(stream, sink, _COPY_BYTES)
+
+
+def join_parquet(parts: Sequence[Location], sink: Sink) -> None:
+    """The rows of all parts, which are Parquet files of one schema, as one."""
+    writer: pq.ParquetWriter | None = None
+    for part in parts:
+        with part.open_read() as stream:
+            table = pq.read_table(stream)
+        writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None, "a job has at least one share"
+    writer.close()
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _only_job(job: FileJob) -> Iterator[None]:
+    """Refuse a second job on this output while one is at work there, where the storage can tell."""
+    owner = f"a job (process {os.getpid()} on {socket.gethostname()})"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(writer_lease(job.output.parent / f".{job.output.name}.lock", owner=owner))
+        except StorageError:
+            raise
+        except InputError:  # hdfs: neither locks nor conditional writes
+            log(f"warning: {job.output} cannot be locked; start no second job on it")
+        except RaytowerError as error:
+            raise InputError(
+                f"output {str(job.output)!r} is being written by another job: {error}; or name another output"
+            ) from error
+        yield
+
+
+def _kept(job: FileJob) -> dict[int, dict[str, Any]]:
+    """Figures of the parts that an earlier, killed run of the same job has left; those of another one are removed."""
+    place = job.folder / "job.json"
+    if place.is_file() and place.read_json() == {"identity": job.identity}:
+        there = {info.base_name: info.size for info in job.folder.infos()}
+        kept = {}
+        for number in range(len(job.shares)):
+            part, record = job.part(number), _record(job.part(number))
+            if part.name not in there or record.name not in there:
+                continue
+            found = record.read_json()
+            if found["bytes"] == there[part.name]:
+                kept[number] = found["figures"]
+        return kept
+    if job.folder.exists():
+        log(f"parts of {job.output} were begun with other settings, models or rows; they are done anew")
+        job.folder.delete()
+    place.write_json({"identity": job.identity})
+    return {}
+
+
+def _record(part: Location) -> Location:
+    return part.parent / f"{part.name}.json"
+
+
+def _do(worker: ShareWorker, share: Share, part: Location) -> dict[str, Any]:
+    table = pa.concat_tables([read_piece(piece) for piece in share.pieces])
+    with part.open_write() as sink:
+        figures = worker(table.slice(share.start, share.num_rows), sink)
+    _record(part).write_json({"bytes": part.size_bytes(), "figures": figures})
+    return figures
+
+
+def _do_here(job: FileJob, missing: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    if missing:
+        worker = job.open_worker(*job.arguments)
+        for number in missing:
+            yield number, _do(worker, job.shares[number], job.part(number))
+
+
+# --- on Ray --------------------------------------------------------------------------------------------------------
+
+_opened: dict[str, ShareWorker] = {}
+"""In a process of Ray: what does the shares of one job there, by the job's identity."""
+
+
+def _do_in_task(
+    identity: str,
+    open_worker: Callable[..., ShareWorker],
+    arguments: tuple[Any, ...],
+    workers: WorkersConfig,
+    share: Share,
+    part: Location,
+) -> dict[str, Any]:
+    if identity not in _opened:
+        from raytower.models.directory import set_num_threads
+
+        set_num_threads(workers.num_threads)
+        if not workers.num_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else engines would take a GPU that they see
+        # The tokenizer's threads are counted once, when it first runs, and would else be all of the node's cores.
+        os.environ["RAYON_NUM_THREADS"] = str(workers.num_threads)
+        _opened.clear()
+        _opened[identity] = open_worker(*arguments)
+    return _do(_opened[identity], share, part)
+
+
+def _do_on_ray(
+    job: FileJob, missing: Sequence[int], workers: WorkersConfig
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The shares as tasks, `workers.num` at a time. Ray gives tasks to processes that have done such ones before."""
+    if not missing:
+        return
+    ray = import_extra("ray")
+    from raytower.runtime import ensure_ray
+
+    ensure_ray(workers.num_cpus)
+    task = ray.remote(
+        num_cpus=workers.num_cpus,
+        num_gpus=workers.num_gpus,
+        max_calls=0,  # else Ray ends a process with a GPU after each task, and models are loaded anew
+    )(_do_in_task)
+    # Arguments travel once, and not with every task.
+    shared = (job.identity, job.open_worker, ray.put(job.arguments), workers)
+    waiting = list(missing)
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers.num:
+                number = waiting.pop(0)
+                running[task.remote(*shared, job.shares[number], job.part(number))] = number
+            finished, _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(finished[0])
+            yield number, ray.get(finished[0])
+    except Exception as error:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        cause = find_cause(error)
+        if isinstance(cause, RaytowerError):
+            raise cause from None
+        raise RaytowerError(f"a task of the job failed: {cause}") from error

@@ -1,0 +1,50 @@
+"""A search for a file of queries that is killed goes on where it was, and ends with the same output."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from raytower.config import make_config
+from raytower.ranked.search import search_one_or_many
+from raytower.retrieval.config import SearchConfig
+from tests.support.killed_jobs import kill_once
+from tests.support.processes import clean_environment
+from tests.support.served_index import write_version
+
+pytestmark = pytest.mark.processes
+NUM_QUERIES = 8 * 1024
+
+
+def test_a_search_that_is_killed_goes_on(
+    dummy_encoder_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_version(tmp_path / "index", "000001", dummy_encoder_dir)
+    (tmp_path / "q.txt").write_text("".join(f"query {number} in the sun\n" for number in range(NUM_QUERIES)))
+    values = {"index": str(tmp_path / "index"), "input": str(tmp_path / "q.txt"), "k": 2}
+    search_one_or_many(make_config(SearchConfig, {**values, "output": str(tmp_path / "whole.tsv")}))
+    output, parts = tmp_path / "a.tsv", tmp_path / ".a.tsv.parts"
+    given = ["--index", values["index"], "--input", values["input"], "--k", "2", "--output", str(output)]
+    kill_once(
+        lambda: (parts / "part-00000001.json").exists(),
+        [sys.executable, "-m", "raytower.cli", "search", *map(str, given)],
+        clean_environment(),
+        tmp_path / "first.log",
+    )
+    kept = len(list(parts.glob("part-*.json")))
+    assert 2 <= kept < 8
+    assert not output.exists()
+    (parts / ".part-00000007.0123.tmp").write_bytes(b"query\tand then nothing")
+    capsys.readouterr()
+    result = search_one_or_many(make_config(SearchConfig, {**values, "output": str(output)}))
+    assert f"{kept} of 8 parts of {output} are finished already" in capsys.readouterr().err
+    assert result["queries"] == NUM_QUERIES
+
+    def scores(path: Path) -> list[float]:
+        return [float(line.rpartition("\t")[2]) for line in path.read_text().splitlines()]
+
+    # Threads of another process may round the last digit otherwise.
+    assert scores(output) == pytest.approx(scores(tmp_path / "whole.tsv"), abs=2e-6)
+    assert not parts.exists()
