@@ -216,7 +216,7 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --index runs/index --queries data/dev.tsv --output runs/report",
     ),
     "tune-fusion": Command(
-        "tune how a reranker's logits are mixed with recall scores, on dev queries; it is stored with the reranker",
+        "tune how a reranker's logits are mixed with recall scores, or without one words with vectors, on dev queries",
         "raytower.evaluation.config:TuneFusionConfig",
         "raytower.evaluation.tuning:tune_fusion_on_dev",
         "raytower.evaluation.tuning:plan_tune_fusion",

@@ -127,6 +127,8 @@ _GAINED: dict[str, dict[str, Any]] = {
 }
 # What `evaluate` has gained; null and false are what was done before.
 _NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
+# What mine and evaluate have gained for modes.
+_BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -566,6 +568,8 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 for name, value in workers.items()
             },
         }
+    if job in ("mine", "evaluate") and values["mode"] == "dense":
+        values = {name: value for name, value in values.items() if _BY_VECTORS.get(name) != value}
     if job == "evaluate":
         values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
