@@ -279,6 +279,12 @@ COMMANDS: dict[str, Command] = {
         "raytower.serving.client:server_status",
         example="--url http://127.0.0.1:8000",
     ),
+    "cluster init": Command(
+        "make the token that `ray up cluster.yaml` hands to every node, once for each user",
+        "raytower.cluster.config:ClusterInitConfig",
+        "raytower.cluster.token:init_cluster",
+        "raytower.cluster.token:plan_init",
+    ),
     "refresh": Command(
         "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",
         "raytower.refresh.config:RefreshConfig",
