@@ -70,6 +70,10 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
             raise ValueError(f"{given}; give one of index, run and compare")
         if self.queries is None and self.compare is None:
             raise ValueError(f"{measured[0]} needs queries, by which it is judged; give them")
+        if self.stages and self.index is None:
+            raise ValueError(
+                f"stages is true, and only an index has stages; leave it out, or give index in place of {measured[0]}"
+            )
         if self.compare is not None and (len(self.compare) < 2 or len(set(self.compare)) < len(self.compare)):
             raise ValueError(f"compare is {self.compare}; give two or more evaluations, each once")
         if self.index is None:

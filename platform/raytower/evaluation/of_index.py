@@ -10,13 +10,17 @@ import numpy as np
 
 from raytower.data.queries import QuerySet, read_queries
 from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.figures import ScoreSample, curve_ks
 from raytower.evaluation.judgements import absent_text, judge
 from raytower.evaluation.measured import Measured, report_of
 from raytower.evaluation.measures import Measures
-from raytower.evaluation.reports import RUN_NAME, check_reports_output, open_run, write_reports
+from raytower.evaluation.page import evaluation_plots
+from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_reports
+from raytower.evaluation.stages import ExactStage, loss_by_stage, recall_against_time
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
+from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
@@ -34,7 +38,7 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         k), `relevant_missing` (judged documents that the index does not hold; they count as missed),
         `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
         `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `index_version`, `seconds`,
-        `queries_per_second`, `output`.
+        `queries_per_second`, `output`; with `stages` `loss_by_stage` (see there) and `exact_seconds`.
 
     Raises:
         InputError: bad queries, an index that another encoder made, a fusion weight or a metric that cannot be used.
@@ -42,8 +46,7 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     """
     assert config.index is not None  # the config refused it otherwise
     start = time.perf_counter()
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     measures = Measures(config.metrics, config.k)
     queries = _read(config)
     name = _encoder_name(config)
@@ -56,7 +59,17 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
     retriever = load_retriever(engine, index, config, name)
     searching = time.perf_counter()
-    measured = _measure(retriever, Measured(measures, judgements, config.k, config.seed), config)
+    depth = _depth(config, measures)
+    exact = None
+    measured = Measured(
+        measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
+    )
+    if config.stages or config.output is not None or config.plots is not None:
+        measured.curve_ks = curve_ks(config.k, depth)
+        measured.scores = ScoreSample(len(judgements.ids), depth)
+    if config.stages:
+        exact = ExactStage(index, depth + config.ignore_identical_ids, measured)
+    _measure(retriever, measured, config, exact)
     now = time.perf_counter()
     result = {
         **measured.summary(),
@@ -65,7 +78,12 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         "queries_per_second": round(len(judgements.ids) / (now - searching), 1),
         "output": config.output,
     }
-    if config.output is not None:
+    curve: list[dict[str, Any]] = []
+    if exact is not None:
+        result["loss_by_stage"] = loss_by_stage(measured.stages, config.k, config.seed)
+        result["exact_seconds"] = round(exact.seconds, 3)
+        curve = recall_against_time(index, exact.sample, measured, depth)
+    if config.output is not None or config.plots is not None:
         settings = {
             **config.model_dump(mode="json"),
             "encoder": name,
@@ -83,15 +101,18 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         }
         texts = find_documents(index, "id", wanted, "text")
         report = report_of(result, measured, settings, texts)
-        write_reports(Location.of(config.output), report, judgements, measured.values)
+        report["figures"]["recall_against_time"] = curve
+        if config.output is not None:
+            write_reports(Location.of(config.output), report, judgements, measured.values)
+        if config.plots is not None:
+            write_plots(Location.of(config.plots), evaluation_plots(report))
     return result
 
 
 def plan_index(config: EvaluateConfig) -> dict[str, Any]:
     """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
     assert config.index is not None  # the config refused it otherwise
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     depth = _depth(config, Measures(config.metrics, config.k))
     queries = _read(config)
     plan = plan_rows(
@@ -122,7 +143,9 @@ def _encoder_name(config: EvaluateConfig) -> str:
     return config.encoder or open_manifest(config.index).encoder
 
 
-def _measure(retriever: Retriever, measured: Measured, config: EvaluateConfig) -> Measured:
+def _measure(
+    retriever: Retriever, measured: Measured, config: EvaluateConfig, exact: ExactStage | None
+) -> Measured:
     """Search all queries in batches; where there is an output, run.trec is written on the way."""
     judgements = measured.judgements
     total = len(judgements.ids)
@@ -133,15 +156,23 @@ def _measure(retriever: Retriever, measured: Measured, config: EvaluateConfig) -
             run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
         for start in range(0, total, config.rows_per_batch):
             part = slice(start, min(start + config.rows_per_batch, total))
-            ranked = _search(retriever, part, config, measured)
+            ranked = _search(retriever, part, config, measured, exact)
             if run is not None:
                 for query_id, hits in zip(judgements.ids[part], ranked, strict=True):
                     run.write(query_id, [(hit.id, hit.score) for hit in hits])
             progress.advance(len(ranked))
+    if exact is not None:
+        exact.finish()
     return measured
 
 
-def _search(retriever: Retriever, part: slice, config: EvaluateConfig, measured: Measured) -> list[list[Hit]]:
+def _search(
+    retriever: Retriever,
+    part: slice,
+    config: EvaluateConfig,
+    measured: Measured,
+    exact: ExactStage | None,
+) -> list[list[Hit]]:
     """Search one batch of queries, add its metrics and times to `measured`, and return its final order."""
     texts = measured.judgements.texts[part]
     depth = _depth(config, measured.measures)
@@ -159,7 +190,13 @@ def _search(retriever: Retriever, part: slice, config: EvaluateConfig, measured:
         final = retriever.rerank(texts, candidates, config.recall_k)
         measured.add_recall(part, _ids(by_recall))
     times.append(time.perf_counter())
+    if exact is not None:
+        exact.add(vectors)
+    measured.add_stage("index", part, _ids(by_recall))
+    if retriever.scorer is not None:
+        measured.add_stage("reranker", part, _ids(final))
     measured.add(part, _ids(final), final)
+    measured.add_scores(part, _ids(final), [[hit.score for hit in hits] for hits in final])
     for name, seconds in zip(("encode", "recall", "rerank"), np.diff(times), strict=True):
         measured.milliseconds[name] += float(seconds) * 1000
     return final
