@@ -97,7 +97,7 @@ class ScoreSample:
 
 
 def query_groups(texts: Sequence[str], values: Floats, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The mean of a metric [Q] over queries of each quarter of lengths (`length`), and of each script (`script`)."""
+    """The mean of a metric [Q] over queries of each quarter of lengths in characters (`length`), and of each script."""
     lengths = np.array([len(text) for text in texts])
     bounds = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75], method="higher"))
     quarter = np.searchsorted(bounds, lengths, side="left")
@@ -105,7 +105,7 @@ def query_groups(texts: Sequence[str], values: Floats, seed: int) -> dict[str, l
     for number in np.unique(quarter).tolist():
         places = np.flatnonzero(quarter == number)
         low, high = int(lengths[places].min()), int(lengths[places].max())
-        name = f"{low} characters" if low == high else f"{low}–{high} characters"
+        name = f"{low}" if low == high else f"{low}–{high}"
         by_length.append(_group(name, places, values, seed))
     scripts = np.array([script_of(text) for text in texts])
     often = [

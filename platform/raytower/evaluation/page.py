@@ -70,7 +70,10 @@ def evaluation_plots(report: Mapping[str, Any]) -> list[Plot]:
                 f"Each group by itself; the less they overlap, the better a threshold works.{every}",
             )
         )
-    for name, title in (("length", "By length of the query"), ("script", "By script of the query")):
+    for name, title in (
+        ("length", "By length of the query, in characters"),
+        ("script", "By script of the query"),
+    ):
         groups = (kept.get("groups") or {}).get(name) or []
         rows = [
             Row(each["name"], each["value"], each["low"], each["high"], each["queries"]) for each in groups
@@ -122,7 +125,8 @@ def comparison_plots(result: Mapping[str, Any]) -> list[Plot]:
             row["difference"],
             row["low"],
             row["high"],
-            row["better"] + row["worse"],
+            colour=systems.index(row["system"]),
+            label=row["metric"] if row["system"] == systems[0] else "",
         )
         for row in rows
     ]
@@ -133,7 +137,7 @@ def comparison_plots(result: Mapping[str, Any]) -> list[Plot]:
             differences,
             "difference",
             zero=True,
-            note="The number is that of the queries that differ.",
+            legend=[_end_of(name) for name in systems] if len(systems) > 1 else (),
         )
     )
     by_system: dict[str, list[Point]] = {result["baseline"]: []}

@@ -20,12 +20,14 @@ from raytower.pages.texts import escaped, fitted, text_width
 
 WIDTH = 440
 _HEIGHT = 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 10, 40
 _LEGEND_ROW = 20
 _ROW = 30
 _COLOURS = 6
 MOST_IN_MATRIX = 12
 _NAMES = 132
+# Narrow screens take larger letters; see `style`.
+_WIDEST_FONT = 14
 
 # x or y of a value.
 Scale = Callable[[float], float]
@@ -85,6 +87,10 @@ class Row:
     low: float
     high: float
     count: int | None = None
+    colour: int = 0
+    """Place of its name in the legend."""
+    label: str | None = None
+    """Said at its left; None is the name."""
 
 
 @dataclass
@@ -168,10 +174,10 @@ def line_plot(
         for line in lines
         for point in line.points
     ]
-    columns = ("", x.label, y.label, "95 % interval")
-    if all(row[3] == "" for row in rows):
-        columns, rows = columns[:3], [row[:3] for row in rows]  # type: ignore[assignment, misc]
-    return Plot(name, title, drawing.svg(title), columns, rows, note)
+    # Where no point has an interval, neither has the table.
+    shown = 4 if any(row[3] for row in rows) else 3
+    columns = ("", x.label, y.label, "95 % interval")[:shown]
+    return Plot(name, title, drawing.svg(title), columns, [row[:shown] for row in rows], note)
 
 
 def histogram(
@@ -215,37 +221,49 @@ def histogram(
 
 
 def row_plot(
-    name: str, title: str, rows: Sequence[Row], label: str, *, zero: bool = False, note: str = ""
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    label: str,
+    *,
+    zero: bool = False,
+    legend: Sequence[str] = (),
+    note: str = "",
 ) -> Plot:
     """A row each: its name, its value with the interval. `zero` marks 0, for differences."""
-    drawing = _Drawing(_TOP + _ROW * len(rows) + _BOTTOM)
+    names = _legend_rows(legend)
+    top = _TOP + _LEGEND_ROW * len(names)
+    drawing = _Drawing(top + _ROW * len(rows) + _BOTTOM)
+    _draw_legend(drawing, names)
     bottom = drawing.height - _BOTTOM
-    left, right = _NAMES + 14, WIDTH - 58
+    left, right = _NAMES + 14, WIDTH - 66
     values = [value for row in rows for value in (row.low, row.high, row.value)]
     scale, ticks = _scaled(Axis(label), [*values, 0.0] if zero else values, left, right)
     for tick in ticks:
-        drawing.line(scale(tick), _TOP, scale(tick), bottom, "grid")
-        drawing.text(scale(tick), bottom + 16, _number(tick), "tick", "middle")
+        drawing.line(scale(tick), top, scale(tick), bottom, "grid")
+    _draw_ticks(drawing, bottom + 16, scale, ticks)
     drawing.text((left + right) / 2, drawing.height - 6, label, "name", "middle")
     if zero:
-        drawing.line(scale(0), _TOP, scale(0), bottom, "guide")
+        drawing.line(scale(0), top, scale(0), bottom, "guide")
     for place, row in enumerate(rows):
-        y = _TOP + _ROW * (place + 0.5)
-        drawing.text(_NAMES, y + 4, fitted(row.name, _NAMES - 4), "label", "end")
-        drawing.line(scale(row.low), y, scale(row.high), y, "bar c1")
-        said = f"{row.name}: {row.value:.4f}"
-        drawing.dot(scale(row.value), y, "dot c1", said, 4.5)
+        y, colour = top + _ROW * (place + 0.5), row.colour % _COLOURS + 1
+        shown = row.name if row.label is None else row.label
+        drawing.text(_NAMES, y + 4, fitted(shown, _NAMES - 4, _WIDEST_FONT), "label", "end")
+        drawing.line(scale(row.low), y, scale(row.high), y, f"bar c{colour}")
+        drawing.dot(scale(row.value), y, f"dot c{colour}", f"{row.name}: {row.value:.4f}", 4.5)
         drawing.text(WIDTH - 4, y + 4, f"{row.value:+.4f}" if zero else f"{row.value:.4f}", "label", "end")
+    is_counted = all(row.count is not None for row in rows)
     table = [
         (
             row.name,
             f"{row.value:.4f}",
             _interval(row.low, row.high),
-            "" if row.count is None else f"{row.count:,}",
+            *([f"{row.count:,}"] if is_counted else []),
         )
         for row in rows
     ]
-    return Plot(name, title, drawing.svg(title), ("", label, "95 % interval", "number"), table, note)
+    columns = ("", label, "95 % interval", *(["number"] if is_counted else []))
+    return Plot(name, title, drawing.svg(title), columns, table, note)
 
 
 def matrix(
@@ -259,7 +277,7 @@ def matrix(
     drawing.text(_NAMES, 14, "expected", "name", "end")
     for row, (label, line) in enumerate(zip(names, counts, strict=True)):
         y = top + size * row
-        drawing.text(_NAMES, y + size / 2 + 4, fitted(label, _NAMES - 4), "label", "end")
+        drawing.text(_NAMES, y + size / 2 + 4, fitted(label, _NAMES - 4, _WIDEST_FONT), "label", "end")
         drawing.text(_NAMES + 20, y + size / 2 + 4, str(row + 1), "tick", "end")
         drawing.text(_NAMES + 28 + size * (row + 0.5), top - 6, str(row + 1), "tick", "middle")
         total = sum(line)
@@ -314,13 +332,9 @@ def _draw_axes(
     for tick in y_ticks:
         drawing.line(_LEFT, y_scale(tick), WIDTH - _RIGHT, y_scale(tick), "grid")
         drawing.text(_LEFT - 6, y_scale(tick) + 4, _number(tick), "tick", "end")
-    taken = -math.inf
     for tick in x_ticks:
-        at, half = x_scale(tick), text_width(_number(tick)) / 2
-        drawing.line(at, bottom, at, bottom + 4, "axis")
-        if at - half > taken + 4:
-            drawing.text(at, bottom + 17, _number(tick), "tick", "middle")
-            taken = at + half
+        drawing.line(x_scale(tick), bottom, x_scale(tick), bottom + 4, "axis")
+    _draw_ticks(drawing, bottom + 17, x_scale, x_ticks)
     drawing.line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis")
     drawing.text((_LEFT + WIDTH - _RIGHT) / 2, drawing.height - 6, x_label, "name", "middle")
     middle = (top + bottom) / 2
@@ -330,13 +344,23 @@ def _draw_axes(
     )
 
 
+def _draw_ticks(drawing: _Drawing, y: float, scale: Scale, ticks: Sequence[float]) -> None:
+    """The numbers below an axis, but for those that would touch the one before."""
+    taken = -math.inf
+    for tick in ticks:
+        at, half = scale(tick), text_width(_number(tick), _WIDEST_FONT) / 2
+        if at - half > taken + 4:
+            drawing.text(at, y, _number(tick), "tick", "middle")
+            taken = at + half
+
+
 def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
     """Number, x and text of each name, in rows that fit."""
     rows: list[list[tuple[int, float, str]]] = []
     x = math.inf
     for number, name in enumerate(names):
-        shown = fitted(name, WIDTH - _LEFT - 40)
-        width = text_width(shown) + 36
+        shown = fitted(name, WIDTH - _LEFT - 40, _WIDEST_FONT)
+        width = text_width(shown, _WIDEST_FONT) + 36
         if x + width > WIDTH - _RIGHT:
             rows.append([])
             x = _LEFT
@@ -354,11 +378,12 @@ def _draw_legend(drawing: _Drawing, rows: Sequence[Sequence[tuple[int, float, st
 
 
 def _draw_label(drawing: _Drawing, x: float, y: float, label: str) -> None:
-    """Beside a point, on the side where there is more room."""
+    """Beside a point, on the side where there is more room; below, where a rising line leaves some."""
+    y += 17 if y < drawing.height - _BOTTOM - 24 else -8
     if x > (WIDTH + _LEFT) / 2:
-        drawing.text(x - 8, y - 7, fitted(label, x - _LEFT - 8), "label", "end")
+        drawing.text(x - 6, y, fitted(label, x - _LEFT - 8), "label", "end")
     else:
-        drawing.text(x + 8, y - 7, fitted(label, WIDTH - x - 12), "label")
+        drawing.text(x + 6, y, fitted(label, WIDTH - x - 12), "label")
 
 
 def _number(value: float) -> str:
