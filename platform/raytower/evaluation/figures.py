@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from raytower.metrics import NDCG_DEPTH, Floats, mean_interval
 
+# Of a retrieval, in the order in which they work.
+STAGES = ("encoder", "index", "lexical", "fusion", "run", "reranker")
 GROUP_METRIC = f"ndcg@{NDCG_DEPTH}"
 _CURVE_KS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 300, 500, 700, 1000)
 _BINS = 40

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from raytower.evaluation.figures import GROUP_METRIC, ScoreSample, query_groups, recall_by_k
+from raytower.evaluation.figures import GROUP_METRIC, STAGES, ScoreSample, query_groups, recall_by_k
 from raytower.evaluation.judgements import Judgements, absent_text
 from raytower.evaluation.measures import Measures, count_unjudged
 from raytower.metrics import MRR_DEPTH, Floats, mean_interval, ranking_metrics
@@ -59,6 +59,8 @@ class Measured:
     """At which k each stage's recall is kept; none where nothing shows it."""
     stage_parts: dict[str, list[dict[str, Floats]]] = field(default_factory=dict)
     scores: ScoreSample | None = None
+    wordless: int = 0
+    """Queries that share no token with a document, where tokens were looked for."""
     milliseconds: dict[str, float] = field(
         default_factory=lambda: {"encode": 0.0, "recall": 0.0, "rerank": 0.0}
     )
@@ -114,8 +116,8 @@ class Measured:
 
     @cached_property
     def stages(self) -> dict[str, dict[str, Floats]]:
-        """By stage what `stage_values` gives, of all queries."""
-        return {stage: _joined(parts) for stage, parts in self.stage_parts.items()}
+        """By stage, in their order, what `stage_values` gives, of all queries."""
+        return {stage: _joined(self.stage_parts[stage]) for stage in STAGES if stage in self.stage_parts}
 
     def figures(self) -> dict[str, Any]:
         """What the plots of a report show; empty where no stage was kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,21 @@ from raytower.evaluation.measured import Measured, report_of
 from raytower.evaluation.measures import Measures
 from raytower.evaluation.page import evaluation_plots
 from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_reports
-from raytower.evaluation.stages import ExactStage, loss_by_stage, recall_against_time
+from raytower.evaluation.stages import OtherStages, loss_by_stage, recall_against_time
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
+from raytower.models.fusion import SearchMode
 from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
-from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
+from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import Candidate, Hit, Retriever, recall_order
+from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order
 from raytower.storage import Location
+
+# The stage that a mode's recall is.
+_STAGE_OF: dict[SearchMode, str] = {"dense": "index", "lexical": "lexical", "hybrid": "fusion"}
 
 
 def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
@@ -37,8 +42,10 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         value is 0 or 1, else a bootstrap), `unjudged` (documents among the first k of all lists that nobody judged, by
         k), `relevant_missing` (judged documents that the index does not hold; they count as missed),
         `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
-        `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `index_version`, `seconds`,
-        `queries_per_second`, `output`; with `stages` `loss_by_stage` (see there) and `exact_seconds`.
+        `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `mode`,
+        `queries_without_words` (they share no token with a document; mode hybrid has for them what dense has, lexical
+        nothing), `index_version`, `seconds`, `queries_per_second`, `output`; with `stages` `loss_by_stage` (see
+        there) and `stages_seconds`.
 
     Raises:
         InputError: bad queries, an index that another encoder made, a fusion weight or a metric that cannot be used.
@@ -50,8 +57,8 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     measures = Measures(config.metrics, config.k)
     queries = _read(config)
     name = _encoder_name(config)
-    engine = load_engine(name, config)
-    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    engine = load_query_engine(name, config)
+    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint if engine else None)
     if on_gpu := index.use_gpu():
         log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
     judgements = judge(queries, index)
@@ -60,7 +67,7 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     retriever = load_retriever(engine, index, config, name)
     searching = time.perf_counter()
     depth = _depth(config, measures)
-    exact = None
+    others = None
     measured = Measured(
         measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
     )
@@ -68,30 +75,34 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         measured.curve_ks = curve_ks(config.k, depth)
         measured.scores = ScoreSample(len(judgements.ids), depth)
     if config.stages:
-        exact = ExactStage(index, depth + config.ignore_identical_ids, measured)
-    _measure(retriever, measured, config, exact)
+        others = OtherStages(index, config.mode, depth + config.ignore_identical_ids, measured)
+    _measure(retriever, measured, config, others)
     now = time.perf_counter()
+    stages_seconds = others.seconds if others is not None else 0.0
     result = {
         **measured.summary(),
+        "mode": config.mode,
+        "queries_without_words": measured.wordless,
         "index_version": index.version,
         "seconds": round(now - start, 3),
-        "queries_per_second": round(len(judgements.ids) / (now - searching), 1),
+        "queries_per_second": round(len(judgements.ids) / (now - searching - stages_seconds), 1),
         "output": config.output,
     }
     curve: list[dict[str, Any]] = []
-    if exact is not None:
+    if others is not None:
         result["loss_by_stage"] = loss_by_stage(measured.stages, config.k, config.seed)
-        result["exact_seconds"] = round(exact.seconds, 3)
-        curve = recall_against_time(index, exact.sample, measured, depth)
+        result["stages_seconds"] = round(stages_seconds, 3)
+        curve = recall_against_time(index, others.sample, measured, depth)
     if config.output is not None or config.plots is not None:
         settings = {
             **config.model_dump(mode="json"),
             "encoder": name,
             "query_prefix": retriever.query_prefix,
-            "fingerprint": engine.fingerprint,
+            "fingerprint": index.fingerprint,
             "index_version": index.version,
             "index_rows": index.num_rows,
             "fusion": retriever.fusion.to_dict() if retriever.fusion else None,
+            "hybrid": asdict(retriever.hybrid) if config.mode == "hybrid" and retriever.hybrid else None,
         }
         wanted = {
             doc_id
@@ -118,12 +129,12 @@ def plan_index(config: EvaluateConfig) -> dict[str, Any]:
     plan = plan_rows(
         len(queries),
         config,
-        _encoder_name(config),
+        None if config.mode == "lexical" else _encoder_name(config),
         rows_per_batch=config.rows_per_batch,
         candidates=depth,
         reranker=config.reranker,
     )
-    manifest = open_index_manifest(config.index, plan["fingerprint"])
+    manifest = open_index_manifest(config.index, plan["fingerprint"], config.mode)
     return {
         **plan,
         "queries": len(queries),
@@ -144,7 +155,7 @@ def _encoder_name(config: EvaluateConfig) -> str:
 
 
 def _measure(
-    retriever: Retriever, measured: Measured, config: EvaluateConfig, exact: ExactStage | None
+    retriever: Retriever, measured: Measured, config: EvaluateConfig, others: OtherStages | None
 ) -> Measured:
     """Search all queries in batches; where there is an output, run.trec is written on the way."""
     judgements = measured.judgements
@@ -156,13 +167,13 @@ def _measure(
             run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
         for start in range(0, total, config.rows_per_batch):
             part = slice(start, min(start + config.rows_per_batch, total))
-            ranked = _search(retriever, part, config, measured, exact)
+            ranked = _search(retriever, part, config, measured, others)
             if run is not None:
                 for query_id, hits in zip(judgements.ids[part], ranked, strict=True):
                     run.write(query_id, [(hit.id, hit.score) for hit in hits])
             progress.advance(len(ranked))
-    if exact is not None:
-        exact.finish()
+    if others is not None:
+        others.finish()
     return measured
 
 
@@ -171,16 +182,17 @@ def _search(
     part: slice,
     config: EvaluateConfig,
     measured: Measured,
-    exact: ExactStage | None,
+    others: OtherStages | None,
 ) -> list[list[Hit]]:
     """Search one batch of queries, add its metrics and times to `measured`, and return its final order."""
     texts = measured.judgements.texts[part]
     depth = _depth(config, measured.measures)
     times = [time.perf_counter()]
-    vectors = retriever.encode(texts)
+    encoded = retriever.encode(texts)
     times.append(time.perf_counter())
     # One more where one may be left out.
-    candidates = retriever.recall(vectors, depth + config.ignore_identical_ids)
+    candidates = retriever.recall(encoded, depth + config.ignore_identical_ids)
+    measured.wordless += count_wordless(candidates, config.mode)
     if config.ignore_identical_ids:
         candidates = _without_identical(candidates, part, measured, depth)
     times.append(time.perf_counter())
@@ -190,9 +202,9 @@ def _search(
         final = retriever.rerank(texts, candidates, config.recall_k)
         measured.add_recall(part, _ids(by_recall))
     times.append(time.perf_counter())
-    if exact is not None:
-        exact.add(vectors)
-    measured.add_stage("index", part, _ids(by_recall))
+    if others is not None:
+        others.add(part, encoded)
+    measured.add_stage(_STAGE_OF[config.mode], part, _ids(by_recall))
     if retriever.scorer is not None:
         measured.add_stage("reranker", part, _ids(final))
     measured.add(part, _ids(final), final)

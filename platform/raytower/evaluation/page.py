@@ -292,8 +292,8 @@ def _difference(item: Mapping[str, float]) -> Cell:
 
 def _counts(report: Mapping[str, Any]) -> dict[str, Any]:
     spent = {f"{name} (ms)": value for name, value in (report.get("milliseconds") or {}).items() if value}
-    exact = {"exact search (s)": report["exact_seconds"]} if report.get("exact_seconds") else {}
-    return {**report["counts"], **spent, **exact}
+    stages = {"other stages (s)": report["stages_seconds"]} if report.get("stages_seconds") else {}
+    return {**report["counts"], **spent, **stages}
 
 
 def _pairs(name: str, values: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 - encoder: exact search over the stored vectors, the best that these vectors can give;
 - index: approximate search, which loses what it does not visit;
+- lexical: search by words alone;
+- fusion: both lists as one, against that of the index, so that it says what words add;
 - reranker: the order of what was recalled, anew.
 
 Differences are of the same queries, so their intervals are narrower than those of the figures.
@@ -15,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytower.evaluation.figures import mean_of
+from raytower.evaluation.figures import STAGES, mean_of
 from raytower.index.exact import search_exact
 from raytower.index.hits import Hits
 from raytower.index.kinds import SEARCH_PARAMETER
 from raytower.index.reader import Index, resolve_parameters
 from raytower.index.table import ID
 from raytower.metrics import NDCG_DEPTH, Floats, bootstrap_interval
-from raytower.retrieval.retriever import Vectors
+from raytower.models.fusion import SearchMode
+from raytower.retrieval.retriever import EncodedQueries, Vectors
 
 if TYPE_CHECKING:
     from raytower.evaluation.measured import Measured
 
-# Each against the nearest before it that was measured.
-ORDER = ("encoder", "index", "lexical", "fusion", "run", "reranker")
 # Query vectors that one pass over the table is made for.
 _BLOCK_BYTES = 64 * 2**20
 # Queries and settings that time is measured by.
@@ -47,7 +48,7 @@ def loss_by_stage(
     """
     names = [*(f"recall@{k}" for k in sorted(ks)), f"ndcg@{NDCG_DEPTH}"]
     rows: list[dict[str, Any]] = []
-    for stage in (name for name in ORDER if name in stages):
+    for stage in (name for name in STAGES if name in stages):
         before = _before(stage, [row["stage"] for row in rows])
         rows.append(
             {
@@ -74,11 +75,15 @@ def _difference(differences: Floats, seed: int) -> dict[str, float]:
     return {"value": float(differences.mean()), "low": low, "high": high}
 
 
-class ExactStage:
-    """Exact search of the queries of an evaluation, as their vectors come: a pass over the table for each 64 MiB."""
+class OtherStages:
+    """The stages that an evaluation does not pass by itself: exact search and, where both are fused, each list alone.
 
-    def __init__(self, index: Index, depth: int, measured: Measured) -> None:
+    Query vectors wait until they are 64 MiB; then one pass over the table serves all of them.
+    """
+
+    def __init__(self, index: Index, mode: SearchMode, depth: int, measured: Measured) -> None:
         self._index = index
+        self._mode = mode
         self._depth = depth
         self._measured = measured
         self._waiting: list[Vectors] = []
@@ -87,12 +92,21 @@ class ExactStage:
         self.sample: Vectors = np.empty((0, index.dim), np.float32)
         """The vectors of the first queries."""
 
-    def add(self, vectors: Vectors) -> None:
-        """The vectors of the next queries, [Q, D]."""
+    def add(self, part: slice, queries: EncodedQueries) -> None:
+        """The next queries."""
+        if queries.vectors is None:
+            return
+        start = time.perf_counter()
+        if self._mode == "hybrid":
+            by_vector = self._index.search(queries.vectors, self._depth)
+            self._measured.add_stage("index", part, ids_of(self._index, by_vector))
+            by_words = self._index.search_lexical(queries.texts, self._depth)
+            self._measured.add_stage("lexical", part, ids_of(self._index, by_words))
+        self.seconds += time.perf_counter() - start
         missing = _TIMED_QUERIES - len(self.sample)
         if missing > 0:
-            self.sample = np.concatenate([self.sample, vectors[:missing]])
-        self._waiting.append(vectors)
+            self.sample = np.concatenate([self.sample, queries.vectors[:missing]])
+        self._waiting.append(queries.vectors)
         if sum(each.nbytes for each in self._waiting) >= _BLOCK_BYTES:
             self.finish()
 

@@ -44,7 +44,7 @@ FLOORS = [
     {"evaluation", "annotation"},
     {"ranked"},
     {"serving"},
-    {"export"},
+    {"cluster", "export"},
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
     {"demo", "refresh"},
