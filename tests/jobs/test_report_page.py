@@ -1,4 +1,4 @@
-"""Report pages in Debian's Chromium: light and dark, wide and on a phone, by keys, with texts that want to be scripts."""
+"""Report pages in Debian's Chromium: light and dark, wide and on a phone, by keys, with texts that would be scripts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,6 @@ def test_no_barrier_that_axe_finds(
     page = open_page(name, viewport=screen, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == screen["width"]
-    # Axe comes as a script, which the page's own policy keeps out of the page but not out of the tool's world.
     found = Axe().run(page, options={"resultTypes": ["violations"]})
     barriers = [
         f"{one['id']} {node['target']} {node['failureSummary']}"

@@ -47,7 +47,7 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
     stages: bool = False
     """Measures where a loss comes from: exact search over the stored vectors, the index, the reranker, each against the
     one before, and how recall and time go with the index's search parameter. It costs one read of all vectors and
-    queries × documents inner products: STAGECOST."""
+    queries × documents inner products: half a minute of CPU for 4,000 × 400,000 of 384 dimensions."""
     output: str | None = None
     """Folder of run.trec, qrels.trec, per_query.jsonl, report.json and report.html, with compare of comparison.json and
     comparison.html; null writes none."""

@@ -133,6 +133,7 @@ def _is_ours(place: Location) -> bool:
 
 def _cell(cell: Cell | str, scope: str = "") -> str:
     text, kind, small = cell if isinstance(cell, Cell) else Cell(cell)
+    scope = scope if text != "" or small else ""  # a heading without a text heads nothing
     tag = "th" if scope else "td"
     behind = f' <span class="interval">{escaped(small)}</span>' if small else ""
     scoped = f' scope="{scope}"' if scope else ""
