@@ -5,8 +5,9 @@
 
 Dev queries of zh_questions, drawn from all or the first ones, against a corpus sample that holds every relevant text,
 by exact search. Vectors are kept in DIR. `--timed-rows` measures time alone, over so many texts of the corpus with
-vectors drawn by chance, in lists of codes that are scored again. "Tuned" weights are of the other half of the queries, so that no query is judged by what it was tuned on. The rows
-"fixed constants" standardise by means and deviations of all queries, as models.fusion.Fusion does for rerankers.
+vectors drawn by chance, in lists of codes that are scored again. "Tuned" weights are of the other half of the queries,
+so that no query is judged by what it was tuned on. The rows "fixed constants" standardise by means and deviations of
+all queries, as models.fusion.Fusion does for rerankers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from raytower.models.fusion import Fusion
 from raytower.retrieval.tune_hybrid import tune_hybrid
 
 _KS = (1, 10, 50)
-_DEPTH = 100
+_DEPTH = 50
 _WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5)
 Rows = list[list[int]]
 Floats = NDArray[np.float64]

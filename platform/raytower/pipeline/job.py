@@ -569,7 +569,11 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
             },
         }
     if job in ("mine", "evaluate") and values["mode"] == "dense":
-        values = {name: value for name, value in values.items() if _BY_VECTORS.get(name) != value}
+        values = {
+            name: value
+            for name, value in values.items()
+            if name not in _BY_VECTORS or value != _BY_VECTORS[name]
+        }
     if job == "evaluate":
         values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}
     if job in _GAINED_AN_ENGINE and values["engine"] == "torch":
