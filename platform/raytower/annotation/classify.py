@@ -6,7 +6,7 @@ A label that is a path in a tree has its levels parted by `##`, in what is read 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from raytower.annotation.config import ClassifyConfig, TuneClassifyConfig, VoteK
 from raytower.annotation.deciding import ClassifySettings, Decider, Decision
 from raytower.annotation.explaining import Weight, in_words, parts_of, weigh_parts, without
 from raytower.annotation.label_figures import HIT_CUTOFFS, LabelTally
+from raytower.annotation.label_page import check_label_page, confusion_of, label_plots, render_label_page
 from raytower.annotation.labellers import ClassifierLabeller, IndexLabeller, Labeller
 from raytower.annotation.labels import Prediction, tree_scores
 from raytower.annotation.rows_in import row_batches, survey_rows
@@ -26,6 +27,7 @@ from raytower.annotation.suspecting import Suspicion, suspect
 from raytower.data.pieces import Survey
 from raytower.data.sources import refuse_output_inside
 from raytower.index.reader import Index
+from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_classifier, load_engine, open_index_manifest, own_or
 from raytower.retrieval.plans import plan_classifier_rows, plan_rows
@@ -87,7 +89,24 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
     if config.labelled:
         result |= tally.figures()
         result["labels_missing"] = count_missing(job.labeller, tally.label_counts)
+        _write_page(config, result, tally)
     return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _write_page(config: ClassifyConfig, result: Mapping[str, Any], tally: LabelTally) -> None:
+    """The page and the plots that were asked for."""
+    if config.report is None and config.plots is None:
+        return
+    shown = {
+        **result,
+        "confusion": confusion_of(tally.pairs),
+        "classes": tally.classes(),
+        "settings": config.model_dump(mode="json"),
+    }
+    if config.plots is not None:
+        write_plots(Location.of(config.plots), label_plots(shown))
+    if config.report is not None:
+        Location.of(config.report).write_bytes(render_label_page(shown).encode())
 
 
 def plan_classify(config: ClassifyConfig) -> dict[str, Any]:
@@ -305,6 +324,10 @@ def _survey(config: ClassifyConfig) -> Survey:
         refuse_output_inside(config.suspects, config.input.path)
         check_rows_output(config.suspects, SUSPECT_COLUMNS)
         refuse_name_of_another_type(config.suspects, config.file_type)
+    for written in (config.report, config.plots):
+        if written is not None:
+            refuse_output_inside(written, config.input.path)
+    check_label_page(config)
     return survey_rows(config, "labelled" if config.labelled else "lines", _COLUMNS, _EXPLAINED)
 
 

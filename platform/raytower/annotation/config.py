@@ -168,6 +168,11 @@ class ClassifyConfig(BatchConfig):
     Documents with the text of a row do not vote on it; null writes none."""
     suspect_share: float = Field(default=0.02, ge=0, lt=0.5)
     """A label with at most this share of the votes is suspected."""
+    report: str | None = None
+    """File of an HTML page of the figures, of labelled input: confusion and figures of each label, reliability,
+    coverage; null writes none."""
+    plots: str | None = None
+    """Folder that gets each plot of the page as an SVG file; null writes none."""
     file_type: FileType = "tsv"
     """Type of the file that is written."""
     query_prefix: str | None = None
@@ -182,6 +187,12 @@ class ClassifyConfig(BatchConfig):
         _check_mode(self, _OF_RETRIEVAL)
         self._check_tuned()
         self._check_suspects()
+        for key in ("report", "plots"):
+            if getattr(self, key) is not None and not self.labelled:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r} and labelled is false: figures come from labels to compare with; "
+                    "leave it out, or give labelled input"
+                )
 
     def _check_tuned(self) -> None:
         if self.cut is not None and self.positive is None:

@@ -5,6 +5,7 @@ Shape legend: N rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.annotation.deciding import Decider, Decision
+from raytower.annotation.label_page import NO_LABEL
 from raytower.annotation.labels import at_level, num_levels
 from raytower.errors import import_extra
 from raytower.metrics import ClassScores, mean_interval
@@ -38,6 +40,8 @@ class LabelTally:
         self._is_positive: list[bool] = []
         self._called_positive: list[bool] = []
         self._classes = ClassScores()
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        """How often each (expected, first label) came about."""
         self._levels: list[_Level] = []
         self.label_counts: dict[str, int] = {}
 
@@ -50,6 +54,7 @@ class LabelTally:
         self._given.append(decision.label is not None)
         first = order[0] if order else ""
         self._classes.add(first, expected)
+        self.pairs[expected, first or NO_LABEL] += 1
         for level in range(1, num_levels(expected) + 1):
             if level > len(self._levels):
                 self._levels.append(_Level())
@@ -89,6 +94,10 @@ class LabelTally:
             figures["reliability"] = reliability(scores, right)
         figures["coverage"] = coverage_curve(scores, right)
         return figures
+
+    def classes(self) -> dict[str, dict[str, float]]:
+        """`precision`, `recall`, `f1` and `rows` of each label."""
+        return self._classes.per_class()
 
     def _of_positive(self, positive: str) -> dict[str, Any]:
         """Figures of the positive class; null where the rows do not have what one needs."""

@@ -63,9 +63,22 @@ def render_evaluation(result: Mapping[str, Any]) -> str:
         }
         for name, (low, high) in result["intervals"].items()
     ]
-    shown = {*result["intervals"], "intervals", "recall_stage"}
+    shown = {*result["intervals"], "intervals", "recall_stage", "loss_by_stage"}
     rest = {name: value for name, value in result.items() if name not in shown}
-    return f"{_records(rows)}\n\n{render_result(rest)}"
+    losses = [_loss_row(row) for row in result.get("loss_by_stage") or []]
+    parts = [_records(rows), render_result(rest)]
+    if losses:
+        parts.insert(1, f"where a loss comes from\n{_records(losses)}")
+    return "\n\n".join(parts)
+
+
+def _loss_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage: each metric, and what it gained or lost against the stage before."""
+    shown: dict[str, Any] = {"stage": row["stage"], "against": row["against"] or ""}
+    for name, metric in row["metrics"].items():
+        moved = row["differences"].get(name)
+        shown[name] = f"{metric['value']:.4f}" + ("" if moved is None else f" ({moved['value']:+.4f})")
+    return shown
 
 
 def _render_comparison(result: Mapping[str, Any]) -> str:

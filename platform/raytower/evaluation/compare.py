@@ -24,8 +24,17 @@ from numpy.typing import ArrayLike
 from raytower.errors import FormatError, InputError, import_extra
 from raytower.evaluation.config import EvaluateConfig, RunFileConfig
 from raytower.evaluation.of_run import measure_run, read_judged_run
-from raytower.evaluation.reports import COMPARISON_NAME, PER_QUERY_NAME, RUN_NAME, check_reports_output
+from raytower.evaluation.page import comparison_plots, render_comparison_page
+from raytower.evaluation.reports import (
+    COMPARISON_NAME,
+    COMPARISON_PAGE_NAME,
+    PER_QUERY_NAME,
+    REPORT_NAME,
+    RUN_NAME,
+    check_outputs,
+)
 from raytower.metrics import Floats, bootstrap_interval
+from raytower.pages.html import write_plots
 from raytower.storage import Location
 
 RESAMPLES = 9_999
@@ -45,6 +54,8 @@ class Evaluated:
     """Texts of the queries by id, in order."""
     values: dict[str, Floats]
     """By metric one value per query, [Q]."""
+    milliseconds: float | None = None
+    """Of encoding, recall and reranking, a query, where an evaluation of an index has kept it."""
 
 
 def compare(config: EvaluateConfig) -> dict[str, Any]:
@@ -54,16 +65,15 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         `baseline` (its name), `queries` (that all have), `queries_left_out` (that some lack), `comparisons` (a record a
         metric and retrieval: `metric`, `system`, `value`, `baseline_value`, `difference`, `low`, `high`, `p`, `p_holm`,
         and how many queries are `better`, `worse` and `equal`), `moved_by` (a metric) and `moved` (the queries whose
-        value differs most: `system`, `query_id`, `query`, `baseline_value`, `value`, `difference`), `seconds`,
-        `output`.
+        value differs most: `system`, `query_id`, `query`, `baseline_value`, `value`, `difference`), `milliseconds` (by
+        system, a query; null where nobody has kept it), `seconds`, `output`.
 
     Raises:
         InputError: an evaluation that kept no values of its queries, no metric or no query that all have.
         MissingExtraError: SciPy is not installed.
     """
     start = time.perf_counter()
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     import_extra("scipy.stats")  # found missing before any work
     all_of_them = _load_all(config)
     result = {
@@ -71,15 +81,18 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 3),
         "output": config.output,
     }
+    if config.plots is not None:
+        write_plots(Location.of(config.plots), comparison_plots(result))
     if config.output is not None:
-        (Location.of(config.output) / COMPARISON_NAME).write_json(result)
+        folder = Location.of(config.output)
+        (folder / COMPARISON_PAGE_NAME).write_bytes(render_comparison_page(result).encode())
+        (folder / COMPARISON_NAME).write_json(result)
     return result
 
 
 def plan_compare(config: EvaluateConfig) -> dict[str, Any]:
     """Queries and metrics that all have; reads the evaluations."""
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     all_of_them = _load_all(config)
     return {
         "queries": len(_shared_queries(all_of_them)),
@@ -118,6 +131,7 @@ def compare_values(
             for other, theirs in zip(others, values[1:], strict=True)
             for moved in _moved(other.name, queries, baseline, values[0][moved_by], theirs[moved_by])
         ],
+        "milliseconds": {each.name: each.milliseconds for each in evaluated},
     }
 
 
@@ -244,7 +258,16 @@ def _read_kept(name: str) -> Evaluated:
             ) from error
     if not texts or any(len(each) != len(texts) for each in values.values()):
         raise FormatError(f"{place}: its lines have not all the same metrics, or are none; evaluate anew")
-    return Evaluated(name, texts, {metric: np.array(each) for metric, each in values.items()})
+    kept = {metric: np.array(each) for metric, each in values.items()}
+    return Evaluated(name, texts, kept, _milliseconds(Location.of(name), len(texts)))
+
+
+def _milliseconds(folder: Location, num_queries: int) -> float | None:
+    """What a query of a kept evaluation took; None of a run file, which nobody has timed."""
+    report = (folder / REPORT_NAME).read_json() if (folder / REPORT_NAME).is_file() else {}
+    spent = report.get("milliseconds") if isinstance(report, dict) else None
+    total = sum(spent.values()) if isinstance(spent, dict) else 0.0
+    return total / num_queries if total else None
 
 
 def _shared_metrics(evaluated: Sequence[Evaluated], wanted: Sequence[str] | None) -> list[str]:

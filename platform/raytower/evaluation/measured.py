@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from raytower.evaluation.figures import GROUP_METRIC, STAGES, ScoreSample, query_groups, recall_by_k
 from raytower.evaluation.judgements import Judgements, absent_text
 from raytower.evaluation.measures import Measures, count_unjudged
 from raytower.metrics import MRR_DEPTH, Floats, mean_interval, ranking_metrics
@@ -52,6 +53,12 @@ class Measured:
     """Documents among the first k of all lists that nobody has judged, by k."""
     identical_ids: int = 0
     """Documents that were left out because their id is the query's."""
+    ignores_identical: bool = False
+    """Whether stages leave such documents out too."""
+    curve_ks: Sequence[int] = ()
+    """At which k each stage's recall is kept; none where nothing shows it."""
+    stage_parts: dict[str, list[dict[str, Floats]]] = field(default_factory=dict)
+    scores: ScoreSample | None = None
     wordless: int = 0
     """Queries that share no token with a document, where tokens were looked for."""
     milliseconds: dict[str, float] = field(
@@ -82,6 +89,49 @@ class Measured:
     def add_recall(self, part: slice, ranked_ids: Sequence[Sequence[str]]) -> None:
         """The order of the same queries before they were reranked."""
         self.recall_parts.append(self.measures.values(*self._counted(part, ranked_ids)))
+
+    def add_stage(self, stage: str, part: slice, ranked_ids: Sequence[Sequence[str]]) -> None:
+        """The order of the queries in `part` after a stage, for what is told of stages; batches follow one another."""
+        if self.curve_ks:
+            self.stage_parts.setdefault(stage, []).append(self.stage_values(part, ranked_ids))
+
+    def stage_values(self, part: slice, ranked_ids: Sequence[Sequence[str]]) -> dict[str, Floats]:
+        """recall@k at each of `curve_ks`, and nDCG, one value a query of `part`."""
+        if self.ignores_identical:
+            ranked_ids = [
+                [doc_id for doc_id in ids if doc_id != query_id]
+                for query_id, ids in zip(self.judgements.ids[part], ranked_ids, strict=True)
+            ]
+        ids, relevant, _ = self._counted(part, ranked_ids)
+        values = ranking_metrics(ids, relevant, self.curve_ks)
+        return {name: each for name, each in values.items() if name.startswith(("recall@", "ndcg@"))}
+
+    def add_scores(
+        self, part: slice, ranked_ids: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]
+    ) -> None:
+        """The scores of the final order, for what is told of them."""
+        if self.scores is not None:
+            ids, relevant, _ = self._counted(part, ranked_ids)
+            self.scores.add(part.start, ids, scores, relevant)
+
+    @cached_property
+    def stages(self) -> dict[str, dict[str, Floats]]:
+        """By stage, in their order, what `stage_values` gives, of all queries."""
+        return {stage: _joined(self.stage_parts[stage]) for stage in STAGES if stage in self.stage_parts}
+
+    def figures(self) -> dict[str, Any]:
+        """What the plots of a report show; empty where no stage was kept."""
+        if not self.stages:
+            return {}
+        last = list(self.stages.values())[-1]
+        # Qrels of TREC alone have no texts, and then ids stand for them.
+        has_texts = self.judgements.texts != self.judgements.ids
+        return {
+            "recall_by_k": recall_by_k(self.stages, self.seed),
+            "scores": None if self.scores is None else self.scores.histogram(),
+            "group_metric": GROUP_METRIC,
+            "groups": query_groups(self.judgements.texts, last[GROUP_METRIC], self.seed) if has_texts else {},
+        }
 
     def _counted(
         self, part: slice, ranked_ids: Sequence[Sequence[str]]
@@ -199,5 +249,6 @@ def report_of(
         "stages": stages,
         "milliseconds": {name: round(value, 1) for name, value in measured.milliseconds.items()},
         "settings": dict(settings),
+        "figures": measured.figures(),
         "worst_queries": measured.describe_worst(texts),
     }

@@ -11,19 +11,27 @@ import numpy as np
 
 from raytower.data.queries import QuerySet, read_queries
 from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.figures import ScoreSample, curve_ks
 from raytower.evaluation.judgements import absent_text, judge
 from raytower.evaluation.measured import Measured, report_of
 from raytower.evaluation.measures import Measures
-from raytower.evaluation.reports import RUN_NAME, check_reports_output, open_run, write_reports
+from raytower.evaluation.page import evaluation_plots
+from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_reports
+from raytower.evaluation.stages import OtherStages, loss_by_stage, recall_against_time
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
+from raytower.models.fusion import SearchMode
+from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order
 from raytower.storage import Location
+
+# The stage that a mode's recall is.
+_STAGE_OF: dict[SearchMode, str] = {"dense": "index", "lexical": "lexical", "hybrid": "fusion"}
 
 
 def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
@@ -36,7 +44,8 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
         `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `mode`,
         `queries_without_words` (they share no token with a document; mode hybrid has for them what dense has, lexical
-        nothing), `index_version`, `seconds`, `queries_per_second`, `output`.
+        nothing), `index_version`, `seconds`, `queries_per_second`, `output`; with `stages` `loss_by_stage` (see
+        there) and `stages_seconds`.
 
     Raises:
         InputError: bad queries, an index that another encoder made, a fusion weight or a metric that cannot be used.
@@ -44,8 +53,7 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     """
     assert config.index is not None  # the config refused it otherwise
     start = time.perf_counter()
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     measures = Measures(config.metrics, config.k)
     queries = _read(config)
     name = _encoder_name(config)
@@ -58,18 +66,34 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
     retriever = load_retriever(engine, index, config, name)
     searching = time.perf_counter()
-    measured = _measure(retriever, Measured(measures, judgements, config.k, config.seed), config)
+    depth = _depth(config, measures)
+    others = None
+    measured = Measured(
+        measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
+    )
+    if config.stages or config.output is not None or config.plots is not None:
+        measured.curve_ks = curve_ks(config.k, depth)
+        measured.scores = ScoreSample(len(judgements.ids), depth)
+    if config.stages:
+        others = OtherStages(index, config.mode, depth + config.ignore_identical_ids, measured)
+    _measure(retriever, measured, config, others)
     now = time.perf_counter()
+    stages_seconds = others.seconds if others is not None else 0.0
     result = {
         **measured.summary(),
         "mode": config.mode,
         "queries_without_words": measured.wordless,
         "index_version": index.version,
         "seconds": round(now - start, 3),
-        "queries_per_second": round(len(judgements.ids) / (now - searching), 1),
+        "queries_per_second": round(len(judgements.ids) / (now - searching - stages_seconds), 1),
         "output": config.output,
     }
-    if config.output is not None:
+    curve: list[dict[str, Any]] = []
+    if others is not None:
+        result["loss_by_stage"] = loss_by_stage(measured.stages, config.k, config.seed)
+        result["stages_seconds"] = round(stages_seconds, 3)
+        curve = recall_against_time(index, others.sample, measured, depth)
+    if config.output is not None or config.plots is not None:
         settings = {
             **config.model_dump(mode="json"),
             "encoder": name,
@@ -88,15 +112,18 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         }
         texts = find_documents(index, "id", wanted, "text")
         report = report_of(result, measured, settings, texts)
-        write_reports(Location.of(config.output), report, judgements, measured.values)
+        report["figures"]["recall_against_time"] = curve
+        if config.output is not None:
+            write_reports(Location.of(config.output), report, judgements, measured.values)
+        if config.plots is not None:
+            write_plots(Location.of(config.plots), evaluation_plots(report))
     return result
 
 
 def plan_index(config: EvaluateConfig) -> dict[str, Any]:
     """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
     assert config.index is not None  # the config refused it otherwise
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     depth = _depth(config, Measures(config.metrics, config.k))
     queries = _read(config)
     plan = plan_rows(
@@ -127,7 +154,9 @@ def _encoder_name(config: EvaluateConfig) -> str:
     return config.encoder or open_manifest(config.index).encoder
 
 
-def _measure(retriever: Retriever, measured: Measured, config: EvaluateConfig) -> Measured:
+def _measure(
+    retriever: Retriever, measured: Measured, config: EvaluateConfig, others: OtherStages | None
+) -> Measured:
     """Search all queries in batches; where there is an output, run.trec is written on the way."""
     judgements = measured.judgements
     total = len(judgements.ids)
@@ -138,23 +167,31 @@ def _measure(retriever: Retriever, measured: Measured, config: EvaluateConfig) -
             run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
         for start in range(0, total, config.rows_per_batch):
             part = slice(start, min(start + config.rows_per_batch, total))
-            ranked = _search(retriever, part, config, measured)
+            ranked = _search(retriever, part, config, measured, others)
             if run is not None:
                 for query_id, hits in zip(judgements.ids[part], ranked, strict=True):
                     run.write(query_id, [(hit.id, hit.score) for hit in hits])
             progress.advance(len(ranked))
+    if others is not None:
+        others.finish()
     return measured
 
 
-def _search(retriever: Retriever, part: slice, config: EvaluateConfig, measured: Measured) -> list[list[Hit]]:
+def _search(
+    retriever: Retriever,
+    part: slice,
+    config: EvaluateConfig,
+    measured: Measured,
+    others: OtherStages | None,
+) -> list[list[Hit]]:
     """Search one batch of queries, add its metrics and times to `measured`, and return its final order."""
     texts = measured.judgements.texts[part]
     depth = _depth(config, measured.measures)
     times = [time.perf_counter()]
-    vectors = retriever.encode(texts)
+    encoded = retriever.encode(texts)
     times.append(time.perf_counter())
     # One more where one may be left out.
-    candidates = retriever.recall(vectors, depth + config.ignore_identical_ids)
+    candidates = retriever.recall(encoded, depth + config.ignore_identical_ids)
     measured.wordless += count_wordless(candidates, config.mode)
     if config.ignore_identical_ids:
         candidates = _without_identical(candidates, part, measured, depth)
@@ -165,7 +202,13 @@ def _search(retriever: Retriever, part: slice, config: EvaluateConfig, measured:
         final = retriever.rerank(texts, candidates, config.recall_k)
         measured.add_recall(part, _ids(by_recall))
     times.append(time.perf_counter())
+    if others is not None:
+        others.add(part, encoded)
+    measured.add_stage(_STAGE_OF[config.mode], part, _ids(by_recall))
+    if retriever.scorer is not None:
+        measured.add_stage("reranker", part, _ids(final))
     measured.add(part, _ids(final), final)
+    measured.add_scores(part, _ids(final), [[hit.score for hit in hits] for hits in final])
     for name, seconds in zip(("encode", "recall", "rerank"), np.diff(times), strict=True):
         measured.milliseconds[name] += float(seconds) * 1000
     return final

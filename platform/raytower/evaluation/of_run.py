@@ -12,11 +12,14 @@ from raytower.data.config import QueriesConfig
 from raytower.data.queries import QuerySet, read_queries
 from raytower.errors import InputError
 from raytower.evaluation.config import EvaluateConfig, RunFileConfig
+from raytower.evaluation.figures import ScoreSample, curve_ks
 from raytower.evaluation.judgements import judge_run
 from raytower.evaluation.measured import SHOWN_HITS, Measured, report_of
 from raytower.evaluation.measures import Measures
-from raytower.evaluation.reports import RUN_NAME, RunWriter, check_reports_output, open_run, write_reports
+from raytower.evaluation.page import evaluation_plots
+from raytower.evaluation.reports import RUN_NAME, RunWriter, check_outputs, open_run, write_reports
 from raytower.evaluation.runs import RankedList, Run, batches, read_run
+from raytower.pages.html import write_plots
 from raytower.progress import log
 from raytower.retrieval.retriever import Hit
 from raytower.storage import Location
@@ -58,8 +61,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     assert config.run is not None  # the config refused it otherwise
     assert config.queries is not None
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     Measures(config.metrics, config.k)  # a wrong name is found before any file is read
     judged = read_judged_run(config.queries, config.run)
     measuring = time.perf_counter()
@@ -81,9 +83,12 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         "queries_per_second": round(len(judged.keys) / (now - measuring), 1),
         "output": config.output,
     }
-    if config.output is not None:
+    if config.output is not None or config.plots is not None:
         report = report_of(result, measured, config.model_dump(mode="json"), {})
-        write_reports(Location.of(config.output), report, measured.judgements, measured.values)
+        if config.output is not None:
+            write_reports(Location.of(config.output), report, measured.judgements, measured.values)
+        if config.plots is not None:
+            write_plots(Location.of(config.plots), evaluation_plots(report))
     return result
 
 
@@ -91,8 +96,7 @@ def plan_run(config: EvaluateConfig) -> dict[str, Any]:
     """Queries and lists; reads the queries and the run file."""
     assert config.run is not None
     assert config.queries is not None
-    if config.output is not None:
-        check_reports_output(config.output)
+    check_outputs(config)
     Measures(config.metrics, config.k)
     judged = read_judged_run(config.queries, config.run)
     return {
@@ -111,10 +115,17 @@ def measure_run(judged: JudgedRun, config: EvaluateConfig, writer: RunWriter | N
     """
     measures = Measures(config.metrics, config.k)
     measured = Measured(measures, judge_run(judged.queries), config.k, config.seed)
+    if config.run is not None and (config.output is not None or config.plots is not None):
+        depth = max((len(each.documents) for each in judged.run.lists.values()), default=1)
+        measured.curve_ks = curve_ks(config.k, max(depth, *config.k))
+        measured.scores = ScoreSample(len(judged.keys), depth)
     for part, lists in batches(judged.run, judged.keys, config.rows_per_batch):
         if config.ignore_identical_ids:
             lists = _without_identical(lists, measured, part)
-        measured.add(part, [each.documents for each in lists], [_first_hits(each) for each in lists])
+        documents = [each.documents for each in lists]
+        measured.add_stage("run", part, documents)
+        measured.add(part, documents, [_first_hits(each) for each in lists])
+        measured.add_scores(part, documents, [each.scores for each in lists])
         if writer is not None:
             for query_id, each in zip(judged.queries.ids[part], lists, strict=True):
                 writer.write(query_id, zip(each.documents, each.scores, strict=True))

@@ -1,14 +1,13 @@
 """What an evaluation leaves behind.
 
 run.trec and qrels.trec (the judgements), per_query.jsonl (each query with its text and the value of each metric),
-report.json and report.html; a comparison leaves comparison.json.
+report.json and report.html; a comparison leaves comparison.json and comparison.html.
 """
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -18,8 +17,11 @@ import pyarrow as pa
 from raytower.config import to_json
 from raytower.data.qrels import OURS, trec_id
 from raytower.errors import FormatError, InputError
+from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.judgements import Judgements, absent_text
+from raytower.evaluation.page import COMPARISON_TITLE, PLOT_NAMES, TITLE, render_page
 from raytower.metrics import Floats
+from raytower.pages.html import check_plots_folder, title_tag
 from raytower.progress import log
 from raytower.storage import Location, output_folder
 
@@ -29,9 +31,9 @@ PAGE_NAME = "report.html"
 QRELS_NAME = "qrels.trec"
 PER_QUERY_NAME = "per_query.jsonl"
 COMPARISON_NAME = "comparison.json"
-_SHOWN_CHARACTERS = 400
+COMPARISON_PAGE_NAME = "comparison.html"
+# The style stands behind the title.
 _FIRST_BYTES = 2**16
-_TITLE = "<title>raytower evaluation</title>"
 
 
 class RunWriter:
@@ -69,6 +71,14 @@ def open_run(place: Location, tag: str = OURS) -> Iterator[RunWriter]:
     """
     with place.open_write() as stream:
         yield RunWriter(stream, tag)
+
+
+def check_outputs(config: EvaluateConfig) -> None:
+    """Raises InputError as `check_reports_output` and `check_plots_folder`."""
+    if config.output is not None:
+        check_reports_output(config.output)
+    if config.plots is not None:
+        check_plots_folder(config.plots, PLOT_NAMES)
 
 
 def check_reports_output(output: str) -> None:
@@ -122,7 +132,12 @@ def _is_report(place: Location) -> bool:
 
 def _is_page(place: Location) -> bool:
     with place.open_read() as stream:
-        return _TITLE.encode() in stream.read(_FIRST_BYTES)
+        return title_tag(TITLE).encode() in stream.read(_FIRST_BYTES)
+
+
+def _is_comparison_page(place: Location) -> bool:
+    with place.open_read() as stream:
+        return title_tag(COMPARISON_TITLE).encode() in stream.read(_FIRST_BYTES)
 
 
 _OURS = {
@@ -132,6 +147,7 @@ _OURS = {
     QRELS_NAME: _is_qrels,
     PER_QUERY_NAME: _is_per_query,
     COMPARISON_NAME: _is_comparison,
+    COMPARISON_PAGE_NAME: _is_comparison_page,
 }
 
 
@@ -194,62 +210,3 @@ def _write_per_query(place: Location, judgements: Judgements, values: Mapping[st
                 "metrics": {name: each[row] for name, each in columns.items()},
             }
             stream.write(f"{to_json(line)}\n".encode())
-
-
-def render_page(report: Mapping[str, Any]) -> str:
-    """The report as one HTML page without scripts or outside resources; every text in it is escaped."""
-    stages = [(stage["title"], stage["metrics"]) for stage in report["stages"]]
-    settings = "".join(f"<tr><th>{_text(key)}<td>{_text(value)}" for key, value in report["settings"].items())
-    counts = "".join(f"<tr><th>{_text(key)}<td>{_text(value)}" for key, value in report["counts"].items())
-    worst = "".join(_worst_query(item) for item in report["worst_queries"])
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{_TITLE}<style>{_STYLE}</style><main><h1>Evaluation</h1>"
-        f"<table>{counts}</table><h2>Metrics</h2><p>Means over queries with 95&nbsp;% intervals.</p>"
-        f"{_metric_table(stages)}<h2>Worst queries</h2>{worst or '<p>None.</p>'}"
-        f"<h2>Settings</h2><table>{settings}</table></main></html>\n"
-    )
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0}"
-    "main{max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:.5rem 0}"
-    "th,td{border-bottom:1px solid #ddd;padding:.25rem .75rem;text-align:left;vertical-align:top;"
-    "overflow-wrap:anywhere}td.number{text-align:right;font-variant-numeric:tabular-nums}"
-    "details{border-bottom:1px solid #ddd;padding:.5rem 0}summary{cursor:pointer}.found{font-weight:600}"
-    ".interval{color:#666}"
-)
-
-
-def _metric_table(stages: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> str:
-    head = "".join(f"<th>{_text(title)}" for title, _ in stages)
-    rows = []
-    for name in stages[0][1]:
-        cells = "".join(_metric_cell(metrics[name]) for _, metrics in stages)
-        rows.append(f"<tr><th>{_text(name)}{cells}")
-    return f"<table><tr><th>metric{head}{''.join(rows)}</table>"
-
-
-def _metric_cell(metric: Mapping[str, float]) -> str:
-    interval = f"[{metric['low']:.4f}, {metric['high']:.4f}]"
-    return f'<td class="number">{metric["value"]:.4f} <span class="interval">{interval}</span>'
-
-
-def _worst_query(item: Mapping[str, Any]) -> str:
-    hits = "".join(
-        f"<tr{' class=found' if hit['relevant'] else ''}><td class=number>{hit['rank']}"
-        f"<td class=number>{hit['score']:.4f}<td>{_text(hit['id'])}<td>{_text(hit['text'])}"
-        for hit in item["hits"]
-    )
-    wanted = "".join(f"<li>{_text(text)}" for text in item["relevant"])
-    return (
-        f"<details><summary>{_text(item['query'])} <span class=interval>{_text(item['query_id'])}, "
-        f"mrr@10 {item['mrr@10']:.3f}</span></summary><p>Relevant:<ul>{wanted}</ul>"
-        f"<table><tr><th>rank<th>score<th>id<th>text{hits}</table></details>"
-    )
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return html.escape(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …")

@@ -117,7 +117,7 @@ _GAINED: dict[str, dict[str, Any]] = {
     "mine": {"sampling": "random", "sampling_temperature": 0.05, "max_score_margin": None, "screen": None},
     "similarity": {"reranker": None, "rerank_max_length": None},
     "classify": {
-        **dict.fromkeys(("tuned", "positive", "cut", "abstain_below", "suspects")),
+        **dict.fromkeys(("tuned", "positive", "cut", "abstain_below", "suspects", "report", "plots")),
         "votes": "similarity",
         "explain": False,
         "suspect_share": 0.02,
@@ -126,7 +126,7 @@ _GAINED: dict[str, dict[str, Any]] = {
     "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
 }
 # What `evaluate` has gained; null and false are what was done before.
-_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
+_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids", "stages", "plots")
 # What mine and evaluate have gained for modes.
 _BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")

@@ -24,6 +24,7 @@ from raytower.annotation.label_figures import (
     reliability,
     threshold_for,
 )
+from raytower.annotation.label_page import confusion_of
 from raytower.annotation.labels import Prediction, count_votes, tree_scores
 from raytower.annotation.suspecting import suspect
 from raytower.annotation.tune_classify import (
@@ -557,3 +558,47 @@ def test_plans_say_rows_and_memory(world: World) -> None:
     assert tune["rows"] == label["rows"] == 8
     assert tune["predicted_memory_bytes"] > label["predicted_memory_bytes"]
     assert not (world.folder / "t.json").exists()
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_confusion_by_hand() -> None:
+    found = confusion_of({("a", "a"): 5, ("a", "b"): 2, ("b", "a"): 1, ("c", "c"): 9})
+    # b has as many errors as a, and fewer rows.
+    assert found["names"] == ["a", "b", "c"]
+    assert found["counts"] == [[5, 2, 0], [1, 0, 0], [0, 0, 9]]
+    assert found["pairs"] == [
+        {"expected": "a", "given": "b", "rows": 2},
+        {"expected": "b", "given": "a", "rows": 1},
+    ]
+
+
+def test_of_many_labels_those_with_errors_are_shown() -> None:
+    pairs = {(f"l{number}", f"l{number}"): 10 for number in range(20)} | {("l19", "l18"): 3, ("l3", "l18"): 1}
+    found = confusion_of(pairs)
+    assert found["names"][:3] == ["l18", "l19", "l3"]
+    assert (len(found["names"]), found["names"][-1]) == (12, "(others)")
+    assert sum(map(sum, found["counts"])) == 204
+    assert found["counts"][11][11] == 90
+
+
+def test_a_page_and_plots_of_labels(dummy_encoder_dir: Path, tmp_path: Path) -> None:
+    world = World(dummy_encoder_dir, tmp_path)
+    rows: Rows = [("apple river", "fruit"), ("stone cloud", "thing"), ("tiger piano", "<b>animal</b>")]
+    index = world.index(rows)
+    page, plots = tmp_path / "page.html", tmp_path / "plots"
+    asked = {"mode": "votes", "k": 2, "report": str(page), "plots": str(plots)}
+    result, _ = world.classify(index, [*rows, ("apple river", "thing")], **asked)
+    assert result["accuracy"] == 0.75
+    assert "confusion" not in result  # a matrix is for the page
+    shown = page.read_text()
+    assert "&lt;b&gt;animal&lt;/b&gt;" in shown
+    assert "Do chances come true?" in shown
+    assert sorted(place.stem for place in plots.iterdir()) == ["confusion", "coverage", "reliability"]
+    world.classify(index, rows, **asked)  # over those of before
+    page.write_text("mine")
+    with pytest.raises(InputError, match="holds something that classify has not written"):
+        world.classify(index, rows, **asked)
+    with pytest.raises(InputError, match="labelled is false"):
+        world.classify(index, rows, report=str(page), labelled=False)

@@ -22,7 +22,8 @@ from raytower.annotation.rows_out import check_rows_output, open_rows, refuse_na
 from raytower.data.queries import QuerySet
 from raytower.errors import InputError
 from raytower.evaluation.judgements import Judgements, absent_text, judge
-from raytower.evaluation.reports import check_reports_output, open_run, render_page, write_reports
+from raytower.evaluation.page import render_page
+from raytower.evaluation.reports import check_reports_output, open_run, write_reports
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
 from raytower.index.reader import Index

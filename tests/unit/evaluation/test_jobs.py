@@ -26,7 +26,7 @@ from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.labels import count_votes, label_logits, rank_labels
 from raytower.annotation.mine import mine, plan_mine
 from raytower.annotation.similarity import average_precision, measure_scores, plan_similarity, similarity
-from raytower.cli.tables import render_tuning
+from raytower.cli.tables import render_evaluation, render_tuning
 from raytower.config import make_config
 from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError
@@ -35,6 +35,8 @@ from raytower.evaluation.evaluate import evaluate, plan_evaluate
 from raytower.evaluation.tuning import plan_tune_fusion, tune_fusion_on_dev
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
+from raytower.index.hits import Hits
+from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
@@ -973,3 +975,91 @@ class TestOutputs:
         ):
             with pytest.raises(InputError, match=message):
                 evaluate(make_config(EvaluateConfig, {**values, "output": str(output)}))
+
+
+# --- stages and plots -----------------------------------------------------------------------------------------------
+
+
+def test_stages_say_where_a_loss_comes_from(
+    world: World, dummy_reranker_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Index.search
+
+    def lossy(self: Index, vectors: np.ndarray, k: int, **more: Any) -> Hits:
+        """An index that never finds the best document."""
+        found = real(self, vectors, k + 1, **more)
+        return Hits(found.scores[:, 1:], found.rows[:, 1:])
+
+    monkeypatch.setattr(Index, "search", lossy)
+    monkeypatch.setattr("raytower.evaluation.stages._BLOCK_BYTES", 1)  # a pass over the table for each batch
+    more = {"stages": True, "rows_per_batch": 2, "plots": str(tmp_path / "plots")}
+    result = _evaluate(world, tmp_path, reranker=str(dummy_reranker_dir), recall_k=5, **more)
+    rows = {row["stage"]: row for row in result["loss_by_stage"]}
+    assert list(rows) == ["encoder", "index", "reranker"]
+    run = {
+        query_id: {f"c{place}": float(-rank) for rank, place in enumerate(world.nearest(text, 10))}
+        for query_id, text in QUERY_IDS.items()
+    }
+    once = {
+        query: _without_copies(judged, list(run[query].items()))
+        for query, judged in _qrels(QUERY_IDS).items()
+    }
+    theirs = pytrec_eval.RelevanceEvaluator(once, {"recall.1,3,10", "ndcg_cut.10"}).evaluate(run)
+    for ours, name in {"recall@1": "recall_1", "recall@10": "recall_10", "ndcg@10": "ndcg_cut_10"}.items():
+        expected = np.mean([values[name] for values in theirs.values()])
+        assert rows["encoder"]["metrics"][ours]["value"] == pytest.approx(expected), ours
+        lost = rows["index"]["metrics"][ours]["value"] - expected
+        assert rows["index"]["differences"][ours]["value"] == pytest.approx(lost)
+    assert rows["index"]["differences"]["recall@1"]["value"] < 0
+    assert rows["reranker"]["metrics"]["ndcg@10"]["value"] == pytest.approx(result["ndcg@10"])
+    assert (rows["index"]["against"], rows["reranker"]["against"]) == ("encoder", "index")
+    table = render_evaluation(result)
+    assert "where a loss comes from" in table
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [each["stage"] for each in report["figures"]["recall_by_k"]] == ["encoder", "index", "reranker"]
+    assert sum(report["figures"]["scores"]["relevant"]) > 0
+    assert "Where a loss comes from" in (tmp_path / "out" / "report.html").read_text()
+    drawn = sorted(place.name for place in (tmp_path / "plots").iterdir())
+    assert drawn == [
+        f"{name}.svg" for name in ("by-length", "by-script", "recall-against-time", "recall-by-k", "scores")
+    ]
+    assert "loss_by_stage" not in _evaluate(world, tmp_path)
+
+
+def test_stages_of_a_hybrid_search_and_of_words_alone(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "lexical"
+    folder.mkdir()
+    rows = [{"id": f"c{place}", "text": text, "label": "x"} for place, text in enumerate(CORPUS)]
+    wordy = World(world.encoder, _build(folder, world.encoder, rows), world.vectors)
+    result = _evaluate(wordy, tmp_path, mode="hybrid", stages=True)
+    stages = {row["stage"]: row for row in result["loss_by_stage"]}
+    assert [(name, row["against"]) for name, row in stages.items()] == [
+        ("encoder", None),
+        ("index", "encoder"),
+        ("lexical", "index"),
+        ("fusion", "index"),
+    ]
+    assert stages["fusion"]["metrics"]["recall@10"]["value"] == pytest.approx(result["recall@10"])
+    dense, lexical = (_evaluate(wordy, tmp_path, mode=mode) for mode in ("dense", "lexical"))
+    assert stages["index"]["metrics"]["ndcg@10"]["value"] == pytest.approx(dense["ndcg@10"])
+    assert stages["lexical"]["metrics"]["ndcg@10"]["value"] == pytest.approx(lexical["ndcg@10"])
+    assert stages["encoder"]["metrics"] == stages["index"]["metrics"]  # a flat index loses nothing
+    alone = _evaluate(wordy, tmp_path, mode="lexical", stages=True)
+    assert [row["stage"] for row in alone["loss_by_stage"]] == ["lexical"]
+
+
+def test_recall_and_time_at_settings_of_the_index(world: World, tmp_path: Path) -> None:
+    embeddings = str(Path(world.index).parent / "embeddings")
+    build(tmp_path / "graph", embeddings, kind="hnsw")
+    _evaluate(World(world.encoder, str(tmp_path / "graph"), world.vectors), tmp_path, stages=True)
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())["figures"]
+    points = figures["recall_against_time"]
+    assert len(points) > 2
+    assert sum(point["used"] for point in points) == 1
+    assert {point["k"] for point in points} == {10}
+    assert all(point["milliseconds"] > 0 for point in points)
+
+
+def test_only_an_index_has_stages(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="only an index has stages"):
+        make_config(EvaluateConfig, {"run": "r", "queries": {"path": "q"}, "stages": True})

@@ -30,6 +30,7 @@ PACKAGE = ROOT / "platform" / "raytower"
 FLOORS = [
     {"__init__", "config_words", "errors", "escapes"},
     {"collectives", "config", "ending", "metrics", "progress", "storage"},
+    {"pages"},
     {"worker_output", "workers"},
     {"runtime"},
     {"data"},
