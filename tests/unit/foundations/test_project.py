@@ -47,6 +47,7 @@ FLOORS = [
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
     {"demo", "refresh"},
+    {"adapt"},
 ]
 RAY_FREE = [
     "models",
