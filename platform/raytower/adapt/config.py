@@ -47,11 +47,11 @@ class GenerateConfig(Config):
     """Share of the passages that queries are written for, drawn by seed."""
     num_queries: int = Field(default=1, ge=1)
     """Queries that are asked for each of these passages."""
-    prompt_zh: str = "请根据下面的内容，写出一个用户会搜索的问题。只写问题。\n\n内容：{text}\n\n问题："
-    """Prompt of passages that are mostly Han; {text} is the passage."""
-    prompt_en: str = "Write one question that a user would search for and this passage answers. Write the question \
-alone.\n\nPassage: {text}\n\nQuestion:"
-    """Prompt of all other passages; {text} is the passage."""
+    prompt_zh: str | None = None
+    """Prompt of passages that are mostly Han; {text} is the passage. Null asks for a question that a user would search
+    for, in Chinese."""
+    prompt_en: str | None = None
+    """Prompt of all other passages; {text} is the passage. Null asks for the same in English."""
     max_length: int = Field(default=512, ge=16)
     """Tokens of a prompt; a longer passage is cut."""
     max_new_tokens: int = Field(default=48, ge=1)
@@ -65,9 +65,10 @@ alone.\n\nPassage: {text}\n\nQuestion:"
 
     def model_post_init(self, context: Any) -> None:
         for name in ("prompt_zh", "prompt_en"):
-            if "{text}" not in getattr(self, name):
+            prompt = getattr(self, name)
+            if prompt is not None and "{text}" not in prompt:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which has no {{text}} where the passage goes; put it in"
+                    f"{name} is {prompt!r}, which has no {{text}} where the passage goes; put it in"
                 )
         if self.temperature == 0 and self.num_queries > 1:
             raise ValueError(

@@ -19,6 +19,11 @@ from raytower.errors import InputError
 from raytower.models.device import default_device
 from raytower.models.directory import resolve_model
 
+PROMPT_ZH = "请根据下面的内容，写出一个用户会搜索的问题。只写问题。\n\n内容：{text}\n\n问题："
+PROMPT_EN = (
+    "Write one question that a user would search for and that this passage answers. Write the question alone.\n\n"
+    "Passage: {text}\n\nQuestion:"
+)
 # What models put around a question.
 _AROUND = " \t\"'“”「」*`"
 _LABELS = ("问题：", "问题:", "Query:", "Question:", "query:", "question:")
@@ -86,7 +91,9 @@ class Asker:
     def prompt(self, passage: str) -> str:
         """The prompt of a passage by its script, as the model's chat template has it; the passage is cut to fit."""
         config = self._config
-        template = config.prompt_zh if is_mostly_han(passage) else config.prompt_en
+        template = (
+            config.prompt_zh or PROMPT_ZH if is_mostly_han(passage) else config.prompt_en or PROMPT_EN
+        )
         room = config.max_length - len(self._tokenizer(template.replace("{text}", ""))["input_ids"])
         ids = self._tokenizer(passage, add_special_tokens=False)["input_ids"]
         if len(ids) > max(room, 0):

@@ -28,7 +28,7 @@ _BARE_NUMBER = re.compile(
     rf"^(?:第{_NUMBER}[编章节篇条](?:之{_NUMBER})?|[一二三四五六七八九十]+、|（[一二三四五六七八九十]+）|[0-9.]+)[ 　]*"
 )
 # A question is a sentence that ends with a question mark, before any other sentence's end.
-_QUESTION = re.compile(r"^(?P<question>[^?？。！!\n]{2,200}[?？])\s*(?P<answer>.+)$", re.DOTALL)
+_QUESTION = re.compile(r"^(?P<question>(?:[^?？。！!.\n]|[.](?!\s)){2,200}[?？])\s*(?P<answer>.+)$", re.DOTALL)
 _SENTENCE = re.compile(r"^(?P<first>.+?(?:[。！？!?]|[.](?=\s)))\s*(?P<rest>.+)$", re.DOTALL)
 
 
@@ -97,7 +97,9 @@ def _sections(row: Row, rules: Collection[Rule]) -> Iterator[StructurePair]:
         for found in _HEADING.finditer(row.text):
             name = found["markdown"] or found["chapter"] or found["listed"]
             cuts.append((found.start(), found.end(), name))
-    if cuts and "title" in rules and row.title and clean(before := _HEADING.sub("", row.text[: cuts[0][0]])):
+    if not cuts:
+        return
+    if "title" in rules and row.title and clean(before := _HEADING.sub("", row.text[: cuts[0][0]])):
         yield StructurePair(clean(row.title), clean(before), "title")
     ends = [start for start, _, _ in cuts[1:]] + [len(row.text)]
     for (_, start, name), end in zip(cuts, ends, strict=True):
