@@ -163,9 +163,7 @@ def _rows(
         }
         ids, texts = table["id"].to_pylist(), table["text"].to_pylist()
         for place, (identifier, text) in enumerate(zip(ids, texts, strict=True)):
-            own = {
-                kind: "" if found[place] is None else str(found[place]) for kind, found in values.items()
-            }
+            own = {kind: "" if found[place] is None else str(found[place]) for kind, found in values.items()}
             document = document_of(identifier, own["document"], separator)
             yield Row(identifier, text, document, own["title"], own["question"], own["category"])
         progress.advance(table.num_rows)
@@ -262,7 +260,9 @@ def _no_pairs(config: PairsConfig, num_documents: int, left_out: dict[str, int])
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
     return (
         f"{config.input.path!r} gives no pair by the rules {', '.join(config.rules)} in {num_documents:,} documents of "
-        f"part {config.part}" + (f" (left out: {reasons})" if reasons else "") + "; name its columns by `columns`, add "
+        f"part {config.part}"
+        + (f" (left out: {reasons})" if reasons else "")
+        + "; name its columns by `columns`, add "
         "the rule lead, which cuts texts, have queries written by `generate`, or, where categories are all that there "
         "is, set split_by to category"
     )

@@ -17,7 +17,7 @@ from raytower.adapt.config import GenerateConfig
 from raytower.adapt.rules import is_mostly_han
 from raytower.errors import InputError
 from raytower.models.device import default_device
-from raytower.models.directory import resolve_model
+from raytower.models.directory import read_json_object, resolve_model
 
 PROMPT_ZH = "请根据下面的内容，写出一个用户会搜索的问题。只写问题。\n\n内容：{text}\n\n问题："
 PROMPT_EN = (
@@ -37,6 +37,13 @@ class Asker:
         self._config = config
         self._seed = seed
         path = resolve_model(config.model)
+        kinds = read_json_object(path / "config.json").get("architectures") or []
+        # transformers would put an untrained head onto an encoder.
+        if not any(str(kind).endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            raise InputError(
+                f"generate.model {config.model!r} is no causal language model, config.json says {kinds}; name a "
+                "directory of one, such as Qwen/Qwen3-0.6B"
+            )
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
             self._model: Any = AutoModelForCausalLM.from_pretrained(
@@ -44,8 +51,7 @@ class Asker:
             )
         except (ValueError, OSError) as error:
             raise InputError(
-                f"generate.model {config.model!r} cannot be loaded as a causal language model: {error}; name a "
-                "directory of one, with its tokenizer"
+                f"generate.model {config.model!r} cannot be loaded: {error}; name a directory with safetensors and a tokenizer"
             ) from error
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -91,9 +97,7 @@ class Asker:
     def prompt(self, passage: str) -> str:
         """The prompt of a passage by its script, as the model's chat template has it; the passage is cut to fit."""
         config = self._config
-        template = (
-            config.prompt_zh or PROMPT_ZH if is_mostly_han(passage) else config.prompt_en or PROMPT_EN
-        )
+        template = config.prompt_zh or PROMPT_ZH if is_mostly_han(passage) else config.prompt_en or PROMPT_EN
         room = config.max_length - len(self._tokenizer(template.replace("{text}", ""))["input_ids"])
         ids = self._tokenizer(passage, add_special_tokens=False)["input_ids"]
         if len(ids) > max(room, 0):

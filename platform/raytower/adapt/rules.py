@@ -28,7 +28,9 @@ _BARE_NUMBER = re.compile(
     rf"^(?:第{_NUMBER}[编章节篇条](?:之{_NUMBER})?|[一二三四五六七八九十]+、|（[一二三四五六七八九十]+）|[0-9.]+)[ 　]*"
 )
 # A question is a sentence that ends with a question mark, before any other sentence's end.
-_QUESTION = re.compile(r"^(?P<question>(?:[^?？。！!.\n]|[.](?!\s)){2,200}[?？])\s*(?P<answer>.+)$", re.DOTALL)
+_QUESTION = re.compile(
+    r"^(?P<question>(?:[^?？。！!.\n]|[.](?!\s)){2,200}[?？])\s*(?P<answer>.+)$", re.DOTALL
+)
 _SENTENCE = re.compile(r"^(?P<first>.+?(?:[。！？!?]|[.](?=\s)))\s*(?P<rest>.+)$", re.DOTALL)
 
 

@@ -16,7 +16,11 @@ from raytower.errors import InputError
 
 def run(folder: Path, rows: list[dict[str, Any]], **values: Any) -> tuple[dict[str, Any], list[Any]]:
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = {"input": str(folder / "corpus.jsonl"), "output": str(folder / "out.jsonl"), "file_type": "jsonl"}
+    settings = {
+        "input": str(folder / "corpus.jsonl"),
+        "output": str(folder / "out.jsonl"),
+        "file_type": "jsonl",
+    }
     config = make_config(PairsConfig, {**settings, **values})
     figures = pairs(config)
     lines = Path(config.output).read_text(encoding="utf-8").splitlines()
@@ -27,7 +31,12 @@ def corpus(num: int, **more: Any) -> list[dict[str, Any]]:
     """Documents of two passages each, with a title of their own."""
     names = ["".join(chr(97 + int(digit)) for digit in f"{n:04d}") for n in range(num)]
     return [
-        {"id": f"{name}#{half}", "title": f"title {name} {half}", "text": f"the text of {name} {half * 9}", **more}
+        {
+            "id": f"{name}#{half}",
+            "title": f"title {name} {half}",
+            "text": f"the text of {name} {half * 9}",
+            **more,
+        }
         for name in names
         for half in "xy"
     ]
@@ -55,12 +64,13 @@ def test_each_pair_says_its_rule_and_what_is_left_out_is_counted(tmp_path: Path)
 def test_no_text_and_no_document_of_dev_trains(tmp_path: Path) -> None:
     rows = corpus(200, category="Shared")
     # A document that repeats the text of another one, whichever side it comes to.
-    rows += [{"id": f"copy {row['id']}", "title": f"copy of {row['title']}", "text": row["text"]} for row in rows[:80]]
+    rows += [
+        {"id": f"copy {row['id']}", "title": f"copy of {row['title']}", "text": row["text"]}
+        for row in rows[:80]
+    ]
     split = {"dev_share": 0.25, "train_share": 0.5, "seed": 3}
     dev_figures, dev = run(tmp_path, rows, part="dev", output=str(tmp_path / "dev.jsonl"), **split)
-    figures, train = run(
-        tmp_path, rows, part="train", apart_from=str(tmp_path / "dev.jsonl"), **split
-    )
+    figures, train = run(tmp_path, rows, part="train", apart_from=str(tmp_path / "dev.jsonl"), **split)
     passages_figures, passages = run(
         tmp_path, rows, part="documents", output=str(tmp_path / "passages.jsonl"), **split
     )
@@ -80,7 +90,8 @@ def test_no_text_and_no_document_of_dev_trains(tmp_path: Path) -> None:
 
 def test_whole_categories_may_be_kept_for_dev(tmp_path: Path) -> None:
     rows = [
-        {"id": str(n), "category": f"kind {chr(97 + n % 20)}", "text": f"a text with the number {n}"} for n in range(200)
+        {"id": str(n), "category": f"kind {chr(97 + n % 20)}", "text": f"a text with the number {n}"}
+        for n in range(200)
     ]
     split: dict[str, Any] = {"dev_share": 0.3, "split_by": "category", "rules": ["category"]}
     _, dev = run(tmp_path, rows, part="dev", output=str(tmp_path / "dev.jsonl"), **split)

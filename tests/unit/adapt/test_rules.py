@@ -102,7 +102,12 @@ def test_each_row_gives_its_passages_once_whether_pairs_are_made_of_them_or_not(
 
 
 def test_letters_scripts_likeness_and_documents() -> None:
-    assert (num_letters("第十二条"), num_letters("2.3 "), num_letters("第三章 总则"), num_letters("a-1 b")) == (
+    assert (
+        num_letters("第十二条"),
+        num_letters("2.3 "),
+        num_letters("第三章 总则"),
+        num_letters("a-1 b"),
+    ) == (
         0,
         0,
         2,
