@@ -201,7 +201,7 @@ COMMANDS: dict[str, Command] = {
         example="runs/encoder 怎么才能开通微粒贷 --role query",
     ),
     "pairs": Command(
-        "make training pairs of a corpus's own structure: titles, headings, articles, questions, neighbours, categories",
+        "make training pairs of a corpus's structure: titles, headings, articles, questions, neighbours, categories",
         "raytower.adapt.config:PairsConfig",
         "raytower.adapt.pairs:pairs",
         "raytower.adapt.pairs:plan_pairs",

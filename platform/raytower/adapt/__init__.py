@@ -1,1 +1,1 @@
-"""Training without labels: `raytower pairs` makes pairs of a corpus's own structure, `raytower adapt` trains by them."""
+"""Training without labels: `raytower pairs` makes pairs of a corpus's structure, `raytower adapt` trains by them."""

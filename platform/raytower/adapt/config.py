@@ -89,13 +89,13 @@ class PairsConfig(Config):
     )
     """What pairs are made of: title and text; question and answer (a column, or a question that a text begins with);
     a Markdown or numbered heading and its section; an article of a law, asked for by the law's name and number;
-    neighbouring passages of a document; a category and its texts; lead is the first sentence and the rest of a text that
-    gives no other pair."""
+    neighbouring passages of a document; a category and its texts; lead is the first sentence and the rest of a text
+    that gives no other pair."""
     columns: ColumnsConfig = ColumnsConfig()
     """Which columns say what."""
     id_separator: str | None = "#"
-    """Where a row names no document: that of the id law-7#12 is law-7, what stands before the last separator. Null takes
-    each row for a document of its own."""
+    """Where a row names no document: that of the id law-7#12 is law-7, what stands before the last separator. Null
+    takes each row for a document of its own."""
     part: Part = "all"
     """Pairs of all documents, of those that train, of those that are kept for dev; or all passages that pairs may be
     made of, for an index."""
@@ -159,8 +159,8 @@ class AdaptConfig(Config):
     indexing: dict[str, Any] = Field(default={})
     """Other keys of index build."""
     mining: dict[str, Any] = Field(default={})
-    """Other keys of mine. Unless set, candidates come from vectors and from words (mode hybrid), 4 of each pair; without
-    a teacher only those with less than 0.95 of the score of the pair's own document."""
+    """Other keys of mine. Unless set, candidates come from vectors and from words (mode hybrid), 4 of each pair;
+    without a teacher only those with less than 0.95 of the score of the pair's own document."""
     seed: int = Field(default=0, ge=0)
     """Seed of the split into train and dev."""
 

@@ -1,8 +1,8 @@
 """`raytower adapt`: pairs from the structure of a corpus, and rounds of mining and training by them.
 
 Pairs are a pipeline of three steps: the pairs of the documents that are kept for dev, those that train, of which none
-holds a text of dev, and the passages to find. What follows is `refresh`: mine candidates by vectors and words, score them
-by a teacher where there is one (GPL, Wang et al. 2022, without its generator), train, encode, index, compare.
+holds a text of dev, and the passages to find. What follows is `refresh`: mine candidates by vectors and words, score
+them by a teacher where there is one (GPL, Wang et al. 2022, without its generator), train, encode, index, compare.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def adapt(config: AdaptConfig) -> dict[str, Any]:
 
     Returns:
         `adapted`, `encoder` and `index` (of the best round; where `adapted` is false, `encoder` is the one that was
-        given), `why`, `judged_by` (what the pseudo-dev set is), `metric`, `rounds` (as refresh), `pairs` and `dev_pairs`
-        (figures of both), `passages`, `seconds`, `output`.
+        given), `why`, `judged_by` (what the pseudo-dev set is), `metric`, `rounds` (as refresh), `pairs` and
+        `dev_pairs` (figures of both), `passages`, `seconds`, `output`.
 
     Raises:
         InputError: as the jobs; all their configs are checked before the first one runs.
@@ -74,7 +74,7 @@ def plan_adapt(config: AdaptConfig) -> dict[str, Any]:
 
 
 def pairs_pipeline(config: AdaptConfig) -> PipelineConfig:
-    """The steps that make dev pairs, training pairs and passages. Raises InputError for a key that pairs does not know."""
+    """The steps that make dev pairs, training pairs and passages. Their keys are checked when they are planned."""
     folder = Location.of(config.output)
     shared = {
         **config.pairs,
@@ -96,7 +96,7 @@ def pairs_pipeline(config: AdaptConfig) -> PipelineConfig:
 
 
 def rounds_of(config: AdaptConfig) -> RefreshConfig:
-    """The rounds. Raises InputError for a key that their jobs do not know, when they are planned."""
+    """The rounds. Keys of their jobs are checked when they are planned."""
     mining: dict[str, Any] = {**_MINED, **config.mining}
     training = config.training
     if config.teacher is not None:
@@ -136,9 +136,9 @@ def _why(refreshed: dict[str, Any]) -> str:
     best = refreshed["rounds"][refreshed["best"]]
     if refreshed["best"]:
         return (
-            f"round {best['round']} is better than round {best['best_before']} on the pseudo-dev set by more than chance: "
-            f"{best['difference']:+.4f} [{best['low']:+.4f}, {best['high']:+.4f}]; measure it on judged queries before it "
-            "serves"
+            f"round {best['round']} is better than round {best['best_before']} on the pseudo-dev set by more than "
+            f"chance: {best['difference']:+.4f} [{best['low']:+.4f}, {best['high']:+.4f}]; measure it on judged queries "
+            "before it serves"
         )
     tried = max(refreshed["rounds"][1:], key=lambda each: each["difference"])
     return (

@@ -1,7 +1,7 @@
 """`raytower pairs`: pairs for training and for dev from the structure of a corpus, or the passages that they are of.
 
-One pass over the corpus. A document, with all its rows, is dev's, training's or of neither by a hash of its name and the
-seed, so that the parts of several calls fit together: dev first, then training `apart_from` it.
+One pass over the corpus. A document, with all its rows, is dev's, training's or of neither by a hash of its name and
+the seed, so that the parts of several calls fit together: dev first, then training `apart_from` it.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
 
     Returns:
         rows, documents (those of the part), pairs, by_rule (pairs of each rule), left_out (pairs by reason:
-        near_empty, too_alike, in_dev, repeated), columns (those that were found), rejected_rows, seconds, output; of part
-        documents passages in place of what is about pairs.
+        near_empty, too_alike, in_dev, repeated), columns (those that were found), rejected_rows, seconds, output; of
+        part documents passages in place of what is about pairs.
 
     Raises:
         InputError: bad rows under on_error fail, a column that the corpus lacks, no such model, or no pair at all.

@@ -1,7 +1,7 @@
 """Queries for passages, written by a causal language model: InPars (Bonifacio et al. 2022) without its filter.
 
-A batch draws by a seed of its own, made of the seed and its prompts, so the same call on the same machine writes the same
-queries wherever the batch stands in the corpus.
+A batch draws by a seed of its own, made of the seed and its prompts, so the same call on the same machine writes the
+same queries wherever the batch stands in the corpus.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Asker:
             )
         except (ValueError, OSError) as error:
             raise InputError(
-                f"generate.model {config.model!r} cannot be loaded: {error}; name a directory with safetensors and a tokenizer"
+                f"generate.model {config.model!r} cannot be loaded: {error}; name a directory with safetensors and a "
+                "tokenizer"
             ) from error
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

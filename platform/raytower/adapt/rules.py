@@ -7,6 +7,7 @@ A first sentence and what follows it is the inverse cloze task (Lee et al. 2019)
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def pairs_of_rows(rows: Iterable[Row], rules: Collection[Rule]) -> Iterator[RowP
     document, passage = None, ""
     for row in rows:
         pairs = list(_sections(row, rules)) or list(_own_pairs(row, rules))
-        # A text without pairs is a passage as it is. Several pairs of one passage, by question and title, name it twice.
+        # A text without pairs is a passage as it is. Two pairs of one passage, by question and title, name it once.
         passages = tuple(dict.fromkeys(pair.document for pair in pairs)) or (clean(row.text),)
         if "neighbour" in rules and document == row.document:
             pairs.append(StructurePair(passage, passages[0], "neighbour"))
@@ -157,7 +158,7 @@ def similarity(left: str, right: str) -> float:
 
 def _bigrams(text: str) -> set[str]:
     chars = [char for char in text.lower() if char.isalnum()]
-    return {"".join(two) for two in zip(chars, chars[1:], strict=False)}
+    return {"".join(two) for two in itertools.pairwise(chars)}
 
 
 def document_of(identifier: str, named: str, separator: str | None) -> str:

@@ -163,7 +163,7 @@ def test_all_configs_are_checked_before_anything_runs(work: Work) -> None:
     with pytest.raises(InputError, match="mining has 'teacher', which adapt sets itself"):
         work.config(mining={"teacher": "x"})
     for changes in ({"training": {"batch_sise": 8}}, {"pairs": {"rulez": []}}):
-        with pytest.raises(InputError, match="batch_sise|rulez"):
+        with pytest.raises(InputError, match=r"batch_sise|rulez"):
             adapt(work.config(**changes))
     assert work.ran == []
     plan = plan_adapt(work.config())["steps"]

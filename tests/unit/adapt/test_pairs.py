@@ -75,7 +75,8 @@ def test_no_text_and_no_document_of_dev_trains(tmp_path: Path) -> None:
         tmp_path, rows, part="documents", output=str(tmp_path / "passages.jsonl"), **split
     )
     texts = [{text for pair in part for text in (pair["query"], pair["document"])} for part in (dev, train)]
-    assert texts[0] and texts[1] and not texts[0] & texts[1]
+    assert all(texts)
+    assert not texts[0] & texts[1]
     assert figures["left_out"]["in_dev"] > 0
     # A category's name trains, so it is no query of dev.
     assert {pair["rule"] for pair in dev} == {"title", "neighbour"}
@@ -97,8 +98,9 @@ def test_whole_categories_may_be_kept_for_dev(tmp_path: Path) -> None:
     _, dev = run(tmp_path, rows, part="dev", output=str(tmp_path / "dev.jsonl"), **split)
     _, train = run(tmp_path, rows, part="train", **split)
     names = [{pair["query"] for pair in part} for part in (dev, train)]
-    assert not names[0] & names[1] and len(names[0] | names[1]) == 20
-    with pytest.raises(InputError, match="gives no pair by the rules category.*set split_by to category"):
+    assert not names[0] & names[1]
+    assert len(names[0] | names[1]) == 20
+    with pytest.raises(InputError, match=r"gives no pair by the rules category.*set split_by to category"):
         run(tmp_path, rows, part="dev", **{**split, "split_by": "document"})
 
 
@@ -106,7 +108,7 @@ def test_columns_by_their_usual_names_or_by_the_config(tmp_path: Path) -> None:
     rows = [{"标题": "如何开通", "text": "在首页点击申请就可以了吗当然。", "headline": "Open an account"}]
     assert run(tmp_path, rows)[1][0]["query"] == "如何开通"
     assert run(tmp_path, rows, columns={"title": "headline"})[1][0]["query"] == "Open an account"
-    with pytest.raises(InputError, match="columns.title is 'head'.*'标题', 'headline'"):
+    with pytest.raises(InputError, match=r"columns.title is 'head'.*'标题', 'headline'"):
         run(tmp_path, rows, columns={"title": "head"})
     config = make_config(
         PairsConfig, {"input": str(tmp_path / "corpus.jsonl"), "output": str(tmp_path / "plan.tsv")}
