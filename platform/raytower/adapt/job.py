@@ -137,8 +137,8 @@ def _why(refreshed: dict[str, Any]) -> str:
     if refreshed["best"]:
         return (
             f"round {best['round']} is better than round {best['best_before']} on the pseudo-dev set by more than "
-            f"chance: {best['difference']:+.4f} [{best['low']:+.4f}, {best['high']:+.4f}]; measure it on judged queries "
-            "before it serves"
+            f"chance: {best['difference']:+.4f} [{best['low']:+.4f}, {best['high']:+.4f}]; measure it on judged "
+            "queries before it serves"
         )
     tried = max(refreshed["rounds"][1:], key=lambda each: each["difference"])
     return (
