@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from raytower.errors import FormatError
 from raytower.index.config import BuiltKind, ExactDtype, Metric, TokensConfig
+from raytower.index.search_config import HybridWay
 from raytower.storage import Location
 
 FORMAT = "raytower.index"
@@ -33,7 +34,7 @@ VECTORS_NAME: Literal["vectors.faiss"] = "vectors.faiss"
 ROWS_NAME: Literal["rows.npy"] = "rows.npy"
 EXACT_NAME: Literal["exact.npy"] = "exact.npy"
 
-Operation = Literal["build", "add", "delete", "set", "sync", "fold", "compact", "rollback", "convert"]
+Operation = Literal["build", "add", "delete", "set", "sync", "fold", "compact", "rollback", "convert", "tune"]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,}$")]
 ShardFile = Literal["vectors.faiss", "rows.npy", "exact.npy"]
@@ -86,16 +87,25 @@ class PlacementEntry(_Part):
     file: FileEntry
 
 
+class HybridEntry(_Part):
+    """How both sides' scores become one, as `tune-fusion` found it best on judged queries, and on how many of them."""
+
+    fusion: HybridWay
+    weight: Share
+    queries: Count
+
+
 class LexicalEntry(_Part):
     """The lexical side: how texts became tokens, and what BM25 counts over all documents of the version.
 
     `num_tokens` are those of all documents together. The files of `counts`, added up, say in how many documents each
-    token occurs.
+    token occurs. `hybrid` is null where it was never tuned; it goes with the tokens that it was tuned with.
     """
 
     tokens: TokensConfig
     num_tokens: Count
     counts: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
+    hybrid: HybridEntry | None = None
 
 
 class Origin(_Part):

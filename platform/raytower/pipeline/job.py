@@ -131,6 +131,8 @@ _GAINED: dict[str, dict[str, Any]] = {
 }
 # What `evaluate` has gained; null and false are what was done before.
 _NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
+# What mine and evaluate have gained for modes.
+_BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -569,6 +571,12 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 name: _FORMER_WORKERS.get("num" if name == "max" else name) if value is None else value
                 for name, value in workers.items()
             },
+        }
+    if job in ("mine", "evaluate") and values["mode"] == "dense":
+        values = {
+            name: value
+            for name, value in values.items()
+            if name not in _BY_VECTORS or value != _BY_VECTORS[name]
         }
     if job == "evaluate":
         values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}
