@@ -46,7 +46,7 @@ class Asker:
             )
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, config.dtype), local_files_only=True, use_safetensors=True
             )
         except (ValueError, OSError) as error:
@@ -57,7 +57,7 @@ class Asker:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._tokenizer.padding_side = "left"  # what is written goes on where a prompt ends
-        self._model.to(default_device()).eval()
+        self._model = model.to(default_device()).eval()
 
     def __call__(self, passages: Sequence[str]) -> list[list[str]]:
         """Up to `num_queries` distinct queries of each passage; none where the model wrote nothing."""

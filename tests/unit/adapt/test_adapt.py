@@ -162,7 +162,8 @@ def test_all_configs_are_checked_before_anything_runs(work: Work) -> None:
         work.config(pairs={"part": "all"})
     with pytest.raises(InputError, match="mining has 'teacher', which adapt sets itself"):
         work.config(mining={"teacher": "x"})
-    for changes in ({"training": {"batch_sise": 8}}, {"pairs": {"rulez": []}}):
+    wrong: list[dict[str, Any]] = [{"training": {"batch_sise": 8}}, {"pairs": {"rulez": []}}]
+    for changes in wrong:
         with pytest.raises(InputError, match=r"batch_sise|rulez"):
             adapt(work.config(**changes))
     assert work.ran == []

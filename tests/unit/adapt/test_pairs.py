@@ -43,7 +43,7 @@ def corpus(num: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_each_pair_says_its_rule_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "1", "title": "Reset a router", "text": "Hold the button for ten seconds."},
         {"id": "2", "title": "Reset a router", "text": "Hold the button for ten seconds."},
         {"id": "3", "title": "12", "text": "A title of digits says nothing."},
@@ -90,7 +90,7 @@ def test_no_text_and_no_document_of_dev_trains(tmp_path: Path) -> None:
 
 
 def test_whole_categories_may_be_kept_for_dev(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": str(n), "category": f"kind {chr(97 + n % 20)}", "text": f"a text with the number {n}"}
         for n in range(200)
     ]
