@@ -200,6 +200,13 @@ COMMANDS: dict[str, Command] = {
         ),
         example="runs/encoder 怎么才能开通微粒贷 --role query",
     ),
+    "pairs": Command(
+        "make training pairs of a corpus's structure: titles, headings, articles, questions, neighbours, categories",
+        "raytower.adapt.config:PairsConfig",
+        "raytower.adapt.pairs:pairs",
+        "raytower.adapt.pairs:plan_pairs",
+        example="--input data/corpus.jsonl --output data/pairs.tsv",
+    ),
     "mine": Command(
         "mine hard negatives for training pairs from an index",
         "raytower.annotation.config:MineConfig",
@@ -292,6 +299,13 @@ COMMANDS: dict[str, Command] = {
         "raytower.refresh.job:plan_refresh",
         example="--model runs/encoder --train data/train.tsv --corpus data/corpus.tsv --queries data/dev.tsv "
         "--output runs/refresh",
+    ),
+    "adapt": Command(
+        "train an encoder on a corpus without labels, and keep it where a pseudo-dev set shows a gain",
+        "raytower.adapt.config:AdaptConfig",
+        "raytower.adapt.job:adapt",
+        "raytower.adapt.job:plan_adapt",
+        example="--model intfloat/multilingual-e5-small --corpus data/corpus.jsonl --output runs/adapted",
     ),
     "pipeline": Command(
         "run several jobs one after the other from one file; a finished step is skipped",

@@ -135,6 +135,15 @@ EXAMPLES: dict[str, Example] = {
         "Rows: `query <tab> candidate [<tab> recall score]`, the rows of a query together.",
     ),
     "embed": Example({"encoder": "runs/encoder", "text": ["怎么才能开通微粒贷"], "role": "query"}),
+    "pairs": Example(
+        {
+            "input": {"path": "data/corpus.jsonl"},
+            "output": "data/pairs.tsv",
+            "rules": ["title", "question", "heading", "law", "neighbour", "category"],
+            "part": "all",
+        },
+        "Each row of the output says by which rule it was made.",
+    ),
     "mine": Example(
         {
             "encoder": "runs/encoder",
@@ -226,6 +235,17 @@ EXAMPLES: dict[str, Example] = {
             "mining": {"num_negatives": 4, "max_score_ratio": 0.95},
         },
         "Each round trains on negatives that the round before still takes for answers.",
+    ),
+    "adapt": Example(
+        {
+            "model": "intfloat/multilingual-e5-small",
+            "corpus": {"path": "data/corpus.jsonl"},
+            "output": "runs/adapted",
+            "teacher": None,
+            "metric": "ndcg@10",
+            "training": {"batch_size": 64, "max_length": 128, "epochs": 1},
+        },
+        "No labels are read; the dev set is made of the corpus too, and says so.",
     ),
     "pipeline": Example(
         {

@@ -45,6 +45,7 @@ from raytower.training.config import EVERY_STEPS, FREE_KEYS
 _STATE_VERSION = 2
 # Each job, and what it writes.
 STEP_JOBS: dict[str, Kind] = {
+    "pairs": "rows",
     "train-retriever": "model",
     "train-reranker": "model",
     "train-classifier": "model",
@@ -67,6 +68,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "labels": "rows",
     "tuned": "rows",
     "input.path": "rows",
+    "apart_from.path": "rows",
     "queries.path": "rows",
     "run.path": "rows",
     "target.queries.path": "rows",
@@ -75,6 +77,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "encoder": "model",
     "teacher": "model",
     "guide.encoder": "model",
+    "generate.model": "model",
     "screen.reranker": "model",
     "reranker": "model",
     "classifier": "model",
@@ -84,6 +87,7 @@ INPUT_KEYS: dict[str, Kind] = {
 # What the rows of an input are read as, which decides the files that are read of a BEIR folder; of others as pairs.
 _RECORDS: dict[tuple[str, str], RecordKind] = {
     ("encode", "input.path"): "corpus",
+    ("pairs", "input.path"): "corpus",
     ("search", "input.path"): "lines",
     ("rerank", "input.path"): "ranked",
     ("classify", "input.path"): "lines",

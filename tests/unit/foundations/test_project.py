@@ -48,6 +48,7 @@ FLOORS = [
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
     {"demo", "refresh"},
+    {"adapt"},
 ]
 RAY_FREE = [
     "models",

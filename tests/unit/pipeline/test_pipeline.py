@@ -353,6 +353,9 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "queries.split",
     }
     no_inputs |= {"query", "filter"}
+    no_inputs |= {f"columns.{kind}" for kind in ("title", "question", "category", "document")}
+    no_inputs |= {"id_separator", "generate.prompt_zh", "generate.prompt_en"}
+    no_inputs |= {"apart_from.id_field", "apart_from.split", "apart_from.text_fields"}
     no_inputs |= {
         "train.split",
         "dev.split",

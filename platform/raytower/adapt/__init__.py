@@ -1,0 +1,1 @@
+"""Training without labels: `raytower pairs` makes pairs of a corpus's structure, `raytower adapt` trains by them."""
