@@ -7,20 +7,37 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import BertForSequenceClassification
+from torch import nn
+from transformers import BertModel
 
-from tests.support.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
+from tests.support.tiny_models import tiny_config, tiny_tokenizer
 from tests.support.tiny_training import answer, other_answer, question
 
 SYSTEMS = "ABCDE"
 _AREAS = "abcd"
-ORIGIN = "legal"
+
+
+class OwnClassifier(nn.Module):
+    """A classifier as such users write it: BERT, and a linear layer over its pooler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = BertModel(tiny_config(max_position_embeddings=512, initializer_range=0.2))
+        self.linear = nn.Linear(32, 2)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(self.bert(**inputs).pooler_output)
+        return logits
 
 
 def write_system(name: str, folder: Path) -> None:
     """`data/` as the system's users have it, and `models/start`, from which its trainings begin."""
     (folder / "data").mkdir(parents=True)
-    build_tiny_encoder(folder / "models" / "start")
+    torch.manual_seed(0)
+    BertModel(tiny_config(max_position_embeddings=512)).save_pretrained(folder / "models" / "start")
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder / "models" / "start")
     _FILES[name](folder)
 
 
@@ -80,7 +97,7 @@ def _rankers(folder: Path) -> None:
         ]
 
     _write(data / "dev_pairwise.csv", ["query\ttitle\tlabel", *judged(range(32, 40))])
-    _write(data / "train.csv", judged(range(16)))
+    _write(data / "train.csv", judged(range(32)))
     _write(data / "test.csv", judged(range(40, 48)))
     recalled = (
         f"{question(number)}\t{text}\t{score}"
@@ -92,14 +109,11 @@ def _rankers(folder: Path) -> None:
 
 def _classifier_online(folder: Path) -> None:
     data = folder / "data"
-    _write(data / "legal.json", (json.dumps({"text": f"legal {question(number)}"}) for number in range(24)))
-    _write(data / "other.json", (json.dumps({"text": answer(number)}) for number in range(24)))
+    _write(data / "legal.json", (json.dumps({"text": f"legal {question(number)}"}) for number in range(20)))
+    _write(data / "other.json", (json.dumps({"text": answer(number)}) for number in range(20)))
     _write(data / "posts.txt", (question(number) for number in range(6)))
     torch.manual_seed(3)
-    model = BertForSequenceClassification(tiny_config(num_labels=2, initializer_range=0.2))
-    torch.save(model.state_dict(), folder / "model.pt")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder / "models" / "start")
+    torch.save(OwnClassifier().state_dict(), folder / "model.pt")
 
 
 _FILES = {

@@ -1,4 +1,4 @@
-"""The lines of a page that its readers type: `raytower …` in this process, all others by a shell."""
+"""What readers of a page type: lines with `raytower …` and blocks of Python in this process, all else by a shell."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import io
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,10 +31,11 @@ TRAININGS = ("train-retriever", "train-reranker", "train-classifier")
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a block, with those that a backslash joins to it."""
+    """One line of a shell with those that a backslash joins to it, or a block of Python."""
 
     number: int
     text: str
+    is_python: bool = False
 
     @property
     def is_training(self) -> bool:
@@ -42,19 +43,22 @@ class Line:
 
 
 def read_lines(page: str, heading: str) -> list[Line]:
-    """The lines of the blocks marked `sh` between a heading of the second level and the next one."""
+    """What the blocks marked `sh` and `python` hold between a heading of the second level and the next one."""
     start = page.index(f"\n## {heading}")
     end = page.find("\n## ", start + 1)
-    found = []
-    for fence in re.finditer(r"^```sh\n(.*?)^```$", page[: end if end > 0 else None], re.MULTILINE | re.DOTALL):
+    found: list[Line] = []
+    for fence in re.finditer(r"^```(sh|python)\n(.*?)^```$", page[:end], re.MULTILINE | re.DOTALL):
+        number = page.count("\n", 0, fence.start(2)) + 1
         if fence.start() < start:
             continue
-        number = page.count("\n", 0, fence.start(1)) + 1
+        if fence[1] == "python":
+            found.append(Line(number, fence[2], is_python=True))
+            continue
         whole = ""
-        for line in fence[1].splitlines():
+        for line in fence[2].splitlines():
             whole += line.removesuffix("\\")
             if not line.endswith("\\"):
-                found += [Line(number, whole)] if whole.strip() and not whole.startswith("#") else []
+                found.append(Line(number, whole))
                 whole = ""
             number += 1
     return found
@@ -66,6 +70,8 @@ class Typist:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._url = _ADDRESS
+        self.names: dict[str, Any] = {}
+        """What blocks of Python have named."""
         self._server = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -73,7 +79,10 @@ class Typist:
 
     def type(self, line: Line) -> None:
         """Run a line; raises AssertionError with what it said where it fails."""
-        if line.text.startswith("raytower serve "):
+        if line.is_python:
+            code = compile(line.text.replace(_ADDRESS, self._url), f"line {line.number}", "exec")
+            exec(code, self.names)
+        elif line.text.startswith("raytower serve "):
             self._serve(shlex.split(line.text)[2:])
         elif line.text.startswith("raytower "):
             self._run(line)
@@ -118,14 +127,6 @@ def output_of(line: Line) -> str:
     """What `--output` names."""
     words = shlex.split(line.text)
     return words[words.index("--output") + 1]
-
-
-def stand_in(line: Line, model: Path, folder: Path) -> None:
-    """Put `model` where a training would put its own, and as its checkpoints where it leaves them."""
-    shutil.copytree(model, folder / output_of(line))
-    if "--keep_checkpoints" in line.text:
-        for step in (2, 4):
-            shutil.copytree(model, folder / f"{output_of(line)}.checkpoints" / f"step-{step}")
 
 
 @contextlib.contextmanager
