@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -201,6 +202,7 @@ def _table_layout(file: SourceFile, config: InputConfig, layout: Layout, head: b
     columns, has_header = _table_columns(file, config, layout, first)
     if is_corpus_like(layout.kind) and not has_header and len(columns) > 1:
         _refuse_labels(file, config, head[start:])
+        _refuse_commas(file, config, delimiter, first)
     start, number = (after_line, 2) if has_header else (start, 1)
     return Layout(layout.kind, file_format, layout.fields, columns, delimiter, start, number)
 
@@ -229,6 +231,14 @@ def _is_quoted(head: bytes) -> bool:
     return bool(whole) and all(whole) and (has_doubled or is_header)
 
 
+def _is_number(cell: str) -> bool:
+    """Whether `cell` is a finite number, as labels of pairs are."""
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+
 def _reads_like_a_text(cell: str) -> bool:
     """Whether `cell` is a text and no id: it has spaces between words, or several characters beyond ASCII."""
     return " " in cell.strip() or (not cell.isascii() and len(cell) >= _MIN_TEXT_CHARACTERS)
@@ -246,6 +256,16 @@ def _refuse_labels(file: SourceFile, config: InputConfig, head: bytes) -> None:
             f"{file}: read without a header, the first row has the id {first!r} and the text {label!r}, but its "
             f"second column has only {len(second)} different values in {len(rows)} rows, as labels do. Add the "
             "header `id<TAB>text` if they are texts, or `text<TAB>label` if they are labels"
+        )
+
+
+def _refuse_commas(file: SourceFile, config: InputConfig, delimiter: str, first: tuple[str, ...]) -> None:
+    """Refuse texts with commas, one a line, that their extension makes columns of: the first one would be an id."""
+    if config.format == "auto" and delimiter != "\t" and _reads_like_a_text(first[0]):
+        raise InputError(
+            f"{file}: read as CSV without a header, the first row has the id {first[0][:60]!r}, which reads like a text, "
+            f"and the text {first[1][:60]!r}. Add the header `id{delimiter}text` if they are that; if each line is a "
+            f"text, name the file .txt{config.remedy('or set input.format to lines')}"
         )
 
 
@@ -364,6 +384,8 @@ def _table_columns(
     # No row of texts names every column that is read. The columns beside them are said to be unread, as keys are.
     if names_all:
         return first, True
+    if kind == "scored" and len(first) == len(HEADERLESS[kind]) and _is_number(first[-1]):
+        return HEADERLESS[kind], False
     if expected is not None:
         raise InputError(
             f"{file}:1: no header; the first line of a {kind} file names its columns: {'<TAB>'.join(expected)}. "

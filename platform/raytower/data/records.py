@@ -83,7 +83,8 @@ _FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
 INSTRUCTION = RecordField("instruction", ("instruction", "prompt"), required=False, may_be_blank=True)
 """What its query is asked for, which a training row may say; see `InputConfig.reads_instructions`."""
 
-# The column names that the documentation gives for TSV files of each kind; None where files carry no header.
+# The column names that the documentation gives for TSV files of each kind; None where files need no header. Scored
+# pairs may go without where the third column is a number.
 EXPECTED_HEADER: dict[RecordKind, tuple[str, ...]] = {
     "triples": ("query", "title", "neg_title"),
     "scored": ("query", "title", "label"),
@@ -92,6 +93,7 @@ EXPECTED_HEADER: dict[RecordKind, tuple[str, ...]] = {
 HEADERLESS: dict[RecordKind, tuple[str, ...]] = {
     "pairs": ("query", "document"),
     "ranked": ("query", "document", "score"),
+    "scored": ("query", "title", "label"),
     "labelled": ("text", "label"),
 }
 

@@ -125,6 +125,8 @@ class RerankerTask(Task[TrainRerankerConfig]):
                 logits_BC = step.parallel(step.seeded(batch.chunks))
             if objective.name in _LISTWISE:
                 return objective(pairs.as_lists(logits_BC[:, 0]), pairs.as_lists(labels_R))
+            if objective.num_labels > 1:
+                step.observe("accuracy", (logits_BC.argmax(1) == labels_R).float().mean())
             loss = objective(logits_BC, labels_R)
             # Workers whose lists are longer hold more pairs: this makes it the mean over the pairs of all workers.
             num_pairs_W = gather_constants(torch.full((1,), float(len(labels_R)), device=loss.device))

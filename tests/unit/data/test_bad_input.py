@@ -152,7 +152,9 @@ def test_one_blank_line_at_the_end_is_no_row(tmp_path: Path) -> None:
     ("kind", "content", "message"),
     [
         ("triples", "q\tt\tn\n", "query<TAB>title<TAB>neg_title"),
-        ("scored", "q\tt\t1\n", "query<TAB>title<TAB>label"),
+        ("scored", "q\tt\tyes\n", "query<TAB>title<TAB>label"),
+        ("scored", "q\tt\tnan\n", "query<TAB>title<TAB>label"),
+        ("scored", "q\tt\t1\t2\n", "query<TAB>title<TAB>label"),
         ("scored", "query\ttitle\tneg_title\n", "query<TAB>title<TAB>label"),
     ],
 )
@@ -164,6 +166,26 @@ def test_missing_header_names_the_expected_one(
     assert f"x.tsv:1: no header; the first line of a {kind} file names its columns: {message}." in str(
         raised.value
     )
+
+
+def test_scored_rows_without_a_header_are_all_numbers_in_their_third_column(tmp_path: Path) -> None:
+    """A first row that ends in a number by chance makes no triples scored pairs."""
+    path = write(tmp_path / "x.csv", "q\tt\t7\nq\tt\tn\n")
+    with pytest.raises(InputError, match=r"x\.csv:2: label 'n' is not a finite number"):
+        survey_of(path, "scored")
+
+
+def test_lines_of_texts_with_commas_are_no_ids_and_texts(tmp_path: Path) -> None:
+    """The text up to the first comma was taken for an id, and left out of the vector."""
+    content = "半监督学习综述, 图像分类\n基于深度学习的方法, 检索\n"
+    path = write(tmp_path / "corpus.csv", content)
+    for kind in ("corpus", "lines"):
+        with pytest.raises(InputError, match=r"without a header.*id '半监督学习综述'.*set input\.format to lines"):
+            survey_of(path, kind)
+    whole = [row["text"] for row in rows_of(survey_of(path, "lines", format="lines"))]
+    assert whole == content.splitlines()
+    ids = write(tmp_path / "ids.csv", "d1,a text\nd2,another\n")
+    assert [row["id"] for row in rows_of(survey_of(ids, "corpus"))] == ["d1", "d2"]
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def test_triples(tmp_path: Path, name: str, content: str) -> None:
     ("name", "content"),
     [
         ("s.tsv", "query\ttitle\tlabel\na\tb\t1\nc\td\t-0.25\ne\tf\t 2e1 \n"),
+        ("headerless.csv", "a\tb\t1\nc\td\t-0.25\ne\tf\t 2e1 \n"),
         (
             "s.jsonl",
             '{"sentence1": "a", "sentence2": "b", "label": "1"}\n'

@@ -635,6 +635,27 @@ def test_classifiers_train_from_a_config(
     assert TextClassifier.load(tmp_path / "saved").labels == tuple(f"topics##{topic}" for topic in "abcdefgh")
 
 
+def test_a_reranker_of_two_classes_observes_the_accuracy_on_its_rows(
+    still_encoder: Path, tmp_path: Path
+) -> None:
+    """Of the weights before the step; transformers predicts the same classes."""
+    train = write_scored(tmp_path / "train.tsv", 16)
+    changes = {"objective": "pointwise_cross_entropy", "labels": ["0", "1"]}
+    config = make_config(TrainRerankerConfig, values_of(still_encoder, train, tmp_path, changes))
+    surveyed = RerankerTask.survey(config)
+    task = RerankerTask.prepare(config, surveyed)
+    model = task.build(None).train()
+    task.save(model, tmp_path / "saved", {})
+    optimizer = make_optimizer(model, config.optimizer)
+    step = TrainingStep(model, optimizer, make_schedule(optimizer, 100, 0.0))
+    batch = next(batches_of(surveyed, config))
+    step.run(0, [batch], task.backward)
+    peer = pipeline("text-classification", model=str(tmp_path / "saved"), device="cpu")
+    columns = zip(batch["query"], batch["document"], batch["label"], strict=True)
+    hits = [peer({"text": q, "text_pair": d})["label"] == str(int(label)) for q, d, label in columns]
+    assert step.observed == {"accuracy": pytest.approx(sum(hits) / len(hits))}
+
+
 def test_scored_dev_pairs_measure_an_encoder(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     train = write_scored(tmp_path / "train.tsv", 64)
     dev = {"path": str(train), "metric": "f1", "threshold": 0.5}
