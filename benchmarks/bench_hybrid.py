@@ -37,7 +37,7 @@ from raytower.models.fusion import Fusion
 from raytower.retrieval.tune_hybrid import tune_hybrid
 
 _KS = (1, 10, 50)
-_DEPTH = 100
+_DEPTH = 50
 _WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5)
 Rows = list[list[int]]
 Floats = NDArray[np.float64]

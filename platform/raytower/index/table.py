@@ -55,7 +55,7 @@ _EXACT_FLOAT = 1 << 53
 _LANCE_WRAPPING = re.compile(r"(External error: |LanceError\(\w+\): )|, \S+\.rs:\d+:\d+")
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _REMOTE_ERROR = re.compile(r"Generic (S3|GCS|MicrosoftAzure|HTTP client) error")
-_DAMAGE = re.compile(r"LanceError\(IO\)|Not found: |[Cc]orrupt|Generic \w+ error")
+_DAMAGE = re.compile(r"LanceError\(IO\)|Not found: |[Cc]orrupt|Generic \w+ error|metadata range overflows")
 _CONFLICT = re.compile(r"commit conflict|Incompatible transaction|Ref conflict")
 
 

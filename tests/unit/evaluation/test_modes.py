@@ -150,7 +150,9 @@ class TestSearch:
         index = Index.open(world)
         vectors = ForwardEngine(Encoder.load(index.encoder)).encode(["pump"])
         expected = index.search(vectors, 10)
-        assert [hit["score"] for hit in found["results"]] == pytest.approx(expected.scores[0].tolist())
+        assert [hit["score"] for hit in found["results"]] == pytest.approx(
+            expected.scores[0].tolist(), abs=1e-5
+        )
         assert found["mode"] == "dense"
 
     def test_an_index_without_a_lexical_side(self, tmp_path: Path) -> None:
