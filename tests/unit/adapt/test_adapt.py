@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytower.adapt.config import AdaptConfig
 from raytower.adapt.job import adapt, plan_adapt, rounds_of
@@ -18,7 +20,7 @@ from raytower.errors import InputError
 from raytower.index.build import build_index
 from tests.support.encoding_here import encode_here
 from tests.support.index_cases import HERE
-from tests.support.tiny_models import build_tiny_encoder
+from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker
 
 NUM = 60
 
@@ -155,6 +157,27 @@ def test_a_teacher_scores_candidates_and_the_encoder_follows_it(work: Work) -> N
     plain = rounds_of(work.config(mining={}))
     assert plain.mining == {"num_negatives": 4, "mode": "hybrid", "max_score_ratio": 0.95}
     assert "objective" not in plain.training
+
+
+def test_what_trains_are_candidates_with_the_logits_of_the_teacher(work: Work) -> None:
+    """transformers' own classifier gives the same logits."""
+    build_tiny_reranker(Path("teacher"), seed=5)
+    work.right = [0.5, 0.5]
+    adapt(work.config(teacher="teacher"))
+    assert work.objective == "margin_mse"
+    row = work.trained_on[0]
+    assert 2 <= len(row["documents"]) == len(row["scores"]) <= 3
+    model = AutoModelForSequenceClassification.from_pretrained("teacher").eval()
+    tokens = AutoTokenizer.from_pretrained("teacher")(
+        [row["query"]] * len(row["documents"]),
+        row["documents"],
+        padding=True,
+        truncation=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        logits = model(**tokens).logits[:, 0].tolist()
+    assert row["scores"] == pytest.approx(logits, abs=1e-5)
 
 
 def test_all_configs_are_checked_before_anything_runs(work: Work) -> None:
