@@ -65,13 +65,21 @@ def training_texts(data: Path, num_texts: int) -> list[str]:
     return rows[:num_texts]
 
 
-def dev_sample(data: Path, corpus_rows: int, num_queries: int | None = None) -> DevSample:
-    """All dev queries (or the first `num_queries`), every text relevant to one of them, and a seeded draw of others."""
+def dev_sample(
+    data: Path, corpus_rows: int, num_queries: int | None = None, *, drawn_queries: bool = False
+) -> DevSample:
+    """All dev queries (or the first `num_queries`), every text relevant to one of them, and a seeded draw of others.
+
+    The first queries are of few sources; `drawn_queries` draws as many from all.
+    """
     relevant: dict[str, dict[str, None]] = {}
     for row in read_lines(data / "zh_questions" / "recall" / "dev.tsv"):
         query, document = row.split("\t")
         relevant.setdefault(query, {})[document] = None
-    queries = list(relevant)[:num_queries]
+    names = list(relevant)
+    if drawn_queries:
+        random.Random(SAMPLE_SEED).shuffle(names)
+    queries = names[:num_queries]
     needed = dict.fromkeys(document for query in queries for document in relevant[query])
     texts = dict.fromkeys(read_lines(data / "zh_questions" / "recall" / "corpus.tsv"))
     others = [text for text in texts if text not in needed]

@@ -216,7 +216,7 @@ COMMANDS: dict[str, Command] = {
         example="--encoder runs/encoder --index runs/index --queries data/dev.tsv --output runs/report",
     ),
     "tune-fusion": Command(
-        "tune how a reranker's logits are mixed with recall scores, on dev queries; it is stored with the reranker",
+        "tune how a reranker's logits are mixed with recall scores, or without one words with vectors, on dev queries",
         "raytower.evaluation.config:TuneFusionConfig",
         "raytower.evaluation.tuning:tune_fusion_on_dev",
         "raytower.evaluation.tuning:plan_tune_fusion",
@@ -278,6 +278,12 @@ COMMANDS: dict[str, Command] = {
         "raytower.serving.config:ServeStatusConfig",
         "raytower.serving.client:server_status",
         example="--url http://127.0.0.1:8000",
+    ),
+    "cluster init": Command(
+        "make the token that `ray up cluster.yaml` hands to every node, once for each user",
+        "raytower.cluster.config:ClusterInitConfig",
+        "raytower.cluster.token:init_cluster",
+        "raytower.cluster.token:plan_init",
     ),
     "refresh": Command(
         "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",

@@ -212,6 +212,7 @@ EXAMPLES: dict[str, Example] = {
     "serve reload": Example({"url": "http://127.0.0.1:8000"}),
     "serve rollback": Example({"url": "http://127.0.0.1:8000"}),
     "serve status": Example({"url": "http://127.0.0.1:8000"}),
+    "cluster init": Example({"replace": False}, "Nothing has to be set."),
     "refresh": Example(
         {
             "model": _BACKBONE,

@@ -70,8 +70,9 @@ def readme_lines(start: str) -> list[str]:
 def user_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The home of somebody who followed the README up to `ray up`."""
     home = tmp_path_factory.mktemp("user")
-    (line,) = readme_lines("(umask")
-    subprocess.run(["bash", "-c", line], env=clean_environment(home), check=True, timeout=120)
+    (line,) = readme_lines("raytower cluster init")
+    environment = clean_environment(home, PYTHONPATH=str(ROOT / "platform"))
+    subprocess.run(["bash", "-c", line], env=environment, check=True, timeout=120)
     return home
 
 
@@ -119,17 +120,22 @@ class TestDescription:
             ]
             volumes = ec2.describe_volumes()["Volumes"]
 
-        profiles = {}
+        profiles, spot = {}, set()
         for instance in instances:
             (kind,) = [tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-user-node-type"]
             profiles[kind] = instance["IamInstanceProfile"]["Arn"].rpartition("/")[2]
+            assert {"Key": "project", "Value": "raytower"} in instance["Tags"]
+            if instance.get("InstanceLifecycle") == "spot":
+                spot.add(kind)
             # Ray's own default is an image of Ubuntu 18.04.
             assert "ubuntu" in instance["ImageId"]
             assert "24.04" in instance["ImageId"]
             options = instance["MetadataOptions"]
             assert (options["HttpTokens"], options["HttpPutResponseHopLimit"]) == ("required", 1)
-        workers = dict.fromkeys(("cpu_worker", "gpu_worker"), "raytower-worker")
-        assert profiles == {"head": "raytower-head", **workers}
+        workers = ("cpu_worker", "memory_worker", "gpu_worker", "gpu_encoder")
+        assert profiles == {"head": "raytower-head", **dict.fromkeys(workers, "raytower-worker")}
+        assert spot == {"cpu_worker", "gpu_encoder"}, "where a job goes on, and nowhere else"
+        assert all({"Key": "project", "Value": "raytower"} in volume["Tags"] for volume in volumes)
         assert [volume["Encrypted"] for volume in volumes] == [True] * len(instances)
 
     def test_every_node_installs_what_it_is_for(self, user_home: Path, tmp_path: Path) -> None:
@@ -153,7 +159,11 @@ class TestDescription:
             assert done.returncode == 0, done.stderr
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(known) >= {"cpu", "gpu", "all", "aws"}
-        assert extras == {"head": "cpu,all,aws", "cpu_worker": "cpu,all", "gpu_worker": "gpu,all"}
+        assert extras == {
+            "head": "cpu,all,aws",
+            **dict.fromkeys(("cpu_worker", "memory_worker"), "cpu,all"),
+            **dict.fromkeys(("gpu_worker", "gpu_encoder"), "gpu,all"),
+        }
 
     def test_the_token_is_the_users_own_and_nobody_else_reads_it(self, user_home: Path) -> None:
         token = user_home / ".ray" / "auth_token"

@@ -70,6 +70,15 @@ def build_tiny_encoder(
     return folder
 
 
+def build_tiny_classifier(folder: Path, seed: int = 0, num_labels: int = 2) -> Path:
+    """A two-layer BERT sequence classifier as Hugging Face's library leaves it: no file says what it is for."""
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(tiny_config(num_labels=num_labels, initializer_range=0.2))
+    model.eval().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def build_tiny_reranker(folder: Path, seed: int = 0, num_labels: int = 1) -> Path:
     """A two-layer BERT sequence classifier in the reranker layout."""
     torch.manual_seed(seed)

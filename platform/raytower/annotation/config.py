@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from raytower.config import Config, OnError
 from raytower.data.config import InputConfig
-from raytower.retrieval.config import BatchConfig, FileWorkersConfig, RerankConfig
+from raytower.retrieval.config import BatchConfig, FileWorkersConfig, ModeConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
 Sampling = Literal["random", "top", "score"]
@@ -37,13 +37,13 @@ class ScreenConfig(Config):
         return min(limit, math.log(self.max_probability / (1 - self.max_probability)))
 
 
-class MineConfig(RerankConfig, BatchConfig):
+class MineConfig(RerankConfig, ModeConfig, BatchConfig):
     """`raytower mine`. Ranks count from 1 in the order of recall, known positives included."""
 
     renamed: ClassVar = {"depth": "recall_k", "kind": "format"}
 
-    encoder: str
-    """Encoder: a directory, a hub id or a URI."""
+    encoder: str | None = None
+    """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     index: str
     """The index: a folder or a URI."""
     input: InputConfig
@@ -65,11 +65,14 @@ class MineConfig(RerankConfig, BatchConfig):
     sampling: Sampling = "random"
     """Which of the candidates that are left: any by chance, the nearest, or by chance the nearer the likelier."""
     sampling_temperature: float = Field(default=0.05, gt=0)
-    """Sampling by score: a candidate's chance grows with exp(score / sampling_temperature)."""
+    """Sampling by score: a candidate's chance grows with exp(score / sampling_temperature); 0.05 fits cosines,
+    and scores of the modes lexical and hybrid are larger."""
     max_score_ratio: float | None = Field(default=None, gt=0)
-    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual."""
+    """Drop candidates that score above this share of the pair's own document: likely positives. 0.95 is usual. By the
+    scores of vectors, in mode hybrid too; mode lexical has none."""
     max_score_margin: float | None = None
-    """Drop candidates that score less than this below the pair's own document; 0.05 is usual of cosines."""
+    """Drop candidates that score less than this below the pair's own document; 0.05 is usual of cosines.
+    By the scores of vectors too."""
     screen: ScreenConfig | None = None
     """A cross-encoder that drops what it takes for positives, of those that are drawn; null screens none."""
     query_prefix: str | None = None
@@ -90,6 +93,12 @@ class MineConfig(RerankConfig, BatchConfig):
         return value
 
     def model_post_init(self, context: Any) -> None:
+        for name in ("max_score_ratio", "max_score_margin"):
+            if self.mode == "lexical" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which compares scores of vectors, and mode lexical has none; "
+                    f"set mode to hybrid, or {name} to null"
+                )
         if self.sampling != "score" and self.sampling_temperature != _default(self, "sampling_temperature"):
             raise ValueError(
                 f"sampling_temperature is {self.sampling_temperature}, which sampling {self.sampling} does not read; "

@@ -21,14 +21,16 @@ from raytower.annotation.rows_in import row_batches, survey_rows
 from raytower.annotation.rows_out import RowWriter, open_rows
 from raytower.data.pieces import Survey, read_pieces
 from raytower.errors import InputError
+from raytower.index.hybrid import HybridFusion, check_mode
 from raytower.index.reader import Index
+from raytower.index.versions import open_manifest
 from raytower.models.compute import PARAMETER_BYTES
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.forward import ForwardEngine
 from raytower.progress import Progress, log
-from raytower.retrieval.load import load_engine, load_reranker, open_index_manifest, own_or
+from raytower.retrieval.load import load_query_engine, load_reranker, open_index_manifest, own_or
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import Candidate, PairScorer, Vectors, index_recall
+from raytower.retrieval.retriever import Candidate, PairScorer, Retriever, Vectors, count_wordless
 from raytower.storage import Location
 
 _COLUMNS = {
@@ -65,6 +67,8 @@ class MinedCounts:
     """Candidates above max_score_ratio or max_score_margin."""
     screened_out: int = 0
     """Drawn candidates that the cross-encoder of `screen` takes for positives."""
+    queries_without_words: int = 0
+    """Distinct queries of a batch that share no token with a document: mode hybrid has for them what dense has."""
 
 
 def mine(config: MineConfig) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def mine(config: MineConfig) -> dict[str, Any]:
 
     Returns:
         pairs, negatives, pairs_without_negatives, pairs_with_fewer, dropped_positives, dropped_likely_positives,
-        screened_out, rejected_rows, index_version, seconds, output.
+        screened_out, queries_without_words, rejected_rows, index_version, seconds, output.
 
     Raises:
         InputError: bad rows under on_error fail, an index that another encoder made, for a TSV a text with a tab, or a
@@ -86,8 +90,9 @@ def mine(config: MineConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     survey = survey_rows(config, "pairs", *_COLUMNS.values())
-    engine = load_engine(config.encoder, config)
-    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    engine = load_query_engine(_encoder_name(config), config)
+    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint if engine else None)
+    check_mode(index.manifest, config.mode)
     teacher = None if config.teacher is None else load_reranker(config.teacher, config)
     screen = None
     if config.screen is not None:
@@ -117,12 +122,12 @@ def plan_mine(config: MineConfig) -> dict[str, Any]:
     plan = plan_rows(
         survey.num_rows,
         config,
-        config.encoder,
+        None if config.mode == "lexical" else _encoder_name(config),
         rows_per_batch=config.rows_per_batch,
         candidates=config.recall_k,
         reranker=config.teacher,
     )
-    manifest = open_index_manifest(config.index, plan["fingerprint"])
+    manifest = open_index_manifest(config.index, plan["fingerprint"], config.mode)
     # Up to four keys a pair, held twice while they are sorted.
     plan["predicted_memory_bytes"] += survey.num_rows * 4 * 8 * 2
     if config.teacher is not None:
@@ -136,13 +141,17 @@ def plan_mine(config: MineConfig) -> dict[str, Any]:
     return {**plan, "rejected_rows": survey.num_rejected, "index_rows": manifest.rows}
 
 
+def _encoder_name(config: MineConfig) -> str:
+    return config.encoder or open_manifest(config.index).encoder
+
+
 class Miner:
     """Finds, scores and writes the negatives of batches of pairs, and counts what became of them."""
 
     def __init__(
         self,
         config: MineConfig,
-        engine: ForwardEngine,
+        engine: ForwardEngine | None,
         index: Index,
         positives: KnownPositives,
         teacher: PairScorer | None = None,
@@ -151,12 +160,17 @@ class Miner:
         self._config = config
         self._teacher = teacher
         self._screen = screen
-        self._engine = engine
-        self._prefix = own_or(config.query_prefix, engine.encoder, "query", config.encoder)
-        self._recall = index_recall(index)
+        prefix = own_or(config.query_prefix, engine.encoder, "query", _encoder_name(config)) if engine else ""
+        self._retriever = Retriever(
+            engine,
+            index,
+            query_prefix=prefix,
+            mode=config.mode,
+            hybrid=HybridFusion.of(index.manifest, config.hybrid),
+        )
         self._manifest = index.manifest
         # A positive is compared with candidates, so it is encoded as they were.
-        self._document_engine = ForwardEngine(
+        self._document_engine = engine and ForwardEngine(
             engine.encoder,
             dtype=config.dtype,
             tokens_per_batch=config.tokens_per_batch,
@@ -181,9 +195,11 @@ class Miner:
     def negatives(self, batch: Sequence[Pair]) -> list[list[Candidate]]:
         """The sampled negatives of each pair, nearest first."""
         queries = list(dict.fromkeys(pair.query for pair in batch))
-        vectors = self._engine.encode(queries, self._prefix)
-        recalled = dict(zip(queries, self._recall(vectors, self._config.recall_k), strict=True))
-        limits = self._limits(batch, vectors, {query: row for row, query in enumerate(queries)})
+        encoded = self._retriever.encode(queries)
+        found = self._retriever.recall(encoded, self._config.recall_k)
+        self.counts.queries_without_words += count_wordless(found, self._config.mode)
+        recalled = dict(zip(queries, found, strict=True))
+        limits = self._limits(batch, encoded.vectors, {query: row for row, query in enumerate(queries)})
         drawn = [
             self._draw(pair, recalled[pair.query], limit) for pair, limit in zip(batch, limits, strict=True)
         ]
@@ -223,11 +239,15 @@ class Miner:
         screen = self._config.screen
         return screen.reranker if key == "screen" and screen is not None else self._config.teacher
 
-    def _limits(self, batch: Sequence[Pair], vectors: Vectors, rows: dict[str, int]) -> NDArray[np.float64]:
-        """The score above which a candidate of each pair is too near to be a negative, float64 [pairs]."""
+    def _limits(
+        self, batch: Sequence[Pair], vectors: Vectors | None, rows: dict[str, int]
+    ) -> NDArray[np.float64]:
+        """The dense score above which a candidate of each pair is too near to be a negative, float64 [pairs]."""
         ratio, margin = self._config.max_score_ratio, self._config.max_score_margin
         if ratio is None and margin is None:
             return score_limits(np.zeros(len(batch)), None, None)
+        assert vectors is not None, "the config refuses limits of scores in mode lexical"
+        assert self._document_engine is not None, "the config refuses limits of scores in mode lexical"
         documents = self._document_engine.encode([pair.document for pair in batch], self._manifest.prefix)
         own = vectors[[rows[pair.query] for pair in batch]]
         if self._manifest.metric == "cosine":
@@ -245,7 +265,7 @@ class Miner:
         left = [
             item for item, positive in zip(candidates[first:], known[first:], strict=True) if not positive
         ]
-        far = [item for item in left if item.score <= limit]
+        far = [item for item in left if item.dense_score is None or item.dense_score <= limit]
         self.counts.dropped_likely_positives += len(left) - len(far)
         distinct = distinct_texts(far)
         order = draw_order(

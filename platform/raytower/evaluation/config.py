@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from raytower.data.config import PathConfig, QueriesConfig
-from raytower.retrieval.config import BatchConfig, RerankConfig, RetrieverConfig
+from raytower.retrieval.config import BatchConfig, ModeConfig, RerankConfig, RetrieverConfig
 
 RunFormat = Literal["auto", "trec", "tsv", "jsonl"]
 # A comma outside parentheses: none closes behind it before one opens.
@@ -73,8 +73,8 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
         if self.compare is not None and (len(self.compare) < 2 or len(set(self.compare)) < len(self.compare)):
             raise ValueError(f"compare is {self.compare}; give two or more evaluations, each once")
         if self.index is None:
-            for key in ("encoder", "reranker"):
-                if getattr(self, key) is not None:
+            for key in ("encoder", "reranker", "mode"):
+                if getattr(self, key) not in (None, "dense"):
                     raise ValueError(
                         f"{key} is {getattr(self, key)!r}, which only an index needs; leave it out, or give index in "
                         f"place of {measured[0]}"
@@ -88,11 +88,12 @@ class DevQueriesConfig(QueriesConfig):
     """Split of a BEIR folder: queries are those that qrels/<split>.tsv judges. Pairs have no splits."""
 
 
-class TuneFusionConfig(RerankConfig, BatchConfig):
-    """`raytower tune-fusion`."""
+class TuneFusionConfig(RerankConfig, ModeConfig, BatchConfig):
+    """`raytower tune-fusion`: the weight of a reranker, or without one that of words beside vectors."""
 
-    reranker: str
-    """Cross-encoder directory, in whose raytower.json the fusion is stored."""
+    reranker: str | None = None
+    """Cross-encoder directory, in whose raytower.json the fusion of its scores with those of `mode` is stored; null
+    tunes the weight of lexical beside dense scores, which a new version of the index holds."""
     index: str
     """The index: a folder or a URI."""
     queries: DevQueriesConfig
@@ -100,8 +101,21 @@ class TuneFusionConfig(RerankConfig, BatchConfig):
     encoder: str | None = None
     """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     recall_k: int = Field(default=100, ge=1)
-    """Documents that the first stage recalls for each query; all of them are reranked."""
+    """Documents that the first stage recalls for each query; all of them are reranked. Without a reranker, as many are
+    candidates by vectors and as many by words."""
     query_prefix: str | None = None
     """Put before each query when it is encoded; null is the encoder's own."""
     store: bool = True
-    """Whether the fusion is stored with the reranker; false only shows it."""
+    """Whether the fusion is stored, with the reranker or in the index; false only shows it."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.reranker is None and self.mode == "lexical":
+            raise ValueError(
+                "mode is lexical, and without a reranker the weight of words beside vectors is tuned; name a reranker, "
+                "or leave mode out"
+            )
+        if self.reranker is None and self.hybrid.weight is not None:
+            raise ValueError(
+                f"hybrid.weight is {self.hybrid.weight}, which is what is tuned without a reranker; leave it out, or "
+                "name a reranker"
+            )

@@ -52,6 +52,8 @@ class Measured:
     """Documents among the first k of all lists that nobody has judged, by k."""
     identical_ids: int = 0
     """Documents that were left out because their id is the query's."""
+    wordless: int = 0
+    """Queries that share no token with a document, where tokens were looked for."""
     milliseconds: dict[str, float] = field(
         default_factory=lambda: {"encode": 0.0, "recall": 0.0, "rerank": 0.0}
     )

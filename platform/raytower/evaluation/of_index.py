@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
 from raytower.progress import Progress, log
-from raytower.retrieval.load import load_engine, load_retriever, open_index_manifest
+from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import Candidate, Hit, Retriever, recall_order
+from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order
 from raytower.storage import Location
 
 
@@ -33,8 +34,9 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         value is 0 or 1, else a bootstrap), `unjudged` (documents among the first k of all lists that nobody judged, by
         k), `relevant_missing` (judged documents that the index does not hold; they count as missed),
         `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
-        `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `index_version`, `seconds`,
-        `queries_per_second`, `output`.
+        `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `mode`,
+        `queries_without_words` (they share no token with a document; mode hybrid has for them what dense has, lexical
+        nothing), `index_version`, `seconds`, `queries_per_second`, `output`.
 
     Raises:
         InputError: bad queries, an index that another encoder made, a fusion weight or a metric that cannot be used.
@@ -47,8 +49,8 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     measures = Measures(config.metrics, config.k)
     queries = _read(config)
     name = _encoder_name(config)
-    engine = load_engine(name, config)
-    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint)
+    engine = load_query_engine(name, config)
+    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint if engine else None)
     if on_gpu := index.use_gpu():
         log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
     judgements = judge(queries, index)
@@ -60,6 +62,8 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     now = time.perf_counter()
     result = {
         **measured.summary(),
+        "mode": config.mode,
+        "queries_without_words": measured.wordless,
         "index_version": index.version,
         "seconds": round(now - start, 3),
         "queries_per_second": round(len(judgements.ids) / (now - searching), 1),
@@ -70,10 +74,11 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
             **config.model_dump(mode="json"),
             "encoder": name,
             "query_prefix": retriever.query_prefix,
-            "fingerprint": engine.fingerprint,
+            "fingerprint": index.fingerprint,
             "index_version": index.version,
             "index_rows": index.num_rows,
             "fusion": retriever.fusion.to_dict() if retriever.fusion else None,
+            "hybrid": asdict(retriever.hybrid) if config.mode == "hybrid" and retriever.hybrid else None,
         }
         wanted = {
             doc_id
@@ -97,12 +102,12 @@ def plan_index(config: EvaluateConfig) -> dict[str, Any]:
     plan = plan_rows(
         len(queries),
         config,
-        _encoder_name(config),
+        None if config.mode == "lexical" else _encoder_name(config),
         rows_per_batch=config.rows_per_batch,
         candidates=depth,
         reranker=config.reranker,
     )
-    manifest = open_index_manifest(config.index, plan["fingerprint"])
+    manifest = open_index_manifest(config.index, plan["fingerprint"], config.mode)
     return {
         **plan,
         "queries": len(queries),
@@ -150,6 +155,7 @@ def _search(retriever: Retriever, part: slice, config: EvaluateConfig, measured:
     times.append(time.perf_counter())
     # One more where one may be left out.
     candidates = retriever.recall(vectors, depth + config.ignore_identical_ids)
+    measured.wordless += count_wordless(candidates, config.mode)
     if config.ignore_identical_ids:
         candidates = _without_identical(candidates, part, measured, depth)
     times.append(time.perf_counter())

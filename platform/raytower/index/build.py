@@ -27,14 +27,17 @@ from raytower.index.config import (
     IvfConfig,
     Placing,
     RebuildTargetConfig,
+    TokensConfig,
 )
 from raytower.index.embeddings import Embeddings
 from raytower.index.faiss_import import import_faiss
 from raytower.index.faiss_index import GPU_LISTS
 from raytower.index.kinds import parameter_grid
+from raytower.index.lexical import first_entry
 from raytower.index.manifest import (
     FORMAT_VERSION,
     IndexManifest,
+    LexicalEntry,
     Measured,
     Origin,
     PlacementEntry,
@@ -159,6 +162,10 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
             log(
                 f"{index} holds this build already, and version {before.version} came of it; nothing to build"
             )
+            if config.lexical and before.lexical is None:
+                log(
+                    f"it has no lexical side; make one: `raytower index compact --index {index} --lexical true`"
+                )
             return figures(before, started, config.output)
         if before.applied:
             raise InputError(
@@ -166,7 +173,8 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
                 "all that: set replace: true, or build into another folder"
             )
     run = run or on_ray(config.workers)
-    table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run)
+    tokens = config.tokens if config.lexical else None
+    table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run, tokens)
     refuse_duplicate_ids(index, table, run)
     shards = ShardPlan(
         index=index,
@@ -179,7 +187,9 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
     )
     asked = config.target.queries
     queries = None if asked is None else kept_queries(index, source.origin, asked)
-    draft = _draft(config, shards, before, identity, first_row).model_copy(update={"queries": queries})
+    draft = _draft(config, shards, before, identity, first_row).model_copy(
+        update={"queries": queries, "lexical": lexical_entry(index, table, tokens, run)}
+    )
     wanted = wanted_hits(index, draft, run, config.seed)
     built = build_shards(shards, run, wanted)
     draft = draft.model_copy(update={"shards": built.entries, "placement": built.placement})
@@ -476,17 +486,25 @@ def _repeated_ids(index: Location, table_version: int, part: int, parts: int) ->
 
 
 def ingest(
-    index: Location, source: RowSource, first_row: int, indexed: Sequence[str], run: Run
+    index: Location,
+    source: RowSource,
+    first_row: int,
+    indexed: Sequence[str],
+    run: Run,
+    tokens: TokensConfig | None = None,
 ) -> tuple[DocumentTable, int]:
     """The rows of a source as a version of the table, not yet published, and the number of their first row.
 
-    A version that a killed job over the same source made is taken again.
+    With `tokens` it has the tokens of each text, made so, and an inverted index over them. A version that a killed job
+    over the same source made is taken again.
     """
     digest = digest_of(source.identity())
     note = index / WORK_NAME / digest / "table.json"
+    settings = {"indexed": list(indexed), "tokens": None if tokens is None else tokens.model_dump()}
     if note.is_file():
         made = note.read_json()
-        if made["first_row"] >= first_row and made["indexed"] == list(indexed):
+        # A note of before there were tokens says nothing of them.
+        if made["first_row"] >= first_row and {"tokens": None, **made}.items() >= settings.items():
             try:
                 table = DocumentTable.open(index, made["version"])
             except FormatError:
@@ -497,23 +515,40 @@ def ingest(
                 return table, made["first_row"]
     documents = source.documents_schema()
     refuse_unindexable(documents, indexed)
-    schema = table_schema(documents, source.origin.dim, source.dtype)
-    calls = [(index, source, group, first_row, schema) for group in source.groups()]
+    schema = table_schema(documents, source.origin.dim, source.dtype, has_tokens=tokens is not None)
+    calls = [(index, source, group, first_row, schema, tokens) for group in source.groups()]
     written = run(_write_group, calls, progress="wrote {} of {} groups of files")
     fragments = [fragment for part in written for fragment in part]
     with writing(index, "index build"):
-        table = commit_fragments(index, fragments, schema).indexed(indexed)
+        table = commit_fragments(index, fragments, schema).indexed(indexed).lexically_indexed()
         # Writers that change the table meanwhile put it back to what is published; this version stays in its history.
         table.pin(work_pin(digest))
-        note.write_json({"version": table.version, "first_row": first_row, "indexed": list(indexed)})
+        note.write_json({"version": table.version, "first_row": first_row, **settings})
     return table, first_row
 
 
+def lexical_entry(
+    index: Location, table: DocumentTable, tokens: TokensConfig | None, run: Run
+) -> LexicalEntry | None:
+    """The lexical side of a table that has tokens, made so; None without."""
+    return None if tokens is None else run(_counted, [(index, table.version, tokens)])[0]
+
+
+def _counted(index: Location, table_version: int, tokens: TokensConfig) -> LexicalEntry:
+    return first_entry(index, DocumentTable.open(index, table_version), tokens)
+
+
 def _write_group(
-    index: Location, source: RowSource, group: tuple[int, int], first_row: int, schema: pa.Schema
+    index: Location,
+    source: RowSource,
+    group: tuple[int, int],
+    first_row: int,
+    schema: pa.Schema,
+    tokens: TokensConfig | None,
 ) -> list[str]:
     """Fragments of the table with the rows of some files; those of a killed build are taken again."""
-    name = f"rows-{first_row}-files-{group[0]}-{group[1]}.json"
+    made_so = "" if tokens is None else f"-tokens-{digest_of(tokens.model_dump())[:16]}"
+    name = f"rows-{first_row}-files-{group[0]}-{group[1]}{made_so}.json"
     note = index / WORK_NAME / digest_of(source.identity()) / name
     if note.is_file():
         kept: list[str] = note.read_json()
@@ -524,7 +559,7 @@ def _write_group(
         row = first_row + source.first_row(group[0])
         for file in range(*group):
             for documents, vectors in source.stream(file):
-                yield table_batch(documents, vectors, row, schema)
+                yield table_batch(documents, vectors, row, schema, tokens)
                 row += len(vectors)
 
     fragments = write_fragments(index, batches(), schema)
@@ -551,6 +586,9 @@ def build_identity(config: IndexBuildConfig) -> str:
 def _identity(config: IndexBuildConfig, source: Embeddings, plan: IndexPlan) -> str:
     """What names this build: rows, what shards are made of them, and the recall that they must reach."""
     settings = config.model_dump(mode="json", exclude={"embeddings", "output", "workers", "replace"})
+    # The builds that an index knows of a time without a lexical side are those that ask for nothing special of it.
+    if config.lexical and config.tokens == TokensConfig():
+        del settings["lexical"], settings["tokens"]
     queries = config.target.queries
     if queries is not None and queries.path_alone is not None:
         # An index knows its builds of a time when queries were a path.
@@ -584,6 +622,7 @@ def _plan(config: IndexBuildConfig, source: Embeddings) -> IndexPlan:
         num_workers=config.workers.num,
         threads_per_task=config.workers.num_threads,
         text_bytes=source.text_bytes,
+        lexical=config.lexical,
         rescore=config.rescore,
         vector_dtype=source.dtype,
         hnsw=config.hnsw,

@@ -24,6 +24,7 @@ from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig, Inde
 from raytower.index.embeddings import Embeddings
 from raytower.index.filters import sql_literal, to_sql
 from raytower.index.fold import folded
+from raytower.index.lexical import next_entry
 from raytower.index.manifest import IndexManifest, Operation, Origin
 from raytower.index.shard import Shard
 from raytower.index.shard_build import digest_of
@@ -218,7 +219,8 @@ def publish_change(
     before = writer.manifest
     refuse_damaged(writer.index, before, writer.table)
     # A column that was widened lost its index.
-    table = table.indexed(before.indexed)
+    table = table.indexed(before.indexed).lexically_indexed()
+    lexical = before.lexical and next_entry(writer.index, before.lexical, writer.table, table)
     draft = following(
         before,
         operation,
@@ -228,6 +230,7 @@ def publish_change(
         next_row=before.next_row + came,
         rows=table.num_rows,
         changed_rows=before.changed_rows + came + went,
+        lexical=lexical,
     )
     draft = draft.model_copy(update={"shards": folded(writer.index, draft, table, run)})
     if draft.changed_rows > _MEASURED_SHARE * draft.rows:
@@ -341,12 +344,13 @@ def with_documents(
     """
     manifest = writer.manifest
     table = writer.table.widened(unified(writer.table.schema, schema, what))
-    target = table_schema(table.schema, manifest.dim, manifest.vector_dtype)
+    tokens = manifest.lexical.tokens if manifest.lexical else None
+    target = table_schema(table.schema, manifest.dim, manifest.vector_dtype, has_tokens=tokens is not None)
 
     def batches() -> Iterator[pa.RecordBatch]:
         row = manifest.next_row
         for documents, vectors in stream:
-            yield table_batch(documents, vectors, row, target)
+            yield table_batch(documents, vectors, row, target, tokens)
             row += len(vectors)
 
     return table.upserted(batches(), target) if upsert else (table.appended(batches(), target), 0)

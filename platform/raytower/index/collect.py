@@ -7,7 +7,13 @@ from typing import Any
 
 from raytower.index.build import WORK_NAME, work_pin
 from raytower.index.change_config import IndexGcConfig
-from raytower.index.manifest import PLACEMENTS_NAME, QUERIES_NAME, SHARDS_NAME, IndexManifest
+from raytower.index.manifest import (
+    LEXICAL_NAME,
+    PLACEMENTS_NAME,
+    QUERIES_NAME,
+    SHARDS_NAME,
+    IndexManifest,
+)
 from raytower.index.shard_build import SHARD_NAME
 from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest, pin_name, version_names, version_place, writing
@@ -67,7 +73,8 @@ def _garbage(index: Location, kept: list[IndexManifest], unfinished: bool) -> li
     needed = {entry.digest for manifest in kept for entry in manifest.shards}
     needed |= {manifest.placement.digest for manifest in kept if manifest.placement}
     needed |= {manifest.queries.sha256 for manifest in kept if manifest.queries}
-    folders = (SHARDS_NAME, PLACEMENTS_NAME, QUERIES_NAME, WORK_NAME)
+    needed |= {file.sha256 for manifest in kept if manifest.lexical for file in manifest.lexical.counts}
+    folders = (SHARDS_NAME, PLACEMENTS_NAME, QUERIES_NAME, LEXICAL_NAME, WORK_NAME)
     places = [place for name in folders for place in (index / name).children()]
     return [
         place

@@ -10,20 +10,21 @@ from raytower.index.build import (
     ShardPlan,
     build_shards,
     figures,
+    lexical_entry,
     measured,
     refuse_missed_target,
     settings_of,
 )
-from raytower.index.config import IndexCompactConfig, Placing
+from raytower.index.config import IndexCompactConfig, Placing, TokensConfig
 from raytower.index.fold import folded
-from raytower.index.manifest import FORMAT_VERSION, IndexManifest
+from raytower.index.manifest import FORMAT_VERSION, IndexManifest, LexicalEntry
 from raytower.index.plan import IndexPlan, IndexRequest
 from raytower.index.shard import shard_rows
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable
 from raytower.index.target_queries import kept_queries
 from raytower.index.tasks import Run, on_ray
-from raytower.index.versions import changing, following, open_manifest, publish
+from raytower.index.versions import Writer, changing, following, open_manifest, publish
 from raytower.progress import log
 from raytower.storage import Location
 
@@ -52,10 +53,17 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
         )
         return {**figures(before, started, config.index), **shown, "compacted": False}
     run = run or on_ray(config.workers)
+    if not _needs_shards(config, before) and queries in (None, before.queries):
+        return {
+            **figures(_with_lexical_side(config, run), started, config.index),
+            **shown,
+            "compacted": False,
+        }
     anew = shards_anew(config, before, run)
     entries = anew["shards"]
     with changing(index, "index compact") as writer:
-        newest, table = writer.manifest, writer.table.tidied()
+        newest = writer.manifest
+        table, lexical = _lexical_side(config, writer, run)
         # Shards are derived: those of changes published since stand beside the new ones, over the newest table.
         # One that was folded from rows of before would hold them a second time, and one of another kind than the new
         # ones is searched by other parameters: the rows of these are folded anew.
@@ -75,6 +83,7 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
             recall_k=target.k or newest.recall_k,
             recall_target=target.recall or newest.recall_target,
             queries=queries or newest.queries,
+            lexical=lexical,
         )
         draft = draft.model_copy(update={"shards": folded(index, draft, table, run)})
         manifest = measured(index, draft, run, config.seed)
@@ -82,6 +91,43 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
         writer.lease.check()
         publish(index, manifest, table)
     return {**figures(manifest, started, config.index), **shown, "compacted": True}
+
+
+def _with_lexical_side(config: IndexCompactConfig, run: Run) -> IndexManifest:
+    """The version whose lexical side alone is another, published."""
+    index = Location.of(config.index)
+    with changing(index, "index compact") as writer:
+        table, lexical = _lexical_side(config, writer, run)
+        draft = following(
+            writer.manifest,
+            "compact",
+            digest_of({"lexical": [writer.manifest.version, table.version]}),
+            table_version=table.version,
+            lexical=lexical,
+        )
+        writer.lease.check()
+        publish(index, draft, table)
+    return draft
+
+
+def _lexical_side(
+    config: IndexCompactConfig, writer: Writer, run: Run
+) -> tuple[DocumentTable, LexicalEntry | None]:
+    """The tidied table, and what it says of its lexical side: as it was, made anew as the config asks, or gone."""
+    before, table = writer.manifest.lexical, writer.table
+    wanted = _wanted_tokens(config, writer.manifest)
+    if wanted == (before.tokens if before else None):
+        return table.tidied(), before
+    table = table.without_tokens() if wanted is None else table.with_tokens(wanted)
+    table = table.lexically_indexed().tidied()
+    return table, lexical_entry(writer.index, table, wanted, run)
+
+
+def _wanted_tokens(config: IndexCompactConfig, before: IndexManifest) -> TokensConfig | None:
+    has_one = before.lexical is not None if config.lexical is None else config.lexical
+    if not has_one:
+        return None
+    return config.tokens or (before.lexical.tokens if before.lexical else TokensConfig())
 
 
 def shards_anew(config: IndexCompactConfig, before: IndexManifest, run: Run) -> dict[str, Any]:
@@ -116,6 +162,12 @@ def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
     # Whether queries that are asked for are the version's own is known once they are encoded.
     if not _needs_compaction(config, before) and config.target.queries is None:
         return {"parent": before.version, "compacted": False}
+    if not _needs_shards(config, before) and config.target.queries is None:
+        return {
+            "parent": before.version,
+            "compacted": False,
+            "lexical": _wanted_tokens(config, before) is not None,
+        }
     plan = plan_anew(config, before)
     shown = ("rows", "kind", "shards", "predicted_build_memory_bytes_per_task", "predicted_disk_bytes")
     return {
@@ -126,6 +178,11 @@ def plan_compact(config: IndexCompactConfig) -> dict[str, Any]:
 
 
 def _needs_compaction(config: IndexCompactConfig, before: IndexManifest) -> bool:
+    made = before.lexical.tokens if before.lexical else None
+    return _needs_shards(config, before) or _wanted_tokens(config, before) != made
+
+
+def _needs_shards(config: IndexCompactConfig, before: IndexManifest) -> bool:
     held = sum(entry.rows for entry in before.shards)
     changed = (
         held != before.rows

@@ -14,6 +14,38 @@ Placing = Literal["rows", "cluster"]
 Metric = Literal["cosine", "inner_product"]
 ExactDtype = Literal["float16", "float32"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_rabitq", "ivf_sq8", "ivf_pq"]
+Stemmer = Literal[
+    "arabic",
+    "armenian",
+    "basque",
+    "catalan",
+    "danish",
+    "dutch",
+    "english",
+    "esperanto",
+    "estonian",
+    "finnish",
+    "french",
+    "german",
+    "greek",
+    "hindi",
+    "hungarian",
+    "indonesian",
+    "irish",
+    "italian",
+    "lithuanian",
+    "nepali",
+    "norwegian",
+    "portuguese",
+    "romanian",
+    "russian",
+    "serbian",
+    "spanish",
+    "swedish",
+    "tamil",
+    "turkish",
+    "yiddish",
+]
 
 
 class RebuildTargetConfig(Config):
@@ -61,6 +93,17 @@ class IvfConfig(Config):
     """Sub-vectors of a code of ivf_pq, which must divide the dimension; null is planned."""
 
 
+class TokensConfig(Config):
+    """How texts become the tokens of lexical search (`index/tokens.py`). A version keeps it, and queries follow it."""
+
+    stemmer: Stemmer | None = None
+    """Snowball stemmer of words between spaces: connections and connected become connect. Null leaves words as they
+    are."""
+    unspaced: Literal["icu", "grams"] = "icu"
+    """How Thai, Lao, Khmer and Burmese are parted: icu by the words of ICU's dictionaries, grams into characters and
+    pairs of them, as Chinese is."""
+
+
 class IndexBuildConfig(Config):
     """`raytower index build`."""
 
@@ -81,6 +124,10 @@ class IndexBuildConfig(Config):
     ivf: IvfConfig = IvfConfig()
     indexed: list[str] = Field(default_factory=list)
     """Columns that filters ask often; each gets a scalar index."""
+    lexical: bool = True
+    """Keep the tokens of each text and an inverted index over them, for lexical and hybrid search."""
+    tokens: TokensConfig = TokensConfig()
+    """How texts become those tokens."""
     replace: bool = False
     """Take the place of an index that was changed since it was built."""
     target: TargetConfig = TargetConfig()
@@ -106,6 +153,10 @@ class IndexCompactConfig(Config):
     """Number of shards; auto takes as many as build tasks need."""
     placement: Placing | None = None
     """Which shard a document goes to, as index build has it; null is the newest version's own."""
+    lexical: bool | None = None
+    """Make the lexical side, or take it away, without encoding anything; null leaves it as it is."""
+    tokens: TokensConfig | None = None
+    """How texts become the tokens of the lexical side; null is the newest version's own."""
     target: RebuildTargetConfig = RebuildTargetConfig()
     """What the index has to reach."""
     workers: WorkersConfig = WorkersConfig()

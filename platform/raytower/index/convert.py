@@ -20,9 +20,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 from raytower.errors import FormatError, InputError
-from raytower.index.build import figures, ingest, measured, refuse_missed_target, remove_work
+from raytower.index.build import (
+    figures,
+    ingest,
+    lexical_entry,
+    measured,
+    refuse_missed_target,
+    remove_work,
+)
 from raytower.index.compact import plan_anew, shards_anew
-from raytower.index.config import BuiltKind, ExactDtype, IndexConvertConfig
+from raytower.index.config import BuiltKind, ExactDtype, IndexConvertConfig, TokensConfig
 from raytower.index.faiss_import import import_faiss
 from raytower.index.manifest import (
     EXACT_NAME,
@@ -274,7 +281,7 @@ def _converted(config: IndexConvertConfig, former: Format2, run: Run) -> IndexMa
         update={"placement": config.placement or ("cluster" if former.placement else "rows")}
     )
     target = config.target
-    asked = {
+    asked: dict[str, Any] = {
         "recall_k": target.k or draft.recall_k,
         "recall_target": target.recall or draft.recall_target,
         "queries": None if target.queries is None else kept_queries(index, draft.origin, target.queries),
@@ -282,7 +289,9 @@ def _converted(config: IndexConvertConfig, former: Format2, run: Run) -> IndexMa
     plan_anew(config, draft)  # what does not fit is said before work
     for old, new in former.renamed.items():
         log(f"column {old!r} becomes {new!r}: format 3 does not allow that name")
-    table, _ = ingest(index, former, 0, [], run)
+    tokens = None if config.lexical is False else config.tokens or TokensConfig()
+    table, _ = ingest(index, former, 0, [], run, tokens)
+    asked["lexical"] = lexical_entry(index, table, tokens, run)
     draft = draft.model_copy(update={"table_version": table.version, **asked})
     draft = draft.model_copy(update=shards_anew(config, draft, run))
     manifest = measured(index, draft, run, config.seed)

@@ -45,6 +45,8 @@ _CODE_TRAINING = 14
 _CODE_US: dict[BuiltKind, float] = {"ivf_flat": 0.002, "ivf_rabitq": 0.006, "ivf_sq8": 0.002}
 _SCAN_BYTES_PER_MS = 24e6
 _EF_SEARCH = 64
+# Short Chinese questions, whose characters and pairs are many: benchmarks/bench_lexical.py. Words take less.
+_LEXICAL_SHARE = 5.4
 _NPROBE = 32
 
 
@@ -74,6 +76,11 @@ def shard_bytes(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, i
     if kind == "ivf_pq":
         tables += dim * _FLOAT_BYTES << parameters["nbits"]
     return rows * bytes_per_row(kind, dim, parameters) + tables
+
+
+def lexical_bytes(text_bytes: int) -> int:
+    """Bytes on disk of the tokens of texts, the inverted index over them, and the documents that hold each token."""
+    return int(text_bytes * _LEXICAL_SHARE)
 
 
 def fill_bytes(kind: BuiltKind, rows: int, dim: int, parameters: Mapping[str, int]) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from raytower.errors import FormatError
 from raytower.index.build import refuse_duplicate_ids
 from raytower.index.change_config import IndexListConfig, IndexRollbackConfig, IndexVerifyConfig
+from raytower.index.lexical import counts_place
 from raytower.index.manifest import PLACEMENTS_NAME, SHARDS_NAME, IndexManifest
 from raytower.index.reader import Index
 from raytower.index.shard_build import digest_of
@@ -65,6 +66,8 @@ def index_verify(config: IndexVerifyConfig) -> dict[str, Any]:
     if manifest.placement:
         name = f"{manifest.placement.digest}.npz"
         files.append((place / PLACEMENTS_NAME / name, manifest.placement.file))
+    if manifest.lexical:
+        files += [(counts_place(place, file), file) for file in manifest.lexical.counts]
     for where, file in files:
         where.prove(file.sha256, "roll back, or compact the index")
     index = Index.of_manifest(place, manifest)

@@ -5,6 +5,7 @@ index/shards/<digest>/vectors.faiss    one FAISS index over some rows of the tab
                       rows.npy         rising row numbers
                       exact.npy        whole vectors by position, for kinds that search over codes
 index/placement/<digest>.npz           centroids of a placement by cluster
+index/lexical/<sha256>.npy             in how many documents each token occurs, and differences from that
 index/versions/000004.json             this document, immutable
 """
 
@@ -17,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from raytower.errors import FormatError
-from raytower.index.config import BuiltKind, ExactDtype, Metric
+from raytower.index.config import BuiltKind, ExactDtype, Metric, TokensConfig
+from raytower.index.search_config import HybridWay
 from raytower.storage import Location
 
 FORMAT = "raytower.index"
@@ -25,13 +27,14 @@ FORMAT_VERSION = 3
 TABLE_NAME = "table.lance"
 SHARDS_NAME = "shards"
 PLACEMENTS_NAME = "placement"
+LEXICAL_NAME = "lexical"
 QUERIES_NAME = "queries"
 VERSIONS_NAME = "versions"
 VECTORS_NAME: Literal["vectors.faiss"] = "vectors.faiss"
 ROWS_NAME: Literal["rows.npy"] = "rows.npy"
 EXACT_NAME: Literal["exact.npy"] = "exact.npy"
 
-Operation = Literal["build", "add", "delete", "set", "sync", "fold", "compact", "rollback", "convert"]
+Operation = Literal["build", "add", "delete", "set", "sync", "fold", "compact", "rollback", "convert", "tune"]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,}$")]
 ShardFile = Literal["vectors.faiss", "rows.npy", "exact.npy"]
@@ -84,6 +87,27 @@ class PlacementEntry(_Part):
     file: FileEntry
 
 
+class HybridEntry(_Part):
+    """How both sides' scores become one, as `tune-fusion` found it best on judged queries, and on how many of them."""
+
+    fusion: HybridWay
+    weight: Share
+    queries: Count
+
+
+class LexicalEntry(_Part):
+    """The lexical side: how texts became tokens, and what BM25 counts over all documents of the version.
+
+    `num_tokens` are those of all documents together. The files of `counts`, added up, say in how many documents each
+    token occurs. `hybrid` is null where it was never tuned; it goes with the tokens that it was tuned with.
+    """
+
+    tokens: TokensConfig
+    num_tokens: Count
+    counts: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
+    hybrid: HybridEntry | None = None
+
+
 class Origin(_Part):
     """What made the vectors of an index. Vectors of another origin cannot be compared with them."""
 
@@ -123,7 +147,7 @@ class IndexManifest(Origin):
     names the change that made this version, `built` all builds up to here, `applied` the changes since the last
     of them. `measured` is the last measurement, of this version or of one before it; `changed_rows` came or went since.
     `queries` are vectors that recall is measured with, a file named by its checksum; null for sampled documents.
-    `search_parameters` are those measured for as many hits as their key says.
+    `search_parameters` are those measured for as many hits as their key says. `lexical` is null without a lexical side.
     """
 
     version: VersionName
@@ -151,6 +175,8 @@ class IndexManifest(Origin):
     queries: FileEntry | None
     measured: Measured | None
     changed_rows: Count
+    # Versions from before there was a lexical side say nothing of one.
+    lexical: LexicalEntry | None = None
 
     @property
     def origin(self) -> Origin:

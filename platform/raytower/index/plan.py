@@ -45,9 +45,10 @@ class IndexPlan:
     nlist; ivf_pq also pq_m (sub-vectors) and nbits.
 
     Predicted are the memory that a build task adds to its worker process, which takes some 200 MiB itself; the bytes on
-    disk, texts and stored vectors included; the memory of a process that searches all shards once it has touched every
-    page of their index files; the seconds of the build; and the milliseconds that one query takes on one core that
-    searches all shards. The times are those of the machine that `costs` names.
+    disk, texts, stored vectors and the lexical side included, and those of the lexical side alone; the memory of a
+    process that searches all shards once it has touched every page of their index files; the seconds of the build; and
+    the milliseconds that one query takes on one core that searches all shards. The times are those of the machine that
+    `costs` names.
     """
 
     kind: BuiltKind
@@ -61,6 +62,7 @@ class IndexPlan:
     tasks_at_once: int
     predicted_build_memory_bytes_per_task: int
     predicted_disk_bytes: int
+    predicted_lexical_bytes: int
     predicted_search_memory_bytes: int
     predicted_build_seconds: float
     predicted_query_ms: float
@@ -90,6 +92,7 @@ class IndexRequest:
     num_workers: int = 2
     threads_per_task: int = 1
     text_bytes: int = 0
+    lexical: bool = False
     rescore: bool | Literal["auto"] = "auto"
     vector_dtype: ExactDtype = "float32"
     hnsw: HnswConfig = field(default_factory=HnswConfig)
@@ -108,6 +111,7 @@ class IndexRequest:
             raise InputError(_does_not_fit(chosen))
         exact_dtype, train_rows = chosen.exact_dtype, chosen.train_rows
         exact_bytes = self.rows * self.dim * _DTYPE_BYTES[exact_dtype] if exact_dtype else 0
+        lexical_bytes = costs.lexical_bytes(self.text_bytes) if self.lexical else 0
         if train_rows < chosen.parameters.get("nlist", 0):
             raise InputError(
                 f"ivf.nlist is {self.ivf.nlist}, but centroids are trained on {train_rows} rows, and each needs at "
@@ -125,7 +129,8 @@ class IndexRequest:
             train_rows=train_rows,
             tasks_at_once=at_once,
             predicted_build_memory_bytes_per_task=chosen.build_bytes,
-            predicted_disk_bytes=chosen.search_bytes + exact_bytes + self.text_bytes,
+            predicted_disk_bytes=chosen.search_bytes + exact_bytes + self.text_bytes + lexical_bytes,
+            predicted_lexical_bytes=lexical_bytes,
             predicted_search_memory_bytes=chosen.search_bytes,
             predicted_build_seconds=chosen.build_seconds(at_once),
             predicted_query_ms=chosen.query_ms,

@@ -20,6 +20,7 @@ from raytower.index.asks import Ask, SearchPlanner
 from raytower.index.filters import to_sql
 from raytower.index.hits import Hits, empty_hits, merge_hits, spread_hits
 from raytower.index.kinds import SHARDS_PROBE, Vectors, check_parameters, parameters_for
+from raytower.index.lexical import LexicalSide
 from raytower.index.manifest import PLACEMENTS_NAME, IndexManifest
 from raytower.index.placement import Placement
 from raytower.index.rowmap import Rows
@@ -44,6 +45,7 @@ class Index:
         table: DocumentTable,
         shards: Sequence[Shard],
         placement: Placement | None = None,
+        lexical: LexicalSide | None = None,
     ) -> None:
         self.manifest = manifest
         self.table = table
@@ -54,6 +56,7 @@ class Index:
             [shard.num_live for shard in self.shards],
             placement,
         )
+        self._lexical = lexical
         self._filters: OrderedDict[str, list[AllowedRows]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -106,7 +109,9 @@ class Index:
         if number == 0:
             tail = _tail(index, manifest, table, shards if parts == 1 else None)
             shards += [tail] if tail is not None else []
-        return cls(manifest, table, shards, open_placement(index, manifest) if parts == 1 else None)
+        placement = open_placement(index, manifest) if parts == 1 else None
+        lexical = LexicalSide.open(index, manifest, table) if manifest.lexical else None
+        return cls(manifest, table, shards, placement, lexical)
 
     def use_gpu(self) -> int:
         """Search flat shards and shards of lists on the GPU that FAISS sees; returns how many it holds."""
@@ -181,6 +186,35 @@ class Index:
             found = self.answer(prepared[short], k, self.planner.everywhere(k, parameters), parameters)
             best.scores[short], best.rows[short] = found.scores, found.rows
         return best
+
+    def search_lexical(self, queries: Sequence[str], k: int, *, filter: Filter | None = None) -> Hits:
+        """The best hits of each query text by BM25 over tokens, (Q, K) with K at most k; as `search` for `filter`.
+
+        A hit shares a token with its query. A query without tokens, such as punctuation alone, has no hits.
+
+        Raises:
+            InputError: k below 1, an index without a lexical side, or a filter that does not fit the columns.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least 1 hit")
+        return self._lexical_side.search(queries, k, None if filter is None else self._condition(filter))
+
+    def lexical_scores(self, queries: Sequence[str], rows: Sequence[Rows]) -> list[NDArray[np.float32]]:
+        """The BM25 scores (n,) of each query's rows (n,), as `search_lexical` gives them; 0 where no token is shared.
+
+        Raises:
+            InputError: an index without a lexical side. FormatError: a row that this version does not hold.
+        """
+        return self._lexical_side.scores(queries, rows)
+
+    @property
+    def _lexical_side(self) -> LexicalSide:
+        if self._lexical is None:
+            raise InputError(
+                f"index version {self.version} has no lexical side, so it cannot be searched by words; make one, which "
+                "encodes nothing: `raytower index compact --lexical true`, or search with vectors"
+            )
+        return self._lexical
 
     def answer(
         self,

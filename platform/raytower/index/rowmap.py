@@ -79,7 +79,13 @@ class RowMap:
 
     def outside(self, shards: Sequence[Rows]) -> Rows:
         """The rows (n,) that the table holds and none of some arrays of rising rows, rising."""
-        covered = [_runs(np.asarray(rows), np.asarray(rows))[:2] for rows in shards if len(rows)]
+        return self._outside([_runs(np.asarray(rows), np.asarray(rows))[:2] for rows in shards if len(rows)])
+
+    def beyond(self, other: RowMap) -> Rows:
+        """The rows (n,) that this version of the table holds and another does not, rising."""
+        return self._outside([(other.starts, other.ends)])
+
+    def _outside(self, covered: Sequence[tuple[Rows, Rows]]) -> Rows:
         starts = np.concatenate([self.starts, *(run[0] for run in covered)])
         ends = np.concatenate([self.ends, *(run[1] for run in covered)])
         # A live row counts 1, one that a shard holds counts a billion more.

@@ -22,20 +22,25 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.query import MatchQuery
 from numpy.typing import NDArray
 
 from raytower.errors import FormatError, InputError, RaytowerError
-from raytower.index.config import ExactDtype
+from raytower.index.config import ExactDtype, TokensConfig
 from raytower.index.json_values import json_rows
 from raytower.index.manifest import TABLE_NAME
 from raytower.index.rowmap import RowMap, Rows
+from raytower.index.tokens import joined
 from raytower.storage import Location
 from raytower.storage.errors import as_storage_error, one_line
 
-ROW, ID, TEXT, VECTOR = "row", "id", "text", "vector"
-# Columns of the table that are not the user's; `tokens` is kept for lexical search.
-OWN_COLUMNS = (ROW, VECTOR, "tokens")
+ROW, ID, TEXT, VECTOR, TOKENS = "row", "id", "text", "vector", "tokens"
+# Columns of the table that are not the user's.
+OWN_COLUMNS = (ROW, VECTOR, TOKENS)
 _ADDRESS = "_rowaddr"
+_INVERTED_NAME = "tokens_idx"
+# Tokens of a batch of long texts would overflow the offsets of a plain string.
+_TOKENS_FIELD = pa.field(TOKENS, pa.large_string())
 _SCAN_ROWS = 65_536
 _TEXTS_SCANNED = 2_048
 # One take asks for so many rows: larger ones are slower by the row.
@@ -50,7 +55,7 @@ _EXACT_FLOAT = 1 << 53
 _LANCE_WRAPPING = re.compile(r"(External error: |LanceError\(\w+\): )|, \S+\.rs:\d+:\d+")
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _REMOTE_ERROR = re.compile(r"Generic (S3|GCS|MicrosoftAzure|HTTP client) error")
-_DAMAGE = re.compile(r"LanceError\(IO\)|Not found: |[Cc]orrupt|Generic \w+ error")
+_DAMAGE = re.compile(r"LanceError\(IO\)|Not found: |[Cc]orrupt|Generic \w+ error|metadata range overflows")
 _CONFLICT = re.compile(r"commit conflict|Incompatible transaction|Ref conflict")
 
 
@@ -220,6 +225,22 @@ class DocumentTable:
 
         return _raising(explained)
 
+    def best_matches(self, words: Sequence[str], limit: int, where: str | None = None) -> Rows:
+        """The rows (n,) that match some tokens best, as the inverted index counts, each as often as it is given.
+
+        Raises InputError where the condition does not fit the columns.
+        """
+        query = MatchQuery(" ".join(words), TOKENS)
+        with self._readable(where):
+            found = self._dataset.scanner(
+                columns=[_ADDRESS, "_score"],
+                full_text_query=query,
+                filter=where,
+                prefilter=where is not None,
+                limit=limit,
+            ).to_table()
+        return self.row_map.rows_at(found[_ADDRESS].to_numpy().astype(np.int64))
+
     # Changing
 
     def restored(self) -> DocumentTable:
@@ -338,6 +359,51 @@ class DocumentTable:
                 table = table._changed(create)
         return table
 
+    @property
+    def has_tokens(self) -> bool:
+        return TOKENS in self._dataset.schema.names
+
+    def with_tokens(self, settings: TokensConfig) -> DocumentTable:
+        """With the tokens of every text, in place of those that are there."""
+        failed: list[Exception] = []
+
+        @lance.batch_udf(output_schema=pa.schema([_TOKENS_FIELD]))
+        def tokenised(batch: pa.RecordBatch) -> pa.RecordBatch:
+            try:
+                return pa.record_batch(
+                    [_tokens_of(batch.column(0), settings)], schema=pa.schema([_TOKENS_FIELD])
+                )
+            except Exception as error:  # which Lance would hide behind an error of its own
+                failed.append(error)
+                raise
+
+        table = self.without_tokens()
+        try:
+            return table._changed(
+                lambda dataset: dataset.add_columns(tokenised, read_columns=[TEXT], batch_size=_TEXTS_SCANNED)
+            )
+        except RaytowerError:
+            if failed:
+                raise failed[0] from None
+            raise
+
+    def without_tokens(self) -> DocumentTable:
+        """Without tokens, and without the inverted index over them."""
+        if not self.has_tokens:
+            return self
+        return self._changed(lambda dataset: dataset.drop_columns([TOKENS]))
+
+    def lexically_indexed(self) -> DocumentTable:
+        """With an inverted index over the tokens that holds every row, where there are tokens."""
+        if not self.has_tokens:
+            return self
+        known = {name for index in self._dataset.describe_indices() for name in index.field_names}
+        if TOKENS not in known:
+            return self._changed(_create_inverted_index)
+        if not self._dataset.stats.index_stats(_INVERTED_NAME)["num_unindexed_rows"]:
+            return self
+        return self._changed(lambda dataset: dataset.optimize.optimize_indices(index_names=[_INVERTED_NAME]))
+
     def tidied(self) -> DocumentTable:
         """Few fragments, no deletion files, indices that hold every row."""
         dataset = self._own()
@@ -398,17 +464,26 @@ def documents_of(table: pa.Table | pa.RecordBatch) -> list[Document]:
     return [Document(row.pop(ID), row.pop(TEXT, None) or "", row) for row in json_rows(table)]
 
 
-def table_schema(documents: pa.Schema, dim: int, dtype: ExactDtype) -> pa.Schema:
-    """The table's columns for documents of this schema."""
+def table_schema(documents: pa.Schema, dim: int, dtype: ExactDtype, *, has_tokens: bool = False) -> pa.Schema:
+    """The table's columns for documents of this schema; with their tokens, where it has a lexical side."""
     value = pa.float16() if dtype == "float16" else pa.float32()
     own = [pa.field(ROW, pa.int64()), pa.field(VECTOR, pa.list_(value, dim))]
-    return pa.schema([own[0], *(field.with_nullable(True) for field in documents), own[1]]).remove_metadata()
+    own += [_TOKENS_FIELD] if has_tokens else []
+    return pa.schema(
+        [own[0], *(field.with_nullable(True) for field in documents), *own[1:]]
+    ).remove_metadata()
 
 
 def table_batch(
-    documents: pa.Table, vectors: NDArray[Any], first_row: int, schema: pa.Schema
+    documents: pa.Table,
+    vectors: NDArray[Any],
+    first_row: int,
+    schema: pa.Schema,
+    tokens: TokensConfig | None = None,
 ) -> pa.RecordBatch:
     """Documents and their vectors (N, D) as a batch of the table, numbered from `first_row`.
+
+    `tokens` says how texts become the tokens of a table that has them.
 
     Raises:
         InputError: a value that the column's type cannot hold without loss.
@@ -420,6 +495,8 @@ def table_batch(
         elif field.name == VECTOR:
             flat = np.ascontiguousarray(vectors, dtype=field.type.value_type.to_pandas_dtype()).reshape(-1)
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), field.type.list_size))
+        elif field.name == TOKENS and tokens is not None:
+            columns.append(_tokens_of(documents[TEXT], tokens))
         else:
             columns.append(_conformed(documents, field))
     return pa.record_batch(columns, schema=schema)
@@ -590,6 +667,27 @@ def _failure(error: Exception, place: Location | str) -> RaytowerError:
 
 def _storage_failed(error: Exception) -> bool:
     return bool(_SYSTEM_ERROR.search(str(error)) or _REMOTE_ERROR.search(str(error)))
+
+
+def _tokens_of(texts: pa.Array | pa.ChunkedArray, settings: TokensConfig) -> pa.Array:
+    return pa.array([joined(text or "", settings) for text in texts.to_pylist()], _TOKENS_FIELD.type)
+
+
+def _create_inverted_index(dataset: lance.LanceDataset) -> None:
+    # One partition counts documents together; positions broke in optimising (lance#7653).
+    dataset.create_scalar_index(
+        TOKENS,
+        "INVERTED",
+        name=_INVERTED_NAME,
+        base_tokenizer="whitespace",
+        max_token_length=None,
+        lower_case=False,
+        stem=False,
+        remove_stop_words=False,
+        ascii_folding=False,
+        with_position=False,
+        num_workers=1,
+    )
 
 
 def _create_index(dataset: lance.LanceDataset, column: str, kind: pa.DataType) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from raytower.errors import InputError, RaytowerError
 from raytower.index.manifest import (
+    LEXICAL_NAME,
     PLACEMENTS_NAME,
     SHARDS_NAME,
     TABLE_NAME,
@@ -112,6 +113,9 @@ def refuse_damaged(index: Location, manifest: IndexManifest, table: DocumentTabl
     if manifest.placement is not None:
         place = index / PLACEMENTS_NAME / f"{manifest.placement.digest}.npz"
         check_size(place, place.info().size, manifest.placement.file)
+    for file in manifest.lexical.counts if manifest.lexical else ():
+        place = index / LEXICAL_NAME / f"{file.sha256}.npy"
+        check_size(place, place.info().size, file)
 
 
 def _begins_as_it_must(place: Location, entry: ShardEntry, dim: int) -> bool:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, get_args, overload
 
 from numpy.typing import NDArray
 
 from raytower.data.unseen import is_unseen
 from raytower.errors import FormatError, InputError
+from raytower.index.hybrid import HybridFusion, check_mode
 from raytower.index.reader import Filter, Index
+from raytower.index.search_config import HybridConfig
 from raytower.library.inputs import Unpicklable, count_of, name_of, plain, texts_of, vectors_of
 from raytower.library.models import ENCODER, Encoder, Reranker, Several, load_encoder, load_reranker
-from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_order
+from raytower.models.fusion import SearchMode
+from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_by, recall_order
 
 _INDEX = "the folder or the URI of an index"
 _RERANKER = "a Reranker, made by load_reranker, or the name of one"
@@ -27,6 +31,8 @@ class _Settings(TypedDict, total=False):
     filter: Filter | None
     rerank: Reranker | str | Path | None
     recall_k: int
+    mode: SearchMode
+    lexical_weight: float | None
 
 
 class SearchIndex(Unpicklable):
@@ -89,6 +95,8 @@ class SearchIndex(Unpicklable):
         filter: Filter | None = None,
         rerank: Reranker | str | Path | None = None,
         recall_k: int = 100,
+        mode: SearchMode = "dense",
+        lexical_weight: float | None = None,
     ) -> list[Hit] | list[list[Hit]]:
         """The best documents for a query, or for each of several, best first: what `raytower search` finds.
 
@@ -97,15 +105,19 @@ class SearchIndex(Unpicklable):
             k: hits a query; fewer come back where fewer documents match.
             filter: which documents may be hits, by their columns: `{"year": {"$gte": 2020}}`, or an SQL condition.
             rerank: puts the first `recall_k` in a new order; a reranker, or its name, which is loaded once. Its scores
-                are mixed with recall scores where that was tuned.
+                are mixed with recall scores where that was tuned in this mode.
             recall_k: how many documents the reranker sees of each query.
+            mode: `dense` finds by vectors; `lexical` by words (BM25), and loads no encoder; `hybrid` by both.
+            lexical_weight: share of words in mode hybrid, from 0 to 1; None is what was tuned for this index, else 0.3.
 
         Returns:
             hits with `id`, `text`, `metadata` (the other columns), `score` (what the order goes by), `recall_score`
-            (cosine or inner product), `rerank_score` (the reranker's logit, or None) and `rank` (from 1).
+            (dense: cosine or inner product; lexical: BM25; hybrid: a sum of both, standardised over the documents of
+            this query), `rerank_score` (the reranker's logit, or None) and `rank` (from 1).
 
         Raises:
-            InputError: a blank query, `k` or `recall_k` below 1, a filter that does not fit the columns, no such model.
+            InputError: a blank query, `k` or `recall_k` below 1, a filter that does not fit the columns, no such model,
+                a mode that there is not, or that the index does not have.
             FormatError: the encoder is another one than made the index.
 
         >>> index = raytower.open_index(index_dir)
@@ -114,21 +126,37 @@ class SearchIndex(Unpicklable):
         [('refund', 1, {'topic': 'money'})]
         """
         if isinstance(queries, str):
-            return self.search([queries], k, filter=filter, rerank=rerank, recall_k=recall_k)[0]
+            return self.search(
+                [queries],
+                k,
+                filter=filter,
+                rerank=rerank,
+                recall_k=recall_k,
+                mode=mode,
+                lexical_weight=lexical_weight,
+            )[0]
+        if mode not in get_args(SearchMode):
+            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(get_args(SearchMode))}")
+        check_mode(self._index.manifest, mode)
         k, recall_k = count_of(k, "k"), count_of(recall_k, "recall_k")
         texts = texts_of(queries, "queries")
         for place, text in enumerate(texts):
             if is_unseen(text):
                 raise InputError(f"queries[{place}] is {text!r}, which is blank; give a text to search for")
         scorer = self._reranker(rerank)
+        encoder = None if mode == "lexical" else self.encoder
+        hybrid = HybridFusion.of(self._index.manifest, HybridConfig())
+        if lexical_weight is not None:
+            hybrid = replace(hybrid, weight=lexical_weight)
         retriever = Retriever(
-            self.encoder.shared,
+            encoder.shared if encoder else None,
             self._index,
             scorer,
-            scorer.fusion if scorer is not None else None,
-            query_prefix=self.encoder.prefix("query"),
+            scorer.fusion if scorer is not None and scorer.fusion and scorer.fusion.mode == mode else None,
+            query_prefix=encoder.prefix("query") if encoder else "",
+            mode=mode,
         )
-        recall = index_recall(self._index, plain(filter))
+        recall = recall_by(self._index, mode, hybrid, plain(filter))
         return retriever.search(texts, k=k, recall_k=recall_k, recall=recall).hits
 
     def search_vectors(

@@ -101,7 +101,9 @@ _FREE_KEYS = {
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
-    **dict.fromkeys(("wandb", "mlflow", "min")),
+    **dict.fromkeys(("wandb", "mlflow", "min", "sibling_labels")),
+    "sharding": "none",
+    "attention": "auto",
     "schedule": "linear",
     "guide": None,
     "more_negatives": None,
@@ -110,10 +112,23 @@ _NEWER = {
 _MEANT = {"every_steps": EVERY_STEPS}
 # What a null among `workers` was before the machine decided.
 _FORMER_WORKERS = {"num": 2, "num_cpus": 1.0, "num_gpus": 0.0}
+# Likewise of annotating jobs.
+_GAINED: dict[str, dict[str, Any]] = {
+    "mine": {"sampling": "random", "sampling_temperature": 0.05, "max_score_margin": None, "screen": None},
+    "similarity": {"reranker": None, "rerank_max_length": None},
+    "classify": {
+        **dict.fromkeys(("tuned", "positive", "cut", "abstain_below", "suspects")),
+        "votes": "similarity",
+        "explain": False,
+        "suspect_share": 0.02,
+    },
+    # An index of before has no lexical side, which `index compact` adds; it is not built anew for it.
+    "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
+}
 # What `evaluate` has gained; null and false are what was done before.
 _NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids")
-# What `similarity` has gained; none of these decides what an encoder's cosines are.
-_NEWER_OF_SIMILARITY = ("reranker", "rerank_max_length", "workers")
+# What mine and evaluate have gained for modes.
+_BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -535,9 +550,15 @@ def _key_after(key: str, job: str, values: Mapping[str, Any]) -> str:
 
 def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
-    if job == "similarity" and values["reranker"] is None:
-        values = {name: value for name, value in values.items() if name not in _NEWER_OF_SIMILARITY}
+    gained = _GAINED.get(job, {})
+    values = {name: value for name, value in values.items() if name not in gained or value != gained[name]}
+    if job == "similarity":
+        values = {name: value for name, value in values.items() if name != "workers"}
+        # What null means of an encoder, and the default was.
         values["threshold"] = 0.8 if values["threshold"] is None else values["threshold"]
+        if isinstance(below := values.get("compute"), dict):  # as keys were named once
+            kept = {name: value for name, value in below.items() if name not in gained or value is not None}
+            values["compute"] = kept
     if isinstance(workers := values.get("workers"), dict):
         # `num` had the name `max` where workers come and go.
         values = {
@@ -546,6 +567,12 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
                 name: _FORMER_WORKERS.get("num" if name == "max" else name) if value is None else value
                 for name, value in workers.items()
             },
+        }
+    if job in ("mine", "evaluate") and values["mode"] == "dense":
+        values = {
+            name: value
+            for name, value in values.items()
+            if name not in _BY_VECTORS or value != _BY_VECTORS[name]
         }
     if job == "evaluate":
         values = {name: value for name, value in values.items() if name not in _NEWER_OF_EVALUATE or value}

@@ -13,6 +13,7 @@ from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.file_jobs.plan import Share, choose_rows_per_share, shares_of
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, run_shares, workers_for
+from raytower.index.hybrid import check_mode
 from raytower.index.reader import Index, check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.models.cross_encoder import CrossEncoder
@@ -20,7 +21,7 @@ from raytower.models.encoder import Encoder
 from raytower.progress import log
 from raytower.ranked.rows import RankedText, RankedWriter, join_parts, ranked_file_type
 from raytower.retrieval.config import RankedFileType, SearchConfig
-from raytower.retrieval.load import fusion_of, own_or
+from raytower.retrieval.load import fusion_in, fusion_of, own_or
 from raytower.retrieval.retriever import Hit
 from raytower.retrieval.search import open_search, plan_search, search
 from raytower.storage import Location, absolute_if_local
@@ -34,8 +35,10 @@ def search_one_or_many(config: SearchConfig) -> dict[str, Any]:
     """`search` for one query; the hits of every query of an input, written to `output`.
 
     Returns:
-        of an input: queries, hits, queries_without_hits (nothing lets their filter through, or the index is empty),
-        file_type, index_version, rejected_rows, seconds, queries_per_second (of this run), output.
+        of an input: queries, hits, queries_without_hits (nothing lets their filter through, the index is empty, or
+        in mode lexical no document shares a token with them), queries_without_words (in mode hybrid: no document shares
+        a token with them, so they have what mode dense finds), mode, file_type, index_version, rejected_rows, seconds,
+        queries_per_second (of this run), output.
 
     Raises:
         InputError: bad rows under on_error fail, an output of something else, no such index or model, an encoder that
@@ -58,10 +61,15 @@ def search_one_or_many(config: SearchConfig) -> dict[str, Any]:
     without = sum(part["without_hits"] for part in figures)
     if without:
         log(f"{without:,} queries found nothing")
+    wordless = sum(part["without_words"] for part in figures)
+    if wordless and config.mode == "hybrid":
+        log(f"{wordless:,} queries share no token with a document; they have what mode dense finds")
     return {
         "queries": surveyed.num_rows,
         "hits": sum(part["hits"] for part in figures),
         "queries_without_hits": without,
+        "queries_without_words": wordless,
+        "mode": config.mode,
         "file_type": file_type,
         "index_version": job.content["index_version"],
         "rejected_rows": surveyed.num_rejected,
@@ -112,14 +120,16 @@ class SearchWorker:
     def __call__(self, table: pa.Table, sink: Sink) -> dict[str, Any]:
         """The hits of the queries of `table` (id, text); raises InputError as `RankedWriter.write`."""
         writer = RankedWriter(sink, self._file_type, reranked=self._reranks)
-        counts = {"hits": 0, "without_hits": 0}
+        counts = {"hits": 0, "without_hits": 0, "without_words": 0}
         for start in range(0, table.num_rows, self._rows_per_batch):
             rows = table.slice(start, self._rows_per_batch)
             ids, queries = rows["id"].to_pylist(), rows["text"].to_pylist()
-            found = self._search(queries).hits
+            result = self._search(queries)
+            found = result.hits
             writer.write([_ranked(*each) for each in zip(ids, queries, found, strict=True)])
             counts["hits"] += sum(map(len, found))
             counts["without_hits"] += sum(not hits for hits in found)
+            counts["without_words"] += result.num_wordless
         writer.close()
         return counts
 
@@ -158,11 +168,14 @@ def _job(config: SearchConfig, file_type: RankedFileType, surveyed: Survey, shar
     """Raises InputError where models, fusion and index do not go together, before any worker begins."""
     assert config.output is not None
     manifest = open_manifest(config.index)
+    check_mode(manifest, config.mode)
     name = config.encoder or manifest.encoder
-    encoder = Encoder.load(name)
-    check_fingerprint(manifest, encoder.fingerprint, name)
+    encoder = None if config.mode == "lexical" else Encoder.load(name)
+    if encoder is not None:
+        check_fingerprint(manifest, encoder.fingerprint, name)
     reranker = CrossEncoder.load(config.reranker) if config.reranker else None
     fusion = fusion_of(config.reranker, reranker.fusion if reranker else None, config.fusion_weight)
+    fusion = fusion_in(config.mode, fusion, config.fusion_weight)
     places = {
         key: absolute_if_local(value)
         for key, value in (("index", config.index), ("encoder", name), ("reranker", config.reranker))
@@ -178,8 +191,8 @@ def _job(config: SearchConfig, file_type: RankedFileType, surveyed: Survey, shar
             "file_type": file_type,
             "index_version": manifest.version,
             "index": manifest.sha256(),
-            "encoder": encoder.fingerprint,
-            "query_prefix": own_or(config.query_prefix, encoder, "query", name),
+            "encoder": encoder.fingerprint if encoder else None,
+            "query_prefix": own_or(config.query_prefix, encoder, "query", name) if encoder else None,
             "reranker": reranker.fingerprint if reranker else None,
             "fusion": fusion.to_dict() if fusion else None,
             "input": content_of(surveyed),

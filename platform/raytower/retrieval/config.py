@@ -10,12 +10,16 @@ from pydantic import Field, model_validator
 from raytower.config import Config, FittedWorkersConfig, FractionField, OnError
 from raytower.data.config import InputConfig
 from raytower.data.unseen import is_unseen
+from raytower.index.search_config import HybridConfig
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
+from raytower.models.fusion import SearchMode
 
 RankedFileType = Literal["tsv", "jsonl", "parquet", "trec"]
 _OF_FILES = ("output", "file_type", "rows_per_batch", "workers", "on_error")
 # The order of the shared keys, which stand behind a command's own.
 _SHARED = (
+    "mode",
+    "hybrid",
     "reranker",
     "recall_k",
     "fusion_weight",
@@ -87,7 +91,17 @@ class BatchConfig(EngineConfig):
     """Rows in flight at once: encoded, searched and reranked together."""
 
 
-class RetrieverConfig(RerankConfig):
+class ModeConfig(EngineConfig):
+    """Keys of every command that searches an index for texts."""
+
+    mode: SearchMode = "dense"
+    """How documents are recalled: dense by vectors; lexical by words (BM25), for which no encoder is loaded; hybrid by
+    both, from the candidates of each."""
+    hybrid: HybridConfig = HybridConfig()
+    """How mode hybrid makes one score of two."""
+
+
+class RetrieverConfig(RerankConfig, ModeConfig):
     """Keys of every command that puts a retriever together from its config."""
 
     renamed: ClassVar = {"rerank_k": "recall_k"}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from raytower.errors import InputError
+from raytower.index.hybrid import HybridFusion, check_mode
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index, check_fingerprint
 from raytower.index.versions import open_manifest
@@ -13,10 +14,11 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
-from raytower.models.fusion import Fusion
+from raytower.models.fusion import Fusion, SearchMode
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.trained_prefixes import own_prefix
-from raytower.retrieval.config import EngineConfig, RerankConfig, RetrieverConfig
+from raytower.progress import log
+from raytower.retrieval.config import EngineConfig, ModeConfig, RerankConfig, RetrieverConfig
 from raytower.retrieval.retriever import Retriever
 
 
@@ -25,6 +27,11 @@ def load_engine(name: str, config: EngineConfig) -> ForwardEngine:
     return ForwardEngine(
         Encoder.load(name), **config.engine_settings, directory=graph_directory(name, config.engine)
     )
+
+
+def load_query_engine(name: str, config: ModeConfig) -> ForwardEngine | None:
+    """The encoder of a job's queries; None where they are searched for by their words alone."""
+    return None if config.mode == "lexical" else load_engine(name, config)
 
 
 def load_classifier(name: str, config: EngineConfig) -> ClassifierEngine:
@@ -73,22 +80,60 @@ def fusion_of(reranker: str | None, stored: Fusion | None, weight: float | None)
     )
 
 
-def load_retriever(engine: ForwardEngine, index: Index, config: RetrieverConfig, name: str) -> Retriever:
+def fusion_in(mode: SearchMode, fusion: Fusion | None, weight: float | None) -> Fusion | None:
+    """A fusion that serves a mode; None, where the logit alone orders.
+
+    Recall scores of different modes have different scales, so a fusion serves the mode that it was tuned in.
+
+    Raises:
+        InputError: a weight is asked for (see `fusion_of`), and it would mix scores of another mode.
+    """
+    if fusion is None or fusion.mode == mode:
+        return fusion
+    if weight is not None and weight != 1:
+        raise InputError(
+            f"fusion_weight is {weight} and mode is {mode}, but the reranker's fusion was tuned on recall scores of "
+            f"mode {fusion.mode}, which have another scale; tune it again with `raytower tune-fusion --mode {mode}`, "
+            "or set fusion_weight to null (rerank scores alone)"
+        )
+    log(f"the reranker's fusion was tuned in mode {fusion.mode}; in mode {mode} its score alone orders")
+    return None
+
+
+def load_retriever(
+    engine: ForwardEngine | None, index: Index, config: RetrieverConfig, name: str
+) -> Retriever:
     """Encoder (called `name`), index and, if the config names one, a reranker, put together as a job's config says.
 
     Raises:
-        InputError: a fusion weight that cannot be used (see `fusion_of`).
+        InputError: a fusion weight that cannot be used (see `fusion_of`), or a mode that the index does not have.
     """
+    check_mode(index.manifest, config.mode)
     scorer = None if config.reranker is None else load_reranker(config.reranker, config)
     fusion = fusion_of(config.reranker, scorer.fusion if scorer else None, config.fusion_weight)
-    prefix = own_or(config.query_prefix, engine.encoder, "query", name)
-    return Retriever(engine, index, scorer, fusion, query_prefix=prefix)
+    return Retriever(
+        engine,
+        index,
+        scorer,
+        fusion_in(config.mode, fusion, config.fusion_weight),
+        query_prefix=own_or(config.query_prefix, engine.encoder, "query", name) if engine else "",
+        mode=config.mode,
+        hybrid=HybridFusion.of(index.manifest, config.hybrid),
+    )
 
 
-def open_index_manifest(uri: str, fingerprint: str) -> IndexManifest:
-    """The published version's manifest, for plans. Raises FormatError where another encoder made the index."""
+def open_index_manifest(
+    uri: str, fingerprint: str | None, mode: SearchMode = "dense", encoder: str | None = None
+) -> IndexManifest:
+    """The published version's manifest, for plans; without a fingerprint no encoder is looked at.
+
+    Raises:
+        FormatError: another encoder made the index. InputError: a mode that it does not have.
+    """
     manifest = open_manifest(uri)
-    check_fingerprint(manifest, fingerprint)
+    check_mode(manifest, mode)
+    if fingerprint is not None:
+        check_fingerprint(manifest, fingerprint, encoder)
     return manifest
 
 

@@ -17,7 +17,7 @@ _BYTES_PER_TEXT_IN_FLIGHT = 8_192
 def plan_rows(
     rows: int,
     config: EngineConfig,
-    encoder_name: str,
+    encoder_name: str | None,
     *,
     rows_per_batch: int,
     candidates: int = 0,
@@ -28,20 +28,23 @@ def plan_rows(
     Args:
         rows: texts, queries or pairs.
         config: precision and length.
-        encoder_name: encoder directory or hub id; loaded to count its parameters.
+        encoder_name: encoder directory or hub id; loaded to count its parameters. None where none is needed.
         rows_per_batch: rows in flight at once.
         candidates: recalled documents held for each row.
         reranker: reranker directory, or None.
     """
-    encoder = Encoder.load(encoder_name)
-    if config.max_length is not None:
-        check_max_length(config.max_length, encoder.max_positions)
-    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    num_parameters, dim, fingerprint = 0, 0, None
+    if encoder_name is not None:
+        encoder = Encoder.load(encoder_name)
+        if config.max_length is not None:
+            check_max_length(config.max_length, encoder.max_positions)
+        num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        dim, fingerprint = encoder.dim, encoder.fingerprint
     if reranker is not None:
         num_parameters += sum(parameter.numel() for parameter in CrossEncoder.load(reranker).parameters())
-    per_row = _BYTES_PER_TEXT_IN_FLIGHT * (1 + candidates) + encoder.dim * 4
+    per_row = _BYTES_PER_TEXT_IN_FLIGHT * (1 + candidates) + dim * 4
     plan = _plan_memory(rows, rows_per_batch, num_parameters, config.dtype, per_row)
-    return {**plan, "fingerprint": encoder.fingerprint}
+    return {**plan, "fingerprint": fingerprint}
 
 
 def plan_reranker_rows(

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.errors import InputError
+from raytower.index.hits import Hits
+from raytower.index.hybrid import HybridFusion, HybridHits, search_hybrid
 from raytower.index.reader import Filter, Index
-from raytower.models.fusion import Fusion
+from raytower.models.fusion import Fusion, SearchMode
 from raytower.retrieval.ranking import rank
 
 Vectors = NDArray[np.float32]
@@ -38,14 +40,29 @@ class PairScorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedQueries:
+    """Queries, and their vectors float32 [Q, D]; None where they are searched for by their words alone."""
+
+    texts: Sequence[str]
+    vectors: Vectors | None
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recalled document, its recall score (inner product or cosine, higher is nearer) and its row in the index."""
+    """A recalled document, its recall score (higher is better) and its row in the index.
+
+    The recall score is, by mode: dense, the inner product or cosine; lexical, BM25; hybrid, what was fused of both (see
+    `raytower.index.hybrid`), which says something among the documents of one query only. `dense_score` and
+    `lexical_score` are None where the mode has none.
+    """
 
     id: str
     text: str
     metadata: dict[str, Any]
     score: float
     row: int = -1
+    dense_score: float | None = None
+    lexical_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,66 +80,117 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Hits of each query, best first, and milliseconds by stage (`encode`, `recall`, `rerank`, `total`)."""
+    """Hits of each query, best first, and milliseconds by stage (`encode`, `recall`, `rerank`, `total`).
+
+    `num_wordless` counts the queries that share no token with a document they could find: in mode hybrid they have the
+    hits of mode dense, in mode lexical none, and in mode dense nobody looks.
+    """
 
     hits: list[list[Hit]]
     reranked: bool
     timings_ms: dict[str, float]
+    num_wordless: int = 0
 
 
-# (vectors float32 [Q, D], depth K) → at most K candidates a query, best first.
-Recall = Callable[[Vectors, int], list[list[Candidate]]]
+# (queries, depth K) → at most K candidates a query, best first.
+Recall = Callable[[EncodedQueries, int], list[list[Candidate]]]
 
 
-def index_recall(index: Index, filter: Filter | None = None) -> Recall:
-    """Recall from an opened index in this process, among the documents that `filter` lets through."""
+def index_recall(
+    index: Index, filter: Filter | None = None
+) -> Callable[[Vectors, int], list[list[Candidate]]]:
+    """Recall by vectors float32 [Q, D] from an opened index, among the documents that `filter` lets through."""
+    return lambda vectors, k: _candidates(index, index.search(vectors, k, filter=filter))
 
-    def recall(vectors: Vectors, k: int) -> list[list[Candidate]]:
-        found = index.search(vectors, k, filter=filter)
-        real = found.rows >= 0  # [Q, K]; short answers end in padding
-        # All documents in one call: fetching them query by query costs more than the search.
-        rows = found.rows[real]
-        documents = index.documents(rows)
-        flat = [
-            Candidate(document.id, document.text, document.metadata, score, row)
-            for document, score, row in zip(
-                documents, found.scores[real].tolist(), rows.tolist(), strict=True
-            )
-        ]
-        ends = np.cumsum(real.sum(axis=1)).tolist()
-        return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+def recall_by(
+    index: Index,
+    mode: SearchMode = "dense",
+    fusion: HybridFusion | None = None,
+    filter: Filter | None = None,
+) -> Recall:
+    """Recall from an opened index by vectors, by words or by both, among the documents that `filter` lets through.
+
+    `fusion` is for mode hybrid; None is the default one.
+    """
+
+    def recall(queries: EncodedQueries, k: int) -> list[list[Candidate]]:
+        if mode == "lexical":
+            return _candidates(index, index.search_lexical(queries.texts, k, filter=filter), is_lexical=True)
+        assert queries.vectors is not None, "only mode lexical does without vectors"
+        if mode == "dense":
+            return _candidates(index, index.search(queries.vectors, k, filter=filter))
+        mixed = search_hybrid(
+            index, queries.texts, queries.vectors, k, fusion or HybridFusion(), filter=filter
+        )
+        return _candidates(index, mixed)
 
     return recall
+
+
+def _candidates(index: Index, found: Hits, *, is_lexical: bool = False) -> list[list[Candidate]]:
+    real = found.rows >= 0  # [Q, K]; short answers end in padding
+    # All documents in one call: fetching them query by query costs more than the search.
+    rows, scores = found.rows[real], found.scores[real].tolist()
+    none: list[float | None] = [None] * len(rows)
+    dense, lexical = none, none
+    if isinstance(found, HybridHits):
+        dense, lexical = found.dense[real].tolist(), found.lexical[real].tolist()
+    elif is_lexical:
+        lexical = scores
+    else:
+        dense = scores
+    flat = [
+        Candidate(document.id, document.text, document.metadata, *values)
+        for document, *values in zip(
+            index.documents(rows), scores, rows.tolist(), dense, lexical, strict=True
+        )
+    ]
+    ends = np.cumsum(real.sum(axis=1)).tolist()
+    return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def count_wordless(candidates: Sequence[Sequence[Candidate]], mode: SearchMode) -> int:
+    """How many queries found no document by a word; see `SearchResult`."""
+    return (
+        0 if mode == "dense" else sum(not any(item.lexical_score for item in items) for items in candidates)
+    )
 
 
 class Retriever:
     """Encodes queries, recalls candidates and, given a scorer, reranks them.
 
     Args:
-        encoder: the query tower.
+        encoder: the query tower; None where queries are searched for by their words alone.
         index: an opened Index; None where every search brings its own recall.
         scorer: the reranker, or None for recall alone.
         fusion: how recall scores and rerank logits are mixed; None orders by the logit alone.
-        query_prefix: put before each query when it is encoded; the reranker sees the query without it.
+        query_prefix: put before each query when it is encoded; words are looked up, and reranked, without it.
         recall: replaces recall from `index`, for shards that other processes hold.
+        mode: how `index` is searched.
+        hybrid: how mode hybrid makes one score of two; None is the default.
     """
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        encoder: TextEncoder | None,
         index: Index | None = None,
         scorer: PairScorer | None = None,
         fusion: Fusion | None = None,
         *,
         query_prefix: str = "",
         recall: Recall | None = None,
+        mode: SearchMode = "dense",
+        hybrid: HybridFusion | None = None,
     ) -> None:
         self.encoder = encoder
         self.index = index
         self.scorer = scorer
         self.fusion = fusion
         self.query_prefix = query_prefix
-        self._recall = recall or (index_recall(index) if index is not None else None)
+        self.mode = mode
+        self.hybrid = hybrid
+        self._recall = recall or (recall_by(index, mode, hybrid) if index is not None else None)
 
     def search(
         self,
@@ -150,9 +218,9 @@ class Retriever:
             raise InputError(f"k is {k} and recall_k is {recall_k}; both must be 1 or more")
         reranks = rerank and self.scorer is not None
         times = [time.perf_counter()]
-        vectors = self.encode(queries)
+        encoded = self.encode(queries)
         times.append(time.perf_counter())
-        candidates = self.recall(vectors, max(k, recall_k) if reranks else k, recall)
+        candidates = self.recall(encoded, max(k, recall_k) if reranks else k, recall)
         times.append(time.perf_counter())
         if reranks:
             ranked = self.rerank(queries, candidates, recall_k)
@@ -164,18 +232,22 @@ class Retriever:
         if not reranks:
             timings["rerank"] = 0.0
         timings["total"] = (times[-1] - times[0]) * 1000
-        return SearchResult([hits[:k] for hits in ranked], reranks, timings)
+        wordless = count_wordless(candidates, self.mode)
+        return SearchResult([hits[:k] for hits in ranked], reranks, timings, wordless)
 
-    def encode(self, queries: Sequence[str]) -> Vectors:
-        """Query vectors, float32 [Q, D], with the query prefix put before each text."""
-        return self.encoder.encode(list(queries), self.query_prefix)
+    def encode(self, queries: Sequence[str]) -> EncodedQueries:
+        """Queries with their vectors, for which the query prefix is put before each text; no encoder, no vectors."""
+        texts = list(queries)
+        return EncodedQueries(
+            texts, None if self.encoder is None else self.encoder.encode(texts, self.query_prefix)
+        )
 
-    def recall(self, vectors: Vectors, k: int, recall: Recall | None = None) -> list[list[Candidate]]:
-        """At most `k` candidates for each vector of [Q, D], best first. Raises InputError without index and recall."""
+    def recall(self, queries: EncodedQueries, k: int, recall: Recall | None = None) -> list[list[Candidate]]:
+        """At most `k` candidates for each query, best first. Raises InputError without index and recall."""
         way = recall or self._recall
         if way is None:
             raise InputError("this retriever has neither an index nor a recall function; give one of them")
-        return way(vectors, k) if len(vectors) else []
+        return way(queries, k) if queries.texts else []
 
     def rerank(
         self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]], recall_k: int

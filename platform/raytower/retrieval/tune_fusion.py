@@ -122,7 +122,7 @@ def tune_on_queries(
             relevance.append([judged.get(item.id, 0.0) for item in items])
         progress.advance(len(batch))
     base, curve = _curve(_pad(recall_scores, logits, relevance))
-    fusion = _best(base, curve)
+    fusion = replace(_best(base, curve), mode=retriever.mode)
     return TunedFusion(
         fusion=fusion,
         recall_mrr=curve[0],

@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.models.fusion import SearchMode as Mode
 from raytower.retrieval.retriever import Hit
 from raytower.serving.work import Deadline
 
 Role = Literal["query", "document"]
-Mode = Literal["dense", "lexical", "hybrid"]
 ClassifyMode = Literal["labels", "votes", "classifier"]
 
 
@@ -102,7 +102,8 @@ class SearchAnswer(Answer):
 
     `missing_shards` did not answer in time. `reranked_k` is how many candidates of each query the reranker saw: fewer
     than the call's `recall_k` where the time was short, 0 where there was no reranking. `recall_ranks` are the ranks
-    that the hits of each query had before reranking, from 1.
+    that the hits of each query had before reranking, from 1. `wordless` counts queries that share no token with a
+    document, which mode hybrid answers as mode dense, and mode lexical without hits.
     """
 
     hits: Sequence[Sequence[Hit]]
@@ -111,6 +112,7 @@ class SearchAnswer(Answer):
     reranked_k: int = 0
     missing_shards: tuple[int, ...] = ()
     mode: Mode = "dense"
+    wordless: int = 0
 
     @property
     def reranked(self) -> bool:

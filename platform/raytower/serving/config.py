@@ -11,7 +11,9 @@ from pydantic import Field, field_validator, model_validator
 
 from raytower.config import Config, FractionField
 from raytower.errors import InputError
+from raytower.index.search_config import HybridConfig
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
+from raytower.models.fusion import SearchMode
 from raytower.serving.access_log import AccessLogConfig
 from raytower.serving.generation import DEFAULT_COLLECTION
 from raytower.serving.http_config import HttpConfig
@@ -43,6 +45,11 @@ class CollectionConfig(Config):
     """Encoder: a directory, a hub id or a URI; null is the one that the index names."""
     reranker: str | None = None
     """Cross-encoder directory, hub id or URI; null serves without one."""
+    mode: SearchMode = "dense"
+    """How documents are recalled for requests that do not say: dense by vectors, lexical by words (BM25), hybrid by
+    both. All three are served where the index has a lexical side."""
+    hybrid: HybridConfig = HybridConfig()
+    """How mode hybrid makes one score of two."""
     classifier: str | None = None
     """Directory, hub id or URI of a text classifier; null serves without one."""
     classify_modes: tuple[Literal["labels", "votes"], ...] = ()

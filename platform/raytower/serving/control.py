@@ -293,6 +293,7 @@ def _described(generation: Generation) -> dict[str, Any]:
         "reranker": generation.reranker and generation.reranker.uri,
         "classifier": generation.classifier and generation.classifier.uri,
         "fusion_weight": generation.fusion and generation.fusion.weight,
+        "modes": list(generation.modes),
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ from raytower.annotation.labels import (
 from raytower.errors import InputError
 from raytower.index.table import TEXT, Document
 from raytower.retrieval.ranking import Ranking, rank
-from raytower.retrieval.retriever import Hit
+from raytower.retrieval.retriever import EncodedQueries, Hit
 from raytower.serving.calls import (
     ClassifyAnswer,
     ClassifyCall,
@@ -41,6 +41,7 @@ from raytower.serving.calls import (
     DocumentAnswer,
     EmbedAnswer,
     EmbedCall,
+    Mode,
     RerankAnswer,
     RerankCall,
     SearchAnswer,
@@ -67,6 +68,8 @@ from raytower.serving.work import Deadline
 
 # What a search may take of forward passes and still go before bulk work.
 _URGENT_S = 2.0
+# What one query's words take beside forward passes; measured at 200,000 documents.
+_WORDS_S = 0.006
 _WARM_UP_MS = 60_000
 _CHECK_MS = 5_000
 # What is left of a search's time once it has been reranked, at least: fetching, sending. More, where fetching the
@@ -136,7 +139,8 @@ class SearchEngine:
                 return
             parts = await asyncio.to_thread(self._open_parts, generation)
             # A model's first pass is slow, so it is made here and not in a user's request.
-            await self._try(parts, _WARM_UP_MS)
+            for mode in generation.modes:
+                await self._try(parts, _WARM_UP_MS, mode)
             self._prepared[generation.id] = parts
 
     def activate(self, generation_id: str) -> None:
@@ -189,6 +193,7 @@ class SearchEngine:
             classifier=parts.classifier.served if parts.classifier else None,
             recall=parts.measured_recall,
             columns=parts.recall.columns,
+            modes=generation.modes,
             classify_modes=generation.classify_modes,
         )
 
@@ -201,7 +206,8 @@ class SearchEngine:
         parts = self._parts(collection)
         self._check(parts, call)
         reranks = call.rerank and parts.scorer is not None
-        cost_s = parts.encoder.predict(call.queries, Lane.QUERY)
+        cost_s = 0.0 if call.mode == "lexical" else parts.encoder.predict(call.queries, Lane.QUERY)
+        cost_s += 0.0 if call.mode == "dense" else _WORDS_S * len(call.queries)
         if reranks and parts.scorer is not None:
             pairs = len(call.queries) * min(call.recall_k, parts.recall.rows)
             # A search that is short of time reranks less, so no more than its time is reckoned.
@@ -328,7 +334,8 @@ class SearchEngine:
         answered = self.admission.answered
         for collection in self.collections:
             try:
-                await self._try(self._parts(collection), _CHECK_MS)
+                parts = self._parts(collection)
+                await self._try(parts, _CHECK_MS, parts.generation.modes[0])
             except OutOfTimeError:
                 if self.admission.answered == answered:
                     raise
@@ -359,17 +366,18 @@ class SearchEngine:
             self._metrics.admitted(lane)
         return ticket
 
-    async def _try(self, parts: Parts, timeout_ms: int) -> None:
+    async def _try(self, parts: Parts, timeout_ms: int, mode: Mode) -> None:
         """A query through a generation's parts to its JSON, whatever else there is to do."""
-        answer = await self._search(parts, _WARM_UP, Deadline.after(timeout_ms), urgent=True)
+        call = replace(_WARM_UP, mode=mode)
+        answer = await self._search(parts, call, Deadline.after(timeout_ms), urgent=True)
         if self._render is not None:
-            self._render(parts.generation.collection, _WARM_UP, answer)
+            self._render(parts.generation.collection, call, answer)
 
     @staticmethod
     def _check(parts: Parts, call: SearchCall) -> None:
-        if call.mode != "dense":
+        if call.mode not in parts.generation.modes:
             raise UnprocessableError(
-                f"mode: is {call.mode!r}; this collection's index has no lexical part, so it must be 'dense'"
+                f"mode: is {call.mode!r}; this collection's index has no lexical side, so it must be 'dense'"
             )
         known = parts.recall.columns
         for name in call.fields or ():
@@ -390,10 +398,14 @@ class SearchEngine:
         reranks = call.rerank and parts.scorer is not None
         clock = _Stages()
         deadline.check()
-        encoded = await parts.encoder.encode(call.queries, parts.generation.query_prefix, lane, deadline)
+        encoded = None
+        if call.mode != "lexical":
+            prefix = parts.generation.query_prefix
+            encoded = await parts.encoder.encode(call.queries, prefix, lane, deadline)
         clock.ended("encode")
         depth = max(call.k, call.recall_k) if reranks else call.k
-        recalled = await parts.recall.search(encoded.vectors, depth, call.filter, deadline)
+        queries = EncodedQueries(call.queries, encoded.vectors if encoded else None)
+        recalled = await _recall(parts, call, queries, depth, deadline)
         rows = [row[row >= 0] for row in recalled.rows]
         clock.ended("recall")
         scored = None
@@ -401,9 +413,11 @@ class SearchEngine:
             scored = await self._rerank(parts, call, rows, deadline, urgent=urgent, clock=clock)
         clock.ended("rerank")
         none = np.empty(0, np.float32)
+        # Constants for the recall scores of one mode do not fit those of another.
+        fusion = parts.fusion if parts.fusion is not None and parts.fusion.mode == call.mode else None
         logits = scored.logits if scored else [none] * len(rows)
         rankings = [
-            rank(recalled.scores[query, : len(found)], logits[query], parts.fusion, call.k)
+            rank(recalled.scores[query, : len(found)], logits[query], fusion, call.k)
             for query, found in enumerate(rows)
         ]
         documents = await _fetch(parts, call, rows, rankings, deadline)
@@ -411,7 +425,10 @@ class SearchEngine:
         return SearchAnswer(
             generation=parts.generation.id,
             index_version=parts.generation.index_version,
-            counts=encoded.counts + (scored.counts if scored else TokenCounts()),
+            counts=(encoded.counts if encoded else TokenCounts())
+            + (scored.counts if scored else TokenCounts()),
+            mode=call.mode,
+            wordless=recalled.wordless,
             hits=[
                 _hits(recalled, query, ranking, logits[query], documents[query])
                 for query, ranking in enumerate(rankings)
@@ -451,6 +468,17 @@ class SearchEngine:
         except OutOfTimeError:
             return None  # the order of recall is still an answer
         return scored if scored.depth else None
+
+
+async def _recall(
+    parts: Parts, call: SearchCall, queries: EncodedQueries, depth: int, deadline: Deadline
+) -> Recalled:
+    if call.mode == "lexical":
+        return await parts.recall.search_lexical(queries.texts, depth, call.filter, deadline)
+    if call.mode == "hybrid":
+        return await parts.recall.search_hybrid(queries, depth, call.filter, parts.hybrid, deadline)
+    assert queries.vectors is not None, "only mode lexical does without vectors"
+    return await parts.recall.search(queries.vectors, depth, call.filter, deadline)
 
 
 def _reserve_ms(clock: _Stages, deadline: Deadline) -> int:

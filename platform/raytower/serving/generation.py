@@ -9,7 +9,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from raytower.annotation.deciding import ClassifySettings
+from raytower.index.search_config import HybridWay
 from raytower.models.compute import EngineChoice, EngineDtype
+from raytower.models.fusion import SearchMode
 
 # The collection of a server that was given one index.
 DEFAULT_COLLECTION = "default"
@@ -36,6 +38,14 @@ class FusionEntry(_Document):
     recall_std: float
     rerank_mean: float
     rerank_std: float
+    mode: SearchMode = "dense"
+
+
+class HybridEntry(_Document):
+    """The constants of `raytower.index.hybrid.HybridFusion`."""
+
+    way: HybridWay = "standardised"
+    weight: float = 0.3
 
 
 class ComputeEntry(_Document):
@@ -48,7 +58,7 @@ class ComputeEntry(_Document):
 
 
 class Generation(_Document):
-    """Index version, encoder, reranker, classifier, fusion and prefixes of one collection.
+    """Index version, encoder, reranker, classifier, fusion, modes and prefixes of one collection.
 
     Two generations with one `id` give the same answers. Models are shared between generations by their entries and
     `compute`.
@@ -63,6 +73,9 @@ class Generation(_Document):
     reranker: ModelEntry | None = None
     classifier: ModelEntry | None = None
     fusion: FusionEntry | None = None
+    modes: tuple[SearchMode, ...] = ("dense",)
+    """How the index can be searched; the first is what a search takes that asks for none."""
+    hybrid: HybridEntry = HybridEntry()
     query_prefix: str = ""
     document_prefix: str = ""
     document_max_length: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from raytower.errors import FormatError
+from raytower.index.hybrid import HybridFusion
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
@@ -59,6 +60,7 @@ class LocalParts:
             scorer=scorer(),
             classifier=self._models.classifier(generation),
             fusion=Fusion(**generation.fusion.model_dump()) if generation.fusion else None,
+            hybrid=HybridFusion(**generation.hybrid.model_dump()),
             kind=manifest.kind,
             metric=manifest.metric,
             measured_recall=manifest.recall,

@@ -6,14 +6,16 @@ Shape legend: Q queries, D embedding dimension, K candidates a query, N texts or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.index.hybrid import HybridFusion
 from raytower.index.table import Document
 from raytower.models.fusion import Fusion
+from raytower.retrieval.retriever import EncodedQueries
 from raytower.serving.calls import ServedModel, TokenCounts
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation
@@ -43,12 +45,14 @@ class Scored:
 class Recalled:
     """Scores float32 and rows of the index's table, both (Q, K), best first; short answers end in row -1.
 
-    `missing` are the numbers of shards that did not answer in time.
+    `missing` are the numbers of shards that did not answer in time. `wordless` counts queries that no document shares
+    a token with, where tokens were looked for.
     """
 
     scores: Vectors
     rows: NDArray[np.int64]
     missing: tuple[int, ...] = ()
+    wordless: int = 0
 
 
 class TextModel(Protocol):
@@ -134,6 +138,21 @@ class RecallStage(Protocol):
     ) -> Recalled:
         """The best min(k, documents that match) rows for each vector of (Q, D)."""
 
+    async def search_lexical(
+        self, queries: Sequence[str], k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Recalled:
+        """The best rows for each text by its words, at most k; fewer where fewer documents share one."""
+
+    async def search_hybrid(
+        self,
+        queries: EncodedQueries,
+        k: int,
+        filter: Mapping[str, Any] | None,
+        fusion: HybridFusion,
+        deadline: Deadline,
+    ) -> Recalled:
+        """The best min(k, documents that match) rows for each query by its vector and its words."""
+
     async def documents(
         self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline
     ) -> list[Document]:
@@ -153,6 +172,7 @@ class Parts:
     scorer: PairModel | None = None
     classifier: LabelModel | None = None
     fusion: Fusion | None = None
+    hybrid: HybridFusion = field(default_factory=HybridFusion)
     kind: str = ""
     metric: str = ""
     measured_recall: float | None = None

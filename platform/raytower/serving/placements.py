@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from raytower.errors import RaytowerError
+from raytower.index.lexical import LexicalSide
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index, open_placement
 from raytower.index.table import DocumentTable
@@ -118,7 +119,10 @@ class PlacedParts:
         for number, group in enumerate(self._groups):
             counts.update(self._once_prepared(partial(group.counts, generation.id), f"shard group {number}"))
         place = Location.of(generation.index)
-        index = Index(manifest, DocumentTable.open(place, manifest.table_version), [])
+        table = DocumentTable.open(place, manifest.table_version)
+        # Words are looked up in the table, which every ingress reads; only vectors lie in the groups.
+        lexical = LexicalSide.open(place, manifest, table) if manifest.lexical else None
+        index = Index(manifest, table, [], lexical=lexical)
         return RemoteRecall(
             generation.id,
             index,

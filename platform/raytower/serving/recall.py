@@ -12,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raytower.index.hits import Hits
+from raytower.index.hybrid import HybridFusion, HybridHits, best_of, candidates_of_a_side, unite
 from raytower.index.reader import Index
 from raytower.index.table import ID, Document, documents_of
+from raytower.retrieval.retriever import EncodedQueries
 from raytower.serving.parts import Recalled, Vectors
 from raytower.serving.work import Deadline
 
@@ -72,6 +75,37 @@ class LocalRecall:
         """The best min(k, documents that match) rows for each vector of (Q, D)."""
         found = await self._run(lambda: self.index.search(vectors, k, filter=filter), deadline)
         return Recalled(found.scores, found.rows)
+
+    async def search_lexical(
+        self, queries: Sequence[str], k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Recalled:
+        """The best rows for each text by its words, at most k. The table alone is asked, wherever the shards are."""
+        found = await self._run(lambda: self.index.search_lexical(queries, k, filter=filter), deadline)
+        wordless = len(queries) - int((found.rows >= 0).any(axis=1).sum())
+        return Recalled(found.scores, found.rows, wordless=wordless)
+
+    async def search_hybrid(
+        self,
+        queries: EncodedQueries,
+        k: int,
+        filter: Mapping[str, Any] | None,
+        fusion: HybridFusion,
+        deadline: Deadline,
+    ) -> Recalled:
+        """The best min(k, documents that match) rows for each query; both sides are searched at once."""
+        vectors, depth = queries.vectors, candidates_of_a_side(k)
+        assert vectors is not None, "mode hybrid needs vectors"
+        dense, lexical = await asyncio.gather(
+            self.search(vectors, depth, filter, deadline),
+            self.search_lexical(queries.texts, depth, filter, deadline),
+        )
+
+        def fused() -> HybridHits:
+            sides = Hits(dense.scores, dense.rows), Hits(lexical.scores, lexical.rows)
+            return best_of(unite(self.index, queries.texts, vectors, *sides), fusion, k)
+
+        found = await self._run(fused, deadline)
+        return Recalled(found.scores, found.rows, dense.missing, lexical.wordless)
 
     async def documents(
         self, rows: NDArray[np.int64], columns: Sequence[str], deadline: Deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,21 @@ from raytower.annotation.deciding import ClassifySettings
 from raytower.annotation.labels import count_labels
 from raytower.config import make_config
 from raytower.errors import InputError
+from raytower.index.hybrid import HybridFusion, check_mode, modes_of
 from raytower.index.manifest import IndexManifest
 from raytower.index.reader import check_fingerprint
 from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest, published_version
 from raytower.serving.conductor import Served
 from raytower.serving.config import CollectionConfig, ServeConfig
-from raytower.serving.generation import MOST_LABELS, ComputeEntry, FusionEntry, Generation, ModelEntry
+from raytower.serving.generation import (
+    MOST_LABELS,
+    ComputeEntry,
+    FusionEntry,
+    Generation,
+    HybridEntry,
+    ModelEntry,
+)
 from raytower.storage import Location, absolute_if_local
 
 if TYPE_CHECKING:
@@ -64,13 +73,15 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
     """What a collection serves by its config: an index version (None: the newest) and the models beside it.
 
     Raises:
-        InputError: no such index, version or model; the index names no encoder; a fusion weight without stored fusion.
+        InputError: no such index, version or model; the index names no encoder; a fusion weight without stored fusion,
+            or for another mode than its; a mode that the index does not have.
         FormatError: another encoder made the index, or a file is damaged.
     """
     manifest = open_manifest(config.index, version)
     encoder_name = _encoder_name(config, manifest)
     encoder, path = _encoder_entry(encoder_name)
     check_fingerprint(manifest, encoder.fingerprint, encoder_name)
+    check_mode(manifest, config.mode)
     reranker, fusion = _reranker(config)
     classifier = _classifier_entry(config.classifier) if config.classifier else None
     return Generation(
@@ -82,6 +93,8 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
         reranker=reranker,
         classifier=classifier,
         fusion=FusionEntry(**fusion.to_dict()) if fusion else None,
+        modes=modes_of(manifest, config.mode),
+        hybrid=HybridEntry(**asdict(HybridFusion.of(manifest, config.hybrid))),
         query_prefix=_query_prompt(encoder_name, path)
         if config.query_prefix is None
         else config.query_prefix,
@@ -141,14 +154,18 @@ def _reranker(config: CollectionConfig) -> tuple[ModelEntry | None, Fusion | Non
     from raytower.models.directory import read_info, resolve_model
     from raytower.models.fusion import Fusion
     from raytower.models.model_class import refuse_other_class
-    from raytower.retrieval.load import fusion_of
+    from raytower.retrieval.load import fusion_in, fusion_of
 
     path = resolve_model(config.reranker)
     refuse_other_class(path, "reranker")
     info = read_info(path)
     stored = Fusion.from_dict(info["fusion"]) if info.get("fusion") else None
     entry = _entry(config.reranker, path, info, lambda: CrossEncoder.load(path).fingerprint)
-    return entry, fusion_of(config.reranker, stored, config.fusion_weight)
+    fusion = fusion_of(config.reranker, stored, config.fusion_weight)
+    fusion_in(
+        config.mode, fusion, config.fusion_weight
+    )  # requests in the mode that it was tuned in use it anyway
+    return entry, fusion
 
 
 def _entry(name: str, path: Path, info: dict[str, Any], load_fingerprint: Callable[[], str]) -> ModelEntry:

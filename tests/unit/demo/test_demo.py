@@ -47,7 +47,7 @@ LOGITS = {"text a": -1.0, "text b": 2.0, "text c": 0.0, "text d": 0.5, "text e":
 def answers(weight: float) -> Any:
     fake = cast(Any, _Fake())
     items = [Candidate(name, f"text {name}", {}, score) for name, score in RECALLED]
-    retriever = Retriever(fake, scorer=fake, recall=lambda vectors, k: [items[:k] for _ in vectors])
+    retriever = Retriever(fake, scorer=fake, recall=lambda queries, k: [items[:k] for _ in queries.texts])
     [ranked] = rank_answers(retriever, Fusion(weight=weight), ["why?"], 5)
     return ranked
 

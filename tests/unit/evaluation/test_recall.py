@@ -11,7 +11,7 @@ import pytest
 
 from raytower.errors import InputError
 from raytower.models.fusion import Fusion
-from raytower.retrieval.retriever import Candidate, Retriever, index_recall
+from raytower.retrieval.retriever import Candidate, EncodedQueries, Retriever, recall_by
 from tests.support.evaluation_fakes import ListIndex, TableScorer, WordEncoder, candidates
 
 TEXTS = {"1": "red", "2": "red red blue", "3": "blue", "4": "green"}
@@ -85,16 +85,17 @@ def test_equal_scores_keep_the_recall_order() -> None:
 def test_recall_may_come_from_elsewhere(encoder: WordEncoder) -> None:
     asked: list[tuple[tuple[int, ...], int]] = []
 
-    def shards_apart(vectors: np.ndarray, k: int) -> list[list[Candidate]]:
-        asked.append((vectors.shape, k))
-        return [candidates({"blue": 0.2, "red": 0.1})[:k] for _ in vectors]
+    def shards_apart(queries: EncodedQueries, k: int) -> list[list[Candidate]]:
+        assert queries.vectors is not None
+        asked.append((queries.vectors.shape, k))
+        return [candidates({"blue": 0.2, "red": 0.1})[:k] for _ in queries.texts]
 
     retriever = Retriever(encoder, scorer=TableScorer(LOGITS), recall=shards_apart)
     found = retriever.search(["red", "blue"], k=1, recall_k=7)
     assert asked == [((2, 4), 7)]
     assert [hits[0].id for hits in found.hits] == ["blue", "blue"]
     only_red = retriever.search(
-        ["red"], k=1, rerank=False, recall=lambda vectors, k: [candidates({"red": 1.0})]
+        ["red"], k=1, rerank=False, recall=lambda queries, k: [candidates({"red": 1.0})]
     )
     assert only_red.hits[0][0].id == "red"
     assert len(asked) == 1
@@ -102,7 +103,7 @@ def test_recall_may_come_from_elsewhere(encoder: WordEncoder) -> None:
 
 def test_queries_without_candidates_and_no_queries(encoder: WordEncoder) -> None:
     retriever = Retriever(
-        encoder, scorer=TableScorer(LOGITS), recall=lambda vectors, k: [[] for _ in vectors]
+        encoder, scorer=TableScorer(LOGITS), recall=lambda queries, k: [[] for _ in queries.texts]
     )
     assert retriever.search(["red", "blue"]).hits == [[], []]
     assert retriever.search([]).hits == []
@@ -128,9 +129,9 @@ def test_threads_share_one_retriever(encoder: WordEncoder) -> None:
     """Two searches are at the same stage at once, so that whatever one left on the retriever the other would take."""
     index, meeting = ListIndex(encoder, TEXTS), Barrier(2, timeout=60)
 
-    def recall(vectors: np.ndarray, k: int) -> list[list[Candidate]]:
+    def recall(queries: EncodedQueries, k: int) -> list[list[Candidate]]:
         meeting.wait()
-        return index_recall(index)(vectors, k)
+        return recall_by(index)(queries, k)
 
     def score(queries: list[str], documents: list[str]) -> np.ndarray:
         meeting.wait()

@@ -43,7 +43,7 @@ FLOORS = [
     {"evaluation", "annotation"},
     {"ranked"},
     {"serving"},
-    {"export"},
+    {"cluster", "export"},
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
     {"demo", "refresh"},

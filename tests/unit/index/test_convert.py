@@ -176,6 +176,7 @@ def test_a_converted_index_answers_as_exact_search_over_its_documents(
         parameters = {"nprobe": made.parameters["nlist"], **({"k_factor": 64} if exact else {})}
     hits = index.search(queries, 5, search_parameters=parameters)
     assert [[item.id for item in index.table.documents(row)] for row in hits.rows] == wanted
+    assert (index.search_lexical(["text"], 200).rows >= 0).sum() == 157
     assert index_verify(IndexVerifyConfig(index=str(tmp_path)))["rows"] == 157
     assert all(path.is_file() for path in before), "the old files stay unless asked"
 

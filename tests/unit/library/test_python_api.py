@@ -790,7 +790,7 @@ class TestRun:
             ("indx build", {}, "there is no command 'indx build'; the nearest is 'index build'"),
             ("xyz", {}, "there is no command 'xyz'; there are up, demo, train-retriever"),
             ("search", {"index": "i", "qurey": "q"}, "run('search'): unknown key 'qurey'"),
-            ("search", {"index": "i"}, "run('search'): query is required"),
+            ("search", {"index": "i"}, "run('search'): query is one text to search for"),
             ("search", {"index": "i", "query": "q", "k": 0}, "run('search'): k is 0"),
             ("search", {"index": "/no/index", "query": "q"}, "holds no index"),
             ("encode", {"input": "p", "input.path": "q"}, "'input.path' is given, and 'input' as 'p'"),

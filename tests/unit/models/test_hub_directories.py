@@ -41,7 +41,11 @@ from raytower.models.text_classifier import TextClassifier
 from raytower.models.trained_prefixes import own_prefix
 from raytower.retrieval.load import own_or
 from raytower.serving.resolve import _query_prompt
-from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker, tiny_tokenizer
+from tests.support.tiny_models import (
+    build_tiny_classifier,
+    build_tiny_encoder,
+    tiny_tokenizer,
+)
 
 SCRIPT = Path(unpickle.__file__)
 TEXTS = ["what does a deductible mean?", "a", "的债务由谁", "short one", "a longer text, " * 3]
@@ -175,7 +179,7 @@ class TestPickledWeights:
 
     @pytest.mark.usefixtures("here")
     def test_of_rerankers_and_classifiers(self, tmp_path: Path) -> None:
-        exact = build_tiny_reranker(tmp_path / "exact", num_labels=2)
+        exact = build_tiny_classifier(tmp_path / "exact")
         model = pickled(shutil.copytree(exact, tmp_path / "model"))
         for kind in (CrossEncoder, TextClassifier):
             assert kind.load(model).fingerprint == kind.load(exact).fingerprint

@@ -28,7 +28,7 @@ from raytower.storage import Location
 from raytower.training.optimizer import save_optimizer
 from tests.support.index_cases import build, unit_vectors, write_embeddings
 from tests.support.s3_server import s3_server
-from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker
+from tests.support.tiny_models import build_tiny_classifier, build_tiny_encoder, build_tiny_reranker
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_pointer_in_place_of_any_file_is_named(model: Path, name: str) -> None
     "name", ["pointer", "cut", "empty", "activation", "token beyond the table", "config no JSON"]
 )
 def test_rerankers_and_classifiers_say_the_same(tmp_path: Path, name: str) -> None:
-    folder = build_tiny_reranker(tmp_path / "reranker", num_labels=2)
+    folder = build_tiny_classifier(tmp_path / "either")
     spoil, message = DAMAGES[name]
     spoil(folder)
     message = message.replace("its backbone", "its classifier")

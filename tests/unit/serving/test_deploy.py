@@ -151,6 +151,11 @@ def test_dockerfiles(name: str) -> None:
     assert extras is not None
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras[1].split(","))
+    # What a node of a Ray cluster needs beside a server, and what KubeRay's probes and login shells do.
+    assert {"train", "serve"} <= set(extras[1].split(","))
+    final_text = " ".join(words for _, words in final)
+    assert "install -y --no-install-recommends wget" in final_text
+    assert "'export PATH=/opt/raytower/bin:$PATH' > /etc/profile.d/raytower.sh" in final_text
 
 
 def test_nothing_but_what_is_named_goes_to_the_builder() -> None:

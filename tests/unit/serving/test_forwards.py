@@ -263,7 +263,7 @@ def test_rows_of_one_pass_are_of_similar_length(forwards: Forwards) -> None:
 def test_a_pass_takes_about_the_time_that_others_may_wait(forwards: Forwards) -> None:
     class Slow(Doubler):
         def forward_block(self, block: TokenBlock) -> Rows:
-            time.sleep(0.001 * len(block.ids))  # a token takes a millisecond
+            time.sleep(0.004 * len(block.ids))  # so long that a busy machine's pauses are little beside it
             return super().forward_block(block)
 
     slow = Slow()
@@ -277,7 +277,7 @@ def test_a_pass_takes_about_the_time_that_others_may_wait(forwards: Forwards) ->
         await model.compute(rows(*range(100)), Lane.BULK, Deadline.after(LATER))
 
     asyncio.run(ask())
-    assert max(len(passed) for passed in slow.passes) <= 10  # 25 tokens fit; the machine may have been slower
+    assert max(len(passed) for passed in slow.passes) <= 10
 
 
 def test_what_was_cancelled_or_is_late_is_not_computed(forwards: Forwards) -> None:

@@ -93,6 +93,7 @@ def test_search_answers_with_the_contract(client: TestClient, engine: DummyEngin
         "mode": "dense",
         "reranked": True,
         "reranked_k": 100,
+        "queries_without_words": 0,
         "usage": {"prompt_tokens": 1, "total_tokens": 1, "truncated": 0},
         "timings_ms": {"encode": 1.0, "recall": 2.0, "fetch": 0.5, "rerank": 3.0},
     }

@@ -163,7 +163,9 @@ class SearchHit(BaseModel):
     id: str
     text: str | None = Field(default=None, description="absent where `fields` leaves it out")
     metadata: dict[str, Any] = Field(description="bytes are base64, times ISO 8601, decimals text")
-    recall_score: float
+    recall_score: float = Field(
+        description="dense: cosine or inner product; lexical: BM25; hybrid: both in one, comparable within this query"
+    )
     rerank_score: float | None = Field(
         description="the reranker's raw logit; null where it did not see this text"
     )
@@ -197,6 +199,9 @@ class SearchResponse(BaseModel):
     mode: Literal["dense", "lexical", "hybrid"]
     reranked: bool
     reranked_k: int = Field(description="candidates of each query that the reranker saw")
+    queries_without_words: int = Field(
+        description="queries that share no token with a document: hybrid answers them as dense, lexical without hits"
+    )
     usage: Usage
     timings_ms: Timings
     results: list[list[SearchHit]] = Field(description="for each query its hits, best first")
@@ -338,6 +343,7 @@ def search_facts(answer: SearchAnswer, collection: str, deadline: Deadline) -> d
         "mode": answer.mode,
         "reranked": answer.reranked,
         "reranked_k": answer.reranked_k,
+        "queries_without_words": answer.wordless,
         "usage": usage(answer.counts),
         "timings_ms": {**timings, "total": round(deadline.elapsed_ms(), 3)},
     }

@@ -1,0 +1,1 @@
+"""What a cluster needs before `ray up` starts it."""
