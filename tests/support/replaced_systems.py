@@ -102,7 +102,11 @@ def _rankers(folder: Path) -> None:
     recalled = (
         f"{question(number)}\t{text}\t{score}"
         for number in range(40, 44)
-        for text, score in ((other_answer(number), 0.9), (answer(number), 0.8), (other_answer(number, 2), 0.7))
+        for text, score in (
+            (other_answer(number), 0.9),
+            (answer(number), 0.8),
+            (other_answer(number, 2), 0.7),
+        )
     )
     _write(data / "recall_result.txt", recalled)
 

@@ -263,9 +263,9 @@ def _refuse_commas(file: SourceFile, config: InputConfig, delimiter: str, first:
     """Refuse texts with commas, one a line, that their extension makes columns of: the first one would be an id."""
     if config.format == "auto" and delimiter != "\t" and _reads_like_a_text(first[0]):
         raise InputError(
-            f"{file}: read as CSV without a header, the first row has the id {first[0][:60]!r}, which reads like a text, "
-            f"and the text {first[1][:60]!r}. Add the header `id{delimiter}text` if they are that; if each line is a "
-            f"text, name the file .txt{config.remedy('or set input.format to lines')}"
+            f"{file}: read as CSV without a header, the first row has the id {first[0][:60]!r}, which reads like a "
+            f"text, and the text {first[1][:60]!r}. Add the header `id{delimiter}text` if they are that; if each "
+            f"line is a text, name the file .txt{config.remedy('or set input.format to lines')}"
         )
 
 

@@ -180,7 +180,9 @@ def test_lines_of_texts_with_commas_are_no_ids_and_texts(tmp_path: Path) -> None
     content = "半监督学习综述, 图像分类\n基于深度学习的方法, 检索\n"
     path = write(tmp_path / "corpus.csv", content)
     for kind in ("corpus", "lines"):
-        with pytest.raises(InputError, match=r"without a header.*id '半监督学习综述'.*set input\.format to lines"):
+        with pytest.raises(
+            InputError, match=r"without a header.*id '半监督学习综述'.*set input\.format to lines"
+        ):
             survey_of(path, kind)
     whole = [row["text"] for row in rows_of(survey_of(path, "lines", format="lines"))]
     assert whole == content.splitlines()
