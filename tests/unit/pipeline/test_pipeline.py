@@ -347,6 +347,8 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "log_dir",
         "label_field",
         "suspects",
+        "report",
+        "plots",
         "positive",
         "input.id_field",
         "input.split",
