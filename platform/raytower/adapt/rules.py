@@ -1,7 +1,7 @@
 """Pairs from the structure of a corpus: what rows say of themselves. Pure functions.
 
 Title and text, question and answer, heading and section are the pairs that general encoders are trained on (E5, Wang et
-al. 2022); Multi-CPR (Long et al. 2022) found such pairs of one's own domain worth more than a larger general model.
+al. 2022); here they are those of one's own domain.
 A first sentence and what follows it is the inverse cloze task (Lee et al. 2019), cut at the beginning.
 """
 
