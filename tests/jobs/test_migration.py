@@ -94,6 +94,7 @@ def check_outcome(name: str, typist: Typist, folder: Path) -> None:
         report = json.loads((runs / "report" / "report.json").read_text())
         right = np.mean([first[query] == title for query, title in judged.items()])
         assert report["recall@1"] == pytest.approx(right)
+        assert rows_of(runs / "negatives.tsv")[0] == ["query", "title", "neg_title"]
         cosines = [float(row[0]) for row in rows_of(runs / "cosines.txt")]
         of_graph = [float(row[2]) for row in rows_of(runs / "similarity-onnx.tsv")[1:]]
         assert of_graph == pytest.approx(cosines, abs=2e-6)
