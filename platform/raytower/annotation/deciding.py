@@ -199,7 +199,9 @@ class Decider:
 
 def sharpened(scores: NDArray[np.float64], temperature: float, are_shares: bool) -> NDArray[np.float64]:
     """softmax(scores / temperature) over the last axis, of the logarithms where scores are shares; -inf has no part."""
-    logits = np.log(np.maximum(scores, _SMALLEST)) if are_shares else scores
+    # A share of 0 is a label that was listed; -inf is none.
+    is_listed = ~np.isneginf(scores)
+    logits = np.where(is_listed, np.log(np.maximum(scores, _SMALLEST)), -np.inf) if are_shares else scores
     logits = logits / temperature
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ MOST_PARTS = 64
 MOST_SHOWN = 10
 # Chinese, Japanese and Korean write no spaces: a character is a part of its own. Else a word is.
 _CHARACTER = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
-_PART = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\w)+")
+# Vowel signs and the like belong to the word that they stand in, and re's \w leaves them out; so does don't its sign.
+_MARKS = "".join(mark for mark in map(chr, range(0x110000)) if unicodedata.category(mark)[0] == "M")
+_PART = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\w)(?:(?!{_CHARACTER})[\w{_MARKS}]|['’](?=\w))*")
 
 
 @dataclass(frozen=True, slots=True)

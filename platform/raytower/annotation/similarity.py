@@ -219,6 +219,7 @@ def _job(config: SimilarityConfig, survey: Survey) -> tuple[FileJob, float]:
     """The job, and the threshold where none is given. Raises InputError for no such model, or one of another class."""
     content: dict[str, Any] = {
         "settings": config.model_dump(mode="json", exclude=_FREE_KEYS),
+        "read_as": config.input.model_dump(mode="json", exclude={"path"}),
         "input": content_of(survey),
     }
     if config.encoder is not None:

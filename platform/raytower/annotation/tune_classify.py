@@ -193,7 +193,7 @@ def choose_calibration(
     if config.calibration != "auto":
         kinds = [config.calibration]
     parts_N = np.random.default_rng(config.seed).permutation(len(right)) % config.folds
-    padded_NK = padded(ranked, were_shares)
+    padded_NK = padded(ranked)
     figures: list[dict[str, Any]] = []
     held_out: list[Floats] = []
     for kind in kinds:
@@ -270,10 +270,10 @@ def choose_cut(
     }
 
 
-def padded(ranked: Sequence[Sequence[Prediction]], are_shares: bool) -> Floats:
+def padded(ranked: Sequence[Sequence[Prediction]]) -> Floats:
     """(N, K) the scores of each row's labels, best first; where a row has fewer, what has no part in a softmax."""
     width = max((len(row) for row in ranked), default=0)
-    scores = np.full((len(ranked), max(width, 1)), 0.0 if are_shares else -np.inf)
+    scores = np.full((len(ranked), max(width, 1)), -np.inf)
     for number, row in enumerate(ranked):
         scores[number, : len(row)] = [item.score for item in row]
     return scores

@@ -82,13 +82,24 @@ class Measures:
         unwanted: Sequence[Mapping[str, float]],
     ) -> dict[str, Floats]:
         library = import_extra("ir_measures")
+        # Documents go by numbers: trec_eval's C code ends an id at a NUL, with which names that are made here begin.
+        numbers: dict[str, str] = {}
+
+        def number_of(doc_id: str) -> str:
+            return numbers.setdefault(doc_id, str(len(numbers)))
+
         qrels = {
-            str(row): {**dict.fromkeys(others, 0), **_whole_numbers(judged)}
+            str(row): {
+                number_of(doc_id): value
+                for doc_id, value in {**dict.fromkeys(others, 0), **_whole_numbers(judged)}.items()
+            }
             for row, (judged, others) in enumerate(zip(relevant, unwanted, strict=True))
         }
         # The library orders by score, so the score of a document here is its place from the end.
         run = {
-            str(row): {doc_id: float(len(ids) - place) for place, doc_id in enumerate(_told_apart(ids))}
+            str(row): {
+                number_of(doc_id): float(len(ids) - place) for place, doc_id in enumerate(_told_apart(ids))
+            }
             for row, ids in enumerate(ranked_ids)
             if len(ids)
         }

@@ -152,7 +152,11 @@ def unite(
     by_vector = [_found(dense, number) for number in range(len(queries))]
     by_words = [_found(lexical, number) for number in range(len(queries))]
     rows = [np.union1d(one[0], other[0]) for one, other in zip(by_vector, by_words, strict=True)]
-    lacking = [np.setdiff1d(all_rows, one[0]) for all_rows, one in zip(rows, by_vector, strict=True)]
+    # Scores of codes are about the vectors' own, and would not go with those of candidates by words.
+    lacking = [
+        all_rows if index.manifest.scores_codes else np.setdiff1d(all_rows, one[0])
+        for all_rows, one in zip(rows, by_vector, strict=True)
+    ]
     wordless = [np.setdiff1d(all_rows, one[0]) for all_rows, one in zip(rows, by_words, strict=True)]
     dense_scores = _dense_scores(index, prepare_queries(vectors, index.manifest), lacking)
     lexical_scores = index.lexical_scores(queries, wordless)
@@ -167,14 +171,14 @@ def unite(
 
 
 def best_of(candidates: Sequence[Candidates], fusion: HybridFusion, k: int) -> HybridHits:
-    """The best k candidates of each query; equal scores go by row."""
+    """The best k candidates of each query; equal scores go by the vectors' score, then by row."""
     depth = min(k, max((len(each.rows) for each in candidates), default=0))
     empty = empty_hits(len(candidates), depth)
     shape = empty.rows.shape
     hits = HybridHits(empty.scores, empty.rows, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
     for number, each in enumerate(candidates):
         fused = fusion.fuse(each.dense, each.lexical)
-        order = np.lexsort((each.rows, -fused))[:k]
+        order = np.lexsort((each.rows, -each.dense, -fused))[:k]
         place = (number, slice(len(order)))
         hits.scores[place], hits.rows[place] = fused[order], each.rows[order]
         hits.dense[place], hits.lexical[place] = each.dense[order], each.lexical[order]

@@ -41,6 +41,10 @@ K1, B = 1.2, 0.75
 # Candidates are scored again, so more are taken than are asked for: the inverted index may order them otherwise.
 _CANDIDATES_PER_HIT = 4
 _LEAST_CANDIDATES = 50
+# Of a longer query, such as a passage, the inverted index is asked for the terms that weigh most: its time grows with
+# their number. Scores are of all terms.
+_MOST_ASKED = 128
+_MOST_TIMES = 4
 # A change adds a small file of counts; so many are added up at each opening before they become one.
 _MOST_FILES = 16
 _ROWS_COUNTED = 65_536
@@ -163,7 +167,8 @@ class LexicalSide:
 
     def search(self, queries: Sequence[str], k: int, where: str | None = None) -> Hits:
         """The best hits (Q, K) of each query among the documents that an SQL condition holds for."""
-        candidates = max(_CANDIDATES_PER_HIT * k, _LEAST_CANDIDATES)
+        # No more than there are, which a huge k would be no number of Lance's for.
+        candidates = min(max(_CANDIDATES_PER_HIT * k, _LEAST_CANDIDATES), max(self._rows, 1))
         parts: list[Hits] = []
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             terms = [self._terms(query) for query in queries[start : start + _QUERIES_AT_ONCE]]
@@ -208,7 +213,10 @@ class LexicalSide:
     def _candidates(self, terms: _Terms, depth: int, where: str | None) -> Rows:
         if not terms.words:
             return np.empty(0, np.int64)
-        asked = [word for word, times in zip(terms.words, terms.times, strict=True) for _ in range(times)]
+        heaviest = np.argsort(-terms.weights, kind="stable")[:_MOST_ASKED]
+        asked = [
+            terms.words[at] for at in np.sort(heaviest) for _ in range(min(terms.times[at], _MOST_TIMES))
+        ]
         return self._table.best_matches(asked, depth, where)
 
     def _scored(self, terms: _Terms, texts: pa.Array) -> Scores:

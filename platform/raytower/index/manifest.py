@@ -192,6 +192,11 @@ class IndexManifest(Origin):
         """Whether the recall of this very version reaches its target; None where it was not measured."""
         return None if self.recall is None else self.recall >= self.recall_target
 
+    @property
+    def scores_codes(self) -> bool:
+        """Whether scores of a search are those of codes, and not of the vectors themselves."""
+        return self.exact_dtype is None and self.kind in ("ivf_rabitq", "ivf_sq8", "ivf_pq")
+
     def to_json(self) -> bytes:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
         return json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"

@@ -135,6 +135,11 @@ class SearchIndex(Unpicklable):
                 mode=mode,
                 lexical_weight=lexical_weight,
             )[0]
+        if lexical_weight is not None and mode != "hybrid":
+            raise InputError(
+                f"lexical_weight is {lexical_weight}, which mode {mode} does not read; set mode to 'hybrid', or leave "
+                "it out"
+            )
         if mode not in get_args(SearchMode):
             raise InputError(f"mode is {mode!r}; it must be one of {', '.join(get_args(SearchMode))}")
         check_mode(self._index.manifest, mode)

@@ -20,7 +20,14 @@ from raytower.data.sources import split_glob
 from raytower.encoding.job import JOB_NAME
 from raytower.encoding.manifest import MANIFEST_NAME, EmbeddingsManifest
 from raytower.errors import InputError
-from raytower.evaluation.reports import PAGE_NAME, REPORT_NAME, RUN_NAME
+from raytower.evaluation.reports import (
+    COMPARISON_NAME,
+    COMPARISON_PAGE_NAME,
+    PAGE_NAME,
+    PER_QUERY_NAME,
+    REPORT_NAME,
+    RUN_NAME,
+)
 from raytower.index.versions import open_manifest, published_version
 from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
@@ -48,6 +55,10 @@ def content_of(kind: Kind, name: str, rows: InputConfig | None = None, records: 
         return _hash([hash_model(name), read_info(resolve_model(name)).get("fusion")])
     if kind == "embeddings":
         return (Location.of(name) / MANIFEST_NAME).sha256()
+    if kind == "report":  # what a comparison reads: an evaluation, or a run file
+        place = Location.of(name)
+        files = [place / RUN_NAME, place / PER_QUERY_NAME] if place.is_dir() else [place]
+        return _hash([known_sha256(file) for file in files if file.is_file()])
     return open_manifest(name).sha256()
 
 
@@ -93,7 +104,11 @@ def content_of_output(kind: Kind, output: str) -> str | None:
             files = EmbeddingsManifest.read(place).files
             whole = all(sizes.get(file.name) == file.bytes for file in files)
             return (place / MANIFEST_NAME).sha256() if whole else None
-        return _hash([(place / name).sha256() for name in (RUN_NAME, REPORT_NAME, PAGE_NAME)])
+        is_comparison = (place / COMPARISON_NAME).is_file() and not (place / REPORT_NAME).is_file()
+        names = (
+            (COMPARISON_NAME, COMPARISON_PAGE_NAME) if is_comparison else (RUN_NAME, REPORT_NAME, PAGE_NAME)
+        )
+        return _hash([(place / name).sha256() for name in names])
     except InputError:  # a part of it is gone
         return None
 

@@ -81,6 +81,7 @@ INPUT_KEYS: dict[str, Kind] = {
     "screen.reranker": "model",
     "reranker": "model",
     "classifier": "model",
+    "compare": "report",
     "embeddings": "embeddings",
     "index": "index",
 }
@@ -458,6 +459,8 @@ def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
             continue
         # Null, and the names that `labels` of a reranker are, name nothing to read.
         named = {key: value} if isinstance(value, str) else {}
+        if key == "compare" and value is not None:
+            named = {f"{key}.{number}": place for number, place in enumerate(value)}
         if isinstance(value, Mapping):
             named = {f"{key}.{label}": place for label, place in value.items()}
         records = _RECORDS.get((job, key), "corpus" if key.endswith(".corpus") else "pairs")

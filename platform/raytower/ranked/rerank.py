@@ -257,6 +257,7 @@ def _job(
         arguments=(config.model_copy(update=places), fusion, file_type),
         content={
             "settings": config.model_dump(mode="json", exclude=_FREE_KEYS),
+            "read_as": config.input.model_dump(mode="json", exclude={"path"}),
             "file_type": file_type,
             "reranker": reranker.fingerprint,
             "fusion": fusion.to_dict() if fusion else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,7 @@ _SCHEMA = pa.schema(
 _SCORES = pa.schema([("recall_score", pa.float64()), ("rerank_score", pa.float64())])
 _FIRST_LINE_BYTES = 2**20
 _RUN_TAG = "raytower"
+_OUR_SCORE = re.compile(r"-?\d+\.\d{6}")  # as `tsv_cell` writes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +146,13 @@ def _is_ours(place: Location, file_type: RankedFileType) -> bool:
         return len(cells) == 6 and cells[-1] == _RUN_TAG
     if file_type == "tsv":
         cells = line.split("\t")
-        return len(cells) == 3 and _is_number(cells[2])
+        # By its decimals: scored pairs without a header, which somebody wrote, look alike else.
+        return len(cells) == 3 and _OUR_SCORE.fullmatch(cells[2]) is not None
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and row.keys() >= set(_SCHEMA.names)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _tsv_line(row: RankedText) -> str:

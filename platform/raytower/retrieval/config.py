@@ -158,6 +158,11 @@ class SearchConfig(RetrieverConfig, BatchConfig):
             raise ValueError(
                 f"query is one text to search for and input a file of many, and {given} given; give one of them"
             )
+        if self.mode != "hybrid" and self.hybrid != HybridConfig():
+            raise ValueError(
+                f"hybrid is {self.hybrid.model_dump(exclude_defaults=True)}, which mode {self.mode} does not read; set "
+                "mode to hybrid, or leave it out"
+            )
         if self.input is not None and self.output is None:
             raise ValueError("input is given and output is not; name the file that its hits go to")
         if self.query is None:

@@ -117,10 +117,10 @@ def _relevance(
 def _mrr(
     weight: float, sides: Sequence[tuple[Floats, Floats]], relevance: Sequence[NDArray[np.bool_]]
 ) -> float:
-    """MRR@10 of the candidates ordered as a search orders them: by falling score, equal ones by row."""
+    """MRR@10 of the candidates ordered as a search orders them: equal ones by the vectors' score, then by row."""
     ranked = np.zeros((len(sides), MRR_DEPTH), np.bool_)
     for number, ((by_vector, by_words), judged) in enumerate(zip(sides, relevance, strict=True)):
         fused = (1 - weight) * by_vector + weight * by_words
-        order = np.argsort(-fused, kind="stable")[:MRR_DEPTH]
+        order = np.lexsort((-by_vector, -fused))[:MRR_DEPTH]
         ranked[number, : len(order)] = judged[order]
     return float(reciprocal_rank(ranked).mean())

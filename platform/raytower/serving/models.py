@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from raytower.data.plain_labels import plain_label
 from raytower.errors import InputError
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.directory import resolve_model
@@ -286,7 +287,9 @@ class SharedClassifier(SharedModel):
         super().__init__(model_name(entry.uri), engine, forwards, pool)
         self.fingerprint = engine.fingerprint
         self.served = ServedModel(
-            name=model_name(entry.uri), max_length=engine.max_length, labels=engine.labels
+            name=model_name(entry.uri),
+            max_length=engine.max_length,
+            labels=tuple(map(plain_label, engine.labels)),  # as `raytower classify` says them
         )
         self._passes.calibrate(engine.model.tokenise([[_PASSAGE]], engine.max_length))
 

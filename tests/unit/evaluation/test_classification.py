@@ -220,8 +220,14 @@ def test_isotonic_chances_are_those_of_scikit_learn() -> None:
 
 def test_rows_with_fewer_labels_are_padded_with_what_has_no_part() -> None:
     ranked = [_ranked(a=0.9), _ranked(a=0.5, b=0.4)]
-    assert padded(ranked, are_shares=False).tolist() == [[0.9, -np.inf], [0.5, 0.4]]
-    assert padded(ranked, are_shares=True).tolist() == [[0.9, 0.0], [0.5, 0.4]]
+    assert padded(ranked).tolist() == [[0.9, -np.inf], [0.5, 0.4]]
+    # The chances that a temperature is fitted on are those that it gives: of one label alone all, whatever it is.
+    for temperature in (0.5, 15.6):
+        calibration = Calibration(kind="temperature", temperature=temperature)
+        for padded_row, row in zip(padded(ranked), ranked, strict=True):
+            applied = calibration.apply(np.array([item.score for item in row]), True)
+            fitted = calibration.apply(padded_row, True)
+            np.testing.assert_allclose(fitted[: len(row)], applied)
 
 
 def test_votes_are_chosen_by_the_metric_and_then_the_fewest() -> None:
@@ -602,3 +608,16 @@ def test_a_page_and_plots_of_labels(dummy_encoder_dir: Path, tmp_path: Path) -> 
         world.classify(index, rows, **asked)
     with pytest.raises(InputError, match="labelled is false"):
         world.classify(index, rows, report=str(page), labelled=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी में लिखना", ["हिन्दी", "में", "लिखना"]),
+        ("مُحَمَّد هنا", ["مُحَمَّد", "هنا"]),
+        ("I don't lend 'it'", ["I", "don't", "lend", "it"]),
+        ("借钱ok", ["借", "钱", "ok"]),
+    ],
+)
+def test_words_keep_their_marks(text: str, words: list[str]) -> None:
+    assert [text[part.start : part.end] for part in parts_of(text)] == words

@@ -14,13 +14,20 @@ from raytower.index.change import add_to_index, delete_from_index
 from raytower.index.change_config import IndexAddConfig, IndexDeleteConfig
 from raytower.index.compact import compact_index
 from raytower.index.config import IndexCompactConfig, TokensConfig
-from raytower.index.hybrid import HybridFusion, check_mode, modes_of, search_hybrid
+from raytower.index.hybrid import HybridFusion, check_mode, modes_of, search_hybrid, unite
 from raytower.index.manifest import HybridEntry
 from raytower.index.reader import Index
 from raytower.index.search_config import HybridConfig
 from raytower.index.versions import changing, following, open_manifest, publish
 from raytower.storage import Location
-from tests.support.index_cases import HERE, build, embeddings_of, unit_vectors, write_embeddings
+from tests.support.index_cases import (
+    HERE,
+    build,
+    clustered_vectors,
+    embeddings_of,
+    unit_vectors,
+    write_embeddings,
+)
 from tests.unit.index.test_lexical import oracle, random_texts
 
 QUERIES = ["怎么开通微粒贷", "VIP-3", "app 转账额度", "。？！", "zzz"]
@@ -211,3 +218,27 @@ class TestModesOfAnIndex:
 
 def _tuned(weight: float) -> HybridEntry:
     return HybridEntry(fusion="standardised", weight=weight, queries=5)
+
+
+@pytest.mark.parametrize("way", ["standardised", "reciprocal_ranks"])
+def test_a_query_without_words_has_its_vectors_order_at_any_weight(way: Any, tmp_path: Path) -> None:
+    """At weight 1 all its scores are equal, and its hits were the lowest rows."""
+    vectors = unit_vectors(200)
+    build(tmp_path / "i", write_embeddings(tmp_path / "e", [f"i{n}" for n in range(200)], vectors))
+    index = Index.open(str(tmp_path / "i"))
+    query = unit_vectors(1, seed=9)
+    hits = search_hybrid(index, ["!!!"], query, 5, HybridFusion(way=way, weight=1.0))
+    assert hits.rows.tolist() == index.search(query, 5).rows.tolist()
+
+
+def test_all_vectors_scores_are_exact_where_shards_hold_codes(tmp_path: Path) -> None:
+    """Scores of codes stood beside exact ones of candidates by words: half of the best ten were others."""
+    vectors = clustered_vectors(2000)
+    texts = [f"w{n % 97} v{n % 13}" for n in range(2000)]
+    embeddings = write_embeddings(tmp_path / "e", [f"i{n}" for n in range(2000)], vectors, texts=texts)
+    build(tmp_path / "i", embeddings, kind="ivf_pq", rescore=False, ivf={"nlist": 4, "pq_m": 8})
+    index = Index.open(str(tmp_path / "i"))
+    queries, words = clustered_vectors(5, seed=5), [f"w{n}" for n in range(5)]
+    united = unite(index, words, queries, index.search(queries, 50), index.search_lexical(words, 50))
+    for query, each in zip(queries, united, strict=True):
+        np.testing.assert_allclose(each.dense, vectors[each.rows] @ query, atol=1e-5)

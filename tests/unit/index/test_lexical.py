@@ -312,3 +312,17 @@ def test_the_plan_says_what_the_lexical_side_takes(tmp_path: Path) -> None:
     assert without["predicted_lexical_bytes"] == 0
     more = with_it["predicted_disk_bytes"] - without["predicted_disk_bytes"]
     assert more == with_it["predicted_lexical_bytes"] > 0
+
+
+def test_long_queries_and_huge_k_are_bounded(tmp_path: Path) -> None:
+    """A passage as a query asks the inverted index for the terms that weigh most; its scores are of all of them."""
+    texts = [" ".join(f"t{n}x{m}" for m in range(200)) + " common" for n in range(6)]
+    build(tmp_path / "i", embedded(tmp_path / "e", numbered(texts)), lexical=True)
+    index = Index.open(str(tmp_path / "i"))
+    asked: list[int] = []
+    real = index.table.best_matches
+    index.table.best_matches = lambda words, *rest: asked.append(len(words)) or real(words, *rest)  # type: ignore[method-assign,func-returns-value]
+    hits = index.search_lexical([texts[3] + " " + texts[3]], 2**62)
+    assert max(asked) <= 128 * 4
+    assert hits.rows[0, 0] == 3
+    np.testing.assert_allclose(hits.scores[0, 0], oracle(texts, texts[3] + " " + texts[3])[3], rtol=1e-5)

@@ -19,6 +19,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.models.fusion import Fusion
 from raytower.ranked import search as search_module
+from raytower.ranked.rows import ranked_file_type
 from raytower.ranked.search import SearchWorker, plan_one_or_many, search_one_or_many
 from raytower.retrieval.config import SearchConfig
 from raytower.retrieval.search import search
@@ -257,3 +258,32 @@ def test_the_last_line_of_standard_output_is_the_figures(
     assert main(["search", world.index, "sun 3", "--k", "1"]) == 0
     assert "sun 3" in capsys.readouterr().out
     assert Location.of(tmp_path / "a.tsv").is_file()
+
+
+def test_parts_that_were_read_in_another_way_are_not_kept(
+    world: World, queries: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are the same, the queries are not: a resumed job mixed both."""
+    identities = []
+
+    def seen(job: Any, *_: Any) -> Any:
+        identities.append(job.identity)
+        raise InputError("enough")
+
+    monkeypatch.setattr("raytower.ranked.search.run_shares", seen)
+    for fields in (["title", "text"], ["text"], ["text"]):
+        values = {"index": world.index, "output": str(tmp_path / "a.tsv")}
+        with pytest.raises(InputError, match="enough"):
+            search_one_or_many(
+                make_config(SearchConfig, {**values, "input": {"path": queries, "text_fields": fields}})
+            )
+    assert identities[0] != identities[1] == identities[2]
+
+
+def test_scored_pairs_of_somebody_are_no_former_result(tmp_path: Path) -> None:
+    """They have three columns and a number, too, and were replaced without a word."""
+    (tmp_path / "dev.tsv").write_text("how to lend\tloans\t1\n")
+    with pytest.raises(InputError, match="no tsv result of this job"):
+        ranked_file_type(str(tmp_path / "dev.tsv"), None)
+    (tmp_path / "dev.tsv").write_text("how to lend\tloans\t0.731000\n")
+    assert ranked_file_type(str(tmp_path / "dev.tsv"), None) == "tsv"
