@@ -188,7 +188,7 @@ def _job(config: SearchConfig, file_type: RankedFileType, surveyed: Survey, shar
         arguments=(config.model_copy(update=places), manifest.version, file_type),
         content={
             "settings": config.model_dump(mode="json", exclude=_FREE_KEYS),
-            "read_as": config.input.model_dump(mode="json", exclude={"path"}),
+            "read_as": config.input.model_dump(mode="json", exclude={"path"}) if config.input else None,
             "file_type": file_type,
             "index_version": manifest.version,
             "index": manifest.sha256(),
