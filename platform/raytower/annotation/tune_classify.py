@@ -11,6 +11,7 @@ Shape legend: N dev rows, K neighbours or ranked labels, G settings.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,16 +70,7 @@ def tune_classify(config: TuneClassifyConfig) -> dict[str, Any]:
     expected = [label for _, label in texts]
     _check(config, expected)
     found: dict[str, Any] = {}
-    way: Way | None = None
-    if config.mode == "votes":
-        assert isinstance(labeller, IndexLabeller)
-        voters = _neighbours(config, labeller, texts)
-        way, found["tried"] = choose_votes(voters, expected, config.metric, config.max_k)
-        ranked = [way.count(row) for row in voters]
-        depth = way.k
-    else:
-        ranked = _label(config, labeller, texts)
-        depth = config.max_k
+    ranked, way, found["tried"] = _ranked(config, labeller, texts)
     calibration, measured = choose_calibration(config, ranked, expected)
     cut, found["positive"] = choose_cut(
         config, Decider(config.mode, calibration=calibration), ranked, expected
@@ -86,35 +78,26 @@ def tune_classify(config: TuneClassifyConfig) -> dict[str, Any]:
     decider = Decider(config.mode, calibration=calibration, positive=config.positive, cut=cut)
     decisions = [decider.decide(row) for row in ranked]
     scores, right = _scored(decisions, expected)
-    threshold = None
-    if config.min_accuracy is not None:
-        threshold = threshold_for(scores, right, config.min_accuracy)
-        if threshold is None:
-            raise InputError(
-                f"min_accuracy is {config.min_accuracy}, and no threshold gives it on these {len(right)} rows: the "
-                f"surest tenth has {coverage_curve(scores, right)[0]['accuracy']:.3f}; lower it, or train the encoder"
-            )
     settings = ClassifySettings(
         mode=config.mode,
         fingerprint=fingerprint,
         label_field=None if config.mode == "classifier" else config.label_field,
-        depth=depth,
+        depth=way.k if way else config.max_k,
         votes=way.votes if way else None,
         temperature=way.temperature if way else None,
         calibration=calibration,
         positive=config.positive,
         cut=cut,
-        abstain_below=threshold,
+        abstain_below=_threshold(config, scores, right),
     )
     Location.of(config.output).write_json(settings.model_dump(mode="json"))
     predicted = [row.ranked[0].label if row.ranked else "" for row in decisions]
-    counts = {label: expected.count(label) for label in set(expected)}
     return {
         "rows": survey.num_rows,
         "mode": config.mode,
         "rejected_rows": survey.num_rejected,
         **labeller.figures,
-        "labels_missing": count_missing(labeller, counts),
+        "labels_missing": count_missing(labeller, Counter(expected)),
         "accuracy": float(right.mean()),
         "f1_macro": macro_f1(predicted, expected),
         **{name: value for name, value in found.items() if value is not None},
@@ -124,6 +107,35 @@ def tune_classify(config: TuneClassifyConfig) -> dict[str, Any]:
         "output": config.output,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _ranked(
+    config: TuneClassifyConfig, labeller: Any, texts: Sequence[tuple[str, str]]
+) -> tuple[list[list[Prediction]], Way | None, list[dict[str, Any]] | None]:
+    """The labels of each row, best first; in mode votes also the way of voting, and what each way reaches."""
+    if config.mode != "votes":
+        return _label(config, labeller, texts), None, None
+    assert isinstance(labeller, IndexLabeller)
+    voters = _neighbours(config, labeller, texts)
+    way, tried = choose_votes(voters, [label for _, label in texts], config.metric, config.max_k)
+    return [way.count(row) for row in voters], way, tried
+
+
+def _threshold(config: TuneClassifyConfig, scores: Floats, right: NDArray[np.bool_]) -> float | None:
+    """The score (N,) below which no label is given, for `min_accuracy` of the others; None where it is not asked for.
+
+    Raises:
+        InputError: no threshold gives it.
+    """
+    if config.min_accuracy is None:
+        return None
+    threshold = threshold_for(scores, right, config.min_accuracy)
+    if threshold is None:
+        raise InputError(
+            f"min_accuracy is {config.min_accuracy}, and no threshold gives it on these {len(right)} rows: the "
+            f"surest tenth has {coverage_curve(scores, right)[0]['accuracy']:.3f}; lower it, or train the encoder"
+        )
+    return threshold
 
 
 def plan_tune_classify(config: TuneClassifyConfig) -> dict[str, Any]:

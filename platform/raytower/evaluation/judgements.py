@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from raytower.data.queries import QuerySet
 from raytower.index.reader import Index
+from raytower.progress import log
 from raytower.retrieval.lookup import find_documents
 
 # No document id can begin with this: ids come from text files, whose readers refuse the character.
@@ -48,7 +49,8 @@ class Judgements:
 def judge(queries: QuerySet, index: Index) -> Judgements:
     """Turn a query set into judgements over the documents of an index.
 
-    Relevance by id is taken as it is. Relevance by text (pairs) means every document whose text is equal.
+    Relevance by id is taken as it is. Relevance by text (pairs) means every document whose text is equal. How many
+    relevant documents the index lacks is logged.
     """
     copies: dict[str, str] = {}
     if queries.relevant is not None:
@@ -66,6 +68,8 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
         ]
         copies = {doc_id: same[0] for same in ids.values() if len(same) > 1 for doc_id in same}
         num_missing = sum(text not in ids for texts in queries.relevant_texts for text in texts)
+    if num_missing:
+        log(f"{num_missing:,} relevant documents are not in the index; they count as missed")
     return Judgements(
         queries.ids,
         queries.texts,

@@ -12,7 +12,7 @@ import numpy as np
 from raytower.data.queries import QuerySet, read_queries
 from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.figures import ScoreSample, curve_ks
-from raytower.evaluation.judgements import absent_text, judge
+from raytower.evaluation.judgements import Judgements, absent_text, judge
 from raytower.evaluation.measured import Measured, report_of
 from raytower.evaluation.measures import Measures
 from raytower.evaluation.page import evaluation_plots
@@ -62,18 +62,11 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     if on_gpu := index.use_gpu():
         log(f"{on_gpu} of {len(index.shards)} shards are searched on the GPU")
     judgements = judge(queries, index)
-    if judgements.num_missing:
-        log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
     retriever = load_retriever(engine, index, config, name)
     searching = time.perf_counter()
     depth = _depth(config, measures)
+    measured = _nothing_yet(config, measures, judgements, depth)
     others = None
-    measured = Measured(
-        measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
-    )
-    if config.stages or config.output is not None or config.plots is not None:
-        measured.curve_ks = curve_ks(config.k, depth)
-        measured.scores = ScoreSample(len(judgements.ids), depth)
     if config.stages:
         others = OtherStages(index, config.mode, depth + config.ignore_identical_ids, measured)
     _measure(retriever, measured, config, others)
@@ -94,30 +87,57 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         result["stages_seconds"] = round(stages_seconds, 3)
         curve = recall_against_time(index, others.sample, measured, depth)
     if config.output is not None or config.plots is not None:
-        settings = {
-            **config.model_dump(mode="json"),
-            "encoder": name,
-            "query_prefix": retriever.query_prefix,
-            "fingerprint": index.fingerprint,
-            "index_version": index.version,
-            "index_rows": index.num_rows,
-            "fusion": retriever.fusion.to_dict() if retriever.fusion else None,
-            "hybrid": asdict(retriever.hybrid) if config.mode == "hybrid" and retriever.hybrid else None,
-        }
-        wanted = {
-            doc_id
-            for place in measured.worst_places
-            for doc_id in judgements.relevant[place]
-            if absent_text(doc_id) is None
-        }
-        texts = find_documents(index, "id", wanted, "text")
-        report = report_of(result, measured, settings, texts)
-        report["figures"]["recall_against_time"] = curve
-        if config.output is not None:
-            write_reports(Location.of(config.output), report, judgements, measured.values)
-        if config.plots is not None:
-            write_plots(Location.of(config.plots), evaluation_plots(report))
+        settings = {"encoder": name, **_settings_of(retriever, index, config)}
+        _write(config, result, measured, settings, curve, index)
     return result
+
+
+def _nothing_yet(config: EvaluateConfig, measures: Measures, judgements: Judgements, depth: int) -> Measured:
+    """What queries are measured into; for stages and for pictures with more than the metrics need."""
+    measured = Measured(
+        measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
+    )
+    if config.stages or config.output is not None or config.plots is not None:
+        measured.curve_ks = curve_ks(config.k, depth)
+        measured.scores = ScoreSample(len(judgements.ids), depth)
+    return measured
+
+
+def _settings_of(retriever: Retriever, index: Index, config: EvaluateConfig) -> dict[str, Any]:
+    """What decided the figures beside the config: prefix, fusions, and which index it was."""
+    return {
+        "query_prefix": retriever.query_prefix,
+        "fingerprint": index.fingerprint,
+        "index_version": index.version,
+        "index_rows": index.num_rows,
+        "fusion": retriever.fusion.to_dict() if retriever.fusion else None,
+        "hybrid": asdict(retriever.hybrid) if config.mode == "hybrid" and retriever.hybrid else None,
+    }
+
+
+def _write(
+    config: EvaluateConfig,
+    result: dict[str, Any],
+    measured: Measured,
+    settings: dict[str, Any],
+    curve: list[dict[str, Any]],
+    index: Index,
+) -> None:
+    """The report, and drawings where they are asked for. `curve` is recall against time, a record a point."""
+    judgements = measured.judgements
+    wanted = {
+        doc_id
+        for place in measured.worst_places
+        for doc_id in judgements.relevant[place]
+        if absent_text(doc_id) is None
+    }
+    texts = find_documents(index, "id", wanted, "text")
+    report = report_of(result, measured, {**config.model_dump(mode="json"), **settings}, texts)
+    report["figures"]["recall_against_time"] = curve
+    if config.output is not None:
+        write_reports(Location.of(config.output), report, judgements, measured.values)
+    if config.plots is not None:
+        write_plots(Location.of(config.plots), evaluation_plots(report))
 
 
 def plan_index(config: EvaluateConfig) -> dict[str, Any]:

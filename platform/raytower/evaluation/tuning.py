@@ -14,7 +14,6 @@ from raytower.index.manifest import HybridEntry
 from raytower.index.reader import Index
 from raytower.index.shard_build import digest_of
 from raytower.index.versions import changing, following, open_manifest, publish
-from raytower.progress import log
 from raytower.retrieval.load import (
     load_engine,
     load_query_engine,
@@ -59,8 +58,6 @@ def tune_reranker(config: TuneFusionConfig, reranker: str) -> dict[str, Any]:
     if engine is not None:
         index.check_fingerprint(engine.fingerprint)
     judgements = judge(queries, index)
-    if judgements.num_missing:
-        log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
     retriever = Retriever(
         engine,
         index,
@@ -123,8 +120,6 @@ def tune_lexical_weight(config: TuneFusionConfig) -> dict[str, Any]:
     engine = load_engine(name, config)
     index.check_fingerprint(engine.fingerprint)
     judgements = judge(queries, index)
-    if judgements.num_missing:
-        log(f"{judgements.num_missing:,} relevant documents are not in the index; they count as missed")
     tuned = tune_hybrid_on_queries(
         Retriever(engine, index, query_prefix=own_or(config.query_prefix, engine.encoder, "query", name)),
         judgements.texts,

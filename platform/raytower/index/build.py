@@ -157,21 +157,8 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
     )
     identity = _identity(config, source, plan)
     before = open_manifest(index) if published_version(index) else None
-    if before is not None and not config.replace:
-        if identity in before.built:
-            log(
-                f"{index} holds this build already, and version {before.version} came of it; nothing to build"
-            )
-            if config.lexical and before.lexical is None:
-                log(
-                    f"it has no lexical side; make one: `raytower index compact --index {index} --lexical true`"
-                )
-            return figures(before, started, config.output)
-        if before.applied:
-            raise InputError(
-                f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of "
-                "all that: set replace: true, or build into another folder"
-            )
+    if before is not None and _is_built(config, index, before, identity):
+        return figures(before, started, config.output)
     run = run or on_ray(config.workers)
     tokens = config.tokens if config.lexical else None
     table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run, tokens)
@@ -199,6 +186,27 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
     _publish(index, manifest, table)
     remove_work(index, digest_of(source.identity()))
     return figures(manifest, started, config.output)
+
+
+def _is_built(config: IndexBuildConfig, index: Location, before: IndexManifest, identity: str) -> bool:
+    """Whether the newest version came of this very build, which then is not done again unless `replace` is true.
+
+    Raises:
+        InputError: the index was changed since another build, and `replace` is false.
+    """
+    if config.replace:
+        return False
+    if identity in before.built:
+        log(f"{index} holds this build already, and version {before.version} came of it; nothing to build")
+        if config.lexical and before.lexical is None:
+            log(f"it has no lexical side; make one: `raytower index compact --index {index} --lexical true`")
+        return True
+    if before.applied:
+        raise InputError(
+            f"{index} was changed {len(before.applied)} times since it was built; a new build takes the place of "
+            "all that: set replace: true, or build into another folder"
+        )
+    return False
 
 
 def _draft(

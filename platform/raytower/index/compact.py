@@ -17,7 +17,7 @@ from raytower.index.build import (
 )
 from raytower.index.config import IndexCompactConfig, Placing, TokensConfig
 from raytower.index.fold import folded
-from raytower.index.manifest import FORMAT_VERSION, IndexManifest, LexicalEntry
+from raytower.index.manifest import FORMAT_VERSION, IndexManifest, LexicalEntry, ShardEntry
 from raytower.index.plan import IndexPlan, IndexRequest
 from raytower.index.shard import shard_rows
 from raytower.index.shard_build import digest_of
@@ -64,16 +64,7 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
     with changing(index, "index compact") as writer:
         newest = writer.manifest
         table, lexical = _lexical_side(config, writer, run)
-        # Shards are derived: those of changes published since stand beside the new ones, over the newest table.
-        # One that was folded from rows of before would hold them a second time, and one of another kind than the new
-        # ones is searched by other parameters: the rows of these are folded anew.
-        later = tuple(
-            entry
-            for entry in newest.shards
-            if entry not in before.shards
-            and entry.kind in ("flat", anew["kind"])
-            and int(shard_rows(index, entry)[0]) >= before.next_row
-        )
+        later = _shards_since(index, before, newest, anew["kind"])
         draft = following(
             newest,
             "compact",
@@ -91,6 +82,23 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
         writer.lease.check()
         publish(index, manifest, table)
     return {**figures(manifest, started, config.index), **shown, "compacted": True}
+
+
+def _shards_since(
+    index: Location, before: IndexManifest, newest: IndexManifest, kind: str
+) -> tuple[ShardEntry, ...]:
+    """The shards of changes published since, which stand beside the new ones, over the newest table.
+
+    One that was folded from rows of before would hold them a second time, and one of another kind than the new ones is
+    searched by other parameters: the rows of these are folded anew.
+    """
+    return tuple(
+        entry
+        for entry in newest.shards
+        if entry not in before.shards
+        and entry.kind in ("flat", kind)
+        and int(shard_rows(index, entry)[0]) >= before.next_row
+    )
 
 
 def _with_lexical_side(config: IndexCompactConfig, run: Run) -> IndexManifest:

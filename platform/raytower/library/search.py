@@ -125,34 +125,14 @@ class SearchIndex(Unpicklable):
         >>> [(hit.id, hit.rank, hit.metadata) for hit in hits]
         [('refund', 1, {'topic': 'money'})]
         """
-        if isinstance(queries, str):
-            return self.search(
-                [queries],
-                k,
-                filter=filter,
-                rerank=rerank,
-                recall_k=recall_k,
-                mode=mode,
-                lexical_weight=lexical_weight,
-            )[0]
-        if lexical_weight is not None and mode != "hybrid":
-            raise InputError(
-                f"lexical_weight is {lexical_weight}, which mode {mode} does not read; set mode to 'hybrid', or leave "
-                "it out"
-            )
-        if mode not in get_args(SearchMode):
-            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(get_args(SearchMode))}")
-        check_mode(self._index.manifest, mode)
+        hybrid = self._fusion(mode, lexical_weight)
         k, recall_k = count_of(k, "k"), count_of(recall_k, "recall_k")
-        texts = texts_of(queries, "queries")
+        texts = texts_of([queries] if isinstance(queries, str) else queries, "queries")
         for place, text in enumerate(texts):
             if is_unseen(text):
                 raise InputError(f"queries[{place}] is {text!r}, which is blank; give a text to search for")
         scorer = self._reranker(rerank)
         encoder = None if mode == "lexical" else self.encoder
-        hybrid = HybridFusion.of(self._index.manifest, HybridConfig())
-        if lexical_weight is not None:
-            hybrid = replace(hybrid, weight=lexical_weight)
         retriever = Retriever(
             encoder.shared if encoder else None,
             self._index,
@@ -162,7 +142,21 @@ class SearchIndex(Unpicklable):
             mode=mode,
         )
         recall = recall_by(self._index, mode, hybrid, plain(filter))
-        return retriever.search(texts, k=k, recall_k=recall_k, recall=recall).hits
+        hits = retriever.search(texts, k=k, recall_k=recall_k, recall=recall).hits
+        return hits[0] if isinstance(queries, str) else hits
+
+    def _fusion(self, mode: SearchMode, lexical_weight: float | None) -> HybridFusion:
+        """How mode hybrid fuses. Raises InputError for a mode that there is not, or a weight that it does not read."""
+        if mode not in get_args(SearchMode):
+            raise InputError(f"mode is {mode!r}; it must be one of {', '.join(get_args(SearchMode))}")
+        if lexical_weight is not None and mode != "hybrid":
+            raise InputError(
+                f"lexical_weight is {lexical_weight}, which mode {mode} does not read; set mode to 'hybrid', or leave "
+                "it out"
+            )
+        check_mode(self._index.manifest, mode)
+        fusion = HybridFusion.of(self._index.manifest, HybridConfig())
+        return fusion if lexical_weight is None else replace(fusion, weight=lexical_weight)
 
     def search_vectors(
         self, vectors: NDArray[Any], k: int = 10, *, filter: Filter | None = None

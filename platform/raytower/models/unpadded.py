@@ -11,7 +11,7 @@ Shape legend: B texts of a chunk, L tokens of the longest, T tokens of all, A he
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,15 +132,7 @@ def _attend(
             **others,
         )
         return found, None
-    if dropout > 0:
-        raise PaddedOnlyError(
-            f"its attention has dropout {dropout:g}, which the kernel for such texts has not"
-        )
-    if others.get("softcap") is not None or others.get("s_aux") is not None:
-        raise PaddedOnlyError("its attention limits scores, or has sinks")
-    width = query.shape[-1]
-    if width % 8 or width > 256:
-        raise PaddedOnlyError(f"its heads are {width} wide, and the kernel's a multiple of 8 up to 256")
+    _refuse_what_the_kernel_has_not(query.shape[-1], dropout, others)
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
@@ -163,7 +155,13 @@ def _attend(
         )
         assert isinstance(whole_TAh, Tensor)
         return whole_TAh[None], None
-    starts = cu_seq_lens_q.tolist()
+    return _attend_one_by_one(query, key, value, cu_seq_lens_q, window, scaling), None
+
+
+def _attend_one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: tuple[int, int], scaling: float | None
+) -> Tensor:
+    """What the kernel computes, for CPUs, which have none: (1, A, T, h) → (1, T, A, h), text after text."""
     texts = [
         nn.functional.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -173,9 +171,21 @@ def _attend(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in itertools.pairwise(starts)
+        for start, end in itertools.pairwise(starts.tolist())
     ]
-    return torch.cat(texts, dim=2).transpose(1, 2), None
+    return torch.cat(texts, dim=2).transpose(1, 2)
+
+
+def _refuse_what_the_kernel_has_not(head_width: int, dropout: float, others: Mapping[str, Any]) -> None:
+    """Raises PaddedOnlyError for attention that the kernel of texts laid end to end does not compute."""
+    if dropout > 0:
+        raise PaddedOnlyError(
+            f"its attention has dropout {dropout:g}, which the kernel for such texts has not"
+        )
+    if others.get("softcap") is not None or others.get("s_aux") is not None:
+        raise PaddedOnlyError("its attention limits scores, or has sinks")
+    if head_width % 8 or head_width > 256:
+        raise PaddedOnlyError(f"its heads are {head_width} wide, and the kernel's a multiple of 8 up to 256")
 
 
 def _band(length: int, window: tuple[int, int]) -> Tensor | None:
