@@ -11,12 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,7 +46,7 @@ from raytower.encoding.plan import (
 from raytower.encoding.progress import progress
 from raytower.encoding.records import collect_records, find_parts, remove_left_overs
 from raytower.encoding.worker import EncodedPiece, PieceEncoder, read_answer
-from raytower.errors import FormatError, InputError, OtherOutputError, RaytowerError
+from raytower.errors import FormatError, OtherOutputError, RaytowerError
 from raytower.models.compute import check_max_length
 from raytower.models.device import default_block_rows, default_tokens_per_batch
 from raytower.models.directory import resolve_model
@@ -55,15 +54,14 @@ from raytower.models.encoder import Encoder
 from raytower.models.onnx_export import graph_for
 from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
+from raytower.only_job import only_job
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
 from raytower.storage import (
     Lease,
     Location,
-    StorageError,
     absolute_if_local,
     output_folder,
-    writer_lease,
 )
 from raytower.workers import fit_workers
 
@@ -232,24 +230,13 @@ def _recorded_rows_per_file(output: Location) -> int | None:
     return rows if isinstance(rows, int) and rows > 0 else None
 
 
-@contextmanager
-def _only_job(job: _Job) -> Iterator[Lease | None]:
-    """Refuse a second job on this output while one is at work there; None where the storage cannot tell."""
-    owner = f"an encoding job (process {os.getpid()} on {socket.gethostname()})"
-    with ExitStack() as stack:
-        lease = None
-        try:
-            lease = stack.enter_context(writer_lease(job.output / _LOCK_NAME, owner=owner))
-        except StorageError:
-            raise
-        except InputError:  # hdfs: neither locks nor conditional writes
-            log(f"warning: {job.config.output} cannot be locked; start no second job on it")
-        except RaytowerError as error:
-            raise InputError(
-                f"output {job.config.output!r} is being written by another encoding job: {error}; or choose another "
-                "output"
-            ) from error
-        yield lease
+def _only_job(job: _Job) -> AbstractContextManager[Lease | None]:
+    return only_job(
+        job.output / _LOCK_NAME,
+        job.config.output,
+        owner="an encoding job",
+        doing="written by another encoding job",
+    )
 
 
 def _claim(job: _Job) -> None:

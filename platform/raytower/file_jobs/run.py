@@ -10,9 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any, Protocol, TypeAlias
@@ -22,10 +20,11 @@ import pyarrow.parquet as pq
 
 from raytower.config import FittedWorkersConfig, WorkersConfig
 from raytower.data.pieces import Survey, read_piece
-from raytower.errors import InputError, RaytowerError, find_cause, import_extra
+from raytower.errors import RaytowerError, find_cause, import_extra
 from raytower.file_jobs.plan import Share, choose_workers
+from raytower.only_job import only_job
 from raytower.progress import Progress, log
-from raytower.storage import Location, StorageError, writer_lease
+from raytower.storage import Location
 
 Sink: TypeAlias = "pa.NativeFile | IO[bytes]"
 _COPY_BYTES = 2**20
@@ -122,7 +121,7 @@ def run_shares(
         InputError: as the worker; another job writes to the output; or the input has changed since it was surveyed.
         RaytowerError: as the worker; or a task failed.
     """
-    with _only_job(job):
+    with only_job(job.output.parent / f".{job.output.name}.lock", str(job.output)):
         figures = _kept(job)
         if figures:
             log(f"{len(figures)} of {len(job.shares)} parts of {job.output} are finished already")
@@ -159,24 +158,6 @@ def join_parquet(parts: Sequence[Location], sink: Sink) -> None:
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _only_job(job: FileJob) -> Iterator[None]:
-    """Refuse a second job on this output while one is at work there, where the storage can tell."""
-    owner = f"a job (process {os.getpid()} on {socket.gethostname()})"
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(writer_lease(job.output.parent / f".{job.output.name}.lock", owner=owner))
-        except StorageError:
-            raise
-        except InputError:  # hdfs: neither locks nor conditional writes
-            log(f"warning: {job.output} cannot be locked; start no second job on it")
-        except RaytowerError as error:
-            raise InputError(
-                f"output {str(job.output)!r} is being written by another job: {error}; or name another output"
-            ) from error
-        yield
 
 
 def _kept(job: FileJob) -> dict[int, dict[str, Any]]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,18 +25,17 @@ from raytower.errors import InputError, OtherOutputError, RaytowerError, find_ca
 from raytower.models.content import hash_model
 from raytower.models.device import fast_dtype, warn_of_slow_dtype
 from raytower.models.directory import INFO_NAME
+from raytower.only_job import only_job
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
 from raytower.storage import (
     Lease,
     Location,
-    StorageError,
     check_output,
     former_place,
     output_folder,
     publish_directory,
     put_aside,
-    writer_lease,
 )
 from raytower.training.backbone import narrow_base
 from raytower.training.batches import count_steps, count_unused
@@ -303,7 +299,12 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     done = finished_run(asked, identity)
     if done is None:
         probe_storage(output.parent)
-        with _only_job(output) as lease:
+        with only_job(
+            output.parent / f".{output.name}.train.lock",
+            str(output),
+            owner="a training",
+            doing="trained by another job",
+        ) as lease:
             done = finished_run(asked, identity)  # another job may have been at it
             if done is None:
                 _clear_half_published(output, identity)
@@ -312,29 +313,6 @@ def fit(task_class: type[Task[Any]], config: TrainJobConfig) -> dict[str, Any]:
     # A job killed between publishing and cleaning up leaves its checkpoints.
     run_folder.delete()
     return done
-
-
-@contextmanager
-def _only_job(output: Location) -> Iterator[Lease | None]:
-    """Refuse a second training with this output while one is at work: they would share or replace what they write.
-
-    None where the storage cannot tell.
-    """
-    place = output.parent / f".{output.name}.train.lock"
-    owner = f"a training (process {os.getpid()} on {socket.gethostname()})"
-    with ExitStack() as stack:
-        lease = None
-        try:
-            lease = stack.enter_context(writer_lease(place, owner=owner))
-        except InputError:  # hdfs and some network drives: neither locks nor conditional writes
-            log(f"warning: {output} cannot be locked; start no second training with this output")
-        except StorageError:
-            raise
-        except RaytowerError as error:
-            raise InputError(
-                f"output {str(output)!r} is being trained by another job: {error}; or choose another output"
-            ) from error
-        yield lease
 
 
 def _train(

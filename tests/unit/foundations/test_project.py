@@ -31,7 +31,7 @@ FLOORS = [
     {"__init__", "config_words", "errors", "escapes"},
     {"collectives", "config", "ending", "metrics", "progress", "storage"},
     {"pages"},
-    {"worker_output", "workers"},
+    {"only_job", "worker_output", "workers"},
     {"runtime"},
     {"data"},
     {"models"},
