@@ -93,6 +93,7 @@ class MineConfig(RerankConfig, ModeConfig, BatchConfig):
         return value
 
     def model_post_init(self, context: Any) -> None:
+        self.refuse_unread_fusion()
         for name in ("max_score_ratio", "max_score_margin"):
             if self.mode == "lexical" and getattr(self, name) is not None:
                 raise ValueError(

@@ -70,6 +70,7 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
             raise ValueError(f"k is {self.k}; cut-offs must be 1 or more, each given once")
         if self.metrics is not None and (not self.metrics or len(set(self.metrics)) != len(self.metrics)):
             raise ValueError(f"metrics is {self.metrics}; name at least one, each once, or leave it out")
+        self.refuse_unread_fusion()
         measured = [key for key in ("index", "run", "compare") if getattr(self, key) is not None]
         if len(measured) != 1:
             given = f"{' and '.join(measured)} are given" if measured else "nothing is given to measure"

@@ -100,6 +100,14 @@ class ModeConfig(EngineConfig):
     hybrid: HybridConfig = HybridConfig()
     """How mode hybrid makes one score of two."""
 
+    def refuse_unread_fusion(self) -> None:
+        """Raises ValueError for keys of `hybrid` in another mode; servers and tune-fusion read them in any."""
+        if self.mode != "hybrid" and self.hybrid != HybridConfig():
+            raise ValueError(
+                f"hybrid is {self.hybrid.model_dump(exclude_defaults=True)}, which mode {self.mode} does not read; set "
+                "mode to hybrid, or leave it out"
+            )
+
 
 class RetrieverConfig(RerankConfig, ModeConfig):
     """Keys of every command that puts a retriever together from its config."""
@@ -158,11 +166,7 @@ class SearchConfig(RetrieverConfig, BatchConfig):
             raise ValueError(
                 f"query is one text to search for and input a file of many, and {given} given; give one of them"
             )
-        if self.mode != "hybrid" and self.hybrid != HybridConfig():
-            raise ValueError(
-                f"hybrid is {self.hybrid.model_dump(exclude_defaults=True)}, which mode {self.mode} does not read; set "
-                "mode to hybrid, or leave it out"
-            )
+        self.refuse_unread_fusion()
         if self.input is not None and self.output is None:
             raise ValueError("input is given and output is not; name the file that its hits go to")
         if self.query is None:

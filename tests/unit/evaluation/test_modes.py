@@ -355,3 +355,18 @@ class TestRerankers:
         scorer = TableScorer(dict.fromkeys(TEXTS, 1.0) | {TEXTS[0]: 9.0})
         retriever = Retriever(None, Index.open(wordy), scorer, mode="lexical")
         assert tune_on_queries(retriever, ["pump"], [{"d0": 1.0}]).fusion.mode == "lexical"
+
+
+@pytest.mark.parametrize(
+    ("config", "others"),
+    [
+        (SearchConfig, {"query": "q"}),
+        (EvaluateConfig, {"queries": "q.tsv"}),
+        (MineConfig, {"encoder": "e", "input": "p.tsv", "output": "n.tsv"}),
+    ],
+)
+def test_a_weight_that_the_mode_does_not_read_is_refused(config: Any, others: dict[str, Any]) -> None:
+    values = {"index": "i", **others, "hybrid": {"weight": 0.9}}
+    assert make_config(config, {**values, "mode": "hybrid"}).hybrid.weight == 0.9
+    with pytest.raises(InputError, match="which mode dense does not read; set mode to hybrid"):
+        make_config(config, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import threading
 import time
 import weakref
@@ -20,18 +21,20 @@ from raytower.models import engine_choice
 from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
+from raytower.models.text_classifier import TextClassifier
 from raytower.serving.calls import EmbedCall, RerankCall, SearchAnswer, SearchCall
 from raytower.serving.config import CollectionConfig
 from raytower.serving.engine import SearchEngine
 from raytower.serving.errors import UnprocessableError
 from raytower.serving.forwards import Forwards, Lane
 from raytower.serving.generation import ComputeEntry, ModelEntry
-from raytower.serving.models import ModelPool, SharedEncoder, SharedScorer
+from raytower.serving.models import ModelPool, SharedClassifier, SharedEncoder, SharedScorer
 from raytower.serving.opening import LocalParts
 from raytower.serving.parts import Scored
 from raytower.serving.resolve import generation_of
 from raytower.serving.work import Deadline
 from tests.support.served_index import TEXTS, write_version
+from tests.support.tiny_models import build_tiny_classifier
 
 LATER = 60_000
 
@@ -396,3 +399,16 @@ def test_engine_auto_serves_by_the_faster_and_says_which(
     assert answer.hits[0][0].text == "sun 1"
     assert answer.hits[0][0].recall_score == pytest.approx(1, abs=1e-4)
     assert f"engine auto takes {faster}: the faster on a few texts" in capsys.readouterr().err
+
+
+def test_a_served_classifier_has_the_labels_of_the_command(
+    tmp_path: Path, forwards: Forwards, pool: ThreadPoolExecutor
+) -> None:
+    """`raytower classify` calls a class that somebody named 1.0 "1", and so do settings: a cut for it never held."""
+    folder = build_tiny_classifier(tmp_path / "classifier")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "0.0", "1": "1.0"}, "label2id": {"0.0": 0, "1.0": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    entry = ModelEntry(uri=str(folder), fingerprint=TextClassifier.load(folder).fingerprint)
+    shared = SharedClassifier(entry, ComputeEntry(), forwards, pool)
+    assert tuple(shared.served.labels) == ("0", "1")
