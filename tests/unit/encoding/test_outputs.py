@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytower import only_job
 from raytower.config import make_config
 from raytower.data.config import InputConfig
 from raytower.data.pieces import Piece, read_piece, survey
@@ -309,7 +310,7 @@ def test_a_storage_without_locks_is_written_with_a_warning(
     def no_lease(*place: Any, **settings: Any) -> None:
         raise InputError("this storage cannot write under a condition")
 
-    monkeypatch.setattr(job_module, "writer_lease", no_lease)
+    monkeypatch.setattr(only_job, "writer_lease", no_lease)
     encode(config)
     assert "cannot be locked; start no second job" in capfd.readouterr().err
 
