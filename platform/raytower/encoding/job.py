@@ -57,6 +57,7 @@ from raytower.models.trained_prefixes import own_prefix
 from raytower.only_job import only_job
 from raytower.progress import log
 from raytower.runtime import ensure_ray, find_nodes
+from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
     Location,
@@ -135,6 +136,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
                 # Now, for workers to find it: what goes wrong is said once.
                 graph_for(job.encoder, config.dtype, resolve_model(config.encoder))
             ensure_ray()
+            check_shared(job.output)
             answers = _run(job, missing)
         if lease is not None:
             lease.check()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from raytower.config import WorkersConfig
 from raytower.errors import RaytowerError, find_cause, import_extra
 from raytower.progress import log
+from raytower.storage import Location
 
 ResultT = TypeVar("ResultT")
 
@@ -28,6 +29,8 @@ class Run:
     at_once: int = 1
     num_gpus: float = 0
     workers: WorkersConfig | None = None
+    output: Location | None = None
+    """What the tasks write into, which every node must see; None where that is not asked."""
 
     @property
     def threads_alone(self) -> int:
@@ -38,7 +41,7 @@ class Run:
         """
         if self.workers is None:
             return self.threads
-        ray = _started_ray(self.workers)
+        ray = _started_ray(self.workers, self.output)
         cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         wanted = int(self.workers.num * self.workers.num_cpus)
         return max(min(wanted, int(max(cores, default=0))), self.threads)
@@ -59,7 +62,7 @@ class Run:
         """
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
-        ray = _started_ray(self.workers)
+        ray = _started_ray(self.workers, self.output)
         task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus)(function)
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
@@ -87,14 +90,23 @@ class Run:
         return [results[number] for number in range(len(calls))]
 
 
-def on_ray(workers: WorkersConfig) -> Run:
-    return Run(workers.num_threads, workers.num, workers.num_gpus, workers)
+def on_ray(workers: WorkersConfig, output: Location | None = None) -> Run:
+    return Run(workers.num_threads, workers.num, workers.num_gpus, workers, output)
 
 
-def _started_ray(workers: WorkersConfig) -> Any:
-    """The module, once Ray runs. Raises MissingExtraError with the install line where it is not installed."""
+def _started_ray(workers: WorkersConfig, output: Location | None) -> Any:
+    """The module, once Ray runs.
+
+    Raises:
+        MissingExtraError: Ray is not installed; with the install line.
+        InputError: not every node sees `output`.
+    """
     ray = import_extra("ray")
     from raytower.runtime import ensure_ray
 
     ensure_ray(workers.num_cpus)
+    if output is not None:
+        from raytower.shared_storage import check_shared
+
+        check_shared(output)
     return ray
