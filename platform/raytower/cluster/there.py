@@ -29,17 +29,15 @@ for path in glob.glob("/proc/[0-9]*/cmdline"):
         words = open(path, "rb").read().decode(errors="replace").split("\\0")
     except OSError:
         continue
-    if not any(word.endswith("monitor.py") for word in words):
+    options = dict(word.partition("=")[::2] for word in words)
+    file = options.get("--autoscaling-config")
+    if not file or options.get("--gcs-address") != os.environ.get("RAY_ADDRESS"):
         continue
-    for number, word in enumerate(words):
-        file = word.partition("=")[2] or (words[number + 1 : number + 2] or [""])[0]
-        if word.partition("=")[0] != "--autoscaling-config" or not file:
-            continue
-        config = yaml.safe_load(open(os.path.expanduser(file)))
-        for name, kind in (config.get("available_node_types") or {{}}).items():
-            most = kind.get("max_workers", config.get("max_workers", 0))
-            types.append([name, kind.get("resources") or {{}}, most])
-        found = True
+    config = yaml.safe_load(open(os.path.expanduser(file)))
+    for name, kind in (config.get("available_node_types") or {{}}).items():
+        most = kind.get("max_workers", config.get("max_workers", 0))
+        types.append([name, kind.get("resources") or {{}}, most])
+    found = True
 known = found or "KUBERNETES_SERVICE_HOST" not in os.environ
 unset = [name for name in json.loads(sys.argv[1]) if not os.environ.get(name)]
 print({_MARK!r} + json.dumps({{"unset": unset, "types": types if known else None}}))

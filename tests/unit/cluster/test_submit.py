@@ -485,13 +485,16 @@ class TestHead:
             "max_workers: 5\navailable_node_types:\n  small: {resources: {CPU: 2}, max_workers: 3}\n"
             "  any: {resources: {CPU: 8, GPU: 1}}\n"
         )
-        command = [sys.executable, str(script), "--logs-dir=/x", f"--autoscaling-config={config}"]
+        command = [sys.executable, str(script), "--gcs-address=10.0.0.1:6379", f"--autoscaling-config={config}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as monitor:
-            found = self.ask()
+            found = self.ask(environment={"RAY_ADDRESS": "10.0.0.1:6379"})
+            another = self.ask(environment={"RAY_ADDRESS": "10.0.0.2:6379"})
             monitor.communicate("\n")
-        assert found.types is not None
-        assert NodeType(name="small", resources={"CPU": 2}, most=3) in found.types
-        assert NodeType(name="any", resources={"CPU": 8, "GPU": 1}, most=5) in found.types
+        assert found.types == (
+            NodeType(name="small", resources={"CPU": 2}, most=3),
+            NodeType(name="any", resources={"CPU": 8, "GPU": 1}, most=5),
+        )
+        assert another.types == ()
 
     def test_on_kubernetes_it_cannot_know(self) -> None:
         assert self.ask(environment={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}).types is None
