@@ -1,7 +1,7 @@
-"""Whether every node of a cluster sees what a job writes: asked before work, by a file that each node reads and adds to.
+"""Whether every node of a cluster sees what a job writes: asked before work, by a file that each node reads.
 
-On a folder of one machine each node would write its part into a folder of its own, and the job would fail at its end, or
-leave an output with holes. Costs nothing where there is one node.
+On a folder of one machine each node would write its part into a folder of its own, and the job would fail at its end,
+or leave an output with holes. Costs nothing where there is one node.
 """
 
 from __future__ import annotations

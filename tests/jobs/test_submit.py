@@ -33,7 +33,9 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="rt"))
     home = folder / "user"
     gcs_port, dashboard_port = free_port(), free_port()
-    options = f"--temp-dir={folder}/s --dashboard-port={dashboard_port} --ray-client-server-port={free_port()}"
+    options = (
+        f"--temp-dir={folder}/s --dashboard-port={dashboard_port} --ray-client-server-port={free_port()}"
+    )
     try:
         subprocess.run(
             [sys.executable, "-m", "raytower.cli", "cluster", "init"],
@@ -87,7 +89,14 @@ def test_encode_then_build_an_index(
     """The config lies outside the checkout, and so does the folder in which the command is run."""
     config = tmp_path / "my encode.yaml"
     config.write_text(json.dumps({"encoder": str(dummy_encoder_dir), "input": {"path": str(corpus)}}))
-    shared = ["--shared", str(tmp_path), "--shared", str(corpus.parent), "--shared", str(dummy_encoder_dir.parent)]
+    shared = [
+        "--shared",
+        str(tmp_path),
+        "--shared",
+        str(corpus.parent),
+        "--shared",
+        str(dummy_encoder_dir.parent),
+    ]
     output = ["--output", f"{tmp_path}/embeddings", "--workers.num", "1"]
     done = run(cluster, "encode", "--config", str(config), *output, *shared, cwd=tmp_path)
     found = result(done)
@@ -96,7 +105,9 @@ def test_encode_then_build_an_index(
     assert 0 < found["upload_bytes"] < 2**20
     assert 0 < found["seconds_to_start"] < found["seconds"]
     assert "encoded 40" in done.stderr or "40" in done.stderr
-    print(f"upload {found['upload_bytes']:,} bytes, first line of the log after {found['seconds_to_start']} s")
+    print(
+        f"upload {found['upload_bytes']:,} bytes, first line of the log after {found['seconds_to_start']} s"
+    )
 
     given = ["--embeddings", f"{tmp_path}/embeddings", "--output", f"{tmp_path}/index"]
     detached = result(run(cluster, "index", "build", *given, *shared, "--detach", cwd=tmp_path))
@@ -117,7 +128,14 @@ def test_a_job_that_fails_ends_with_its_own_exit_code(
     cluster: Cluster, dummy_encoder_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": "1", "text": "one"}\nno JSON\n', encoding="utf-8")
-    given = ["--encoder", str(dummy_encoder_dir), "--input", f"{tmp_path}/bad.jsonl", "--output", f"{tmp_path}/e"]
+    given = [
+        "--encoder",
+        str(dummy_encoder_dir),
+        "--input",
+        f"{tmp_path}/bad.jsonl",
+        "--output",
+        f"{tmp_path}/e",
+    ]
     shared = ["--shared", str(tmp_path), "--shared", str(dummy_encoder_dir.parent)]
     done = run(cluster, "encode", *given, *shared, "--workers.num", "1", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -129,7 +147,9 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(
     cluster: Cluster, dummy_encoder_dir: Path, tmp_path: Path
 ) -> None:
     corpus = tmp_path / "many.tsv"
-    corpus.write_text("".join(f"id{number}\ttext number {number}\n" for number in range(ROWS)), encoding="utf-8")
+    corpus.write_text(
+        "".join(f"id{number}\ttext number {number}\n" for number in range(ROWS)), encoding="utf-8"
+    )
     output = tmp_path / "embeddings"
     given = ["encode", "--encoder", str(dummy_encoder_dir), "--input", str(corpus), "--output", str(output)]
     given += ["--rows_per_file", str(ROWS_PER_FILE), "--workers.num", "1"]
@@ -200,9 +220,17 @@ def test_variables_reach_driver_and_tasks_and_are_shown_nowhere(
     script.write_text(IN_BOTH.format(value=SECRET[::-1]))
     whole = plan_upload(None, 2**26)
     upload = Upload(root=whole.root, files={**whole.files, "jobs/encode_corpus.py": script}, config_file=None)
-    pack(upload, {"A_SECRET": SECRET}, tmp_path / "upload.zip")
-    environment = runtime_environment(tmp_path / "upload.zip", True)
-    given = ["ray", "job", "submit", "--address", cluster.dashboard, "--runtime-env-json", json.dumps(environment)]
+    pack(upload, {"A_SECRET": SECRET}, tmp_path / "upload.tar.xz")
+    environment = runtime_environment(tmp_path / "upload.tar.xz", True)
+    given = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        cluster.dashboard,
+        "--runtime-env-json",
+        json.dumps(environment),
+    ]
     done = cluster.run([*given, "--", *entrypoint("encode", upload, [], True)], cwd=tmp_path)
     assert "driver True task True" in done.stdout, done.stdout + done.stderr
     assert SECRET not in done.stdout + done.stderr + json.dumps(jobs(cluster))
@@ -210,7 +238,9 @@ def test_variables_reach_driver_and_tasks_and_are_shown_nowhere(
     assert len(logs) > 10
     assert not [file for file in logs if file.is_file() and SECRET.encode() in file.read_bytes()]
     files = list(
-        cluster.session.glob("session_latest/runtime_resources/working_dir_files/*/.submitted/environment.json")
+        cluster.session.glob(
+            "session_latest/runtime_resources/working_dir_files/*/.submitted/environment.json"
+        )
     )
     assert len(files) == 1
     assert files[0].stat().st_mode & 0o777 == 0o600
@@ -235,8 +265,18 @@ except InputError as error:
 def test_every_node_is_asked_whether_it_sees_the_output(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "check.py").write_text(SHARED)
     environment = {"env_vars": {"PYTHONPATH": str(ROOT / "platform")}}
-    given = ["ray", "job", "submit", "--address", cluster.dashboard, "--runtime-env-json", json.dumps(environment)]
+    given = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        cluster.dashboard,
+        "--runtime-env-json",
+        json.dumps(environment),
+    ]
     entry = f"cd {tmp_path} && python check.py {tmp_path}/output"
     done = cluster.run([*given, "--", "bash", "-c", entry], cwd=tmp_path)
     assert "shared: []" in done.stdout, done.stdout + done.stderr
-    assert re.search(r"refused: output '/proc/self/cwd/own' is not shared: node 127.0.0.1 does not find", done.stdout)
+    assert re.search(
+        r"refused: output '/proc/self/cwd/own' is not shared: node 127.0.0.1 does not find", done.stdout
+    )

@@ -75,7 +75,7 @@ class Dashboard:
 
     @staticmethod
     def at(address: str | None) -> Dashboard:
-        """The dashboard at `address`, or at that of the environment. Raises InputError where it is no address of one."""
+        """The dashboard at `address`, or at the environment's. Raises InputError where it is no address of one."""
         given = address or os.environ.get(_ADDRESS_VARIABLE)
         if given is None:
             raise InputError(
@@ -129,7 +129,7 @@ class Dashboard:
         return InputError(
             f"the cluster at {self.address} refuses the token of {self.token.source}: it is another cluster's, or has "
             "expired or been replaced since; take the one that the cluster was started with, or `ray down` and `ray up` "
-            "the cluster with this one"
+            "it with this one"
         )
 
     def _is_no_dashboard(self, what: str) -> InputError:
@@ -186,7 +186,7 @@ class RunningJob:
 
 
 def other_versions(ray: str, python: str, own_ray: str, own_python: str) -> list[str]:
-    """What is to be said where the cluster's Ray or Python is another than the client's; patches of Python go together."""
+    """What is wrong where the cluster's Ray or Python is another than the client's; patches of Python go together."""
     problems = []
     if ray != own_ray:
         problems.append(
@@ -195,8 +195,8 @@ def other_versions(ray: str, python: str, own_ray: str, own_python: str) -> list
         )
     if python and python.split(".")[:2] != own_python.split(".")[:2]:
         problems.append(
-            f"the cluster runs Python {python}, and this is Python {own_python}; both must be the same up to the second "
-            "number: submit from an environment of that Python, or `ray up` the cluster with this one"
+            f"the cluster runs Python {python}, and this is Python {own_python}; both must be the same up to "
+            "the second number: submit from an environment of that Python, or `ray up` the cluster with this one"
         )
     return problems
 
@@ -208,7 +208,7 @@ def refuse_second_job(output: str | None, running: Sequence[RunningJob], address
     for other in running:
         if other.output is not None and _normal(other.output) == _normal(output):
             raise InputError(
-                f"output {output!r} is being written by job {other.id} ({other.job}), which runs on the cluster: follow "
+                f"output {output!r} is being written by job {other.id} ({other.job}), which runs: follow "
                 f"it by `raytower submit --address {address} --follow {other.id}`, stop it by `ray job stop --address "
                 f"{address} {other.id}`, or name another output"
             )

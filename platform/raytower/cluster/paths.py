@@ -19,7 +19,9 @@ _USES: dict[str, Use] = {
     **dict.fromkeys(("path", "paths", "corpus", "embeddings", "index", "compare", "tuned"), "reads"),
     **dict.fromkeys(("classify_tuned", "keys_file", "labels", "train", "input", "queries", "run"), "reads"),
     **dict.fromkeys(("model", "init_from", "encoder", "teacher", "reranker", "classifier"), "model"),
-    **dict.fromkeys(("output", "state", "suspects", "report", "plots", "log_dir", "dir", "work_dir"), "writes"),
+    **dict.fromkeys(
+        ("output", "state", "suspects", "report", "plots", "log_dir", "dir", "work_dir"), "writes"
+    ),
 }
 _ENDINGS_OF_VARIABLES = ("_env", "_variable")
 
@@ -77,7 +79,7 @@ def named_variables(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Dotted key, the config's own word for it, and value of every text. Items of lists and mappings count as theirs."""
+    """Dotted key, the config's own word for it, and value of every text. Items of a list count as its."""
     if isinstance(values, str):
         yield key, name, values
     elif isinstance(values, Mapping):
@@ -135,8 +137,8 @@ def _lacks(
     if num_nodes == 1 or any(path.is_below(folder) for folder in shared):
         return None
     return (
-        f"{what}, a path of one machine, and the job's processes may lie on {num_nodes}: name a URI that every node sees "
-        f"(s3://…, gs://…), or say by --shared {os.path.dirname(path.value.rstrip('/')) or '/'} that this folder is "
+        f"{what}, a path of one machine, and the job's processes may lie on {num_nodes}: name a URI that every node "
+        f"sees (s3://…, gs://…), or say by --shared {os.path.dirname(path.value.rstrip('/')) or '/'} that this folder is "
         "mounted at the same path on all"
     )
 

@@ -54,7 +54,9 @@ def demands(values: Mapping[str, Any], any_node: bool, trains: bool) -> list[Dem
     """
     found = list(_workers(values, "", any_node, trains))
     for prefix, num in (("", "replicas"), ("rerank_", "rerank_replicas"), ("shard_", "shard_replicas")):
-        own = values.get("layout") == {"rerank_": "split", "shard_": "sharded"}.get(prefix, values.get("layout"))
+        own = values.get("layout") == {"rerank_": "split", "shard_": "sharded"}.get(
+            prefix, values.get("layout")
+        )
         if "replicas" in values and own:
             bundle = _bundle(values.get(f"{prefix}num_cpus"), values.get(f"{prefix}num_gpus"))
             together = 1 if prefix == "" and values.get("autoscaling") else values[num]
@@ -107,7 +109,8 @@ def unmet(
             what = f"{demand.key} asks for {demand.together} processes at once, each with {wanted}, and there is room "
             what += f"for {places}"
         problems.append(
-            f"{what}; the cluster has {_described(nodes)}, and {_come(types)}: ask for less, or start nodes that have it"
+            f"{what}; the cluster has {_described(nodes)}, and {_come(types)}: ask for less, or start nodes "
+            "that have it"
         )
     return problems
 

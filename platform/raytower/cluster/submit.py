@@ -1,7 +1,7 @@
 """`raytower submit`: a job of jobs/ on a cluster, by Ray's job submission, refused here where it cannot run there.
 
-`prepare` asks all that can be asked before anything starts, `submit` uploads and starts, `_follow` shows the log and ends
-as the job ends. The job's own stdout and stderr come as one log, which is progress here: it goes to stderr, and the
+`_prepare` asks all that can be asked before anything starts, `submit` uploads and starts, `_follow` shows the log and
+ends as the job ends. The job's own stdout and stderr come as one log, which is progress here: it goes to stderr, and the
 last line of the job's stdout, its result, is part of the result here.
 """
 
@@ -31,7 +31,7 @@ from raytower.cluster.jobs import JOBS, check_job, computes_itself, written_by
 from raytower.cluster.paths import lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import There, ask_head
-from raytower.cluster.upload import Upload, entrypoint, pack, plan_upload, runtime_environment
+from raytower.cluster.upload import ARCHIVE_NAME, Upload, entrypoint, pack, plan_upload, runtime_environment
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import load_config, make_config
 from raytower.ending import TERMINATED
@@ -90,7 +90,7 @@ def plan_submit(config: SubmitConfig) -> dict[str, Any]:
         return {"follow": config.follow, "address": Dashboard.at(config.address).address}
     ready = _prepare(config)
     with tempfile.TemporaryDirectory() as folder:
-        packed = pack(ready.upload, ready.variables, Path(folder) / "upload.zip")
+        packed = pack(ready.upload, ready.variables, Path(folder) / ARCHIVE_NAME)
     return {
         "address": ready.dashboard.address,
         "job": ready.job.name,
@@ -127,9 +127,11 @@ def submit(config: SubmitConfig) -> dict[str, Any]:
     client = _client(ready.dashboard)
     named = f"{ready.job.name.replace(' ', '-')}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / "upload.zip"
+        archive = Path(folder) / ARCHIVE_NAME
         packed = pack(ready.upload, ready.variables, archive)
-        log(f"uploading {len(ready.upload.files):,} files, {packed:,} bytes packed, to {ready.dashboard.address}")
+        log(
+            f"uploading {len(ready.upload.files):,} files, {packed:,} bytes packed, to {ready.dashboard.address}"
+        )
         _warn_of_variables(ready)
         begun = time.perf_counter()
         client.submit_job(
@@ -190,7 +192,9 @@ def _read_job(config: SubmitConfig) -> _Job:
     config_class = find_reference(command.config)
     given = read_arguments(config_class, command.positions, config.arguments)
     if given.dry_run or given.as_json or given.help:
-        raise InputError("arguments hold --dry-run, --json or --help, which are those of submit; name them once")
+        raise InputError(
+            "arguments hold --dry-run, --json or --help, which are those of submit; name them once"
+        )
     beside = _config_beside(name) if given.config_path is None else None
     read = load_config(config_class, given.config_path or beside, given.overrides)
     values = read.model_dump(mode="json")
@@ -249,7 +253,9 @@ def _variables(
 def _refuse_paths(config: SubmitConfig, job: _Job, upload: Upload, num_nodes: int) -> None:
     paths = named_paths(job.values, changes_index=job.name.startswith("index ") or job.name == "tune-fusion")
     places = [Path.cwd(), *([upload.root] if upload.root else [])]
-    here = {path.value for path in paths if path.is_relative and any((p / path.value).exists() for p in places)}
+    here = {
+        path.value for path in paths if path.is_relative and any((p / path.value).exists() for p in places)
+    }
     problems = lacking_paths(
         paths, uploaded=upload.files, shared=config.shared, num_nodes=num_nodes, exists_here=here
     )
@@ -280,8 +286,8 @@ def _refuse_lacking(
 ) -> None:
     """Raises InputError for variables that are set nowhere, and for what no machine has or will have."""
     problems = [
-        f"{key} is {name!r}, an environment variable that is set neither here nor on the cluster: export it here, and it "
-        "travels with the job, or set it where the cluster's nodes start"
+        f"{key} is {name!r}, an environment variable that is set neither here nor on the cluster: export it here, and "
+        "it travels with the job, or set it where the cluster's nodes start"
         for key, name in unset
         if name in there.unset
     ]
@@ -295,7 +301,9 @@ def _refuse_lacking(
 
 def _warn_of_variables(ready: _Prepared) -> None:
     if ready.variables:
-        log(f"with the values of {', '.join(sorted(ready.variables))}, in a file for the cluster's user alone")
+        log(
+            f"with the values of {', '.join(sorted(ready.variables))}, in a file for the cluster's user alone"
+        )
 
 
 # --- Ray's client -------------------------------------------------------------------------------------------------

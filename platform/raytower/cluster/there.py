@@ -18,8 +18,8 @@ from raytower.errors import RaytowerError
 _MARK = "raytower-answer "
 _LIMIT_S = 90.0
 _POLL_S = 0.3
-# The autoscaler's config is in no API of Ray: the process that goes by it names the file. On Kubernetes that process lies
-# in a container of its own, and what it may start cannot be known here.
+# The autoscaler's config is in no API of Ray: the process that goes by it names the file. On Kubernetes that process
+# lies in a container of its own, and what it may start cannot be known here.
 _SCRIPT = f"""
 import glob, json, os, sys
 import yaml
@@ -80,8 +80,8 @@ def ask_head(client: Any, variables: Sequence[str]) -> There:
     if not answers:
         end = " ".join(said.split())[-500:] or client.get_job_info(job).message
         raise RaytowerError(
-            f"the cluster's head could not be asked what it has, the job {job} is {status}: {end}; its `python` must be "
-            "that of the environment in which Ray was started"
+            f"the cluster's head could not be asked what it has, the job {job} is {status}: {end}; its `python` must "
+            "be that of the environment in which Ray was started"
         )
     client.delete_job(job)
     return read_answer(json.loads(answers[-1]))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 import subprocess
 import sys
+import tarfile
 import threading
-import zipfile
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -84,7 +83,12 @@ class TestArguments:
         [
             (
                 ["encode", "--address", "http://h:1", "--config", "c.yaml", "--output", "o"],
-                ["--job=encode", "--address=http://h:1", "--arguments", ["--config", "c.yaml", "--output", "o"]],
+                [
+                    "--job=encode",
+                    "--address=http://h:1",
+                    "--arguments",
+                    ["--config", "c.yaml", "--output", "o"],
+                ],
             ),
             (
                 ["index", "sync", "s3://b/i", "s3://b/c", "--shared=/mnt"],
@@ -92,9 +96,18 @@ class TestArguments:
             ),
             (
                 ["index", "build", "--workers.num", "4", "--detach", "--replace", "--dry-run"],
-                ["--job=index build", "--detach", "--dry-run", "--arguments", ["--workers.num", "4", "--replace"]],
+                [
+                    "--job=index build",
+                    "--detach",
+                    "--dry-run",
+                    "--arguments",
+                    ["--workers.num", "4", "--replace"],
+                ],
             ),
-            (["encode", "--driver-cpus", "4", "--no-detach"], ["--job=encode", "--driver-cpus=4", "--no-detach"]),
+            (
+                ["encode", "--driver-cpus", "4", "--no-detach"],
+                ["--job=encode", "--driver-cpus=4", "--no-detach"],
+            ),
             (["search", "i", "--query", "-h"], ["--job=search", "--arguments", ["i", "--query", "-h"]]),
             (["encode", "-h"], ["--job=encode", "--help"]),
             (["encode", "--detach", "yes", "--json"], ["--job=encode", "--detach=yes", "--json"]),
@@ -131,10 +144,16 @@ class TestArguments:
         ids=str,
     )
     def test_what_cannot_be_meant_is_refused(
-        self, given: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        given: list[str],
+        message: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-        monkeypatch.setattr(submit_module, "plan_upload", lambda *_: Upload(root=None, files={}, config_file=None))
+        monkeypatch.setattr(
+            submit_module, "plan_upload", lambda *_: Upload(root=None, files={}, config_file=None)
+        )
         assert main(["submit", *given]) == 2
         assert message in capsys.readouterr().err
 
@@ -142,10 +161,41 @@ class TestArguments:
 # Keys of jobs that take texts and name neither files nor folders.
 NO_PATHS = {
     *("split", "id_field", "text_fields", "prefix", "query_prefix", "document_prefix", "instruction_format"),
-    *("metric", "metrics", "label_field", "positive", "query", "filter", "values", "ids", "indexed", "host", "name"),
-    *("route_prefix", "page_title", "url", "collection", "collections", "key_env", "admin_key_env", "api_key_env"),
-    *("allowed_hosts", "cors_origins", "title", "question", "category", "document", "id_separator", "prompt_zh"),
+    *(
+        "metric",
+        "metrics",
+        "label_field",
+        "positive",
+        "query",
+        "filter",
+        "values",
+        "ids",
+        "indexed",
+        "host",
+        "name",
+    ),
+    *(
+        "route_prefix",
+        "page_title",
+        "url",
+        "collection",
+        "collections",
+        "key_env",
+        "admin_key_env",
+        "api_key_env",
+    ),
+    *(
+        "allowed_hosts",
+        "cors_origins",
+        "title",
+        "question",
+        "category",
+        "document",
+        "id_separator",
+        "prompt_zh",
+    ),
     *("prompt_en", "target_modules", "project", "entity", "experiment", "tracking_uri", "chosen_by", "sets"),
+    *("keep_checkpoints", "class_weights", "sentry_dsn", "service_name", "otlp_endpoint"),
     *("training", "encoding", "indexing", "mining", "pairs", "weights", "job", "config", "steps"),
 }
 
@@ -195,7 +245,11 @@ class TestPaths:
             (NamedPath("output", "/database/e", "writes"), {"shared": ["/data"]}, "a path of one machine"),
             (NamedPath("output", "/data/../e", "writes"), {"shared": ["/data"]}, "a path of one machine"),
             (NamedPath("output", "runs/e", "writes"), {"num_nodes": 1}, "it would lie in the uploaded copy"),
-            (NamedPath("input.path", "data/c.tsv", "reads"), {"num_nodes": 1}, "not among the uploaded files"),
+            (
+                NamedPath("input.path", "data/c.tsv", "reads"),
+                {"num_nodes": 1},
+                "not among the uploaded files",
+            ),
             (NamedPath("input.path", "few/c.tsv", "reads"), {}, None),
             (NamedPath("input.path", "./few/", "reads"), {}, None),
             (NamedPath("input.path", "few/*.tsv", "reads"), {}, None),
@@ -244,13 +298,24 @@ class TestResources:
         [
             ({"workers": {"num": 4, "num_cpus": 2, "num_gpus": 0}}, True, False, [({"CPU": 2}, 1)]),
             ({"workers": {"num": 4, "num_cpus": 2, "num_gpus": 1}}, True, True, [({"CPU": 2, "GPU": 1}, 4)]),
-            ({"workers": {"num": 4, "min": 2, "num_cpus": 2, "num_gpus": None}}, True, True, [({"CPU": 2}, 2)]),
+            (
+                {"workers": {"num": 4, "min": 2, "num_cpus": 2, "num_gpus": None}},
+                True,
+                True,
+                [({"CPU": 2}, 2)],
+            ),
             ({"workers": {"num": None, "num_cpus": None, "num_gpus": None}}, True, False, []),
             ({"workers": {"num": 4, "num_cpus": None, "num_gpus": None}}, False, False, [({"CPU": 1}, 1)]),
             ({"training": {"workers": {"num": 2, "num_gpus": 1}}}, True, False, [({"GPU": 1}, 1)]),
             (
                 {
-                    **{"layout": "split", "replicas": 3, "num_cpus": 2, "num_gpus": None, "autoscaling": None},
+                    **{
+                        "layout": "split",
+                        "replicas": 3,
+                        "num_cpus": 2,
+                        "num_gpus": None,
+                        "autoscaling": None,
+                    },
                     **{"rerank_replicas": 1, "rerank_num_cpus": 4, "rerank_num_gpus": 1},
                     **{"shard_replicas": 1, "shard_num_cpus": 1},
                 },
@@ -261,7 +326,11 @@ class TestResources:
         ],
     )
     def test_what_a_config_asks_for(
-        self, values: dict[str, Any], any_node: bool, trains: bool, expected: list[tuple[dict[str, float], int]]
+        self,
+        values: dict[str, Any],
+        any_node: bool,
+        trains: bool,
+        expected: list[tuple[dict[str, float], int]],
     ) -> None:
         assert [(demand.bundle, demand.together) for demand in demands(values, any_node, trains)] == expected
 
@@ -299,9 +368,9 @@ class TestResources:
         gpu_worker = NodeType(name="gpu_worker", resources={"CPU": 48, "GPU": 4}, most=2)
         (message,) = unmet([gpus], [{"CPU": 16}], [gpu_worker])
         assert message == (
-            "workers asks for 9 processes at once, each with 2 CPUs and 1 GPU, and there is room for 8; the cluster has 1 "
-            "node with 16 CPUs, and with demand may come gpu_worker (48 CPUs, 4 GPUs): ask for less, or start nodes that "
-            "have it"
+            "workers asks for 9 processes at once, each with 2 CPUs and 1 GPU, and there is room for 8; the cluster has "
+            "1 node with 16 CPUs, and with demand may come gpu_worker (48 CPUs, 4 GPUs): ask for less, or start nodes "
+            "that have it"
         )
         more = NodeType(name="gpu_worker", resources={"CPU": 48, "GPU": 4}, most=3)
         assert unmet([gpus], [{"CPU": 16}], [more]) == []
@@ -310,8 +379,8 @@ class TestResources:
         one = Demand(key="driver_memory", bundle={"memory": 64 * 2**30})
         (message,) = unmet([one], [{"CPU": 2, "memory": 2**33}, {"CPU": 2, "memory": 2**33}, {}], ())
         assert message == (
-            "driver_memory asks for 64 GiB of memory in one process; the cluster has 2 nodes with 2 CPUs, 8 GiB of memory; "
-            "1 node with nothing for workers, and none comes with demand: ask for less, or start nodes that have it"
+            "driver_memory asks for 64 GiB of memory in one process; the cluster has 2 nodes with 2 CPUs, 8 GiB of "
+            "memory; 1 node with nothing for workers, and none comes with demand: ask for less, or start nodes that have it"
         )
 
 
@@ -382,7 +451,9 @@ def test_versions_must_be_the_same() -> None:
     ray, python = other_versions("2.59.0", "3.12.1", "2.60.0", "3.11.2")
     assert ray.startswith("the cluster runs Ray 2.59.0, and this is Ray 2.60.0; both must be the same")
     assert "pip install 'ray[data,default]==2.59.0'" in ray
-    assert python.startswith("the cluster runs Python 3.12.1, and this is Python 3.11.2; both must be the same")
+    assert python.startswith(
+        "the cluster runs Python 3.12.1, and this is Python 3.11.2; both must be the same"
+    )
 
 
 @pytest.mark.parametrize("output", ["s3://b/e", "s3://b/e/", "/data/e", "/data/./e"])
@@ -393,7 +464,9 @@ def test_a_second_job_on_an_output_is_refused(output: str) -> None:
         RunningJob(id="serve-3", job="serve", output=None),
     ]
     name = "encode-1" if output.startswith("s3") else "encode-2"
-    with pytest.raises(InputError, match=rf"is being written by job {name} \(encode\).*--follow {name}.*stop"):
+    with pytest.raises(
+        InputError, match=rf"is being written by job {name} \(encode\).*--follow {name}.*stop"
+    ):
         refuse_second_job(output, running, "http://h:8265")
     refuse_second_job("s3://b/other", running, "http://h:8265")
     refuse_second_job(None, running, "http://h:8265")
@@ -402,12 +475,18 @@ def test_a_second_job_on_an_output_is_refused(output: str) -> None:
 class TestUpload:
     def test_a_checkout_takes_less_than_a_mebibyte(self, tmp_path: Path) -> None:
         upload = plan_upload(None, 64 * 2**20)
-        assert {"jobs/encode_corpus.py", "platform/raytower/data/rows.py", "pyproject.toml"} <= upload.files.keys()
-        left_out = ("tests/", "docs/", "benchmarks/", ".git", "data/", "runs/")
+        assert {
+            "jobs/encode_corpus.py",
+            "platform/raytower/data/rows.py",
+            "pyproject.toml",
+        } <= upload.files.keys()
+        left_out = ("tests/", "docs/", "benchmarks/", ".git/", "data/", "runs/")
         assert not [name for name in upload.files if name.startswith(left_out) or "__pycache__" in name]
-        assert pack(upload, {}, tmp_path / "a.zip") < 2**20
-        pack(upload, {}, tmp_path / "b.zip")
-        assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes(), "uploaded once, then known"
+        assert pack(upload, {}, tmp_path / "a.tar.xz") < 2**20
+        pack(upload, {}, tmp_path / "b.tar.xz")
+        assert (tmp_path / "a.tar.xz").read_bytes() == (tmp_path / "b.tar.xz").read_bytes(), (
+            "uploaded once, then known"
+        )
 
     def test_an_installed_package_travels_as_platform(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -421,7 +500,16 @@ class TestUpload:
         upload = plan_upload(tmp_path / "c.yaml", 2**20)
         assert list(upload.files) == ["platform/raytower/__init__.py", "platform/raytower/cli/__init__.py"]
         assert entrypoint("index build", upload, ["--replace"], False) == [
-            *("python", "-m", "raytower.cli", "index", "build", "--config", ".submitted/config/c.yaml", "--replace")
+            *(
+                "python",
+                "-m",
+                "raytower.cli",
+                "index",
+                "build",
+                "--config",
+                ".submitted/config/c.yaml",
+                "--replace",
+            )
         ]
 
     def test_too_much_is_refused_with_the_largest_entries(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,8 +518,12 @@ class TestUpload:
                 {"big/a/1.bin": 700, "big/a/2.bin": 300, "corpus.tsv": 900, "jobs/x.py": 1}, 1000
             )
         said = str(raised.value)
-        assert said.startswith("max_upload is 1,000 bytes, and the files that would travel with the job have 1,901: ")
-        assert "the largest are big/a (1,000 bytes), corpus.tsv (900 bytes), jobs/x.py (1 bytes); name" in said
+        assert said.startswith(
+            "max_upload is 1,000 bytes, and the files that would travel with the job have 1,901: "
+        )
+        assert (
+            "the largest are big/a (1,000 bytes), corpus.tsv (900 bytes), jobs/x.py (1 bytes); name" in said
+        )
         upload_module._refuse_large({"a": 1000}, 1000)
 
     def test_what_is_packed(self, tmp_path: Path) -> None:
@@ -440,10 +532,12 @@ class TestUpload:
         (tmp_path / "run.sh").write_text("#!/bin/sh\n")
         (tmp_path / "run.sh").chmod(0o755)
         upload = Upload(root=tmp_path, files={"jobs/run.sh": tmp_path / "run.sh"}, config_file=config)
-        pack(upload, {"KEY": "geheim"}, tmp_path / "u.zip")
-        with zipfile.ZipFile(tmp_path / "u.zip") as packed:
-            modes = {info.filename: stat.S_IMODE(info.external_attr >> 16) for info in packed.infolist()}
-            assert json.loads(packed.read(".submitted/environment.json")) == {"KEY": "geheim"}
+        pack(upload, {"KEY": "geheim"}, tmp_path / "u.tar.xz")
+        with tarfile.open(tmp_path / "u.tar.xz") as packed:
+            modes = {member.name: member.mode for member in packed.getmembers()}
+            variables = packed.extractfile(".submitted/environment.json")
+            assert variables is not None
+            assert json.loads(variables.read()) == {"KEY": "geheim"}
         assert modes == {
             "jobs/run.sh": 0o755,
             ".submitted/config/mine.yaml": 0o644,
@@ -455,10 +549,10 @@ class TestUpload:
         ]
 
     def test_the_runtime_environment_names_a_file_and_no_value(self, tmp_path: Path) -> None:
-        plain = runtime_environment(tmp_path / "u.zip", False)
+        plain = runtime_environment(tmp_path / "u.tar.xz", False)
         assert plain["env_vars"] == {"PYTHONPATH": "platform", "RAY_JOB_STOP_WAIT_TIME_S": "10"}
         assert "worker_process_setup_hook" not in plain
-        secret = runtime_environment(tmp_path / "u.zip", True)
+        secret = runtime_environment(tmp_path / "u.tar.xz", True)
         assert secret["worker_process_setup_hook"] == "raytower.cluster.environment.take"
         assert secret["env_vars"]["RAYTOWER_ENVIRONMENT_FILE"] == ".submitted/environment.json"  # type: ignore[index]
 
@@ -485,7 +579,12 @@ class TestHead:
             "max_workers: 5\navailable_node_types:\n  small: {resources: {CPU: 2}, max_workers: 3}\n"
             "  any: {resources: {CPU: 8, GPU: 1}}\n"
         )
-        command = [sys.executable, str(script), "--gcs-address=10.0.0.1:6379", f"--autoscaling-config={config}"]
+        command = [
+            sys.executable,
+            str(script),
+            "--gcs-address=10.0.0.1:6379",
+            f"--autoscaling-config={config}",
+        ]
         with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as monitor:
             found = self.ask(environment={"RAY_ADDRESS": "10.0.0.1:6379"})
             another = self.ask(environment={"RAY_ADDRESS": "10.0.0.2:6379"})
@@ -582,7 +681,9 @@ class TestRefusals:
 
     def test_what_is_no_dashboard(self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
         stand_in.answers["/api/version"] = b"<html>"
-        assert "what answers there is no dashboard of Ray" in self.refused(stand_in, capsys, "encode", *ENCODE)
+        assert "what answers there is no dashboard of Ray" in self.refused(
+            stand_in, capsys, "encode", *ENCODE
+        )
         stand_in.answers["/api/version"] = {"version": "1"}
         assert "its version has no ray_version" in self.refused(stand_in, capsys, "encode", *ENCODE)
         stand_in.status = 404
@@ -590,7 +691,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("status", [401, 403])
     def test_no_token_and_another_token(
-        self, status: int, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        status: int,
+        stand_in: StandIn,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         stand_in.status = status
         said = self.refused(stand_in, capsys, "encode", *ENCODE)
@@ -640,7 +745,9 @@ class TestRefusals:
     ) -> None:
         monkeypatch.setattr(submit_module, "_client", lambda _: None)
         monkeypatch.setattr(submit_module, "ask_head", lambda *_: There(unset=(), types=()))
-        said = self.refused(stand_in, capsys, "encode", *ENCODE, "--workers.num_gpus", "1", "--workers.num", "2")
+        said = self.refused(
+            stand_in, capsys, "encode", *ENCODE, "--workers.num_gpus", "1", "--workers.num", "2"
+        )
         assert "workers asks for 1 GPU in one process; the cluster has 2 nodes with 4 CPUs" in said
         said = self.refused(stand_in, capsys, "encode", *ENCODE, "--driver-memory", "64GiB")
         assert "driver_memory asks for 64 GiB of memory in one process" in said
@@ -662,7 +769,10 @@ class TestRefusals:
         monkeypatch.delenv("SEARCH_KEY", raising=False)
         given = ("serve", "--index", "s3://b/i", "--security.key_env", "SEARCH_KEY")
         said = self.refused(stand_in, capsys, *given)
-        assert "security.key_env is 'SEARCH_KEY', an environment variable that is set neither here nor on" in said
+        assert (
+            "security.key_env is 'SEARCH_KEY', an environment variable that is set neither here nor on"
+            in said
+        )
         assert asked == [["SEARCH_KEY"]]
 
     def test_a_second_job_on_the_output(self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
@@ -672,11 +782,15 @@ class TestRefusals:
             "metadata": {"raytower": "encode", "raytower_output": "s3://b/embeddings/"},
         }
         stand_in.answers["/api/jobs/"] = [{"submission_id": None, "status": "RUNNING", "metadata": {}}, job]
-        assert "is being written by job encode-9 (encode)" in self.refused(stand_in, capsys, "encode", *ENCODE)
+        assert "is being written by job encode-9 (encode)" in self.refused(
+            stand_in, capsys, "encode", *ENCODE
+        )
         job["status"] = "STOPPED"
         assert main(["submit", "encode", *ENCODE, "--address", stand_in.address, "--dry-run"]) == 0
 
-    def test_flags_of_submit_among_the_job_s(self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_flags_of_submit_among_the_job_s(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         given = json.dumps([*ENCODE, "--dry-run"])
         said = self.refused(stand_in, capsys, "encode", f"--arguments={given}")
         assert "arguments hold --dry-run, --json or --help, which are those of submit" in said

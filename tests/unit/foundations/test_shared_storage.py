@@ -29,7 +29,13 @@ def by_views(views: dict[str, Path]) -> Callable[[Sequence[str], Location, str],
 
 
 def test_the_nodes_that_may_work_are_asked_and_this_one_is_not() -> None:
-    there = [node("own"), node("a"), node("b", cpus=0, gpus=1), node("head", cpus=0), node("lost", alive=False)]
+    there = [
+        node("own"),
+        node("a"),
+        node("b", cpus=0, gpus=1),
+        node("head", cpus=0),
+        node("lost", alive=False),
+    ]
     assert nodes_to_ask(there, "own") == {"a": "ip-a", "b": "ip-b"}
     assert nodes_to_ask([node("own")], "own") == {}
 
@@ -54,8 +60,8 @@ def test_a_node_without_it_is_named_with_the_path(there: str, tmp_path: Path) ->
     with pytest.raises(InputError) as raised:
         probe(Location.of(shared), NODES, by_views({"n1": shared, "n2": own}))
     assert str(raised.value) == (
-        f"output '{shared}' is not shared: node 10.0.0.2 does not find there what this one wrote, and 3 nodes would write "
-        "there; name a URI that every node sees (s3://…, gs://…), or a folder that is mounted at the same path on all"
+        f"output '{shared}' is not shared: node 10.0.0.2 does not find there what this one wrote, and 3 nodes would "
+        "write there; name a URI that every node sees (s3://…, gs://…), or a folder that is mounted at the same path on all"
     )
     assert list(shared.iterdir()) == []
 
