@@ -128,8 +128,8 @@ class Dashboard:
             )
         return InputError(
             f"the cluster at {self.address} refuses the token of {self.token.source}: it is another cluster's, or has "
-            "expired or been replaced since; take the one that the cluster was started with, or `ray down` and `ray up` "
-            "it with this one"
+            "expired or been replaced since; take the one that the cluster was started with, or `ray down` and `ray "
+            "up` it with this one"
         )
 
     def _is_no_dashboard(self, what: str) -> InputError:

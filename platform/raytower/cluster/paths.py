@@ -138,8 +138,8 @@ def _lacks(
         return None
     return (
         f"{what}, a path of one machine, and the job's processes may lie on {num_nodes}: name a URI that every node "
-        f"sees (s3://…, gs://…), or say by --shared {os.path.dirname(path.value.rstrip('/')) or '/'} that this folder is "
-        "mounted at the same path on all"
+        f"sees (s3://…, gs://…), or say by --shared {os.path.dirname(path.value.rstrip('/')) or '/'} that this folder "
+        "is mounted at the same path on all"
     )
 
 

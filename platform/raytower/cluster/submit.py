@@ -1,8 +1,8 @@
 """`raytower submit`: a job of jobs/ on a cluster, by Ray's job submission, refused here where it cannot run there.
 
 `_prepare` asks all that can be asked before anything starts, `submit` uploads and starts, `_follow` shows the log and
-ends as the job ends. The job's own stdout and stderr come as one log, which is progress here: it goes to stderr, and the
-last line of the job's stdout, its result, is part of the result here.
+ends as the job ends. The job's own stdout and stderr come as one log, which is progress here: it goes to stderr, and
+the last line of the job's stdout, its result, is part of the result here.
 """
 
 from __future__ import annotations

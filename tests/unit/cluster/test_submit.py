@@ -368,9 +368,9 @@ class TestResources:
         gpu_worker = NodeType(name="gpu_worker", resources={"CPU": 48, "GPU": 4}, most=2)
         (message,) = unmet([gpus], [{"CPU": 16}], [gpu_worker])
         assert message == (
-            "workers asks for 9 processes at once, each with 2 CPUs and 1 GPU, and there is room for 8; the cluster has "
-            "1 node with 16 CPUs, and with demand may come gpu_worker (48 CPUs, 4 GPUs): ask for less, or start nodes "
-            "that have it"
+            "workers asks for 9 processes at once, each with 2 CPUs and 1 GPU, and there is room for 8; the cluster "
+            "has 1 node with 16 CPUs, and with demand may come gpu_worker (48 CPUs, 4 GPUs): ask for less, or start "
+            "nodes that have it"
         )
         more = NodeType(name="gpu_worker", resources={"CPU": 48, "GPU": 4}, most=3)
         assert unmet([gpus], [{"CPU": 16}], [more]) == []
@@ -380,7 +380,8 @@ class TestResources:
         (message,) = unmet([one], [{"CPU": 2, "memory": 2**33}, {"CPU": 2, "memory": 2**33}, {}], ())
         assert message == (
             "driver_memory asks for 64 GiB of memory in one process; the cluster has 2 nodes with 2 CPUs, 8 GiB of "
-            "memory; 1 node with nothing for workers, and none comes with demand: ask for less, or start nodes that have it"
+            "memory; 1 node with nothing for workers, and none comes with demand: ask for less, or start nodes that "
+            "have it"
         )
 
 

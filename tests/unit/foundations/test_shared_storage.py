@@ -61,7 +61,8 @@ def test_a_node_without_it_is_named_with_the_path(there: str, tmp_path: Path) ->
         probe(Location.of(shared), NODES, by_views({"n1": shared, "n2": own}))
     assert str(raised.value) == (
         f"output '{shared}' is not shared: node 10.0.0.2 does not find there what this one wrote, and 3 nodes would "
-        "write there; name a URI that every node sees (s3://…, gs://…), or a folder that is mounted at the same path on all"
+        "write there; name a URI that every node sees (s3://…, gs://…), or a folder that is mounted at the same path "
+        "on all"
     )
     assert list(shared.iterdir()) == []
 
