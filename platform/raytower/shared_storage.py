@@ -18,7 +18,8 @@ from raytower.errors import InputError, RaytowerError
 from raytower.storage import Location
 
 _PREFIX = ".raytower-seen-"
-_LIMIT_S = 60.0
+# A node that is lost ends its task; one that only begins a process may be slow, on a machine that is busy.
+_LIMIT_S = 300.0
 # Nodes to what each said; None where it did not answer in time.
 Answers = Mapping[str, str | None]
 Ask = Callable[[Sequence[str], Location, str], Answers]

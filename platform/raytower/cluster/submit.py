@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -312,6 +313,11 @@ def _warn_of_variables(ready: _Prepared) -> None:
 def _client(dashboard: Dashboard) -> Any:
     """Ray's client of the cluster's jobs. Raises MissingExtraError, or RaytowerError where it cannot be made."""
     jobs = import_extra("ray.job_submission")
+    for name in (
+        "job.sdk",
+        "dashboard_sdk",
+    ):  # which say on stderr what they upload, and that a log has ended
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     # Ray puts what the environment says in place of an address that it is given.
     taken = {
         name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ
