@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,16 +82,8 @@ def _files_of_checkout(root: Path) -> dict[str, Path]:
             found[path.relative_to(root).as_posix()] = path
 
     excludes = [packaging._get_excludes(root, ray_constants.get_runtime_env_default_excludes())]
-    packaging._dir_travel(root, excludes, take, include_gitignore=True, logger=_Silent())
+    packaging._dir_travel(root, excludes, take, include_gitignore=True, logger=logging.getLogger(__name__))
     return dict(sorted(found.items()))
-
-
-class _Silent:
-    """Takes what Ray logs of each ignore file."""
-
-    def info(self, message: str) -> None: ...
-
-    def error(self, message: str) -> None: ...
 
 
 def _refuse_large(sizes: Mapping[str, int], max_bytes: int) -> None:
