@@ -83,7 +83,6 @@ def ask_head(client: Any, variables: Sequence[str]) -> There:
             f"the cluster's head could not be asked what it has, the job {job} is {status}: {end}; its `python` must "
             "be that of the environment in which Ray was started"
         )
-    client.delete_job(job)
     return read_answer(json.loads(answers[-1]))
 
 
