@@ -222,7 +222,8 @@ def _rank(value: Any, place: str) -> int:
         rank = -1
     if not 0 <= rank < _MOST_RANKS:
         raise InputError(
-            f"{place}: rank {str(value)[:40]!r} is no whole number from 0 to {_MOST_RANKS - 1}; write the place in the list"
+            f"{place}: rank {str(value)[:40]!r} is no whole number from 0 to {_MOST_RANKS - 1}; write the place in "
+            "the list"
         )
     return rank
 

@@ -97,8 +97,16 @@ def test_a_query_that_was_asked_twice_counts_once(tmp_path: Path) -> None:
         (["q Q0 d 1 high x"], "id", "run:1: .* is no row of this run file"),
         (["q Q0 d first 1 x"], "id", "run:1: rank 'first' is no whole number from 0 to 2147483647"),
         (["q Q0 d 9223372036854775808 1 x"], "id", "run:1: rank '9223372036854775808' is no whole number"),
-        (['{"query": "q", "text": "t", "score": 1, "rank": Infinity}'], "text", "run:1: rank 'inf' is no whole"),
-        (['{"query": "q", "text": "t", "score": 1' + "0" * 400 + "}"], "text", "run:1: score '10+' is not finite"),
+        (
+            ['{"query": "q", "text": "t", "score": 1, "rank": Infinity}'],
+            "text",
+            "run:1: rank 'inf' is no whole",
+        ),
+        (
+            ['{"query": "q", "text": "t", "score": 1' + "0" * 400 + "}"],
+            "text",
+            "run:1: score '10+' is not finite",
+        ),
         (["q Q0 d 1 1 x"], "text", "run:1: the row has no texts .*; give the qrels of this run's ids"),
         (["query\ttext\tscore"], "text", r"run:1: 'query\\ttext\\tscore' is no row"),
         (["q\ta text\t1"], "id", "run:1: the row has no ids .*; give a TREC run or JSON lines"),
