@@ -11,8 +11,8 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mkdocs loads this file by its path alone
 
-from docs.site import pages, reference  # noqa: E402
-from raytower.commands import COMMANDS  # noqa: E402
+from docs.site import pages, reference
+from raytower.commands import COMMANDS
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

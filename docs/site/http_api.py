@@ -17,11 +17,12 @@ from raytower.serving.http_config import HttpConfig
 PAGE, DOCUMENT = "reference/http.md", "reference/openapi.json"
 _INTRODUCTION = f"""# HTTP routes
 
-What a server answers, from its own [openapi.json]({DOCUMENT.rpartition("/")[2]}), which `GET /openapi.json` gives with the limits of
-that server; here they are the defaults. [The guide](../serving.md) has examples, clients, keys and limits.
+What a server answers, from its own [openapi.json]({DOCUMENT.rpartition("/")[2]}), which `GET /openapi.json` gives
+with the limits of that server; here they are the defaults. [The guide](../serving.md) has examples,
+clients, keys and limits.
 
-Bodies are JSON in UTF-8, plain or by gzip or deflate. Fields that a route of raytower's own does not know are refused; those of
-other services' shapes are ignored. A field that is null counts as absent.
+Bodies are JSON in UTF-8, plain or by gzip or deflate. Fields that a route of raytower's own does not know are refused;
+those of other services' shapes are ignored. A field that is null counts as absent.
 """
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _BOUNDS = (*_SIGNS, "maxLength", "maxItems")
@@ -124,7 +125,9 @@ def _kind(rules: Mapping[str, Any]) -> str:
     for several in ("anyOf", "oneOf"):
         if several in rules and not rules.get("properties"):
             outside = {name: rules[name] for name in _BOUNDS if name in rules}
-            kinds = [_kind(rule if rule.get("type") == "null" else {**rule, **outside}) for rule in rules[several]]
+            kinds = [
+                _kind(rule if rule.get("type") == "null" else {**rule, **outside}) for rule in rules[several]
+            ]
             return " or ".join(dict.fromkeys(kinds))
     if "const" in rules:
         return f"`{_cell(json.dumps(rules['const'], ensure_ascii=False))}`"

@@ -40,7 +40,9 @@ _FENCE = re.compile(r"^ *(```+|~~~+).*?^ *\1 *$|(?<=\n\n)(?: {4}.*\n?)+", re.MUL
 def sources() -> dict[str, str]:
     """Where each Markdown file of the repository lies on the site: `docs/results/kinds.md` is `results/kinds.md`."""
     inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    return {path: ELSEWHERE.get(path, path.removeprefix("docs/")) for path in sorted(inside | ELSEWHERE.keys())}
+    return {
+        path: ELSEWHERE.get(path, path.removeprefix("docs/")) for path in sorted(inside | ELSEWHERE.keys())
+    }
 
 
 def pages() -> dict[str, str]:
@@ -78,8 +80,8 @@ def python_page() -> str:
 def _moved(text: str, source: str, places: Mapping[str, str], titles: Mapping[str, str]) -> str:
     """A file's text with its links as they are on the site.
 
-    A page that is only named, such as `docs/search.md`, becomes a link by its title. A link to a file that is not on the
-    site becomes the file's name.
+    A page that is only named, such as `docs/search.md`, becomes a link by its title. A link to a file that is not on
+    the site becomes the file's name.
     """
 
     def inline(found: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""A page for each command, from the config models: the same keys, words and examples as `--help` and `raytower config`."""
+"""A page for each command, from the config models: the keys, words and examples of `--help` and `raytower config`."""
 
 from __future__ import annotations
 

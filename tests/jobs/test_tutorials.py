@@ -66,9 +66,7 @@ def test_what_is_not_printed_is_found() -> None:
         step = Step([Line(7, "raytower x")], shown=shown, is_json=is_json)
         with pytest.raises(AssertionError, match="the block of line 7"):
             check_shown(step, 'rank 1\nrank 2\n{"rows": 3, "hits": [{"id": "a", "k": 1}]}')
-    step = Step(
-        [Line(7, "raytower x")], shown='{"hits": [{"id": "…"}], "score": 0.61312}', is_json=True
-    )
+    step = Step([Line(7, "raytower x")], shown='{"hits": [{"id": "…"}], "score": 0.61312}', is_json=True)
     check_shown(step, 'a line\n{"rows": 3, "score": 0.61314, "hits": [{"id": "a"}, 5]}\n')
 
 

@@ -1,11 +1,11 @@
-"""The Markdown pages of the repository: the links that they hold, and the commands that they have their readers type."""
+"""The Markdown pages of the repository: the links that they hold, and the commands that readers type."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raytower.cli.about import ABOUT
@@ -20,7 +20,9 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
-_BLOCK = re.compile(r"^(?P<ticks>```+)(?P<language>\w*).*?\n(?P<code>.*?)^(?P=ticks) *$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^(?P<ticks>```+)(?P<language>\w*).*?\n(?P<code>.*?)^(?P=ticks) *$", re.MULTILINE | re.DOTALL
+)
 _INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n?)+")
 _SPAN = re.compile(r"(?<!`)`(raytower [^`]+)`(?!`)")
 _LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
@@ -44,6 +46,8 @@ class Typed:
             return
         command = COMMANDS[name]
         config_class = find_reference(command.config)
+        if not self.is_whole and given and given[-1].startswith("--") and given[-1] != "--help":  # a key that is only named
+            given = [*given[:-1], f"{given[-1]}=null"]
         arguments = read_arguments(config_class, command.positions, given)
         path = arguments.config_path and ROOT / arguments.config_path
         if self.is_whole and not arguments.help and (not path or path.is_file()):
@@ -52,6 +56,7 @@ class Typed:
     def _command(self) -> tuple[str | None, Sequence[str]]:
         """The command and its arguments; None where it is about commands, and right."""
         first, *rest = self.words
+        rest = [word for word in rest if word != "…"]
         if first != "raytower":  # a job's file
             found = re.search(r'run_command\("([^"]+)"', (ROOT / first).read_text(encoding="utf-8"))
             assert found is not None
@@ -63,7 +68,7 @@ class Typed:
             assert not of_config or " ".join(rest[1:]) in EXAMPLES, f"there is no config of {rest[1:]}"
             return None, ()
         size = 2 if " ".join(rest[:2]) in COMMANDS else 1
-        return " ".join(rest[:size]), [word for word in rest[size:] if "…" not in word]
+        return " ".join(rest[:size]), rest[size:]
 
 
 def typed_in(text: str) -> Iterator[Typed]:
@@ -74,8 +79,8 @@ def typed_in(text: str) -> Iterator[Typed]:
             if "raytower " in whole or "jobs/" in whole:
                 yield from _calls(whole, line + number)
     for span in _SPAN.finditer(_without_blocks(text)):
-        words = shlex.split(" ".join(span[1].split()))
-        yield Typed(text.count("\n", 0, text.find(span[0])) + 1, tuple(words), is_whole=False)
+        for typed in _calls(" ".join(span[1].split()), text.count("\n", 0, text.find(span[0])) + 1):
+            yield replace(typed, is_whole=False)
 
 
 def _shell_code(text: str) -> Iterator[tuple[str, int]]:
@@ -93,15 +98,11 @@ def _calls(line: str, number: int) -> Iterator[Typed]:
     call: list[str] = []
     for word in [*lexer, ";"]:
         if word == "--" or set(word) <= _OPERATORS:
-            if call and _is_call(call[0]):
+            if call and (call[0] == "raytower" or re.fullmatch(r"jobs/\w+\.py", call[0])):
                 yield Typed(number, tuple(call), not any(map(_LEFT_OUT.search, call)))
             call = []
-        elif call or _is_call(word):
+        elif call or not re.fullmatch(r"python|\w+=.*", word):  # what may stand before a command
             call.append(word)
-
-
-def _is_call(word: str) -> bool:
-    return word == "raytower" or re.fullmatch(r"jobs/\w+\.py", word) is not None
 
 
 def _without_blocks(text: str) -> str:
@@ -111,7 +112,9 @@ def _without_blocks(text: str) -> str:
 def links_in(text: str) -> list[str]:
     """The targets of links outside of code."""
     plain = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", _without_blocks(text), flags=re.DOTALL)
-    return [target for target in _LINK.findall(plain) if "://" not in target and not target.startswith("mailto:")]
+    return [
+        target for target in _LINK.findall(plain) if "://" not in target and not target.startswith("mailto:")
+    ]
 
 
 def anchors_of(text: str) -> set[str]:

@@ -1,8 +1,8 @@
 """Tutorials as their readers type them: blocks of a shell that are marked to run, and what the page says they print.
 
-A block is marked by a comment on the line above it: `<!-- run -->` has it run; `<!-- run: 2 -->` has its last command end
-with this exit code; `<!-- plan -->` has trainings check and plan all that they would do, without training. A block of text
-or JSON behind it shows what it prints, or a part of that, with `…` for what differs from one machine to another.
+A block is marked by a comment on the line above it: `<!-- run -->` has it run; `<!-- run: 2 -->` has its last command
+end with this exit code; `<!-- plan -->` has trainings check and plan all that they would do, without training. A block
+of text or JSON behind it shows what it prints, or a part of that, with `…` for what differs between machines.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def type_page(
     """Run a page's steps; the number of those whose output was compared.
 
     Args:
-        given: values in place of what the page's `export` lines say, such as the directory of a model in place of its hub
-            id.
+        given: values in place of what the page's `export` lines say: the directory of a model in place of its hub id.
         compares: whether models are those that the page shows the output of.
     """
     compared = 0
