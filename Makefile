@@ -34,7 +34,7 @@ check: lint test
 
 # The site of docs/, into build/docs: pages of the repository, and those made of the code. Reads nothing from the network.
 docs: $(VENV)/.docs-installed
-	$(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 $(VENV)/.docs-installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"

@@ -28,6 +28,8 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
+# Names of keys in tables are not broken.
+_TABLES = ".md-typeset td:first-child code { white-space: nowrap; word-break: normal; }\n"
 _COMMANDS_MARK = "<!-- the table of commands -->"
 _LINK = r"!?\[(?P<label>[^\]\[]*(?:\[[^\]]*\][^\]\[]*)*)\]\((?P<target>[^()\s]+)\)"
 _CODE = r"(?P<ticks>`+)(?P<code>.+?)(?P=ticks)(?!`)"
@@ -46,13 +48,14 @@ def sources() -> dict[str, str]:
 
 
 def pages() -> dict[str, str]:
-    """All pages of the site and the file that its page of HTTP links to, each text by where it lies."""
+    """All pages of the site and the files that belong to them, each text by where it lies."""
     places = sources()
     texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in places}
     titles = {path: title_of(text) for path, text in texts.items()}
     made = {places[path]: _moved(text, path, places, titles) for path, text in texts.items()}
     made["command-line.md"] = made["command-line.md"].replace(_COMMANDS_MARK, reference.command_table())
-    return {**made, **reference.command_pages(), **http_api.pages(), "reference/python.md": python_page()}
+    more = {"reference/python.md": python_page(), "tables.css": _TABLES}
+    return {**made, **reference.command_pages(), **http_api.pages(), **more}
 
 
 def title_of(text: str) -> str:

@@ -46,7 +46,9 @@ class Typed:
             return
         command = COMMANDS[name]
         config_class = find_reference(command.config)
-        if not self.is_whole and given and given[-1].startswith("--") and given[-1] != "--help":  # a key that is only named
+        if (
+            not self.is_whole and given and given[-1].startswith("--") and given[-1] != "--help"
+        ):  # a key that is only named
             given = [*given[:-1], f"{given[-1]}=null"]
         arguments = read_arguments(config_class, command.positions, given)
         path = arguments.config_path and ROOT / arguments.config_path
