@@ -59,13 +59,15 @@ def test_what_is_not_printed_is_found() -> None:
         ("rank 1\nrank 3\n", False),
         ("rank 2\nrank 1\n", False),
         ("rank …5\n", False),
+        ("score 0.5777\n", False),
         ('{"rows": 4}', True),
         ('{"row": 3}', True),
         ('{"hits": [{"id": "a"}, {"id": "b"}]}', True),
     ):
         step = Step([Line(7, "raytower x")], shown=shown, is_json=is_json)
         with pytest.raises(AssertionError, match="the block of line 7"):
-            check_shown(step, 'rank 1\nrank 2\n{"rows": 3, "hits": [{"id": "a", "k": 1}]}')
+            check_shown(step, 'rank 1\nrank 2\nscore 0.5774\n{"rows": 3, "hits": [{"id": "a", "k": 1}]}')
+    check_shown(Step([Line(7, "raytower x")], shown="1 …e: 0.5775 a.b\n"), "no\n1  file: 0.5774 a.b\n")
     step = Step([Line(7, "raytower x")], shown='{"hits": [{"id": "…"}], "score": 0.61312}', is_json=True)
     check_shown(step, 'a line\n{"rows": 3, "score": 0.61314, "hits": [{"id": "a"}, 5]}\n')
 

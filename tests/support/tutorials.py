@@ -26,6 +26,8 @@ _STEP = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _ANY = "…"
+# What need not be the same to the letter.
+_LOOSE = re.compile(rf"{_ANY}|\d+\.\d+")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,21 @@ def check_shown(step: Step, printed: str) -> None:
         return
     printed_lines = iter(printed.splitlines())
     for shown in step.shown.splitlines():
-        pattern = re.compile(".*".join(map(re.escape, shown.rstrip().split(_ANY))))
-        assert any(pattern.fullmatch(line.rstrip()) for line in printed_lines), (
+        assert any(_is_alike(shown.rstrip(), line.rstrip()) for line in printed_lines), (
             f"the block of line {number} did not print {shown!r}, but\n{printed}"
         )
+
+
+def _is_alike(shown: str, printed: str) -> bool:
+    """Whether a line is what is shown; the last digit of a score may be another."""
+    parts = [".*" if part == _ANY else r"(\d+\.\d+)" for part in _LOOSE.findall(shown)]
+    fixed = [re.escape(part) for part in _LOOSE.split(shown)]
+    pattern = "".join(fixed[:1] + [part for pair in zip(parts, fixed[1:], strict=True) for part in pair])
+    found = re.fullmatch(pattern, printed)
+    if found is None:
+        return False
+    decimals = [float(part) for part in _LOOSE.findall(shown) if part != _ANY]
+    return [float(part) for part in found.groups()] == pytest.approx(decimals, abs=2e-4)
 
 
 def is_part(shown: Any, found: Any) -> bool:
