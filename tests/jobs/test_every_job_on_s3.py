@@ -133,7 +133,9 @@ def world(
         for module in ("build", "compact", "convert"):
             patch.setattr(f"raytower.index.{module}.on_ray", lambda workers: HERE)
         world = World(server, front, str(local))
-        world.run_both("encode", encoder="{at}/encoder", input="{at}/data/corpus.jsonl", output="{at}/embeddings")
+        world.run_both(
+            "encode", encoder="{at}/encoder", input="{at}/data/corpus.jsonl", output="{at}/embeddings"
+        )
         world.run_both("index build", embeddings="{at}/embeddings", output="{at}/index", kind="flat")
         yield world
 
@@ -154,7 +156,9 @@ class TestJobs:
         index = {"index": "{at}/changed"}
         assert world.run_both("index add", **index, embeddings="{at}/five")["rows"] == DOCUMENTS + 5
         assert world.run_both("index delete", **index, input="{at}/data/gone.txt")["deleted"] == 2
-        assert world.run_both("index set", **index, values={"price": 7}, filter={"label": "kind 1"})["changed"]
+        assert world.run_both("index set", **index, values={"price": 7}, filter={"label": "kind 1"})[
+            "changed"
+        ]
         synced = world.run_both("index sync", **index, input="{at}/data/fresh.jsonl", encoder="{at}/encoder")
         assert (synced["added"], synced["deleted"]) == (0, 5 + 2)
         assert world.run_both("index compact", **index)["compacted"] is True
@@ -176,7 +180,12 @@ class TestJobs:
         world.same_file("ranked.parquet")
 
     def test_mine(self, world: World) -> None:
-        keys = {"encoder": "{at}/encoder", "index": "{at}/index", "input": "{at}/data/pairs.tsv", "recall_k": 8}
+        keys = {
+            "encoder": "{at}/encoder",
+            "index": "{at}/index",
+            "input": "{at}/data/pairs.tsv",
+            "recall_k": 8,
+        }
         world.run_both("mine", **keys, output="{at}/mined.tsv")
         assert len(world.same_file("mined.tsv").splitlines()) > 16
 
@@ -191,7 +200,9 @@ class TestJobs:
         keys |= {"mode": "votes"}
         world.run_both("tune-classify", **keys, output="{at}/votes.json", calibration="none", folds=2)
         world.same_file("votes.json")
-        world.run_both("classify", **keys, tuned="{at}/votes.json", output="{at}/labels.tsv", report="{at}/page.html")
+        world.run_both(
+            "classify", **keys, tuned="{at}/votes.json", output="{at}/labels.tsv", report="{at}/page.html"
+        )
         assert len(world.same_file("labels.tsv").splitlines()) >= 18
 
     def test_similarity(self, world: World) -> None:
@@ -217,12 +228,24 @@ class TestJobs:
 
     def test_a_pipeline_whose_state_lies_there_too(self, world: World, tmp_path: Path) -> None:
         steps = [
-            ("pairs", {"input": "{at}/data/corpus.jsonl", "output": "{at}/run/pairs.tsv", "rules": ["title"]}),
-            ("encode", {"encoder": "{at}/encoder", "input": "{at}/data/corpus.jsonl", "output": "{at}/run/e"}),
+            (
+                "pairs",
+                {"input": "{at}/data/corpus.jsonl", "output": "{at}/run/pairs.tsv", "rules": ["title"]},
+            ),
+            (
+                "encode",
+                {"encoder": "{at}/encoder", "input": "{at}/data/corpus.jsonl", "output": "{at}/run/e"},
+            ),
             ("index build", {"embeddings": "{at}/run/e", "output": "{at}/run/index", "kind": "flat"}),
-            ("index sync", {"index": "{at}/run/index", "input": "{at}/data/fresh.jsonl", "encoder": "{at}/encoder"}),
+            (
+                "index sync",
+                {"index": "{at}/run/index", "input": "{at}/data/fresh.jsonl", "encoder": "{at}/encoder"},
+            ),
             ("index compact", {"index": "{at}/run/index"}),
-            ("evaluate", {"index": "{at}/run/index", "queries": "{at}/data/pairs.tsv", "output": "{at}/run/report"}),
+            (
+                "evaluate",
+                {"index": "{at}/run/index", "queries": "{at}/data/pairs.tsv", "output": "{at}/run/report"},
+            ),
         ]
         config = {
             "state": "{at}/run/state.json",
@@ -257,8 +280,14 @@ def test_a_pipeline_with_a_training_on_workers_of_ray(world: World, tmp_path: Pa
     at, workers = f"{BUCKET}/ray", {"num": 1, "num_cpus": 0.5}
     data = f"{BUCKET}/data"
     steps = [
-        ("train-retriever", {"model": f"{BUCKET}/encoder", "train": f"{data}/pairs.tsv", "output": f"{at}/encoder"}),
-        ("encode", {"encoder": f"{at}/encoder", "input": f"{data}/corpus.jsonl", "output": f"{at}/embeddings"}),
+        (
+            "train-retriever",
+            {"model": f"{BUCKET}/encoder", "train": f"{data}/pairs.tsv", "output": f"{at}/encoder"},
+        ),
+        (
+            "encode",
+            {"encoder": f"{at}/encoder", "input": f"{data}/corpus.jsonl", "output": f"{at}/embeddings"},
+        ),
         ("index build", {"embeddings": f"{at}/embeddings", "output": f"{at}/index", "kind": "flat"}),
         ("evaluate", {"index": f"{at}/index", "queries": f"{data}/pairs.tsv", "output": f"{at}/report"}),
     ]

@@ -28,11 +28,13 @@ BAD_ROW = "this is no JSON\n"
 
 
 def write_corpus(path: Path, rows: int) -> None:
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     with open(path, "w", encoding="utf-8") as file:
         for n in range(rows):
             text = " ".join(words[(n + shift) % len(words)] for shift in range(8))
-            file.write(json.dumps({"id": f"d{n}", "title": f"heading number {n}", "text": f"{text} {n}"}) + "\n")
+            file.write(
+                json.dumps({"id": f"d{n}", "title": f"heading number {n}", "text": f"{text} {n}"}) + "\n"
+            )
 
 
 def step(folder: Path, source: str, output: str, **more: Any) -> dict[str, Any]:
@@ -51,7 +53,10 @@ def test_independent_steps_run_at_once_and_what_reads_both_waits(
     for name in ("a", "b"):
         write_corpus(tmp_path / f"{name}.jsonl", 200)
     apart = {"apart_from": str(tmp_path / "b.tsv")}
-    steps = [step(tmp_path, "a.jsonl", "a.tsv"), step(tmp_path, "b.jsonl", "b.tsv", part="dev", dev_share=0.5)]
+    steps = [
+        step(tmp_path, "a.jsonl", "a.tsv"),
+        step(tmp_path, "b.jsonl", "b.tsv", part="dev", dev_share=0.5),
+    ]
     config = pipeline(tmp_path, [*steps, step(tmp_path, "a.jsonl", "both.tsv", **apart)])
     done = run_pipeline(config)["steps"]
     assert [each["skipped"] for each in done] == [False] * 3
@@ -150,7 +155,12 @@ class TestProcesses:
         ],
     )
     def test_how_a_process_ended(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, kind: type[Exception], message: str
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        program: str,
+        kind: type[Exception],
+        message: str,
     ) -> None:
         self.use(program, tmp_path, monkeypatch)
         with pytest.raises(kind, match=message):

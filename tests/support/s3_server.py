@@ -165,7 +165,7 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
             headers = {name: value for name, value in reply.getheaders() if name.lower() not in _OF_ONE_HOP}
             self._answer(reply.status, headers, content)
 
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815 - names of the library
 
         def _body(self) -> bytes:
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):

@@ -1,4 +1,4 @@
-"""`python -m raytower.cli.step GIVEN OUTCOME`: a step of a pipeline in a process of its own, which runs several at once.
+"""`python -m raytower.cli.step GIVEN OUTCOME`: a step of a pipeline that runs several at once, in its own process.
 
 GIVEN is a JSON file of job and config. OUTCOME gets the job's figures, or its error and the kind of that; the process
 ends as the command itself would, and as by SIGTERM where the one that started it has gone.

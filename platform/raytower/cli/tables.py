@@ -114,9 +114,7 @@ def _render_comparison(result: Mapping[str, Any]) -> str:
 
 def render_pipeline(result: Mapping[str, Any]) -> str:
     """The steps as a table; what each came from is for programs."""
-    steps = [
-        {name: value for name, value in step.items() if name != "lineage"} for step in result["steps"]
-    ]
+    steps = [{name: value for name, value in step.items() if name != "lineage"} for step in result["steps"]]
     return render_result({**result, "steps": steps})
 
 

@@ -1,7 +1,7 @@
 """The content of what steps read and write, as hashes.
 
-A model is hashed whole. Embeddings, indexes, reports and what came of rounds are known by the file that their job writes last, which holds
-the checksums of the others.
+A model is hashed whole. Embeddings, indexes and reports are known by the file that their job writes last, which holds
+the checksums of the others; rounds by the model and the index that they name in the end.
 """
 
 from __future__ import annotations

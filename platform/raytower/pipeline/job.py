@@ -139,9 +139,7 @@ _FREE_KEYS = {
     "encode": frozenset({"workers", "tokens_per_batch"}),
     **dict.fromkeys(("search", "rerank", "similarity"), frozenset({"workers"})),
     # `num` decides into how many shards an index is built.
-    **dict.fromkeys(
-        ("index build", "index compact"), frozenset({"workers.num_cpus", "workers.num_gpus"})
-    ),
+    **dict.fromkeys(("index build", "index compact"), frozenset({"workers.num_cpus", "workers.num_gpus"})),
     **dict.fromkeys(("index add", "index delete"), frozenset({"workers"})),
     "index sync": frozenset({"workers", "tokens_per_batch"}),
     "serve reload": frozenset({"key_env", "timeout_s"}),
@@ -262,9 +260,7 @@ class _Step:
             job=self.job,
             writes=self.written,
             settings=self.settings,
-            inputs={
-                item.key: {"name": item.name, "content": read.get(item.key)} for item in self.inputs
-            },
+            inputs={item.key: {"name": item.name, "content": read.get(item.key)} for item in self.inputs},
             made_by=tuple(keys[number] for number in sorted(self.makers)),
         )
 
@@ -317,7 +313,7 @@ class _Record:
     """When it began last, in UTC."""
     seconds: float | None = None
     error: str | None = None
-    """Why it has failed; null where it has not, or was killed."""
+    """Why it has failed, empty where it was killed; null of one that is finished or at work."""
 
 
 class _State:
@@ -395,6 +391,13 @@ class _State:
                 waiting += found[key]["made_by"]
         return found
 
+    def take_over(self) -> None:
+        """Write the file as one of this version, in which no step is at work: those that were have been killed."""
+        for name, record in self._records.items():
+            if not record.finished and record.error is None:
+                self._records[name] = replace(record, error="")
+        self.write()
+
     def write(self) -> None:
         """Raises StorageError, and RaytowerError where another process may write the file."""
         with self._lock:
@@ -418,7 +421,7 @@ class _State:
         if record is None:
             return "it did not run before"
         if not record.finished:
-            return "it was not finished" if record.error is None else f"it failed: {record.error}"
+            return f"it failed: {record.error}" if record.error else "it was not finished"
         if record.key != key:
             return "its config or what it reads has changed"
         if step.changed is not None:
@@ -430,7 +433,10 @@ class _State:
     def _is_as_left(self, step: _Step) -> bool:
         """Whether what a step changed is as it, or a later step, left it, or as one that was killed may have."""
         now = step.content()
-        records = [self.of(step), *(self.of(other) for other in self._changes_of(step) if other.number > step.number)]
+        records = [
+            self.of(step),
+            *(self.of(other) for other in self._changes_of(step) if other.number > step.number),
+        ]
         return any(record.content == now or not record.finished for record in records if record is not None)
 
     def _changes_of(self, step: _Step) -> list[_Step]:
@@ -438,7 +444,9 @@ class _State:
         return [
             other
             for other in self._steps
-            if other.changed is not None and step.written is not None and is_inside(other.changed.name, step.written)
+            if other.changed is not None
+            and step.written is not None
+            and is_inside(other.changed.name, step.written)
         ]
 
     def has_changed(self, step: _Step) -> bool:
@@ -449,7 +457,7 @@ class _State:
 
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
-    """Run the steps that are not finished; returns the figures of every step, or `pipeline_status` where it is asked for.
+    """Run the steps that are not finished; returns the figures of every step, or `pipeline_status` if `status` is true.
 
     Raises:
         InputError: an unknown job, a config that its job refuses, steps in the wrong order, or an output that holds
@@ -470,7 +478,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     ) as lease:
         state = _State(place, steps, lease)
         _check_outputs(steps, state)
-        state.write()  # one of an older version becomes one of this
+        state.take_over()
         return {"steps": _run_steps(steps, state, config.parallel)}
 
 
@@ -815,9 +823,7 @@ def _inputs(job: str, config: Config, earlier: Sequence[_Step], title: str) -> l
     return found
 
 
-def _inputs_of_pipelines(
-    job: str, config: Config, earlier: Sequence[_Step], title: str
-) -> list[_Input]:
+def _inputs_of_pipelines(job: str, config: Config, earlier: Sequence[_Step], title: str) -> list[_Input]:
     """What the steps of a job's own pipelines read, and none of them makes."""
     found: dict[tuple[Any, ...], _Input] = {}
     for pipeline in find_reference(_PIPELINES_OF[job])(config):

@@ -26,7 +26,7 @@ def left_by(steps: Sequence[Access], order: Sequence[int]) -> dict[str, object]:
     lies: dict[str, object] = dict.fromkeys(NAMES)
     for number in order:
         read = [lies[name] for name in (*steps[number].reads, *steps[number].writes)]
-        lies |= {name: (number, read) for name in steps[number].writes}
+        lies |= dict.fromkeys(steps[number].writes, (number, read))
     return lies
 
 
