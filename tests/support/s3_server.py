@@ -152,7 +152,7 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
                 front.tokens.add(self.headers.get("x-amz-security-token", ""))
             if is_refused:
                 words = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-                self._answer(503, {"Content-Type": "application/xml"}, words)
+                self._answer(503, {"content-type": "application/xml"}, words)
                 return
             kept = {name: value for name, value in self.headers.items() if name.lower() not in _OF_ONE_HOP}
             connection = http.client.HTTPConnection(server.address, timeout=60)
@@ -162,7 +162,7 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
                 content = reply.read()
             finally:
                 connection.close()
-            headers = {name: value for name, value in reply.getheaders() if name.lower() not in _OF_ONE_HOP}
+            headers = {name.lower(): value for name, value in reply.getheaders()}
             self._answer(reply.status, headers, content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815 - names of the library
@@ -181,12 +181,12 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
         def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
-                if name.lower() != "content-length":
+                if name not in _OF_ONE_HOP:
                     self.send_header(name, value)
             # Of HEAD it says how long the object is, and nothing follows.
-            length = headers.get("Content-Length", headers.get("content-length"))
             is_head = self.command == "HEAD"
-            self.send_header("Content-Length", length if is_head and length else str(len(content)))
+            length = headers.get("content-length", "0") if is_head else str(len(content))
+            self.send_header("Content-Length", length)
             self.end_headers()
             if not is_head:
                 self.wfile.write(content)
