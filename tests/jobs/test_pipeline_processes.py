@@ -82,7 +82,7 @@ def test_a_branch_that_fails_lets_the_other_end_and_gives_its_exit_code(tmp_path
     config = pipeline(tmp_path, steps)
     (tmp_path / "pipeline.json").write_text(config.model_dump_json())
     ended = command(tmp_path)
-    said = ended.communicate(timeout=120)[0]
+    said = ended.communicate(timeout=400)[0]
     assert ended.returncode == 2, said
     assert "step 1/4 pairs: " in said.splitlines()[-1]
     assert "bad.jsonl" in said.splitlines()[-1]
@@ -97,7 +97,7 @@ def test_a_branch_that_fails_lets_the_other_end_and_gives_its_exit_code(tmp_path
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_kill_ends_the_steps_too_and_the_next_run_goes_on(tmp_path: Path, kind: signal.Signals) -> None:
     write_corpus(tmp_path / "a.jsonl", 20)
-    write_corpus(tmp_path / "large.jsonl", 150_000)
+    write_corpus(tmp_path / "large.jsonl", 60_000)
     config = pipeline(
         tmp_path, [step(tmp_path, "a.jsonl", "a.tsv"), step(tmp_path, "large.jsonl", "large.tsv")]
     )
@@ -111,9 +111,9 @@ def test_a_kill_ends_the_steps_too_and_the_next_run_goes_on(tmp_path: Path, kind
     children = psutil.Process(running.pid).children(recursive=True)
     assert children
     running.send_signal(kind)
-    said = running.communicate(timeout=60)[0]
+    said = running.communicate(timeout=200)[0]
     assert running.returncode == (-kind if kind == signal.SIGKILL else 128 + kind), said
-    assert psutil.wait_procs(children, timeout=30)[1] == [], "a step outlives its pipeline"
+    assert psutil.wait_procs(children, timeout=60)[1] == [], "a step outlives its pipeline"
     assert stands() == ["finished", "missing"]
     assert not (tmp_path / "large.tsv").exists()
     assert [each["skipped"] for each in run_pipeline(config)["steps"]] == [True, False]
@@ -175,7 +175,7 @@ class TestProcesses:
         started = time.monotonic()
         with pytest.raises(RaytowerError, match="exit code 3"):
             Processes().run("pairs", self.config(tmp_path), "step 1")
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 19
 
     def test_stop_ends_those_at_work_and_starts_no_more(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
