@@ -683,7 +683,7 @@ def _run(step: _Step, origin: _Origin, state: _State, run: _Runner, when: str) -
     begun = _Record(key=origin.key, finished=False, when=when)
     if step.changed is not None:
         # What steps left there last is still what to know it by.
-        state.put(step, replace(begun, content=record and record.content), origin)
+        state.put(step, replace(begun, content=record.content if record else None), origin)
     elif owned:
         # From now on the job may write there. Only what a job refuses to write over is known by what it was.
         content = step.content() if _is_kept(step) else None
