@@ -318,10 +318,11 @@ COMMANDS: dict[str, Command] = {
         example="--model intfloat/multilingual-e5-small --corpus data/corpus.jsonl --output runs/adapted",
     ),
     "pipeline": Command(
-        "run several jobs one after the other from one file; a finished step is skipped",
+        "run several jobs from one file, each once what it reads is there; a finished step is skipped",
         "raytower.pipeline.config:PipelineConfig",
         "raytower.pipeline.job:run_pipeline",
         "raytower.pipeline.job:plan_pipeline",
+        "raytower.cli.tables:render_pipeline",
         example="--config jobs/pipeline.yaml",
     ),
 }
