@@ -40,12 +40,31 @@ POLL_S = 0.1
 # Until the last node is gone; idle nodes go one after the other.
 SETTLE_S = 120.0
 TEXTS, PAIRS = 2_000, 256
-WORDS = "sun moon star sky sea lake hill wood rain snow wind fire stone road house bird".split()
+WORDS = (
+    "sun",
+    "moon",
+    "star",
+    "sky",
+    "sea",
+    "lake",
+    "hill",
+    "wood",
+    "rain",
+    "snow",
+    "wind",
+    "fire",
+    "stone",
+    "road",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where inputs and outputs are left; a temporary one otherwise")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where inputs and outputs are left; a temporary one otherwise"
+    )
     parser.add_argument("--idle-s", type=float, default=6.0, help="seconds after which an idle node goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,7 +95,13 @@ def demonstrate(folder: Path, address: str) -> dict[str, Any]:
     left = sorted(node["Labels"].get("ray.io/node-group", "?") for node in ray.nodes() if node["Alive"])
     ray.shutdown()
     worked = {job: sorted(nodes) for job, nodes in timeline.worked.items()}
-    return {"folder": str(folder), "events": timeline.events, "worked": worked, "left": left, "figures": figures}
+    return {
+        "folder": str(folder),
+        "events": timeline.events,
+        "worked": worked,
+        "left": left,
+        "figures": figures,
+    }
 
 
 def jobs_of(folder: Path) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
@@ -220,7 +245,10 @@ class Timeline:
 
     def _count(self) -> str:
         kinds = [name.partition(" ")[0] for name in self.nodes.values()]
-        return ", ".join(f"{kinds.count(kind)} {kind}" for kind in NODE_TYPES if kind in kinds) or "the head alone"
+        return (
+            ", ".join(f"{kinds.count(kind)} {kind}" for kind in NODE_TYPES if kind in kinds)
+            or "the head alone"
+        )
 
 
 @contextmanager
@@ -246,11 +274,15 @@ def watching() -> Iterator[Timeline]:
 
 def autoscaling_config(address: str, idle_s: float) -> dict[str, Any]:
     """All keys that Ray asks for where it has no defaults: its wheel lacks the file with those of this provider."""
-    lists = ("initialization_commands", "setup_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
+    lists = (
+        "initialization_commands",
+        "setup_commands",
+        "cluster_synced_files",
+        "rsync_exclude",
+        "rsync_filter",
+    )
     commands = ("setup_commands", "start_ray_commands")
-    types = {
-        name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in NODE_TYPES.items()
-    }
+    types = {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in NODE_TYPES.items()}
     return {
         "cluster_name": "seen",
         "max_workers": sum(kind["max_workers"] for kind in NODE_TYPES.values()),
@@ -312,7 +344,7 @@ def autoscaling_head(idle_s: float) -> Iterator[str]:
 
 
 def wait_for_head(head: psutil.Popen, port: int, folder: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while "Ray runtime started" not in (folder / "head.log").read_text(encoding="utf-8"):
         if head.poll() is not None or time.monotonic() > deadline:
             raise SystemExit(f"the head did not start:\n{(folder / 'head.log').read_text(encoding='utf-8')}")
@@ -352,7 +384,7 @@ def write_inputs(folder: Path) -> None:
     backbone = BertModel(BertConfig(vocab_size=VOCABULARY, **sizes))
     Encoder(backbone, make_tokenizer(), EncoderSettings(max_length=32)).eval().save(folder / "start")
     texts = [
-        f"{WORDS[number % 16]} {WORDS[number // 16 % 16]} {WORDS[number // 256 % 16]} {WORDS[number * 7 % 13]}"
+        f"{WORDS[number % 14]} {WORDS[number // 14 % 14]} {WORDS[number // 196 % 14]}"
         for number in range(TEXTS)
     ]
     corpus = "".join(f"{number}\t{text}\n" for number, text in enumerate(dict.fromkeys(texts)))

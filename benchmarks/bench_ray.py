@@ -3,11 +3,11 @@
     python benchmarks/bench_ray.py nodes [--texts 3000] [--repeats 3]
     python benchmarks/bench_ray.py loop  [--texts 2000] [--queries 2000] [--rows 20000] [--repeats 3]
 
-nodes: the encode job on one node of one CPU and on two (`ray.cluster_utils.Cluster`, a head without CPUs), MiniLM in fp32,
-    seconds after the start-up of the first worker.
-loop: encode, index build and search of a file, by one worker of one thread on Ray and by a plain loop over the same work
-    in one process of one thread. Of encode it is the time from the first text on. The others run over a quarter and over
-    all of the work, once each where everything has started; the difference is what three quarters cost.
+nodes: the encode job on one node of one CPU and on two (`ray.cluster_utils.Cluster`, a head without CPUs), MiniLM in
+    fp32, seconds after the start-up of the first worker.
+loop: encode, index build and search of a file, by one worker of one thread on Ray and by a plain loop over the same
+    work in one process of one thread. Of encode it is the time from the first text on. The others run over a quarter
+    and over all of the work, where everything has started; the difference is what three quarters cost.
 
 Every run is in a process of its own, the sides take turns.
 """
@@ -116,7 +116,8 @@ def loop(arguments: argparse.Namespace) -> None:
         write_vectors(folder / "part", arguments.rows // 4)
         write_index(folder)
         print(f"\none worker of one thread on Ray beside a plain loop, medians of {arguments.repeats}")
-        print("| job | size | cost of Ray | loop, s | on Ray, s | differences, least and most |\n|---|---|---|---|---|---|")
+        print("| job | size | cost of Ray | loop, s | on Ray, s | differences, least and most |")
+        print("|---|---|---|---|---|---|")
         for job, size in sizes.items():
             found: dict[str, list[float]] = {"loop": [], "ray": []}
             for _ in range(arguments.repeats):
@@ -125,8 +126,9 @@ def loop(arguments: argparse.Namespace) -> None:
                     say_load(f"{job}, {way}", seconds[-1])
             bare, on_ray = (statistics.median(seconds) for seconds in found.values())
             each = [there - here for here, there in zip(*found.values(), strict=True)]
+            counted = size if job == "encode" else size - size // 4
             print(
-                f"| {job} | {size if job == "encode" else size - size // 4:,} | {on_ray / bare - 1:+.1%} | {bare:.2f} | {on_ray:.2f} | "
+                f"| {job} | {counted:,} | {on_ray / bare - 1:+.1%} | {bare:.2f} | {on_ray:.2f} | "
                 f"{min(each):+.2f}, {max(each):+.2f} s |"
             )
 
@@ -259,8 +261,9 @@ def rows_of(folder: Path) -> int:
 
 
 def write_index(folder: Path) -> None:
-    import raytower
     from bench_encoding import find_minilm, short_texts
+
+    import raytower
 
     raytower.index_texts(short_texts(DOCUMENTS), str(find_minilm()), str(folder / "index"), kind="flat")
 

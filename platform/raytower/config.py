@@ -77,15 +77,15 @@ class FittedWorkersConfig(Config):
     """What each holds of other things that nodes have, by the names that `ray start --resources` gave them, such as
     {"license": 1}."""
     label_selector: dict[str, str] = {}
-    """Labels that the node of each must have, such as {"ray.io/accelerator-type": "L4", "ray.io/market-type": "spot"}. A
-    value may also be !spot, in(L4, A10G) or !in(L4, A10G)."""
+    """Labels that the node of each must have, such as {"ray.io/accelerator-type": "L4", "ray.io/market-type": "spot"}.
+    A value may also be !spot, in(L4, A10G) or !in(L4, A10G)."""
 
     @model_validator(mode="after")
     def _check_requirements(self) -> Self:
         if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(
-                f"workers.num_gpus is {self.num_gpus:g}; above 1 they are whole ones: give a whole number, or a part of "
-                "one GPU"
+                f"workers.num_gpus is {self.num_gpus:g}; above 1 they are whole ones: give a whole number, or a part "
+                "of one GPU"
             )
         refuse_requirements(self.resources, self.label_selector, "workers.")
         return self

@@ -124,7 +124,10 @@ def _labels_here() -> dict[str, str]:
 def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
     cpus = resources.get("CPU", 0.0)
     return Node(
-        cpus=cpus - 1 if cpus > 1 else cpus, gpus=resources.get("GPU", 0.0), labels=labels, resources=resources
+        cpus=cpus - 1 if cpus > 1 else cpus,
+        gpus=resources.get("GPU", 0.0),
+        labels=labels,
+        resources=resources,
     )
 
 

@@ -17,7 +17,7 @@ from raytower.errors import InputError
 from raytower.progress import log
 from raytower.requirements import has_labels
 
-# Ray gives it to the nodes of a launcher (`ray up`, KubeRay), which may add others; what `ray start` joins by hand lacks it.
+# Ray gives it to nodes of launchers (`ray up`, KubeRay), which may add others; those that `ray start` joins lack it.
 _NODE_GROUP = "ray.io/node-group"
 _NODE_ID = "ray.io/node-id"
 _NODES_SHOWN = 8
@@ -196,7 +196,10 @@ def _what_nodes_have(nodes: Sequence[Node], asked: FittedWorkersConfig) -> str:
         )
         for node in nodes
     )
-    shown = [f"{count} with {words or 'nothing of it and no labels'}" for words, count in found.most_common(_NODES_SHOWN)]
+    shown = [
+        f"{count} with {words or 'nothing of it and no labels'}"
+        for words, count in found.most_common(_NODES_SHOWN)
+    ]
     return "; ".join([*shown, "…"] if len(found) > len(shown) else shown)
 
 

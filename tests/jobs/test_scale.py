@@ -45,7 +45,9 @@ def run_alone(*arguments: str, seconds: int = 400) -> subprocess.CompletedProces
 
 def on_cluster(kind: str, jobs: dict[str, Any], folder: Path) -> dict[str, Any]:
     (folder / "asked.json").write_text(json.dumps(jobs))
-    run_alone("-m", "tests.support.small_clusters", kind, str(folder / "asked.json"), str(folder / "found.json"))
+    run_alone(
+        "-m", "tests.support.small_clusters", kind, str(folder / "asked.json"), str(folder / "found.json")
+    )
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
@@ -99,7 +101,10 @@ def test_workers_run_on_the_nodes_that_they_ask_for(dummy_encoder_dir: Path, tmp
             assert found[f"{job} by {way}"] == {"nodes": ["spot"], "said": "", "made": True}, (job, way)
         refused = found[f"{job} by none"]
         assert refused["nodes"] == []
-        assert 'asks for 1 CPU, labels {"ray.io/market-type": "reserved"}, and no node has that:' in refused["said"]
+        assert (
+            'asks for 1 CPU, labels {"ray.io/market-type": "reserved"}, and no node has that:'
+            in refused["said"]
+        )
         assert '1 with 2 CPU, labels {"ray.io/market-type": "spot"}' in refused["said"]
 
 

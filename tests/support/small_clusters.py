@@ -60,7 +60,11 @@ def labelled(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
                     said = ""
                 except InputError as error:
                     said = str(error)
-            found[f"{command} by {name}"] = {"nodes": sorted(at_work), "said": said, "made": Path(output).exists()}
+            found[f"{command} by {name}"] = {
+                "nodes": sorted(at_work),
+                "said": said,
+                "made": Path(output).exists(),
+            }
     ray.shutdown()
     cluster.shutdown()
     return found

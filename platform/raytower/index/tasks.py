@@ -69,9 +69,9 @@ class Run:
         from raytower.runtime import check_room
 
         check_room(self.workers.model_copy(update={"num_gpus": num_gpus}))
-        task = ray.remote(
-            num_cpus=self.workers.num_cpus, num_gpus=num_gpus, **self.workers.ray_options
-        )(function)
+        task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus, **self.workers.ray_options)(
+            function
+        )
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
         shared = {id(value): ray.put(value) for value in common if getattr(value, "nbytes", 0) > 2**16}

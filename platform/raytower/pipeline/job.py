@@ -101,7 +101,9 @@ _FREE_KEYS = {
     "encode": frozenset({"workers", "tokens_per_batch"}),
     **dict.fromkeys(("search", "rerank", "similarity"), frozenset({"workers"})),
     # `num` decides into how many shards an index is built.
-    "index build": frozenset(f"workers.{name}" for name in ("num_cpus", "num_gpus", "resources", "label_selector")),
+    "index build": frozenset(
+        f"workers.{name}" for name in ("num_cpus", "num_gpus", "resources", "label_selector")
+    ),
 }
 # Keys of `workers` that came later; empty is what was done before.
 _GAINED_BY_WORKERS = ("resources", "label_selector")

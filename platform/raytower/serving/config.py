@@ -146,10 +146,10 @@ class ServeConfig(HttpConfig, CollectionConfig):
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs of a replica; null is 1 where there is one for each replica and copy of the reranker, a part of one where
     there are fewer, and else 0."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """What each replica, copy of the reranker and group of shards holds of other things that nodes have, by the names
     that `ray start --resources` gave them."""
-    label_selector: dict[str, str] = {}
+    label_selector: dict[str, str] = Field(default_factory=dict)
     """Labels that their nodes must have, such as {"ray.io/market-type": "!spot"}; values as those of a job's
     workers.label_selector."""
     rerank_replicas: int = Field(default=1, ge=1)
@@ -216,7 +216,9 @@ class ServeConfig(HttpConfig, CollectionConfig):
         if self.server == "uvicorn" and (self.replicas > 1 or self.autoscaling):
             raise ValueError("server uvicorn has one process; set replicas to 1 and autoscaling to null")
         if self.server == "uvicorn" and (self.resources or self.label_selector):
-            raise ValueError("server uvicorn runs here; leave out resources and label_selector, which choose nodes")
+            raise ValueError(
+                "server uvicorn runs here; leave out resources and label_selector, which choose nodes"
+            )
         refuse_requirements(self.resources, self.label_selector)
         return self
 
