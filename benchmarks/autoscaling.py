@@ -36,7 +36,7 @@ NODE_TYPES: dict[str, dict[str, Any]] = {
     "spot": {"resources": {"CPU": 1}, "labels": {"ray.io/market-type": "spot"}, "max_workers": 2},
     "gpu": {"resources": {"CPU": 1, "GPU": 1}, "labels": {"ray.io/accelerator-type": "L4"}, "max_workers": 1},
 }
-POLL_S = 0.1
+POLL_S = 0.2
 # Until the last node is gone; idle nodes go one after the other.
 SETTLE_S = 120.0
 TEXTS, PAIRS = 2_000, 256
@@ -70,8 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        write_inputs(folder)
         with autoscaling_head(arguments.idle_s) as address:
+            write_inputs(folder)
             print(json.dumps(demonstrate(folder, address)))
 
 
@@ -273,7 +273,7 @@ def watching() -> Iterator[Timeline]:
 
 
 def autoscaling_config(address: str, idle_s: float) -> dict[str, Any]:
-    """All keys that Ray asks for where it has no defaults: its wheel lacks the file with those of this provider."""
+    """All keys that Ray asks for where it has no defaults."""
     lists = (
         "initialization_commands",
         "setup_commands",
@@ -289,7 +289,9 @@ def autoscaling_config(address: str, idle_s: float) -> dict[str, Any]:
         "upscaling_speed": 10.0,
         "idle_timeout_minutes": idle_s / 60,
         "provider": {
-            "type": "fake_multinode",
+            # By its class: under its name, `fake_multinode`, Ray looks for a file of defaults that its wheel lacks.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": address,
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
@@ -313,11 +315,12 @@ def autoscaling_config(address: str, idle_s: float) -> dict[str, Any]:
 @contextmanager
 def autoscaling_head(idle_s: float) -> Iterator[str]:
     """A head without CPUs whose autoscaler starts nodes; its address. All ends with the block, with every node."""
+    # Nodes listen on every address. Ray reads this when it is imported.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     port = free_port()
     address = f"{ray.util.get_node_ip_address()}:{port}"
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     environment = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
@@ -326,6 +329,8 @@ def autoscaling_head(idle_s: float) -> Iterator[str]:
         "RAY_NODE_TYPE_NAME": HEAD,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Left alone, workers are so nice that on a busy machine they hardly start.
+        "RAY_worker_niceness": "0",
     }
     # Short, because the names of Ray's sockets lie below it and may have 107 bytes at most.
     with tempfile.TemporaryDirectory(prefix="rt", ignore_cleanup_errors=True) as folder:

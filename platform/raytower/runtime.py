@@ -117,8 +117,7 @@ def _alive_nodes() -> list[Node]:
 
 def _labels_here() -> dict[str, str]:
     """The labels that a Ray of this machine gives itself, such as the kind of its GPUs."""
-    labels: dict[str, str] = ResourceAndLabelSpec().resolve(is_head=True).labels
-    return labels
+    return ResourceAndLabelSpec().resolve(is_head=True).labels or {}
 
 
 def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:

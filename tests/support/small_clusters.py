@@ -26,7 +26,7 @@ from raytower.errors import InputError
 
 MARKET = "ray.io/market-type"
 LICENSED = {"license": 0.5}
-LOOK_S = 0.05
+LOOK_S = 0.2
 
 
 def run(command: str, values: dict[str, Any]) -> dict[str, Any]:
