@@ -36,6 +36,7 @@ NODE_TYPES: dict[str, dict[str, Any]] = {
     "spot": {"resources": {"CPU": 1}, "labels": {"ray.io/market-type": "spot"}, "max_workers": 2},
     "gpu": {"resources": {"CPU": 1, "GPU": 1}, "labels": {"ray.io/accelerator-type": "L4"}, "max_workers": 1},
 }
+KIND = "kind"  # a label of ours; the fake provider gives all nodes the head's `ray.io/node-group`
 POLL_S = 0.2
 # Until the last node is gone; idle nodes go one after the other.
 SETTLE_S = 120.0
@@ -92,7 +93,7 @@ def demonstrate(folder: Path, address: str) -> dict[str, Any]:
         deadline = time.monotonic() + SETTLE_S
         while timeline.nodes and time.monotonic() < deadline:
             time.sleep(POLL_S)
-    left = sorted(node["Labels"].get("ray.io/node-group", "?") for node in ray.nodes() if node["Alive"])
+    left = [node["Labels"].get(KIND, "head") for node in ray.nodes() if node["Alive"]]
     ray.shutdown()
     worked = {job: sorted(nodes) for job, nodes in timeline.worked.items()}
     return {
@@ -223,7 +224,7 @@ class Timeline:
 
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         for number, node in alive.items():
-            kind = node["Labels"].get("ray.io/node-group", "?")
+            kind = node["Labels"].get(KIND)
             if number not in self.nodes and kind in NODE_TYPES:
                 self.named += 1
                 self.nodes[number] = f"{kind} {self.named}"
@@ -282,7 +283,10 @@ def autoscaling_config(address: str, idle_s: float) -> dict[str, Any]:
         "rsync_filter",
     )
     commands = ("setup_commands", "start_ray_commands")
-    types = {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in NODE_TYPES.items()}
+    types = {
+        name: {"node_config": {}, "min_workers": 0, **kind, "labels": {KIND: name, **kind["labels"]}}
+        for name, kind in NODE_TYPES.items()
+    }
     return {
         "cluster_name": "seen",
         "max_workers": sum(kind["max_workers"] for kind in NODE_TYPES.values()),

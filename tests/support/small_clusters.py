@@ -37,7 +37,7 @@ def run(command: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def labelled(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each job with workers that ask for one of two nodes: by a label, then by a resource; then for what none has.
+    """Each job with workers that ask by a label for one of two nodes, then for what none has; one by a resource too.
 
     Returns the nodes of which something was held meanwhile, and what is said of the last.
     """
@@ -46,11 +46,13 @@ def labelled(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     os.environ["RAY_ADDRESS"] = cluster.address
     found: dict[str, Any] = {}
     for command, values in jobs.items():
-        for name, asked in {
+        ways = {
             "label": {"label_selector": {MARKET: "spot"}},
-            "resource": {"resources": LICENSED},
             "none": {"label_selector": {MARKET: "reserved"}},
-        }.items():
+        }
+        if command == "index build":
+            ways["resource"] = {"resources": LICENSED}
+        for name, asked in ways.items():
             workers = {**values["workers"], **asked}
             output = f"{values['output']}-{name}{values.get('suffix', '')}"
             config = {key: value for key, value in values.items() if key != "suffix"}
