@@ -124,7 +124,7 @@ def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> d
             if len(difference.gone):
                 table = table.without(difference.gone)
             # GPUs are for encoding.
-            given = config.workers.model_dump(include={"num", "num_cpus"}, exclude_none=True)
+            given = config.workers.model_dump(exclude={"num_gpus", "min"}, exclude_none=True)
             workers = WorkersConfig(**given)
             run = on_ray(workers, index) if came > 10 * TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from raytower.config import WorkersConfig
 from raytower.errors import RaytowerError, find_cause, import_extra
 from raytower.progress import log
+from raytower.requirements import has_labels
 from raytower.storage import Location
 
 ResultT = TypeVar("ResultT")
@@ -42,7 +43,11 @@ class Run:
         if self.workers is None:
             return self.threads
         ray = _started_ray(self.workers, self.output)
-        cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        cores = [
+            node["Resources"].get("CPU", 0.0)
+            for node in ray.nodes()
+            if node["Alive"] and has_labels(self.workers.label_selector, node.get("Labels") or {})
+        ]
         wanted = int(self.workers.num * self.workers.num_cpus)
         return max(min(wanted, int(max(cores, default=0))), self.threads)
 
@@ -58,12 +63,18 @@ class Run:
         """Results of `function` over `calls`, in order; `progress` is logged with numbers of finished and of all calls.
 
         Raises:
+            InputError: no node has room for such a task.
             RaytowerError: the first failure, as it was raised where that was meant for the user.
         """
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
         ray = _started_ray(self.workers, self.output)
-        task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus)(function)
+        from raytower.runtime import check_room
+
+        check_room(self.workers.model_copy(update={"num_gpus": num_gpus}))
+        task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus, **self.workers.ray_options)(
+            function
+        )
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
         shared = {id(value): ray.put(value) for value in common if getattr(value, "nbytes", 0) > 2**16}
