@@ -20,7 +20,7 @@ from raytower.storage import Location
 _PREFIX = ".raytower-seen-"
 # A node that is lost ends its task; one that only begins a process may be slow, on a machine that is busy.
 _LIMIT_S = 300.0
-# Nodes to what each said; None where it did not answer in time.
+# Nodes to what each said; None where it did not answer in time. One that was lost meanwhile is not among them.
 Answers = Mapping[str, str | None]
 Ask = Callable[[Sequence[str], Location, str], Answers]
 
@@ -93,7 +93,9 @@ def refuse_unshared(
 ) -> None:
     """Raise the error for the first node that does not share `folder`, of what all said and left."""
     for node, address in nodes.items():
-        answer = answers.get(node)
+        if node not in answers:
+            continue  # the job does without it, as it does where one is lost later
+        answer = answers[node]
         if answer is None:
             raise RaytowerError(
                 f"node {address} did not answer within {_LIMIT_S:g} s whether it sees {folder}; look at it by `ray "
@@ -124,7 +126,9 @@ def _ask_by_tasks(nodes: Sequence[str], folder: Location, mark: str) -> Answers:
             answers[asked[reference]] = ray.get(reference)
         except ray.exceptions.RayError as error:
             answers[asked[reference]] = f"cannot be asked ({str(error).splitlines()[0]})"
-    return answers
+    failed = {node for node, answer in answers.items() if answer != ""}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if failed else set()
+    return {node: answer for node, answer in answers.items() if node not in failed - alive}
 
 
 def _see_and_write(folder: str, mark: str, node: str) -> str:

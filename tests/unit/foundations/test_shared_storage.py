@@ -82,3 +82,12 @@ def test_a_node_that_does_not_answer_is_named(tmp_path: Path) -> None:
         probe(Location.of(tmp_path), NODES, lambda nodes, folder, mark: dict.fromkeys(nodes))
     assert not isinstance(raised.value, InputError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_that_is_lost_meanwhile_is_done_without(tmp_path: Path) -> None:
+    probe(
+        Location.of(tmp_path),
+        NODES,
+        lambda nodes, folder, mark: {"n2": _see_and_write(str(tmp_path), mark, "n2")},
+    )
+    assert list(tmp_path.iterdir()) == []
