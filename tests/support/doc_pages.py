@@ -50,7 +50,8 @@ class Typed:
             not self.is_whole and given and given[-1].startswith("--") and given[-1] != "--help"
         ):  # a key that is only named
             given = [*given[:-1], f"{given[-1]}=null"]
-        arguments = read_arguments(config_class, command.positions, given)
+        own = find_reference(command.part)(given) if command.part else given
+        arguments = read_arguments(config_class, command.positions, own)
         path = arguments.config_path and ROOT / arguments.config_path
         if self.is_whole and not arguments.help and (not path or path.is_file()):
             load_config(config_class, path or None, arguments.overrides)
