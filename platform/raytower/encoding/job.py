@@ -57,6 +57,7 @@ from raytower.models.trained_prefixes import own_prefix
 from raytower.only_job import only_job
 from raytower.progress import log
 from raytower.runtime import check_room, ensure_ray, find_nodes
+from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
     Location,
@@ -136,6 +137,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
                 graph_for(job.encoder, config.dtype, resolve_model(config.encoder))
             ensure_ray(job.workers.num_cpus)
             check_room(job.workers)
+            check_shared(job.output)
             answers = _run(job, missing)
         if lease is not None:
             lease.check()

@@ -235,9 +235,11 @@ def _do_on_ray(
         return
     ray = import_extra("ray")
     from raytower.runtime import check_room, ensure_ray
+    from raytower.shared_storage import check_shared
 
     ensure_ray(workers.num_cpus)
     check_room(workers)
+    check_shared(job.folder)
     task = ray.remote(
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus,

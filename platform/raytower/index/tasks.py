@@ -13,6 +13,7 @@ from raytower.config import WorkersConfig
 from raytower.errors import RaytowerError, find_cause, import_extra
 from raytower.progress import log
 from raytower.requirements import has_labels
+from raytower.storage import Location
 
 ResultT = TypeVar("ResultT")
 
@@ -29,6 +30,8 @@ class Run:
     at_once: int = 1
     num_gpus: float = 0
     workers: WorkersConfig | None = None
+    output: Location | None = None
+    """What the tasks write into, which every node must see; None where that is not asked."""
 
     @property
     def threads_alone(self) -> int:
@@ -39,7 +42,7 @@ class Run:
         """
         if self.workers is None:
             return self.threads
-        ray = _started_ray(self.workers)
+        ray = _started_ray(self.workers, self.output)
         cores = [
             node["Resources"].get("CPU", 0.0)
             for node in ray.nodes()
@@ -65,7 +68,7 @@ class Run:
         """
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
-        ray = _started_ray(self.workers)
+        ray = _started_ray(self.workers, self.output)
         from raytower.runtime import check_room
 
         check_room(self.workers.model_copy(update={"num_gpus": num_gpus}))
@@ -98,14 +101,23 @@ class Run:
         return [results[number] for number in range(len(calls))]
 
 
-def on_ray(workers: WorkersConfig) -> Run:
-    return Run(workers.num_threads, workers.num, workers.num_gpus, workers)
+def on_ray(workers: WorkersConfig, output: Location | None = None) -> Run:
+    return Run(workers.num_threads, workers.num, workers.num_gpus, workers, output)
 
 
-def _started_ray(workers: WorkersConfig) -> Any:
-    """The module, once Ray runs. Raises MissingExtraError with the install line where it is not installed."""
+def _started_ray(workers: WorkersConfig, output: Location | None) -> Any:
+    """The module, once Ray runs.
+
+    Raises:
+        MissingExtraError: Ray is not installed; with the install line.
+        InputError: not every node sees `output`.
+    """
     ray = import_extra("ray")
     from raytower.runtime import ensure_ray
 
     ensure_ray(workers.num_cpus)
+    if output is not None:
+        from raytower.shared_storage import check_shared
+
+        check_shared(output)
     return ray

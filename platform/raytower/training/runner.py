@@ -28,6 +28,7 @@ from raytower.models.directory import INFO_NAME
 from raytower.only_job import only_job
 from raytower.progress import log
 from raytower.runtime import check_room, ensure_ray, find_nodes
+from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
     Location,
@@ -341,6 +342,7 @@ def _train(
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
     check_room(workers)
+    check_shared(run_folder)
     _compare_with_cluster(workers, config.workers.min or workers.num)
     result = _run_trainer(plan, run_folder.name)
     outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]

@@ -33,6 +33,7 @@ FLOORS = [
     {"pages"},
     {"only_job", "worker_output", "workers"},
     {"runtime"},
+    {"shared_storage"},
     {"data"},
     {"models"},
     {"objectives"},
@@ -44,10 +45,10 @@ FLOORS = [
     {"evaluation", "annotation"},
     {"ranked"},
     {"serving"},
-    {"cluster", "export"},
+    {"export"},
     {"commands", "examples"},
     {"cli", "library", "pipeline", "up"},
-    {"demo", "refresh"},
+    {"cluster", "demo", "refresh"},
     {"adapt"},
 ]
 RAY_FREE = [
