@@ -22,6 +22,7 @@ class Command:
     always_rendered: bool = False  # where the output is no terminal, too
     positions: tuple[str, ...] = ()  # keys that may be given without their names, in this order
     example: str = ""  # arguments, as help shows them
+    part: str | None = None  # parts its arguments from those that it passes on, which become one of its keys
 
 
 COMMANDS: dict[str, Command] = {
@@ -291,6 +292,15 @@ COMMANDS: dict[str, Command] = {
         "raytower.cluster.config:ClusterInitConfig",
         "raytower.cluster.token:init_cluster",
         "raytower.cluster.token:plan_init",
+    ),
+    "submit": Command(
+        "run a job on a cluster: upload, check, start, show its log, end as it ends",
+        "raytower.cluster.config:SubmitConfig",
+        "raytower.cluster.submit:submit",
+        "raytower.cluster.submit:plan_submit",
+        positions=("job",),
+        example="encode --address http://127.0.0.1:8265 --config jobs/encode_corpus.yaml --shared /mnt/data",
+        part="raytower.cluster.arguments:own_arguments",
     ),
     "refresh": Command(
         "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",

@@ -24,7 +24,7 @@ from raytower.cli.arguments import read_arguments
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, dump_config, load_config, to_json
 from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending, signal_code
-from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.errors import EndedJobError, InputError, RaytowerError, find_cause
 from raytower.worker_output import OUTPUT
 
 # What a shell makes of SIGPIPE.
@@ -129,7 +129,8 @@ def _abandon_output() -> None:
 def _execute(name: str, given: Sequence[str], default_config: Path | None) -> None:
     command = COMMANDS[name]
     config_class: type[Config] = find_reference(command.config)
-    arguments = read_arguments(config_class, command.positions, given)
+    own = find_reference(command.part)(given) if command.part else given
+    arguments = read_arguments(config_class, command.positions, own)
     if arguments.help:
         _show(help.command_help(name))
         return
@@ -184,7 +185,7 @@ def _explain(error: Exception) -> int:
     kept = OUTPUT.keep()
     if kept is not None:
         print(f"raytower: what Ray and its workers wrote is in {kept}", file=sys.stderr)
-    return 1
+    return cause.exit_code if isinstance(cause, EndedJobError) else 1
 
 
 def _decode(given: list[str]) -> list[str]:

@@ -139,11 +139,16 @@ _FREE_KEYS = {
     "encode": frozenset({"workers", "tokens_per_batch"}),
     **dict.fromkeys(("search", "rerank", "similarity"), frozenset({"workers"})),
     # `num` decides into how many shards an index is built.
-    **dict.fromkeys(("index build", "index compact"), frozenset({"workers.num_cpus", "workers.num_gpus"})),
+    **dict.fromkeys(
+        ("index build", "index compact"),
+        frozenset(f"workers.{name}" for name in ("num_cpus", "num_gpus", "resources", "label_selector")),
+    ),
     **dict.fromkeys(("index add", "index delete"), frozenset({"workers"})),
     "index sync": frozenset({"workers", "tokens_per_batch"}),
     "serve reload": frozenset({"key_env", "timeout_s"}),
 }
+# Keys of `workers` that came later; empty is what was done before.
+_GAINED_BY_WORKERS = ("resources", "label_selector")
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
@@ -960,6 +965,7 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
             "workers": {
                 name: _FORMER_WORKERS.get("num" if name == "max" else name) if value is None else value
                 for name, value in workers.items()
+                if value or name not in _GAINED_BY_WORKERS
             },
         }
     if job in ("mine", "evaluate") and values["mode"] == "dense":
