@@ -19,7 +19,9 @@ class TestPlan:
         assert len(drawn) == 40
         assert {item.kind for item in drawn} == set(KINDS)
         assert {item.job for item in drawn} == set(SENSIBLE)
-        assert len({(item.job, item.kind) for item in drawn}) == 40, "no pair comes twice before all have come"
+        assert len({(item.job, item.kind) for item in drawn}) == 40, (
+            "no pair comes twice before all have come"
+        )
 
     def test_a_seed_says_it_all(self) -> None:
         assert draw(7, 60) == draw(7, 60)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from raytower import ending
 from tests.faults.campaign.plan import draw, prepare_environment
 from tests.faults.campaign.report import table
 
@@ -37,10 +39,13 @@ def main() -> int:
     prepare_environment()
     from tests.faults.campaign.campaign import run_all  # what it imports reads the environment
 
+    signal.signal(signal.SIGTERM, ending.raise_terminated)  # else what it has started would outlive it
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
     began = time.monotonic()
     outcomes = run_all(injections, given.seed, folder)
-    print(f"\nseed {given.seed}, {time.monotonic() - began:.0f} s, {os.cpu_count()} cores\n\n{table(outcomes)}")
+    print(
+        f"\nseed {given.seed}, {time.monotonic() - began:.0f} s, {os.cpu_count()} cores\n\n{table(outcomes)}"
+    )
     if all(item.is_whole for item in outcomes):
         shutil.rmtree(folder, ignore_errors=True)
         return 0

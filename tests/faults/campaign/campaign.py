@@ -43,28 +43,37 @@ class Campaign:
         self._starts = self._numbers = 0
         plan = folder / "s3-faults.json"
         self._store = Store(plan)
-        self._stack = ExitStack()
-        self._s3 = self._stack.enter_context(s3_server(folder, plan))
-        for name in ("corpus.jsonl", "questions.tsv", "pairs.tsv", "vectors", "index"):
-            upload(self._s3, self._prepared / name, f"prepared/{name}")
-        warm.address()
-        # What lives as long as the campaign: it, the store, the warm interpreter, Python's own helpers.
-        self._own = {os.getpid(), *(child.pid for child in psutil.Process().children())}
-        self._cluster = self._new_cluster()
+        with ExitStack() as stack:
+            self._s3 = stack.enter_context(s3_server(folder, plan))
+            for name in ("corpus.jsonl", "questions.tsv", "pairs.tsv", "vectors", "index"):
+                upload(self._s3, self._prepared / name, f"prepared/{name}")
+            warm.address()
+            # What lives as long as the campaign: it, the store, the warm interpreter, helpers of Python.
+            self._own = {os.getpid(), *(child.pid for child in psutil.Process().children())}
+            self._stack = stack.pop_all()
+        self._started: Cluster | None = None
 
-    def _new_cluster(self) -> Cluster:
-        return Cluster({MARK: self._identity}, str(self._folder / "cluster.log"))
+    @property
+    def _cluster(self) -> Cluster:
+        """Started when it is first needed."""
+        if self._started is None:
+            self._started = Cluster({MARK: self._identity}, str(self._folder / "cluster.log"))
+        return self._started
+
+    def _stop_cluster(self) -> None:
+        if self._started is not None:
+            self._started.stop()
+        self._started = None
 
     def _replace_cluster(self) -> Cluster:
-        self._cluster.stop()
-        self._cluster = self._new_cluster()
+        self._stop_cluster()
         return self._cluster
 
     def close(self) -> list[str]:
         """End everything; what was left over."""
         if self._service is not None:
             self._service.stop()
-        self._cluster.stop()
+        self._stop_cluster()
         self._stack.close()
         return end_leftovers(self._identity, self._own)
 
@@ -87,11 +96,13 @@ class Campaign:
             faults = [f"{type(error).__name__}: {error}"]
         self._store.be_well()
         try:
-            self._cluster.ask("complete")
+            if self._started is not None:
+                self._started.ask("complete")
         except (RuntimeError, OSError):
-            self._replace_cluster()
+            self._stop_cluster()
         if injection.job != "serving":
-            left = end_leftovers(self._identity, self._own | self._cluster.family(), keep_idle=True)
+            family = self._started.family() if self._started is not None else set()
+            left = end_leftovers(self._identity, self._own | family, keep_idle=True)
             faults = [*faults, *(f"a process is left: {name}" for name in left)]
         return Outcome(injection, done, self._starts, time.monotonic() - began, tuple(faults))
 
@@ -140,7 +151,13 @@ class Campaign:
         return SmallDisk(case.folder / "out", before + int(grown * moment) // 4096 * 4096 + 16384)
 
     def _disturb(
-        self, injection: Injection, job: Job, case: Case, moment: float, sizes: dict[str, int], disk: SmallDisk | None
+        self,
+        injection: Injection,
+        job: Job,
+        case: Case,
+        moment: float,
+        sizes: dict[str, int],
+        disk: SmallDisk | None,
     ) -> tuple[str, list[str]]:
         kind, way = injection.kind, injection.way
         if kind == "s3" and way == 0:
@@ -153,12 +170,16 @@ class Campaign:
             done = "every seventh request failed"
         else:
             whole = sizes.get(job.bytes_of, 0)
-            if not run.reached(lambda: job.done(case, whole) >= moment, f"{moment:.0%} of the job", DEADLINE_S):
+            if not run.reached(
+                lambda: job.done(case, whole) >= moment, f"{moment:.0%} of the job", DEADLINE_S
+            ):
                 raise MissedError(f"the job ended before {moment:.0%} of it: {run.message()}")
             if kind == "s3":
                 done = self._away(run)
             else:
-                done = Faults(self._identity, self._cluster, self._seed + self._numbers).do(kind, job, run, way)
+                done = Faults(self._identity, self._cluster, self._seed + self._numbers).do(
+                    kind, job, run, way
+                )
             if kind == "clock" and not job.changes:  # a second compaction would make one more version
                 second = self._beside(job, case)
         faults = self._to_the_end(job, case, run, kind, disk)
@@ -196,13 +217,16 @@ class Campaign:
     def _beside(self, job: Job, case: Case) -> Run:
         """The same command beside the first, by a clock that is two hours ahead."""
         own = case.log
-        run = Run(case, job.command, job.values(case), self._cluster.environment, clock_s=7200.0)
+        run = Run(case, job.command, job.values(case), self._environment(job), clock_s=7200.0)
         case.log = own
         return run
 
     def _start(self, job: Job, case: Case) -> Run:
-        self._run = Run(case, job.command, job.values(case), self._cluster.environment)
+        self._run = Run(case, job.command, job.values(case), self._environment(job))
         return self._run
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        return self._cluster.environment if job.works_in else {MARK: self._identity}
 
     def _case(self, job: Job, on_s3: bool = False) -> Case:
         self._numbers += 1

@@ -1,7 +1,7 @@
 """`raytower ARGUMENTS…` with a clock that the campaign sets: `python -m tests.faults.campaign.driver CLOCK ARGUMENTS…`.
 
-The file CLOCK holds by how many seconds this process's time of day is off. SIGUSR1 has the stacks of all threads
-written to standard error.
+The file CLOCK holds by how many seconds the time of day is off where leases read it, which nothing else decides by.
+SIGUSR1 has the stacks of all threads written to standard error.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ import sys
 import time
 from pathlib import Path
 
+from raytower.storage import lease
 
-def set_clock(file: Path) -> None:
-    """Have `time.time` and `time.time_ns` off by what `file` says at the moment; nothing where it is not there."""
-    real, real_ns = time.time, time.time_ns
 
-    def off_s() -> float:
-        return float(file.read_text() or 0) if file.exists() else 0.0
+class Clock:
+    """In place of the module `time`."""
 
-    time.time = lambda: real() + off_s()
-    time.time_ns = lambda: real_ns() + int(off_s() * 1e9)
+    monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def time(self) -> float:
+        return time.time() + (float(self._file.read_text() or 0) if self._file.exists() else 0.0)
 
 
 def main() -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    set_clock(Path(sys.argv.pop(1)))
+    # Not `time.time` itself: Ray pickles functions that refer to it.
+    lease.time = Clock(Path(sys.argv.pop(1)))  # type: ignore[assignment]
     from raytower.cli import main
 
     return main(sys.argv[1:])

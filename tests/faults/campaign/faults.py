@@ -32,8 +32,8 @@ class MissedError(Exception):
 class Faults:
     """What can be done to a run on a cluster. Every method says in words what it has done."""
 
-    def __init__(self, identity: str, cluster: Cluster, seed: int) -> None:
-        self._identity, self._cluster = identity, cluster
+    def __init__(self, identity: str, cluster: Callable[[], Cluster], seed: int) -> None:
+        self._identity, self._ask = identity, lambda *what: cluster().ask(*what)
         self._random = random.Random(seed)
 
     def do(self, kind: str, job: Job, run: Run, way: int) -> str:
@@ -54,37 +54,37 @@ class Faults:
 
     def _actor(self, job: Job, run: Run, way: int) -> str:
         def look() -> bool:
-            living = self._cluster.ask("actors")
+            living = self._ask("actors")
             found[:] = [a for a in living if any(name in a["class"] for name in _ACTORS[job.name])]
             return bool(found)
 
         found: list[Any] = []
         _until(look, run, "no actor lives")
         actor = self._random.choice(found)
-        self._cluster.ask("kill_actor", actor["id"])
+        self._ask("kill_actor", actor["id"])
         return f"actor {actor['class']} killed"
 
     def _node(self, job: Job, run: Run, way: int) -> str:
         busy: list[str] = []
 
         def look() -> bool:
-            busy[:] = self._cluster.ask("busy")
+            busy[:] = self._ask("busy")
             return bool(busy)
 
         _until(look, run, "no node works")
-        self._cluster.ask("lose", busy[0])
+        self._ask("lose", busy[0])
         return f"a node with work lost ({len(busy)} had some)"
 
     def _blocks(self, job: Job, run: Run, way: int) -> str:
         held: dict[str, int] = {}
 
         def look() -> bool:
-            held.update(self._cluster.ask("blocks"))
+            held.update(self._ask("blocks"))
             return any(held.values())
 
         _until(look, run, "no node holds blocks")
         node = max(held, key=lambda name: held[name])
-        self._cluster.ask("lose", node)
+        self._ask("lose", node)
         return f"a node with {held[node]} blocks lost"
 
     def _driver(self, job: Job, run: Run, way: int) -> str:
@@ -92,7 +92,7 @@ class Faults:
         return "SIGKILL to the driver"
 
     def _head(self, job: Job, run: Run, way: int) -> str:
-        self._cluster.ask("lose_head")
+        self._ask("lose_head")
         return "head lost"
 
     def _stall(self, job: Job, run: Run, way: int) -> str:
@@ -106,10 +106,10 @@ class Faults:
             process = self._random.choice(found)
             pid, what = process.pid, " ".join(process.cmdline())
         else:
-            busy = self._cluster.ask("busy")
+            busy = self._ask("busy")
             if not busy:
                 raise MissedError("no node works")
-            pid, what = self._cluster.ask("nodes")[busy[0]], "the raylet of a node with work"
+            pid, what = self._ask("nodes")[busy[0]], "the raylet of a node with work"
         os.kill(pid, signal.SIGSTOP)
         try:
             time.sleep(seconds)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,12 @@ from tests.support.s3_server import S3Server
 from tests.support.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
 from tests.support.tiny_training import write_pairs
 
-NUM_TEXTS = 320
+NUM_TEXTS = 160
 ROWS_PER_FILE = 16
-NUM_BUILT = 4800
-NUM_SHARDS = 12
-NUM_QUERIES = 512
-NUM_STEPS = 50
+NUM_BUILT = 1600
+NUM_SHARDS = 8
+NUM_QUERIES = 160
+NUM_STEPS = 30
 _PART = re.compile(r"(^|/)part-\d{8}\.parquet$")
 _SHARD = re.compile(r"(^|/)shards/[0-9a-f]+/shard\.json$")
 _STEP = re.compile(r"step (\d+)/\d+")
@@ -51,7 +53,7 @@ class Prepared:
         torch.manual_seed(0)
         # Many thin layers: a file, or a batch of queries, takes some tenths of a second.
         slow = Encoder(
-            BertModel(tiny_config(num_hidden_layers=48, initializer_range=0.2)),
+            BertModel(tiny_config(num_hidden_layers=6, initializer_range=0.2)),
             tiny_tokenizer(),
             EncoderSettings(max_length=64),
         )
@@ -63,8 +65,8 @@ class Prepared:
         (folder / "questions.tsv").write_text("\n".join(asked) + "\n")
         write_pairs(folder / "pairs.tsv", NUM_STEPS)
         ids = [f"id {row}" for row in range(NUM_BUILT)]
-        write_embeddings(folder / "vectors", ids, unit_vectors(NUM_BUILT, 32), rows_per_file=400)
-        build(folder / "changed", str(folder / "vectors"), shards=3)
+        write_embeddings(folder / "vectors", ids, unit_vectors(NUM_BUILT, 32), rows_per_file=300)
+        build(folder / "changed", str(folder / "vectors"), shards=3, lexical=False)
         delete_from_index(IndexDeleteConfig(index=str(folder / "changed"), ids=ids[::7]))
         values = {"encoder": str(folder / "slow"), "input": {"path": str(folder / "corpus.jsonl")}}
         encode_here(make_config(EncodeConfig, {**values, "output": str(folder / "documents")}))
@@ -100,15 +102,16 @@ class Case:
     def sizes(self) -> dict[str, int]:
         """Name and bytes of every file that the run has written to its outputs, hidden ones too."""
         if self.s3 is None:
-            top, found = self.folder / "out", {}
-            for path in top.rglob("*"):
-                try:
-                    if path.is_file():
+            top = self.folder / "out"
+            found: dict[str, int] = {}
+            for folder, _, names in os.walk(top):  # which passes over what goes meanwhile
+                for path in (Path(folder, name) for name in names):
+                    with suppress(FileNotFoundError):
                         found[str(path.relative_to(top))] = path.stat().st_size
-                except FileNotFoundError:
-                    continue  # renamed meanwhile
             return found
-        pages = self.s3.client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=f"{self._key}/")
+        pages = self.s3.client.get_paginator("list_objects_v2").paginate(
+            Bucket="bucket", Prefix=f"{self._key}/"
+        )
         return {
             item["Key"].removeprefix(f"{self._key}/"): item["Size"]
             for page in pages
@@ -118,7 +121,11 @@ class Case:
     def unfinished_bytes(self) -> int:
         """Of the largest file that is being written, beside its name or before it is uploaded."""
         places = [*(self.folder / "out").rglob(".*.tmp"), *(self.folder / "tmp").glob("raytower-*/content")]
-        return max((path.stat().st_size for path in places if path.is_file()), default=0)
+        sizes = [0]
+        for path in places:
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                sizes.append(path.stat().st_size)
+        return max(sizes)
 
     def bring(self, name: str) -> None:
         """Copy something prepared to the place of an output of that name, because the job changes it."""
@@ -315,6 +322,7 @@ def _building(case: Case) -> dict[str, Any]:
         "kind": "hnsw",
         "hnsw": {"ef_construction": 200},
         "shards": NUM_SHARDS,
+        "lexical": False,
         "workers": {"num": 2, "num_cpus": 1},
     }
 

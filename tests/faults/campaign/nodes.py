@@ -1,4 +1,4 @@
-"""The machines of the campaign: a Ray cluster in a process of its own, which loses nodes, actors and its head when told.
+"""The machines of the campaign: a Ray cluster in a process of its own, which loses nodes and its head when told.
 
 The head has no CPU and the two nodes two each, so that jobs run on nodes and their drivers beside the head. Whoever
 asks a cluster whose head is gone may be ended by Ray, so the campaign asks this process instead (`Cluster`).
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -35,6 +36,9 @@ LOST_AFTER_S = 16.0
 ENVIRONMENT = {
     **_PATIENCE,
     "RAY_AUTH_MODE": "disabled",
+    # Workers that nothing has asked for yet take their time to start from those that work.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -86,10 +90,8 @@ class Cluster:
     def stop(self) -> None:
         """End it and all that it has started."""
         family = [psutil.Process(pid) for pid in self.family() if psutil.pid_exists(pid)]
-        try:
+        with suppress(RuntimeError, OSError):  # what is left is ended below
             self.ask("stop")
-        except (RuntimeError, OSError):
-            pass  # what is left is ended below
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -211,7 +213,10 @@ def _raylet(node: Any) -> subprocess.Popen[bytes]:
 
 def main(descriptor: int) -> None:
     nodes = _Nodes()
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rw", encoding="utf-8") as stream:
+    with (
+        socket.socket(fileno=descriptor) as connection,
+        connection.makefile("rw", encoding="utf-8") as stream,
+    ):
         for line in stream:
             what, *arguments = json.loads(line)
             try:

@@ -66,7 +66,9 @@ def pairs(only: Sequence[str] = ()) -> list[tuple[str, str]]:
     names = {(job, kind): {f"{kind}/{job}", kind, job} for job, kind in known}
     unknown = set(only) - {name for three in names.values() for name in three}
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: neither KIND/JOB nor KIND nor JOB; the kinds: {', '.join(KINDS)}")
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: neither KIND/JOB nor KIND nor JOB; the kinds: {', '.join(KINDS)}"
+        )
     return [pair for pair in known if names[pair] & set(only)]
 
 
@@ -96,7 +98,8 @@ def draw(seed: int, number: int, only: Sequence[str] = ()) -> list[Injection]:
         injections.append(Injection(job, kind, moment, way % WAYS.get(kind, 1)))
     jobs, kinds = list(SENSIBLE), list(KINDS)
     return sorted(
-        injections, key=lambda item: (jobs.index(item.job), item.kind == "head", kinds.index(item.kind), item.way)
+        injections,
+        key=lambda item: (jobs.index(item.job), item.kind == "head", kinds.index(item.kind), item.way),
     )
 
 

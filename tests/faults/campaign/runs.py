@@ -21,6 +21,12 @@ from tests.support.processes import clean_environment
 from tests.support.warm import Popen
 
 _POLL_S = 0.02
+_KEPT_BY_RAY = (
+    "ray::IDLE",
+    "ray::ActorLocationTracker",
+    "ray::_StatsActor",
+    "ray::_AutoscalingCoordinatorActor",
+)
 
 
 class HangError(Exception):
@@ -136,10 +142,12 @@ def working(identity: str, title: str) -> list[psutil.Process]:
     return [process for process, name in named if name.startswith(title) and not name.startswith("ray::IDLE")]
 
 
-def end_leftovers(identity: str, kept: set[int], *, keep_idle: bool = False, patience_s: float = 25.0) -> list[str]:
+def end_leftovers(
+    identity: str, kept: set[int], *, keep_idle: bool = False, patience_s: float = 25.0
+) -> list[str]:
     """End what has this campaign's mark and is not in `kept`, once it had time to end by itself; what that was.
 
-    With `keep_idle` Ray's workers that wait for work are left alone: a cluster keeps some for its next job.
+    With `keep_idle` Ray's workers that wait for work are left alone, and the actors that Ray Data keeps for all jobs.
     """
     deadline = time.monotonic() + patience_s
     while left := _beside(identity, kept, keep_idle):
@@ -155,7 +163,7 @@ def end_leftovers(identity: str, kept: set[int], *, keep_idle: bool = False, pat
 
 def _beside(identity: str, kept: set[int], keep_idle: bool) -> list[psutil.Process]:
     others = [process for process in marked(identity) if process.pid not in kept]
-    return [item for item in others if not (keep_idle and command_of(item).startswith("ray::IDLE"))]
+    return [item for item in others if not (keep_idle and command_of(item).startswith(_KEPT_BY_RAY))]
 
 
 # --- who waits for what --------------------------------------------------------------------------------------------

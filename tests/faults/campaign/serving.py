@@ -160,7 +160,9 @@ class Service:
         faults = [f"a wrong answer: {text}" for text in load.wrong[:1]]
         if others := {status: n for status, n in load.statuses.items() if status not in allowed}:
             faults.append(f"answers with other codes: {others}")
-        shown = ", ".join(f"{count} × {status or 'nothing'}" for status, count in sorted(load.statuses.items()))
+        shown = ", ".join(
+            f"{count} × {status or 'nothing'}" for status, count in sorted(load.statuses.items())
+        )
         return f"{done}; answers: {shown}{f', {load.partial} partial' if load.partial else ''}", faults
 
     def stop(self) -> None:
@@ -185,7 +187,11 @@ class Service:
             "start_timeout_s": _START_S,
             "replace": replace,
             "replicas": 2,
-            **({"reranker": str(self._prepared / "reranker"), "rerank_num_cpus": 0.2} if layout == "split" else {}),
+            **(
+                {"reranker": str(self._prepared / "reranker"), "rerank_num_cpus": 0.2}
+                if layout == "split"
+                else {}
+            ),
             **({"shard_num_cpus": 0.2} if layout == "sharded" else {}),
             **({"access_log": {"path": str(log)}} if log else {}),
         }
