@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from raytower import ending
-from tests.faults.campaign.plan import draw, prepare_environment
+from tests.faults.campaign.plan import SENSIBLE, draw, prepare_environment
 from tests.faults.campaign.report import table
 
 
@@ -27,12 +27,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws jobs, kinds and moments")
     parser.add_argument("--injections", type=int, default=40, help="how many there are")
     parser.add_argument("--only", nargs="*", default=[], metavar="KIND/JOB", help="pairs, kinds or jobs")
+    parser.add_argument(
+        "--jobs", nargs="*", default=[], help="of the injections drawn, those of these jobs alone"
+    )
     parser.add_argument("--list", action="store_true", help="say what would be done, and stop")
     given = parser.parse_args()
     try:
         injections = draw(given.seed, given.injections, given.only)
     except ValueError as error:
         parser.error(str(error))
+    injections = [item for item in injections if item.job in (given.jobs or SENSIBLE)]
     if given.list:
         print("\n".join(f"{item.name} at {item.moment:.0%}, way {item.way}" for item in injections))
         return 0

@@ -137,9 +137,11 @@ def command_of(process: psutil.Process) -> str:
 
 
 def working(identity: str, title: str) -> list[psutil.Process]:
-    """Ray's workers whose title begins so, those that do nothing at the moment aside."""
+    """Ray's workers whose title begins so, without those that wait for work and what Ray Data keeps for all jobs."""
     named = [(process, command_of(process)) for process in marked(identity)]
-    return [process for process, name in named if name.startswith(title) and not name.startswith("ray::IDLE")]
+    return [
+        process for process, name in named if name.startswith(title) and not name.startswith(_KEPT_BY_RAY)
+    ]
 
 
 def end_leftovers(

@@ -328,8 +328,10 @@ class TestConditionalWrites:
         read = held._read
 
         def read_later() -> Any:
-            clock.ahead_s = -3600.0
-            return read()
+            found = read()
+            if found is not None:  # it was written a moment ago
+                clock.ahead_s = -3600.0
+            return found
 
         monkeypatch.setattr(held, "_read", read_later)
         assert held._try() is None
