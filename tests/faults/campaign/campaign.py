@@ -71,6 +71,7 @@ class Campaign:
 
     def close(self) -> list[str]:
         """End everything; what was left over."""
+        self._end_run()
         if self._service is not None:
             self._service.stop()
         self._stop_cluster()
@@ -88,11 +89,13 @@ class Campaign:
                     done, faults = self._try(injection, injection.moment / (1 + attempt))
                     break
                 except MissedError as error:
+                    self._end_run()
                     done, faults = f"missed: {error}", [f"there was nothing to hit, {_MISSES} times"]
         except HangError as error:
             faults = [f"hang: {error}; {self._say_what_waits(injection)} says what waits for what"]
         except Exception as error:
             traceback.print_exc()
+            self._end_run()
             faults = [f"{type(error).__name__}: {error}"]
         self._store.be_well()
         try:
@@ -113,6 +116,10 @@ class Campaign:
         if run is not None and run.is_running:
             run.kill()
         return file
+
+    def _end_run(self) -> None:
+        if self._run is not None and self._run.is_running:
+            self._run.kill()
 
     def _try(self, injection: Injection, moment: float) -> tuple[str, list[str]]:
         """What was done, and what is wrong with what came of it. Raises HangError, MissedError."""
@@ -177,9 +184,8 @@ class Campaign:
             if kind == "s3":
                 done = self._away(run)
             else:
-                done = Faults(self._identity, self._cluster, self._seed + self._numbers).do(
-                    kind, job, run, way
-                )
+                seed = self._seed + self._numbers
+                done = Faults(self._identity, lambda: self._cluster, seed).do(kind, job, run, way)
             if kind == "clock" and not job.changes:  # a second compaction would make one more version
                 second = self._beside(job, case)
         faults = self._to_the_end(job, case, run, kind, disk)
