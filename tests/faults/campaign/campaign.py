@@ -22,7 +22,7 @@ from tests.faults.campaign.serving import Service, prepare_served
 from tests.support import warm
 from tests.support.s3_server import s3_server
 
-DEADLINE_S = 240.0
+DEADLINE_S = 400.0  # for one run; where other work keeps the machine busy most of it is waiting for a core
 _MAX_STARTS = 4
 _MISSES = 3
 _ON_S3 = ("s3", "clock")
