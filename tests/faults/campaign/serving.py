@@ -37,8 +37,8 @@ _REPLICA = "SERVE_REPLICA::raytower#"
 _COME_AGAIN = {429, 503}
 # No answer at all, which a client meets while the machine that listens is gone.
 NOTHING = 0
-_START_S = 240.0
-_RECOVERY_S = 180.0
+_START_S = 400.0
+_RECOVERY_S = 300.0
 _RIGHT_IN_A_ROW = 20
 
 
@@ -184,7 +184,7 @@ class Service:
             "timeout_ms": TIMEOUT_MS,
             "num_cpus": 0.2,
             "drain_s": 0.2,
-            "start_timeout_s": _START_S,
+            "start_timeout_s": _START_S - 20,
             "replace": replace,
             "replicas": 2,
             **(
