@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -77,7 +78,7 @@ class Load:
                     status, answer = reply.status, json.load(reply)
             except urllib.error.HTTPError as error:
                 status, answer = error.code, None
-            except (OSError, ValueError):
+            except (OSError, ValueError, http.client.HTTPException):
                 status, answer = NOTHING, None
             with self._lock:
                 self._count(status, answer)
