@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick slower lint check clean
+.PHONY: demo test quick slower lint check docs clean
 
 demo: $(STAMP)
 	$(BIN)/raytower demo $(ARGS)
@@ -26,11 +26,19 @@ slower: $(STAMP)
 	$(PYTEST) -n 2 -m '$(HERE)' --record-slower $(ARGS)
 
 lint: $(STAMP)
-	$(BIN)/ruff check platform jobs tests benchmarks
-	$(BIN)/ruff format --check platform jobs tests benchmarks
+	$(BIN)/ruff check platform jobs tests benchmarks docs
+	$(BIN)/ruff format --check platform jobs tests benchmarks docs
 	$(BIN)/mypy
 
 check: lint test
+
+# The site of docs/, into build/docs: pages of the repository, and those made of the code. Reads nothing from the network.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
 
 # One environment for both commands: exact versions from constraints.txt, FAISS for CPUs, the demo's model and data.
 $(STAMP): pyproject.toml constraints.txt

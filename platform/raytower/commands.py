@@ -22,6 +22,7 @@ class Command:
     always_rendered: bool = False  # where the output is no terminal, too
     positions: tuple[str, ...] = ()  # keys that may be given without their names, in this order
     example: str = ""  # arguments, as help shows them
+    part: str | None = None  # parts its arguments from those that it passes on, which become one of its keys
 
 
 COMMANDS: dict[str, Command] = {
@@ -292,6 +293,15 @@ COMMANDS: dict[str, Command] = {
         "raytower.cluster.token:init_cluster",
         "raytower.cluster.token:plan_init",
     ),
+    "submit": Command(
+        "run a job on a cluster: upload, check, start, show its log, end as it ends",
+        "raytower.cluster.config:SubmitConfig",
+        "raytower.cluster.submit:submit",
+        "raytower.cluster.submit:plan_submit",
+        positions=("job",),
+        example="encode --address http://127.0.0.1:8265 --config jobs/encode_corpus.yaml --shared /mnt/data",
+        part="raytower.cluster.arguments:own_arguments",
+    ),
     "refresh": Command(
         "train an encoder in rounds: mine negatives, train, encode, index, measure, and again while it gets better",
         "raytower.refresh.config:RefreshConfig",
@@ -308,10 +318,11 @@ COMMANDS: dict[str, Command] = {
         example="--model intfloat/multilingual-e5-small --corpus data/corpus.jsonl --output runs/adapted",
     ),
     "pipeline": Command(
-        "run several jobs one after the other from one file; a finished step is skipped",
+        "run several jobs from one file, each once what it reads is there; a finished step is skipped",
         "raytower.pipeline.config:PipelineConfig",
         "raytower.pipeline.job:run_pipeline",
         "raytower.pipeline.job:plan_pipeline",
+        "raytower.cli.tables:render_pipeline",
         example="--config jobs/pipeline.yaml",
     ),
 }

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,7 @@ from pydantic.types import ByteSize as ByteSize
 
 from raytower.config_words import problems_of
 from raytower.errors import InputError
+from raytower.requirements import ray_options, refuse_requirements
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 # Where the value of a key came from, by the key's path.
@@ -59,26 +60,9 @@ class Config(BaseModel):
         return values
 
 
-class WorkersConfig(Config):
-    """Processes that a job's work is shared out to, and what each of them holds while it works."""
-
-    aliases: ClassVar = {"max": "num"}
-
-    num: int = Field(default=2, ge=1)
-    """How many there are, or how many shards are built at once."""
-    num_cpus: float = Field(default=1, gt=0)
-    """CPUs of each, which computes with as many threads."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs of each."""
-
-    @property
-    def num_threads(self) -> int:
-        """Threads that a worker computes with."""
-        return max(int(self.num_cpus), 1)
-
-
 class FittedWorkersConfig(Config):
-    """Processes that a job's work is shared out to; what is null is as the machine has it (see `raytower.workers`)."""
+    """Processes that a job's work is shared out to, what each of them holds while it works, and where it may run; what
+    is null is as the machine has it (see `raytower.workers`)."""
 
     aliases: ClassVar = {"max": "num"}
 
@@ -87,12 +71,45 @@ class FittedWorkersConfig(Config):
     num_cpus: float | None = Field(default=None, gt=0)
     """CPUs of each, which computes with as many threads; null shares out those of its machine."""
     num_gpus: float | None = Field(default=None, ge=0)
-    """GPUs of each; null is 1 where there is one for each, and else 0."""
+    """GPUs of each; null is 1 where there is one for each, and else 0. Below 1 several share one, such as four of
+    0.25."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """What each holds of other things that nodes have, by the names that `ray start --resources` gave them, such as
+    {"license": 1}."""
+    label_selector: dict[str, str] = {}
+    """Labels that the node of each must have, such as {"ray.io/accelerator-type": "L4", "ray.io/market-type": "spot"}.
+    A value may also be !spot, in(L4, A10G) or !in(L4, A10G)."""
+
+    @model_validator(mode="after")
+    def _check_requirements(self) -> Self:
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(
+                f"workers.num_gpus is {self.num_gpus:g}; above 1 they are whole ones: give a whole number, or a part "
+                "of one GPU"
+            )
+        refuse_requirements(self.resources, self.label_selector, "workers.")
+        return self
 
     @property
     def num_threads(self) -> int:
         """Threads that a worker computes with, once num_cpus is known."""
         return max(int(self.num_cpus or 1), 1)
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """`resources` and `label_selector` as options of a Ray task or actor; what is empty is left out."""
+        return ray_options(self.resources, self.label_selector)
+
+
+class WorkersConfig(FittedWorkersConfig):
+    """Processes that a job's work is shared out to, and what each of them holds while it works: numbers, not nulls."""
+
+    num: int = Field(default=2, ge=1)
+    """How many there are, or how many shards are built at once."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs of each, which computes with as many threads."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of each. Below 1 several share one, such as four of 0.25."""
 
 
 class AutoscalingWorkersConfig(FittedWorkersConfig):

@@ -73,6 +73,14 @@ class MissingExtraError(RaytowerError, ImportError):
     """An optional package is not installed; the message holds the install line."""
 
 
+class EndedJobError(RaytowerError):
+    """A job on a cluster ended otherwise than well. The command that waited for it ends with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def import_extra(name: str) -> Any:
     """A module that comes by an extra, by its dotted name. Raises MissingExtraError with the install line."""
     try:

@@ -222,6 +222,15 @@ EXAMPLES: dict[str, Example] = {
     "serve rollback": Example({"url": "http://127.0.0.1:8000"}),
     "serve status": Example({"url": "http://127.0.0.1:8000"}),
     "cluster init": Example({"replace": False}, "Nothing has to be set."),
+    "submit": Example(
+        {
+            "job": "encode",
+            "arguments": ["--config", "encode.yaml"],
+            "address": "http://127.0.0.1:8265",
+            "shared": ["/mnt/data"],
+        },
+        "On the command line: raytower submit encode --config encode.yaml --address … --shared /mnt/data",
+    ),
     "refresh": Example(
         {
             "model": _BACKBONE,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from raytower.errors import InputError
+from raytower.errors import InputError, OtherOutputError
 from raytower.models.config import ExportConfig
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
@@ -88,7 +88,8 @@ def _plan(config: ExportConfig, model: Model) -> dict[str, Any]:
 
 
 def _earlier_results(config: ExportConfig, fingerprint: str) -> dict[str, float] | None:
-    """What an earlier run of this job found, None where there was none. Raises InputError at something else there."""
+    """What an earlier run of this job found, None where there was none. Raises InputError at something else there,
+    OtherOutputError at another export."""
     output = output_folder(config.output, INFO_NAME)
     if not output.children():
         return None
@@ -97,7 +98,8 @@ def _earlier_results(config: ExportConfig, fingerprint: str) -> dict[str, float]
     record = info.get(INFO_KEY, {}).get(config.graph_dtype)
     if info.get("fingerprint") == fingerprint and record is not None:
         return {name: value for name, value in record.items() if name != "files"}
-    raise InputError(
+    error = OtherOutputError if INFO_KEY in info else InputError
+    raise error(
         f"output {config.output!r} exists and is no {config.graph_dtype} export of this {config.kind}; choose a new "
         "output, or remove the old one"
     )

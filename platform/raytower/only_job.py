@@ -14,7 +14,12 @@ from raytower.storage import Lease, Location, StorageError, writer_lease
 
 @contextmanager
 def only_job(
-    place: Location, output: str, *, owner: str = "a job", doing: str = "written by another job"
+    place: Location,
+    output: str,
+    *,
+    owner: str = "a job",
+    doing: str = "written by another job",
+    wait_seconds: float = 0.0,
 ) -> Iterator[Lease | None]:
     """Refuse a second job on an output while one is at work: they would share or replace what they write.
 
@@ -23,6 +28,7 @@ def only_job(
         output: how messages call the output.
         owner: how the message of a second job calls the one that holds the lock.
         doing: what the output is being, for that message.
+        wait_seconds: how long the other job may take to end.
 
     Yields:
         the lease; None where the storage cannot tell, which is logged.
@@ -34,7 +40,7 @@ def only_job(
         lease = None
         try:
             named = f"{owner} (process {os.getpid()} on {socket.gethostname()})"
-            lease = stack.enter_context(writer_lease(place, owner=named))
+            lease = stack.enter_context(writer_lease(place, owner=named, wait_seconds=wait_seconds))
         except StorageError:
             raise
         except InputError:  # hdfs and some network drives: neither locks nor conditional writes

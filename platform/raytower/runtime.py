@@ -14,21 +14,24 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
 from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
+from raytower.config import WorkersConfig
 from raytower.errors import InputError, RaytowerError
 from raytower.progress import log
 from raytower.storage.errors import one_line
 from raytower.worker_output import OUTPUT
-from raytower.workers import Node
+from raytower.workers import Node, refuse_without_room
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
 SIGNALLED_S = 1.0
@@ -87,20 +90,44 @@ def find_nodes() -> list[Node]:
     """
     if _joins_cluster():
         ensure_ray()
-    alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-    nodes = [_node_of(node["Resources"]) for node in alive]
+    nodes = _alive_nodes() if ray.is_initialized() else []
     if _joins_cluster():
         return [node for node in nodes if node.cpus > 0]
     import torch
 
     # Ray counts the GPUs of the machine, and PyTorch those that it was built for.
-    here = Node(cpus=_num_cores(), gpus=torch.cuda.device_count())
-    return [Node(cpus=min(here.cpus, node.cpus), gpus=min(here.gpus, node.gpus)) for node in nodes] or [here]
+    here = Node(cpus=_num_cores(), gpus=torch.cuda.device_count(), labels=_labels_here())
+    return [
+        replace(node, cpus=min(here.cpus, node.cpus), gpus=min(here.gpus, node.gpus)) for node in nodes
+    ] or [here]
 
 
-def _node_of(resources: dict[str, float]) -> Node:
+def check_room(worker: WorkersConfig) -> None:
+    """Called once Ray runs: refuse workers that would wait for ever (see `workers.refuse_without_room`).
+
+    Raises:
+        InputError: no node has room for one of them, and the nodes were joined by hand, so that none comes by itself.
+    """
+    refuse_without_room(worker, _alive_nodes())
+
+
+def _alive_nodes() -> list[Node]:
+    return [_node_of(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
+
+
+def _labels_here() -> dict[str, str]:
+    """The labels that a Ray of this machine gives itself, such as the kind of its GPUs."""
+    return ResourceAndLabelSpec().resolve(is_head=True).labels or {}
+
+
+def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
     cpus = resources.get("CPU", 0.0)
-    return Node(cpus=cpus - 1 if cpus > 1 else cpus, gpus=resources.get("GPU", 0.0))
+    return Node(
+        cpus=cpus - 1 if cpus > 1 else cpus,
+        gpus=resources.get("GPU", 0.0),
+        labels=labels,
+        resources=resources,
+    )
 
 
 def _num_cores() -> int:

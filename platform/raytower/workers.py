@@ -7,12 +7,20 @@ training. Numbers that a config gives are taken as they are. Pure; `runtime.find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from raytower.config import FittedWorkersConfig, WorkersConfig
 from raytower.errors import InputError
 from raytower.progress import log
+from raytower.requirements import has_labels
+
+# Ray gives it to nodes of launchers (`ray up`, KubeRay), which may add others; those that `ray start` joins lack it.
+_NODE_GROUP = "ray.io/node-group"
+_NODE_ID = "ray.io/node-id"
+_NODES_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,24 @@ class Node:
 
     cpus: float
     gpus: float = 0
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    resources: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """All that Ray counts there, by its names; of CPUs also those that are left to other tasks."""
+
+    def suits(self, asked: FittedWorkersConfig) -> bool:
+        """Whether it has the labels and, when idle, the resources beside CPUs and GPUs that a worker asks for."""
+        return has_labels(asked.label_selector, self.labels) and all(
+            self.amount(name) >= amount for name, amount in asked.resources.items()
+        )
+
+    def holds(self, worker: WorkersConfig) -> bool:
+        """Whether a worker finds room there when it is idle."""
+        has_both = self.amount("CPU") >= worker.num_cpus and self.amount("GPU") >= worker.num_gpus
+        return has_both and self.suits(worker)
+
+    def amount(self, name: str) -> float:
+        """How much it has of one of Ray's resources, when idle."""
+        return self.resources.get(name, {"CPU": self.cpus, "GPU": self.gpus}.get(name, 0))
 
 
 def fit_workers(
@@ -46,11 +72,12 @@ def fit_workers(
         InputError: there is no machine now that could decide how many, or it decides for fewer than `least`.
     """
     if asked.num is not None and asked.num_cpus is not None and asked.num_gpus is not None:
-        return WorkersConfig(num=asked.num, num_cpus=asked.num_cpus, num_gpus=asked.num_gpus)
+        return _with(asked, num=asked.num, num_cpus=asked.num_cpus, num_gpus=asked.num_gpus)
     nodes = find_nodes()
     fitted = plan_workers(
         asked, nodes, per_cpu_node=per_cpu_node, share=share, least=least, use_gpus=use_gpus
     )
+    nodes = [node for node in nodes if node.suits(asked)]
     there = f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs"
     num = f"{fitted.num}" if least is None else f"{least} to {fitted.num}"
     log(
@@ -80,14 +107,19 @@ def plan_workers(
     Raises:
         InputError: num is null, and no node has CPUs, or all have room for fewer than `least`.
     """
-    nodes = [node for node in nodes if node.cpus > 0]
+    there = nodes
+    nodes = [node for node in there if node.cpus > 0 and node.suits(asked)]
     if not nodes and asked.num is None:
+        suitable = ""
+        if there and asked.ray_options:
+            wanted = _listed(asked.resources, asked.label_selector)
+            suitable = f" and {wanted} (they are: {_what_nodes_have(there, asked)})"
         raise InputError(
-            "workers.num is null, and the cluster has no node with CPUs now that could decide; where nodes come with "
-            "demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
+            f"workers.num is null, and the cluster has no node with CPUs{suitable} now that could decide; where nodes "
+            "come with demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
         )
     if not nodes:
-        return WorkersConfig(num=asked.num or 1, num_cpus=asked.num_cpus or 1, num_gpus=asked.num_gpus or 0)
+        return _with(asked, num=asked.num or 1, num_cpus=asked.num_cpus or 1, num_gpus=asked.num_gpus or 0)
     num_gpus = asked.num_gpus
     if num_gpus is None:
         all_gpus = sum(int(node.gpus) for node in nodes)
@@ -98,8 +130,11 @@ def plan_workers(
     def places(node: Node) -> int:
         """Workers that one node takes."""
         if num_gpus and node.gpus >= num_gpus:
-            return int(node.gpus / num_gpus)
-        return max(min(per_cpu_node, int(node.cpus)), 1)
+            most = int(node.gpus / num_gpus)
+        else:
+            most = max(min(per_cpu_node, int(node.cpus)), 1)
+        # 0.3 of 0.9 are 3, which floating point makes a little less.
+        return min([most, *(int(node.amount(name) / each + 1e-9) for name, each in asked.resources.items())])
 
     usable = _chosen_nodes(usable, places, asked.num, by_gpus=bool(num_gpus))
     most = sum(map(places, usable))
@@ -113,7 +148,65 @@ def plan_workers(
     cpus = _cpus_of_each(usable, places, now)
     # Threads are whole; of more workers than CPUs each holds a part of one.
     num_cpus = float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100
-    return WorkersConfig(num=num, num_cpus=asked.num_cpus or max(num_cpus, 0.01), num_gpus=num_gpus)
+    return _with(asked, num=num, num_cpus=asked.num_cpus or max(num_cpus, 0.01), num_gpus=num_gpus)
+
+
+def _with(asked: FittedWorkersConfig, *, num: int, num_cpus: float, num_gpus: float) -> WorkersConfig:
+    """Workers with these numbers, and what else is asked for each."""
+    return WorkersConfig(
+        num=num,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        resources=asked.resources,
+        label_selector=asked.label_selector,
+    )
+
+
+def refuse_without_room(worker: WorkersConfig, nodes: Sequence[Node]) -> None:
+    """Refuse workers that would wait for ever, without a word: no node has room for one, and none will come.
+
+    Args:
+        worker: each of them.
+        nodes: all of the cluster, those without CPUs too.
+
+    Raises:
+        InputError: as said, with what the nodes have.
+    """
+    if any(node.holds(worker) for node in nodes):
+        return
+    asked = {"CPU": worker.num_cpus, "GPU": worker.num_gpus, **worker.resources}
+    wanted = _listed({name: amount for name, amount in asked.items() if amount}, worker.label_selector)
+    if any(_NODE_GROUP in node.labels for node in nodes):
+        log(f"no node has room for a process now that asks for {wanted}; the job waits until one comes")
+        return
+    raise InputError(
+        f"a process asks for {wanted}, and no node has that: {_what_nodes_have(nodes, worker)}; ask for less by "
+        "num_cpus, num_gpus, resources and label_selector, or start nodes that have it (`ray start --labels, "
+        "--resources`)"
+    )
+
+
+def _what_nodes_have(nodes: Sequence[Node], asked: FittedWorkersConfig) -> str:
+    """Amounts of what is asked for, and all labels but those that name the node itself; each once, with its number."""
+    names = ["CPU", "GPU", *asked.resources]
+    found = Counter(
+        _listed(
+            {name: node.amount(name) for name in names if node.amount(name)},
+            {name: value for name, value in sorted(node.labels.items()) if name != _NODE_ID},
+        )
+        for node in nodes
+    )
+    shown = [
+        f"{count} with {words or 'nothing of it and no labels'}"
+        for words, count in found.most_common(_NODES_SHOWN)
+    ]
+    return "; ".join([*shown, "…"] if len(found) > len(shown) else shown)
+
+
+def _listed(amounts: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    """`4 CPU, 1 GPU, labels {"ray.io/market-type": "spot"}`."""
+    words = [f"{amount:g} {name}" for name, amount in amounts.items()]
+    return ", ".join([*words, f"labels {json.dumps(dict(labels))}"] if labels else words)
 
 
 def _chosen_nodes(

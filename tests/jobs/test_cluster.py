@@ -299,7 +299,7 @@ class TestComesUp:
         corpus.mkdir()
         (corpus / "texts.txt").write_text("first text\nsecond text\n", encoding="utf-8")
 
-        (line,) = readme_lines("ray job submit")
+        (line,) = readme_lines("raytower submit")
         for printed, meant in {
             "http://127.0.0.1:8265": cluster.dashboard,
             "s3://bucket/corpus/": f"{corpus}/",
@@ -308,7 +308,9 @@ class TestComesUp:
         }.items():
             assert printed in line
             line = line.replace(printed, meant)
-        done = cluster.run(shlex.split(line), cwd=checkout)
+        # Where all nodes are one machine, its folders are shared.
+        line += f" --shared {tmp_path} --shared {minilm_dir}"
+        done = cluster.run(shlex.split(line), cwd=checkout, PYTHONPATH=f"{checkout}/platform")
 
         assert done.returncode == 0, done.stdout + done.stderr
         assert json.loads((tmp_path / "embeddings" / "manifest.json").read_text())["rows"] == 2

@@ -307,6 +307,7 @@ def test_a_start_that_takes_too_long_is_given_up_with_the_memory_that_is_used(
     """Where Ray ends its processes for want of memory, its calls wait for ever."""
     monkeypatch.setattr(deploy, "_bring_up", lambda *arguments: time.sleep(60))
     monkeypatch.setattr(deploy, "ensure_ray", lambda **arguments: None)
+    monkeypatch.setattr(deploy, "check_room", lambda worker: None)
     monkeypatch.setattr(deploy, "abandon", lambda: None)
     monkeypatch.setattr(deploy, "get_used_memory", lambda: 3 * 2**30)
     monkeypatch.setattr(deploy, "get_system_memory", lambda: 4 * 2**30)

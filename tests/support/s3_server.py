@@ -7,17 +7,20 @@ workers inherit them. Nobody's real credentials are ever used.
 from __future__ import annotations
 
 import atexit
+import http.client
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ import boto3
 from botocore.config import Config as BotoConfig
 
 REGION = "us-east-1"
+# Headers that hold between two neighbours alone.
+_OF_ONE_HOP = ("connection", "expect", "transfer-encoding", "content-length", "keep-alive")
 # Workers read RAYTOWER_CACHE too, so it is set once for the whole session, before Ray starts.
 CACHE = Path(tempfile.mkdtemp(prefix="raytower-cache-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
@@ -107,3 +112,97 @@ def _wait_for_address(process: subprocess.Popen[bytes], log: Path) -> str:
             return found[1]
         time.sleep(0.05)
     raise RuntimeError(f"the S3 server did not start: {log.read_text()}")
+
+
+@dataclass
+class BusyFront:
+    """What stands before a server and answers every so many requests with 503, as S3 does when it is asked too much.
+
+    No request is refused twice in a row, so that a client that asks again gets its answer.
+    """
+
+    address: str
+    refused: list[str]
+    """Method, path and client of each request that was answered with 503."""
+    answered: list[str]
+    """Likewise of those that were passed on."""
+    tokens: set[str]
+    """Session tokens that requests brought; empty of those that brought none."""
+
+
+@contextmanager
+def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
+    """A front before `server` on a port of its own, in a thread of this process."""
+    front = BusyFront("", [], [], set())
+    lock, due = threading.Lock(), set[tuple[str, str]]()
+    count = 0
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one(self) -> None:
+            nonlocal count
+            body = self._body()
+            who = (self.command, self.path)
+            line = f"{self.command} {self.path} {self.headers.get('User-Agent', '')}"
+            with lock:
+                count += 1
+                is_refused = count % every == 0 and who not in due
+                (due.add if is_refused else due.discard)(who)
+                (front.refused if is_refused else front.answered).append(line)
+                front.tokens.add(self.headers.get("x-amz-security-token", ""))
+            if is_refused:
+                words = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+                self._answer(503, {"content-type": "application/xml"}, words)
+                return
+            kept = {name: value for name, value in self.headers.items() if name.lower() not in _OF_ONE_HOP}
+            connection = http.client.HTTPConnection(server.address, timeout=60)
+            try:
+                connection.request(self.command, self.path, body, kept)
+                reply = connection.getresponse()
+                content = reply.read()
+            finally:
+                connection.close()
+            headers = {name.lower(): value for name, value in reply.getheaders()}
+            self._answer(reply.status, headers, content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815 - names of the library
+
+        def _body(self) -> bytes:
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
+            return b"".join(parts)
+
+        def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                if name not in _OF_ONE_HOP:
+                    self.send_header(name, value)
+            # Of HEAD it says how long the object is, and nothing follows.
+            is_head = self.command == "HEAD"
+            length = headers.get("content-length", "0") if is_head else str(len(content))
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            if not is_head:
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    front.address = f"127.0.0.1:{listener.server_address[1]}"
+    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield front
+    finally:
+        listener.shutdown()
+        listener.server_close()
+        thread.join(10)

@@ -36,6 +36,8 @@ class Line:
     number: int
     text: str
     is_python: bool = False
+    ends_with: int = 0
+    """The exit code that the page names."""
 
     @property
     def is_training(self) -> bool:
@@ -72,6 +74,8 @@ class Typist:
         self._url = _ADDRESS
         self.names: dict[str, Any] = {}
         """What blocks of Python have named."""
+        self.printed = ""
+        """What commands have printed, of failed ones what they said on stderr too."""
         self._server = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -98,6 +102,7 @@ class Typist:
                 timeout=120,
             )
             assert done.returncode == 0, f"line {line.number} failed:\n{code}\n{done.stdout}{done.stderr}"
+            self.printed += done.stdout
 
     def plan(self, line: Line) -> None:
         """Have a training check all that it would check, without training."""
@@ -107,10 +112,11 @@ class Typist:
         found = _REDIRECTION.match(line.text)
         assert found is not None
         out, said = io.StringIO(), io.StringIO()
-        arguments = shlex.split(found["command"], comments=True)[1:]
+        arguments = shlex.split(os.path.expandvars(found["command"]), comments=True)[1:]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
             code = main(arguments)
-        assert code == 0, f"line {line.number} failed:\n{line.text}\n{said.getvalue()}"
+        assert code == line.ends_with, f"line {line.number} failed:\n{line.text}\n{said.getvalue()}"
+        self.printed += out.getvalue() + (said.getvalue() if code else "")
         if found["file"]:
             with open(self._folder / found["file"], "a" if found["mode"] == ">>" else "w") as file:
                 file.write(out.getvalue())

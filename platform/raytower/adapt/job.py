@@ -16,6 +16,7 @@ from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.job import plan_pipeline, run_pipeline
 from raytower.progress import log
 from raytower.refresh.config import RefreshConfig
+from raytower.refresh.job import pipelines_of as pipelines_of_rounds
 from raytower.refresh.job import plan_refresh, refresh
 from raytower.storage import Location, output_folder
 
@@ -71,6 +72,11 @@ def plan_adapt(config: AdaptConfig) -> dict[str, Any]:
     output_folder(config.output, STATE_NAME)
     pipeline, rounds = pairs_pipeline(config), rounds_of(config)
     return {"steps": plan_pipeline(pipeline)["steps"] + plan_refresh(rounds)["steps"]}
+
+
+def pipelines_of(config: AdaptConfig) -> list[PipelineConfig]:
+    """The pipelines that the job runs, one after the other."""
+    return [pairs_pipeline(config), *pipelines_of_rounds(rounds_of(config))]
 
 
 def pairs_pipeline(config: AdaptConfig) -> PipelineConfig:

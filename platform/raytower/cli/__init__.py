@@ -24,7 +24,7 @@ from raytower.cli.arguments import read_arguments
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, dump_config, load_config, to_json
 from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending, signal_code
-from raytower.errors import InputError, RaytowerError, find_cause
+from raytower.errors import EndedJobError, InputError, RaytowerError, find_cause
 from raytower.worker_output import OUTPUT
 
 # What a shell makes of SIGPIPE.
@@ -36,20 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `raytower`; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        return _run(lambda: _show(help.usage())) or (0 if given else 2)
+        return run_work(lambda: _show(help.usage())) or (0 if given else 2)
     if given[0] == "--version":
-        return _run(lambda: _show(f"raytower {__version__}"))
+        return run_work(lambda: _show(f"raytower {__version__}"))
     if given[0] == "help":
         return main([*given[1:], "--help"])
     if given[0] in ABOUT:
         about = ABOUT[given[0]]
         asks = {"-h", "--help"} & set(given[1:])
-        return _run(lambda: _show(about.explain(given[0]) if asks else about.tell(given[1:])))
+        return run_work(lambda: _show(about.explain(given[0]) if asks else about.tell(given[1:])))
     name, rest = _split_name(given)
     if name in COMMANDS:
         return run_command(name, rest)
     if help.names_below(name) and (not rest or rest[0] in ("-h", "--help")):
-        return _run(lambda: _show(help.usage(name))) or (0 if rest else 2)
+        return run_work(lambda: _show(help.usage(name))) or (0 if rest else 2)
     print(f"raytower: {help.describe_unknown_command(name, rest)}", file=sys.stderr)
     return 2
 
@@ -66,10 +66,10 @@ def _split_name(given: Sequence[str]) -> tuple[str, list[str]]:
 def run_command(name: str, arguments: Sequence[str] | None = None, default_config: Path | None = None) -> int:
     """Run one command with its arguments (default: the process's) and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return _run(lambda: _execute(name, _decode(given), default_config))
+    return run_work(lambda: _execute(name, _decode(given), default_config))
 
 
-def _run(work: Callable[[], None]) -> int:
+def run_work(work: Callable[[], None]) -> int:
     """Do `work` and return the exit code; what it raises is said on stderr."""
     OUTPUT.begin()
     if sys.stderr is None:  # closed by whoever started us, who wants to hear nothing
@@ -129,7 +129,8 @@ def _abandon_output() -> None:
 def _execute(name: str, given: Sequence[str], default_config: Path | None) -> None:
     command = COMMANDS[name]
     config_class: type[Config] = find_reference(command.config)
-    arguments = read_arguments(config_class, command.positions, given)
+    own = find_reference(command.part)(given) if command.part else given
+    arguments = read_arguments(config_class, command.positions, own)
     if arguments.help:
         _show(help.command_help(name))
         return
@@ -184,7 +185,7 @@ def _explain(error: Exception) -> int:
     kept = OUTPUT.keep()
     if kept is not None:
         print(f"raytower: what Ray and its workers wrote is in {kept}", file=sys.stderr)
-    return 1
+    return cause.exit_code if isinstance(cause, EndedJobError) else 1
 
 
 def _decode(given: list[str]) -> list[str]:

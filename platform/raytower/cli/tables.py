@@ -112,6 +112,12 @@ def _render_comparison(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def render_pipeline(result: Mapping[str, Any]) -> str:
+    """The steps as a table; what each came from is for programs."""
+    steps = [{name: value for name, value in step.items() if name != "lineage"} for step in result["steps"]]
+    return render_result({**result, "steps": steps})
+
+
 def render_tuning(result: Mapping[str, Any]) -> str:
     """The curve of weights, the one that was taken marked, and the rest as names and values."""
     best, highest = result["weight"], max(point["mrr@10"] for point in result["curve"])

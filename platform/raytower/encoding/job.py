@@ -56,7 +56,8 @@ from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.only_job import only_job
 from raytower.progress import log
-from raytower.runtime import ensure_ray, find_nodes
+from raytower.runtime import check_room, ensure_ray, find_nodes
+from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
     Location,
@@ -134,7 +135,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
             if config.engine == "onnx":
                 # Now, for workers to find it: what goes wrong is said once.
                 graph_for(job.encoder, config.dtype, resolve_model(config.encoder))
-            ensure_ray()
+            ensure_ray(job.workers.num_cpus)
+            check_room(job.workers)
+            check_shared(job.output)
             answers = _run(job, missing)
         if lease is not None:
             lease.check()
@@ -344,6 +347,7 @@ def _run(job: _Job, missing: Sequence[Piece]) -> list[EncodedPiece]:
                 compute=_pool(job.workers, config.workers.min, len(missing)),
                 num_cpus=job.workers.num_cpus,
                 num_gpus=job.workers.num_gpus or None,
+                **job.workers.ray_options,
                 fn_constructor_args=(
                     config.model_copy(update=paths), job.encoder.fingerprint, job.prefix, pieces, board
                 ),

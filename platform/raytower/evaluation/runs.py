@@ -37,6 +37,7 @@ _FORMS = {
 }
 _TREC_COLUMNS = 6
 _TSV_COLUMNS = 3
+_MOST_RANKS = 2**31
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,11 @@ def _number(value: Any, line: str, place: str, form: str) -> float:
         number = float(value)
     except ValueError:
         raise _no_row(line, place, form) from None
+    except OverflowError:  # a whole number of JSON beyond the range of floats
+        number = math.inf
     if not math.isfinite(number):
         raise InputError(
-            f"{place}: score {value!r} is not finite; rankings need numbers that can be compared"
+            f"{place}: score {str(value)[:40]!r} is not finite; rankings need numbers that can be compared"
         )
     return number
 
@@ -215,10 +218,13 @@ def _number(value: Any, line: str, place: str, form: str) -> float:
 def _rank(value: Any, place: str) -> int:
     try:
         rank = int(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         rank = -1
-    if rank < 0:
-        raise InputError(f"{place}: rank {value!r} is no whole number from 0 up; write the place in the list")
+    if not 0 <= rank < _MOST_RANKS:
+        raise InputError(
+            f"{place}: rank {str(value)[:40]!r} is no whole number from 0 to {_MOST_RANKS - 1}; write the place in "
+            "the list"
+        )
     return rank
 
 

@@ -234,12 +234,16 @@ def _do_on_ray(
     if not missing:
         return
     ray = import_extra("ray")
-    from raytower.runtime import ensure_ray
+    from raytower.runtime import check_room, ensure_ray
+    from raytower.shared_storage import check_shared
 
     ensure_ray(workers.num_cpus)
+    check_room(workers)
+    check_shared(job.folder)
     task = ray.remote(
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus,
+        **workers.ray_options,
         max_calls=0,  # else Ray ends a process with a GPU after each task, and models are loaded anew
     )(_do_in_task)
     # Arguments travel once, and not with every task.

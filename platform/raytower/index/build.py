@@ -159,7 +159,7 @@ def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, A
     before = open_manifest(index) if published_version(index) else None
     if before is not None and _is_built(config, index, before, identity):
         return figures(before, started, config.output)
-    run = run or on_ray(config.workers)
+    run = run or on_ray(config.workers, index)
     tokens = config.tokens if config.lexical else None
     table, first_row = ingest(index, source, before.next_row if before else 0, config.indexed, run, tokens)
     refuse_duplicate_ids(index, table, run)

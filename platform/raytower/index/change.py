@@ -78,7 +78,7 @@ def add_to_index(config: IndexAddConfig) -> dict[str, Any]:
         table, replaced = with_documents(
             writer, source.documents_schema(), stream, config.embeddings, upsert=config.upsert
         )
-        run = _run(source.rows, config.workers)
+        run = _run(source.rows, config.workers, index)
         manifest = publish_change(writer, table, "add", identity, came=source.rows, went=replaced, run=run)
     return {**figures(manifest, started, config.index), "added": source.rows, "replaced": replaced}
 
@@ -118,7 +118,7 @@ def delete_from_index(config: IndexDeleteConfig) -> dict[str, Any]:
                 table = table.without(pa.array(wanted, pa.string()))
             else:
                 table = table.without_matching(condition)
-            run = _run(going, config.workers)
+            run = _run(going, config.workers, index)
             manifest = publish_change(writer, table, "delete", identity, came=0, went=going, run=run)
     return {
         **figures(manifest, started, config.index),
@@ -430,5 +430,7 @@ def _shown(names: list[str]) -> str:
     return ", ".join(map(repr, names[:_NAMES_SHOWN])) + (" and others" if len(names) > _NAMES_SHOWN else "")
 
 
-def _run(rows: int, workers: WorkersConfig) -> Run:
-    return on_ray(workers) if rows > _ROWS_IN_PROCESS else Run(threads=max(int(np.ceil(workers.num_cpus)), 1))
+def _run(rows: int, workers: WorkersConfig, index: Location) -> Run:
+    if rows > _ROWS_IN_PROCESS:
+        return on_ray(workers, index)
+    return Run(threads=max(int(np.ceil(workers.num_cpus)), 1))

@@ -52,7 +52,7 @@ def compact_index(config: IndexCompactConfig, run: Run | None = None) -> dict[st
             f"version {before.version} of {index} has no changes since its shards were built; nothing to compact"
         )
         return {**figures(before, started, config.index), **shown, "compacted": False}
-    run = run or on_ray(config.workers)
+    run = run or on_ray(config.workers, index)
     if not _needs_shards(config, before) and queries in (None, before.queries):
         return {
             **figures(_with_lexical_side(config, run), started, config.index),

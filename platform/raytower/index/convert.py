@@ -222,7 +222,7 @@ def convert_index(config: IndexConvertConfig, run: Run | None = None) -> dict[st
     done = _newest(index)
     if done is not None:
         log(f"{index} is of format 3 already, at version {done.version}; nothing to convert")
-    manifest = done or _converted(config, Format2.open(index), run or on_ray(config.workers))
+    manifest = done or _converted(config, Format2.open(index), run or on_ray(config.workers, index))
     if config.remove_old:
         (index / CURRENT_NAME).delete()  # first: a killed removal leaves nothing that looks like an index
         for place in (index / VERSIONS_NAME).children():

@@ -124,9 +124,9 @@ def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> d
             if len(difference.gone):
                 table = table.without(difference.gone)
             # GPUs are for encoding.
-            given = config.workers.model_dump(include={"num", "num_cpus"}, exclude_none=True)
+            given = config.workers.model_dump(exclude={"num_gpus", "min"}, exclude_none=True)
             workers = WorkersConfig(**given)
-            run = on_ray(workers) if came > 10 * TEXTS_IN_PROCESS else Run()
+            run = on_ray(workers, index) if came > 10 * TEXTS_IN_PROCESS else Run()
             identity = digest_of({"sync": [manifest.version, table.version]})
             went = replaced + len(difference.gone)
             manifest = publish_change(writer, table, "sync", identity, came=came, went=went, run=run)

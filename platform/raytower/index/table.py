@@ -364,7 +364,11 @@ class DocumentTable:
         return TOKENS in self._dataset.schema.names
 
     def with_tokens(self, settings: TokensConfig) -> DocumentTable:
-        """With the tokens of every text, in place of those that are there."""
+        """With the tokens of every text, in place of those that are there.
+
+        Raises:
+            RaytowerError: Lance could not add the column, or what reading a text's tokens raised.
+        """
         failed: list[Exception] = []
 
         @lance.batch_udf(output_schema=pa.schema([_TOKENS_FIELD]))

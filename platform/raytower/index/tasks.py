@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from raytower.config import WorkersConfig
 from raytower.errors import RaytowerError, find_cause, import_extra
 from raytower.progress import log
+from raytower.requirements import has_labels
+from raytower.storage import Location
 
 ResultT = TypeVar("ResultT")
 
@@ -28,6 +30,8 @@ class Run:
     at_once: int = 1
     num_gpus: float = 0
     workers: WorkersConfig | None = None
+    output: Location | None = None
+    """What the tasks write into, which every node must see; None where that is not asked."""
 
     @property
     def threads_alone(self) -> int:
@@ -38,8 +42,12 @@ class Run:
         """
         if self.workers is None:
             return self.threads
-        ray = _started_ray(self.workers)
-        cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        ray = _started_ray(self.workers, self.output)
+        cores = [
+            node["Resources"].get("CPU", 0.0)
+            for node in ray.nodes()
+            if node["Alive"] and has_labels(self.workers.label_selector, node.get("Labels") or {})
+        ]
         wanted = int(self.workers.num * self.workers.num_cpus)
         return max(min(wanted, int(max(cores, default=0))), self.threads)
 
@@ -55,12 +63,18 @@ class Run:
         """Results of `function` over `calls`, in order; `progress` is logged with numbers of finished and of all calls.
 
         Raises:
+            InputError: no node has room for such a task.
             RaytowerError: the first failure, as it was raised where that was meant for the user.
         """
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
-        ray = _started_ray(self.workers)
-        task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus)(function)
+        ray = _started_ray(self.workers, self.output)
+        from raytower.runtime import check_room
+
+        check_room(self.workers.model_copy(update={"num_gpus": num_gpus}))
+        task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus, **self.workers.ray_options)(
+            function
+        )
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
         shared = {id(value): ray.put(value) for value in common if getattr(value, "nbytes", 0) > 2**16}
@@ -87,14 +101,23 @@ class Run:
         return [results[number] for number in range(len(calls))]
 
 
-def on_ray(workers: WorkersConfig) -> Run:
-    return Run(workers.num_threads, workers.num, workers.num_gpus, workers)
+def on_ray(workers: WorkersConfig, output: Location | None = None) -> Run:
+    return Run(workers.num_threads, workers.num, workers.num_gpus, workers, output)
 
 
-def _started_ray(workers: WorkersConfig) -> Any:
-    """The module, once Ray runs. Raises MissingExtraError with the install line where it is not installed."""
+def _started_ray(workers: WorkersConfig, output: Location | None) -> Any:
+    """The module, once Ray runs.
+
+    Raises:
+        MissingExtraError: Ray is not installed; with the install line.
+        InputError: not every node sees `output`.
+    """
     ray = import_extra("ray")
     from raytower.runtime import ensure_ray
 
     ensure_ray(workers.num_cpus)
+    if output is not None:
+        from raytower.shared_storage import check_shared
+
+        check_shared(output)
     return ray

@@ -209,7 +209,11 @@ def finished_config(path: Path) -> PretrainedConfig | None:
 
 
 def recorded_max_length(path: Path, model: PreTrainedModel, of_modules: int | None = None) -> int:
-    """The length that a directory was made for: of raytower.json, `of_modules`, its tokenizer, or its positions."""
+    """The length that a directory was made for: of raytower.json, `of_modules`, its tokenizer, or its positions.
+
+    Raises:
+        FormatError: what is stated is no number from 1 up.
+    """
     limit = max_positions(model.config)
     stated = read_info(path).get("max_length") or of_modules
     stated = stated or read_json_object(path / "tokenizer_config.json").get("model_max_length") or limit

@@ -22,4 +22,9 @@ class PipelineConfig(Config):
     steps: list[StepConfig] = Field(min_length=1)
     """Jobs in their order, each `{job: NAME, config: {…}}`."""
     state: str
-    """File that remembers finished steps."""
+    """File that remembers finished steps, and of what each output was made."""
+    parallel: int = Field(default=1, ge=1)
+    """Most steps at once, each in a process of its own; a step waits for those that write what it reads. 1 runs them
+    one after the other in this process."""
+    status: bool = False
+    """Run nothing, and show of each step whether it is finished, changed, missing or running, and why it would run."""

@@ -1,7 +1,7 @@
 """The content of what steps read and write, as hashes.
 
 A model is hashed whole. Embeddings, indexes and reports are known by the file that their job writes last, which holds
-the checksums of the others.
+the checksums of the others; rounds by the model and the index that they name in the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
 from raytower.storage import Location, known_sha256
 
-Kind = Literal["rows", "model", "embeddings", "index", "report"]
+Kind = Literal["rows", "file", "model", "export", "embeddings", "index", "report", "rounds"]
+# What `adapt` and `refresh` write last: they stand on higher floors than this.
+_SUMMARIES = ("adapt.json", "refresh.json")
+# The graphs of a model, in raytower.json and as a folder; the module that names them imports torch.
+_GRAPHS = "onnx"
 
 
 def content_of(kind: Kind, name: str, rows: InputConfig | None = None, records: RecordKind = "pairs") -> str:
@@ -53,6 +57,8 @@ def content_of(kind: Kind, name: str, rows: InputConfig | None = None, records: 
         return _hash([[str(place), known_sha256(place)] for place in places])
     if kind == "model":
         return _hash([hash_model(name), read_info(resolve_model(name)).get("fusion")])
+    if kind == "file":
+        return known_sha256(Location.of(name))
     if kind == "embeddings":
         return (Location.of(name) / MANIFEST_NAME).sha256()
     if kind == "report":  # what a comparison reads: an evaluation, or a run file
@@ -97,6 +103,10 @@ def content_of_output(kind: Kind, output: str) -> str | None:
     try:
         if kind == "model":
             return hash_model(output) if (place / INFO_NAME).is_file() else None
+        if kind == "export":
+            return _content_of_export(place)
+        if kind == "rounds":
+            return _content_of_rounds(place)
         if kind == "index":
             return open_manifest(place).built[0] if published_version(place) else None
         if kind == "embeddings":
@@ -113,15 +123,43 @@ def content_of_output(kind: Kind, output: str) -> str | None:
         return None
 
 
+def _content_of_export(place: Location) -> str | None:
+    """Hash of a model with its graph; None where either is not whole."""
+    graphs = _info(place).get(_GRAPHS)
+    if not graphs:
+        return None
+    sizes = {info.base_name: info.size for info in (place / _GRAPHS).infos()}
+    files = {name for graph in graphs.values() for name in graph["files"]}
+    return _hash([hash_model(str(place)), graphs]) if all(sizes.get(name) for name in files) else None
+
+
+def _content_of_rounds(place: Location) -> str | None:
+    """Hash of what the rounds of `adapt` or `refresh` came to: the encoder that they name, and its index."""
+    summary = next((place / name for name in _SUMMARIES if (place / name).is_file()), None)
+    if summary is None:
+        return None
+    found = summary.read_json()
+    index = open_manifest(found["index"]).built[0]
+    return _hash([found["encoder"], hash_model(found["encoder"]), found["index"], index])
+
+
 def mark_of(kind: Kind, output: str) -> str | None:
     """What a job has written down in its output of itself, by which it is known also where parts of it are gone."""
     place = Location.of(output)
     if kind == "model":
-        run = (place / INFO_NAME).read_json().get("run") if (place / INFO_NAME).is_file() else None
+        run = _info(place).get("run")
         return None if run is None else _hash(run)
+    if kind == "export":
+        graphs = _info(place).get(_GRAPHS)
+        return None if graphs is None else _hash(graphs)
     if kind == "embeddings":
         return (place / JOB_NAME).sha256() if (place / JOB_NAME).is_file() else None
     return content_of_output(kind, output)
+
+
+def _info(model: Location) -> dict[str, Any]:
+    found: dict[str, Any] = (model / INFO_NAME).read_json() if (model / INFO_NAME).is_file() else {}
+    return found
 
 
 def is_empty(output: str) -> bool:

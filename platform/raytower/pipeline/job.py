@@ -1,8 +1,11 @@
-"""`raytower pipeline`: jobs one after the other from one file, and again only those that a change concerns.
+"""`raytower pipeline`: jobs from one file, and again only those that a change concerns.
 
 The state file remembers each step by its output. A step is finished while its key and its output are what they were.
 The key hashes the job, the settings of its config, the content of what it reads, and the keys of the steps that made
 any of that. A step that was killed is started again, and its job goes on where it was.
+
+Some jobs change an index or a model in place and write no output of their own. Such a step is finished while its key is
+what it was and what it changed is as it, or a later step, left it; all of them may be run again at any time.
 
 What a job would refuse to write over, a model or embeddings of another config, is renamed before the step is made anew,
 if this pipeline has written it. Everything else that lies in the way is refused before the first step runs.
@@ -12,22 +15,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from functools import cached_property
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property, partial
 from typing import Any
 
-from raytower.commands import COMMANDS, Command, find_reference
+from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, former_keys, make_config
-from raytower.data.config import InputConfig
+from raytower.data.config import InputConfig, PathConfig
 from raytower.data.records import RecordKind
 from raytower.encoding.job import JOB_NAME
 from raytower.errors import FormatError, InputError, OtherOutputError
+from raytower.evaluation.config import TuneFusionConfig
 from raytower.evaluation.reports import check_reports_output
 from raytower.index.build import build_identity
 from raytower.index.config import IndexBuildConfig
 from raytower.index.versions import index_folder, open_manifest, published_version
 from raytower.models.directory import INFO_NAME
+from raytower.only_job import only_job
+from raytower.pipeline.apart import Processes
 from raytower.pipeline.config import PipelineConfig
 from raytower.pipeline.content import (
     Kind,
@@ -38,13 +47,19 @@ from raytower.pipeline.content import (
     mark_of,
     may_hold,
 )
+from raytower.pipeline.graph import Access, Work, run_graph, waits
 from raytower.progress import log
-from raytower.storage import Location, output_folder, put_aside
+from raytower.serving.config import ServeReloadConfig
+from raytower.storage import Lease, Location, StorageError, lease_holder, output_folder, put_aside
 from raytower.training.config import EVERY_STEPS, FREE_KEYS
 
-_STATE_VERSION = 2
-# Each job, and what it writes.
-STEP_JOBS: dict[str, Kind] = {
+_STATE_VERSION = 3
+# Version 2 lacks the lineage, and when a step ran.
+_READ_VERSIONS = (2, 3)
+# A look at who holds the lock takes it for a moment.
+_LOCK_SECONDS = 1.0
+# Each job, and what it writes; None has no output: it changes something in place, or tells a server.
+STEP_JOBS: dict[str, Kind | None] = {
     "pairs": "rows",
     "train-retriever": "model",
     "train-reranker": "model",
@@ -57,7 +72,29 @@ STEP_JOBS: dict[str, Kind] = {
     "evaluate": "report",
     "classify": "rows",
     "similarity": "rows",
+    "tune-classify": "rows",
+    "export": "export",
+    "adapt": "rounds",
+    "refresh": "rounds",
+    "tune-fusion": None,
+    "index sync": None,
+    "index add": None,
+    "index delete": None,
+    "index set": None,
+    "index compact": None,
+    "index gc": None,
+    "serve reload": None,
 }
+# Jobs that publish versions of the index that their key `index` names.
+_CHANGE_INDEX = ("index sync", "index add", "index delete", "index set", "index compact")
+# Jobs that are pipelines themselves, and who knows theirs: they stand on higher floors than this one.
+_PIPELINES_OF = {
+    "adapt": "raytower.adapt.job:pipelines_of",
+    "refresh": "raytower.refresh.job:pipelines_of",
+}
+_ROUNDS_STATE = "pipeline.json"
+# What `serve reload` says in place of a model to serve without one.
+_NO_MODEL = "none"
 # The keys that name what a job reads: one setting has one name in all commands.
 INPUT_KEYS: dict[str, Kind] = {
     "train.path": "rows",
@@ -92,6 +129,7 @@ _RECORDS: dict[tuple[str, str], RecordKind] = {
     ("search", "input.path"): "lines",
     ("rerank", "input.path"): "ranked",
     ("classify", "input.path"): "lines",
+    ("index sync", "input.path"): "corpus",
 }
 # The split of a BEIR folder that is read where a config names none.
 _SPLITS = {"dev": "dev"}
@@ -101,8 +139,16 @@ _FREE_KEYS = {
     "encode": frozenset({"workers", "tokens_per_batch"}),
     **dict.fromkeys(("search", "rerank", "similarity"), frozenset({"workers"})),
     # `num` decides into how many shards an index is built.
-    "index build": frozenset({"workers.num_cpus", "workers.num_gpus"}),
+    **dict.fromkeys(
+        ("index build", "index compact"),
+        frozenset(f"workers.{name}" for name in ("num_cpus", "num_gpus", "resources", "label_selector")),
+    ),
+    **dict.fromkeys(("index add", "index delete"), frozenset({"workers"})),
+    "index sync": frozenset({"workers", "tokens_per_batch"}),
+    "serve reload": frozenset({"key_env", "timeout_s"}),
 }
+# Keys of `workers` that came later; empty is what was done before.
+_GAINED_BY_WORKERS = ("resources", "label_selector")
 # Keys that trainings have gained, and the values for what was done before.
 _NEWER = {
     **dict.fromkeys(("split", "share", "every_epochs", "pooling", "labels", "label_by", "paths", "head_lr")),
@@ -157,9 +203,10 @@ class _Step:
 
     number: int
     job: str
-    command: Command
     config: Config
     inputs: tuple[_Input, ...]
+    changes: str | None
+    """The config's key that names what it changes in place; null changes nothing."""
     former_keys: tuple[str, str]
     """Its keys in state files of before: with the config's keys as they are named now, and as they were named once."""
 
@@ -173,7 +220,25 @@ class _Step:
 
     @property
     def kind(self) -> Kind:
-        return STEP_JOBS[self.job]
+        """Of its output."""
+        kind = STEP_JOBS[self.job]
+        assert kind is not None
+        return kind
+
+    @property
+    def changed(self) -> _Input | None:
+        """What it changes in place."""
+        return next((item for item in self.inputs if item.key == self.changes), None)
+
+    @property
+    def written(self) -> str | None:
+        """Its output, or what it changes."""
+        return self.output if self.changed is None else self.changed.name
+
+    @property
+    def access(self) -> Access:
+        names = tuple(item.name for item in self.inputs)
+        return Access(names, () if self.written is None else (self.written,))
 
     @property
     def makers(self) -> set[int]:
@@ -188,25 +253,54 @@ class _Step:
         """By which name the state file remembers it."""
         return self.output or f"{self.job} without output {_hash(self.settings)}"
 
-    def key(self, keys: Mapping[int, str]) -> str:
-        """Its key, once all that it reads is there.
+    def origin(self, keys: Mapping[int, str]) -> _Origin:
+        """What it comes from, once all that it reads is there. `keys` has those of its makers.
 
         Raises:
             InputError: an input is missing or damaged.
         """
+        # What it changes would be another thing after it.
+        read = {item.key: self._content_of(item) for item in self.inputs if item.key != self.changes}
+        return _Origin(
+            job=self.job,
+            writes=self.written,
+            settings=self.settings,
+            inputs={item.key: {"name": item.name, "content": read.get(item.key)} for item in self.inputs},
+            made_by=tuple(keys[number] for number in sorted(self.makers)),
+        )
+
+    def _content_of(self, item: _Input) -> str:
         try:
-            read = {
-                item.key: content_of(item.kind, item.name, item.rows, item.records) for item in self.inputs
-            }
+            return content_of(item.kind, item.name, item.rows, item.records)
         except InputError as error:
             raise InputError(f"{self.title}: {error}") from error
-        return _hash([self.job, self.settings, read, [keys[number] for number in sorted(self.makers)]])
 
     def content(self) -> str | None:
+        """Of its output, or of what it changes. Raises InputError where the latter is missing."""
+        if self.changed is not None:
+            return self._content_of(self.changed)
         return None if self.output is None else content_of_output(self.kind, self.output)
 
     def mark(self) -> str | None:
         return None if self.output is None else mark_of(self.kind, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What a step comes from. Its key names it, so that an output is known by all that it came from."""
+
+    job: str
+    writes: str | None
+    settings: dict[str, Any]
+    inputs: dict[str, dict[str, str | None]]
+    """By the config's key `name` and `content`, as it was read; the content is null of what the step changes."""
+    made_by: tuple[str, ...]
+    """Keys of the steps that made any of the inputs, in their order."""
+
+    @cached_property
+    def key(self) -> str:
+        read = {key: item["content"] for key, item in self.inputs.items() if item["content"] is not None}
+        return _hash([self.job, self.settings, read, list(self.made_by)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,26 +310,42 @@ class _Record:
     key: str
     finished: bool
     content: str | None = None
-    """Of its output, as the step left it; null where it has none, or has not finished one yet."""
+    """Of its output, or of what it changes, as the step left it; null where it has none, or has not finished one."""
     mark: str | None = None
     """By which its output is known where parts of it are gone."""
     figures: dict[str, Any] | None = None
+    when: str | None = None
+    """When it began last, in UTC."""
+    seconds: float | None = None
+    error: str | None = None
+    """Why it has failed, empty where it was killed; null of one that is finished or at work."""
 
 
 class _State:
-    """The state file: what was finished, and which outputs the pipeline has written."""
+    """The state file: what was finished, of what it was made, and which outputs the pipeline has written.
 
-    def __init__(self, place: Location, steps: Sequence[_Step]) -> None:
+    Any thread may put a record; one process writes the file (`only_job`).
+
+    Args:
+        lease: is held as long as the file may be written; None where the storage has none, or nothing is written.
+    """
+
+    def __init__(self, place: Location, steps: Sequence[_Step], lease: Lease | None = None) -> None:
         self._place = place
+        self._steps = steps
+        self._lease = lease
+        self._lock = threading.RLock()
         values = place.read_json() if place.exists() else {"format_version": _STATE_VERSION, "steps": {}}
         self._records: dict[str, _Record] = {}
-        if not isinstance(values, dict) or values.get("format_version", _STATE_VERSION) != _STATE_VERSION:
+        self._lineage: dict[str, dict[str, Any]] = {}
+        if not isinstance(values, dict) or values.get("format_version", _STATE_VERSION) not in _READ_VERSIONS:
             raise FormatError(
                 f"{place} is no state of a pipeline that this raytower reads (version {_STATE_VERSION}); name another "
                 "file as state"
             )
         if "format_version" in values:
             self._records = {name: _Record(**record) for name, record in values["steps"].items()}
+            self._lineage = values.get("lineage", {})
         else:
             self._adopt(values, steps)
 
@@ -246,8 +356,10 @@ class _State:
             figures = next((finished[key] for key in step.former_keys if key in finished), None)
             if figures is None or (step.output is not None and is_empty(step.output)):
                 break
-            keys[step.number] = step.key(keys)
-            self._records[step.slot] = _finished(step, keys[step.number], figures)
+            origin = step.origin(keys)
+            keys[step.number] = origin.key
+            self._note(origin)
+            self._records[step.slot] = _finished(step, origin.key, figures)
         log(
             f"{self._place} was written by an older version of raytower, which did not look at what steps read: "
             f"{len(self._records)} of {len(steps)} steps count as finished with their inputs as they are now"
@@ -256,61 +368,186 @@ class _State:
     def of(self, step: _Step) -> _Record | None:
         return self._records.get(step.slot)
 
-    def put(self, step: _Step, record: _Record) -> None:
-        self._records[step.slot] = record
+    def put(self, step: _Step, record: _Record, origin: _Origin | None = None) -> None:
+        """Remember a record, and what the step comes from; writes the file."""
+        with self._lock:
+            self._records[step.slot] = record
+            if origin is not None:
+                self._note(origin)
+            self.write()
+
+    def _note(self, origin: _Origin) -> None:
+        self._lineage[origin.key] = {
+            "job": origin.job,
+            "writes": origin.writes,
+            "settings": origin.settings,
+            "inputs": origin.inputs,
+            "made_by": list(origin.made_by),
+        }
+
+    def lineage(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """By their keys these origins, and those of all that they came from, nearest first."""
+        found: dict[str, dict[str, Any]] = {}
+        waiting = list(keys)
+        while waiting:
+            key = waiting.pop(0)
+            if key in self._lineage and key not in found:
+                found[key] = self._lineage[key]
+                waiting += found[key]["made_by"]
+        return found
+
+    def take_over(self) -> None:
+        """Write the file as one of this version, in which no step is at work: those that were have been killed."""
+        for name, record in self._records.items():
+            if not record.finished and record.error is None:
+                self._records[name] = replace(record, error="")
         self.write()
 
     def write(self) -> None:
-        """Raises StorageError."""
-        steps = {name: vars(each) for name, each in self._records.items()}
-        self._place.write_json({"format_version": _STATE_VERSION, "steps": steps})
+        """Raises StorageError, and RaytowerError where another process may write the file."""
+        with self._lock:
+            if self._lease is not None:
+                self._lease.check()
+            steps = {name: vars(each) for name, each in self._records.items()}
+            # No more than what records came from.
+            self._lineage = self.lineage([record.key for record in self._records.values()])
+            self._place.write_json(
+                {"format_version": _STATE_VERSION, "steps": steps, "lineage": self._lineage}
+            )
 
     def owns(self, step: _Step) -> bool:
         """Whether what lies at the step's output was written by it, or begun."""
         record = self.of(step)
         return record is not None and record.mark in (None, step.mark())
 
-    def why(self, step: _Step, keys: Mapping[int, str]) -> str | None:
-        """Why a step is to run, and None where it is finished. Its makers are finished, and `keys` has their keys."""
+    def why(self, step: _Step, key: str) -> str | None:
+        """Why a step of this key is to run, and None where it is finished. Raises InputError as `_Step.content`."""
         record = self.of(step)
         if record is None:
             return "it did not run before"
         if not record.finished:
-            return "it was not finished"
-        if record.key != step.key(keys):
+            return f"it failed: {record.error}" if record.error else "it was not finished"
+        if record.key != key:
             return "its config or what it reads has changed"
+        if step.changed is not None:
+            return None if self._is_as_left(step) else f"something else has changed {step.written} since"
         if record.content != step.content():
             return "its output is gone, or not whole"
         return None
 
+    def _is_as_left(self, step: _Step) -> bool:
+        """Whether what a step changed is as it, or a later step, left it, or as one that was killed may have."""
+        now = step.content()
+        records = [
+            self.of(step),
+            *(self.of(other) for other in self._changes_of(step) if other.number > step.number),
+        ]
+        return any(record.content == now or not record.finished for record in records if record is not None)
+
+    def _changes_of(self, step: _Step) -> list[_Step]:
+        """The steps that change what a step writes, or changes too."""
+        return [
+            other
+            for other in self._steps
+            if other.changed is not None
+            and step.written is not None
+            and is_inside(other.changed.name, step.written)
+        ]
+
+    def has_changed(self, step: _Step) -> bool:
+        """Whether a step's output is as steps that change it in place left it, so that nothing of others is in it."""
+        records = [self.of(other) for other in self._changes_of(step)]
+        contents = [record.content for record in records if record is not None]
+        return bool(contents) and content_of(step.kind, step.output or "") in contents
+
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
-    """Run the steps that are not finished; returns the figures of every step.
+    """Run the steps that are not finished; returns the figures of every step, or `pipeline_status` if `status` is true.
 
     Raises:
         InputError: an unknown job, a config that its job refuses, steps in the wrong order, or an output that holds
-            something else. All steps are checked before the first one runs. An input that is missing.
+            something else. All steps are checked before the first one runs. An input that is missing. Another pipeline
+            is at work on the state.
+        Any error of a step: of the first one, where several failed.
     """
+    if config.status:
+        return pipeline_status(config)
     steps = _prepare(config)
-    state = _State(Location.of(config.state), steps)
-    _check_outputs(steps, state)
-    state.write()  # one of an older version becomes one of this
+    place = Location.of(config.state)
+    with only_job(
+        _lock_of(place),
+        config.state,
+        owner="a pipeline",
+        doing="written by another pipeline",
+        wait_seconds=_LOCK_SECONDS,
+    ) as lease:
+        state = _State(place, steps, lease)
+        _check_outputs(steps, state)
+        state.take_over()
+        return {"steps": _run_steps(steps, state, config.parallel)}
+
+
+def _run_steps(steps: Sequence[_Step], state: _State, parallel: int) -> list[dict[str, Any]]:
+    """Figures of all steps, in their order. Raises what the first one that failed has raised, once all others ended."""
     keys: dict[int, str] = {}
-    results = []
-    for step in steps:
+    results: dict[int, dict[str, Any]] = {}
+    processes = Processes()
+
+    def begin(position: int) -> Work | None:
+        step = steps[position]
         name = f"step {step.number}/{len(steps)} {step.job}"
-        why = state.why(step, keys)
-        keys[step.number] = step.key(keys)
+        origin = step.origin(keys)
+        why = state.why(step, origin.key)
+        keys[step.number] = origin.key
         record = state.of(step)
         if why is None and record is not None:
             log(f"{name}: finished before, skipped")
-            results.append({"job": step.job, "skipped": True, **(record.figures or {})})
-            continue
+            if not state.lineage([origin.key]):  # of a state that had none yet
+                state.put(step, record, origin)
+            results[position] = {"job": step.job, "skipped": True, **(record.figures or {})}
+            return None
         log(f"{name}: running ({why})")
-        figures = _run(step, keys[step.number], state)
-        state.put(step, _finished(step, keys[step.number], figures))
-        results.append({"job": step.job, "skipped": False, **figures})
-    return {"steps": results}
+        run = _run_here if parallel == 1 else partial(processes.run, title=name)
+        return partial(_run_recorded, step, origin, state, run)
+
+    def end(position: int, figures: dict[str, Any]) -> None:
+        results[position] = {"job": steps[position].job, "skipped": False, **figures}
+
+    order = waits([step.access for step in steps], may_hold)
+    failed = run_graph(order, parallel, begin, end, stop=processes.stop)
+    if failed:
+        first, *others = sorted(failed)
+        for position in others:
+            log(f"{steps[position].title} failed: {failed[position]}")
+        raise failed[first]
+    return [results[position] for position in range(len(steps))]
+
+
+# Runs a job by its name and config; returns its figures.
+_Runner = Callable[[str, Config], dict[str, Any]]
+
+
+def _run_here(job: str, config: Config) -> dict[str, Any]:
+    figures: dict[str, Any] = find_reference(COMMANDS[job].run)(config)
+    return figures
+
+
+def _run_recorded(step: _Step, origin: _Origin, state: _State, run: _Runner) -> dict[str, Any]:
+    """Run a step, and remember how it ended; returns its figures."""
+    when, started = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+
+    def timed(record: _Record) -> _Record:
+        return replace(record, when=when, seconds=round(time.perf_counter() - started, 3))
+
+    try:
+        figures = _run(step, origin, state, run, when)
+    except Exception as error:
+        record = state.of(step)
+        if record is not None and not record.finished:
+            state.put(step, timed(replace(record, error=str(error) or type(error).__name__)))
+        raise
+    state.put(step, timed(_finished(step, origin.key, figures)))
+    return figures
 
 
 def plan_pipeline(config: PipelineConfig) -> dict[str, Any]:
@@ -325,35 +562,115 @@ def plan_pipeline(config: PipelineConfig) -> dict[str, Any]:
     keys: dict[int, str] = {}
     planned = []
     for step in steps:
-        why = state.why(step, keys) if step.makers <= keys.keys() else "what it reads is made anew"
-        if why is None:
-            keys[step.number] = step.key(keys)
+        why, _ = _why_now(step, state, keys)
         planned.append({"job": step.job, "skipped": why is None, "why": why})
     return {"steps": planned}
+
+
+def _why_now(step: _Step, state: _State, keys: dict[int, str]) -> tuple[str | None, str | None]:
+    """Why a step would run now, None where it is finished, which then gets its key in `keys`; and its key if it is
+    known. Raises InputError as `_Step.origin`."""
+    if not step.makers <= keys.keys():
+        return "what it reads is made anew", None
+    origin = step.origin(keys)
+    why = state.why(step, origin.key)
+    if why is None:
+        keys[step.number] = origin.key
+    return why, origin.key
+
+
+def pipeline_status(config: PipelineConfig) -> dict[str, Any]:
+    """How each step stands, without running or writing anything.
+
+    Returns:
+        `steps`, a record each: `step` (its number), `job`, `state`, `why` (it would run again; null if finished),
+        `output` (or what it changes), `key`, `when` (it began last, UTC), `seconds` and `lineage` (by their keys the
+        origins of what lies there, and of all that this came from). States: `finished`; `changed` (it would run again),
+        `missing` (what it writes is not there, or what it reads), `running` (by another process, now). `running_by`:
+        who holds the state, or null.
+
+    Raises:
+        InputError: as `run_pipeline`, of configs and their order.
+    """
+    steps = _prepare(config)
+    place = Location.of(config.state)
+    state = _State(place, steps)
+    try:
+        holder = lease_holder(_lock_of(place))
+    except StorageError:
+        raise
+    except InputError:  # storage without locks, where nobody can be seen
+        holder = None
+    keys: dict[int, str] = {}
+    return {
+        "steps": [_status_of(step, state, keys, is_held=holder is not None) for step in steps],
+        "running_by": holder,
+    }
+
+
+def _status_of(step: _Step, state: _State, keys: dict[int, str], *, is_held: bool) -> dict[str, Any]:
+    record, key = state.of(step), None
+    try:
+        why, key = _why_now(step, state, keys)
+        found = "finished" if why is None else "changed"
+        is_there = step.output is None or not is_empty(step.output)
+        if why is not None and (record is None or not record.finished or not is_there):
+            found = "missing"
+    except InputError as error:
+        found, why = "missing", str(error)
+    try:
+        _check_output(step, state)
+    except InputError as error:
+        found, why = "changed", str(error)
+    if is_held and record is not None and not record.finished and record.error is None:
+        found, why = "running", None
+    return {
+        "step": step.number,
+        "job": step.job,
+        "state": found,
+        "why": why,
+        "output": step.written,
+        "key": record.key if record is not None and key is None else key,
+        "when": record and record.when,
+        "seconds": record and record.seconds,
+        "lineage": state.lineage([record.key]) if record is not None else {},
+    }
+
+
+def _lock_of(state: Location) -> Location:
+    return state.parent / f".{state.name}.lock"
 
 
 def _check_outputs(steps: Sequence[_Step], state: _State) -> None:
     """Raises InputError where an output holds what its step did not leave there."""
     for step in steps:
-        if step.output is None or is_empty(step.output):
-            continue
-        record = state.of(step)
-        if record is not None and record.content not in (None, step.content()) and step.content() is not None:
-            raise InputError(
-                f"{step.title}: output {step.output!r} is not as the step left it, something else has written there "
-                "since; move it away to have it made anew, or name another output"
-            )
-        try:
-            if not state.owns(step):
-                _refuse_foreign(step.kind, step.output)
-        except InputError as error:
-            raise InputError(f"{step.title}: {error}") from error
+        _check_output(step, state)
+
+
+def _check_output(step: _Step, state: _State) -> None:
+    if step.output is None or is_empty(step.output):
+        return
+    record = state.of(step)
+    if record is not None and record.content not in (None, step.content()) and step.content() is not None:
+        raise InputError(
+            f"{step.title}: output {step.output!r} is not as the step left it, something else has written there "
+            "since; move it away to have it made anew, or name another output"
+        )
+    try:
+        if not state.owns(step):
+            _refuse_foreign(step.kind, step.output)
+    except InputError as error:
+        raise InputError(f"{step.title}: {error}") from error
 
 
 def _refuse_foreign(kind: Kind, output: str) -> None:
     """Raises InputError where no job of this kind has begun the output; if one has, the step's job looks closer."""
-    if kind in ("model", "embeddings"):
-        output_folder(output, INFO_NAME if kind == "model" else JOB_NAME)
+    if kind in ("model", "export"):
+        output_folder(output, INFO_NAME)
+    elif kind == "embeddings":
+        output_folder(output, JOB_NAME)
+    elif kind == "rounds":
+        output_folder(output, _ROUNDS_STATE)
     elif kind == "index":
         index_folder(output)
     elif kind == "report":
@@ -364,40 +681,52 @@ def _refuse_foreign(kind: Kind, output: str) -> None:
         )
 
 
-def _run(step: _Step, key: str, state: _State) -> dict[str, Any]:
+def _run(step: _Step, origin: _Origin, state: _State, run: _Runner, when: str) -> dict[str, Any]:
     """Run a step's job; an output of another config makes room for it, where the pipeline has written that."""
     record = state.of(step)
     owned = step.output is None or is_empty(step.output) or state.owns(step)
-    if owned:
-        # From now on the job may write there. Only a model and embeddings are never written over.
-        content = step.content() if step.kind in ("model", "embeddings") else None
-        state.put(step, _Record(key=key, finished=False, content=content, mark=content and step.mark()))
+    begun = _Record(key=origin.key, finished=False, when=when)
+    if step.changed is not None:
+        # What steps left there last is still what to know it by.
+        state.put(step, replace(begun, content=record.content if record else None), origin)
+    elif owned:
+        # From now on the job may write there. Only what a job refuses to write over is known by what it was.
+        content = step.content() if _is_kept(step) else None
+        state.put(step, replace(begun, content=content, mark=content and step.mark()), origin)
         if (
-            step.kind == "model"
+            step.output is not None
+            and step.kind in ("model", "export")
             and content is None
             and record is not None
             and record.mark == step.mark() is not None
         ):
-            _make_room(step, key, state)  # the job would take what is left of it for finished
-    run = find_reference(step.command.run)
+            _make_room(step, begun, state)  # the job would take what is left of it for finished
     config = step.config
     if owned and isinstance(config, IndexBuildConfig):
-        config = _in_place_of_later_builds(config, step.title)
+        config = _in_place_of_later_builds(config, step.title, is_ours=partial(state.has_changed, step))
     try:
-        figures = run(config)
+        figures = run(step.job, config)
     except OtherOutputError:
         if not owned:
             raise
-        _make_room(step, key, state)
-        figures = run(config)
+        _make_room(step, begun, state)
+        figures = run(step.job, config)
     found: dict[str, Any] = json.loads(json.dumps(figures, default=str))
     return found
 
 
-def _in_place_of_later_builds(config: IndexBuildConfig, title: str) -> IndexBuildConfig:
+def _is_kept(step: _Step) -> bool:
+    """Whether a job of its kind never writes over what is there."""
+    return step.output is not None and step.kind in ("model", "export", "embeddings")
+
+
+def _in_place_of_later_builds(
+    config: IndexBuildConfig, title: str, *, is_ours: Callable[[], bool]
+) -> IndexBuildConfig:
     """`config`, with `replace` where the index was built by it once and by another config later.
 
-    The job itself takes such a build for finished, since it never undoes what came later.
+    The job itself takes such a build for finished, since it never undoes what came later. Nor does it undo changes of
+    its index, which later steps make again where they are theirs (`is_ours`).
 
     Raises:
         InputError: the index was also changed since, by commands that are no steps.
@@ -406,7 +735,11 @@ def _in_place_of_later_builds(config: IndexBuildConfig, title: str) -> IndexBuil
     if config.replace or published_version(index) is None:
         return config
     newest, identity = open_manifest(index), build_identity(config)
-    if identity not in newest.built or identity == newest.built[-1]:
+    if identity in newest.built[-1:]:
+        return config
+    if newest.applied and is_ours():
+        return config.model_copy(update={"replace": True})
+    if identity not in newest.built:
         return config
     if newest.applied:
         raise InputError(
@@ -416,14 +749,14 @@ def _in_place_of_later_builds(config: IndexBuildConfig, title: str) -> IndexBuil
     return config.model_copy(update={"replace": True})
 
 
-def _make_room(step: _Step, key: str, state: _State) -> None:
+def _make_room(step: _Step, begun: _Record, state: _State) -> None:
     assert step.output is not None
     former = put_aside(step.output)
     log(
         f"{step.title}: what an earlier config or other data made of {step.output} is {former} now; remove it if not "
         "wanted"
     )
-    state.put(step, _Record(key=key, finished=False))
+    state.put(step, begun)
 
 
 def _finished(step: _Step, key: str, figures: dict[str, Any]) -> _Record:
@@ -445,13 +778,33 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
         )
         key = _key_after(key, step.job, _without_newer(step.job, job_config.model_dump(mode="json")))
         former_key = _key_after(former_key, step.job, _former_values(step.job, job_config))
-        inputs = tuple(_inputs(step.job, job_config, steps))
-        steps.append(_Step(number, step.job, command, job_config, inputs, (key, former_key)))
+        inputs = tuple(_inputs(step.job, job_config, steps, f"step {number} ({step.job})"))
+        changes = _changed_key(step.job, job_config)
+        steps.append(_Step(number, step.job, job_config, inputs, changes, (key, former_key)))
     _check_order(steps)
     return steps
 
 
-def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
+def _changed_key(job: str, config: Config) -> str | None:
+    """The key that names what a job changes in place, if it does."""
+    if isinstance(config, TuneFusionConfig):
+        stored = "index" if config.reranker is None else "reranker"
+        return stored if config.store else None
+    return "index" if job in _CHANGE_INDEX else None
+
+
+def _inputs(job: str, config: Config, earlier: Sequence[_Step], title: str) -> list[_Input]:
+    """What a step reads.
+
+    Raises:
+        InputError: a reload that does not name its index, or a pipeline inside the step that is refused.
+    """
+    if job in _PIPELINES_OF:
+        return _inputs_of_pipelines(job, config, earlier, title)
+    if isinstance(config, ServeReloadConfig) and config.index is None:
+        raise InputError(
+            f"{title}: index is null, so that the pipeline cannot know what the server is to serve; name the index"
+        )
     found = []
     for key, kind, section in _places(config):
         value = getattr(section, key.rpartition(".")[2], None)
@@ -459,16 +812,41 @@ def _inputs(job: str, config: Config, earlier: Sequence[_Step]) -> list[_Input]:
             continue
         # Null, and the names that `labels` of a reranker are, name nothing to read.
         named = {key: value} if isinstance(value, str) else {}
+        if job == "serve reload" and value == _NO_MODEL:
+            continue
         if key == "compare" and value is not None:
             named = {f"{key}.{number}": place for number, place in enumerate(value)}
         if isinstance(value, Mapping):
             named = {f"{key}.{label}": place for label, place in value.items()}
         records = _RECORDS.get((job, key), "corpus" if key.endswith(".corpus") else "pairs")
         for full_key, place in named.items():
-            makers = [step.number for step in earlier if step.output and may_hold(place, step.output)]
+            if kind == "rows" and type(section) is PathConfig:  # ids, and values of documents
+                found.append(_Input(full_key, "file", place, None, records, _makers(place, earlier)))
+                continue
             rows = _rows_at(key, place, section) if kind == "rows" else None
-            found.append(_Input(full_key, kind, place, rows, records, tuple(makers)))
+            found.append(_Input(full_key, kind, place, rows, records, _makers(place, earlier)))
     return found
+
+
+def _inputs_of_pipelines(job: str, config: Config, earlier: Sequence[_Step], title: str) -> list[_Input]:
+    """What the steps of a job's own pipelines read, and none of them makes."""
+    found: dict[tuple[Any, ...], _Input] = {}
+    for pipeline in find_reference(_PIPELINES_OF[job])(config):
+        try:
+            steps = _prepare(pipeline)
+        except InputError as error:
+            raise InputError(f"{title}: {error}") from error
+        for item in (item for step in steps for item in step.inputs):
+            if not is_inside(item.name, config.output):  # type: ignore[attr-defined]
+                same = (item.kind, item.name, item.records, repr(item.rows))
+                key = f"{item.key} {len(found)}"
+                found.setdefault(same, replace(item, key=key, makers=_makers(item.name, earlier)))
+    return list(found.values())
+
+
+def _makers(place: str, earlier: Sequence[_Step]) -> tuple[int, ...]:
+    """Numbers of the steps that write, or change, any of what is read at a place."""
+    return tuple(step.number for step in earlier if step.written and may_hold(place, step.written))
 
 
 def _places(config: Config) -> Iterator[tuple[str, Kind, Any]]:
@@ -496,7 +874,11 @@ def _rows_at(key: str, place: str, section: Any) -> InputConfig:
 
 
 def _check_order(steps: Sequence[_Step]) -> None:
-    """Raises InputError where two steps write to one place, or one reads what it or a later one writes."""
+    """Raises InputError where two steps write to one place, or one reads what it or a later one writes.
+
+    What a later step changes in place may only be read by a step that changes it too: what any other has read would
+    never be there again.
+    """
     writing = [(step, step.output) for step in steps if step.output is not None]
     for place, (step, output) in enumerate(writing):
         for other, other_output in writing[place + 1 :]:
@@ -511,6 +893,16 @@ def _check_order(steps: Sequence[_Step]) -> None:
                     raise InputError(
                         f"{reader.title} reads {item.key} {item.name!r}, which {step.title} writes; put the step that "
                         "writes it first, or name another output"
+                    )
+    for step in steps:
+        if (changed := step.changed) is None:
+            continue
+        for reader in steps[: step.number - 1]:
+            for item in reader.inputs:
+                if item != reader.changed and may_hold(item.name, changed.name):
+                    raise InputError(
+                        f"{reader.title} reads {item.key} {item.name!r}, which {step.title} changes after it, so that "
+                        "it would never count as finished; put the step that changes it first"
                     )
 
 
@@ -573,6 +965,7 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
             "workers": {
                 name: _FORMER_WORKERS.get("num" if name == "max" else name) if value is None else value
                 for name, value in workers.items()
+                if value or name not in _GAINED_BY_WORKERS
             },
         }
     if job in ("mine", "evaluate") and values["mode"] == "dense":

@@ -86,7 +86,13 @@ def refresh(config: RefreshConfig) -> dict[str, Any]:
 def plan_refresh(config: RefreshConfig) -> dict[str, Any]:
     """The steps of all rounds, which of them would run now, and why."""
     output_folder(config.output, STATE_NAME)
-    return plan_pipeline(make_config(PipelineConfig, _pipeline(config, config.rounds)))
+    (pipeline,) = pipelines_of(config)
+    return plan_pipeline(pipeline)
+
+
+def pipelines_of(config: RefreshConfig) -> list[PipelineConfig]:
+    """The pipelines that the job runs, of which each begins with the steps of the one before: the last says it all."""
+    return [make_config(PipelineConfig, _pipeline(config, config.rounds))]
 
 
 def round_steps(config: RefreshConfig, number: int) -> list[dict[str, Any]]:

@@ -17,18 +17,29 @@ from raytower.serving.config import (
     ServeRollbackConfig,
     ServeStatusConfig,
 )
+from raytower.storage import absolute_if_local
 
+# Keys that name something that lies somewhere; `none` names nothing.
+_PLACES = ("index", "encoder", "reranker", "classifier")
+_NONE = "none"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def reload_server(config: ServeReloadConfig) -> dict[str, Any]:
-    """Have a server move a collection; returns what it serves then.
+    """Have a server move a collection; returns what it serves then. Paths of this machine are sent as absolute ones.
 
     Raises:
         InputError: the server cannot serve what is asked for. RaytowerError: it refuses, or cannot be reached.
     """
     outside = set(ServerConfig.model_fields)
-    return _ask(config, "reload", config.model_dump(mode="json", exclude=outside, exclude_none=True))
+    changes = config.model_dump(mode="json", exclude=outside, exclude_none=True)
+    # The server may run in another folder.
+    places = {
+        name: absolute_if_local(value)
+        for name, value in changes.items()
+        if name in _PLACES and value != _NONE and "://" not in value
+    }
+    return _ask(config, "reload", {**changes, **places})
 
 
 def roll_server_back(config: ServeRollbackConfig) -> dict[str, Any]:

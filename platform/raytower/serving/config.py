@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from raytower.errors import InputError
 from raytower.index.search_config import HybridConfig
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
 from raytower.models.fusion import SearchMode
+from raytower.requirements import refuse_requirements
 from raytower.serving.access_log import AccessLogConfig
 from raytower.serving.generation import DEFAULT_COLLECTION
 from raytower.serving.http_config import HttpConfig
@@ -145,6 +146,12 @@ class ServeConfig(HttpConfig, CollectionConfig):
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs of a replica; null is 1 where there is one for each replica and copy of the reranker, a part of one where
     there are fewer, and else 0."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """What each replica, copy of the reranker and group of shards holds of other things that nodes have, by the names
+    that `ray start --resources` gave them."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that their nodes must have, such as {"ray.io/market-type": "!spot"}; values as those of a job's
+    workers.label_selector."""
     rerank_replicas: int = Field(default=1, ge=1)
     """Copies of the reranker; layout split."""
     rerank_num_cpus: float = Field(default=1, ge=0)
@@ -208,6 +215,11 @@ class ServeConfig(HttpConfig, CollectionConfig):
             raise ValueError(f"server uvicorn has one process, and cannot have layout {self.layout}")
         if self.server == "uvicorn" and (self.replicas > 1 or self.autoscaling):
             raise ValueError("server uvicorn has one process; set replicas to 1 and autoscaling to null")
+        if self.server == "uvicorn" and (self.resources or self.label_selector):
+            raise ValueError(
+                "server uvicorn runs here; leave out resources and label_selector, which choose nodes"
+            )
+        refuse_requirements(self.resources, self.label_selector)
         return self
 
     @model_validator(mode="before")

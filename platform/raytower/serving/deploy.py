@@ -27,7 +27,7 @@ from ray.serve.exceptions import RayServeException
 from raytower.ending import Terminated
 from raytower.errors import FormatError, InputError, RaytowerError, find_cause
 from raytower.progress import log
-from raytower.runtime import SIGNALLED_S, abandon, ensure_ray, find_nodes, has_ended
+from raytower.runtime import SIGNALLED_S, abandon, check_room, ensure_ray, find_nodes, has_ended
 from raytower.serving.config import ServeConfig
 from raytower.serving.door import DoorSettings
 from raytower.serving.graph import (
@@ -37,7 +37,14 @@ from raytower.serving.graph import (
     build_application,
 )
 from raytower.serving.listening import base_url, check_port, shown_versions
-from raytower.serving.plan import check_start, joins_cluster, needed_cpus, num_shard_groups, with_gpus
+from raytower.serving.plan import (
+    check_start,
+    joins_cluster,
+    needed_cpus,
+    num_shard_groups,
+    replica_needs,
+    with_gpus,
+)
 from raytower.serving.ports import proxy_environment
 
 # It asks this machine, so it ignores a proxy that the environment names.
@@ -87,7 +94,9 @@ def start(config: ServeConfig) -> Server:
     secret = [name for name in (config.security.key_env, config.security.admin_key_env) if name]
     cpus = needed_cpus(config, num_shard_groups(config, active)) + 1
     ensure_ray(min_cpus=cpus, secret_variables=secret, show_workers=True)
-    application = build_application(with_gpus(config, find_nodes()), active, keys)
+    config = with_gpus(config, find_nodes())
+    check_room(replica_needs(config))
+    application = build_application(config, active, keys)
     return _within_start_timeout(config, lambda: _bring_up(config, application))
 
 

@@ -95,7 +95,11 @@ class Forwards:
         self._inner_s = 0.0
 
     def submit(self, model: ModelForwards, block: TokenBlock, lane: Lane, deadline: Deadline) -> Future[Rows]:
-        """The model's values (N, W) of a block. A future that is cancelled is not computed any further."""
+        """The model's values (N, W) of a block. A future that is cancelled is not computed any further.
+
+        Raises:
+            RuntimeError: these forward passes have been closed.
+        """
         submission = _Submission(model, block, lane, deadline)
         if not len(block):
             submission.future.set_result(submission.output)

@@ -26,6 +26,7 @@ from raytower import __version__
 from raytower.config import make_config
 from raytower.errors import InputError, RaytowerError
 from raytower.index.hits import Hits
+from raytower.requirements import ray_options
 from raytower.runtime import find_nodes
 from raytower.serving.conductor import Report, Served, Wanted
 from raytower.serving.config import ServeConfig
@@ -70,6 +71,7 @@ def build_application(
     settings = replica_settings(config)
     origin = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode()).hexdigest()[:16]
     num_groups = num_shard_groups(config, active)
+    required = ray_options(config.resources, config.label_selector)
     roles = [INGRESS, *([RERANKER] if config.layout == "split" else [])]
     roles += [group_name(number) for number in range(num_groups)]
     conductor = _deployment(config, CONDUCTOR, ConductorReplica).options(
@@ -80,7 +82,7 @@ def build_application(
     bound = conductor.bind(origin, roles, settings)
     reranker = None
     if config.layout == "split":
-        cpus = {"num_cpus": config.rerank_num_cpus, "num_gpus": config.rerank_num_gpus or 0}
+        cpus = {"num_cpus": config.rerank_num_cpus, "num_gpus": config.rerank_num_gpus or 0, **required}
         deployment = _deployment(config, RERANKER, RerankerReplica).options(
             num_replicas=config.rerank_replicas,
             ray_actor_options=cpus,
@@ -91,14 +93,14 @@ def build_application(
         _deployment(config, group_name(number), ShardReplica)
         .options(
             num_replicas=config.shard_replicas,
-            ray_actor_options={"num_cpus": config.shard_num_cpus},
+            ray_actor_options={"num_cpus": config.shard_num_cpus, **required},
             max_ongoing_requests=_STAGE_REQUESTS,
         )
         .bind(origin, number, num_groups, bound)
         for number in range(num_groups)
     ]
     ingress = _deployment(config, INGRESS, serve.ingress(_ServedApp())(Ingress)).options(
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus or 0},
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus or 0, **required},
         max_ongoing_requests=config.max_ongoing_requests + _SERVE_HEADROOM,
         max_queued_requests=config.max_queued_requests,
         **_replicas(config),

@@ -46,7 +46,11 @@ class LocalParts:
         recall: Callable[[], RecallStage],
         scorer: Callable[[], PairModel | None],
     ) -> Parts:
-        """The parts of a generation whose index and reranker are opened by these, wherever they lie."""
+        """The parts of a generation whose index and reranker are opened by these, wherever they lie.
+
+        Raises:
+            FormatError: the encoder's vectors have another length than the index's.
+        """
         encoder = self._models.encoder(generation)
         if encoder.served.dim != manifest.dim:
             raise FormatError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from raytower.config import WorkersConfig
 from raytower.index.versions import open_manifest
 from raytower.progress import log
 from raytower.serving import observe
@@ -105,6 +106,17 @@ def needed_cpus(config: ServeConfig, num_groups: int) -> float:
     cpus = _most_replicas(config) * config.num_cpus
     cpus += num_groups * config.shard_replicas * config.shard_num_cpus
     return cpus + (config.rerank_replicas * config.rerank_num_cpus if config.layout == "split" else 0)
+
+
+def replica_needs(config: ServeConfig) -> WorkersConfig:
+    """What a replica asks of its node, as that of a job's worker."""
+    return WorkersConfig(
+        num=1,
+        num_cpus=max(config.num_cpus, 0.01),  # a replica may ask for none
+        num_gpus=config.num_gpus or 0,
+        resources=config.resources,
+        label_selector=config.label_selector,
+    )
 
 
 def _most_replicas(config: ServeConfig) -> int:

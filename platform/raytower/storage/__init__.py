@@ -3,7 +3,7 @@
 from raytower.storage.errors import StorageError, StorageRefusedError, explaining
 from raytower.storage.hashed import HashedFile
 from raytower.storage.known import known_sha256
-from raytower.storage.lease import Lease, writer_lease
+from raytower.storage.lease import Lease, lease_holder, writer_lease
 from raytower.storage.local import fsync_dir, locked
 from raytower.storage.location import (
     Location,
@@ -26,6 +26,7 @@ __all__ = [
     "former_place",
     "fsync_dir",
     "known_sha256",
+    "lease_holder",
     "locked",
     "output_folder",
     "publish_directory",

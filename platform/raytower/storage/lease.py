@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from raytower.errors import RaytowerError
 from raytower.storage import objects
 from raytower.storage.errors import StorageError, as_storage_error, is_full
-from raytower.storage.local import is_still, locked
+from raytower.storage.local import is_locked, is_still, locked
 from raytower.storage.location import Location
 
 _POLL_SECONDS = 0.2
@@ -65,6 +65,24 @@ def writer_lease(
         yield Lease(place, held.is_held)
     finally:
         held.release()
+
+
+def lease_holder(place: Location) -> str | None:
+    """Who holds the lease of a place now, by the name that was given as `owner`; None where nobody does.
+
+    Nothing is written.
+
+    Raises:
+        StorageError: the storage fails. InputError: the storage has neither locks nor conditional writes.
+    """
+    if place.is_local:
+        held = is_locked(place.local_path)
+        content = place.read_bytes() if held and place.is_file() else b"{}"
+    else:
+        found = objects.read(place.filesystem, place.path)
+        content = b"{}" if found is None else found[0]
+        held = time.time() <= _expiry(content)
+    return _read(content).get("owner", "another process") if held else None
 
 
 @contextmanager

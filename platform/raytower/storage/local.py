@@ -123,6 +123,29 @@ def locked(path: Path, wait_seconds: float | None = None) -> Iterator[int | None
             os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path` now. Nothing is made where there is none.
+
+    It is asked for a shared lock that is given back at once; whoever wants the lock in that moment has to ask twice.
+    """
+    with explaining(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def is_still(descriptor: int, path: Path) -> bool:
     """Whether the opened file still has the name `path`."""
     try:

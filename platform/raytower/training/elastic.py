@@ -23,6 +23,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raytower.progress import log
+from raytower.requirements import has_labels
 from raytower.training import notice
 from raytower.workers import most_of, worker_counts
 
@@ -38,6 +39,16 @@ def staying(reserved: Resources, leaving: Iterable[str]) -> Resources:
     return {node: resources for node, resources in reserved.items() if node not in gone}
 
 
+def with_held(free: Resources, holders: Iterable[str], worker: dict[str, float]) -> Resources:
+    """What is free by node, and what workers hold: one on each node of `holders`, which names a node for each."""
+    room = {node: dict(resources) for node, resources in free.items()}
+    for node in holders:
+        if node in room:
+            for name, amount in worker.items():
+                room[node][name] = room[node].get(name, 0.0) + amount
+    return room
+
+
 class SharesPolicy(ElasticScalingPolicy):
     """Ray Train's elastic policy for workers that take whole shares of a batch, each as many.
 
@@ -50,8 +61,10 @@ class SharesPolicy(ElasticScalingPolicy):
         self._counts = worker_counts(scaling_config.min_workers, scaling_config.max_workers)
         self._asked_at = float("-inf")
         self._waits_from: float | None = None
+        self._holders: list[str] = []
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._holders = []
         decision = super().make_decision_for_non_running_worker_group()
         now = time.monotonic()
         if not isinstance(decision, NoopDecision):
@@ -66,6 +79,8 @@ class SharesPolicy(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
+        if self.scaling_config.label_selector:
+            self._holders = [worker.metadata.node_id for worker in worker_group_state.workers]
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision):
             tell(worker_group_state.workers, f"there is room for {decision.num_workers} workers now")
@@ -77,6 +92,9 @@ class SharesPolicy(ElasticScalingPolicy):
         return most_of(self._counts, places)
 
     def _get_reserved_resources(self) -> Resources | None:
+        if self.scaling_config.label_selector:
+            # Ray's coordinator leaves labels to who asks it, and may reserve all on nodes that lack them.
+            return self._room_on_labelled_nodes()
         # Ray looks at the cluster anew every 20 s. Meanwhile it would start workers on a node that is lost, and wait
         # a minute for it.
         now = time.monotonic()
@@ -88,6 +106,15 @@ class SharesPolicy(ElasticScalingPolicy):
             ray.wait([request], timeout=_ANSWER_S)
         reserved: Resources | None = super()._get_reserved_resources()
         return reserved
+
+    def _room_on_labelled_nodes(self) -> Resources:
+        """What nodes with the labels have free, and what the workers of this run hold there."""
+        selector = self.scaling_config.label_selector
+        assert isinstance(selector, dict), "a training asks the same of all workers"
+        named = {node["NodeID"] for node in ray.nodes() if has_labels(selector, node.get("Labels") or {})}
+        free = ray._private.state.available_resources_per_node()
+        worker = self.scaling_config._resources_per_worker_not_none
+        return with_held({node: free[node] for node in free.keys() & named}, self._holders, worker)
 
 
 class ElasticTrainer(TorchTrainer):

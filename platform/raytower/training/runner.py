@@ -27,7 +27,8 @@ from raytower.models.device import fast_dtype, warn_of_slow_dtype
 from raytower.models.directory import INFO_NAME
 from raytower.only_job import only_job
 from raytower.progress import log
-from raytower.runtime import ensure_ray, find_nodes
+from raytower.runtime import check_room, ensure_ray, find_nodes
+from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
     Location,
@@ -340,6 +341,8 @@ def _train(
     )
     plan.failure_file.delete()  # of an earlier try, which a job that was killed leaves
     ensure_ray(min_cpus=workers.num * workers.num_cpus + 1)
+    check_room(workers)
+    check_shared(run_folder)
     _compare_with_cluster(workers, config.workers.min or workers.num)
     result = _run_trainer(plan, run_folder.name)
     outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
@@ -541,7 +544,8 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
     workers = plan.workers
     least = config.workers.min or workers.num
     is_elastic = least < workers.num
-    resources = {"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})}
+    gpus = {"GPU": workers.num_gpus} if workers.num_gpus else {}
+    resources = {"CPU": workers.num_cpus, **gpus, **workers.resources}
     trainer = (ElasticTrainer if is_elastic else ray.train.torch.TorchTrainer)(
         train_worker,  # type: ignore[arg-type] # Ray's stub knows no return value
         train_loop_config={"plan": plan},
@@ -549,6 +553,7 @@ def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
             num_workers=(least, workers.num) if is_elastic else workers.num,
             use_gpu=workers.num_gpus > 0,
             resources_per_worker=resources,
+            label_selector=workers.label_selector or None,
             elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[arg-type] # another class to a type checker, the same one to Python

@@ -51,7 +51,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return answers
 
     monkeypatch.setattr(job_module, "_run", run)
-    monkeypatch.setattr(job_module, "ensure_ray", lambda: None)
+    monkeypatch.setattr(job_module, "ensure_ray", lambda _: None)
+    monkeypatch.setattr(job_module, "check_room", lambda _: None)
     return names
 
 

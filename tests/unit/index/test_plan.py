@@ -141,6 +141,15 @@ def test_a_lone_task_takes_what_the_workers_would_on_one_node(
     assert on_ray(WorkersConfig(num=4, num_cpus=2)).threads_alone == expected
 
 
+def test_a_lone_task_takes_the_cores_of_nodes_that_it_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [("spot", 4.0), ("on-demand", 64.0)]
+    found = [{"Alive": True, "Resources": {"CPU": cpus}, "Labels": {"market": name}} for name, cpus in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+    monkeypatch.setattr("raytower.runtime.ensure_ray", lambda num_cpus: None)
+    workers = WorkersConfig(num=4, num_cpus=2, label_selector={"market": "spot"})
+    assert on_ray(workers).threads_alone == 4
+
+
 class TestLatency:
     def test_a_slow_kind_is_passed_over(self) -> None:
         """20,000 rows of 1,024 dimensions are scanned in some 3 ms; a graph walk takes a fraction of that."""

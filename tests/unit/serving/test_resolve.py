@@ -21,6 +21,7 @@ from raytower.index.versions import open_manifest
 from raytower.models.cross_encoder import CrossEncoder
 from raytower.models.encoder import Encoder
 from raytower.models.fusion import Fusion
+from raytower.serving import graph
 from raytower.serving.config import ServeConfig
 from raytower.serving.opening import checked_manifest
 from raytower.serving.plan import plan_serve, render_serve_file, serve_file, with_gpus
@@ -176,6 +177,18 @@ def test_replicas_hold_the_gpus_of_the_machine(
     """They held none, and computed on CPUs or on a GPU that Ray gave to others as well."""
     found = with_gpus(config(index_dir, **values), [Node(cpus=16, gpus=gpus)])
     assert (found.num_gpus, found.rerank_num_gpus) == expected
+
+
+@pytest.mark.parametrize("layout", ["together", "split", "sharded"])
+def test_processes_with_models_ask_for_the_nodes_of_the_config(index_dir: Path, layout: str) -> None:
+    asked = {"resources": {"license": 1.0}, "label_selector": {"ray.io/market-type": "!spot"}}
+    values = config(index_dir, layout=layout, **asked).model_dump(mode="json", exclude_unset=True)
+    bound = graph.app_builder(values)._bound_deployment
+    found = [bound, *(part._bound_deployment for part in bound.init_args if isinstance(part, Application))]
+    options = {part.name: {name: part.ray_actor_options.get(name) for name in asked} for part in found}
+    assert options.pop("conductor") == {"resources": None, "label_selector": None}
+    assert len(options) == {"together": 1, "split": 2, "sharded": 3}[layout]
+    assert all(option == asked for option in options.values())
 
 
 def test_a_serve_config_file_holds_what_was_given(index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,22 @@ class TestPolicy:
         reserved = {node: {"CPU": float(count)} for node, count in cpus.items()}
         assert elastic_policy(2, 4)._count_possible_workers(reserved) == expected
 
+    def test_only_nodes_with_the_labels_have_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What Ray's coordinator reserves may lie on any node."""
+        nodes = [{"NodeID": "a", "Labels": {"market": "spot"}}, {"NodeID": "b", "Labels": {}}]
+        free = {"a": {"CPU": 2.0}, "b": {"CPU": 40.0}}
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(ray._private.state.state, "available_resources_per_node", lambda: free)
+        monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: free)
+        config = ray.train.ScalingConfig(
+            num_workers=(1, 4), resources_per_worker={"CPU": 2}, label_selector={"market": "spot"}
+        )
+        policy = SharesPolicy(config)
+        assert policy._get_reserved_resources() == {"a": {"CPU": 2.0}}
+        policy._holders = ["a", "a", "gone"]  # two of its own workers run there
+        assert policy._get_reserved_resources() == {"a": {"CPU": 6.0}}
+        assert free == {"a": {"CPU": 2.0}, "b": {"CPU": 40.0}}
+
     def test_workers_that_run_get_notice_and_are_not_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told: list[tuple[Any, ...]] = []
         worker = SimpleNamespace(execute_async=lambda *call: told.append(call))
