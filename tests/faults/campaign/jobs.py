@@ -212,7 +212,8 @@ def _read_embeddings(top: Path) -> Content:
         "texts": [row["text"] for row in rows],
         "vectors": np.array([row["embedding"] for row in rows], np.float32),
         "manifest": {name: manifest[name] for name in named},
-        "files": sorted(path.name for path in folder.iterdir()),
+        # On an object store the lease stays, marked as given up.
+        "files": sorted(path.name for path in folder.iterdir() if path.name != ".encode.lock"),
     }
 
 

@@ -102,7 +102,8 @@ class Run:
         code = self.process.returncode
         if code == 0:
             return None
-        message = re.search(r"^raytower: .+", self.said, re.MULTILINE)
+        # A driver whose head is gone is ended by Ray itself, in Ray's words.
+        message = re.search(r"^raytower: .+|GCS may have been killed", self.said, re.MULTILINE)
         if message is None:
             return f"it ended with code {code} and without a message"
         if re.search(r"^Traceback ", self.said, re.MULTILINE):
