@@ -55,7 +55,7 @@ def test_a_few_faults_lose_nothing(tmp_path: Path) -> None:
     few = ["node/encoding", "driver/building", "s3/mining", "disk/evaluating"]
     command = [sys.executable, "-m", "tests.faults.campaign", "--injections", str(len(few)), "--only", *few]
     ended = subprocess.run(
-        command, env=clean_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=900
+        command, env=clean_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=1500
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr[-5000:]
     assert "4 of 4 injections of 4 kinds" in ended.stdout
