@@ -137,7 +137,9 @@ class Door:
     async def _speak_for(self, answer: _Answer, request: _Request, send: Send) -> None:
         """Say what the proxy said in its own words, in the interface's."""
         path = request.scope["path"]
-        if answer.status == 404 and not any(_is_below(path, prefix) for prefix in self._prefixes):
+        # Until a replica has answered, nobody knows what is there: the proxy listens before its applications are up.
+        is_known = not self._prefixes or any(_is_below(path, prefix) for prefix in self._prefixes)
+        if answer.status == 404 and not is_known:
             message = f"there is no {path!r} here"
             await refuse(send, 404, message, "invalid_request_error", "not_found")
         elif answer.status == 404:

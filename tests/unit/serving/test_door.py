@@ -131,6 +131,12 @@ def test_a_route_that_was_there_is_503_and_one_that_never_was_is_404() -> None:
     asyncio.run(work())
 
 
+def test_a_server_that_starts_says_so_to_clients_that_ask_already() -> None:
+    """They were told 404, after which a client does not ask again, between the proxy's start and its first route."""
+    status, body, headers = asked(Proxy((404, b"Path '/v1/search' not found")))
+    assert (status, body["error"]["code"], headers[b"retry-after"]) == (503, "not_ready", b"1")
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
