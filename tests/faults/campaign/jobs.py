@@ -141,7 +141,7 @@ class Case:
             return self.folder / "out"
         top = Path(tempfile.mkdtemp(dir=self.folder))
         for name in self.sizes():
-            if not name.endswith("/"):
+            if name and not name.endswith("/"):  # else it marks a folder
                 (top / name).parent.mkdir(parents=True, exist_ok=True)
                 (top / name).write_bytes(self.s3.read("bucket", f"{self._key}/{name}"))
         return top
