@@ -51,7 +51,7 @@ class Cluster:
     """The campaign's side. Every method but `stop` raises RuntimeError with the text of what went wrong there."""
 
     def __init__(self, environment: Mapping[str, str], log: str) -> None:
-        self._folder = tempfile.mkdtemp(prefix="rt")  # short, because sockets lie in it
+        self._folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short, because sockets lie in it
         self.environment = {**environment, **ENVIRONMENT, "RAY_TMPDIR": self._folder}
         here, there = socket.socketpair()
         with open(log, "ab") as stream:
