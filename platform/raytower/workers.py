@@ -176,7 +176,8 @@ def refuse_without_room(worker: WorkersConfig, nodes: Sequence[Node]) -> None:
         return
     asked = {"CPU": worker.num_cpus, "GPU": worker.num_gpus, **worker.resources}
     wanted = _listed({name: amount for name, amount in asked.items() if amount}, worker.label_selector)
-    if any(_NODE_GROUP in node.labels for node in nodes):
+    # A cluster without a single CPU can only be one whose nodes come with demand.
+    if any(_NODE_GROUP in node.labels for node in nodes) or not any(node.amount("CPU") for node in nodes):
         log(f"no node has room for a process now that asks for {wanted}; the job waits until one comes")
         return
     raise InputError(

@@ -141,7 +141,7 @@ def test_steps_that_were_finished_before_keys_were_renamed_are_skipped(
     Path("state.json").write_text(json.dumps({key: {"number": n} for n, key in enumerate(FORMER_KEYS)}))
     steps = run_pipeline(every_job())["steps"]
     assert [(step["skipped"], step["number"]) for step in steps] == [(True, n) for n in range(7)]
-    assert json.loads(Path("state.json").read_text())["format_version"] == 2
+    assert json.loads(Path("state.json").read_text())["format_version"] == 3
     changed = plan_pipeline(every_job(recall_k=21))["steps"]
     assert [step["skipped"] for step in changed] == [True, True, True, False, True, True, True]
     contents["corpus.txt"] = "2"

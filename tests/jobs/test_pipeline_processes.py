@@ -82,7 +82,7 @@ def test_a_branch_that_fails_lets_the_other_end_and_gives_its_exit_code(tmp_path
     config = pipeline(tmp_path, steps)
     (tmp_path / "pipeline.json").write_text(config.model_dump_json())
     ended = command(tmp_path)
-    said = ended.communicate(timeout=400)[0]
+    said = ended.communicate(timeout=400)[1]
     assert ended.returncode == 2, said
     assert "step 1/4 pairs: " in said.splitlines()[-1]
     assert "bad.jsonl" in said.splitlines()[-1]
@@ -111,7 +111,7 @@ def test_a_kill_ends_the_steps_too_and_the_next_run_goes_on(tmp_path: Path, kind
     children = psutil.Process(running.pid).children(recursive=True)
     assert children
     running.send_signal(kind)
-    said = running.communicate(timeout=200)[0]
+    said = running.communicate(timeout=200)[1]
     assert running.returncode == (-kind if kind == signal.SIGKILL else 128 + kind), said
     assert psutil.wait_procs(children, timeout=60)[1] == [], "a step outlives its pipeline"
     assert stands() == ["finished", "missing"]

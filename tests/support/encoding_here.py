@@ -60,6 +60,7 @@ def no_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_module, "ensure_ray", lambda _: None)
         patch.setattr(job_module, "check_room", lambda _: None)
+        patch.setattr(job_module, "check_shared", lambda _: None)
         patch.setattr(job_module, "_run", _run)
         # The worker asks Ray for the list of pieces; here it is given the list itself.
         patch.setattr(worker_module, "ray", SimpleNamespace(get=lambda pieces: pieces))

@@ -83,10 +83,11 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """A running server with the bucket `bucket`; its log goes into `folder`."""
+def s3_server(folder: Path, faults: Path | None = None) -> Iterator[S3Server]:
+    """A running server with the bucket `bucket`; its log goes into `folder`. `faults`: see failing_s3.py."""
     log = folder / "s3.log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    moto = ["moto.server", "-H", "127.0.0.1", "-p", "0"]
+    command = [sys.executable, "-m", *(moto if faults is None else ["tests.support.failing_s3", str(faults)])]
     with open(log, "wb") as stream, subprocess.Popen(command, stdout=stream, stderr=stream) as process:
         try:
             address = _wait_for_address(process, log)

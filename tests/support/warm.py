@@ -26,6 +26,7 @@ _SEARCHED = {"PYTHONPATH": f"{_ROOT / 'platform'}{os.pathsep}{_ROOT}"}
 # What `warm_server.SLOW` reads from the environment when it is imported.
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "OPENBLAS_", "MKL_", "LD_", "ARROW_")
 ADDRESS = "RAYTOWER_TESTS_WARM_INTERPRETER"
+FORKING_WORKER = str(Path(__file__).with_name("warm_worker.py"))
 SIZE = 8
 
 
@@ -142,7 +143,7 @@ def workers_are_forked() -> Iterator[None]:
     from ray._private.parameter import RayParams
 
     complete = RayParams.update_if_absent
-    instead = {"setup_worker_path": str(Path(__file__).with_name("warm_worker.py"))}
+    instead = {"setup_worker_path": FORKING_WORKER}
 
     def update_if_absent(self: RayParams, **given: Any) -> None:
         complete(self, **{**given, **(instead if "setup_worker_path" in given else {})})

@@ -137,7 +137,9 @@ class Door:
     async def _speak_for(self, answer: _Answer, request: _Request, send: Send) -> None:
         """Say what the proxy said in its own words, in the interface's."""
         path = request.scope["path"]
-        if answer.status == 404 and not any(_is_below(path, prefix) for prefix in self._prefixes):
+        # Until a replica has answered, nobody knows what is there: the proxy listens before its applications are up.
+        is_known = not self._prefixes or any(_is_below(path, prefix) for prefix in self._prefixes)
+        if answer.status == 404 and not is_known:
             message = f"there is no {path!r} here"
             await refuse(send, 404, message, "invalid_request_error", "not_found")
         elif answer.status == 404:
@@ -227,10 +229,15 @@ class _Request:
 
 
 class _Gate:
-    """Lets a replica's answer through, and holds back what the proxy says in its place."""
+    """Lets a replica's answer through, and holds back what the proxy says in its place.
+
+    The head of an answer waits for what follows it: of a replica that dies in between the proxy says nothing more, and
+    the client would be left with a head alone. So another replica can still be asked.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._head: Message | None = None
         self.is_open = False
         self.prefix: str | None = None
         self.answer = _Answer()
@@ -240,10 +247,15 @@ class _Gate:
             headers = list(message["headers"])
             prefix = next((value for name, value in headers if name.lower() == REPLICA_HEADER), None)
             if prefix is not None:
-                self.is_open, self.prefix = True, prefix.decode("latin-1")
-                message = {**message, "headers": _cleaned(headers)}
+                self._head, self.prefix = {**message, "headers": _cleaned(headers)}, prefix.decode("latin-1")
+                self.answer = _Answer(500)  # if nothing follows
             else:
-                self.answer = _Answer(message["status"])
+                self._head, self.answer = None, _Answer(message["status"])
+            return
+        if self._head is not None:
+            self.is_open = True
+            await self._send(self._head)
+            self._head = None
         if self.is_open:
             await self._send(message)
         elif message["type"] == "http.response.body" and len(self.answer.body) < 4096:

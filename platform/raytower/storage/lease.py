@@ -43,10 +43,11 @@ def writer_lease(
     """Be the one writer while the block runs.
 
     On a local disk the lease ends with the process that holds it. On an object store the holder renews it in the
-    background. If the holder dies, others wait for 1.5 times `seconds`; the half allows for clocks that differ.
+    background. If the holder dies, others wait until they have seen it unchanged for 1.5 times `seconds`, whatever
+    `wait_seconds` says: that is for a holder who lives.
 
     Raises:
-        RaytowerError: somebody else holds it and did not let go within `wait_seconds`.
+        RaytowerError: somebody else holds it, renews it, and did not let go within `wait_seconds`.
         InputError: the storage has neither locks nor conditional writes.
     """
     mine = {
@@ -109,19 +110,28 @@ def _describe(descriptor: int, mine: dict[str, str], place: Location) -> None:
 
 
 class _ObjectLease:
-    """An object with owner and expiry, written only where it is absent, expired or ours."""
+    """An object with its owner, written only where it is absent, given up, left alone for long, or ours.
+
+    Nobody compares clocks: a clock that is set meanwhile, or is hours off, neither takes a living holder's lease nor
+    keeps a dead one's. The holder counts by its own monotonic clock from before it wrote, others by theirs from when
+    they first saw what is there. A holder writes every third of `seconds`, so whoever has seen one object unchanged
+    for 1.5 times `seconds` knows that the holder's time has passed (Kubernetes elects leaders in the same way).
+    """
 
     def __init__(self, place: Location, mine: dict[str, str], seconds: float) -> None:
         self._place, self._mine, self._seconds = place, mine, seconds
         self._etag = ""
         self._valid_until = 0.0  # by this process's monotonic clock
+        self._seen = ("", 0.0)  # the etag of another's object, and when it was first seen
+        self._holder_lives = False
         self._ended = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name="raytower-lease", daemon=True)
 
     def acquire(self, wait_seconds: float) -> None:
         deadline = time.monotonic() + wait_seconds
         while (held_by := self._try()) is not None:
-            if time.monotonic() >= deadline:
+            # Beyond the deadline it is a dead holder alone that is waited for.
+            if time.monotonic() >= deadline and self._holder_lives:
                 raise _taken(self._place, held_by)
             time.sleep(_POLL_SECONDS)
         self._renewal.start()
@@ -142,11 +152,21 @@ class _ObjectLease:
         found = self._read()
         if found is None:
             self._place.put_if_absent(self._content())
-        elif time.time() > _expiry(found[0]) + self._seconds / 2:
+        elif self._is_free(*found):
             self._replace(found[1])
         else:
             return found[0]
         return None if self._adopt() else (self._read() or (b"", ""))[0]
+
+    def _is_free(self, content: bytes, etag: str) -> bool:
+        if not _expiry(content):
+            return True
+        before, since = self._seen
+        if etag != before:
+            self._holder_lives = bool(before)
+            self._seen = etag, time.monotonic()
+            return False
+        return time.monotonic() > since + 1.5 * self._seconds
 
     def _renew(self) -> None:
         while not self._ended.wait(self._seconds / 3):
@@ -160,12 +180,12 @@ class _ObjectLease:
                 continue  # tried again until the lease ends
 
     def _adopt(self) -> bool:
-        """Whether the object is ours; if so it counts until the expiry that stands in it."""
+        """Whether the object is ours; if so it counts for `seconds` from before it was written."""
         found = self._read()
         if found is None or _read(found[0]).get("token") != self._mine["token"]:
             return False
         self._etag = found[1]
-        self._valid_until = time.monotonic() + _expiry(found[0]) - time.time()
+        self._valid_until = float(_read(found[0])["written_at"]) + self._seconds
         return True
 
     def _read(self) -> tuple[bytes, str] | None:
@@ -175,8 +195,9 @@ class _ObjectLease:
         objects.replace(self._place.filesystem, self._place.path, self._content(expires), etag)
 
     def _content(self, expires: float | None = None) -> bytes:
+        # `expires` is for people and for former versions, which went by it; `written_at` for this process alone.
         until = time.time() + self._seconds if expires is None else expires
-        return json.dumps({**self._mine, "expires": until}).encode()
+        return json.dumps({**self._mine, "expires": until, "written_at": time.monotonic()}).encode()
 
 
 def _read(content: bytes) -> dict[str, str]:

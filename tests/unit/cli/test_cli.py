@@ -279,6 +279,7 @@ class TestHelp:
     def test_the_example_of_a_command_is_one(self, name: str) -> None:
         command = COMMANDS[name]
         given = shlex.split(command.example.replace("jobs/", f"{ROOT}/jobs/"))
+        given = find_reference(command.part)(given) if command.part else given
         arguments = read_arguments(find_reference(command.config), command.positions, given)
         assert load_config(find_reference(command.config), arguments.config_path, arguments.overrides)
 

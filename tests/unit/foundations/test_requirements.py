@@ -168,6 +168,11 @@ class TestRoom:
         refuse_without_room(worker, [HEAD, OWN, SPOT])
         assert "no node has room for a process now that asks for" in capsys.readouterr().err
 
+    def test_a_cluster_without_cpus_waits_for_nodes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Where `ray start` was told an autoscaler's config by hand, no node has a launcher's label."""
+        refuse_without_room(WorkersConfig(num_cpus=4), [Node(cpus=0)])
+        assert "the job waits until one comes" in capsys.readouterr().err
+
     def test_the_message_names_what_is_there_and_the_remedy(self) -> None:
         worker = WorkersConfig(num_gpus=1, label_selector={MARKET: "reserved"})
         with pytest.raises(InputError) as caught:

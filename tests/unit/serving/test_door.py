@@ -16,7 +16,8 @@ Sent = list[dict[str, Any]]
 
 
 class Proxy:
-    """Answers in turn as told: `replica`, an answer of the proxy's own (status, text), or nothing at all."""
+    """Answers in turn as told: `replica`, the `head alone` of one that dies, one of the proxy's own (status, text), or
+    nothing at all."""
 
     def __init__(self, *answers: Any, prefix: bytes = b"/") -> None:
         self.answers = list(answers)
@@ -30,11 +31,14 @@ class Proxy:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if answer == "hang":
             await asyncio.sleep(60)
-        status, text = (200, b"{}") if answer == "replica" else answer
+        is_replica = answer in ("replica", "head alone")
+        status, text = (200, b"{}") if is_replica else answer
         headers = [(b"x-request-id", b"app"), (b"X-Request-ID", b"proxy")]
-        if answer == "replica":
+        if is_replica:
             headers.append((REPLICA_HEADER, self.prefix))
         await send({"type": "http.response.start", "status": status, "headers": headers})
+        if answer == "head alone":
+            return
         await send({"type": "http.response.body", "body": text, "more_body": False})
 
 
@@ -95,6 +99,16 @@ def test_a_request_of_a_dead_replica_is_given_to_another() -> None:
     assert proxy.bodies == [b'{"query": "x"}'] * 2
 
 
+def test_a_replica_that_dies_behind_the_head_of_its_answer_leaves_no_client_with_it() -> None:
+    """The head went out at once; where the machine was lost behind it, clients had an answer without a body."""
+    assert asked(Proxy("head alone", "replica"))[0] == 200
+    status, body, _ = asked(Proxy("head alone"))
+    assert (status, body["error"]["code"]) == (503, "not_ready")
+    proxy = Proxy("head alone")
+    assert asked(proxy, path="/v1/admin/reload")[0] == 503
+    assert len(proxy.bodies) == 1
+
+
 def test_where_all_are_dead_it_is_a_503_and_an_admin_request_is_made_once() -> None:
     proxy = Proxy((500, b"The actor died"))
     status, body, headers = asked(proxy)
@@ -115,6 +129,12 @@ def test_a_route_that_was_there_is_503_and_one_that_never_was_is_404() -> None:
         assert (await ask(door, "/b"))[1]["error"]["code"] == "not_found"
 
     asyncio.run(work())
+
+
+def test_a_server_that_starts_says_so_to_clients_that_ask_already() -> None:
+    """They were told 404, after which a client does not ask again, between the proxy's start and its first route."""
+    status, body, headers = asked(Proxy((404, b"Path '/v1/search' not found")))
+    assert (status, body["error"]["code"], headers[b"retry-after"]) == (503, "not_ready", b"1")
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ from raytower.index.versions import open_manifest, version_names
 from raytower.models.encoder import Encoder
 from raytower.runtime import worker_environment
 from raytower.storage import Lease, Location, absolute_if_local, objects, publish_directory, writer_lease
+from raytower.storage import lease as lease_module
 from raytower.storage import location as storage_module
 from raytower.storage import s3 as s3_module
 from raytower.storage.errors import StorageError, StorageRefusedError
@@ -287,6 +288,57 @@ class TestConditionalWrites:
             process.kill()
             process.communicate()
 
+    @pytest.mark.parametrize("ahead_s", [7200.0, -7200.0])
+    def test_a_clock_that_is_hours_off_takes_no_living_holder_s_lease(
+        self, place: Location, ahead_s: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two hours ahead, a second writer took the lease while the first wrote on until its next renewal."""
+        process = start(HOLD, str(place / "lease"), "3")
+        try:
+            assert line_of(process) == "held"
+            monkeypatch.setattr(lease_module, "time", Clock(ahead_s))
+            refused = pytest.raises(RaytowerError, match="held by first since 20")
+            with refused, writer_lease(place / "lease", owner="second", seconds=3):
+                pass
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_a_dead_holder_s_clock_keeps_nobody_waiting(
+        self, place: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A holder whose clock was two hours ahead and who was killed kept others waiting for two hours."""
+        with monkeypatch.context() as patch:
+            patch.setattr(lease_module, "time", Clock(7200.0))
+            mine = {"owner": "first", "since": "2026", "token": "1"}
+            dead = lease_module._ObjectLease(place / "lease", mine, 1.0)
+            assert dead._try() is None
+        # A job that waits for nobody waits for the dead, or it would fail each time that it is submitted again.
+        began = time.monotonic()
+        with writer_lease(place / "lease", owner="second", seconds=1) as lease:
+            lease.check()
+        assert 1.5 <= time.monotonic() - began < 30
+
+    def test_a_clock_that_is_set_back_lengthens_no_lease(
+        self, place: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(0.0)
+        monkeypatch.setattr(lease_module, "time", clock)
+        held = lease_module._ObjectLease(place / "lease", {"owner": "first", "token": "1"}, 0.5)
+        read = held._read
+
+        def read_later() -> Any:
+            found = read()
+            if found is not None:  # it was written a moment ago
+                clock.ahead_s = -3600.0
+            return found
+
+        monkeypatch.setattr(held, "_read", read_later)
+        assert held._try() is None
+        assert held.is_held()
+        time.sleep(0.6)
+        assert not held.is_held()
+
     def test_lance_opens_the_same_place(self, s3: S3Server, prefix: str, place: Location) -> None:
         lance = pytest.importorskip("lance")
         uri, options = (place / "中 %20?" / "table").lance_uri()
@@ -301,6 +353,18 @@ def wait_for_loss(lease: Lease) -> None:
         while time.monotonic() < deadline:
             lease.check()
             time.sleep(0.05)
+
+
+class Clock:
+    """In place of the module `time`: the time of day is `ahead_s` off."""
+
+    monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
+
+    def __init__(self, ahead_s: float) -> None:
+        self.ahead_s = ahead_s
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
 
 
 class TestDirectories:
