@@ -207,7 +207,7 @@ class TestWritersAtOnce:
         index = tmp_path / "index"
         numbers = set(range(3000))
         build(index, embeddings_of(tmp_path / "base", 0, 3000), shards=3)
-        here = "import raytower.index.tasks as t, raytower.index.compact as c\nc.on_ray = lambda workers: t.Run()"
+        here = "import raytower.index.tasks as t, raytower.index.compact as c\nc.on_ray = lambda *_: t.Run()"
         compaction = Process(
             "index", "compact", "--index", str(index), "--kind", "hnsw", "--shards", "1",
             modules="raytower.index.compact", run=here,
@@ -385,7 +385,7 @@ class TestDisks:
     @pytest.fixture(autouse=True)
     def without_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (build_module, compact_module):
-            monkeypatch.setattr(module, "on_ray", lambda workers: HERE)
+            monkeypatch.setattr(module, "on_ray", lambda *_: HERE)
 
     @pytest.fixture
     def index(self, disk: SmallDisk, tmp_path: Path) -> Path:
@@ -562,7 +562,7 @@ class TestBadInput:
 
     @pytest.fixture(autouse=True)
     def without_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(build_module, "on_ray", lambda workers: HERE)
+        monkeypatch.setattr(build_module, "on_ray", lambda *_: HERE)
 
     @pytest.fixture
     def index(self, tmp_path: Path) -> Path:

@@ -140,7 +140,7 @@ def world(
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("AWS_SESSION_TOKEN", TOKEN)
         for module in ("build", "compact", "convert"):
-            patch.setattr(f"raytower.index.{module}.on_ray", lambda workers: HERE)
+            patch.setattr(f"raytower.index.{module}.on_ray", lambda *_: HERE)
         world = World(server, front, str(local))
         world.run_both(
             "encode", encoder="{at}/encoder", input="{at}/data/corpus.jsonl", output="{at}/embeddings"

@@ -139,5 +139,5 @@ def output_of(line: Line) -> str:
 def without_ray() -> Iterator[None]:
     """Corpora are encoded and indexes built in this process."""
     with no_ray(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "on_ray", lambda workers: HERE)
+        patch.setattr(build_module, "on_ray", lambda *_: HERE)
         yield

@@ -651,7 +651,7 @@ class TestIndexTexts:
         """The jobs are asked, which here run without Ray, and make the same index."""
         asked: list[Any] = []
         monkeypatch.setattr(texts, "TEXTS_IN_PROCESS", 39)
-        monkeypatch.setattr("raytower.index.build.on_ray", lambda workers: asked.append(workers) or Run())
+        monkeypatch.setattr("raytower.index.build.on_ray", lambda workers, *_: asked.append(workers) or Run())
         with no_ray():
             figures = raytower.index_texts(documents, encoder_dir, tmp_path / "index")
         assert (len(asked), counts(figures)) == (1, (40, 0, 0, 0, 40))
