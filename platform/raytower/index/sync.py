@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -109,11 +108,9 @@ def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> d
         log(", ".join(f"{name} {count}" for name, count in shown.items()))
         if not difference.is_empty:
             table, replaced = writer.table, 0
-            with tempfile.TemporaryDirectory(prefix="raytower-sync-") as folder:
+            with _workplace(index) as folder:
                 if difference.encoded:
-                    found_schema, stream = _encoded(
-                        config, manifest, encoder, difference.encoded, Path(folder)
-                    )
+                    found_schema, stream = _encoded(config, manifest, encoder, difference.encoded, folder)
                     table, replaced = with_documents(
                         writer, found_schema, stream, config.input.path, upsert=True
                     )
@@ -131,6 +128,20 @@ def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> d
             went = replaced + len(difference.gone)
             manifest = publish_change(writer, table, "sync", identity, came=came, went=went, run=run)
     return {**figures(manifest, started, config.index), **shown}
+
+
+@contextmanager
+def _workplace(index: Location) -> Iterator[Location]:
+    """A folder in the index, where every node sees it, for what the encoding job reads and writes; gone at the end.
+
+    There is one writer, so that what lies there before was left by one that was killed.
+    """
+    folder = index / ".sync"
+    folder.delete()
+    try:
+        yield folder
+    finally:
+        folder.delete()
 
 
 def plan_sync(config: IndexSyncConfig) -> dict[str, Any]:
@@ -263,7 +274,7 @@ def _encoded(
     manifest: IndexManifest,
     encoder: Encoder | ReadyEncoder,
     tables: list[pa.Table],
-    folder: Path,
+    folder: Location,
 ) -> tuple[pa.Schema, Iterator[tuple[pa.Table, NDArray[np.float32]]]]:
     """Documents with their vectors, made as those of the index were: here for few, by the encoding job for many."""
     made_so: dict[str, Any] = {
@@ -280,7 +291,7 @@ def _encoded(
     from raytower.encoding.job import encode
 
     corpus = folder / "corpus.parquet"
-    with pq.ParquetWriter(corpus, tables[0].schema) as writer:
+    with corpus.open_write() as stream, pq.ParquetWriter(stream, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
     made = EncodeConfig(

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pytest
 
 from raytower.config import make_config
+from raytower.encoding import job as encoding_job
+from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig, IndexSyncConfig
@@ -22,6 +24,7 @@ from raytower.index.versions import open_manifest, version_names
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
+from tests.support.encoding_here import encode_here
 from tests.support.index_cases import HERE, build, write_embeddings
 from tests.support.tiny_models import build_tiny_encoder
 
@@ -186,6 +189,35 @@ def test_vectors_equal_those_of_a_whole_encoding(
     whole /= np.linalg.norm(whole, axis=1, keepdims=True)
     assert np.allclose(opened.table.vectors(rows, unit=True), whole, atol=1e-5)
     assert open_manifest(index).next_row == 40 + 14
+
+
+def test_workers_of_other_nodes_find_what_they_encode_in_the_index(
+    index: Path, documents: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lay in /tmp of the machine of the driver, where no other node sees it."""
+    asked: list[EncodeConfig] = []
+    encode = encoding_job.encode
+
+    def encode_recorded(config: EncodeConfig) -> dict[str, Any]:
+        asked.append(config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoding_job, "encode", encode)
+            return encode_here(config)
+
+    monkeypatch.setattr("raytower.index.sync.TEXTS_IN_PROCESS", 0)
+    monkeypatch.setattr("raytower.index.sync.on_ray", lambda *_: HERE)
+    monkeypatch.setattr(encoding_job, "encode", encode_recorded)
+    (index / ".sync" / "embeddings").mkdir(parents=True)
+    (index / ".sync" / "embeddings" / "job.json").write_text("of a sync that was killed")
+    documents["d1"]["text"] = "other words"
+    assert sync(index, write(tmp_path / "corpus", documents))["changed"] == 1
+    (config,) = asked
+    assert {config.input.path, config.output} == {
+        f"{index}/.sync/corpus.parquet",
+        f"{index}/.sync/embeddings",
+    }
+    assert not (index / ".sync").exists()
+    assert found(index)["d1"]["text"] == "other words"
 
 
 def test_recall_is_measured_with_real_queries(
