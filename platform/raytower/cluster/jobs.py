@@ -1,4 +1,4 @@
-"""The jobs that can be submitted: which file of jobs/ runs a command, what its process does itself, what it writes."""
+"""The jobs that can be submitted: what the process of each does itself, and what it writes."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 from raytower.errors import InputError
 
-# Commands, and the names of their files in jobs/.
-JOBS: dict[str, str] = {
-    "adapt": "adapt",
-    "index add": "add_to_index",
-    "index build": "build_index",
-    "classify": "classify",
-    "index compact": "compact_index",
-    "index delete": "delete_from_index",
-    "demo": "demo",
-    "encode": "encode_corpus",
-    "evaluate": "evaluate",
-    "export": "export",
-    "mine": "mine_negatives",
-    "pairs": "pairs",
-    "pipeline": "pipeline",
-    "refresh": "refresh",
-    "rerank": "rerank",
-    "search": "search",
-    "serve": "serve",
-    "index set": "set_in_index",
-    "similarity": "similarity",
-    "index sync": "sync_index",
-    "train-classifier": "train_classifier",
-    "train-reranker": "train_reranker",
-    "train-retriever": "train_retriever",
-    "tune-classify": "tune_classify",
-    "tune-fusion": "tune_fusion",
-}
+# Commands that have a file in jobs/.
+JOBS = (
+    "adapt",
+    "index add",
+    "index build",
+    "classify",
+    "index compact",
+    "index delete",
+    "demo",
+    "encode",
+    "evaluate",
+    "export",
+    "mine",
+    "pairs",
+    "pipeline",
+    "refresh",
+    "rerank",
+    "search",
+    "serve",
+    "index set",
+    "similarity",
+    "index sync",
+    "train-classifier",
+    "train-reranker",
+    "train-retriever",
+    "tune-classify",
+    "tune-fusion",
+)
 # Those whose own process runs models over all rows, or has steps that do.
 _COMPUTING = {
     *("adapt", "classify", "demo", "evaluate", "export", "mine", "pipeline", "refresh", "tune-classify"),

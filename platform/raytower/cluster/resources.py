@@ -47,6 +47,8 @@ def driver_cpus(asked: float | None, computes: bool, nodes: Sequence[Mapping[str
 def demands(values: Mapping[str, Any], any_node: bool, trains: bool) -> list[Demand]:
     """What the `workers` of a config ask for, and the replicas of a server. Null is as the machines have it.
 
+    Labels are not among it: the job itself looks for them before its work (`runtime.check_room`).
+
     Args:
         values: a config as plain values.
         any_node: whether there is a node with CPUs now: null fits itself to it. Where none is, null is 1 CPU.
@@ -58,7 +60,7 @@ def demands(values: Mapping[str, Any], any_node: bool, trains: bool) -> list[Dem
             prefix, values.get("layout")
         )
         if "replicas" in values and own:
-            bundle = _bundle(values.get(f"{prefix}num_cpus"), values.get(f"{prefix}num_gpus"))
+            bundle = _bundle(values, values.get(f"{prefix}num_cpus"), values.get(f"{prefix}num_gpus"))
             together = 1 if prefix == "" and values.get("autoscaling") else values[num]
             found.append(Demand(key=num, bundle=bundle, together=together))
     return [demand for demand in found if demand.bundle]
@@ -71,7 +73,7 @@ def _workers(values: Any, key: str, any_node: bool, trains: bool) -> Iterator[De
             if name == "workers" and isinstance(value, Mapping):
                 cpus = value.get("num_cpus") or (None if any_node else 1)
                 num = (value.get("min") or value.get("num") or 1) if trains else 1
-                yield Demand(key=path, bundle=_bundle(cpus, value.get("num_gpus")), together=num)
+                yield Demand(key=path, bundle=_bundle(value, cpus, value.get("num_gpus")), together=num)
             else:
                 yield from _workers(value, path, any_node, trains)
     elif isinstance(values, (list, tuple)):
@@ -79,8 +81,9 @@ def _workers(values: Any, key: str, any_node: bool, trains: bool) -> Iterator[De
             yield from _workers(value, f"{key}.{number}", any_node, trains)
 
 
-def _bundle(cpus: float | None, gpus: float | None) -> dict[str, float]:
-    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+def _bundle(values: Mapping[str, Any], cpus: float | None, gpus: float | None) -> dict[str, float]:
+    asked = {"CPU": cpus, "GPU": gpus, **(values.get("resources") or {})}
+    return {name: amount for name, amount in asked.items() if amount}
 
 
 def undecided(values: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from raytower import escapes
 from raytower.cli.arguments import read_arguments
 from raytower.cluster.config import SubmitConfig
 from raytower.cluster.dashboard import JOB_KEY, OUTPUT_KEY, Dashboard, refuse_second_job
-from raytower.cluster.jobs import JOBS, check_job, computes_itself, written_by
+from raytower.cluster.jobs import check_job, computes_itself, written_by
 from raytower.cluster.paths import lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import There, ask_head
@@ -196,8 +196,7 @@ def _read_job(config: SubmitConfig) -> _Job:
         raise InputError(
             "arguments hold --dry-run, --json or --help, which are those of submit; name them once"
         )
-    beside = _config_beside(name) if given.config_path is None else None
-    read = load_config(config_class, given.config_path or beside, given.overrides)
+    read = load_config(config_class, given.config_path, given.overrides)
     values = read.model_dump(mode="json")
     for number, step in enumerate(values.get("steps") or [] if name == "pipeline" else []):
         source = f"step {number + 1} {step['job']}"
@@ -211,12 +210,6 @@ def _read_job(config: SubmitConfig) -> _Job:
         config_file=None if given.config_path is None else Path(given.config_path),
         values=values,
     )
-
-
-def _config_beside(name: str) -> Path | None:
-    """The config that the job takes where none is named: the one beside its file, where there is a checkout."""
-    file = Path(__file__).resolve().parents[3] / "jobs" / f"{JOBS[name]}.yaml"
-    return file if file.is_file() else None
 
 
 def _without_config(arguments: Sequence[str]) -> Iterator[str]:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import raytower
 from raytower.cluster.environment import FILE_VARIABLE
-from raytower.cluster.jobs import JOBS
 from raytower.errors import InputError
 
 # Beside platform/ and jobs/ in the upload; no file of a checkout is called so.
@@ -105,8 +104,12 @@ def _refuse_large(sizes: Mapping[str, int], max_bytes: int) -> None:
 
 
 def entrypoint(job: str, upload: Upload, arguments: Sequence[str], with_variables: bool) -> list[str]:
-    """The command that a job's process is, in the folder of the upload."""
-    start = ["-m", "raytower.cli", *job.split(" ")] if upload.root is None else [f"jobs/{JOBS[job]}.py"]
+    """The command that a job's process is, in the folder of the upload.
+
+    The command itself and no file of jobs/, whose configs say more than the command's defaults: `raytower submit encode
+    …` means what `raytower encode …` means.
+    """
+    start = ["-m", "raytower.cli", *job.split(" ")]
     config = [] if upload.config_file is None else ["--config", _name_of_config(upload.config_file)]
     through = ["-m", "raytower.cluster.environment"] if with_variables else []
     return ["python", *through, *start, *config, *arguments]
