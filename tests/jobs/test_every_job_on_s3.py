@@ -293,6 +293,7 @@ class TestJobs:
 
 
 @pytest.mark.processes
+@pytest.mark.slow  # a Ray of its own whose every process is looked at for minutes
 def test_a_pipeline_with_a_training_on_workers_of_ray(world: World, tmp_path: Path) -> None:
     """A process of its own with a Ray of its own; its processes and Ray's logs are looked at while it runs."""
     at, workers = f"{BUCKET}/ray", {"num": 1, "num_cpus": 0.5}
