@@ -156,6 +156,7 @@ def test_a_job_that_fails_ends_with_its_own_exit_code(
     assert "bad.jsonl:2: " in done.stderr
 
 
+@pytest.mark.slow  # minutes, where the cluster shares two cores with other tests
 def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(
     cluster: Cluster, dummy_encoder_dir: Path, tmp_path: Path
 ) -> None:

@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from raytower.cli.arguments import read_arguments
+from raytower.cluster.arguments import own_arguments
+from raytower.cluster.config import SubmitConfig
 from raytower.commands import COMMANDS, find_reference
-from raytower.config import load_config
+from raytower.config import load_config, make_config
 from tests.support.asked import Ask, asked
 from tests.support.processes import ROOT
 
@@ -21,6 +23,7 @@ GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 CHANGES = {
     change["provider"]["type"]: change
     for change in map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL))
+    if "provider" in change
 }
 
 
@@ -43,10 +46,12 @@ class TestRoom:
     def test_the_readmes_job_fits(self, provider: str) -> None:
         types = {**CHANGES, "aws": CLUSTER}[provider]["available_node_types"]
         readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-        (line,) = re.findall(r"^ray job submit .*-- python jobs/encode_corpus.py (.*)", readme, re.MULTILINE)
+        (line,) = re.findall(r"^raytower submit (encode .*)", readme, re.MULTILINE)
+        submit = read_arguments(SubmitConfig, (), own_arguments(shlex.split(line)))
         config_class = find_reference(COMMANDS["encode"].config)
-        arguments = read_arguments(config_class, (), shlex.split(line))
-        config = load_config(config_class, ROOT / "jobs" / "encode_corpus.yaml", arguments.overrides)
+        arguments = read_arguments(config_class, (), make_config(SubmitConfig, submit.overrides).arguments)
+        assert arguments.config_path == "jobs/encode_corpus.yaml"
+        config = load_config(config_class, ROOT / arguments.config_path, arguments.overrides)
         (ask,) = asked(config)
         assert ask.num == 16
         assert places(types, ask) >= ask.num
