@@ -562,7 +562,8 @@ def plan_pipeline(config: PipelineConfig) -> dict[str, Any]:
     keys: dict[int, str] = {}
     planned = []
     for step in steps:
-        why, _ = _why_now(step, state, keys)
+        # Of a step that never ran nothing has to be read, which need not be there yet.
+        why = "it did not run before" if state.of(step) is None else _why_now(step, state, keys)[0]
         planned.append({"job": step.job, "skipped": why is None, "why": why})
     return {"steps": planned}
 

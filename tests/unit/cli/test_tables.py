@@ -81,6 +81,10 @@ def test_every_way_of_showing_a_result_escapes_what_documents_hold(plain: None) 
             "output": evil,
         },
         "raytower.serving.plan:render_serve_file": {"import_path": evil},
+        "raytower.cli.tables:render_pipeline": {
+            "steps": [{"step": 1, "why": evil, "output": evil, "lineage": {}}],
+            "running_by": evil,
+        },
         "raytower.cli.tables:render_tuning": {"weight": 0.0, "curve": [point], "reranker": evil},
     }
     assert results.keys() == {command.render for command in COMMANDS.values() if command.render}

@@ -379,6 +379,7 @@ def test_every_key_that_names_something_to_read_counts() -> None:
         "instruction_format",
         *("wandb.project", "wandb.entity", "wandb.dir", "mlflow.experiment", "mlflow.tracking_uri"),
     }
+    no_inputs |= {"workers.resources", "workers.label_selector"}
     # Of `serve reload`, and of what changes an index.
     no_inputs |= {"url", "key_env", "collection", "index_version", "ids", "values"}
     found: set[str] = set()
