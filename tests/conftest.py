@@ -69,7 +69,7 @@ def pytest_collection_finish() -> None:
     """All that was imported stays: looking through it again and again is an eighth of the unit tests' time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

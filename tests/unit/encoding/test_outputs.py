@@ -52,7 +52,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(job_module, "_run", run)
     monkeypatch.setattr(job_module, "ensure_ray", lambda _: None)
-    monkeypatch.setattr(job_module, "check_room", lambda _: None)
+    for name in ("check_room", "check_shared"):
+        monkeypatch.setattr(job_module, name, lambda _: None)
     return names
 
 
