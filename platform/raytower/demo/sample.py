@@ -25,7 +25,7 @@ class SampleSizes:
 
 SAMPLES = {
     "small": SampleSizes(train=40, dev=8, test=8, corpus=100),
-    "normal": SampleSizes(train=340, dev=140, test=200, corpus=1300),
+    "normal": SampleSizes(train=600, dev=200, test=300, corpus=2000),
     "everything": SampleSizes(train=None, dev=None, test=None, corpus=None),
 }
 
