@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,3 +25,14 @@ def nothing_is_garbage() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def collect_later(seconds: float) -> None:
+    """Do not collect in the first seconds of a process that imports its libraries as it comes to them.
+
+    For workers, which no block surrounds: what they are to do is what imports the libraries.
+    """
+    gc.disable()
+    begin = threading.Timer(seconds, gc.enable)
+    begin.daemon = True
+    begin.start()

@@ -6,11 +6,12 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from raytower.collecting import nothing_is_garbage
+from raytower.collecting import collect_later, nothing_is_garbage
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,15 @@ class TestBlock:
         with nothing_is_garbage():
             pass
         assert not gc.isenabled()
+
+
+def test_a_worker_collects_after_its_first_seconds() -> None:
+    collect_later(0.2)
+    assert not gc.isenabled()
+    deadline = time.monotonic() + 10
+    while not gc.isenabled():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # Of a process of its own: what is frozen here stays so for the tests that follow.
