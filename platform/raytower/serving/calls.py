@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.models.fusion import SearchMode as Mode
+from raytower.models.search_mode import SearchMode as Mode
 from raytower.retrieval.retriever import Hit
 from raytower.serving.work import Deadline
 

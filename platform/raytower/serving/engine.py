@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.annotation.config import VoteKind
+from raytower.annotation.classify_settings import VoteKind
 from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.deciding import Decider
 from raytower.annotation.labels import (
