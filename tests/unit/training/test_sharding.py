@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +59,6 @@ from raytower.training.runner import _make_plan
 from raytower.training.sharding import Sharding, layers_of, with_weights
 from raytower.training.step import TrainingStep
 from raytower.training.word_gradients import WordGradients
-from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_config
 from tests.support.tiny_training import (
     answer,
@@ -72,6 +70,7 @@ from tests.support.tiny_training import (
     write_scored,
 )
 from tests.support.warm import in_processes
+from tests.support.worker_group import end_worker, join_group
 
 Weights = dict[str, Tensor]
 _CPU = torch.device("cpu")
@@ -165,18 +164,6 @@ def largest_difference(left: Weights, right: Weights) -> float:
     """The biases of attention keys aside: they have no effect, and Adam scales up what rounding makes of them."""
     assert left.keys() == right.keys()
     return max(float((left[k] - right[k]).abs().max()) for k in left if not k.endswith("key.bias"))
-
-
-def join_group(folder: Path, rank: int, workers: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / f'rendezvous{workers}'}",
-        rank=rank,
-        world_size=workers,
-        # An exchange that another worker leaves out fails in place of hanging.
-        timeout=timedelta(seconds=120),
-    )
 
 
 DEV_TEXTS = tuple(question(number) for number in range(7))
