@@ -64,6 +64,7 @@ from tests.support.tiny_training import (
     answer,
     batches_of,
     question,
+    training_values,
     worker_slice,
     write_labelled,
     write_rows,
@@ -139,17 +140,13 @@ def make_job(kind: str, model: Path, folder: Path, num_steps: int, changes: Mapp
     config_class, task_class, write = KINDS[kind]
     folder.mkdir()
     values = {
-        "model": str(model),
-        "train": {"path": str(write(folder / "train.tsv", 16 * num_steps * 2))},
-        "output": str(folder / "out"),
-        "batch_size": 16,
         "max_length": 64,
-        "dtype": "float32",
         "workers": {"num": 4, "sharding": "full"},
         "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9},
         **changes,
     }
-    config = make_config(config_class, values)
+    train = write(folder / "train.tsv", 16 * num_steps * 2)
+    config = make_config(config_class, training_values(model, train, folder, **values))
     surveyed = task_class.survey(config)
     task = task_class.prepare(config, surveyed)
     batches = batches_of(surveyed, config)
@@ -424,18 +421,15 @@ def _loop_worker(rank: int, plan: TrainingPlan, survey: Survey, folder: Path) ->
 def test_the_loop_of_a_worker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     """Its checkpoints are put together from both workers; the model directory is that of any training."""
     train = write_labelled(tmp_path / "train.tsv", 64)
-    values = {
-        "model": str(dummy_encoder_dir),
-        "train": str(train),
-        "output": str(tmp_path / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "optimizer": {"lr": 1e-2},
-        "log_every_steps": 1,
-        "dev": {"path": str(write_labelled(tmp_path / "dev.tsv", 9)), "every_steps": 2},
-        "workers": {"num": 2, "sharding": "full"},
-    }
+    values = training_values(
+        dummy_encoder_dir,
+        train,
+        tmp_path,
+        optimizer={"lr": 1e-2},
+        log_every_steps=1,
+        dev={"path": str(write_labelled(tmp_path / "dev.tsv", 9)), "every_steps": 2},
+        workers={"num": 2, "sharding": "full"},
+    )
     config = make_config(TrainClassifierConfig, values)
     survey = ClassifierTask.survey(config)
     task = ClassifierTask.prepare(config, survey)

@@ -28,7 +28,7 @@ from raytower.training.retriever import RetrieverTask
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
 from tests.support.tiny_models import tiny_tokenizer
-from tests.support.tiny_training import batches_of, worker_slice, write_pairs
+from tests.support.tiny_training import batches_of, training_values, worker_slice, write_pairs
 from tests.support.warm import in_processes, in_two_processes
 from tests.support.worker_group import end_worker, join_group
 
@@ -70,19 +70,10 @@ class Job:
 
 
 def make_job(model: Path, folder: Path, num_steps: int, changes: dict[str, Any]) -> Job:
-    values = {
-        "model": str(model),
-        "train": {"path": str(write_pairs(folder / "train.tsv", 128))},
-        "output": str(folder / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "workers": {"num": 2},
-        # Limits no gradient: Adam hides a wrong scale of the gradients from the weights, a clipped norm from the rest.
-        "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9},
-        **changes,
-    }
-    config = make_config(TrainRetrieverConfig, values)
+    # Limits no gradient: Adam hides a wrong scale of the gradients from the weights, a clipped norm from the rest.
+    values = {"workers": {"num": 2}, "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9}, **changes}
+    train = write_pairs(folder / "train.tsv", 128)
+    config = make_config(TrainRetrieverConfig, training_values(model, train, folder, **values))
     surveyed = RetrieverTask.survey(config)
     batches = batches_of(surveyed, config)
     return Job(
