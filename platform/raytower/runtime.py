@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from ray._private.worker import filter_autoscaler_events
 from raytower import ending
 from raytower.collecting import collect_later
 from raytower.config import WorkersConfig
-from raytower.errors import InputError, RaytowerError
+from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.progress import log
 from raytower.storage.errors import one_line
 from raytower.worker_output import OUTPUT
@@ -112,6 +112,38 @@ def check_room(worker: WorkersConfig) -> None:
         InputError: no node has room for one of them, and the nodes were joined by hand, so that none comes by itself.
     """
     refuse_without_room(worker, _alive_nodes())
+
+
+def run_tasks(
+    start: Callable[[int], Any], numbers: Sequence[int], at_once: int, job: str
+) -> Iterator[tuple[int, Any]]:
+    """Run tasks, `at_once` side by side; the number and the result of each, as they end.
+
+    Args:
+        start: starts the task of a number, and returns Ray's reference to its result.
+        numbers: the tasks, in the order in which they are started.
+        at_once: how many may run at a time.
+        job: whose tasks they are, for the message of a failure: `the index job`.
+
+    Raises:
+        RaytowerError: the first failure, as it was raised where that was meant for the user; other tasks are cancelled.
+    """
+    waiting = list(numbers)
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                number = waiting.pop(0)
+                running[start(number)] = number
+            finished, _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(finished[0]), ray.get(finished[0])
+    except Exception as error:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        cause = find_cause(error)
+        if isinstance(cause, RaytowerError):
+            raise cause from None
+        raise RaytowerError(f"a task of {job} failed: {cause}") from error
 
 
 def _alive_nodes() -> list[Node]:

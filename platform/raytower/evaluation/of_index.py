@@ -21,7 +21,7 @@ from raytower.evaluation.stages import OtherStages, loss_by_stage, recall_agains
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest

@@ -525,7 +525,7 @@ class TestFailures:
                 assert not isinstance(failed.value, InputError)
 
     def test_an_endpoint_that_never_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(s3_module, "_SILENT_SECONDS", 1.0)
+        monkeypatch.setitem(s3_module._CLIENT, "request_timeout", 1.0)
         with socket.socket() as silent:
             silent.bind(("127.0.0.1", 0))
             silent.listen()
