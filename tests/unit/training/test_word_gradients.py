@@ -156,6 +156,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16", "gradient_cache": 4},
 }
+# Some processors round a row's sum otherwise when it lies in another place: by what a few last digits are of losses
+# of 2, and of gradients in 16 bits. A row that is wrong differs by a step, 1e-3.
+TOLERANCE = {"float16": 5e-4}
 
 
 class TestOneProcess:
@@ -175,9 +178,9 @@ class TestOneProcess:
             losses = run(job, dense)
         assert tables.count >= 3
         with WholeTables() as tables:
-            assert run(job, collected) == pytest.approx(losses, abs=1e-6)
+            assert run(job, collected) == pytest.approx(losses, abs=5e-6)
         assert tables.count == 0
-        assert largest_difference(state_of(collected), state_of(dense)) < 1e-6
+        assert largest_difference(state_of(collected), state_of(dense)) < TOLERANCE.get(name, 5e-6)
         words = "encoder.backbone.embeddings.word_embeddings.weight"
         moved = (collected.model.get_parameter(words).detach() - before[words]).abs().amax(1)
         assert int((moved > 1e-3).sum()) > 20  # read
@@ -201,8 +204,8 @@ class TestOneProcess:
         steps = [[rows] for rows in islice(batches_of(surveyed, config), 3)]
         job = (config, RerankerTask.prepare(config, surveyed), steps)
         dense, collected = make_step(job, dense=True), make_step(job, dense=False)
-        assert run(job, collected) == pytest.approx(run(job, dense), abs=1e-6)
-        assert largest_difference(state_of(collected), state_of(dense)) < 1e-6
+        assert run(job, collected) == pytest.approx(run(job, dense), abs=5e-6)
+        assert largest_difference(state_of(collected), state_of(dense)) < 5e-6
 
     def test_a_gradient_that_is_no_number_leaves_nothing_behind(
         self, wide_encoder: Path, tmp_path: Path
