@@ -46,6 +46,9 @@ _RAY_FOLDER = "ray"
 _JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
 # In that time a worker has imported its libraries, and begun to work.
 _IMPORTING_S = 10.0
+# How often the head of a joined cluster is looked for, and after how long it counts as gone.
+_WATCH_S = 2.0
+_HEAD_LOST_S = 10.0
 # What each of Ray's processes finds in its environment, unless the user has set it: no telemetry; and no progress logs
 # of Ray Data's own, which would drown ours.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING"}
@@ -79,6 +82,10 @@ def ensure_ray(min_cpus: float = 0, secret_variables: Sequence[str] = (), show_w
         if _joins_cluster():
             with _loopback_for_this_node() if _listens_on_loopback_only() else nullcontext():
                 _init(log_to_driver=True, runtime_env=_environment_in_cluster())
+            watch = threading.Thread(
+                target=watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True
+            )
+            watch.start()
         else:
             _start_local(max(_MIN_LOGICAL_CPUS, _num_cores() + 1, int(min_cpus + 0.999)), secret_variables)
 
@@ -184,6 +191,34 @@ def _init(**settings: Any) -> None:
         raise RaytowerError(
             f"{what}: {one_line(error)}; run the command again, where time ran out when the machine is less busy"
         ) from error
+
+
+def watch_head(address: str) -> None:
+    """Say that the head of a joined cluster is gone; returns when this process leaves the cluster.
+
+    Ray ends a process whose head is gone after a minute (RAY_gcs_rpc_server_reconnect_timeout_s), by code 1 and without
+    a word of what to do.
+    """
+    host, _, port = address.rpartition(":")
+    lost_at: float | None = None
+    is_said = False
+    while ray.is_initialized() and not ending.has_begun():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_WATCH_S).close()
+            if is_said:
+                log("the cluster's head answers again")
+            lost_at, is_said = None, False
+        except OSError:
+            now = time.monotonic()
+            lost_at = now if lost_at is None else lost_at
+            if not is_said and now - lost_at >= _HEAD_LOST_S:
+                is_said = True
+                log(
+                    f"warning: the cluster's head at {address} has not answered for {_HEAD_LOST_S:g} s; unless it "
+                    "comes back, Ray ends this process within a minute: start the cluster anew and run the same "
+                    "command again, which goes on where its output stands"
+                )
+        time.sleep(_WATCH_S)
 
 
 def _make_quiet() -> None:

@@ -6,17 +6,20 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.processes import ROOT, clean_environment, free_port, wait_until_ok
+from tests.support.processes import ROOT, clean_environment, free_port, wait_for, wait_until_ok
 
 START = """
 import ray
@@ -202,8 +205,8 @@ def test_the_token_is_fresh_and_stands_in_no_file_and_no_argument(started: dict[
 @pytest.mark.processes
 def test_sockets_lie_in_a_private_folder(started: dict[str, Any]) -> None:
     assert started["sockets"]
-    for socket in started["sockets"]:
-        assert any(socket.startswith(f"{folder}/") for folder in started["private"])
+    for place in started["sockets"]:
+        assert any(place.startswith(f"{folder}/") for folder in started["private"])
 
 
 @pytest.mark.processes
@@ -272,6 +275,38 @@ def test_a_ray_that_was_given_up_and_then_shut_down_leaves_nothing_to_be_killed(
         START.replace("ray.shutdown()", "import raytower.runtime\nraytower.runtime.abandon()\nray.shutdown()")
     )
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_it_is_said_that_the_head_is_gone_and_that_it_answers_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raytower import runtime
+
+    monkeypatch.setattr(runtime, "_WATCH_S", 0.02)
+    monkeypatch.setattr(runtime, "_HEAD_LOST_S", 0.1)
+    joined = [True]
+    monkeypatch.setattr("ray.is_initialized", lambda: joined[0])
+    head = socket.create_server(("127.0.0.1", 0))
+    port = head.getsockname()[1]
+    watch = threading.Thread(target=runtime.watch_head, args=(f"127.0.0.1:{port}",))
+    watch.start()
+    said = ""
+
+    def says(text: str) -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return text in said
+
+    time.sleep(0.3)
+    assert not says("head")
+    head.close()
+    wait_for(lambda: says(f"the cluster's head at 127.0.0.1:{port} has not answered for 0.1 s"), "it is said")
+    with socket.create_server(("127.0.0.1", port)):
+        wait_for(lambda: says("the cluster's head answers again"), "it is said")
+        joined[0] = False
+        watch.join(10)
+    assert not watch.is_alive()
+    assert said.count("has not answered") == 1
 
 
 @pytest.mark.processes
