@@ -163,12 +163,12 @@ class ClassScores:
         self._predicted: Counter[str] = Counter()
         self._expected: Counter[str] = Counter()
 
-    def add(self, predicted: str, expected: str) -> None:
-        """Count one row."""
-        self._predicted[predicted] += 1
-        self._expected[expected] += 1
+    def add(self, predicted: str, expected: str, rows: int = 1) -> None:
+        """Count a row, or several alike."""
+        self._predicted[predicted] += rows
+        self._expected[expected] += rows
         if predicted == expected:
-            self._right[expected] += 1
+            self._right[expected] += rows
 
     def per_class(self) -> dict[str, dict[str, float]]:
         """`precision`, `recall`, `f1` and `rows` (expected ones) of each class, in the order of the names.

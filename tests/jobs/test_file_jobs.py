@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from raytower.annotation import classify as classify_module
+from raytower.annotation import mine as mine_module
 from raytower.annotation import similarity as similarity_module
-from raytower.annotation.config import SimilarityConfig
+from raytower.annotation.classify import classify
+from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityConfig
+from raytower.annotation.mine import mine
 from raytower.annotation.similarity import similarity
 from raytower.config import make_config
 from raytower.errors import InputError
@@ -29,6 +33,8 @@ def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "_MAX_QUERIES_PER_SHARE", 2)
     monkeypatch.setattr(rerank_module, "_MAX_PAIRS_PER_SHARE", 4)
     monkeypatch.setattr(similarity_module, "_MAX_PAIRS_PER_SHARE", 4)
+    monkeypatch.setattr(mine_module, "_MAX_PAIRS_PER_SHARE", 4)
+    monkeypatch.setattr(classify_module, "_MAX_TEXTS_PER_SHARE", 4)
 
 
 def test_search_rerank_and_similarity_on_ray(
@@ -53,6 +59,33 @@ def test_search_rerank_and_similarity_on_ray(
     for here, ray in figures.values():
         told = here.keys() - {"seconds", "queries_per_second", "pairs_per_second", "output"}
         assert {name: ray[name] for name in told} == {name: here[name] for name in told}
+    assert not [place.name for place in tmp_path.iterdir() if place.name.startswith(".")]
+
+
+def test_mine_and_classify_on_ray(
+    ray_cluster: None, dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    write_version(tmp_path / "index", "000001", dummy_encoder_dir)
+    texts = [*TEXTS[:9], "nothing of it"]
+    pairs = "".join(f"{text}\t{TEXTS[-place]}\n" for place, text in enumerate(texts, start=1))
+    (tmp_path / "pairs.tsv").write_text(pairs)
+    (tmp_path / "rows.tsv").write_text("".join(f"{text}\t7\n" for text in texts))
+    found: dict[str, list[dict[str, Any]]] = {"mine": [], "classify": []}
+    for where, workers in (("here", {}), ("ray", WORKERS)):
+        values = {"index": str(tmp_path / "index"), "workers": workers, "rows_per_batch": 4}
+        mined = {**values, "input": str(tmp_path / "pairs.tsv"), "output": str(tmp_path / f"{where}.mined")}
+        more = {"num_negatives": 2, "format": "scored", "teacher": str(dummy_reranker_dir), "recall_k": 9}
+        found["mine"].append(mine(make_config(MineConfig, {**mined, **more})))
+        rows = {**values, "input": str(tmp_path / "rows.tsv"), "output": str(tmp_path / f"{where}.labels")}
+        votes = {"encoder": str(dummy_encoder_dir), "mode": "votes", "label_field": "number", "k": 3}
+        doubted = {"suspects": str(tmp_path / f"{where}.suspects"), "suspect_share": 0.4}
+        found["classify"].append(classify(make_config(ClassifyConfig, {**rows, **votes, **doubted})))
+    for suffix in ("mined", "labels", "suspects"):
+        assert (tmp_path / f"ray.{suffix}").read_bytes() == (tmp_path / f"here.{suffix}").read_bytes()
+    for here, ray in found.values():
+        told = here.keys() - {"seconds", "output", "suspects"}
+        assert {name: ray[name] for name in told} == {name: here[name] for name in told}
+    assert found["classify"][0]["suspected"] > 0
     assert not [place.name for place in tmp_path.iterdir() if place.name.startswith(".")]
 
 
