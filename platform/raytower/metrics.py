@@ -236,6 +236,13 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
+def auc_between(relevant: Floats, others: Floats) -> float:
+    """As `auc`, of the scores of one class [P] and of the other [N], which are finite and at least one each."""
+    falling = np.sort(others)
+    below = np.searchsorted(falling, relevant, side="left") + np.searchsorted(falling, relevant, side="right")
+    return float(below.sum() / (2 * len(relevant) * len(others)))
+
+
 def accuracy_f1(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[float, float]:
     """Accuracy and F1 of the class 1 of N scores and labels, [N] each; `score >= threshold` predicts 1.
 

@@ -53,6 +53,9 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
     comparison.html; null writes none."""
     plots: str | None = None
     """Folder that gets each plot of the report as an SVG file; null writes none."""
+    figures: Literal["png"] | None = None
+    """Type of files that each plot of the report is drawn to, beside the page in `output`: png, light, for what shows
+    no SVG (extra `png`); null draws none."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap that intervals come from, and of the permutations of compare."""
 
@@ -77,6 +80,10 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
             raise ValueError(f"{given}; give one of index, run and compare")
         if self.queries is None and self.compare is None:
             raise ValueError(f"{measured[0]} needs queries, by which it is judged; give them")
+        if self.figures is not None and self.output is None:
+            raise ValueError(
+                f"figures is {self.figures}, and there is no page to draw them beside; name an output, or leave it out"
+            )
         if self.stages and self.index is None:
             raise ValueError(
                 f"stages is true, and only an index has stages; leave it out, or give index in place of {measured[0]}"

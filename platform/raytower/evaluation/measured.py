@@ -59,6 +59,7 @@ class Measured:
     """At which k each stage's recall is kept; none where nothing shows it."""
     stage_parts: dict[str, list[dict[str, Floats]]] = field(default_factory=dict)
     scores: ScoreSample | None = None
+    """Scores of the final order; None measures no AUC."""
     wordless: int = 0
     """Queries that share no token with a document, where tokens were looked for."""
     milliseconds: dict[str, float] = field(
@@ -165,6 +166,7 @@ class Measured:
             **{name: metric["value"] for name, metric in self.final.items()},
             "intervals": {name: [metric["low"], metric["high"]] for name, metric in self.final.items()},
             "unjudged": {str(k): count for k, count in self.unjudged.items()},
+            "auc": None if self.scores is None else self.scores.areas(self.seed),
             "relevant_missing": self.judgements.num_missing,
             "queries_without_relevant": self.judgements.num_without_relevant,
             "identical_ids": self.identical_ids,

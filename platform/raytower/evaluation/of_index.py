@@ -16,13 +16,12 @@ from raytower.evaluation.judgements import Judgements, absent_text, judge
 from raytower.evaluation.measured import Measured, report_of
 from raytower.evaluation.measures import Measures
 from raytower.evaluation.page import evaluation_plots
-from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_reports
+from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_drawings, write_reports
 from raytower.evaluation.stages import OtherStages, loss_by_stage, recall_against_time
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
 from raytower.models.fusion import SearchMode
-from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
 from raytower.retrieval.lookup import find_documents
@@ -40,8 +39,9 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         `queries`, each metric by its name (of the final order), `intervals` (95 %, by metric name: Wilson's where every
         value is 0 or 1, else a bootstrap), `unjudged` (documents among the first k of all lists that nobody judged, by
-        k), `relevant_missing` (judged documents that the index does not hold; they count as missed),
-        `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
+        k), `auc` (of the final order; see `ScoreSample.areas`), `relevant_missing` (judged documents that the index
+        does not hold; they count as missed), `queries_without_relevant` (left out), `identical_ids` (documents left out
+        because their id is the query's),
         `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `mode`,
         `queries_without_words` (they share no token with a document; mode hybrid has for them what dense has, lexical
         nothing), `index_version`, `seconds`, `queries_per_second`, `output`; with `stages` `loss_by_stage` (see
@@ -97,9 +97,9 @@ def _nothing_yet(config: EvaluateConfig, measures: Measures, judgements: Judgeme
     measured = Measured(
         measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
     )
+    measured.scores = ScoreSample(len(judgements.ids), depth)
     if config.stages or config.output is not None or config.plots is not None:
         measured.curve_ks = curve_ks(config.k, depth)
-        measured.scores = ScoreSample(len(judgements.ids), depth)
     return measured
 
 
@@ -134,10 +134,9 @@ def _write(
     texts = find_documents(index, "id", wanted, "text")
     report = report_of(result, measured, {**config.model_dump(mode="json"), **settings}, texts)
     report["figures"]["recall_against_time"] = curve
+    write_drawings(config, evaluation_plots(report))
     if config.output is not None:
         write_reports(Location.of(config.output), report, judgements, measured.values)
-    if config.plots is not None:
-        write_plots(Location.of(config.plots), evaluation_plots(report))
 
 
 def plan_index(config: EvaluateConfig) -> dict[str, Any]:

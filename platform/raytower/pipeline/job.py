@@ -177,7 +177,7 @@ _GAINED: dict[str, dict[str, Any]] = {
     "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
 }
 # What `evaluate` has gained; null and false are what was done before.
-_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids", "stages", "plots")
+_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids", "stages", "plots", "figures")
 # What mine and evaluate have gained for modes.
 _BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
 _GAINED_WORKERS = ("similarity", "mine", "classify")
