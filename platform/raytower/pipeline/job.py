@@ -173,6 +173,7 @@ _GAINED: dict[str, dict[str, Any]] = {
         "explain": False,
         "suspect_share": 0.02,
     },
+    "serve reload": {"mode": None, "hybrid": {"fusion": None, "weight": None}},
     # An index of before has no lexical side, which `index compact` adds; it is not built anew for it.
     "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
 }

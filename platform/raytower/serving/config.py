@@ -295,6 +295,11 @@ class ServeReloadConfig(ServerConfig):
     """Another reranker, `none` serves without one; null keeps the one that is served."""
     classifier: str | None = None
     """Another classifier, `none` serves without one; null keeps the one that is served."""
+    mode: SearchMode | None = None
+    """Another way to recall documents for requests that do not say: dense, lexical or hybrid; null keeps the one that
+    is served."""
+    hybrid: HybridConfig = HybridConfig()
+    """How mode hybrid makes one score of two; what is null in it stays as it is served."""
     fusion_weight: FractionField | None = None
     """Another weight of the rerank score; null keeps the one that is served."""
 
