@@ -48,7 +48,8 @@ class CollectionConfig(Config):
     """Cross-encoder directory, hub id or URI; null serves without one."""
     mode: SearchMode = "dense"
     """How documents are recalled for requests that do not say: dense by vectors, lexical by words (BM25), hybrid by
-    both. All three are served where the index has a lexical side."""
+    both. All three are served where the index has a lexical side. With lexical the encoder is loaded by the first
+    request that asks for vectors."""
     hybrid: HybridConfig = HybridConfig()
     """How mode hybrid makes one score of two."""
     classifier: str | None = None
