@@ -17,6 +17,9 @@ from raytower.annotation.mine import mine
 from raytower.annotation.similarity import similarity
 from raytower.config import make_config
 from raytower.errors import InputError
+from raytower.evaluation import in_shares as evaluation_module
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.evaluate import evaluate
 from raytower.ranked import rerank as rerank_module
 from raytower.ranked import search as search_module
 from raytower.ranked.config import RerankFileConfig
@@ -35,6 +38,7 @@ def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity_module, "_MAX_PAIRS_PER_SHARE", 4)
     monkeypatch.setattr(mine_module, "_MAX_PAIRS_PER_SHARE", 4)
     monkeypatch.setattr(classify_module, "_MAX_TEXTS_PER_SHARE", 4)
+    monkeypatch.setattr(evaluation_module, "_MAX_QUERIES_PER_SHARE", 4)
 
 
 def test_search_rerank_and_similarity_on_ray(
@@ -87,6 +91,28 @@ def test_mine_and_classify_on_ray(
         assert {name: ray[name] for name in told} == {name: here[name] for name in told}
     assert found["classify"][0]["suspected"] > 0
     assert not [place.name for place in tmp_path.iterdir() if place.name.startswith(".")]
+
+
+def test_evaluate_on_ray(
+    ray_cluster: None, dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    write_version(tmp_path / "index", "000001", dummy_encoder_dir)
+    queries = "".join(f"{text}\t{TEXTS[(place * 3) % 20]}\n" for place, text in enumerate(TEXTS[:10]))
+    (tmp_path / "q.tsv").write_text(queries)
+    found = []
+    for where, workers in (("here", {}), ("ray", WORKERS)):
+        values = {"index": str(tmp_path / "index"), "queries": str(tmp_path / "q.tsv"), "k": [1, 5]}
+        more = {"reranker": str(dummy_reranker_dir), "recall_k": 10, "rows_per_batch": 4, "workers": workers}
+        config = {**values, **more, "output": str(tmp_path / where)}
+        found.append(evaluate(make_config(EvaluateConfig, config)))
+    here, ray = found
+    for name in ("run.trec", "qrels.trec", "per_query.jsonl"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    told = here.keys() - {"seconds", "queries_per_second", "output"}
+    assert {name: ray[name] for name in told} == {name: here[name] for name in told}
+    pages = [json.loads((tmp_path / where / "report.json").read_text()) for where in ("here", "ray")]
+    assert pages[0]["worst_queries"] == pages[1]["worst_queries"]
+    assert pages[0]["figures"] == pages[1]["figures"]
 
 
 def test_a_task_says_what_went_wrong(ray_cluster: None, dummy_encoder_dir: Path, tmp_path: Path) -> None:

@@ -8,7 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from raytower.data.config import PathConfig, QueriesConfig
-from raytower.retrieval.config import BatchConfig, ModeConfig, RerankConfig, RetrieverConfig
+from raytower.retrieval.config import (
+    BatchConfig,
+    FileWorkersConfig,
+    ModeConfig,
+    RerankConfig,
+    RetrieverConfig,
+)
 
 RunFormat = Literal["auto", "trec", "tsv", "jsonl"]
 # A comma outside parentheses: none closes behind it before one opens.
@@ -58,6 +64,8 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
     no SVG (extra `png`); null draws none."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap that intervals come from, and of the permutations of compare."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that search side by side, where an index has many queries and there is an output."""
 
     @field_validator("metrics", "compare", mode="before")
     @classmethod
@@ -83,6 +91,11 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
         if self.figures is not None and self.output is None:
             raise ValueError(
                 f"figures is {self.figures}, and there is no page to draw them beside; name an output, or leave it out"
+            )
+        if self.workers != FileWorkersConfig() and (self.index is None or self.output is None or self.stages):
+            raise ValueError(
+                "workers are given, which only an evaluation of an index with an output and without stages has: there "
+                "their parts lie; leave them out, or name index and output"
             )
         if self.stages and self.index is None:
             raise ValueError(

@@ -87,6 +87,16 @@ class ScoreSample:
                 self._relevant += among
                 self._others += others
 
+    def counted(self) -> dict[str, list[float]]:
+        """What was counted, as JSON can hold it, for `add_counted` of another sample."""
+        return {"relevant": self._relevant, "others": self._others, "areas": self._areas}
+
+    def add_counted(self, counted: Mapping[str, Sequence[float]]) -> None:
+        """The scores of later queries, which another sample of as many queries in all has counted."""
+        self._relevant += counted["relevant"]
+        self._others += counted["others"]
+        self._areas += counted["areas"]
+
     def areas(self, seed: int) -> dict[str, Any] | None:
         """The chance that a relevant document scores above another one that was found, a tie counting half.
 

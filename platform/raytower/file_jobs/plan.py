@@ -25,7 +25,10 @@ _MIN_ROWS = 16
 
 @dataclass(frozen=True)
 class Share:
-    """Rows `start` to `start + num_rows` of the tables of `pieces`, put together: one task, one part of the output."""
+    """Rows `start` to `start + num_rows` of the tables of `pieces`, put together: one task, one part of the output.
+
+    Without pieces they are rows of what the job's arguments hold, and a worker gets their numbers alone.
+    """
 
     pieces: tuple[Piece, ...]
     start: int
@@ -36,7 +39,7 @@ class Share:
     @property
     def first_row(self) -> int:
         """Good rows of the input before this share."""
-        return self.pieces[0].first_row + self.start
+        return (self.pieces[0].first_row if self.pieces else 0) + self.start
 
 
 def choose_rows_per_share(texts_per_row: int, most: int) -> int:
@@ -52,6 +55,14 @@ def choose_rows_per_share(texts_per_row: int, most: int) -> int:
 def shares_of(pieces: Sequence[Piece], *, are_numbered: bool = False) -> list[Share]:
     """Each piece as a share of its own."""
     return [Share((piece,), 0, piece.num_rows, are_numbered) for piece in pieces]
+
+
+def shares_of_rows(num_rows: int, rows_per_share: int) -> list[Share]:
+    """Shares of rows that the job's arguments hold, by their numbers from 0."""
+    return [
+        Share((), start, min(rows_per_share, num_rows - start), is_numbered=True)
+        for start in range(0, num_rows, rows_per_share)
+    ]
 
 
 def shares_between(pieces: Sequence[Piece], starts: NDArray[np.int64], rows_per_share: int) -> list[Share]:

@@ -226,12 +226,12 @@ def _do(worker: ShareWorker, share: Share, parts: Sequence[Location]) -> dict[st
 
 
 def _rows_of(share: Share) -> pa.Table:
+    numbers = pa.array(np.arange(share.first_row, share.first_row + share.num_rows))
+    if not share.pieces:
+        return pa.table({NUMBER: numbers})
     table = pa.concat_tables([read_piece(piece) for piece in share.pieces])
     rows = table.slice(share.start, share.num_rows)
-    if not share.is_numbered:
-        return rows
-    numbers = np.arange(share.first_row, share.first_row + share.num_rows)
-    return rows.append_column(NUMBER, pa.array(numbers))
+    return rows.append_column(NUMBER, numbers) if share.is_numbered else rows
 
 
 def _do_here(job: FileJob, missing: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -137,7 +137,9 @@ _SPLITS = {"dev": "dev"}
 _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
     "encode": frozenset({"workers", "tokens_per_batch"}),
-    **dict.fromkeys(("search", "rerank", "similarity", "mine", "classify"), frozenset({"workers"})),
+    **dict.fromkeys(
+        ("search", "rerank", "similarity", "mine", "classify", "evaluate"), frozenset({"workers"})
+    ),
     # `num` decides into how many shards an index is built.
     **dict.fromkeys(
         ("index build", "index compact"),
@@ -181,7 +183,7 @@ _GAINED: dict[str, dict[str, Any]] = {
 _NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids", "stages", "plots", "figures")
 # What mine and evaluate have gained for modes.
 _BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
-_GAINED_WORKERS = ("similarity", "mine", "classify")
+_GAINED_WORKERS = ("similarity", "mine", "classify", "evaluate")
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 

@@ -1,4 +1,4 @@
-"""mine and classify in shares of their input: what is written and counted is what one pass over all rows gives."""
+"""mine, classify and evaluate in shares of their input: what is written and counted is what one pass over all gives."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from raytower.annotation.rows_out import open_rows
 from raytower.config import make_config
 from raytower.data.pieces import read_pieces
 from raytower.errors import InputError
+from raytower.evaluation import in_shares as evaluation_module
+from raytower.evaluation.config import EvaluateConfig
+from raytower.evaluation.evaluate import evaluate, plan_evaluate
 from raytower.index.reader import Index
 from raytower.retrieval.load import load_engine, load_reranker
 from raytower.storage import Location
@@ -324,3 +327,91 @@ def test_a_share_that_fails_leaves_no_output(
     with pytest.raises(InputError, match="holds a tab or a line break"):
         classify(make_config(ClassifyConfig, {**values, "output": str(tmp_path / "labels.tsv")}))
     assert not (tmp_path / "labels.tsv").exists()
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_config(
+    world: LabelledIndexes, index: str, folder: Path, output: str, **more: Any
+) -> EvaluateConfig:
+    """Judged queries of which some are texts of the index, some have two answers, and one has none there."""
+    rows = [(text, TEXTS[(place * 7 + 3) % len(TEXTS)]) for place, text in enumerate(TEXTS[:18])]
+    rows += [(TEXTS[0], TEXTS[0]), ("tiger lemon", TEXTS[4]), ("piano", "not in the index")]
+    (folder / "queries.tsv").write_text("".join(f"{query}\t{text}\n" for query, text in rows))
+    values = {"encoder": world.encoder, "index": index, "queries": str(folder / "queries.tsv"), "k": [1, 10]}
+    return make_config(
+        EvaluateConfig, {**values, "rows_per_batch": 4, "output": str(folder / output), **more}
+    )
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """What an evaluation has written, without what tells its time and place."""
+    report = json.loads((folder / "report.json").read_text())
+    for name in ("seconds", "queries_per_second", "output", "counts", "milliseconds", "settings"):
+        del report[name]
+    texts = {name: (folder / name).read_text() for name in ("run.trec", "qrels.trec", "per_query.jsonl")}
+    return {"report": report, **texts}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mode": "hybrid", "metrics": ["mrr@10", "AP", "P@5"]}, {"reranker": "reranker", "recall_k": 12}],
+)
+def test_shares_measure_what_one_pass_measures(
+    world: LabelledIndexes,
+    index: str,
+    dummy_reranker_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    if "reranker" in settings:
+        settings = {**settings, "reranker": str(dummy_reranker_dir)}
+    whole = evaluate(evaluate_config(world, index, tmp_path, "whole", **settings))
+    expected = files_of(tmp_path / "whole")
+    told = whole.keys() - {"seconds", "queries_per_second", "output"}
+    for rows, parts in ((4, 5), (8, 3)):
+        monkeypatch.setattr(evaluation_module, "_MAX_QUERIES_PER_SHARE", rows)
+        config = evaluate_config(world, index, tmp_path, "parted", **settings)
+        assert plan_evaluate(config)["parts"] == parts
+        result = evaluate(config)
+        assert {name: result[name] for name in told} == {name: whole[name] for name in told}
+        assert files_of(tmp_path / "parted") == expected
+    assert not [place.name for place in (tmp_path / "parted").iterdir() if place.name.startswith(".")]
+
+
+def test_an_evaluation_goes_on_where_it_ended(
+    world: LabelledIndexes,
+    index: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluation_module, "_MAX_QUERIES_PER_SHARE", 4)
+    evaluate(evaluate_config(world, index, tmp_path, "whole"))
+    config = evaluate_config(world, index, tmp_path, "killed")
+    end_in_share(monkeypatch, evaluation_module.EvaluateWorker, 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    assert not (tmp_path / "killed" / "run.trec").exists()
+    capsys.readouterr()
+    evaluate(config.model_copy(update={"seed": 5, "plots": str(tmp_path / "plots")}))
+    assert "3 of 5 parts" in capsys.readouterr().err
+    assert (tmp_path / "killed" / "run.trec").read_bytes() == (tmp_path / "whole" / "run.trec").read_bytes()
+    # Other judgements are another evaluation.
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluation_module, "_MAX_QUERIES_PER_SHARE", 4)
+    end_in_share(monkeypatch, evaluation_module.EvaluateWorker, 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    queries = tmp_path / "queries.tsv"
+    queries.write_text(queries.read_text().replace("not in the index", TEXTS[3]))
+    evaluate(config)
+    assert "begun with other settings, models or rows" in capsys.readouterr().err
+
+
+def test_workers_have_nothing_to_do_without_an_output(world: LabelledIndexes, index: str) -> None:
+    values = {"index": index, "queries": "q", "workers": {"num": 2}}
+    with pytest.raises(InputError, match="workers are given, which only an evaluation of an index with an"):
+        make_config(EvaluateConfig, values)

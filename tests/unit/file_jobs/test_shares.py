@@ -26,6 +26,7 @@ from raytower.file_jobs.plan import (
     choose_workers,
     shares_between,
     shares_of,
+    shares_of_rows,
 )
 from raytower.file_jobs.run import FileBeside, FileJob, Sink, join_bytes, join_parquet, run_shares
 from raytower.storage import Location, writer_lease
@@ -255,6 +256,16 @@ def test_rows_are_numbered_over_the_whole_input_and_two_files_are_written(tmp_pa
     assert (tmp_path / "out.txt").read_text() == "".join(f"{i}\n" for i in range(10))
     assert (tmp_path / "fours.txt").read_text() == "0\n4\n8\n"
     assert sorted(place.name for place in tmp_path.iterdir()) == ["fours.txt", "in.txt", "out.txt"]
+
+
+def test_shares_of_rows_without_pieces_are_their_numbers() -> None:
+    shares = shares_of_rows(7, 3)
+    assert [(share.first_row, share.num_rows) for share in shares] == [(0, 3), (3, 3), (6, 1)]
+    assert [run_module._rows_of(share).to_pydict() for share in shares] == [
+        {NUMBER: [0, 1, 2]},
+        {NUMBER: [3, 4, 5]},
+        {NUMBER: [6]},
+    ]
 
 
 def test_shares_between_groups_are_numbered_by_their_first_row() -> None:
