@@ -243,7 +243,7 @@ def _work(rank: int, num_workers: int, folder: str, pieces: Sequence[Piece]) -> 
     torch.save(read_epoch(pieces, GroupExchange()), Path(folder) / f"{rank}.pt")
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # destroying the group may wait for ever, see tests/support/objective_cases.py
+    os._exit(0)  # destroying the group may wait for ever, see tests/support/worker_group.py
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray._private import ray_constants
@@ -26,8 +26,9 @@ from ray._private.utils import get_num_cpus
 from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
+from raytower.collecting import collect_later
 from raytower.config import WorkersConfig
-from raytower.errors import InputError, RaytowerError
+from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.progress import log
 from raytower.storage.errors import one_line
 from raytower.worker_output import OUTPUT
@@ -43,6 +44,8 @@ _LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_st
 _PRIVATE_FOLDER = "rtray-"
 _RAY_FOLDER = "ray"
 _JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
+# In that time a worker has imported its libraries, and begun to work.
+_IMPORTING_S = 10.0
 # What each of Ray's processes finds in its environment, unless the user has set it: no telemetry; and no progress logs
 # of Ray Data's own, which would drown ours.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING"}
@@ -109,6 +112,38 @@ def check_room(worker: WorkersConfig) -> None:
         InputError: no node has room for one of them, and the nodes were joined by hand, so that none comes by itself.
     """
     refuse_without_room(worker, _alive_nodes())
+
+
+def run_tasks(
+    start: Callable[[int], Any], numbers: Sequence[int], at_once: int, job: str
+) -> Iterator[tuple[int, Any]]:
+    """Run tasks, `at_once` side by side; the number and the result of each, as they end.
+
+    Args:
+        start: starts the task of a number, and returns Ray's reference to its result.
+        numbers: the tasks, in the order in which they are started.
+        at_once: how many may run at a time.
+        job: whose tasks they are, for the message of a failure: `the index job`.
+
+    Raises:
+        RaytowerError: the first failure, as it was raised where that was meant for the user; other tasks are cancelled.
+    """
+    waiting = list(numbers)
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                number = waiting.pop(0)
+                running[start(number)] = number
+            finished, _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(finished[0]), ray.get(finished[0])
+    except Exception as error:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        cause = find_cause(error)
+        if isinstance(cause, RaytowerError):
+            raise cause from None
+        raise RaytowerError(f"a task of {job} failed: {cause}") from error
 
 
 def _alive_nodes() -> list[Node]:
@@ -210,6 +245,8 @@ def _take_worker_output(show_all: bool) -> None:
 
 
 def _shut_down() -> None:
+    # A thread that was left in a call to Serve would start another Ray, which is not closed, in place of this one.
+    ray.init = _refuse_to_start
     if ending.has_begun():
         time.sleep(SIGNALLED_S)
     node = ray._private.worker.global_worker.node  # None once `ray.shutdown` was called
@@ -218,6 +255,10 @@ def _shut_down() -> None:
         node.kill_all_processes(check_alive=False)
         ending.leave()
     ray.shutdown(_exiting_interpreter=True)
+
+
+def _refuse_to_start(*arguments: object, **settings: object) -> NoReturn:
+    raise RaytowerError("this process ends, and starts no Ray any more")
 
 
 def abandon() -> None:
@@ -354,6 +395,7 @@ def worker_environment() -> dict[str, str]:
 
 def set_up_worker() -> None:
     """Run in each local worker when it starts."""
+    collect_later(_IMPORTING_S)
     # Paths are relative to the folder that the job was started from; it is on no import path (see _current_folder).
     os.chdir(os.environ[_JOB_FOLDER])
     # Ray Train's monitor would look for the cluster among all that run on the machine, and fail where there are two.

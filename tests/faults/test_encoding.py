@@ -32,7 +32,7 @@ from raytower.models.encoder import Encoder, EncoderSettings
 from raytower.models.forward import ForwardEngine
 from raytower.storage import Location
 from tests.support.encoding_here import encode_here
-from tests.support.killed_jobs import kill_once
+from tests.support.killed_jobs import command_with, kill_once
 from tests.support.processes import clean_environment, wait_for
 from tests.support.tiny_models import tiny_config, tiny_tokenizer
 
@@ -121,12 +121,9 @@ def test_a_killed_job_continues_with_what_is_missing_and_replaces_a_killed_worke
     """The whole job is killed; where it goes on, a worker is killed."""
     output = tmp_path / "out"
     values = run_values(slow_encoder, corpus, output)
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "raytower.cli", "encode", "--config", str(config)]
     kill_once(
         lambda: len(parts_in(output)) >= 3,
-        command,
+        command_with("encode", values, tmp_path),
         clean_environment(RAY_AUTH_MODE="disabled"),
         tmp_path / "first.log",
     )

@@ -10,7 +10,6 @@ import sys
 import threading
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,30 +18,12 @@ from raytower.config import make_config
 from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask, train_retriever
 from tests.support.elastic_run import CPUS_PER_WORKER
-from tests.support.killed_jobs import kill_once
+from tests.support.killed_jobs import command_with, kill_once, training_that_restarts
 from tests.support.processes import clean_environment, wait_for
 from tests.support.registered_steps import registered_steps
 from tests.support.tiny_training import train_here, write_pairs
 
 Curve = dict[int, float]
-
-
-def run_values(encoder: Path, pairs: Path, output: Path) -> dict[str, Any]:
-    """Two workers, dropout on, Adam, a schedule, epochs that flow into each other: all that a restart must restore."""
-    return {
-        "model": str(encoder),
-        "train": {"path": str(pairs)},
-        "output": str(output),
-        "batch_size": 16,
-        "epochs": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "optimizer": {"lr": 1e-3},
-        "workers": {"num": 2, "num_cpus": 0.5},
-        "shuffle_rows": 20,
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 4,
-    }
 
 
 def curve_of(output: Path) -> Curve:
@@ -60,7 +41,9 @@ def undisturbed(
     ray_cluster: None, dummy_encoder_dir: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Curve:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    figures = train_retriever(make_config(TrainRetrieverConfig, run_values(dummy_encoder_dir, pairs, output)))
+    figures = train_retriever(
+        make_config(TrainRetrieverConfig, training_that_restarts(dummy_encoder_dir, pairs, output))
+    )
     curve = curve_of(output)
     assert figures["steps"] == 50 == len(curve)
     return curve
@@ -81,10 +64,8 @@ def test_a_killed_job_continues_and_a_killed_worker_is_replaced_without_a_trace_
 ) -> None:
     """The whole job is killed, with a checkpoint half written; where it goes on, a worker is killed."""
     output = tmp_path / "out"
-    values = run_values(dummy_encoder_dir, pairs, output)
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "raytower.cli", "train-retriever", "--config", str(config)]
+    values = training_that_restarts(dummy_encoder_dir, pairs, output)
+    command = command_with("train-retriever", values, tmp_path)
     environment = clean_environment(RAY_AUTH_MODE="disabled")
     kill_once(lambda: len(registered_steps(tmp_path)) >= 2, command, environment, tmp_path / "first.log")
     assert not output.exists()
@@ -122,7 +103,7 @@ def test_sigterm_to_a_worker_costs_no_step(
 ) -> None:
     """It ended the worker at once, and the steps since the last checkpoint, here all of them, were made again."""
     output = tmp_path / "out"
-    values = run_values(dummy_encoder_dir, pairs, output) | {
+    values = training_that_restarts(dummy_encoder_dir, pairs, output) | {
         "checkpoint_every_steps": 1000,
         "max_failures": 0,
     }
@@ -146,7 +127,7 @@ def test_sigterm_to_a_worker_costs_no_step(
 def test_a_drained_node_leaves_no_trace_in_the_curve(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     """4 workers, and 2 once a node is drained; dropout is always that of 4, and no step is made twice."""
     output = tmp_path / "out"
-    values = run_values(dummy_encoder_dir, write_pairs(tmp_path / "pairs.tsv", 48), output)
+    values = training_that_restarts(dummy_encoder_dir, write_pairs(tmp_path / "pairs.tsv", 48), output)
     values |= {
         "workers": {"min": 2, "max": 4, "num_cpus": CPUS_PER_WORKER, "num_gpus": 0},
         "epochs": 16,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,6 @@ from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker, t
 from tests.support.typed_commands import Line, Typist, output_of, read_lines, without_ray
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def typist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Typist]:
-    monkeypatch.chdir(tmp_path)
-    found = Typist(tmp_path)
-    yield found
-    found.close()
 
 
 def stand_in(line: Line) -> None:

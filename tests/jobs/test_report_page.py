@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from raytower.annotation.label_page import render_label_page
 from raytower.evaluation.page import evaluation_plots, render_comparison_page, render_page
 from raytower.pages.html import write_plots
 from raytower.storage import Location
+from tests.support.browser import IN_BROWSER, PHONE, WIDE
 from tests.support.report_cases import classification, comparison, report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium is installed; Debian's package is named chromium"
-    ),
-]
-WIDE = {"width": 1100, "height": 900}
-PHONE = {"width": 360, "height": 740}
+pytestmark = IN_BROWSER
 PAGES: dict[str, Callable[[], str]] = {
     "report": lambda: render_page(report()),
     "comparison": lambda: render_comparison_page(comparison()),
     "labels": lambda: render_label_page(classification()),
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

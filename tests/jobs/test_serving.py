@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.serving import deploy
 from raytower.serving.config import ServeConfig
+from tests.support.asking import TwoClients
 from tests.support.metric_names import series
 from tests.support.processes import clean_environment, free_port, wait_for
 from tests.support.served_index import TEXTS, write_version
@@ -79,15 +79,15 @@ def ids(answer: dict[str, Any]) -> list[list[str]]:
     return [[hit["id"] for hit in hits] for hits in answer["results"]]
 
 
-class Load:
+class Load(TwoClients):
     """Two clients that ask without a pause and keep every answer, until the block ends; 429 and 503 are asked again."""
 
     def __init__(self, url: str, **body: Any) -> None:
+        super().__init__()
         self.url = url
         self.body = {"queries": QUERIES, "k": 50, "timeout_ms": SOON, **body}
         self.answers: list[tuple[int, Any]] = []
         self.retried = 0
-        self._stop = threading.Event()
 
     def _ask(self) -> None:
         while not self._stop.is_set():
@@ -100,17 +100,6 @@ class Load:
                 status, answer = ask(self.url, **self.body)
             self.answers.append((status, answer))
             time.sleep(0.01)
-
-    def __enter__(self) -> Load:
-        self._pool = ThreadPoolExecutor(2)
-        self._clients = [self._pool.submit(self._ask) for _ in range(2)]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        for client in self._clients:
-            client.result()
-        self._pool.shutdown()
 
 
 def check_answers(load: Load, expected: dict[str, list[list[str]]]) -> None:

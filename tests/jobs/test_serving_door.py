@@ -174,20 +174,37 @@ def test_a_replica_unpickles_nothing_of_a_stranger(server: Server, tmp_path: Pat
     assert marker.exists(), "it would have been made"
 
 
-@pytest.mark.parametrize("script", [JOIN, ASK_GCS], ids=["ray.init", "GCS"])
-@pytest.mark.parametrize(
-    "token", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}], ids=["none", "another"]
-)
-def test_nobody_joins_without_the_token(server: Server, script: str, token: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def strangers(server: Server) -> dict[tuple[str, str], tuple[int, str, str]]:
+    """What came of those who join by either way, without a token and with another: exit code, stdout, stderr.
+
+    All at once, since Ray asks again for 20 seconds before it gives up.
+    """
     (port,) = (port for name, _, port in server.listening() if name == "gcs_server")
-    command = [sys.executable, "-c", script, f"127.0.0.1:{port}"]
-    # Left alone, Ray would ask the reachable address of the machine, where nobody listens.
-    environment = clean_environment(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **token)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0
-    assert "JOINED" not in done.stdout + done.stderr
-    assert "ANSWERED" not in done.stdout
-    assert "nauthenticated" in done.stderr or "AuthenticationError" in done.stderr, done.stderr
+    tokens = {"none": {}, "another": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}}
+
+    def join(way: str, token: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-c", {"ray.init": JOIN, "GCS": ASK_GCS}[way], f"127.0.0.1:{port}"]
+        # Left alone, Ray would ask the reachable address of the machine, where nobody listens.
+        environment = clean_environment(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **tokens[token])
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    asked = [(way, token) for way in ("ray.init", "GCS") for token in tokens]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return dict(zip(asked, pool.map(lambda pair: join(*pair), asked), strict=True))
+
+
+@pytest.mark.parametrize("way", ["ray.init", "GCS"])
+@pytest.mark.parametrize("token", ["none", "another"])
+def test_nobody_joins_without_the_token(
+    strangers: dict[tuple[str, str], tuple[int, str, str]], way: str, token: str
+) -> None:
+    code, out, error = strangers[way, token]
+    assert code != 0
+    assert "JOINED" not in out + error
+    assert "ANSWERED" not in out
+    assert "nauthenticated" in error or "AuthenticationError" in error, error
 
 
 def test_the_key_is_in_no_process_but_the_drivers(server: Server) -> None:

@@ -58,6 +58,12 @@ def command(cluster: Cluster, *given: str) -> list[str]:
     return [sys.executable, "-m", "raytower.cli", "submit", *given, "--address", cluster.dashboard]
 
 
+def by_ray(cluster: Cluster, environment: dict[str, Any]) -> list[str]:
+    """What stands before the command of a job that Ray's own command submits."""
+    address = ["--address", cluster.dashboard]
+    return ["ray", "job", "submit", *address, "--runtime-env-json", json.dumps(environment), "--"]
+
+
 def run(cluster: Cluster, *given: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return cluster.run(command(cluster, *given), cwd=cwd, PYTHONPATH=str(ROOT / "platform"), **environment)
 
@@ -239,16 +245,9 @@ def test_variables_reach_driver_and_tasks_and_are_shown_nowhere(
     upload = Upload(root=whole.root, files={**whole.files, "both.py": script}, config_file=None)
     pack(upload, {"A_SECRET": SECRET}, tmp_path / "upload.tar.xz")
     environment = runtime_environment(tmp_path / "upload.tar.xz", True)
-    given = [
-        "ray",
-        "job",
-        "submit",
-        "--address",
-        cluster.dashboard,
-        "--runtime-env-json",
-        json.dumps(environment),
-    ]
-    done = cluster.run([*given, "--", *entrypoint("encode", upload, [], True)[:3], "both.py"], cwd=tmp_path)
+    done = cluster.run(
+        [*by_ray(cluster, environment), *entrypoint("encode", upload, [], True)[:3], "both.py"], cwd=tmp_path
+    )
     assert "driver True task True" in done.stdout, done.stdout + done.stderr
     assert SECRET not in done.stdout + done.stderr + json.dumps(jobs(cluster))
     logs = list(cluster.session.glob("session_latest/logs/**/*"))
@@ -282,17 +281,8 @@ except InputError as error:
 def test_every_node_is_asked_whether_it_sees_the_output(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "check.py").write_text(SHARED)
     environment = {"env_vars": {"PYTHONPATH": str(ROOT / "platform")}}
-    given = [
-        "ray",
-        "job",
-        "submit",
-        "--address",
-        cluster.dashboard,
-        "--runtime-env-json",
-        json.dumps(environment),
-    ]
     entry = f"cd {tmp_path} && python check.py {tmp_path}/output"
-    done = cluster.run([*given, "--", "bash", "-c", entry], cwd=tmp_path)
+    done = cluster.run([*by_ray(cluster, environment), "bash", "-c", entry], cwd=tmp_path)
     assert "shared: []" in done.stdout, done.stdout + done.stderr
     assert re.search(
         r"refused: output '/proc/self/cwd/own' is not shared: node \S+ does not find", done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "docs" / "tutorials"
 NOT_RUN = {"gpu", "cluster", "kubernetes"}
 RUN = sorted({path.stem for path in FOLDER.glob("*.md")} - NOT_RUN)
 E5 = SHARED / "models" / "e5-small-zh-en"
-
-
-@pytest.fixture
-def typist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Typist]:
-    monkeypatch.chdir(tmp_path)
-    found = Typist(tmp_path)
-    yield found
-    found.close()
 
 
 def page_of(name: str) -> str:

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tests.support.warm import Popen
+
+
+def command_with(command: str, values: Mapping[str, Any], folder: Path) -> list[str]:
+    """A raytower command whose config lies in `folder`."""
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(values))
+    return [sys.executable, "-m", "raytower.cli", command, "--config", str(config)]
+
+
+def training_that_restarts(model: Path, pairs: Path | str, output: Path | str) -> dict[str, Any]:
+    """Two workers, dropout on, Adam, a schedule, epochs that flow into each other: all that a restart must restore."""
+    return {
+        "model": str(model),
+        "train": {"path": str(pairs)},
+        "output": str(output),
+        "batch_size": 16,
+        "epochs": 16,
+        "max_length": 32,
+        "dtype": "float32",
+        "optimizer": {"lr": 1e-3},
+        "workers": {"num": 2, "num_cpus": 0.5},
+        "shuffle_rows": 20,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 4,
+    }
 
 
 def kill_once(

@@ -5,13 +5,9 @@ Texts that count as equal lie on both halves of the batch, so that masks must re
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
@@ -40,6 +36,7 @@ from raytower.objectives.keys import BatchKeys, text_keys
 from raytower.objectives.matryoshka import over_dimensions
 from raytower.objectives.targets import EncoderObjective, Guide, Targets
 from tests.support.warm import in_two_processes
+from tests.support.worker_group import end_worker, join_group
 
 QUERIES = [
     "what is a deductible",
@@ -208,12 +205,21 @@ def gradients_of(model: nn.Module) -> Gradients:
 def assert_same_step(
     loss: Tensor, gradients: Gradients, expected: Tensor, expected_gradients: Gradients
 ) -> None:
-    """Equal to 1e-5, and large enough for that to mean something."""
+    """Equal to 1e-5 of the largest gradient, and large enough for that to mean something."""
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert gradients.keys() == expected_gradients.keys()
-    assert max(float(gradient.abs().max()) for gradient in expected_gradients.values()) > 1e-2
+    largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
+    assert largest > 1e-2
     for name, gradient in expected_gradients.items():
-        assert torch.allclose(gradients[name], gradient, rtol=0, atol=1e-5), name
+        assert torch.allclose(gradients[name], gradient, rtol=0, atol=1e-5 * max(largest, 1.0)), name
+
+
+def assert_as_one_worker(case: Case, found: Mapping[str, Tensor], encoder_dir: Path) -> None:
+    """What `run_cases_on_two_workers` found of a case is what one process finds."""
+    tower = load_tower(encoder_dir, teacher_dim=case.teacher_dim)
+    expected = backward_whole(case, tower, tower, BATCH)
+    gradients = dict(found)
+    assert_same_step(gradients.pop("loss"), gradients, expected, gradients_of(tower))
 
 
 BackwardOf = Callable[[Case, nn.Module, TwoTower, slice], Tensor]
@@ -223,27 +229,13 @@ def run_cases_on_two_workers(
     cases: dict[str, Case], backward: BackwardOf, encoder_dir: Path, out: Path
 ) -> dict[str, dict[str, Tensor]]:
     """Mean loss (under "loss") and averaged gradients of each case, from two data-parallel processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_two_processes(_worker, port, cases, backward, str(encoder_dir), str(out))
+    in_two_processes(_worker, cases, backward, str(encoder_dir), out)
     results: dict[str, dict[str, Tensor]] = torch.load(out, weights_only=True)
     return results
 
 
-def _worker(
-    rank: int, port: int, cases: dict[str, Case], backward: BackwardOf, encoder_dir: str, out: str
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(
-            seconds=120
-        ),  # a worker that waits for an exchange too many fails in place of hanging
-    )
+def _worker(rank: int, cases: dict[str, Case], backward: BackwardOf, encoder_dir: str, out: Path) -> None:
+    join_group(out.parent, rank)
     results = {}
     for name, case in cases.items():
         tower = load_tower(encoder_dir, teacher_dim=case.teacher_dim)
@@ -254,13 +246,3 @@ def _worker(
     if rank == 0:
         torch.save(results, out)
     end_worker()
-
-
-def end_worker() -> NoReturn:
-    """End one of several data-parallel processes well, and at once.
-
-    Destroying the process group can hang for ever (torch 2.13): the destructor joins a thread of gloo's, which may be
-    waiting for the interpreter lock, to let its last tensor go, while the destructor's caller holds that lock.
-    """
-    dist.barrier()
-    os._exit(0)

@@ -146,6 +146,20 @@ def train_here(
     return model, losses
 
 
+def training_values(model: Path, train: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
+    """Keys of a training by one worker that writes to `folder`/out, for the config of any trainer."""
+    return {
+        "model": str(model),
+        "train": {"path": str(train)},
+        "output": str(folder / "out"),
+        "batch_size": 16,
+        "max_length": 32,
+        "dtype": "float32",
+        "workers": {"num": 1},
+        **changes,
+    }
+
+
 def retriever_config(encoder: Path, pairs: Path, output: Path, **changes: object) -> TrainRetrieverConfig:
     values = {
         "model": str(encoder),

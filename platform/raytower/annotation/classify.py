@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from raytower.annotation.config import ClassifyConfig, TuneClassifyConfig, VoteKind
-from raytower.annotation.deciding import ClassifySettings, Decider, Decision
+from raytower.annotation.classify_settings import ClassifySettings, VoteKind
+from raytower.annotation.config import ClassifyConfig, TuneClassifyConfig
+from raytower.annotation.deciding import Decider, Decision, read_settings
 from raytower.annotation.explaining import MOST_PARTS, Weight, in_words, parts_of, weigh_parts, without
 from raytower.annotation.label_figures import HIT_CUTOFFS, LabelTally
 from raytower.annotation.label_page import check_label_page, confusion_of, label_plots, render_label_page
@@ -220,8 +221,8 @@ def count_missing(known: KnownLabels, label_counts: Mapping[str, int]) -> int:
 
 
 def settings_of(config: ClassifyConfig) -> ClassifySettings | None:
-    """The tuned settings that a config names. Raises InputError and FormatError as `ClassifySettings.read`."""
-    return None if config.tuned is None else ClassifySettings.read(config.tuned)
+    """The tuned settings that a config names. Raises InputError and FormatError as `read_settings`."""
+    return None if config.tuned is None else read_settings(config.tuned)
 
 
 def depth_of(config: ClassifyConfig, settings: ClassifySettings | None) -> int:

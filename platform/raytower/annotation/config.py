@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
+from raytower.annotation.classify_settings import VoteKind
 from raytower.config import Config, OnError
 from raytower.data.config import InputConfig
 from raytower.retrieval.config import BatchConfig, FileWorkersConfig, ModeConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
 Sampling = Literal["random", "top", "score"]
-VoteKind = Literal["similarity", "uniform", "rank"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "votes", "temperature", "query_prefix")
 
 

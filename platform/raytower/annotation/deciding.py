@@ -8,98 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
-from raytower.annotation.config import VoteKind
+from raytower.annotation.classify_settings import FORMAT, Calibration, ClassifySettings, Mode
 from raytower.annotation.labels import Prediction
-from raytower.errors import FormatError, InputError
+from raytower.errors import FormatError
 from raytower.storage import Location
 
-Mode = Literal["labels", "votes", "classifier"]
-FORMAT: Literal["raytower classify settings 1"] = "raytower classify settings 1"
 # A share of 0 has no logarithm. Any other number this small would do.
 _SMALLEST = 1e-12
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+def read_settings(place: str | Location) -> ClassifySettings:
+    """The settings in a file of `tune-classify`.
 
-
-class Calibration(_Document):
-    """How scores become chances.
-
-    temperature: softmax over the listed labels of cosine / T or, of shares and probabilities, of log(p) / T. The
-    chances of the listed labels sum to 1.
-    isotonic: `chances` at `scores`, and linear between them: the chance that the first label is right, by its score.
-    Other labels go through the same function, which keeps their order; they do not sum to 1.
+    Raises InputError where there is no such file, FormatError where it holds something else.
     """
-
-    kind: Literal["temperature", "isotonic"]
-    temperature: float = Field(default=1.0, gt=0)
-    scores: tuple[float, ...] = ()
-    chances: tuple[float, ...] = ()
-
-    def apply(self, scores: NDArray[np.float64], are_shares: bool) -> NDArray[np.float64]:
-        """Chances (K,) of the scores (K,) of a text's labels."""
-        if self.kind == "isotonic":
-            return np.interp(scores, self.scores, self.chances)
-        return sharpened(scores, self.temperature, are_shares)
-
-
-class ClassifySettings(_Document):
-    """What `tune-classify` found on dev rows, as `classify` and the server read it."""
-
-    format: Literal["raytower classify settings 1"] = FORMAT
-    mode: Mode
-    fingerprint: str
-    """Of the encoder, or of the classifier, whose scores these settings are for."""
-    label_field: str | None = None
-    """Mode labels and votes."""
-    depth: int = Field(ge=1)
-    """Mode votes: neighbours that vote. Else: labels that are ranked, among which chances are shared out."""
-    votes: VoteKind | None = None
-    temperature: float | None = None
-    """Of votes by similarity."""
-    calibration: Calibration | None = None
-    positive: str | None = None
-    """One of two classes, whose label is given from `cut` on."""
-    cut: float | None = None
-    abstain_below: float | None = None
-    """The lowest score with which a label is given."""
-
-    @classmethod
-    def read(cls, place: str | Location) -> ClassifySettings:
-        """Raises InputError where there is no such file, FormatError where it holds something else."""
-        location = Location.of(place)
-        values = location.read_json()
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise FormatError(
-                f"{location} holds no settings of classify (format {FORMAT!r}); give the output of `raytower "
-                "tune-classify`"
-            )
-        try:
-            return cls.model_validate(values)
-        except ValueError as error:
-            raise FormatError(
-                f"{location} is damaged: {error}; run `raytower tune-classify` again"
-            ) from error
-
-    def check(self, mode: Mode, fingerprint: str, label_field: str | None, name: str) -> None:
-        """Raises InputError where the settings, called `name`, were tuned for something else."""
-        for what, theirs, ours in (
-            ("mode", self.mode, mode),
-            ("fingerprint", self.fingerprint, fingerprint),
-            ("label_field", self.label_field, label_field),
-        ):
-            if theirs != ours:
-                raise InputError(
-                    f"{name!r} was tuned for {what} {theirs!r}, and this one is {ours!r}; scores of the two differ: "
-                    "run `raytower tune-classify` for this one"
-                )
+    location = Location.of(place)
+    values = location.read_json()
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise FormatError(
+            f"{location} holds no settings of classify (format {FORMAT!r}); give the output of `raytower "
+            "tune-classify`"
+        )
+    try:
+        return ClassifySettings.model_validate(values)
+    except ValueError as error:
+        raise FormatError(f"{location} is damaged: {error}; run `raytower tune-classify` again") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +112,14 @@ class Decider:
         if self._mode != "votes" and ranked:
             return min(item.score for item in ranked)
         if self._calibration is not None and self._calibration.kind == "isotonic":
-            return float(self._calibration.apply(np.zeros(1), True)[0])
+            return float(chances_of(self._calibration, np.zeros(1), True)[0])
         return 0.0
 
     def _calibrated(self, ranked: Sequence[Prediction]) -> list[Prediction]:
         if self._calibration is None:
             return list(ranked)
         scores = np.array([item.score for item in ranked], dtype=np.float64)
-        chances = self._calibration.apply(scores, self._were_shares).tolist()
+        chances = chances_of(self._calibration, scores, self._were_shares).tolist()
         return [Prediction(item.label, chance) for item, chance in zip(ranked, chances, strict=True)]
 
     def _cut(self, ranked: list[Prediction]) -> list[Prediction]:
@@ -195,6 +132,15 @@ class Decider:
             return [Prediction(self.positive, score), *ranked]
         # sorted() is stable: within each side the order stays.
         return sorted(ranked, key=lambda item: (item.label == self.positive) != is_positive)
+
+
+def chances_of(
+    calibration: Calibration, scores: NDArray[np.float64], are_shares: bool
+) -> NDArray[np.float64]:
+    """Chances (K,) of the scores (K,) of a text's labels."""
+    if calibration.kind == "isotonic":
+        return np.interp(scores, calibration.scores, calibration.chances)
+    return sharpened(scores, calibration.temperature, are_shares)
 
 
 def sharpened(scores: NDArray[np.float64], temperature: float, are_shares: bool) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from raytower.annotation.config import VoteKind
+from raytower.annotation.classify_settings import VoteKind
 from raytower.annotation.labels import (
     DOCUMENTS_AT_ONCE,
     WIDER,

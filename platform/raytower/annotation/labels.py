@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytower.annotation.config import VoteKind
+from raytower.annotation.classify_settings import VoteKind
 from raytower.data.plain_labels import plain_label
 from raytower.errors import InputError
 from raytower.models.class_ranks import rank_classes

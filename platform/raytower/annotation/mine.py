@@ -23,7 +23,6 @@ from raytower.annotation.negatives import KnownPositives, distinct_texts, draw_o
 from raytower.annotation.rows_in import survey_rows
 from raytower.annotation.rows_out import RowWriter, header_of
 from raytower.data.pieces import Survey, read_pieces
-from raytower.errors import InputError
 from raytower.file_jobs.plan import NUMBER, choose_rows_per_share, shares_of
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, join_bytes, run_shares, workers_for
 from raytower.index.hybrid import HybridFusion, check_mode
@@ -37,6 +36,7 @@ from raytower.progress import log
 from raytower.retrieval.load import load_query_engine, load_reranker, open_index_manifest, own_or
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Candidate, PairScorer, Retriever, Vectors, count_wordless
+from raytower.retrieval.scores import finite_logits
 from raytower.storage import Location, absolute_if_local
 
 _COLUMNS = {
@@ -279,13 +279,8 @@ class Miner:
             InputError: a logit is infinite or no number.
         """
         flat = [query for query, documents in zip(queries, lists, strict=True) for _ in documents]
-        logits = scorer.score(flat, [text for documents in lists for text in documents])
-        bad = np.flatnonzero(~np.isfinite(logits))
-        if len(bad):
-            raise InputError(
-                f"{key} {self._name_of(key)!r} scores query {flat[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
-                f"must be finite; set dtype to float32, or name another {key}"
-            )
+        texts = [text for documents in lists for text in documents]
+        logits = finite_logits(scorer, flat, texts, name=self._name_of(key), role=key)
         ends = np.cumsum([len(documents) for documents in lists])[:-1]
         return [part.tolist() for part in np.split(logits, ends)]
 

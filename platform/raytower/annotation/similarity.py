@@ -19,7 +19,6 @@ from raytower.annotation.cosines import cosines
 from raytower.annotation.rows_in import survey_rows
 from raytower.annotation.rows_out import RowWriter, header_of
 from raytower.data.pieces import Survey
-from raytower.errors import InputError
 from raytower.file_jobs.plan import choose_rows_per_share, shares_of
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, join_bytes, run_shares, workers_for
 from raytower.metrics import Floats, accuracy_f1, auc, best_threshold, spearman
@@ -28,6 +27,7 @@ from raytower.models.encoder import Encoder
 from raytower.progress import log
 from raytower.retrieval.load import load_engine, load_reranker, own_or
 from raytower.retrieval.plans import plan_reranker_rows, plan_rows
+from raytower.retrieval.scores import finite_logits
 from raytower.storage import Location, absolute_if_local
 
 # By whether the input is labelled.
@@ -190,14 +190,7 @@ def _reranker_judge(config: SimilarityConfig) -> PairJudge:
     scorer = load_reranker(name, config)
 
     def judge(queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float64]:
-        logits = scorer.score(queries, documents)
-        bad = np.flatnonzero(~np.isfinite(logits))
-        if len(bad):
-            raise InputError(
-                f"reranker {name!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores must be "
-                "finite; set dtype to float32, or name another reranker"
-            )
-        return scorer.activated(logits)
+        return scorer.activated(finite_logits(scorer, queries, documents, name=name, role="reranker"))
 
     return judge
 

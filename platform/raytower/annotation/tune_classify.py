@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytower.annotation.classify import count_missing, load_labeller, plan_labelling
-from raytower.annotation.config import TuneClassifyConfig, VoteKind
-from raytower.annotation.deciding import Calibration, ClassifySettings, Decider, Decision, sharpened
+from raytower.annotation.classify_settings import Calibration, ClassifySettings, VoteKind
+from raytower.annotation.config import TuneClassifyConfig
+from raytower.annotation.deciding import Decider, Decision, chances_of, read_settings, sharpened
 from raytower.annotation.label_figures import (
     coverage_curve,
     expected_calibration_error,
@@ -297,7 +298,7 @@ def _first(padded_NK: Floats) -> Floats:
 
 def _first_chances(calibration: Calibration, padded_NK: Floats, were_shares: bool) -> Floats:
     if calibration.kind == "isotonic":
-        return calibration.apply(_first(padded_NK), were_shares)
+        return chances_of(calibration, _first(padded_NK), were_shares)
     return _sharpest(padded_NK, calibration.temperature, were_shares)
 
 
@@ -324,7 +325,7 @@ def _survey(config: TuneClassifyConfig) -> Survey:
     refuse_output_inside(config.output, config.input.path)
     place = check_output(config.output, is_folder=False)
     if place.exists() and place.size_bytes():
-        ClassifySettings.read(place)  # nothing else may be written over
+        read_settings(place)  # nothing else may be written over
     return survey_input(
         config.input, "labelled", on_error=config.on_error, quarantine=quarantine_of(config.output)
     )

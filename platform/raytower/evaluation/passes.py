@@ -13,7 +13,7 @@ from raytower.evaluation.measured import Measured
 from raytower.evaluation.measures import Measures
 from raytower.evaluation.stages import OtherStages
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order
 
 # The stage that a mode's recall is.

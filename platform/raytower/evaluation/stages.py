@@ -24,7 +24,7 @@ from raytower.index.kinds import SEARCH_PARAMETER
 from raytower.index.reader import Index, resolve_parameters
 from raytower.index.table import ID
 from raytower.metrics import NDCG_DEPTH, Floats, bootstrap_interval
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 from raytower.retrieval.retriever import EncodedQueries, Vectors
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from raytower.config import FittedWorkersConfig, WorkersConfig
 from raytower.data.pieces import Survey, read_piece
-from raytower.errors import RaytowerError, find_cause, import_extra
+from raytower.errors import import_extra
 from raytower.file_jobs.plan import NUMBER, Share, choose_workers
 from raytower.only_job import only_job
 from raytower.progress import Progress, log
@@ -275,7 +275,7 @@ def _do_on_ray(
     if not missing:
         return
     ray = import_extra("ray")
-    from raytower.runtime import check_room, ensure_ray
+    from raytower.runtime import check_room, ensure_ray, run_tasks
     from raytower.shared_storage import check_shared
 
     ensure_ray(workers.num_cpus)
@@ -289,20 +289,9 @@ def _do_on_ray(
     )(_do_in_task)
     # Arguments travel once, and not with every task.
     shared = (job.identity, job.open_worker, ray.put(job.arguments), workers)
-    waiting = list(missing)
-    running: dict[Any, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers.num:
-                number = waiting.pop(0)
-                running[task.remote(*shared, job.shares[number], job.parts(number))] = number
-            finished, _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(finished[0])
-            yield number, ray.get(finished[0])
-    except Exception as error:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        cause = find_cause(error)
-        if isinstance(cause, RaytowerError):
-            raise cause from None
-        raise RaytowerError(f"a task of the job failed: {cause}") from error
+    yield from run_tasks(
+        lambda number: task.remote(*shared, job.shares[number], job.parts(number)),
+        missing,
+        workers.num,
+        "the job",
+    )

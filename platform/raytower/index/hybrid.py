@@ -28,7 +28,7 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Filter, Index, prepare_queries
 from raytower.index.rowmap import Rows
 from raytower.index.search_config import HybridConfig, HybridWay
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 
 DEFAULT_WAY: HybridWay = "standardised"
 # On 600 judged queries of zh_questions weights from .1 to .4 hardly differ (docs/results/hybrid.md).

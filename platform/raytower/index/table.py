@@ -39,6 +39,17 @@ ROW, ID, TEXT, VECTOR, TOKENS = "row", "id", "text", "vector", "tokens"
 OWN_COLUMNS = (ROW, VECTOR, TOKENS)
 _ADDRESS = "_rowaddr"
 _INVERTED_NAME = "tokens_idx"
+# Tokens are cut already. One partition counts documents together; positions broke in optimising (lance#7653).
+_INVERTED: dict[str, Any] = {
+    "base_tokenizer": "whitespace",
+    "max_token_length": None,
+    "lower_case": False,
+    "stem": False,
+    "remove_stop_words": False,
+    "ascii_folding": False,
+    "with_position": False,
+    "num_workers": 1,
+}
 # Tokens of a batch of long texts would overflow the offsets of a plain string.
 _TOKENS_FIELD = pa.field(TOKENS, pa.large_string())
 _SCAN_ROWS = 65_536
@@ -678,20 +689,7 @@ def _tokens_of(texts: pa.Array | pa.ChunkedArray, settings: TokensConfig) -> pa.
 
 
 def _create_inverted_index(dataset: lance.LanceDataset) -> None:
-    # One partition counts documents together; positions broke in optimising (lance#7653).
-    dataset.create_scalar_index(
-        TOKENS,
-        "INVERTED",
-        name=_INVERTED_NAME,
-        base_tokenizer="whitespace",
-        max_token_length=None,
-        lower_case=False,
-        stem=False,
-        remove_stop_words=False,
-        ascii_folding=False,
-        with_position=False,
-        num_workers=1,
-    )
+    dataset.create_scalar_index(TOKENS, "INVERTED", name=_INVERTED_NAME, **_INVERTED)
 
 
 def _create_index(dataset: lance.LanceDataset, column: str, kind: pa.DataType) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raytower.config import WorkersConfig
-from raytower.errors import RaytowerError, find_cause, import_extra
+from raytower.errors import import_extra
 from raytower.progress import log
 from raytower.requirements import has_labels
 from raytower.storage import Location
@@ -69,7 +69,7 @@ class Run:
         if self.workers is None:
             return [function(*arguments) for arguments in calls]
         ray = _started_ray(self.workers, self.output)
-        from raytower.runtime import check_room
+        from raytower.runtime import check_room, run_tasks
 
         check_room(self.workers.model_copy(update={"num_gpus": num_gpus}))
         task = ray.remote(num_cpus=self.workers.num_cpus, num_gpus=num_gpus, **self.workers.ray_options)(
@@ -78,26 +78,15 @@ class Run:
         # What all calls share travels once, not once a call.
         common = calls[0] if len(calls) > 1 else ()
         shared = {id(value): ray.put(value) for value in common if getattr(value, "nbytes", 0) > 2**16}
-        waiting = list(enumerate(calls))
-        running: dict[Any, int] = {}
+
+        def start(number: int) -> Any:
+            return task.remote(*(shared.get(id(value), value) for value in calls[number]))
+
         results: dict[int, ResultT] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < (at_once or self.at_once):
-                    number, arguments = waiting.pop(0)
-                    running[task.remote(*(shared.get(id(value), value) for value in arguments))] = number
-                finished, _ = ray.wait(list(running), num_returns=1)
-                number = running.pop(finished[0])
-                results[number] = ray.get(finished[0])
-                if progress:
-                    log(progress.format(len(results), len(calls)))
-        except Exception as error:
-            for reference in running:
-                ray.cancel(reference, force=True)
-            cause = find_cause(error)
-            if isinstance(cause, RaytowerError):
-                raise cause from None
-            raise RaytowerError(f"a task of the index job failed: {cause}") from error
+        for number, result in run_tasks(start, range(len(calls)), at_once or self.at_once, "the index job"):
+            results[number] = result
+            if progress:
+                log(progress.format(len(results), len(calls)))
         return [results[number] for number in range(len(calls))]
 
 

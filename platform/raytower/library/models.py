@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,19 +51,31 @@ class Label(NamedTuple):
     probability: float
 
 
-class Encoder(Unpicklable):
-    """Texts to vectors; made by `load_encoder`. Safe for threads."""
+class _Loaded(Unpicklable):
+    """A model, and where it came from."""
 
-    def __init__(self, name: str, engine: ForwardEngine, compute: tuple[Engine, EngineDtype]) -> None:
+    _loader: ClassVar[str]
+    """The function that loads it."""
+
+    def __init__(self, name: str) -> None:
         self.name = name
         """The directory, hub id or URI that it was loaded from."""
+
+    def _how_to_send(self) -> str:
+        return f"send its name, {self.name!r}, and call {self._loader} there"
+
+
+class Encoder(_Loaded):
+    """Texts to vectors; made by `load_encoder`. Safe for threads."""
+
+    _loader = "load_encoder"
+
+    def __init__(self, name: str, engine: ForwardEngine, compute: tuple[Engine, EngineDtype]) -> None:
+        super().__init__(name)
         self.shared = _OneAtATime(engine)
         """It for a `Retriever`: texts behind a prefix of the caller's."""
         self.compute = compute
         """What computes, and at which precision."""
-
-    def _how_to_send(self) -> str:
-        return _send_name("load_encoder", self.name)
 
     @property
     def engine(self) -> ForwardEngine:
@@ -148,17 +160,15 @@ class Encoder(Unpicklable):
         return units
 
 
-class Reranker(Unpicklable):
+class Reranker(_Loaded):
     """Texts in the order of their relevance to a query; made by `load_reranker`. Safe for threads."""
 
+    _loader = "load_reranker"
+
     def __init__(self, name: str, engine: CrossScorer) -> None:
-        self.name = name
-        """The directory, hub id or URI that it was loaded from."""
+        super().__init__(name)
         self._engine = engine
         self._lock = threading.Lock()
-
-    def _how_to_send(self) -> str:
-        return _send_name("load_reranker", self.name)
 
     @property
     def fusion(self) -> Fusion | None:
@@ -209,17 +219,15 @@ class Reranker(Unpicklable):
         return await asyncio.to_thread(self.rank, query, texts, k)
 
 
-class Classifier(Unpicklable):
+class Classifier(_Loaded):
     """Texts to labels; made by `load_classifier`. Safe for threads."""
 
+    _loader = "load_classifier"
+
     def __init__(self, name: str, engine: ClassifierEngine) -> None:
-        self.name = name
-        """The directory, hub id or URI that it was loaded from."""
+        super().__init__(name)
         self._engine = engine
         self._lock = threading.Lock()
-
-    def _how_to_send(self) -> str:
-        return _send_name("load_classifier", self.name)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -355,10 +363,6 @@ def load_classifier(
         directory=graph_directory(str(name), engine),
     )
     return Classifier(str(name), made)
-
-
-def _send_name(loader: str, name: str) -> str:
-    return f"send its name, {name!r}, and call {loader} there"
 
 
 class _OneAtATime:

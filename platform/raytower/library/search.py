@@ -20,7 +20,7 @@ from raytower.index.reader import Filter, Index
 from raytower.index.search_config import HybridConfig
 from raytower.library.inputs import Unpicklable, count_of, name_of, plain, texts_of, vectors_of
 from raytower.library.models import ENCODER, Encoder, Reranker, Several, load_encoder, load_reranker
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 from raytower.retrieval.retriever import Hit, Retriever, index_recall, recall_by, recall_order
 
 _INDEX = "the folder or the URI of an index"

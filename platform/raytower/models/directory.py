@@ -521,7 +521,17 @@ def save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
         file.chmod(mode)
 
 
-def hash_tensors(digest: Any, tensors: dict[str, torch.Tensor]) -> None:
+def digest_of(tensors: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A running hash over weights and tokenizer. Numbers of positions are none of the weights."""
+    digest = new_digest()
+    _hash_tensors(
+        digest, {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    )
+    _hash_tokenizer(digest, tokenizer)
+    return digest
+
+
+def _hash_tensors(digest: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Feed names, shapes and fp32 bytes in name order, so that a re-save in another dtype keeps the hash."""
     for name in sorted(tensors):
         tensor = tensors[name].detach().to(device="cpu", dtype=torch.float32).contiguous()
@@ -529,7 +539,7 @@ def hash_tensors(digest: Any, tensors: dict[str, torch.Tensor]) -> None:
         digest.update(tensor.numpy().data)
 
 
-def hash_tokenizer(digest: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def _hash_tokenizer(digest: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Feed what the tokenizer does to a string; truncation and padding are set per call and do not count."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("truncation", None)

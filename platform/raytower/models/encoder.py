@@ -33,16 +33,14 @@ from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.models.config import PoolingMode
 from raytower.models.directory import (
     INFO_NAME,
+    digest_of,
     hash_config,
-    hash_tensors,
-    hash_tokenizer,
     is_cross_encoder,
     is_static,
     load_tokenizer,
     load_weights,
     loading,
     max_positions,
-    new_digest,
     read_info,
     read_json_object,
     resolve_model,
@@ -403,15 +401,9 @@ class Encoder(nn.Module):
         return str(digest.hexdigest())
 
     def _digest(self) -> Any:
-        digest = new_digest()
         unread = () if self.settings.pooling == "pooler" else ("backbone.pooler.",)
-        weights = {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not (name.startswith(unread) or name.endswith("position_ids"))
-        }
-        hash_tensors(digest, weights)
-        hash_tokenizer(digest, self.tokenizer)
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(unread)}
+        digest = digest_of(weights, self.tokenizer)
         activations = [type(cast(Projection, module).activation).__name__ for module in self.projections]
         rules: tuple[object, ...]
         rules = (self.settings.pooling, self.settings.normalise, self.settings.lower_case, activations)

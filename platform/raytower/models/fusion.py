@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raytower.errors import FormatError, InputError
-
-SearchMode = Literal["dense", "lexical", "hybrid"]
+from raytower.models.search_mode import SearchMode
 
 
 @dataclass(frozen=True, kw_only=True)

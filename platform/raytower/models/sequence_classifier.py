@@ -24,15 +24,13 @@ from transformers import (
 from raytower.errors import FormatError
 from raytower.models.directory import (
     INFO_NAME,
+    digest_of,
     hash_config,
-    hash_tensors,
-    hash_tokenizer,
     is_sequence_classifier,
     is_static,
     load_weights,
     loading,
     max_positions,
-    new_digest,
     read_info,
     read_json_object,
     resolve_model,
@@ -120,11 +118,7 @@ class SequenceClassifier(nn.Module):
 
     def digest_model(self) -> Any:
         """The running hash after weights, tokenizer and config.json."""
-        digest = new_digest()
-        hash_tensors(
-            digest, {k: v for k, v in self.model.state_dict().items() if not k.endswith("position_ids")}
-        )
-        hash_tokenizer(digest, self.tokenizer)
+        digest = digest_of(self.model.state_dict(), self.tokenizer)
         hash_config(digest, self.model.config)
         return digest
 

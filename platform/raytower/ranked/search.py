@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
+from raytower.config import WorkersConfig
 from raytower.data.pieces import Survey, survey
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
@@ -50,13 +52,7 @@ def search_one_or_many(config: SearchConfig) -> dict[str, Any]:
         return search(config)
     start = time.perf_counter()
     file_type, surveyed, shares = _prepare(config)
-    workers = workers_for(
-        config.workers,
-        surveyed.num_rows,
-        _texts_per_query(config),
-        len(shares),
-        use_gpus=config.engine != "onnx",
-    )
+    workers = _workers(config, surveyed, shares)
     job = _job(config, file_type, surveyed, shares)
     figures, num_done = run_shares(job, workers, partial(join_parts, file_type=file_type))
     seconds = time.perf_counter() - start
@@ -86,13 +82,7 @@ def plan_one_or_many(config: SearchConfig) -> dict[str, Any]:
     if config.input is None:
         return plan_search(config)
     file_type, surveyed, shares = _prepare(config)
-    workers = workers_for(
-        config.workers,
-        surveyed.num_rows,
-        _texts_per_query(config),
-        len(shares),
-        use_gpus=config.engine != "onnx",
-    )
+    workers = _workers(config, surveyed, shares)
     plan = plan_search(config, surveyed.num_rows, config.rows_per_batch)
     return {
         **plan,
@@ -176,6 +166,17 @@ def _prepare(config: SearchConfig) -> tuple[RankedFileType, Survey, list[Share]]
         quarantine=quarantine_of(config.output),
     )
     return file_type, surveyed, shares_of(surveyed.pieces)
+
+
+def _workers(config: SearchConfig, surveyed: Survey, shares: Sequence[Share]) -> WorkersConfig | None:
+    """As `workers_for`."""
+    return workers_for(
+        config.workers,
+        surveyed.num_rows,
+        _texts_per_query(config),
+        len(shares),
+        use_gpus=config.engine != "onnx",
+    )
 
 
 def _texts_per_query(config: SearchConfig) -> int:

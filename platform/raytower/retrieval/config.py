@@ -12,7 +12,7 @@ from raytower.data.config import InputConfig
 from raytower.data.unseen import is_unseen
 from raytower.index.search_config import HybridConfig
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 
 RankedFileType = Literal["tsv", "jsonl", "parquet", "trec"]
 _OF_FILES = ("output", "file_type", "rows_per_batch", "workers", "on_error")

@@ -14,7 +14,8 @@ from raytower.models.cross_encoder import CrossEncoder, CrossScorer
 from raytower.models.encoder import Encoder
 from raytower.models.engine_choice import graph_directory
 from raytower.models.forward import ForwardEngine
-from raytower.models.fusion import Fusion, SearchMode
+from raytower.models.fusion import Fusion
+from raytower.models.search_mode import SearchMode
 from raytower.models.text_classifier import ClassifierEngine, TextClassifier
 from raytower.models.trained_prefixes import own_prefix
 from raytower.progress import log

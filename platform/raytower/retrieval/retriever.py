@@ -19,7 +19,8 @@ from raytower.errors import InputError
 from raytower.index.hits import Hits
 from raytower.index.hybrid import HybridFusion, HybridHits, search_hybrid
 from raytower.index.reader import Filter, Index
-from raytower.models.fusion import Fusion, SearchMode
+from raytower.models.fusion import Fusion
+from raytower.models.search_mode import SearchMode
 from raytower.retrieval.ranking import rank
 
 Vectors = NDArray[np.float32]

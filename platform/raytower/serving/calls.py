@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.models.fusion import SearchMode as Mode
+from raytower.models.search_mode import SearchMode as Mode
 from raytower.retrieval.retriever import Hit
 from raytower.serving.work import Deadline
 
@@ -124,34 +124,37 @@ class SearchAnswer(Answer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedAnswer(Answer):
-    """Vectors float32 [N, D]."""
+class ModelAnswer(Answer):
+    """What a model alone answers, by its name."""
 
     model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedAnswer(ModelAnswer):
+    """Vectors float32 [N, D]."""
+
     vectors: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RerankAnswer(Answer):
+class RerankAnswer(ModelAnswer):
     """Raw logits float32 [N] of the documents, in the call's order."""
 
-    model: str
     logits: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimilarityAnswer(Answer):
+class SimilarityAnswer(ModelAnswer):
     """Cosines float32 [N] of the pairs, in the call's order."""
 
-    model: str
     scores: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyAnswer(Answer):
+class ClassifyAnswer(ModelAnswer):
     """Labels with scores of each text, best first."""
 
-    model: str
     mode: ClassifyMode
     labels: Sequence[Sequence[tuple[str, float]]]
 

@@ -13,7 +13,7 @@ from raytower.config import Config, FractionField
 from raytower.errors import InputError
 from raytower.index.search_config import HybridConfig
 from raytower.models.compute import EngineChoice, EngineDtype, check_compute
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 from raytower.requirements import refuse_requirements
 from raytower.serving.access_log import AccessLogConfig
 from raytower.serving.generation import DEFAULT_COLLECTION

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.annotation.config import VoteKind
+from raytower.annotation.classify_settings import VoteKind
 from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.deciding import Decider
 from raytower.annotation.labels import (
@@ -63,7 +63,7 @@ from raytower.serving.errors import (
 )
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation
-from raytower.serving.parts import Parts, Recalled, Scored, Vectors
+from raytower.serving.parts import Pairs, Parts, Recalled, Scored, Vectors
 from raytower.serving.work import Deadline
 
 # What a search may take of forward passes and still go before bulk work.
@@ -247,7 +247,7 @@ class SearchEngine:
                 f"collection {collection!r} has no reranker; start the server with `reranker` set"
             )
         with self._admit(parts.scorer.predict(len(call.documents), Lane.BULK), deadline, urgent=False):
-            scored = await parts.scorer.score([call.query], [call.documents], Lane.BULK, deadline)
+            scored = await parts.scorer.score(Pairs([call.query], [call.documents], Lane.BULK), deadline)
         return RerankAnswer(
             generation=parts.generation.id,
             index_version=parts.generation.index_version,
@@ -458,13 +458,13 @@ class SearchEngine:
             )
             clock.ended("fetch")
             texts = iter([document.text for document in fetched])
-            scored = await parts.scorer.score(
+            pairs = Pairs(
                 call.queries,
                 [[next(texts) for _ in head] for head in heads],
                 Lane.RERANK if urgent else Lane.BULK,
-                deadline.earlier(_reserve_ms(clock, deadline)),
                 may_shorten=True,
             )
+            scored = await parts.scorer.score(pairs, deadline.earlier(_reserve_ms(clock, deadline)))
         except OutOfTimeError:
             return None  # the order of recall is still an answer
         return scored if scored.depth else None

@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from raytower.annotation.deciding import ClassifySettings
+from raytower.annotation.classify_settings import ClassifySettings
 from raytower.index.search_config import HybridWay
 from raytower.models.compute import EngineChoice, EngineDtype
-from raytower.models.fusion import SearchMode
+from raytower.models.search_mode import SearchMode
 
 # The collection of a server that was given one index.
 DEFAULT_COLLECTION = "default"

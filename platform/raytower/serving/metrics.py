@@ -57,48 +57,37 @@ class Metrics:
             self._rerank_skips.labels(collection, "fewer" if facts.reranked_k else "none").inc()
 
     def _define_requests(self) -> None:
-        where = self._registry
-        self._requests = Counter(
+        self._requests = self._counter(
             "raytower_requests",
             "Requests that have ended, by route; status 499 is a caller who hung up",
-            ["route", "collection", "status"],
-            registry=where,
+            ("route", "collection", "status"),
         )
-        self._request_seconds = Histogram(
+        self._request_seconds = self._seconds(
             "raytower_request_seconds",
             "Seconds from a request's arrival to the end of its answer",
-            ["route"],
-            registry=where,
-            buckets=_SECONDS,
+            ("route",),
         )
-        self._stage_seconds = Histogram(
+        self._stage_seconds = self._seconds(
             "raytower_stage_seconds",
             "Seconds of a stage of a request: encode, recall, fetch, rerank; waiting for a batch included",
-            ["collection", "stage"],
-            registry=where,
-            buckets=_SECONDS,
+            ("collection", "stage"),
         )
-        self._late = Counter(
+        self._late = self._counter(
             "raytower_deadline_exceeded",
             "Requests answered 504, by the stage that was late; waiting: before the first one",
-            ["stage"],
-            registry=where,
+            ("stage",),
         )
-        self._tokens = Counter("raytower_tokens", "Tokens of requests' texts", ["route"], registry=where)
-        self._truncated = Counter(
-            "raytower_truncated_texts", "Texts that were cut to the model's length", ["route"], registry=where
+        self._tokens = self._counter("raytower_tokens", "Tokens of requests' texts", ("route",))
+        self._truncated = self._counter(
+            "raytower_truncated_texts", "Texts that were cut to the model's length", ("route",)
         )
-        self._partial = Counter(
-            "raytower_partial_answers",
-            "Answers without the hits of a late or dead shard",
-            ["collection"],
-            registry=where,
+        self._partial = self._counter(
+            "raytower_partial_answers", "Answers without the hits of a late or dead shard", ("collection",)
         )
-        self._rerank_skips = Counter(
+        self._rerank_skips = self._counter(
             "raytower_rerank_skips",
             "Answers with none or fewer of the documents reranked than were asked for, for want of time",
-            ["collection", "reranked"],
-            registry=where,
+            ("collection", "reranked"),
         )
 
     # --- what the engine did ----------------------------------------------------------------------------------
@@ -137,51 +126,50 @@ class Metrics:
             self._generation.remove(collection, *former)
 
     def _define_work(self) -> None:
-        where = self._registry
-        self._forward_rows = Histogram(
-            "raytower_forward_rows", "Rows of a forward pass", ["model"], registry=where, buckets=_ROWS
+        self._forward_rows = self._histogram(
+            "raytower_forward_rows", "Rows of a forward pass", ("model",), _ROWS
         )
-        self._forward_tokens = Histogram(
-            "raytower_forward_tokens",
-            "Tokens of a forward pass without padding",
-            ["model"],
-            registry=where,
-            buckets=_TOKENS,
+        self._forward_tokens = self._histogram(
+            "raytower_forward_tokens", "Tokens of a forward pass without padding", ("model",), _TOKENS
         )
-        self._forward_padding = Counter(
-            "raytower_forward_padding_tokens",
-            "Padded positions that were computed",
-            ["model"],
-            registry=where,
+        self._forward_padding = self._counter(
+            "raytower_forward_padding_tokens", "Padded positions that were computed", ("model",)
         )
-        self._forward_seconds = Histogram(
-            "raytower_forward_seconds",
-            "Seconds of a forward pass",
-            ["model"],
-            registry=where,
-            buckets=_SECONDS,
+        self._forward_seconds = self._seconds(
+            "raytower_forward_seconds", "Seconds of a forward pass", ("model",)
         )
-        self._queue_seconds = Histogram(
+        self._queue_seconds = self._seconds(
             "raytower_queue_wait_seconds",
             "Seconds that a submission waited for its first forward pass",
-            ["queue", "lane"],
-            registry=where,
-            buckets=_SECONDS,
+            ("queue", "lane"),
         )
-        self._queue_items = Gauge(
-            "raytower_queue_items", "What waits in a queue now", ["queue", "lane"], registry=where
+        self._queue_items = self._gauge(
+            "raytower_queue_items", "What waits in a queue now", ("queue", "lane")
         )
-        self._admitted = Counter("raytower_admitted", "Requests that were let in", ["lane"], registry=where)
-        self._refused = Counter(
-            "raytower_refused", "Requests that were turned away", ["lane", "reason"], registry=where
+        self._admitted = self._counter("raytower_admitted", "Requests that were let in", ("lane",))
+        self._refused = self._counter(
+            "raytower_refused", "Requests that were turned away", ("lane", "reason")
         )
-        self._generation = Gauge(
+        self._generation = self._gauge(
             "raytower_generation_info",
             "1: the generation that a collection answers from",
-            ["collection", "index_version", "generation"],
-            registry=where,
+            ("collection", "index_version", "generation"),
         )
-        self._rows = Gauge("raytower_rows", "Documents of a collection", ["collection"], registry=where)
+        self._rows = self._gauge("raytower_rows", "Documents of a collection", ("collection",))
+
+    def _counter(self, name: str, meaning: str, labels: Sequence[str]) -> Counter:
+        return Counter(name, meaning, labels, registry=self._registry)
+
+    def _gauge(self, name: str, meaning: str, labels: Sequence[str]) -> Gauge:
+        return Gauge(name, meaning, labels, registry=self._registry)
+
+    def _seconds(self, name: str, meaning: str, labels: Sequence[str]) -> Histogram:
+        return self._histogram(name, meaning, labels, _SECONDS)
+
+    def _histogram(
+        self, name: str, meaning: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> Histogram:
+        return Histogram(name, meaning, labels, registry=self._registry, buckets=buckets)
 
     # --- out --------------------------------------------------------------------------------------------------
 

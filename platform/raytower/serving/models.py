@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ from raytower.serving.calls import ServedModel, TokenCounts
 from raytower.serving.errors import OutOfTimeError, UnprocessableError
 from raytower.serving.forwards import Forwards, Lane, ModelForwards
 from raytower.serving.generation import ComputeEntry, Generation, ModelEntry
-from raytower.serving.parts import Encoded, Scored
+from raytower.serving.parts import Encoded, Pairs, Scored
 from raytower.serving.work import Deadline
 
 # So many characters are tokenised in the event loop at most; a thread's turn costs more than that.
@@ -49,17 +50,38 @@ Tokenise = Callable[[Sequence[int], int], TokenBlock]
 _ModelT = TypeVar("_ModelT", bound="SharedModel")
 
 
-class SharedModel:
+class SharedModel(ABC):
     """Rows through one model: tokenised by one thread at a time, computed with those of other requests."""
 
-    def __init__(self, name: str, engine: Any, forwards: Forwards, tokenisers: ThreadPoolExecutor) -> None:
-        self._engine = engine
-        self._passes = ModelForwards(name, engine, forwards)
+    def __init__(
+        self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, tokenisers: ThreadPoolExecutor
+    ) -> None:
+        """Load the model of an entry, and take the time of a pass over a passage."""
+        directory = graph_directory(entry.uri, compute.engine)
+        self._engine = self._load(
+            entry.uri, compute, engine=compute.engine, dtype=compute.dtype, directory=directory
+        )
+        self.fingerprint: str = self._engine.fingerprint
+        self.served = self._describe(entry.uri)
+        self._passes = ModelForwards(self.served.name, self._engine, forwards)
         self._tokenisers = tokenisers
         self._lock = threading.Lock()
         # Seen last: tokens of a row, and tokens for each character.
-        self._tokens_a_row = min(64.0, float(engine.max_length))
+        self._tokens_a_row = min(64.0, float(self._engine.max_length))
         self._tokens_a_character = 0.5
+        self._passes.calibrate(self._passage())
+
+    @abstractmethod
+    def _load(self, uri: str, compute: ComputeEntry, **settings: Any) -> Any:
+        """The engine of a model; `settings` are the arguments that every engine is made with."""
+
+    @abstractmethod
+    def _describe(self, uri: str) -> ServedModel:
+        """The model as callers see it."""
+
+    @abstractmethod
+    def _passage(self) -> TokenBlock:
+        """One row of the length of a passage."""
 
     async def _compute(
         self,
@@ -127,28 +149,23 @@ class SharedModel:
 class SharedEncoder(SharedModel):
     """One encoder."""
 
-    def __init__(
-        self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, pool: ThreadPoolExecutor
-    ) -> None:
-        encoder = Encoder.load(entry.uri)
-        engine = ForwardEngine(encoder, max_length=compute.max_length, **_compute_settings(entry, compute))
-        super().__init__(model_name(entry.uri), engine, forwards, pool)
-        self.fingerprint = engine.fingerprint
-        self.served = ServedModel(
-            name=model_name(entry.uri),
-            max_length=engine.max_length,
-            dim=engine.dim,
-            dimensions=trained_dimensions(entry.uri),
+    def _load(self, uri: str, compute: ComputeEntry, **settings: Any) -> ForwardEngine:
+        return ForwardEngine(Encoder.load(uri), max_length=compute.max_length, **settings)
+
+    def _describe(self, uri: str) -> ServedModel:
+        return ServedModel(
+            name=model_name(uri),
+            max_length=self._engine.max_length,
+            dim=self._engine.dim,
+            dimensions=trained_dimensions(uri),
         )
-        self._passes.calibrate(engine.tokenise([_PASSAGE]))
+
+    def _passage(self) -> TokenBlock:
+        engine: ForwardEngine = self._engine
+        return engine.tokenise([_PASSAGE])
 
     async def encode(
-        self,
-        texts: Sequence[str],
-        prefix: str,
-        lane: Lane,
-        deadline: Deadline,
-        max_length: int | None = None,
+        self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline, max_length: int | None = None
     ) -> Encoded:
         """Vectors of the texts, with `prefix` put before each, cut to `max_length` tokens (None: the encoder's own).
 
@@ -182,46 +199,38 @@ class SharedEncoder(SharedModel):
 class SharedScorer(SharedModel):
     """One reranker."""
 
-    def __init__(
-        self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, pool: ThreadPoolExecutor
-    ) -> None:
-        model = CrossEncoder.load(entry.uri)
-        engine = CrossScorer(model, max_length=compute.rerank_max_length, **_compute_settings(entry, compute))
-        super().__init__(model_name(entry.uri), engine, forwards, pool)
-        self.fingerprint = engine.fingerprint
-        self.served = ServedModel(name=model_name(entry.uri), max_length=engine.max_length)
-        self._passes.calibrate(engine.model.tokenise([["paid twice"], [_PASSAGE]], engine.max_length))
+    def _load(self, uri: str, compute: ComputeEntry, **settings: Any) -> CrossScorer:
+        return CrossScorer(CrossEncoder.load(uri), max_length=compute.rerank_max_length, **settings)
+
+    def _describe(self, uri: str) -> ServedModel:
+        return ServedModel(name=model_name(uri), max_length=self._engine.max_length)
+
+    def _passage(self) -> TokenBlock:
+        engine: CrossScorer = self._engine
+        return engine.model.tokenise([["paid twice"], [_PASSAGE]], engine.max_length)
 
     def predict(self, num_pairs: int, lane: Lane) -> float:  # type: ignore[override]
         """Seconds of forward passes that so many pairs would take, at the length of those seen last."""
         return self._passes.predict_tokens(int(num_pairs * self._tokens_a_row), num_pairs, lane)
 
-    async def score(
-        self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: Lane,
-        deadline: Deadline,
-        *,
-        may_shorten: bool = False,
-    ) -> Scored:
-        """Logits of each query with its candidates. With `may_shorten` only as many of the first as time allows.
-
-        Raises OutOfTimeError.
-        """
-        pairs = [(query, text) for query, texts in zip(queries, candidates, strict=True) for text in texts]
+    async def score(self, pairs: Pairs, deadline: Deadline) -> Scored:
+        """Logits of each query with its candidates. Raises OutOfTimeError."""
+        candidates, lane = pairs.candidates, pairs.lane
+        texts_of_pairs = [
+            (query, text) for query, texts in zip(pairs.queries, candidates, strict=True) for text in texts
+        ]
         places = np.array([rank for texts in candidates for rank in range(len(texts))], np.int64)
         engine: CrossScorer = self._engine
 
         def tokenise_rows(rows: Sequence[int], length: int) -> TokenBlock:
-            columns = [[pairs[row][side] for row in rows] for side in (0, 1)]
+            columns = [[texts_of_pairs[row][side] for row in rows] for side in (0, 1)]
             return engine.model.tokenise(columns, length)
 
         depth = max(map(len, candidates), default=0)
-        sizes = [len(query) + len(text) for query, text in pairs]
+        sizes = [len(query) + len(text) for query, text in texts_of_pairs]
         max_length = engine.max_length
         block = await self._tokenised(tokenise_rows, sizes, max_length)
-        if may_shorten:
+        if pairs.may_shorten:
             depth = self._depth_in_time(block.lengths, places, depth, lane, deadline)
             values, depth = await self._first_in_time(block, places, depth, lane, deadline)
         else:
@@ -280,18 +289,16 @@ class SharedScorer(SharedModel):
 class SharedClassifier(SharedModel):
     """One text classifier."""
 
-    def __init__(
-        self, entry: ModelEntry, compute: ComputeEntry, forwards: Forwards, pool: ThreadPoolExecutor
-    ) -> None:
-        engine = ClassifierEngine(TextClassifier.load(entry.uri), **_compute_settings(entry, compute))
-        super().__init__(model_name(entry.uri), engine, forwards, pool)
-        self.fingerprint = engine.fingerprint
-        self.served = ServedModel(
-            name=model_name(entry.uri),
-            max_length=engine.max_length,
-            labels=tuple(map(plain_label, engine.labels)),  # as `raytower classify` says them
-        )
-        self._passes.calibrate(engine.model.tokenise([[_PASSAGE]], engine.max_length))
+    def _load(self, uri: str, compute: ComputeEntry, **settings: Any) -> ClassifierEngine:
+        return ClassifierEngine(TextClassifier.load(uri), **settings)
+
+    def _describe(self, uri: str) -> ServedModel:
+        labels = tuple(map(plain_label, self._engine.labels))  # as `raytower classify` says them
+        return ServedModel(name=model_name(uri), max_length=self._engine.max_length, labels=labels)
+
+    def _passage(self) -> TokenBlock:
+        engine: ClassifierEngine = self._engine
+        return engine.model.tokenise([[_PASSAGE]], engine.max_length)
 
     async def logits(
         self, texts: Sequence[str], lane: Lane, deadline: Deadline
@@ -345,12 +352,6 @@ class ModelPool:
                     )
                 self._loaded[key] = known
             return cast(_ModelT, known)
-
-
-def _compute_settings(entry: ModelEntry, compute: ComputeEntry) -> dict[str, Any]:
-    """What every engine is told of how to compute."""
-    directory = graph_directory(entry.uri, compute.engine)
-    return {"engine": compute.engine, "dtype": compute.dtype, "directory": directory}
 
 
 def model_name(uri: str) -> str:

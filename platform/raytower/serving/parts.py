@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from raytower.index.hybrid import HybridFusion
 from raytower.index.table import Document
-from raytower.models.fusion import Fusion, SearchMode
+from raytower.models.fusion import Fusion
+from raytower.models.search_mode import SearchMode
 from raytower.retrieval.retriever import EncodedQueries
 from raytower.serving.calls import ServedModel, TokenCounts
 from raytower.serving.forwards import Lane
@@ -22,6 +23,8 @@ from raytower.serving.generation import Generation
 from raytower.serving.work import Deadline
 
 Vectors = NDArray[np.float32]
+# A condition on the documents' columns.
+Filter = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class Encoded:
 
     vectors: Vectors
     counts: TokenCounts
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Queries, each with the candidates that it is to be scored with."""
+
+    queries: Sequence[str]
+    candidates: Sequence[Sequence[str]]
+    lane: Lane
+    may_shorten: bool = False
+    """Whether only as many of the first candidates of each query need be scored as time allows."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +79,7 @@ class TextModel(Protocol):
         """Seconds of forward passes that the texts would take."""
 
     async def encode(
-        self,
-        texts: Sequence[str],
-        prefix: str,
-        lane: Lane,
-        deadline: Deadline,
-        max_length: int | None = None,
+        self, texts: Sequence[str], prefix: str, lane: Lane, deadline: Deadline, max_length: int | None = None
     ) -> Encoded:
         """Vectors of the texts, with `prefix` put before each, cut to `max_length` tokens (None: the encoder's own).
 
@@ -90,19 +99,8 @@ class PairModel(Protocol):
     def predict(self, num_pairs: int, lane: Lane) -> float:
         """Seconds of forward passes that so many pairs would take."""
 
-    async def score(
-        self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: Lane,
-        deadline: Deadline,
-        *,
-        may_shorten: bool = False,
-    ) -> Scored:
-        """Logits of each query with its candidates. With `may_shorten` only as many of the first as time allows.
-
-        Raises OutOfTimeError.
-        """
+    async def score(self, pairs: Pairs, deadline: Deadline) -> Scored:
+        """Logits of each query with its candidates. Raises OutOfTimeError."""
 
 
 class LabelModel(Protocol):
@@ -130,26 +128,19 @@ class RecallStage(Protocol):
     def columns(self) -> Mapping[str, str]:
         """The documents' columns and their types."""
 
-    def check_filter(self, filter: Mapping[str, Any]) -> None:
+    def check_filter(self, filter: Filter) -> None:
         """Raises InputError where it does not fit the columns, or is too large."""
 
-    async def search(
-        self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
-    ) -> Recalled:
+    async def search(self, vectors: Vectors, k: int, filter: Filter | None, deadline: Deadline) -> Recalled:
         """The best min(k, documents that match) rows for each vector of (Q, D)."""
 
     async def search_lexical(
-        self, queries: Sequence[str], k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+        self, queries: Sequence[str], k: int, filter: Filter | None, deadline: Deadline
     ) -> Recalled:
         """The best rows for each text by its words, at most k; fewer where fewer documents share one."""
 
     async def search_hybrid(
-        self,
-        queries: EncodedQueries,
-        k: int,
-        filter: Mapping[str, Any] | None,
-        fusion: HybridFusion,
-        deadline: Deadline,
+        self, queries: EncodedQueries, k: int, filter: Filter | None, fusion: HybridFusion, deadline: Deadline
     ) -> Recalled:
         """The best min(k, documents that match) rows for each query by its vector and its words."""
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from raytower.errors import RaytowerError
 from raytower.index.lexical import LexicalSide
@@ -25,7 +25,8 @@ from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation
 from raytower.serving.models import ModelPool
 from raytower.serving.opening import LocalParts, checked_manifest
-from raytower.serving.parts import PairModel, Parts, RecallStage, Scored
+from raytower.serving.parts import PairModel, Pairs, Parts, RecallStage, Scored
+from raytower.serving.prepared import Prepared
 from raytower.serving.shards import RemoteRecall, ShardCall, planner_of
 from raytower.serving.work import Deadline
 from raytower.storage import Location
@@ -39,18 +40,8 @@ _RETURN_MS = 10
 _T = TypeVar("_T")
 
 
-class ScoreCall(Protocol):
-    """Asks a reranker in another process; its parameters are those of `Reranker.score`."""
-
-    def __call__(
-        self,
-        generation_id: str,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: int,
-        timeout_ms: int,
-        may_shorten: bool,
-    ) -> Awaitable[Scored]: ...
+# Asks a reranker in another process; its parameters are those of `Reranker.score`.
+ScoreCall = Callable[[str, Pairs, int], Awaitable[Scored]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +161,11 @@ class RemoteScorer:
         """Seconds that so many pairs would take, by what those before took."""
         return num_pairs * self._pair_s
 
-    async def score(
-        self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: Lane,
-        deadline: Deadline,
-        *,
-        may_shorten: bool = False,
-    ) -> Scored:
+    async def score(self, pairs: Pairs, deadline: Deadline) -> Scored:
         """Logits as `PairModel.score`.
 
         Raises:
-            OutOfTimeError: it does not answer in time; or, with `may_shorten`, it does not answer.
+            OutOfTimeError: it does not answer in time; or, where the pairs may be shortened, it does not answer.
             NotReadyError: it does not answer.
         """
         began = time.monotonic()
@@ -190,9 +173,7 @@ class RemoteScorer:
         for attempt in range(2):
             try:
                 async with asyncio.timeout(deadline.remaining_s()):
-                    scored = await self._call(
-                        self._generation_id, queries, candidates, int(lane), timeout_ms, may_shorten
-                    )
+                    scored = await self._call(self._generation_id, pairs, timeout_ms)
             except TimeoutError:
                 raise deadline.exceeded() from None
             except (asyncio.CancelledError, OutOfTimeError):
@@ -200,7 +181,7 @@ class RemoteScorer:
             except Exception as error:
                 if attempt == 0 and deadline.remaining_s():
                     continue  # of several copies one may just have died
-                if may_shorten:
+                if pairs.may_shorten:
                     raise deadline.exceeded() from error
                 raise NotReadyError(
                     "the reranker does not answer; try again", headers={"Retry-After": "1"}
@@ -213,54 +194,28 @@ class RemoteScorer:
         raise AssertionError("every attempt returns or raises")
 
 
-class Reranker:
+class Reranker(Prepared[PairModel | None]):
     """Rerankers in a process of their own: what members hold of generations with layout split."""
 
     def __init__(self, models: ModelPool) -> None:
+        super().__init__()
         self._models = models
-        self._scorers: dict[str, PairModel | None] = {}
 
     async def prepare(self, generation: Generation) -> None:
         """Load the generation's reranker, and score a pair with it."""
         scorer: PairModel | None = await asyncio.to_thread(self._models.scorer, generation)
         if scorer is not None:
-            await scorer.score([""], [["warm up"]], Lane.QUERY, Deadline.after(60_000))
-        self._scorers[generation.id] = scorer
-
-    def held(self) -> frozenset[str]:
-        return frozenset(self._scorers)
-
-    def activate(self, generation_id: str) -> None:
-        """Requests name the generation that they are for, so nothing has to be done."""
-
-    def drop(self, generation_id: str) -> None:
-        self._scorers.pop(generation_id, None)
+            await scorer.score(Pairs([""], [["warm up"]], Lane.QUERY), Deadline.after(60_000))
+        self._prepared[generation.id] = scorer
 
     def describe(self, generation_id: str) -> ServedModel | None:
         """The reranker as callers see it; None where the generation has none. Raises NotReadyError."""
-        scorer = self._scorer(generation_id)
+        scorer = self._of(generation_id)
         return scorer.served if scorer else None
 
-    async def score(
-        self,
-        generation_id: str,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: int,
-        timeout_ms: int,
-        may_shorten: bool,
-    ) -> Scored:
+    async def score(self, generation_id: str, pairs: Pairs, timeout_ms: int) -> Scored:
         """Logits of each query with its candidates. Raises NotReadyError, OutOfTimeError."""
-        scorer = self._scorer(generation_id)
+        scorer = self._of(generation_id)
         if scorer is None:
             raise NotReadyError(f"generation {generation_id} has no reranker")
-        return await scorer.score(
-            queries, candidates, Lane(lane), Deadline.after(timeout_ms), may_shorten=may_shorten
-        )
-
-    def _scorer(self, generation_id: str) -> PairModel | None:
-        if generation_id not in self._scorers:
-            raise NotReadyError(
-                f"generation {generation_id} is not prepared here; try again", headers={"Retry-After": "1"}
-            )
-        return self._scorers[generation_id]
+        return await scorer.score(pairs, Deadline.after(timeout_ms))

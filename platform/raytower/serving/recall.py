@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from raytower.index.hybrid import HybridFusion, HybridHits, best_of, candidates_
 from raytower.index.reader import Index
 from raytower.index.table import ID, Document, documents_of
 from raytower.retrieval.retriever import EncodedQueries
-from raytower.serving.parts import Recalled, Vectors
+from raytower.serving.parts import Filter, Recalled, Vectors
 from raytower.serving.work import Deadline
 
 _OBJECT_BYTES = 500
@@ -65,13 +65,11 @@ class LocalRecall:
     def rows(self) -> int:
         return self.index.num_rows
 
-    def check_filter(self, filter: Mapping[str, Any]) -> None:
+    def check_filter(self, filter: Filter) -> None:
         """Raises InputError where it does not fit the columns."""
         self.index.check_filter(filter)
 
-    async def search(
-        self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
-    ) -> Recalled:
+    async def search(self, vectors: Vectors, k: int, filter: Filter | None, deadline: Deadline) -> Recalled:
         """The best min(k, documents that match) rows for each vector of (Q, D)."""
         found = await self._run(
             lambda: self.index.search(vectors, k, filter=filter, check=deadline.check), deadline
@@ -79,7 +77,7 @@ class LocalRecall:
         return Recalled(found.scores, found.rows)
 
     async def search_lexical(
-        self, queries: Sequence[str], k: int, filter: Mapping[str, Any] | None, deadline: Deadline
+        self, queries: Sequence[str], k: int, filter: Filter | None, deadline: Deadline
     ) -> Recalled:
         """The best rows for each text by its words, at most k. The table alone is asked, wherever the shards are."""
         found = await self._run(
@@ -89,12 +87,7 @@ class LocalRecall:
         return Recalled(found.scores, found.rows, wordless=wordless)
 
     async def search_hybrid(
-        self,
-        queries: EncodedQueries,
-        k: int,
-        filter: Mapping[str, Any] | None,
-        fusion: HybridFusion,
-        deadline: Deadline,
+        self, queries: EncodedQueries, k: int, filter: Filter | None, fusion: HybridFusion, deadline: Deadline
     ) -> Recalled:
         """The best min(k, documents that match) rows for each query; both sides are searched at once."""
         vectors, depth = queries.vectors, candidates_of_a_side(k)

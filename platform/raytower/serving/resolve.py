@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytower.annotation.deciding import ClassifySettings
+from raytower.annotation.classify_settings import ClassifySettings
+from raytower.annotation.deciding import read_settings
 from raytower.annotation.labels import count_labels
 from raytower.config import make_config
 from raytower.errors import InputError
@@ -209,7 +210,7 @@ def _classify_settings(
     """Raises InputError: settings of a way that is not served, of another model, or two of one way."""
     found: dict[str, ClassifySettings] = {}
     for name in config.classify_tuned:
-        settings = ClassifySettings.read(name)
+        settings = read_settings(name)
         mode = settings.mode
         if mode not in _classify_modes(config):
             raise InputError(

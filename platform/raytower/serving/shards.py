@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,8 @@ from raytower.index.reader import Index, prepare_queries, resolve_parameters
 from raytower.serving.errors import NotReadyError
 from raytower.serving.generation import Generation
 from raytower.serving.opening import checked_manifest
-from raytower.serving.parts import Recalled, Vectors
+from raytower.serving.parts import Filter, Recalled, Vectors
+from raytower.serving.prepared import Prepared
 from raytower.serving.recall import LocalRecall
 from raytower.serving.work import Deadline
 
@@ -34,18 +35,22 @@ _LOGGER = logging.getLogger("raytower.serving")
 _RECALL_SHARE = 0.6
 
 
-class ShardCall(Protocol):
-    """Asks one group, wherever it is; its parameters are those of `ShardGroup.search`."""
+@dataclass(frozen=True, kw_only=True)
+class GroupSearch:
+    """What a group is asked for: the best `k` hits of each query in some shards."""
 
-    def __call__(
-        self,
-        generation_id: str,
-        prepared: Vectors,
-        k: int,
-        asks: Sequence[Ask],
-        parameters: Mapping[str, int],
-        filter: Mapping[str, Any] | None,
-    ) -> Awaitable[Hits]: ...
+    prepared: Vectors
+    """The queries, float32 (Q, D), as `prepare_queries` makes them."""
+    k: int
+    asks: Sequence[Ask]
+    """Which queries each shard is searched for, and how deep."""
+    parameters: Mapping[str, int]
+    """Of the search, by the kind of the index."""
+    filter: Filter | None
+
+
+# Asks one group, wherever it is; its parameters are those of `ShardGroup.search`.
+ShardCall = Callable[[str, GroupSearch], Awaitable[Hits]]
 
 
 class RemoteRecall(LocalRecall):
@@ -75,9 +80,7 @@ class RemoteRecall(LocalRecall):
         self._groups = list(groups)
         self._shard_timeout_s = shard_timeout_ms / 1000
 
-    async def search(
-        self, vectors: Vectors, k: int, filter: Mapping[str, Any] | None, deadline: Deadline
-    ) -> Recalled:
+    async def search(self, vectors: Vectors, k: int, filter: Filter | None, deadline: Deadline) -> Recalled:
         """The best min(k, documents that match) rows for each vector of (Q, D), of the groups that answer in time.
 
         Raises:
@@ -89,7 +92,8 @@ class RemoteRecall(LocalRecall):
             self._shard_timeout_s, deadline.remaining_s() * _RECALL_SHARE
         )
         asks, visits_some = self._planner.first(prepared, k, parameters, is_filtered=filter is not None)
-        best, missing = await self._ask(prepared, k, asks, parameters, filter, until, deadline)
+        asked = GroupSearch(prepared=prepared, k=k, asks=asks, parameters=parameters, filter=filter)
+        best, missing = await self._ask(asked, until, deadline)
         if not visits_some:
             return Recalled(best.scores, best.rows, missing)
         depth = min(k, self._planner.num_rows)
@@ -97,29 +101,23 @@ class RemoteRecall(LocalRecall):
         short = self._planner.rest(best)
         if len(short):
             everywhere = self._planner.everywhere(k, parameters)
-            found, more = await self._ask(prepared[short], k, everywhere, parameters, None, until, deadline)
+            asked = replace(asked, prepared=prepared[short], asks=everywhere, filter=None)
+            found, more = await self._ask(asked, until, deadline)
             found = merge_hits([empty_hits(len(short), depth), found], depth)
             best.scores[short], best.rows[short] = found.scores, found.rows
             missing = tuple(sorted({*missing, *more}))
         return Recalled(best.scores, best.rows, missing)
 
     async def _ask(
-        self,
-        prepared: Vectors,
-        k: int,
-        asks: Sequence[Ask],
-        parameters: Mapping[str, int],
-        filter: Mapping[str, Any] | None,
-        until: float,
-        deadline: Deadline,
+        self, asked: GroupSearch, until: float, deadline: Deadline
     ) -> tuple[Hits, tuple[int, ...]]:
         """What the groups answer in time, merged, and the numbers of the shards whose group did not."""
         by_group: dict[int, list[Ask]] = {}
-        for ask in asks:
+        for ask in asked.asks:
             by_group.setdefault(self._group_of(ask.shard), []).append(ask)
         results = await asyncio.gather(
             *(
-                self._ask_group(group, prepared, k, wanted, parameters, filter, until)
+                self._ask_group(group, replace(asked, asks=wanted), until)
                 for group, wanted in by_group.items()
             )
         )
@@ -133,25 +131,15 @@ class RemoteRecall(LocalRecall):
             if hits is None
             for ask in wanted
         )
-        return merge_hits(answered, k) if answered else empty_hits(len(prepared), 0), tuple(missing)
+        found = merge_hits(answered, asked.k) if answered else empty_hits(len(asked.prepared), 0)
+        return found, tuple(missing)
 
-    async def _ask_group(
-        self,
-        group: int,
-        prepared: Vectors,
-        k: int,
-        asks: Sequence[Ask],
-        parameters: Mapping[str, int],
-        filter: Mapping[str, Any] | None,
-        until: float,
-    ) -> Hits | None:
+    async def _ask_group(self, group: int, asked: GroupSearch, until: float) -> Hits | None:
         """A group's hits; None where it is late, or has failed twice: of several copies one may just have died."""
         for _ in range(2):
             try:
                 async with asyncio.timeout_at(until):
-                    return await self._groups[group](
-                        self._generation_id, prepared, k, asks, parameters, filter
-                    )
+                    return await self._groups[group](self._generation_id, asked)
             except asyncio.CancelledError:
                 raise
             except TimeoutError:
@@ -180,39 +168,25 @@ def planner_of(
     return SearchPlanner(manifest, digests, [counts[number] for number in wanted], placement)
 
 
-class ShardGroup:
+class ShardGroup(Prepared[Index]):
     """The shards of one group, in a process of their own: what members hold of a generation with layout sharded."""
 
     def __init__(self, number: int, num_groups: int, threads: int = 4) -> None:
+        super().__init__()
         self._number = number
         self._num_groups = num_groups
-        self._indexes: dict[str, Index] = {}
-        self._num_shards: dict[str, int] = {}
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="raytower-recall")
 
     # --- as a member ------------------------------------------------------------------------------------------
 
     async def prepare(self, generation: Generation) -> None:
         """Open the group's shards of a generation's index version, and search them once."""
-        if generation.id in self._indexes:
-            return
-        index = await asyncio.to_thread(self._open, generation)
-        self._num_shards[generation.id] = len(index.manifest.shards)
-        self._indexes[generation.id] = index
-
-    def held(self) -> frozenset[str]:
-        return frozenset(self._indexes)
-
-    def activate(self, generation_id: str) -> None:
-        """Requests name the generation that they are for, so nothing has to be done."""
-
-    def drop(self, generation_id: str) -> None:
-        self._indexes.pop(generation_id, None)
-        self._num_shards.pop(generation_id, None)
+        if generation.id not in self._prepared:
+            self._prepared[generation.id] = await asyncio.to_thread(self._open, generation)
 
     def _open(self, generation: Generation) -> Index:
         manifest = checked_manifest(generation)
-        for known in self._indexes.values():
+        for known in self._prepared.values():
             if known.manifest == manifest:  # another model with the same version
                 return known
         index = Index.open(generation.index, generation.index_version, part=(self._number, self._num_groups))
@@ -224,44 +198,26 @@ class ShardGroup:
 
     def counts(self, generation_id: str) -> dict[int, int]:
         """Live rows of the shards that this group holds. Raises NotReadyError."""
-        index = self._index(generation_id)
+        index = self._of(generation_id)
         return {
-            self._shard_at(position, generation_id): shard.num_live
-            for position, shard in enumerate(index.shards)
+            self._shard_at(position, index): shard.num_live for position, shard in enumerate(index.shards)
         }
 
-    async def search(
-        self,
-        generation_id: str,
-        prepared: Vectors,
-        k: int,
-        asks: Sequence[Ask],
-        parameters: Mapping[str, int],
-        filter: Mapping[str, Any] | None,
-    ) -> Hits:
-        """The best k hits of prepared queries (Q, D) in what is asked of this group's shards.
+    async def search(self, generation_id: str, asked: GroupSearch) -> Hits:
+        """The best hits in what is asked of this group's shards.
 
         Raises NotReadyError where the generation is not held here.
         """
-        index = self._index(generation_id)
-        position = {
-            self._shard_at(position, generation_id): position for position in range(len(index.shards))
-        }
-        asks = [Ask(position[ask.shard], ask.depth, ask.queries) for ask in asks]
+        index = self._of(generation_id)
+        position = {self._shard_at(position, index): position for position in range(len(index.shards))}
+        asks = [Ask(position[ask.shard], ask.depth, ask.queries) for ask in asked.asks]
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: index.answer(prepared, k, asks, parameters, filter)
+            self._threads,
+            lambda: index.answer(asked.prepared, asked.k, asks, asked.parameters, asked.filter),
         )
 
-    def _index(self, generation_id: str) -> Index:
-        index = self._indexes.get(generation_id)
-        if index is None:
-            raise NotReadyError(
-                f"generation {generation_id} is not prepared here; try again", headers={"Retry-After": "1"}
-            )
-        return index
-
-    def _shard_at(self, position: int, generation_id: str) -> int:
+    def _shard_at(self, position: int, index: Index) -> int:
         """The number in the whole index of the shard at a position here."""
-        num_shards = self._num_shards[generation_id]
+        num_shards = len(index.manifest.shards)
         number = self._number + position * self._num_groups
         return min(number, num_shards) if self._number == 0 else number

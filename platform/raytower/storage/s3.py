@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pyarrow import fs as pafs
@@ -16,9 +17,13 @@ from pyarrow import fs as pafs
 from raytower.errors import InputError
 
 PREFIX = "s3://"
-# Three attempts each: a store that cannot be reached is given up after about 20 seconds, a silent one after 100.
-_CONNECT_SECONDS = 5.0
-_SILENT_SECONDS = 30.0
+_CLIENT: dict[str, Any] = {
+    # Three attempts each: a store that cannot be reached is given up after about 20 seconds, a silent one after 100.
+    "connect_timeout": 5.0,
+    "request_timeout": 30.0,
+    # A small object is then one request, not the three of a multipart upload.
+    "allow_delayed_open": True,
+}
 _DEFAULT_REGION = "us-east-1"
 _FLAGS = ("allow_bucket_creation", "anonymous", "force_virtual_addressing")
 _OPTIONS = ("endpoint_override", "region", "scheme", *_FLAGS)
@@ -52,10 +57,7 @@ def open_s3(uri: str) -> tuple[pafs.S3FileSystem, str]:
         endpoint_override=endpoint,
         scheme=scheme,
         region=region,
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_SILENT_SECONDS,
-        # A small object is then one request, not the three of a multipart upload.
-        allow_delayed_open=True,
+        **_CLIENT,
         **{name: _flag(uri, name, options[name]) for name in _FLAGS if name in options},
     )
     return filesystem, f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/")

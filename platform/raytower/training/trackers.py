@@ -30,6 +30,22 @@ _SQLITE = "sqlite:///"
 # How long a client may hold up a training: left alone, MLflow's would try for minutes, and W&B's wait for ever.
 _MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _WANDB_SECONDS = 60
+_WANDB: dict[str, Any] = {
+    "init_timeout": _WANDB_SECONDS,
+    "finish_timeout": _WANDB_SECONDS,
+    "finish_timeout_raises": True,
+    "silent": True,
+    "console": "off",
+    # Figures of the training alone: no code, no command line, nothing of the machine.
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    "disable_job_creation": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+    "x_disable_stats": True,
+    "x_disable_machine_info": True,
+}
 
 
 class Tracker(Protocol):
@@ -155,22 +171,7 @@ class WandbRun:
                 mode=config.mode,
                 resume="allow",
                 reinit="create_new",
-                settings=wandb.Settings(
-                    init_timeout=_WANDB_SECONDS,
-                    finish_timeout=_WANDB_SECONDS,
-                    finish_timeout_raises=True,
-                    silent=True,
-                    console="off",
-                    # Figures of the training alone: no code, no command line, nothing of the machine.
-                    disable_git=True,
-                    disable_code=True,
-                    save_code=False,
-                    disable_job_creation=True,
-                    x_disable_meta=True,
-                    x_save_requirements=False,
-                    x_disable_stats=True,
-                    x_disable_machine_info=True,
-                ),
+                settings=wandb.Settings(**_WANDB),
             )
         except Exception:
             # The client keeps hold of a run that it could not open, and would refuse it at the next try.

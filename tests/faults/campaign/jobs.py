@@ -28,6 +28,7 @@ from raytower.index.change_config import IndexDeleteConfig
 from raytower.models.encoder import Encoder, EncoderSettings
 from tests.support.encoding_here import encode_here
 from tests.support.index_cases import build, unit_vectors, write_embeddings
+from tests.support.killed_jobs import training_that_restarts
 from tests.support.s3_server import S3Server
 from tests.support.tiny_models import build_tiny_encoder, tiny_config, tiny_tokenizer
 from tests.support.tiny_training import write_pairs
@@ -294,21 +295,8 @@ def differences(found: Content, wanted: Content, tolerance: float = 1e-4) -> lis
 
 
 def _training(case: Case) -> dict[str, Any]:
-    return {
-        "model": str(case.prepared / "encoder"),
-        "train": {"path": case.input("pairs.tsv")},
-        "output": case.output("model"),
-        "batch_size": 16,
-        "epochs": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "optimizer": {"lr": 1e-3},
-        "workers": {"num": 2, "num_cpus": 0.5},
-        "shuffle_rows": 20,
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 4,
-        "log_dir": str(case.folder / "tensorboard"),
-    }
+    values = training_that_restarts(case.prepared / "encoder", case.input("pairs.tsv"), case.output("model"))
+    return {**values, "log_dir": str(case.folder / "tensorboard")}
 
 
 def _encoding(case: Case) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tests.faults.campaign.faults import STALLS_S, MissedError, SmallDisk
 from tests.faults.campaign.jobs import Case
 from tests.faults.campaign.nodes import Cluster
 from tests.faults.campaign.runs import HangError, Run
+from tests.support.asking import TwoClients
 from tests.support.processes import free_port
 from tests.support.served_index import TEXTS, write_version
 from tests.support.tiny_models import build_tiny_reranker
@@ -55,16 +55,16 @@ def expected_ids(folder: Path) -> list[list[str]]:
     return [[f"{VERSION}/{row}" for row in order] for order in orders]
 
 
-class Load:
+class Load(TwoClients):
     """Two clients that ask without a pause until the block ends, and count what they are answered."""
 
     def __init__(self, url: str, expected: list[list[str]]) -> None:
+        super().__init__()
         self._url, self._expected = url, expected
         self.statuses: Counter[int] = Counter()
         self.wrong: list[str] = []
         self.partial = 0
         self.right_in_a_row = 0
-        self._stop = threading.Event()
         self._lock = threading.Lock()
 
     def _ask(self) -> None:
@@ -100,17 +100,6 @@ class Load:
     def reset(self) -> None:
         with self._lock:
             self.right_in_a_row = 0
-
-    def __enter__(self) -> Load:
-        self._pool = ThreadPoolExecutor(2)
-        self._clients = [self._pool.submit(self._ask) for _ in range(2)]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        for client in self._clients:
-            client.result()
-        self._pool.shutdown()
 
 
 class Service:

@@ -17,9 +17,7 @@ from raytower.annotation.config import MineConfig
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config
 from raytower.errors import InputError
-from raytower.index.build import build_index
-from tests.support.encoding_here import encode_here
-from tests.support.index_cases import HERE
+from tests.support.stand_in_jobs import stand_in
 from tests.support.tiny_models import build_tiny_encoder, build_tiny_reranker
 
 NUM = 60
@@ -38,25 +36,9 @@ class Work:
         self.ran: list[str] = []
         self.trained_on: list[dict[str, Any]] = []
         self.objective = ""
-        jobs: dict[str, Any] = {
-            "pairs": find_reference(COMMANDS["pairs"].run),
-            "train-retriever": self.train,
-            "encode": encode_here,
-            "index build": lambda config: build_index(config, HERE),
-            "mine": find_reference(COMMANDS["mine"].run),
-            "evaluate": self.evaluate,
-        }
-        real = {COMMANDS[job].run: self.counted(job, run) for job, run in jobs.items()}
-        patch.setattr(
-            "raytower.pipeline.job.find_reference", lambda name: real.get(name) or find_reference(name)
-        )
-
-    def counted(self, job: str, run: Any) -> Any:
-        def counted(config: Any) -> dict[str, Any]:
-            self.ran.append(job)
-            return run(config)
-
-        return counted
+        pairs = find_reference(COMMANDS["pairs"].run)
+        jobs = {"pairs": pairs, "train-retriever": self.train, "evaluate": self.evaluate}
+        stand_in(patch, jobs, self.ran.append)
 
     def train(self, config: Any) -> dict[str, Any]:
         self.trained_on = [json.loads(line) for line in Path(config.train.path).read_text().splitlines()]

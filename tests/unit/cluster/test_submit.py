@@ -598,6 +598,17 @@ class TestHead:
         )
         assert another.types == ()
 
+    def test_a_head_that_is_being_started_is_none_of_a_process_without_one(self, tmp_path: Path) -> None:
+        """`ray start --autoscaling-config=…` names no address."""
+        script, config = tmp_path / "start.py", tmp_path / "scaling.yaml"
+        script.write_text("input()")
+        config.write_text("max_workers: 5\navailable_node_types: {small: {resources: {CPU: 2}}}\n")
+        command = [sys.executable, str(script), f"--autoscaling-config={config}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as start:
+            found = self.ask()
+            start.communicate("\n")
+        assert found.types == ()
+
     def test_on_kubernetes_it_cannot_know(self) -> None:
         assert self.ask(environment={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}).types is None
 

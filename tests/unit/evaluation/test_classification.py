@@ -14,8 +14,9 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import average_precision_score, log_loss
 
 from raytower.annotation.classify import classify, plan_classify
+from raytower.annotation.classify_settings import Calibration
 from raytower.annotation.config import ClassifyConfig, TuneClassifyConfig
-from raytower.annotation.deciding import Calibration, ClassifySettings, Decider
+from raytower.annotation.deciding import Decider, chances_of, read_settings
 from raytower.annotation.explaining import in_words, parts_of, weigh_parts, without
 from raytower.annotation.label_figures import (
     LabelTally,
@@ -212,10 +213,10 @@ def test_isotonic_chances_are_those_of_scikit_learn() -> None:
     found = fit_calibration("isotonic", scores, right, were_shares=True)
     theirs = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores[:, 0], right)
     asked = np.linspace(-0.5, 1.5, 77)
-    assert found.apply(asked, True) == pytest.approx(theirs.predict(asked))
+    assert chances_of(found, asked, True) == pytest.approx(theirs.predict(asked))
     # What is read back from a file gives the same.
     again = Calibration.model_validate_json(found.model_dump_json())
-    assert again.apply(asked, True).tolist() == found.apply(asked, True).tolist()
+    assert chances_of(again, asked, True).tolist() == chances_of(found, asked, True).tolist()
 
 
 def test_rows_with_fewer_labels_are_padded_with_what_has_no_part() -> None:
@@ -225,8 +226,8 @@ def test_rows_with_fewer_labels_are_padded_with_what_has_no_part() -> None:
     for temperature in (0.5, 15.6):
         calibration = Calibration(kind="temperature", temperature=temperature)
         for padded_row, row in zip(padded(ranked), ranked, strict=True):
-            applied = calibration.apply(np.array([item.score for item in row]), True)
-            fitted = calibration.apply(padded_row, True)
+            applied = chances_of(calibration, np.array([item.score for item in row]), True)
+            fitted = chances_of(calibration, padded_row, True)
             np.testing.assert_allclose(fitted[: len(row)], applied)
 
 
@@ -357,7 +358,7 @@ def test_tuned_votes_are_used_as_they_were_found(world: World) -> None:
         ("ocean", "water"),
     ]
     tuned = world.tune(index, dev, mode="votes", folds=2, max_k=5, min_accuracy=0.1)
-    settings = ClassifySettings.read(tuned["output"])
+    settings = read_settings(tuned["output"])
     assert tuned["settings"] == settings.model_dump(mode="json")
     best = max(each["accuracy"] for each in tuned["tried"])
     chosen = next(

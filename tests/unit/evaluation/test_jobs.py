@@ -333,14 +333,15 @@ def test_evaluate_refuses_wrong_cutoffs(k: list[int]) -> None:
         make_config(EvaluateConfig, {"encoder": "e", "index": "i", "queries": {"path": "q"}, "k": k})
 
 
+def _values(world: World, rows: str) -> dict[str, Any]:
+    """What jobs over a file of rows read."""
+    return {"encoder": world.encoder, "index": world.index, "input": {"path": rows}}
+
+
 def _mine(
     world: World, tmp_path: Path, pairs: list[tuple[str, ...]], **more: Any
 ) -> tuple[dict[str, Any], list]:
-    values = {
-        "encoder": world.encoder,
-        "index": world.index,
-        "input": {"path": _write(tmp_path / "pairs.tsv", pairs)},
-    }
+    values = _values(world, _write(tmp_path / "pairs.tsv", pairs))
     output = tmp_path / "mined.tsv"
     result = mine(make_config(MineConfig, {**values, "output": str(output), **more}))
     header, *rows = (line.split("\t") for line in output.read_text().splitlines())
@@ -421,7 +422,7 @@ def test_a_screen_drops_what_a_cross_encoder_takes_for_positives(
     result, rows = _mine(world, tmp_path, [(query, positive)], **settings)
     assert (result["pairs_without_negatives"], result["screened_out"], len(rows)) == (1, len(near), 1)
     pairs = _write(tmp_path / "p.tsv", [(query, positive)])
-    values = {"encoder": world.encoder, "index": world.index, "input": {"path": pairs}}
+    values = _values(world, pairs)
     plan = plan_mine(make_config(MineConfig, {**values, "output": str(tmp_path / "o.tsv"), **settings}))
     assert plan["screened_pairs"] == 1 + 2 * 3
 
@@ -442,11 +443,7 @@ def test_mining_drops_positives_by_their_id(world: World, tmp_path: Path) -> Non
     nearest = world.nearest(query, 3)
     row = {"query": query, "document": "another wording", "query_id": "q", "document_id": f"c{nearest[0]}"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    values = {
-        "encoder": world.encoder,
-        "index": world.index,
-        "input": {"path": str(tmp_path / "pairs.jsonl")},
-    }
+    values = _values(world, str(tmp_path / "pairs.jsonl"))
     config = {
         **values,
         "output": str(tmp_path / "mined.jsonl"),
@@ -477,11 +474,7 @@ CANDIDATES = {"format": "candidates", "file_type": "jsonl"}
 def _mine_lists(
     world: World, tmp_path: Path, pairs: list[tuple[str, ...]], **more: Any
 ) -> tuple[dict[str, Any], list]:
-    values = {
-        "encoder": world.encoder,
-        "index": world.index,
-        "input": {"path": _write(tmp_path / "pairs.tsv", pairs)},
-    }
+    values = _values(world, _write(tmp_path / "pairs.tsv", pairs))
     output = tmp_path / "mined.jsonl"
     result = mine(make_config(MineConfig, {**values, "output": str(output), "file_type": "jsonl", **more}))
     return result, [json.loads(line) for line in output.read_text().splitlines()]
@@ -568,11 +561,7 @@ def test_mining_refuses_settings_that_do_not_go_together(more: dict[str, str], m
 def test_mining_into_tsv_refuses_tabs(world: World, tmp_path: Path) -> None:
     row = {"query": "tiger lemons", "document": "with a\ttab"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    values = {
-        "encoder": world.encoder,
-        "index": world.index,
-        "input": {"path": str(tmp_path / "pairs.jsonl")},
-    }
+    values = _values(world, str(tmp_path / "pairs.jsonl"))
     with pytest.raises(InputError, match="set file_type to jsonl"):
         mine(make_config(MineConfig, {**values, "output": str(tmp_path / "mined.tsv")}))
     assert not (tmp_path / "mined.tsv").exists()
@@ -604,11 +593,7 @@ def test_votes_and_ranked_labels_by_hand() -> None:
 def _classify(
     world: World, tmp_path: Path, rows: list[tuple[str, ...]], **more: Any
 ) -> tuple[dict[str, Any], Any]:
-    values = {
-        "encoder": world.encoder,
-        "index": world.index,
-        "input": {"path": _write(tmp_path / "texts.tsv", rows)},
-    }
+    values = _values(world, _write(tmp_path / "texts.tsv", rows))
     output = tmp_path / "labels.out"
     result = classify(make_config(ClassifyConfig, {**values, "output": str(output), **more}))
     return result, output.read_text().splitlines()

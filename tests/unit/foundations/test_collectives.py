@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import distributed as dist
 from torch.distributed.nn.functional import all_gather
 
 from raytower.collectives import gather_constants, gather_rows
-from tests.support.objective_cases import end_worker
+from tests.support.worker_group import end_worker, join_group
 
 WORKERS = 2
 
@@ -26,14 +25,7 @@ def _loss(everyone_ND: Tensor, rank: int) -> Tensor:
 
 
 def _worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=WORKERS,
-        timeout=timedelta(seconds=120),
-    )
+    join_group(folder, rank, WORKERS)
     rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(rank))
     seen: dict[str, Any] = {}
     for name, gather in (("own", gather_rows), ("torch", lambda given: torch.cat(all_gather(given)))):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "platform" / "raytower"
 # The floors of the house, lowest first. A file may import what its own folder holds and what stands on a lower floor.
 FLOORS = [
-    {"__init__", "config_words", "errors", "escapes", "requirements"},
+    {"__init__", "collecting", "config_words", "errors", "escapes", "requirements"},
     {"collectives", "config", "ending", "metrics", "progress", "storage"},
     {"pages"},
     {"only_job", "worker_output", "workers"},
@@ -70,7 +70,7 @@ RAY_FREE = [
     "examples",
     "cli",
 ]
-HEAVY = ["torch", "transformers", "faiss", "ray", "lance"]
+HEAVY = ["torch", "transformers", "faiss", "ray", "lance", "numpy", "pyarrow"]
 # Modules of extras that [test] leaves out, or that tests skip where they are not, and the packages that bring them.
 LEFT_OUT = {"wandb": ["wandb"], "mlflow": ["mlflow-skinny"], "resvg_py": ["resvg_py"]}
 
@@ -103,6 +103,12 @@ def module_of(path: Path) -> str:
 
 
 FILES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def run_alone(code: str) -> None:
+    """Run `code` in an interpreter that has imported nothing yet."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_every_file_stands_on_a_floor() -> None:
@@ -139,13 +145,24 @@ def test_configs_import_no_heavy_library() -> None:
     configs |= {name for name in FILES if name.endswith(".config")}
     light = sorted(configs)
     assert len(light) >= 13
-    code = (
+    run_alone(
         f"import sys\nfor name in {light!r}:\n    __import__(name)\n"
         f"    loaded = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
         "    assert not loaded, f'{name} imports {loaded}'\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_help_of_every_command_imports_no_heavy_library() -> None:
+    run_alone(
+        "import contextlib, io, sys\n"
+        "from raytower.cli import main\nfrom raytower.cli.about import ABOUT\nfrom raytower.commands import COMMANDS\n"
+        "for name in ['', *COMMANDS, *ABOUT]:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said:\n"
+        "        assert main([*name.split(), '--help']) == 0, name\n"
+        "    assert 'raytower' in said.getvalue(), name\n"
+        f"    loaded = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
+        "    assert not loaded, f'{name} --help imports {loaded}'\n"
+    )
 
 
 def test_what_runs_without_ray_imports_none() -> None:
@@ -156,14 +173,12 @@ def test_what_runs_without_ray_imports_none() -> None:
 
 @pytest.mark.processes
 def test_the_forward_engine_and_the_training_step_run_where_ray_cannot_be_imported() -> None:
-    code = (
+    run_alone(
         "import sys; sys.modules['ray'] = None; "
         "import raytower.models.forward, raytower.models.batch_planner, raytower.models.cross_encoder, "
         "raytower.objectives.gradient_cache, raytower.training.step, raytower.training.config, "
         "raytower.training.optimizer, raytower.training.columns, raytower.training.windows"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_the_source_root_is_no_package() -> None:

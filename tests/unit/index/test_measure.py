@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,20 +82,25 @@ def held_out(vectors: Vectors) -> HeldOut:
     return hold_out(rows, 0)
 
 
+def found_of_all(vectors: Vectors, queries: HeldOut, fetch: Callable[[Any], Vectors]) -> Any:
+    """What a search that reads everything finds of ten hits."""
+    return measure_recall(
+        LastFirst(vectors),
+        queries,
+        exact(vectors, queries, 10),
+        [10],
+        target=1,
+        grid=lambda k: [{"nprobe": 10}],
+        vectors=fetch,
+    )[10]
+
+
 class TestEqualRows:
     @pytest.mark.parametrize(("distinct", "copies"), [(300, 400), (0, 500), (300, 43), (300, 30)])
     def test_an_exact_search_has_recall_one(self, distinct: int, copies: int) -> None:
         vectors = boilerplate(distinct, copies)
         queries = held_out(vectors)
-        found = measure_recall(
-            LastFirst(vectors),
-            queries,
-            exact(vectors, queries, 10),
-            [10],
-            target=1,
-            grid=lambda k: [{"nprobe": 10}],
-            vectors=vectors.__getitem__,
-        )[10]
+        found = found_of_all(vectors, queries, vectors.__getitem__)
         assert (found.recall, found.reached) == (1.0, True)
 
     def test_wrong_rows_stay_wrong(self) -> None:
@@ -129,15 +134,7 @@ class TestEqualRows:
         vectors = boilerplate(300, 400)
         queries = held_out(vectors)
         half = vectors.astype(np.float16)
-        found = measure_recall(
-            LastFirst(vectors),
-            queries,
-            exact(vectors, queries, 10),
-            [10],
-            target=1,
-            grid=lambda k: [{"nprobe": 10}],
-            vectors=lambda rows: half[rows].astype(np.float32),
-        )[10]
+        found = found_of_all(vectors, queries, lambda rows: half[rows].astype(np.float32))
         assert found.recall == 1.0
 
     def test_vectors_are_fetched_only_where_all_candidates_tie(self) -> None:

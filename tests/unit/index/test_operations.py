@@ -75,6 +75,12 @@ def edit_version(folder: Path, edit: Any) -> None:
     place.write_text(json.dumps(values))
 
 
+def add_twenty(index: Path, embeddings: Path) -> None:
+    """Add the documents 300 to 319."""
+    more = clustered_vectors(20, seed=3)
+    add_to_index(IndexAddConfig(index=str(index), embeddings=embeddings_of(embeddings, more, 300)))
+
+
 class TestPlanner:
     @given(rows=st.integers(1, 10**6), shards=st.integers(1, 64))
     def test_ranges_add_up_and_none_is_empty(self, rows: int, shards: int) -> None:
@@ -157,10 +163,7 @@ class TestSearch:
         self, small: tuple[Path, np.ndarray], tmp_path: Path
     ) -> None:
         folder, _vectors = small
-        more = clustered_vectors(20, seed=3)
-        add_to_index(
-            IndexAddConfig(index=str(folder), embeddings=embeddings_of(tmp_path / "more", more, 300))
-        )
+        add_twenty(folder, tmp_path / "more")
         parts = [Index.open(folder, part=(number, 2)) for number in range(2)]
         queries = clustered_vectors(5, seed=8)
         merged = merge_hits([part.search(queries, 9) for part in parts], 9)
@@ -272,10 +275,7 @@ class TestBuild:
         self, small: tuple[Path, np.ndarray], tmp_path: Path
     ) -> None:
         folder, vectors = small
-        more = clustered_vectors(20, seed=3)
-        add_to_index(
-            IndexAddConfig(index=str(folder), embeddings=embeddings_of(tmp_path / "more", more, 300))
-        )
+        add_twenty(folder, tmp_path / "more")
         delete_from_index(IndexDeleteConfig(index=str(folder), ids=["id 1"]))
         before = open_manifest(folder)
         again = build(folder, str(tmp_path / "embeddings"), shards=2)

@@ -22,6 +22,7 @@ from tests.support.objective_cases import (
     ROW_BY_ROW,
     Case,
     Gradients,
+    assert_as_one_worker,
     assert_same_step,
     backward_whole,
     gradients_of,
@@ -150,10 +151,7 @@ def from_two_workers(
 def test_two_workers_with_caching_equal_one_without(
     name: str, from_two_workers: dict[str, dict[str, Tensor]], dummy_encoder_dir: Path
 ) -> None:
-    tower = load_tower(dummy_encoder_dir, teacher_dim=CACHED[name].teacher_dim)
-    expected = backward_whole(CACHED[name], tower, tower, BATCH)
-    gradients = dict(from_two_workers[name])
-    assert_same_step(gradients.pop("loss"), gradients, expected, gradients_of(tower))
+    assert_as_one_worker(CACHED[name], from_two_workers[name], dummy_encoder_dir)
 
 
 def test_the_two_workers_have_unequal_numbers_of_chunks(dummy_encoder_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ from raytower.objectives.config import (
     PointwiseRegression,
     RankNet,
 )
-from tests.support.objective_cases import end_worker
 from tests.support.warm import in_two_processes
+from tests.support.worker_group import end_worker, join_group
 
 NAN = math.nan
 
@@ -420,10 +419,9 @@ def gradient_of(case: Case, rows: slice) -> Tensor:
     return matrix.grad
 
 
-def worker(rank: int, port: int, out: str) -> None:
+def worker(rank: int, out: Path) -> None:
     """One of two data-parallel workers; rank 0 writes the averaged gradient of each case."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    join_group(out.parent, rank)
     gradients = {name: gradient_of(case, slice(rank * 4, rank * 4 + 4)) for name, case in CASES.items()}
     for gradient in gradients.values():
         dist.all_reduce(gradient)
@@ -435,11 +433,8 @@ def worker(rank: int, port: int, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def gradients_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out: Path = tmp_path_factory.mktemp("workers") / "two.pt"
-    in_two_processes(worker, port, str(out))
+    in_two_processes(worker, out)
     return dict(torch.load(out, weights_only=True))
 
 

@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 
-from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config
 from raytower.errors import InputError
-from raytower.index.build import build_index
 from raytower.models.encoder import Encoder
 from raytower.refresh.config import RefreshConfig
 from raytower.refresh.job import plan_refresh, refresh, round_steps
 from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import finished_run, run_identity
-from tests.support.encoding_here import encode_here
-from tests.support.index_cases import HERE
+from tests.support.stand_in_jobs import stand_in
 from tests.support.tiny_models import build_tiny_encoder
 
 WORDS = ("river", "stone", "cloud", "tiger", "piano", "lemon", "train", "ocean")
@@ -44,27 +41,13 @@ class Work:
         self.trained_from: list[str] = []
         self.right: list[int] = []
         self.kill_before: str | None = None
-        jobs: dict[str, Any] = {
-            "train-retriever": self.train,
-            "encode": encode_here,
-            "index build": lambda config: build_index(config, HERE),
-            "mine": find_reference(COMMANDS["mine"].run),
-            "evaluate": self.evaluate,
-        }
-        real = {COMMANDS[job].run: self._counted(job, run) for job, run in jobs.items()}
-        patch.setattr(
-            "raytower.pipeline.job.find_reference", lambda name: real.get(name) or find_reference(name)
-        )
+        stand_in(patch, {"train-retriever": self.train, "evaluate": self.evaluate}, self._begin)
 
-    def _counted(self, job: str, run: Any) -> Any:
-        def counted(config: Any) -> dict[str, Any]:
-            if self.kill_before == job:
-                self.kill_before = None
-                raise Killed
-            self.ran.append(job)
-            return run(config)
-
-        return counted
+    def _begin(self, job: str) -> None:
+        if self.kill_before == job:
+            self.kill_before = None
+            raise Killed
+        self.ran.append(job)
 
     def train(self, config: Any) -> dict[str, Any]:
         rows = [json.loads(line) for line in Path(config.train.path).read_text().splitlines()]

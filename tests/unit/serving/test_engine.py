@@ -35,7 +35,7 @@ from raytower.serving.errors import (
 )
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation, ModelEntry
-from raytower.serving.parts import Encoded, Parts, Recalled, Scored
+from raytower.serving.parts import Encoded, Pairs, Parts, Recalled, Scored
 from raytower.serving.work import Deadline
 
 # The vectors that texts have, and with them their cosines.
@@ -93,20 +93,13 @@ class FakeScorer:
     def predict(self, num_pairs: int, lane: Lane) -> float:
         return 0.0
 
-    async def score(
-        self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: Lane,
-        deadline: Deadline,
-        *,
-        may_shorten: bool = False,
-    ) -> Scored:
+    async def score(self, pairs: Pairs, deadline: Deadline) -> Scored:
         if self.error is not None:
             raise self.error
-        depth = min(self.depth, max(map(len, candidates))) if may_shorten else max(map(len, candidates))
-        heads = [texts[:depth] for texts in candidates]
-        self.seen.extend((tuple(head), lane) for head in heads)
+        most = max(map(len, pairs.candidates))
+        depth = min(self.depth, most) if pairs.may_shorten else most
+        heads = [texts[:depth] for texts in pairs.candidates]
+        self.seen.extend((tuple(head), pairs.lane) for head in heads)
         logits = [np.array([self.LOGITS[text] for text in head], np.float32) for head in heads]
         return Scored(logits, depth, TokenCounts(tokens=10, truncated=1))
 
@@ -306,8 +299,7 @@ class SlowRecall(FakeRecall):
 class SlowScorer(FakeScorer):
     """Takes all the time that it is given."""
 
-    async def score(self, *arguments: Any, **named: Any) -> Scored:
-        deadline = arguments[3]
+    async def score(self, pairs: Pairs, deadline: Deadline) -> Scored:
         await asyncio.sleep(deadline.remaining_s())
         raise deadline.exceeded()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from raytower.serving.http.application import Application, create_app
 from raytower.serving.http_config import HttpConfig
+from tests.support.asgi import answered
 from tests.support.dummy_engine import DummyEngine
 
 CASES = int(os.environ.get("RAYTOWER_DAMAGED_CASES", "600"))
@@ -136,29 +137,13 @@ async def ask(
     app: Application, method: str, path: str, query: bytes, headers: dict[str, str], body: bytes
 ) -> Any:
     scope = {
-        "type": "http",
         "method": method,
         "path": path,
         "query_string": query,
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
     }
     half = len(body) // 2
-    waiting = [
-        {"type": "http.request", "body": body[half:], "more_body": False},
-        {"type": "http.request", "body": body[:half], "more_body": True},
-    ]
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        if waiting:
-            return waiting.pop()
-        await asyncio.sleep(3600)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await asyncio.wait_for(app(scope, receive, send), 60)
-    return sent[0]["status"], sent[1]["body"]
+    return await answered(app, scope, [body[:half], body[half:]], 60)
 
 
 def test_damaged_requests_are_refused_by_name() -> None:

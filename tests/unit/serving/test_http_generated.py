@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from raytower.serving.http.application import Application, create_app
 from raytower.serving.http_config import HttpConfig
+from tests.support.asgi import answered
 from tests.support.dummy_engine import DummyEngine
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -44,25 +45,12 @@ def answer(app: Application, case: Any) -> tuple[int, bytes]:
         for name, value in (case.headers or {}).items()
     ]
     scope = {
-        "type": "http",
         "method": case.method.upper(),
         "path": case.path.format(**{**(case.path_parameters or {}), "collection": "default"}),
         "query_string": urlencode(case.query or {}, errors="replace").encode(),
         "headers": headers,
     }
-    sent: list[Any] = []
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Any:
-        if waiting:
-            return waiting.pop()
-        await asyncio.sleep(3600)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
-    return sent[0]["status"], sent[1]["body"]
+    return asyncio.run(answered(app, scope, [body], 20))
 
 
 @functools.cache

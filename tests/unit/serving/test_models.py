@@ -30,7 +30,7 @@ from raytower.serving.forwards import Forwards, Lane
 from raytower.serving.generation import ComputeEntry, ModelEntry
 from raytower.serving.models import ModelPool, SharedClassifier, SharedEncoder, SharedScorer
 from raytower.serving.opening import LocalParts
-from raytower.serving.parts import Scored
+from raytower.serving.parts import Pairs, Scored
 from raytower.serving.resolve import generation_of
 from raytower.serving.work import Deadline
 from tests.support.served_index import TEXTS, write_version
@@ -130,7 +130,8 @@ def test_logits_are_those_of_the_scorer_alone(
     queries = ["sun", "nothing", "大地"]
 
     async def ask() -> Any:
-        return await shared.score(queries, candidates, Lane.RERANK, Deadline.after(LATER), may_shorten=True)
+        pairs = Pairs(queries, candidates, Lane.RERANK, may_shorten=True)
+        return await shared.score(pairs, Deadline.after(LATER))
 
     scored = asyncio.run(ask())
     for query, texts, logits in zip(queries, candidates, scored.logits, strict=True):
@@ -151,9 +152,8 @@ def test_only_as_many_candidates_are_scored_as_there_is_time_for(
 
     async def ask(timeout_ms: int) -> int:
         candidates = [["sun moon"] * 30, ["star"] * 30]
-        scored = await shared.score(
-            ["a", "b"], candidates, Lane.RERANK, Deadline.after(timeout_ms), may_shorten=True
-        )
+        pairs = Pairs(["a", "b"], candidates, Lane.RERANK, may_shorten=True)
+        scored = await shared.score(pairs, Deadline.after(timeout_ms))
         assert [len(logits) for logits in scored.logits] == [scored.depth] * 2
         return scored.depth
 
@@ -173,8 +173,8 @@ def test_what_was_scored_counts_where_passes_take_longer_than_was_expected(
     candidates = [["sun " * number for number in range(1, 41)]]
 
     async def score(timeout_ms: int, may_shorten: bool) -> Scored:
-        deadline = Deadline.after(timeout_ms)
-        return await shared.score(["a"], candidates, Lane.RERANK, deadline, may_shorten=may_shorten)
+        pairs = Pairs(["a"], candidates, Lane.RERANK, may_shorten=may_shorten)
+        return await shared.score(pairs, Deadline.after(timeout_ms))
 
     expected = asyncio.run(score(LATER, False)).logits[0]
     forward = shared._engine.forward_block

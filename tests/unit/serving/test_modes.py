@@ -22,7 +22,7 @@ from raytower.serving.engine import SearchEngine
 from raytower.serving.errors import UnprocessableError
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation
-from raytower.serving.parts import Encoded, Scored
+from raytower.serving.parts import Encoded, Pairs, Scored
 from raytower.serving.placements import GroupCalls, PlacedParts
 from raytower.serving.resolve import resolve_settings
 from raytower.serving.shards import ShardGroup
@@ -60,8 +60,8 @@ class Equal:
     def predict(self, num_pairs: int, lane: Lane) -> float:
         return 0.0
 
-    async def score(self, queries: Any, candidates: Any, lane: Any, deadline: Any, **settings: Any) -> Scored:
-        return Scored([np.zeros(len(texts), np.float32) for texts in candidates], 100, TokenCounts())
+    async def score(self, pairs: Pairs, deadline: Any) -> Scored:
+        return Scored([np.zeros(len(texts), np.float32) for texts in pairs.candidates], 100, TokenCounts())
 
 
 class Models:

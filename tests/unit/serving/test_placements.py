@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from raytower.serving.calls import ServedModel, TokenCounts
 from raytower.serving.errors import NotReadyError, OutOfTimeError
 from raytower.serving.forwards import Lane
 from raytower.serving.generation import Generation, ModelEntry
-from raytower.serving.parts import Scored
+from raytower.serving.parts import Pairs, Scored
 from raytower.serving.placements import RemoteScorer, Reranker
 from raytower.serving.work import Deadline
 
@@ -26,19 +25,10 @@ class Lengths:
 
     served = SERVED
 
-    async def score(
-        self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        lane: Lane,
-        deadline: Deadline,
-        *,
-        may_shorten: bool = False,
-    ) -> Scored:
+    async def score(self, pairs: Pairs, deadline: Deadline) -> Scored:
         deadline.check()
-        self.lane = lane
-        depth = max(map(len, candidates)) - may_shorten
-        logits = [np.array([len(text) for text in texts[:depth]], np.float32) for texts in candidates]
+        depth = max(map(len, pairs.candidates)) - pairs.may_shorten
+        logits = [np.array([len(text) for text in texts[:depth]], np.float32) for texts in pairs.candidates]
         return Scored(logits, depth, TokenCounts(tokens=1))
 
 
@@ -76,9 +66,8 @@ def scorer_over(reranker: Reranker, failures: int = 0, wait_s: float = 0.0) -> R
 
 def score(scorer: RemoteScorer, timeout_ms: int = LATER, **settings: Any) -> Scored:
     async def work() -> Scored:
-        return await scorer.score(
-            ["q", "r"], [["a", "bb"], ["ccc"]], Lane.RERANK, Deadline.after(timeout_ms), **settings
-        )
+        pairs = Pairs(["q", "r"], [["a", "bb"], ["ccc"]], Lane.RERANK, **settings)
+        return await scorer.score(pairs, Deadline.after(timeout_ms))
 
     return asyncio.run(work())
 
@@ -125,7 +114,7 @@ def test_a_reranker_holds_what_it_has_prepared(reranker: Reranker) -> None:
     assert reranker.describe(first.id) == SERVED
     assert reranker.describe(without.id) is None
     with pytest.raises(NotReadyError, match="has no reranker"):
-        asyncio.run(reranker.score(without.id, ["q"], [["a"]], 0, LATER, False))
+        asyncio.run(reranker.score(without.id, Pairs(["q"], [["a"]], Lane.RERANK), LATER))
     reranker.drop(first.id)
     with pytest.raises(NotReadyError, match="not prepared here"):
         reranker.describe(first.id)

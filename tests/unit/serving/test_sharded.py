@@ -158,7 +158,7 @@ def test_a_group_holds_what_it_has_prepared_and_shares_an_equal_version(index: P
         await group.prepare(first)
         await group.prepare(second)
         assert group.held() == {first.id, second.id}
-        assert group._indexes[first.id] is group._indexes[second.id]
+        assert group._prepared[first.id] is group._prepared[second.id]
         group.drop(first.id)
         assert group.held() == {second.id}
         assert sum(group.counts(second.id).values()) > 0

@@ -47,6 +47,7 @@ from tests.support.tiny_training import (
     answer,
     batches_of,
     question,
+    training_values,
     write_candidates,
     write_labelled,
     write_lines,
@@ -120,16 +121,7 @@ def _on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_task(kind: str, model: Path, train: Path, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
     config_class, task_class = TASKS[kind]
-    values = {
-        "model": str(model),
-        "train": {"path": str(train)},
-        "output": str(folder / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "workers": {"num": 1},
-    }
-    config = make_config(config_class, {**values, **changes})
+    config = make_config(config_class, training_values(model, train, folder, **changes))
     surveyed = task_class.survey(config)
     return config, task_class.prepare(config, surveyed), surveyed
 

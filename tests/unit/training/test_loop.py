@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import ray.train
-import torch
 
 from raytower.config import WorkersConfig, make_config
 from raytower.errors import InputError
@@ -27,9 +25,46 @@ from raytower.training.runner import (
     _num_to_keep,
     fit,
 )
+from tests.support.loop_here import answer_ray_train
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_models import build_tiny_encoder
-from tests.support.tiny_training import batches_of, retriever_config, write_labelled, write_pairs
+from tests.support.tiny_training import (
+    batches_of,
+    retriever_config,
+    training_values,
+    write_labelled,
+    write_pairs,
+)
+
+
+def _kept_checkpoints_are_left(
+    reported: list[tuple[Any, dict[str, Any]]],
+    num_left: int | None,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """All of a run, the last two, or none, beside its output; those of another run are put aside, and said to be."""
+    # Ray gives the best first where there is a metric.
+    result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
+    output = Location.of(folder / "out")
+    _leave_checkpoints(result, num_left, output, "a")
+    kept = sorted((folder / "out.checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
+    assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
+    _leave_checkpoints(result, 2, Location.of(folder / "last"), "a")
+    assert sorted(path.name for path in (folder / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
+    _leave_checkpoints(result, 0, Location.of(folder / "none"), "a")
+    assert not (folder / "none.checkpoints").exists()
+    # They stay where the run that made them goes on, and make room for those of another, whose steps are fewer.
+    _make_room_for_checkpoints(output, "a")
+    assert len(list((folder / "out.checkpoints").iterdir())) == 3
+    _make_room_for_checkpoints(output, "b")
+    _leave_checkpoints(result, 1, output, "b")
+    assert [path.name for path in (folder / "out.checkpoints").iterdir()] == ["step-12"]
+    former = folder / ".out.checkpoints.former-1"
+    assert sorted(path.name for path in former.iterdir()) == ["step-12", "step-4", "step-8"]
+    assert TextClassifier.load(former / "step-12").labels[0] == "topics##a"
+    assert str(former) in capfd.readouterr().err
 
 
 def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
@@ -37,38 +72,22 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
 ) -> None:
     """64 rows at 16 a step: 12 steps are 3 epochs, measured after each; no value ends the run."""
     train = write_labelled(tmp_path / "train.tsv", 64)
-    values = {
-        "model": str(still_encoder),
-        "train": str(train),
-        "output": str(tmp_path / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "epochs": 3,
-        "dtype": "float32",
-        "optimizer": {"lr": 1e-9},
-        "log_every_steps": 4,
-        "dev": {"path": str(train), "every_epochs": 1, "patience": None},
-        "keep_checkpoints": "all",
-        "workers": {"num": 1},
-    }
+    values = training_values(
+        still_encoder,
+        train,
+        tmp_path,
+        epochs=3,
+        optimizer={"lr": 1e-9},
+        log_every_steps=4,
+        dev={"path": str(train), "every_epochs": 1, "patience": None},
+        keep_checkpoints="all",
+    )
     config = make_config(TrainClassifierConfig, values)
     surveyed = ClassifierTask.survey(config)
     failure_file = Location.of(tmp_path / "failure.json")
     task = ClassifierTask.prepare(config, surveyed)
     plan = _make_plan(config, surveyed, task, WorkersConfig(num=1), failure_file)
-    reported: list[tuple[Any, dict[str, Any]]] = []
-
-    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
-        folder = tmp_path / f"checkpoint{len(reported)}"
-        shutil.copytree(checkpoint.path, folder)
-        reported.append((ray.train.Checkpoint.from_directory(str(folder)), metrics))
-
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    monkeypatch.setattr(ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
-    monkeypatch.setattr(ray.train, "report", report)
-    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
-    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    reported = answer_ray_train(monkeypatch, tmp_path)
     monkeypatch.setattr(
         "raytower.training.loop.stream_batches", lambda *_, **__: batches_of(surveyed, config)
     )
@@ -83,27 +102,7 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     ranks = [metrics["accuracy"] for _, metrics in reported]
     assert len({row["accuracy"] for row in outcome["history"]}) == 1
     assert ranks[0] == outcome["best"] > ranks[1] == ranks[2]
-    # Ray gives the best first where there is a metric.
-    result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
-    output = Location.of(tmp_path / "out")
-    _leave_checkpoints(result, config.num_left_checkpoints, output, "a")
-    kept = sorted((tmp_path / "out.checkpoints").iterdir())
-    assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
-    assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
-    _leave_checkpoints(result, 2, Location.of(tmp_path / "last"), "a")
-    assert sorted(path.name for path in (tmp_path / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
-    _leave_checkpoints(result, 0, Location.of(tmp_path / "none"), "a")
-    assert not (tmp_path / "none.checkpoints").exists()
-    # They stay where the run that made them goes on, and make room for those of another, whose steps are fewer.
-    _make_room_for_checkpoints(output, "a")
-    assert len(list((tmp_path / "out.checkpoints").iterdir())) == 3
-    _make_room_for_checkpoints(output, "b")
-    _leave_checkpoints(result, 1, output, "b")
-    assert [path.name for path in (tmp_path / "out.checkpoints").iterdir()] == ["step-12"]
-    former = tmp_path / ".out.checkpoints.former-1"
-    assert sorted(path.name for path in former.iterdir()) == ["step-12", "step-4", "step-8"]
-    assert TextClassifier.load(former / "step-12").labels[0] == "topics##a"
-    assert str(former) in capfd.readouterr().err
+    _kept_checkpoints_are_left(reported, config.num_left_checkpoints, tmp_path, capfd)
 
 
 @pytest.mark.parametrize(
@@ -132,41 +131,26 @@ def test_a_run_that_goes_on_has_the_layer_into_the_teachers_space(
 ) -> None:
     """The published directory lacks it, and a checkpoint keeps it: steps 3 and 4 are as without the interruption."""
     train = write_pairs(tmp_path / "train.tsv", 64)
-    values = {
-        "model": str(still_encoder),
-        "train": str(train),
-        "output": str(tmp_path / "out"),
-        "objective": "embedding_distillation",
-        "teacher": str(build_tiny_encoder(tmp_path / "teacher", 3, 12)),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "optimizer": {"lr": 1e-2},
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 2,
-        "workers": {"num": 1},
-    }
+    values = training_values(
+        still_encoder,
+        train,
+        tmp_path,
+        objective="embedding_distillation",
+        teacher=str(build_tiny_encoder(tmp_path / "teacher", 3, 12)),
+        optimizer={"lr": 1e-2},
+        log_every_steps=1,
+        checkpoint_every_steps=2,
+    )
     config = make_config(TrainRetrieverConfig, values)
     surveyed = RetrieverTask.survey(config)
     failure_file = Location.of(tmp_path / "failure.json")
-    reported: list[Any] = []
-
-    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
-        folder = tmp_path / f"checkpoint{len(reported)}"
-        shutil.copytree(checkpoint.path, folder)
-        reported.append(ray.train.Checkpoint.from_directory(str(folder)))
-
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    monkeypatch.setattr(ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(ray.train, "report", report)
-    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
-    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    reported = answer_ray_train(monkeypatch, tmp_path)
     monkeypatch.setattr(
         "raytower.training.loop.stream_batches",
         lambda stream, skipped, *_: (rows for rows in islice(batches_of(surveyed, config), skipped, None)),
     )
     curves = []
-    for checkpoint in (lambda: None, lambda: reported[0]):
+    for checkpoint in (lambda: None, lambda: reported[0][0]):
         monkeypatch.setattr(ray.train, "get_checkpoint", checkpoint)
         task = RetrieverTask.prepare(config, surveyed)
         plan = _make_plan(config, surveyed, task, WorkersConfig(num=1), failure_file)

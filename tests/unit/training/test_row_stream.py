@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import distributed as dist
 from torch import multiprocessing
 
 from raytower.data.config import InputConfig
@@ -34,8 +31,8 @@ from raytower.training.exchange import Alone, Exchange, GroupExchange
 from raytower.training.mixing import SET
 from raytower.training.row_stream import MixedPlan, StreamPlan, stream_batches
 from raytower.training.windows import Window, plan_windows, readers_of, workers_of
-from tests.support.objective_cases import end_worker
 from tests.support.tiny_training import cut_batches, read_whole_window, worker_slice, write_pairs, write_rows
+from tests.support.worker_group import end_worker, join_group
 
 WORKERS = [1, 2, 4]
 
@@ -384,14 +381,7 @@ class TestThread:
 
 
 def _exchange_worker(rank: int, folder: Path, pieces: Sequence[Piece]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=120),
-    )
+    join_group(folder, rank)
     exchange = GroupExchange()
     gathered = exchange.to_all(np.full((2 * rank, 3), 7 + rank, dtype=np.uint64))
     assert [part.tolist() for part in gathered] == [[], [[8] * 3] * 2]

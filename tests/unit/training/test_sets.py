@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -46,6 +44,7 @@ from raytower.training.runner import _describe_plan, _make_plan, run_identity
 from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 from tests.support.data_files import rows_of, write, write_jsonl
+from tests.support.loop_here import answer_ray_train
 from tests.support.tensorboard_events import read_scalars
 from tests.support.tiny_training import (
     answer,
@@ -544,18 +543,7 @@ def test_losses_and_metrics_of_sets_are_logged_and_a_run_goes_on_with_the_same(
         optimizer={"lr": 1e-2},
         log_every_steps=4,
     )
-    reported: list[tuple[Any, dict[str, Any]]] = []
-
-    def report(metrics: dict[str, Any], checkpoint: Any, checkpoint_upload_mode: Any) -> None:
-        folder = tmp_path / f"checkpoint{len(reported)}"
-        shutil.copytree(checkpoint.path, folder)
-        reported.append((ray.train.Checkpoint.from_directory(str(folder)), metrics))
-
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    monkeypatch.setattr(ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(ray.train, "report", report)
-    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda consistency_mode: reported)
-    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    reported = answer_ray_train(monkeypatch, tmp_path)
     outcomes = []
     for checkpoint in (lambda: None, lambda: reported[0][0]):
         monkeypatch.setattr(ray.train, "get_checkpoint", checkpoint)

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,18 +59,19 @@ from raytower.training.runner import _make_plan
 from raytower.training.sharding import Sharding, layers_of, with_weights
 from raytower.training.step import TrainingStep
 from raytower.training.word_gradients import WordGradients
-from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_config
 from tests.support.tiny_training import (
     answer,
     batches_of,
     question,
+    training_values,
     worker_slice,
     write_labelled,
     write_rows,
     write_scored,
 )
 from tests.support.warm import in_processes
+from tests.support.worker_group import end_worker, join_group
 
 Weights = dict[str, Tensor]
 _CPU = torch.device("cpu")
@@ -140,17 +140,13 @@ def make_job(kind: str, model: Path, folder: Path, num_steps: int, changes: Mapp
     config_class, task_class, write = KINDS[kind]
     folder.mkdir()
     values = {
-        "model": str(model),
-        "train": {"path": str(write(folder / "train.tsv", 16 * num_steps * 2))},
-        "output": str(folder / "out"),
-        "batch_size": 16,
         "max_length": 64,
-        "dtype": "float32",
         "workers": {"num": 4, "sharding": "full"},
         "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9},
         **changes,
     }
-    config = make_config(config_class, values)
+    train = write(folder / "train.tsv", 16 * num_steps * 2)
+    config = make_config(config_class, training_values(model, train, folder, **values))
     surveyed = task_class.survey(config)
     task = task_class.prepare(config, surveyed)
     batches = batches_of(surveyed, config)
@@ -165,18 +161,6 @@ def largest_difference(left: Weights, right: Weights) -> float:
     """The biases of attention keys aside: they have no effect, and Adam scales up what rounding makes of them."""
     assert left.keys() == right.keys()
     return max(float((left[k] - right[k]).abs().max()) for k in left if not k.endswith("key.bias"))
-
-
-def join_group(folder: Path, rank: int, workers: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / f'rendezvous{workers}'}",
-        rank=rank,
-        world_size=workers,
-        # An exchange that another worker leaves out fails in place of hanging.
-        timeout=timedelta(seconds=120),
-    )
 
 
 DEV_TEXTS = tuple(question(number) for number in range(7))
@@ -437,18 +421,15 @@ def _loop_worker(rank: int, plan: TrainingPlan, survey: Survey, folder: Path) ->
 def test_the_loop_of_a_worker(dummy_encoder_dir: Path, tmp_path: Path) -> None:
     """Its checkpoints are put together from both workers; the model directory is that of any training."""
     train = write_labelled(tmp_path / "train.tsv", 64)
-    values = {
-        "model": str(dummy_encoder_dir),
-        "train": str(train),
-        "output": str(tmp_path / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "optimizer": {"lr": 1e-2},
-        "log_every_steps": 1,
-        "dev": {"path": str(write_labelled(tmp_path / "dev.tsv", 9)), "every_steps": 2},
-        "workers": {"num": 2, "sharding": "full"},
-    }
+    values = training_values(
+        dummy_encoder_dir,
+        train,
+        tmp_path,
+        optimizer={"lr": 1e-2},
+        log_every_steps=1,
+        dev={"path": str(write_labelled(tmp_path / "dev.tsv", 9)), "every_steps": 2},
+        workers={"num": 2, "sharding": "full"},
+    )
     config = make_config(TrainClassifierConfig, values)
     survey = ClassifierTask.survey(config)
     task = ClassifierTask.prepare(config, survey)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch import distributed as dist
 from transformers import RoFormerConfig, RoFormerModel
 
 from raytower.config import make_config
@@ -29,10 +27,10 @@ from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.retriever import RetrieverTask
 from raytower.training.step import NotANumberError, TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
-from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_tokenizer
-from tests.support.tiny_training import batches_of, worker_slice, write_pairs
+from tests.support.tiny_training import batches_of, training_values, worker_slice, write_pairs
 from tests.support.warm import in_processes, in_two_processes
+from tests.support.worker_group import end_worker, join_group
 
 Backward = Callable[[TrainingStep, Rows], Tensor]
 Weights = dict[str, Tensor]
@@ -72,19 +70,10 @@ class Job:
 
 
 def make_job(model: Path, folder: Path, num_steps: int, changes: dict[str, Any]) -> Job:
-    values = {
-        "model": str(model),
-        "train": {"path": str(write_pairs(folder / "train.tsv", 128))},
-        "output": str(folder / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "workers": {"num": 2},
-        # Limits no gradient: Adam hides a wrong scale of the gradients from the weights, a clipped norm from the rest.
-        "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9},
-        **changes,
-    }
-    config = make_config(TrainRetrieverConfig, values)
+    # Limits no gradient: Adam hides a wrong scale of the gradients from the weights, a clipped norm from the rest.
+    values = {"workers": {"num": 2}, "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9}, **changes}
+    train = write_pairs(folder / "train.tsv", 128)
+    config = make_config(TrainRetrieverConfig, training_values(model, train, folder, **values))
     surveyed = RetrieverTask.survey(config)
     batches = batches_of(surveyed, config)
     return Job(
@@ -131,16 +120,7 @@ PARALLEL_JOBS: dict[str, dict[str, Any]] = {
 
 
 def _worker(rank: int, jobs: dict[str, Job], folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(
-            seconds=120
-        ),  # an exchange that the other worker leaves out fails in place of hanging
-    )
+    join_group(folder, rank)
     results = {name: _run_share(job, rank) for name, job in jobs.items()}
     results["a loss of one worker"] = _run_into_nan(jobs["plain"], rank, _loss_becomes_nan)
     results["a gradient of one worker"] = _run_into_nan(jobs["plain"], rank, _gradient_becomes_nan)
@@ -310,14 +290,7 @@ SHARED_JOBS: dict[str, dict[str, Any]] = {
 
 def _worker_of_some(rank: int, workers: int, jobs: dict[str, Job], folder: Path) -> None:
     """Four workers make six steps, with a checkpoint after two; two workers make the next two from there."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / str(workers)}",
-        rank=rank,
-        world_size=workers,
-        timeout=timedelta(seconds=120),
-    )
+    join_group(folder, rank, workers)
     losses = {}
     for name, job in jobs.items():
         parts = [[worker_slice(rows, rank, workers) for rows in batches] for batches in job.steps]

@@ -48,6 +48,7 @@ from tests.support.tiny_training import (
     other_answer,
     question,
     train_here,
+    training_values,
     write_candidates,
     write_labelled,
     write_lines,
@@ -61,17 +62,7 @@ Trained = tuple[Any, Any, list[float]]
 
 
 def values_of(model: Path, train: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "train": {"path": str(train)},
-        "output": str(folder / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "optimizer": {"lr": 2e-3},
-        "workers": {"num": 1},
-        **changes,
-    }
+    return training_values(model, train, folder, **{"optimizer": {"lr": 2e-3}, **changes})
 
 
 def train_retriever_here(model: Path, train: Path, folder: Path, steps: int = 16, **changes: Any) -> Trained:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,10 @@ from raytower.training.reranker import RerankerTask
 from raytower.training.retriever import RetrieverTask
 from raytower.training.step import TrainingStep, data_parallel
 from raytower.training.word_gradients import WordGradients
-from tests.support.objective_cases import end_worker
 from tests.support.tiny_models import tiny_config, tiny_tokenizer
-from tests.support.tiny_training import batches_of, worker_slice, write_pairs
+from tests.support.tiny_training import batches_of, training_values, worker_slice, write_pairs
 from tests.support.warm import in_two_processes
+from tests.support.worker_group import end_worker, join_group
 
 VOCABULARY = 3_000
 Job = tuple[TrainJobConfig, Any, list[list[Rows]]]
@@ -76,18 +75,10 @@ def wide_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_job(model: Path, folder: Path, changes: dict[str, Any], num_steps: int = 3) -> Job:
-    values = {
-        "model": str(model),
-        "train": {"path": str(write_pairs(folder / "train.tsv", 128))},
-        "output": str(folder / "out"),
-        "batch_size": 16,
-        "max_length": 32,
-        "dtype": "float32",
-        "workers": {"num": 2},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1e9},
-        **changes,
-    }
-    config = make_config(TrainRetrieverConfig, values)
+    optimizer = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1e9}
+    values = {"workers": {"num": 2}, "optimizer": optimizer, **changes}
+    train = write_pairs(folder / "train.tsv", 128)
+    config = make_config(TrainRetrieverConfig, training_values(model, train, folder, **values))
     surveyed = RetrieverTask.survey(config)
     batches = batches_of(surveyed, config)
     steps = [list(islice(batches, config.accumulate_batches)) for _ in range(num_steps)]
@@ -165,6 +156,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16", "gradient_cache": 4},
 }
+# Some processors round a row's sum otherwise when it lies in another place: by what a few last digits are of losses
+# of 2, and of gradients in 16 bits. A row that is wrong differs by a step, 1e-3.
+TOLERANCE = {"float16": 5e-4}
 
 
 class TestOneProcess:
@@ -184,9 +178,9 @@ class TestOneProcess:
             losses = run(job, dense)
         assert tables.count >= 3
         with WholeTables() as tables:
-            assert run(job, collected) == pytest.approx(losses, abs=1e-6)
+            assert run(job, collected) == pytest.approx(losses, abs=5e-6)
         assert tables.count == 0
-        assert largest_difference(state_of(collected), state_of(dense)) < 1e-6
+        assert largest_difference(state_of(collected), state_of(dense)) < TOLERANCE.get(name, 5e-6)
         words = "encoder.backbone.embeddings.word_embeddings.weight"
         moved = (collected.model.get_parameter(words).detach() - before[words]).abs().amax(1)
         assert int((moved > 1e-3).sum()) > 20  # read
@@ -210,8 +204,8 @@ class TestOneProcess:
         steps = [[rows] for rows in islice(batches_of(surveyed, config), 3)]
         job = (config, RerankerTask.prepare(config, surveyed), steps)
         dense, collected = make_step(job, dense=True), make_step(job, dense=False)
-        assert run(job, collected) == pytest.approx(run(job, dense), abs=1e-6)
-        assert largest_difference(state_of(collected), state_of(dense)) < 1e-6
+        assert run(job, collected) == pytest.approx(run(job, dense), abs=5e-6)
+        assert largest_difference(state_of(collected), state_of(dense)) < 5e-6
 
     def test_a_gradient_that_is_no_number_leaves_nothing_behind(
         self, wide_encoder: Path, tmp_path: Path
@@ -358,14 +352,7 @@ PARALLEL_CASES = ["accumulated", "cached", "clipped", "bfloat16"]
 
 
 def _worker(rank: int, jobs: dict[str, Job], folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=120),
-    )
+    join_group(folder, rank)
     exchanged: list[int] = []
     all_reduce = dist.all_reduce
 
