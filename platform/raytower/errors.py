@@ -28,6 +28,7 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
         "modules",
         "",
     ),
+    "resvg_py": ("resvg, which draws plots as PNG,", "png", ""),
     "peft": ("peft, which lora needs,", "lora", ""),
     "prometheus_client": ("prometheus_client, which counts what a server does,", "serve", ""),
     "tiktoken": ("tiktoken, which reads token ids of OpenAI's clients,", "serve", ""),

@@ -163,12 +163,12 @@ class ClassScores:
         self._predicted: Counter[str] = Counter()
         self._expected: Counter[str] = Counter()
 
-    def add(self, predicted: str, expected: str) -> None:
-        """Count one row."""
-        self._predicted[predicted] += 1
-        self._expected[expected] += 1
+    def add(self, predicted: str, expected: str, rows: int = 1) -> None:
+        """Count a row, or several alike."""
+        self._predicted[predicted] += rows
+        self._expected[expected] += rows
         if predicted == expected:
-            self._right[expected] += 1
+            self._right[expected] += rows
 
     def per_class(self) -> dict[str, dict[str, float]]:
         """`precision`, `recall`, `f1` and `rows` (expected ones) of each class, in the order of the names.
@@ -234,6 +234,13 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
         raise InputError(f"all {len(positive)} labels are {only}; AUC needs pairs of both classes, 0 and 1")
     rank_sum = midranks(values)[positive].sum()
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def auc_between(relevant: Floats, others: Floats) -> float:
+    """As `auc`, of the scores of one class [P] and of the other [N], which are finite and at least one each."""
+    falling = np.sort(others)
+    below = np.searchsorted(falling, relevant, side="left") + np.searchsorted(falling, relevant, side="right")
+    return float(below.sum() / (2 * len(relevant) * len(others)))
 
 
 def accuracy_f1(scores: ArrayLike, labels: ArrayLike, threshold: float) -> tuple[float, float]:

@@ -105,6 +105,7 @@ def report() -> dict[str, Any]:
             _loss("reranker", "fusion", (0.50, 0.67, 0.58), (0.05, 0.03, 0.004)),
         ],
         "stages_seconds": 12.5,
+        "auc": {"by_query": 0.81, "low": 0.79, "high": 0.83, "queries": 1150, "pooled": 0.7421},
         "settings": {
             "index": "runs/index",
             "encoder": HOSTILE,

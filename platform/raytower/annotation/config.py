@@ -79,6 +79,8 @@ class MineConfig(RerankConfig, ModeConfig, BatchConfig):
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
     """Seed of what is drawn by chance; the same one gives the same result."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that mine side by side."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
     them."""
@@ -180,6 +182,8 @@ class ClassifyConfig(BatchConfig):
     """Put before each query when it is encoded; null is the encoder's own prompt."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap that intervals come from."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that label side by side."""
     on_error: OnError = "fail"
     """What happens with rows that cannot be read: fail stops the job, quarantine leaves them out and lists
     them."""

@@ -6,7 +6,7 @@ Shape legend: N rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,30 +39,60 @@ class LabelTally:
         self._positive_scores: list[float] = []
         self._is_positive: list[bool] = []
         self._called_positive: list[bool] = []
-        self._classes = ClassScores()
-        self.pairs: Counter[tuple[str, str]] = Counter()
-        """How often each (expected, first label) came about."""
-        self._levels: list[_Level] = []
-        self.label_counts: dict[str, int] = {}
+        # How often each (expected, first label) came about; the label is empty where there was none.
+        self._firsts: Counter[tuple[str, str]] = Counter()
 
     def add(self, decision: Decision, expected: str) -> None:
         """Count a row. A text without a label counts as wrong, but for `accuracy_answered`."""
-        self.label_counts[expected] = self.label_counts.get(expected, 0) + 1
         order = [item.label for item in decision.ranked]
         self._ranks.append(order.index(expected) + 1 if expected in order else 0)
         self._scores.append(decision.score)
         self._given.append(decision.label is not None)
         first = order[0] if order else ""
-        self._classes.add(first, expected)
-        self.pairs[expected, first or NO_LABEL] += 1
-        for level in range(1, num_levels(expected) + 1):
-            if level > len(self._levels):
-                self._levels.append(_Level())
-            self._levels[level - 1].add(at_level(first, level), at_level(expected, level))
+        self._firsts[expected, first] += 1
         if (positive := self._decider.positive) is not None:
             self._positive_scores.append(self._decider.score_of(decision.ranked, positive))
             self._is_positive.append(expected == positive)
             self._called_positive.append(first == positive)
+
+    def counted(self) -> dict[str, Any]:
+        """What was counted, as JSON can hold it, for `add_counted` of another tally."""
+        return {
+            "ranks": self._ranks,
+            "scores": self._scores,
+            "given": self._given,
+            "positive_scores": self._positive_scores,
+            "is_positive": self._is_positive,
+            "called_positive": self._called_positive,
+            "firsts": [[expected, first, rows] for (expected, first), rows in self._firsts.items()],
+        }
+
+    def add_counted(self, counted: Mapping[str, Any]) -> None:
+        """Count the rows of another tally after those of this one, which has the same decider."""
+        self._ranks += counted["ranks"]
+        self._scores += counted["scores"]
+        self._given += counted["given"]
+        self._positive_scores += counted["positive_scores"]
+        self._is_positive += counted["is_positive"]
+        self._called_positive += counted["called_positive"]
+        for expected, first, rows in counted["firsts"]:
+            self._firsts[expected, first] += rows
+
+    @property
+    def pairs(self) -> Counter[tuple[str, str]]:
+        """How often each (expected, first label) came about."""
+        pairs: Counter[tuple[str, str]] = Counter()
+        for (expected, first), rows in self._firsts.items():
+            pairs[expected, first or NO_LABEL] += rows
+        return pairs
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """Rows that expect each label, in the order of their first ones."""
+        counts: dict[str, int] = {}
+        for (expected, _), rows in self._firsts.items():
+            counts[expected] = counts.get(expected, 0) + rows
+        return counts
 
     def figures(self) -> dict[str, Any]:
         """`accuracy`, `hit@k`, their `intervals`, means of precision, recall and F1, and what else these rows have.
@@ -75,7 +105,7 @@ class LabelTally:
         values |= {f"hit@{k}": (ranks >= 1) & (ranks <= k) for k in self._cutoffs}
         figures: dict[str, Any] = {
             **{name: float(value.mean()) for name, value in values.items()},
-            **self._classes.means(),
+            **self._classes().means(),
             "intervals": {name: list(mean_interval(value, self._seed)) for name, value in values.items()},
         }
         scores, right = np.array(self._scores), ranks == 1
@@ -85,9 +115,10 @@ class LabelTally:
             figures["accuracy_answered"] = float(right[given].mean()) if given.any() else None
         if self._decider.positive is not None:
             figures["positive"] = self._of_positive(self._decider.positive)
-        if len(self._levels) > 1:
+        levels = self._levels()
+        if len(levels) > 1:
             figures["levels"] = [
-                {"level": number, **level.figures()} for number, level in enumerate(self._levels, start=1)
+                {"level": number, **level.figures()} for number, level in enumerate(levels, start=1)
             ]
         if self._decider.gives_chances:
             figures["ece"] = expected_calibration_error(scores, right)
@@ -97,7 +128,22 @@ class LabelTally:
 
     def classes(self) -> dict[str, dict[str, float]]:
         """`precision`, `recall`, `f1` and `rows` of each label."""
-        return self._classes.per_class()
+        return self._classes().per_class()
+
+    def _classes(self) -> ClassScores:
+        classes = ClassScores()
+        for (expected, first), rows in self._firsts.items():
+            classes.add(first, expected, rows)
+        return classes
+
+    def _levels(self) -> list[_Level]:
+        levels: list[_Level] = []
+        for (expected, first), rows in self._firsts.items():
+            for level in range(1, num_levels(expected) + 1):
+                if level > len(levels):
+                    levels.append(_Level())
+                levels[level - 1].add(at_level(first, level), at_level(expected, level), rows)
+        return levels
 
     def _of_positive(self, positive: str) -> dict[str, Any]:
         """Figures of the positive class; null where the rows do not have what one needs."""
@@ -132,10 +178,10 @@ class _Level:
         self._num_rows = 0
         self._num_right = 0
 
-    def add(self, predicted: str, expected: str) -> None:
-        self._classes.add(predicted, expected)
-        self._num_rows += 1
-        self._num_right += predicted == expected
+    def add(self, predicted: str, expected: str, rows: int) -> None:
+        self._classes.add(predicted, expected, rows)
+        self._num_rows += rows
+        self._num_right += rows * (predicted == expected)
 
     def figures(self) -> dict[str, Any]:
         return {

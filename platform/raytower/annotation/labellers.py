@@ -5,7 +5,7 @@ Labels are compared and written as the data has them; see `labels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,13 +23,21 @@ from raytower.annotation.labels import (
 )
 from raytower.data.plain_labels import plain_label
 from raytower.index.reader import Index
+from raytower.index.table import DocumentTable
 from raytower.models.forward import ForwardEngine
 from raytower.models.text_classifier import ClassifierEngine
-from raytower.retrieval.lookup import find_documents
+from raytower.retrieval.lookup import find_in_table
 from raytower.retrieval.retriever import Candidate, index_recall
 
 
-class Labeller(Protocol):
+class KnownLabels(Protocol):
+    """The labels that can be given."""
+
+    def missing(self, labels: Collection[str]) -> set[str]:
+        """Those of `labels` that never are."""
+
+
+class Labeller(KnownLabels, Protocol):
     """What the job asks of each way."""
 
     @property
@@ -39,8 +47,29 @@ class Labeller(Protocol):
     def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
         """The ranked labels of each text, best first."""
 
-    def count_missing(self, label_counts: Mapping[str, int]) -> int:
-        """Rows, of so many for each label, whose label could never have been predicted."""
+
+@dataclass(frozen=True, slots=True)
+class LabelsOfDocuments:
+    """Those of an index's documents, which a document has in `label_field` or, without such a column, as its text."""
+
+    table: DocumentTable
+    label_field: str
+
+    def missing(self, labels: Collection[str]) -> set[str]:
+        column = self.label_field if self.label_field in self.table.schema.names else "text"
+        wanted = set(labels)
+        return wanted - find_in_table(self.table, column, wanted, "id").keys()
+
+
+class LabelsOfClassifier:
+    """Those of a trained classifier."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        # In the form in which rows bring theirs: a model that others trained may call a class 1.0.
+        self.names = [plain_label(name) for name in names]
+
+    def missing(self, labels: Collection[str]) -> set[str]:
+        return set(labels) - set(self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +149,8 @@ class IndexLabeller:
                     found[row] = self._weigh(texts[row], candidates)
         return found
 
-    def count_missing(self, label_counts: Mapping[str, int]) -> int:
-        column = self._label_field if self._label_field in self._index.table.schema.names else "text"
-        return _count_absent(label_counts, set(find_documents(self._index, column, set(label_counts), "id")))
+    def missing(self, labels: Collection[str]) -> set[str]:
+        return LabelsOfDocuments(self._index.table, self._label_field).missing(labels)
 
     def _short(self, found: Sequence[Neighbours]) -> list[int]:
         """The texts that need more documents."""
@@ -154,8 +182,7 @@ class ClassifierLabeller:
 
     def __init__(self, engine: ClassifierEngine, depth: int) -> None:
         self._engine = engine
-        # In the form in which rows bring theirs: a model that others trained may call a class 1.0.
-        self._labels = [plain_label(label) for label in engine.labels]
+        self._labels = LabelsOfClassifier(engine.labels)
         self._depth = depth
 
     @property
@@ -163,11 +190,7 @@ class ClassifierLabeller:
         return {"fingerprint": self._engine.fingerprint}
 
     def label(self, texts: Sequence[str]) -> list[list[Prediction]]:
-        return label_logits(self._labels, self._engine.logits(texts), self._depth)
+        return label_logits(self._labels.names, self._engine.logits(texts), self._depth)
 
-    def count_missing(self, label_counts: Mapping[str, int]) -> int:
-        return _count_absent(label_counts, set(self._labels))
-
-
-def _count_absent(label_counts: Mapping[str, int], present: set[str]) -> int:
-    return sum(count for label, count in label_counts.items() if label not in present)
+    def missing(self, labels: Collection[str]) -> set[str]:
+        return self._labels.missing(labels)

@@ -1,37 +1,43 @@
 """`raytower mine`: hard negatives for training pairs, from what an index recalls for each query.
 
 Two passes over the pairs: the first remembers which texts are known positives of each other, the second searches in
-batches and samples. A cross-encoder may screen what is sampled, and a teacher score it, for distillation.
+batches and samples. The first is done by one process, since any pair may forbid what another would take; the second in
+shares of pairs. A cross-encoder may screen what is sampled, and a teacher score it, for distillation.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytower.annotation.config import MineConfig
 from raytower.annotation.cosines import cosines
 from raytower.annotation.negatives import KnownPositives, distinct_texts, draw_order, score_limits
-from raytower.annotation.rows_in import row_batches, survey_rows
-from raytower.annotation.rows_out import RowWriter, open_rows
+from raytower.annotation.rows_in import survey_rows
+from raytower.annotation.rows_out import RowWriter, header_of
 from raytower.data.pieces import Survey, read_pieces
+from raytower.file_jobs.plan import NUMBER, choose_rows_per_share, shares_of
+from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, join_bytes, run_shares, workers_for
 from raytower.index.hybrid import HybridFusion, check_mode
-from raytower.index.reader import Index
+from raytower.index.reader import Index, check_fingerprint
 from raytower.index.versions import open_manifest
 from raytower.models.compute import PARAMETER_BYTES
 from raytower.models.cross_encoder import CrossEncoder
+from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
-from raytower.progress import Progress, log
+from raytower.progress import log
 from raytower.retrieval.load import load_query_engine, load_reranker, open_index_manifest, own_or
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Candidate, PairScorer, Retriever, Vectors, count_wordless
 from raytower.retrieval.scores import finite_logits
-from raytower.storage import Location
+from raytower.storage import Location, absolute_if_local
 
 _COLUMNS = {
     "triples": ("query", "title", "neg_title"),
@@ -40,6 +46,9 @@ _COLUMNS = {
 }
 # Of as many drawn candidates as negatives are wanted, most pass; the second half makes up for those that do not.
 _SCREENED_FIRST = 2
+_MAX_PAIRS_PER_SHARE = 8_192
+# What decides how negatives are found, and not which.
+_FREE_KEYS = {"workers", "output", "rows_per_batch", "tokens_per_batch", "on_error", "input"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,15 @@ class MinedCounts:
     queries_without_words: int = 0
     """Distinct queries of a batch that share no token with a document: mode hybrid has for them what dense has."""
 
+    @classmethod
+    def sum(cls, parts: Iterable[Mapping[str, int]]) -> MinedCounts:
+        """Of the counts of shares, as `asdict` gives them."""
+        total = cls()
+        for part in parts:
+            for name, count in part.items():
+                setattr(total, name, getattr(total, name) + count)
+        return total
+
 
 def mine(config: MineConfig) -> dict[str, Any]:
     """Write each pair with its negatives to `output`, the pair's own document before them.
@@ -89,20 +107,14 @@ def mine(config: MineConfig) -> dict[str, Any]:
             teacher that gives a score that is no number.
     """
     start = time.perf_counter()
-    survey = survey_rows(config, "pairs", *_COLUMNS.values())
-    engine = load_query_engine(_encoder_name(config), config)
-    index = Index.open(config.index, encoder_fingerprint=engine.fingerprint if engine else None)
-    check_mode(index.manifest, config.mode)
-    teacher = None if config.teacher is None else load_reranker(config.teacher, config)
-    screen = None
-    if config.screen is not None:
-        same = config.screen.reranker == config.teacher
-        screen = teacher if same else load_reranker(config.screen.reranker, config)
-    keys = [KnownPositives.keys_of(table) for table in read_pieces(survey.pieces)]
-    miner = Miner(config, engine, index, KnownPositives(np.concatenate(keys)), teacher, screen)
-    with open_rows(Location.of(config.output), config.file_type, _COLUMNS[config.format]) as writer:
-        miner.run(_pair_batches(survey, config.rows_per_batch), survey.num_rows, writer)
-    counts = miner.counts
+    survey = _survey(config)
+    job = _job(config, survey)
+    workers = workers_for(
+        config.workers, survey.num_rows, job.texts_per_row, len(job.shares), use_gpus=config.engine != "onnx"
+    )
+    head = header_of(config.file_type, _COLUMNS[config.format])
+    figures, _ = run_shares(job, workers, partial(join_bytes, head=head))
+    counts = MinedCounts.sum(figures)
     if counts.pairs_without_negatives:
         log(
             f"{counts.pairs_without_negatives:,} pairs have no negative left and are not written; raise recall_k"
@@ -110,15 +122,22 @@ def mine(config: MineConfig) -> dict[str, Any]:
     return {
         **asdict(counts),
         "rejected_rows": survey.num_rejected,
-        "index_version": index.version,
+        "index_version": job.content["index_version"],
         "seconds": round(time.perf_counter() - start, 3),
         "output": config.output,
     }
 
 
 def plan_mine(config: MineConfig) -> dict[str, Any]:
-    """Pairs, batches and predicted memory; surveys the input."""
-    survey = survey_rows(config, "pairs", *_COLUMNS.values())
+    """Pairs, batches, parts, workers (1: this process) and the predicted memory of each; surveys the input."""
+    survey = _survey(config)
+    workers = workers_for(
+        config.workers,
+        survey.num_rows,
+        _texts_per_pair(config),
+        len(survey.pieces),
+        use_gpus=config.engine != "onnx",
+    )
     plan = plan_rows(
         survey.num_rows,
         config,
@@ -138,11 +157,45 @@ def plan_mine(config: MineConfig) -> dict[str, Any]:
         if config.screen.reranker != config.teacher:
             weights = sum(p.numel() for p in CrossEncoder.load(config.screen.reranker).parameters())
             plan["predicted_memory_bytes"] += weights * (4 + PARAMETER_BYTES[config.dtype])
-    return {**plan, "rejected_rows": survey.num_rejected, "index_rows": manifest.rows}
+    return {
+        **plan,
+        "parts": len(survey.pieces),
+        "workers": workers.num if workers else 1,
+        "on_ray": workers is not None,
+        "rejected_rows": survey.num_rejected,
+        "index_rows": manifest.rows,
+    }
 
 
-def _encoder_name(config: MineConfig) -> str:
-    return config.encoder or open_manifest(config.index).encoder
+class MineWorker:
+    """Mines the pairs of a share."""
+
+    def __init__(self, config: MineConfig, version: str, positives: KnownPositives) -> None:
+        """`version` of the index; `positives` of the whole input."""
+        engine = load_query_engine(_encoder_name(config), config)
+        index = Index.open(config.index, version, encoder_fingerprint=engine.fingerprint if engine else None)
+        teacher = None if config.teacher is None else load_reranker(config.teacher, config)
+        screen = None
+        if config.screen is not None:
+            same = config.screen.reranker == config.teacher
+            screen = teacher if same else load_reranker(config.screen.reranker, config)
+        self._config = config
+        self._miner = Miner(config, engine, index, positives, teacher, screen)
+
+    def __call__(self, table: pa.Table, sink: Sink) -> dict[str, Any]:
+        """Write the pairs of a numbered share with their negatives; returns MinedCounts. Raises as `Miner.mine`."""
+        config = self._config
+        writer = RowWriter(sink, config.file_type, _COLUMNS[config.format], has_header=False)
+        self._miner.counts = MinedCounts()
+        for start in range(0, table.num_rows, config.rows_per_batch):
+            rows = table.slice(start, config.rows_per_batch)
+            columns = (rows[name].to_pylist() for name in (NUMBER, "query", "document"))
+            self._miner.mine([Pair(*row) for row in zip(*columns, strict=True)], writer)
+        return asdict(self._miner.counts)
+
+
+def open_worker(config: MineConfig, version: str, positives: KnownPositives) -> ShareWorker:
+    return MineWorker(config, version, positives)
 
 
 class Miner:
@@ -179,18 +232,19 @@ class Miner:
         self._positives = positives
         self.counts = MinedCounts()
 
-    def run(self, batches: Iterator[list[Pair]], total: int, writer: RowWriter) -> None:
-        """Mine `total` pairs and write what is found."""
-        progress = Progress("mined", "pairs", total)
-        for batch in batches:
-            negatives = self.negatives(batch)
-            lists = [
-                [pair.document, *(item.text for item in items)] if items else []
-                for pair, items in zip(batch, negatives, strict=True)
-            ]
-            for pair, documents, scores in zip(batch, lists, self.scores(batch, lists), strict=True):
-                self._write(pair, documents, scores, writer)
-            progress.advance(len(batch))
+    def mine(self, batch: Sequence[Pair], writer: RowWriter) -> None:
+        """Write the pairs with what is found for them.
+
+        Raises:
+            InputError: a logit that is infinite or no number, or for a TSV a text with a tab or a line break.
+        """
+        negatives = self.negatives(batch)
+        lists = [
+            [pair.document, *(item.text for item in items)] if items else []
+            for pair, items in zip(batch, negatives, strict=True)
+        ]
+        for pair, documents, scores in zip(batch, lists, self.scores(batch, lists), strict=True):
+            self._write(pair, documents, scores, writer)
 
     def negatives(self, batch: Sequence[Pair]) -> list[list[Candidate]]:
         """The sampled negatives of each pair, nearest first."""
@@ -321,9 +375,74 @@ class Miner:
             writer.write(pair.query, documents, scores)
 
 
-def _pair_batches(survey: Survey, rows_per_batch: int) -> Iterator[list[Pair]]:
-    number = 0
-    for table in row_batches(survey, rows_per_batch):
-        rows = zip(table["query"].to_pylist(), table["document"].to_pylist(), strict=True)
-        yield [Pair(number + offset, query, document) for offset, (query, document) in enumerate(rows)]
-        number += table.num_rows
+def _survey(config: MineConfig) -> Survey:
+    rows = choose_rows_per_share(_texts_per_pair(config), _MAX_PAIRS_PER_SHARE)
+    return survey_rows(config, "pairs", *_COLUMNS.values(), rows_per_piece=rows)
+
+
+def _texts_per_pair(config: MineConfig) -> int:
+    """Texts and pairs of texts that pass through models for each pair."""
+    limits = config.max_score_ratio is not None or config.max_score_margin is not None
+    taught = 1 + config.num_negatives if config.teacher is not None else 0
+    screened = 1 + config.num_negatives * _SCREENED_FIRST if config.screen is not None else 0
+    return 1 + limits + taught + screened
+
+
+def _encoder_name(config: MineConfig) -> str:
+    return config.encoder or open_manifest(config.index).encoder
+
+
+def _job(config: MineConfig, survey: Survey) -> FileJob:
+    """Raises InputError and FormatError where models and index do not go together, before any worker begins."""
+    manifest = open_manifest(config.index)
+    check_mode(manifest, config.mode)
+    name = config.encoder or manifest.encoder
+    encoder = None if config.mode == "lexical" else Encoder.load(name)
+    if encoder is not None:
+        check_fingerprint(manifest, encoder.fingerprint, name)
+    rerankers = {
+        key: place
+        for key, place in (
+            ("teacher", config.teacher),
+            ("screen", config.screen.reranker if config.screen else None),
+        )
+        if place is not None
+    }
+    prefix = own_or(config.query_prefix, encoder, "query", name) if encoder else None
+    keys = [KnownPositives.keys_of(table) for table in read_pieces(survey.pieces)]
+    everywhere = _found_by_workers(config, name, prefix)
+    return FileJob(
+        output=Location.of(config.output),
+        shares=shares_of(survey.pieces, are_numbered=True),
+        open_worker=open_worker,
+        arguments=(everywhere, manifest.version, KnownPositives(np.concatenate(keys))),
+        content={
+            "settings": config.model_dump(mode="json", exclude=_FREE_KEYS),
+            "read_as": config.input.model_dump(mode="json", exclude={"path"}),
+            "index_version": manifest.version,
+            "index": manifest.sha256(),
+            "encoder": encoder.fingerprint if encoder else None,
+            "query_prefix": prefix,
+            **{key: CrossEncoder.load(place).fingerprint for key, place in rerankers.items()},
+            "input": content_of(survey),
+        },
+        texts_per_row=_texts_per_pair(config),
+        verb="mined",
+        unit="pairs",
+    )
+
+
+def _found_by_workers(config: MineConfig, encoder: str, prefix: str | None) -> MineConfig:
+    """The config with names by which other processes find the same things, and what null meant of the others."""
+    screen = config.screen
+    if screen is not None:
+        screen = screen.model_copy(update={"reranker": absolute_if_local(screen.reranker)})
+    return config.model_copy(
+        update={
+            "encoder": absolute_if_local(encoder),
+            "index": absolute_if_local(config.index),
+            "teacher": None if config.teacher is None else absolute_if_local(config.teacher),
+            "screen": screen,
+            "query_prefix": prefix,
+        }
+    )

@@ -38,8 +38,7 @@ JOBS = (
 )
 # Those whose own process runs models over all rows, or has steps that do.
 _COMPUTING = {
-    *("adapt", "classify", "demo", "evaluate", "export", "mine", "pipeline", "refresh", "tune-classify"),
-    "tune-fusion",
+    *("adapt", "demo", "evaluate", "export", "pipeline", "refresh", "tune-classify", "tune-fusion"),
 }
 
 

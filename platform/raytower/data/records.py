@@ -72,10 +72,12 @@ _FIELDS: dict[RecordKind, tuple[RecordField, ...]] = {
     # A document that was recalled for a query, in a row of its own, as `raytower search --input` writes them.
     "ranked": (
         RecordField("query", ("query", "sentence1", "text_a")),
-        RecordField("document", ("document", "title", "text", "candidate", "sentence2", "text_b")),
+        # A title alone is the document; beside another text it is that document's title.
+        RecordField("document", ("document", "text", "candidate", "sentence2", "text_b", "title")),
         RecordField("score", ("recall_score", "score"), "number", required=False),
         RecordField("query_id", ("query_id",), "id", required=False),
         RecordField("document_id", ("document_id", "id"), "id", required=False),
+        RecordField("title", ("title",), required=False, may_be_blank=True),
     ),
     "labelled": (RecordField("text", ("text",)), RecordField("label", ("label",), "category")),
 }

@@ -32,9 +32,9 @@ from raytower.evaluation.reports import (
     REPORT_NAME,
     RUN_NAME,
     check_outputs,
+    write_drawings,
 )
 from raytower.metrics import Floats, bootstrap_interval
-from raytower.pages.html import write_plots
 from raytower.storage import Location
 
 RESAMPLES = 9_999
@@ -81,8 +81,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 3),
         "output": config.output,
     }
-    if config.plots is not None:
-        write_plots(Location.of(config.plots), comparison_plots(result))
+    write_drawings(config, comparison_plots(result))
     if config.output is not None:
         folder = Location.of(config.output)
         (folder / COMPARISON_PAGE_NAME).write_bytes(render_comparison_page(result).encode())

@@ -8,7 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from raytower.data.config import PathConfig, QueriesConfig
-from raytower.retrieval.config import BatchConfig, ModeConfig, RerankConfig, RetrieverConfig
+from raytower.retrieval.config import (
+    BatchConfig,
+    FileWorkersConfig,
+    ModeConfig,
+    RerankConfig,
+    RetrieverConfig,
+)
 
 RunFormat = Literal["auto", "trec", "tsv", "jsonl"]
 # A comma outside parentheses: none closes behind it before one opens.
@@ -53,8 +59,13 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
     comparison.html; null writes none."""
     plots: str | None = None
     """Folder that gets each plot of the report as an SVG file; null writes none."""
+    figures: Literal["png"] | None = None
+    """Type of files that each plot of the report is drawn to, beside the page in `output`: png, light, for what shows
+    no SVG (extra `png`); null draws none."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap that intervals come from, and of the permutations of compare."""
+    workers: FileWorkersConfig = FileWorkersConfig()
+    """Processes that search side by side, where an index has many queries and there is an output."""
 
     @field_validator("metrics", "compare", mode="before")
     @classmethod
@@ -77,6 +88,15 @@ class EvaluateConfig(RetrieverConfig, BatchConfig):
             raise ValueError(f"{given}; give one of index, run and compare")
         if self.queries is None and self.compare is None:
             raise ValueError(f"{measured[0]} needs queries, by which it is judged; give them")
+        if self.figures is not None and self.output is None:
+            raise ValueError(
+                f"figures is {self.figures}, and there is no page to draw them beside; name an output, or leave it out"
+            )
+        if self.workers != FileWorkersConfig() and (self.index is None or self.output is None or self.stages):
+            raise ValueError(
+                "workers are given, which only an evaluation of an index with an output and without stages has: there "
+                "their parts lie; leave them out, or name index and output"
+            )
         if self.stages and self.index is None:
             raise ValueError(
                 f"stages is true, and only an index has stages; leave it out, or give index in place of {measured[0]}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytower.metrics import NDCG_DEPTH, Floats, mean_interval
+from raytower.metrics import NDCG_DEPTH, Floats, auc_between, mean_interval
 
 # Of a retrieval, in the order in which they work.
 STAGES = ("encoder", "index", "lexical", "fusion", "run", "reranker")
@@ -57,12 +57,16 @@ def recall_by_k(stages: Mapping[str, Mapping[str, Floats]], seed: int) -> list[d
 
 
 class ScoreSample:
-    """Scores of what was found, relevant and not; of many queries every second, third and so on."""
+    """Scores of what was found, relevant and not; of many queries every second, third and so on.
+
+    What a list has twice counts at its first place.
+    """
 
     def __init__(self, num_queries: int, depth: int) -> None:
         self._stride = -(-num_queries * depth // _MOST_SCORES)
         self._relevant: list[float] = []
         self._others: list[float] = []
+        self._areas: list[float] = []
 
     def add(
         self,
@@ -72,10 +76,48 @@ class ScoreSample:
         relevant: Sequence[Mapping[str, float]],
     ) -> None:
         """The hits of the queries from number `first` on, with the judgements above 0 of each."""
-        for place in range(-first % self._stride, len(ranked_ids), self._stride):
-            wanted = relevant[place]
-            for doc_id, score in zip(ranked_ids[place], scores[place], strict=True):
-                (self._relevant if wanted.get(doc_id, 0) > 0 else self._others).append(score)
+        for place, (ids, own, wanted) in enumerate(zip(ranked_ids, scores, relevant, strict=True), first):
+            # The first score of each document: later ones are written over.
+            once = dict(zip(reversed(ids), reversed(own), strict=True))
+            among = [score for doc_id, score in once.items() if wanted.get(doc_id, 0) > 0]
+            others = [score for doc_id, score in once.items() if wanted.get(doc_id, 0) <= 0]
+            if among and others:
+                self._areas.append(auc_between(np.array(among), np.array(others)))
+            if place % self._stride == 0:
+                self._relevant += among
+                self._others += others
+
+    def counted(self) -> dict[str, list[float]]:
+        """What was counted, as JSON can hold it, for `add_counted` of another sample."""
+        return {"relevant": self._relevant, "others": self._others, "areas": self._areas}
+
+    def add_counted(self, counted: Mapping[str, Sequence[float]]) -> None:
+        """The scores of later queries, which another sample of as many queries in all has counted."""
+        self._relevant += counted["relevant"]
+        self._others += counted["others"]
+        self._areas += counted["areas"]
+
+    def areas(self, seed: int) -> dict[str, Any] | None:
+        """The chance that a relevant document scores above another one that was found, a tie counting half.
+
+        Returns:
+            `by_query`, the mean over queries that have found both kinds, with its interval from `low` to `high`, and
+            how many `queries` these are; `pooled`, that of all scores together, or null where the sample lacks a kind.
+            None where no query has found both.
+        """
+        if not self._areas:
+            return None
+        mean = mean_of(np.array(self._areas), seed)
+        pooled = None
+        if self._relevant and self._others:
+            pooled = auc_between(np.array(self._relevant), np.array(self._others))
+        return {
+            "by_query": mean["value"],
+            "low": mean["low"],
+            "high": mean["high"],
+            "queries": len(self._areas),
+            "pooled": pooled,
+        }
 
     def histogram(self) -> dict[str, Any] | None:
         """`edges` of bins and the counts of `relevant` and `others`; None without a score.

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from raytower.data.queries import QuerySet
 from raytower.index.reader import Index
+from raytower.index.table import DocumentTable
 from raytower.progress import log
-from raytower.retrieval.lookup import find_documents
+from raytower.retrieval.lookup import find_in_table
 
 # No document id can begin with this: ids come from text files, whose readers refuse the character.
 _ABSENT = "\x00"
@@ -47,7 +48,12 @@ class Judgements:
 
 
 def judge(queries: QuerySet, index: Index) -> Judgements:
-    """Turn a query set into judgements over the documents of an index.
+    """As `judge_by_table`, of an index's documents."""
+    return judge_by_table(queries, index.table)
+
+
+def judge_by_table(queries: QuerySet, table: DocumentTable) -> Judgements:
+    """Turn a query set into judgements over the documents of an index, of which no shard has to be opened.
 
     Relevance by id is taken as it is. Relevance by text (pairs) means every document whose text is equal. How many
     relevant documents the index lacks is logged.
@@ -55,13 +61,13 @@ def judge(queries: QuerySet, index: Index) -> Judgements:
     copies: dict[str, str] = {}
     if queries.relevant is not None:
         known = {doc_id for judged in queries.relevant for doc_id in judged}
-        present = set(find_documents(index, "id", known, "id"))
+        present = set(find_in_table(table, "id", known, "id"))
         relevant = queries.relevant
         num_missing = sum(doc_id not in present for judged in relevant for doc_id in judged)
     else:
         assert queries.relevant_texts is not None
         wanted = {text for texts in queries.relevant_texts for text in texts}
-        ids = find_documents(index, "text", wanted, "id")
+        ids = find_in_table(table, "text", wanted, "id")
         relevant = [
             {doc_id: 1.0 for text in texts for doc_id in ids.get(text, (_ABSENT + text,))}
             for texts in queries.relevant_texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +59,7 @@ class Measured:
     """At which k each stage's recall is kept; none where nothing shows it."""
     stage_parts: dict[str, list[dict[str, Floats]]] = field(default_factory=dict)
     scores: ScoreSample | None = None
+    """Scores of the final order; None measures no AUC."""
     wordless: int = 0
     """Queries that share no token with a document, where tokens were looked for."""
     milliseconds: dict[str, float] = field(
@@ -114,6 +115,40 @@ class Measured:
             ids, relevant, _ = self._counted(part, ranked_ids)
             self.scores.add(part.start, ids, scores, relevant)
 
+    def counted(self) -> dict[str, Any]:
+        """What was measured of some queries, as JSON can hold it, for `add_counted`; hits without their metadata."""
+        return {
+            "final": _as_lists(self.final_parts),
+            "recall": _as_lists(self.recall_parts),
+            "stages": {stage: _as_lists(parts) for stage, parts in self.stage_parts.items()},
+            "scores": None if self.scores is None else self.scores.counted(),
+            "unjudged": list(self.unjudged.items()),
+            "identical_ids": self.identical_ids,
+            "wordless": self.wordless,
+            "milliseconds": self.milliseconds,
+            "worst": [
+                [item.value, item.place, [asdict(replace(hit, metadata={})) for hit in item.hits]]
+                for item in self._worst
+            ],
+        }
+
+    def add_counted(self, counted: Mapping[str, Any]) -> None:
+        """Take over what was measured of the next queries, which were numbered as all are here."""
+        self.final_parts += _as_arrays(counted["final"])
+        self.recall_parts += _as_arrays(counted["recall"])
+        for stage, values in counted["stages"].items():
+            self.stage_parts.setdefault(stage, []).extend(_as_arrays(values))
+        if self.scores is not None:
+            self.scores.add_counted(counted["scores"])
+        for k, count in counted["unjudged"]:
+            self.unjudged[k] = self.unjudged.get(k, 0) + count
+        self.identical_ids += counted["identical_ids"]
+        self.wordless += counted["wordless"]
+        for name, spent in counted["milliseconds"].items():
+            self.milliseconds[name] += spent
+        for value, place, hits in counted["worst"]:
+            self._keep_worst(_WorstQuery(value, place, [Hit(**hit) for hit in hits]))
+
     @cached_property
     def stages(self) -> dict[str, dict[str, Floats]]:
         """By stage, in their order, what `stage_values` gives, of all queries."""
@@ -165,6 +200,7 @@ class Measured:
             **{name: metric["value"] for name, metric in self.final.items()},
             "intervals": {name: [metric["low"], metric["high"]] for name, metric in self.final.items()},
             "unjudged": {str(k): count for k, count in self.unjudged.items()},
+            "auc": None if self.scores is None else self.scores.areas(self.seed),
             "relevant_missing": self.judgements.num_missing,
             "queries_without_relevant": self.judgements.num_without_relevant,
             "identical_ids": self.identical_ids,
@@ -216,6 +252,15 @@ class Measured:
             heapq.heappush(self._worst, item)
         else:
             heapq.heappushpop(self._worst, item)
+
+
+def _as_lists(parts: Sequence[Mapping[str, Floats]]) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in _joined(parts).items()}
+
+
+def _as_arrays(values: Mapping[str, Sequence[float]]) -> list[dict[str, Floats]]:
+    """One part; none where nothing was measured."""
+    return [{name: np.array(each, np.float64) for name, each in values.items()}] if values else []
 
 
 def _joined(parts: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:

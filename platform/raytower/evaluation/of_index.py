@@ -7,31 +7,25 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from raytower.data.queries import QuerySet, read_queries
 from raytower.evaluation.config import EvaluateConfig
-from raytower.evaluation.figures import ScoreSample, curve_ks
-from raytower.evaluation.judgements import Judgements, absent_text, judge
+from raytower.evaluation.in_shares import has_shares, measure_in_shares, plan_shares, put_together
+from raytower.evaluation.judgements import absent_text, judge, judge_by_table
 from raytower.evaluation.measured import Measured, report_of
 from raytower.evaluation.measures import Measures
 from raytower.evaluation.page import evaluation_plots
-from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_reports
+from raytower.evaluation.passes import depth_of, nothing_yet, search_batch
+from raytower.evaluation.reports import RUN_NAME, check_outputs, open_run, write_drawings, write_reports
 from raytower.evaluation.stages import OtherStages, loss_by_stage, recall_against_time
 from raytower.index.reader import Index
+from raytower.index.table import DocumentTable
 from raytower.index.versions import open_manifest
-from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
-from raytower.models.search_mode import SearchMode
-from raytower.pages.html import write_plots
 from raytower.progress import Progress, log
 from raytower.retrieval.load import load_query_engine, load_retriever, open_index_manifest
-from raytower.retrieval.lookup import find_documents
+from raytower.retrieval.lookup import find_in_table
 from raytower.retrieval.plans import plan_rows
-from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order
+from raytower.retrieval.retriever import Retriever
 from raytower.storage import Location
-
-# The stage that a mode's recall is.
-_STAGE_OF: dict[SearchMode, str] = {"dense": "index", "lexical": "lexical", "hybrid": "fusion"}
 
 
 def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
@@ -40,8 +34,9 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         `queries`, each metric by its name (of the final order), `intervals` (95 %, by metric name: Wilson's where every
         value is 0 or 1, else a bootstrap), `unjudged` (documents among the first k of all lists that nobody judged, by
-        k), `relevant_missing` (judged documents that the index does not hold; they count as missed),
-        `queries_without_relevant` (left out), `identical_ids` (documents left out because their id is the query's),
+        k), `auc` (of the final order; see `ScoreSample.areas`), `relevant_missing` (judged documents that the index
+        does not hold; they count as missed), `queries_without_relevant` (left out), `identical_ids` (documents left out
+        because their id is the query's),
         `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `mode`,
         `queries_without_words` (they share no token with a document; mode hybrid has for them what dense has, lexical
         nothing), `index_version`, `seconds`, `queries_per_second`, `output`; with `stages` `loss_by_stage` (see
@@ -57,6 +52,8 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     measures = Measures(config.metrics, config.k)
     queries = _read(config)
     name = _encoder_name(config)
+    if has_shares(config, len(queries)):
+        return _evaluate_in_shares(config, queries, measures, name, start)
     engine = load_query_engine(name, config)
     index = Index.open(config.index, encoder_fingerprint=engine.fingerprint if engine else None)
     if on_gpu := index.use_gpu():
@@ -64,8 +61,8 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     judgements = judge(queries, index)
     retriever = load_retriever(engine, index, config, name)
     searching = time.perf_counter()
-    depth = _depth(config, measures)
-    measured = _nothing_yet(config, measures, judgements, depth)
+    depth = depth_of(config, measures)
+    measured = nothing_yet(config, measures, judgements, depth)
     others = None
     if config.stages:
         others = OtherStages(index, config.mode, depth + config.ignore_identical_ids, measured)
@@ -88,19 +85,32 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         curve = recall_against_time(index, others.sample, measured, depth)
     if config.output is not None or config.plots is not None:
         settings = {"encoder": name, **_settings_of(retriever, index, config)}
-        _write(config, result, measured, settings, curve, index)
+        _write(config, result, measured, settings, curve, index.table)
     return result
 
 
-def _nothing_yet(config: EvaluateConfig, measures: Measures, judgements: Judgements, depth: int) -> Measured:
-    """What queries are measured into; for stages and for pictures with more than the metrics need."""
-    measured = Measured(
-        measures, judgements, config.k, config.seed, ignores_identical=config.ignore_identical_ids
-    )
-    if config.stages or config.output is not None or config.plots is not None:
-        measured.curve_ks = curve_ks(config.k, depth)
-        measured.scores = ScoreSample(len(judgements.ids), depth)
-    return measured
+def _evaluate_in_shares(
+    config: EvaluateConfig, queries: QuerySet, measures: Measures, encoder: str, start: float
+) -> dict[str, Any]:
+    """As `evaluate_index`, in shares of the queries."""
+    assert config.index is not None
+    together = put_together(config, open_manifest(config.index), encoder)
+    table = DocumentTable.open(Location.of(config.index), together.manifest.table_version)
+    judgements = judge_by_table(queries, table)
+    searching = time.perf_counter()
+    measured, num_done = measure_in_shares(config, together, judgements, measures)
+    now = time.perf_counter()
+    result = {
+        **measured.summary(),
+        "mode": config.mode,
+        "queries_without_words": measured.wordless,
+        "index_version": together.manifest.version,
+        "seconds": round(now - start, 3),
+        "queries_per_second": round(num_done / (now - searching), 1),
+        "output": config.output,
+    }
+    _write(config, result, measured, {"encoder": encoder, **together.settings}, [], table)
+    return result
 
 
 def _settings_of(retriever: Retriever, index: Index, config: EvaluateConfig) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def _write(
     measured: Measured,
     settings: dict[str, Any],
     curve: list[dict[str, Any]],
-    index: Index,
+    table: DocumentTable,
 ) -> None:
     """The report, and drawings where they are asked for. `curve` is recall against time, a record a point."""
     judgements = measured.judgements
@@ -131,20 +141,22 @@ def _write(
         for doc_id in judgements.relevant[place]
         if absent_text(doc_id) is None
     }
-    texts = find_documents(index, "id", wanted, "text")
+    texts = find_in_table(table, "id", wanted, "text")
     report = report_of(result, measured, {**config.model_dump(mode="json"), **settings}, texts)
     report["figures"]["recall_against_time"] = curve
+    write_drawings(config, evaluation_plots(report))
     if config.output is not None:
         write_reports(Location.of(config.output), report, judgements, measured.values)
-    if config.plots is not None:
-        write_plots(Location.of(config.plots), evaluation_plots(report))
 
 
 def plan_index(config: EvaluateConfig) -> dict[str, Any]:
-    """Queries, batches and predicted memory; reads the queries and loads the models to count their parameters."""
+    """Queries, batches, parts, workers (1: this process) and the predicted memory of each.
+
+    Reads the queries and loads the models to count their parameters.
+    """
     assert config.index is not None  # the config refused it otherwise
     check_outputs(config)
-    depth = _depth(config, Measures(config.metrics, config.k))
+    depth = depth_of(config, Measures(config.metrics, config.k))
     queries = _read(config)
     plan = plan_rows(
         len(queries),
@@ -157,6 +169,7 @@ def plan_index(config: EvaluateConfig) -> dict[str, Any]:
     manifest = open_index_manifest(config.index, plan["fingerprint"], config.mode)
     return {
         **plan,
+        **plan_shares(config, len(queries)),
         "queries": len(queries),
         "reranked_pairs": len(queries) * min(config.recall_k, manifest.rows) if config.reranker else 0,
         "index_version": manifest.version,
@@ -187,7 +200,7 @@ def _measure(
             run = stack.enter_context(open_run(Location.of(config.output) / RUN_NAME))
         for start in range(0, total, config.rows_per_batch):
             part = slice(start, min(start + config.rows_per_batch, total))
-            ranked = _search(retriever, part, config, measured, others)
+            ranked = search_batch(retriever, part, config, measured, others)
             if run is not None:
                 for query_id, hits in zip(judgements.ids[part], ranked, strict=True):
                     run.write(query_id, [(hit.id, hit.score) for hit in hits])
@@ -195,61 +208,3 @@ def _measure(
     if others is not None:
         others.finish()
     return measured
-
-
-def _search(
-    retriever: Retriever,
-    part: slice,
-    config: EvaluateConfig,
-    measured: Measured,
-    others: OtherStages | None,
-) -> list[list[Hit]]:
-    """Search one batch of queries, add its metrics and times to `measured`, and return its final order."""
-    texts = measured.judgements.texts[part]
-    depth = _depth(config, measured.measures)
-    times = [time.perf_counter()]
-    encoded = retriever.encode(texts)
-    times.append(time.perf_counter())
-    # One more where one may be left out.
-    candidates = retriever.recall(encoded, depth + config.ignore_identical_ids)
-    measured.wordless += count_wordless(candidates, config.mode)
-    if config.ignore_identical_ids:
-        candidates = _without_identical(candidates, part, measured, depth)
-    times.append(time.perf_counter())
-    by_recall = [recall_order(items) for items in candidates]
-    final = by_recall
-    if retriever.scorer is not None:
-        final = retriever.rerank(texts, candidates, config.recall_k)
-        measured.add_recall(part, _ids(by_recall))
-    times.append(time.perf_counter())
-    if others is not None:
-        others.add(part, encoded)
-    measured.add_stage(_STAGE_OF[config.mode], part, _ids(by_recall))
-    if retriever.scorer is not None:
-        measured.add_stage("reranker", part, _ids(final))
-    measured.add(part, _ids(final), final)
-    measured.add_scores(part, _ids(final), [[hit.score for hit in hits] for hits in final])
-    for name, seconds in zip(("encode", "recall", "rerank"), np.diff(times), strict=True):
-        measured.milliseconds[name] += float(seconds) * 1000
-    return final
-
-
-def _ids(ranked: list[list[Hit]]) -> list[list[str]]:
-    return [[hit.id for hit in hits] for hits in ranked]
-
-
-def _without_identical(
-    candidates: list[list[Candidate]], part: slice, measured: Measured, depth: int
-) -> list[list[Candidate]]:
-    """At most `depth` candidates of each query, without the one whose id is the query's."""
-    kept = []
-    for query_id, items in zip(measured.judgements.ids[part], candidates, strict=True):
-        others = [item for item in items if item.id != query_id]
-        measured.identical_ids += len(items) - len(others)
-        kept.append(others[:depth])
-    return kept
-
-
-def _depth(config: EvaluateConfig, measures: Measures) -> int:
-    deepest = max(*config.k, MRR_DEPTH, NDCG_DEPTH, measures.depth)
-    return max(deepest, config.recall_k) if config.reranker else deepest

@@ -17,9 +17,15 @@ from raytower.evaluation.judgements import judge_run
 from raytower.evaluation.measured import SHOWN_HITS, Measured, report_of
 from raytower.evaluation.measures import Measures
 from raytower.evaluation.page import evaluation_plots
-from raytower.evaluation.reports import RUN_NAME, RunWriter, check_outputs, open_run, write_reports
+from raytower.evaluation.reports import (
+    RUN_NAME,
+    RunWriter,
+    check_outputs,
+    open_run,
+    write_drawings,
+    write_reports,
+)
 from raytower.evaluation.runs import RankedList, Run, batches, read_run
-from raytower.pages.html import write_plots
 from raytower.progress import log
 from raytower.retrieval.retriever import Hit
 from raytower.storage import Location
@@ -85,10 +91,9 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
     }
     if config.output is not None or config.plots is not None:
         report = report_of(result, measured, config.model_dump(mode="json"), {})
+        write_drawings(config, evaluation_plots(report))
         if config.output is not None:
             write_reports(Location.of(config.output), report, measured.judgements, measured.values)
-        if config.plots is not None:
-            write_plots(Location.of(config.plots), evaluation_plots(report))
     return result
 
 
@@ -115,10 +120,11 @@ def measure_run(judged: JudgedRun, config: EvaluateConfig, writer: RunWriter | N
     """
     measures = Measures(config.metrics, config.k)
     measured = Measured(measures, judge_run(judged.queries), config.k, config.seed)
-    if config.run is not None and (config.output is not None or config.plots is not None):
+    if config.run is not None:
         depth = max((len(each.documents) for each in judged.run.lists.values()), default=1)
-        measured.curve_ks = curve_ks(config.k, max(depth, *config.k))
         measured.scores = ScoreSample(len(judged.keys), depth)
+        if config.output is not None or config.plots is not None:
+            measured.curve_ks = curve_ks(config.k, max(depth, *config.k))
     for part, lists in batches(judged.run, judged.keys, config.rows_per_batch):
         if config.ignore_identical_ids:
             lists = _without_identical(lists, measured, part)

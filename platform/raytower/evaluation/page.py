@@ -42,6 +42,7 @@ def render_page(report: Mapping[str, Any]) -> str:
             _losses(report.get("loss_by_stage") or []),
             section("Plots", figures(evaluation_plots(report))),
             section("Metrics", _metric_table(stages), note="Means over queries with 95 % intervals."),
+            _areas(report.get("auc")),
             section(
                 "Worst queries",
                 "".join(map(_worst_query, report["worst_queries"])) or "<p>None.</p>",
@@ -308,6 +309,24 @@ def _metric_table(stages: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]
 
 def _metric(metric: Mapping[str, float]) -> Cell:
     return Cell(f"{metric['value']:.4f}", "number", f"[{metric['low']:.4f}, {metric['high']:.4f}]")
+
+
+def _areas(auc: Mapping[str, Any] | None) -> str:
+    """See `ScoreSample.areas`."""
+    if auc is None:
+        return ""
+    by_query = {"value": auc["by_query"], "low": auc["low"], "high": auc["high"]}
+    pooled = "" if auc["pooled"] is None else f"{auc['pooled']:.4f}"
+    rows: list[list[Cell | str]] = [
+        [Cell(f"each query by itself ({auc['queries']:,})"), _metric(by_query)],
+        [Cell("all scores together"), Cell(pooled, "number")],
+    ]
+    return section(
+        "Relevant documents above others",
+        table("Relevant documents above others", ["", Cell("AUC", "number")], rows),
+        note="The chance that a relevant document scores above another one that was found. Where the second is much "
+        "lower, scores of different queries cannot be compared, and one threshold does not fit all.",
+    )
 
 
 def _worst_query(item: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ report.json and report.html; a comparison leaves comparison.json and comparison.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -21,7 +21,9 @@ from raytower.evaluation.config import EvaluateConfig
 from raytower.evaluation.judgements import Judgements, absent_text
 from raytower.evaluation.page import COMPARISON_TITLE, PLOT_NAMES, TITLE, render_page
 from raytower.metrics import Floats
-from raytower.pages.html import check_plots_folder, title_tag
+from raytower.pages.html import check_plots_folder, title_tag, write_plots
+from raytower.pages.pictures import check_pictures, write_pictures
+from raytower.pages.plots import Plot
 from raytower.progress import log
 from raytower.storage import Location, output_folder
 
@@ -74,11 +76,21 @@ def open_run(place: Location, tag: str = OURS) -> Iterator[RunWriter]:
 
 
 def check_outputs(config: EvaluateConfig) -> None:
-    """Raises InputError as `check_reports_output` and `check_plots_folder`."""
+    """Raises InputError as `check_reports_output`, `check_plots_folder` and `check_pictures`."""
     if config.output is not None:
         check_reports_output(config.output)
+        if config.figures is not None:
+            check_pictures(config.output, PLOT_NAMES)
     if config.plots is not None:
         check_plots_folder(config.plots, PLOT_NAMES)
+
+
+def write_drawings(config: EvaluateConfig, plots: Sequence[Plot]) -> None:
+    """The plots of a page as files, where they are asked for."""
+    if config.plots is not None:
+        write_plots(Location.of(config.plots), plots)
+    if config.output is not None and config.figures is not None:
+        write_pictures(Location.of(config.output), plots, PLOT_NAMES)
 
 
 def check_reports_output(output: str) -> None:

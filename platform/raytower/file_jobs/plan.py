@@ -16,6 +16,8 @@ from raytower.workers import Node, fit_workers
 
 TEXTS_IN_PROCESS = 10_000
 """So many texts pass through models before Ray has started and every worker has loaded them."""
+NUMBER = "number"
+"""Column of a numbered share: a row's place among the good rows of the input, from 0, whatever the shares are."""
 # About a minute of a small model on two cores: what is lost when a job is killed, and a worker's least work.
 _TEXTS_PER_SHARE = 16_384
 _MIN_ROWS = 16
@@ -23,11 +25,21 @@ _MIN_ROWS = 16
 
 @dataclass(frozen=True)
 class Share:
-    """Rows `start` to `start + num_rows` of the tables of `pieces`, put together: one task, one part of the output."""
+    """Rows `start` to `start + num_rows` of the tables of `pieces`, put together: one task, one part of the output.
+
+    Without pieces they are rows of what the job's arguments hold, and a worker gets their numbers alone.
+    """
 
     pieces: tuple[Piece, ...]
     start: int
     num_rows: int
+    is_numbered: bool = False
+    """Whether the table that a worker gets has a column NUMBER besides, the place of each row in the input."""
+
+    @property
+    def first_row(self) -> int:
+        """Good rows of the input before this share."""
+        return (self.pieces[0].first_row if self.pieces else 0) + self.start
 
 
 def choose_rows_per_share(texts_per_row: int, most: int) -> int:
@@ -40,9 +52,17 @@ def choose_rows_per_share(texts_per_row: int, most: int) -> int:
     return min(max(1 << (rows.bit_length() - 1), _MIN_ROWS), most)
 
 
-def shares_of(pieces: Sequence[Piece]) -> list[Share]:
+def shares_of(pieces: Sequence[Piece], *, are_numbered: bool = False) -> list[Share]:
     """Each piece as a share of its own."""
-    return [Share((piece,), 0, piece.num_rows) for piece in pieces]
+    return [Share((piece,), 0, piece.num_rows, are_numbered) for piece in pieces]
+
+
+def shares_of_rows(num_rows: int, rows_per_share: int) -> list[Share]:
+    """Shares of rows that the job's arguments hold, by their numbers from 0."""
+    return [
+        Share((), start, min(rows_per_share, num_rows - start), is_numbered=True)
+        for start in range(0, num_rows, rows_per_share)
+    ]
 
 
 def shares_between(pieces: Sequence[Piece], starts: NDArray[np.int64], rows_per_share: int) -> list[Share]:

@@ -1,5 +1,7 @@
 """Doing the shares of a job: each becomes a part beside the output, and the output appears of all of them.
 
+A job may write further files beside its output, such as rows of another kind; of these a share has parts too.
+
 A part appears when it is whole, and its figures after it. A job that was killed and is started again keeps its parts
 where everything that decides them is the same. One job at a time writes to an output.
 """
@@ -11,17 +13,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any, Protocol, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytower.config import FittedWorkersConfig, WorkersConfig
 from raytower.data.pieces import Survey, read_piece
 from raytower.errors import import_extra
-from raytower.file_jobs.plan import Share, choose_workers
+from raytower.file_jobs.plan import NUMBER, Share, choose_workers
 from raytower.only_job import only_job
 from raytower.progress import Progress, log
 from raytower.storage import Location
@@ -34,7 +38,23 @@ class ShareWorker(Protocol):
     """What does the shares of a job, with its models loaded."""
 
     def __call__(self, table: pa.Table, sink: Sink) -> dict[str, Any]:
-        """Write the part of the rows of `table`, and return its figures, which JSON can hold."""
+        """Write the part of the rows of `table`, and return its figures, which JSON can hold.
+
+        The table of a numbered share has a column NUMBER. The worker of a job with files beside its output is given a
+        sink for each of them after `sink`.
+        """
+
+
+Join: TypeAlias = Callable[[Sequence[Location], Sink], None]
+"""Writes a file of its parts, which are given in the order of the shares."""
+
+
+@dataclass(frozen=True)
+class FileBeside:
+    """A further file that a job writes."""
+
+    place: Location
+    join: Join
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,8 @@ class FileJob:
     """Texts or pairs of a row that pass through models."""
     verb: str = "done"
     unit: str = "rows"
+    beside: Sequence[FileBeside] = ()
+    """Appear before the output, so that who finds it finds them."""
 
     @cached_property
     def identity(self) -> str:
@@ -73,6 +95,12 @@ class FileJob:
 
     def part(self, number: int) -> Location:
         return self.folder / f"part-{number:08d}"
+
+    def parts(self, number: int) -> tuple[Location, ...]:
+        """The part of the output of a share, and those of the files beside it."""
+        part = self.part(number)
+        others = (part.parent / f"{part.name}-{place}" for place in range(1, len(self.beside) + 1))
+        return (part, *others)
 
 
 def content_of(survey: Survey) -> list[str]:
@@ -107,9 +135,7 @@ def workers_for(
     )
 
 
-def run_shares(
-    job: FileJob, workers: WorkersConfig | None, join: Callable[[Sequence[Location], Sink], None]
-) -> tuple[list[dict[str, Any]], int]:
+def run_shares(job: FileJob, workers: WorkersConfig | None, join: Join) -> tuple[list[dict[str, Any]], int]:
     """Do what is missing, write the output; the figures of each share in order, and how many rows were done now.
 
     Args:
@@ -131,8 +157,12 @@ def run_shares(
         for number, found in _do_here(job, missing) if workers is None else _do_on_ray(job, missing, workers):
             figures[number] = found
             progress.advance(job.shares[number].num_rows)
+        parts = [job.parts(number) for number in range(len(job.shares))]
+        for place, file in enumerate(job.beside, start=1):
+            with file.place.open_write() as sink:
+                file.join([each[place] for each in parts], sink)
         with job.output.open_write() as sink:
-            join([job.part(number) for number in range(len(job.shares))], sink)
+            join([part for part, *_ in parts], sink)
         job.folder.delete()
     return [figures[number] for number in range(len(job.shares))], num_rows
 
@@ -167,11 +197,11 @@ def _kept(job: FileJob) -> dict[int, dict[str, Any]]:
         there = {info.base_name: info.size for info in job.folder.infos()}
         kept = {}
         for number in range(len(job.shares)):
-            part, record = job.part(number), _record(job.part(number))
-            if part.name not in there or record.name not in there:
+            parts, record = job.parts(number), _record(job.part(number))
+            if record.name not in there or any(part.name not in there for part in parts):
                 continue
             found = record.read_json()
-            if found["bytes"] == there[part.name]:
+            if [found["bytes"], *found.get("beside", [])] == [there[part.name] for part in parts]:
                 kept[number] = found["figures"]
         return kept
     if job.folder.exists():
@@ -185,19 +215,30 @@ def _record(part: Location) -> Location:
     return part.parent / f"{part.name}.json"
 
 
-def _do(worker: ShareWorker, share: Share, part: Location) -> dict[str, Any]:
-    table = pa.concat_tables([read_piece(piece) for piece in share.pieces])
-    with part.open_write() as sink:
-        figures = worker(table.slice(share.start, share.num_rows), sink)
-    _record(part).write_json({"bytes": part.size_bytes(), "figures": figures})
+def _do(worker: ShareWorker, share: Share, parts: Sequence[Location]) -> dict[str, Any]:
+    table = _rows_of(share)
+    with ExitStack() as files:
+        figures = worker(table, *(files.enter_context(part.open_write()) for part in parts))
+    num_bytes, *beside = (part.size_bytes() for part in parts)
+    record = {"bytes": num_bytes, "figures": figures, **({"beside": beside} if beside else {})}
+    _record(parts[0]).write_json(record)
     return figures
+
+
+def _rows_of(share: Share) -> pa.Table:
+    numbers = pa.array(np.arange(share.first_row, share.first_row + share.num_rows))
+    if not share.pieces:
+        return pa.table({NUMBER: numbers})
+    table = pa.concat_tables([read_piece(piece) for piece in share.pieces])
+    rows = table.slice(share.start, share.num_rows)
+    return rows.append_column(NUMBER, numbers) if share.is_numbered else rows
 
 
 def _do_here(job: FileJob, missing: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     if missing:
         worker = job.open_worker(*job.arguments)
         for number in missing:
-            yield number, _do(worker, job.shares[number], job.part(number))
+            yield number, _do(worker, job.shares[number], job.parts(number))
 
 
 # --- on Ray --------------------------------------------------------------------------------------------------------
@@ -212,7 +253,7 @@ def _do_in_task(
     arguments: tuple[Any, ...],
     workers: WorkersConfig,
     share: Share,
-    part: Location,
+    parts: Sequence[Location],
 ) -> dict[str, Any]:
     if identity not in _opened:
         from raytower.models.directory import set_num_threads
@@ -224,7 +265,7 @@ def _do_in_task(
         os.environ["RAYON_NUM_THREADS"] = str(workers.num_threads)
         _opened.clear()
         _opened[identity] = open_worker(*arguments)
-    return _do(_opened[identity], share, part)
+    return _do(_opened[identity], share, parts)
 
 
 def _do_on_ray(
@@ -249,7 +290,7 @@ def _do_on_ray(
     # Arguments travel once, and not with every task.
     shared = (job.identity, job.open_worker, ray.put(job.arguments), workers)
     yield from run_tasks(
-        lambda number: task.remote(*shared, job.shares[number], job.part(number)),
+        lambda number: task.remote(*shared, job.shares[number], job.parts(number)),
         missing,
         workers.num,
         "the job",

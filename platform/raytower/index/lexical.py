@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,14 +165,29 @@ class LexicalSide:
         counts = TermCounts(summed.terms, summed.counts, entry.num_tokens)
         return cls(table, entry.tokens, manifest.rows, counts)
 
-    def search(self, queries: Sequence[str], k: int, where: str | None = None) -> Hits:
-        """The best hits (Q, K) of each query among the documents that an SQL condition holds for."""
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int,
+        where: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Hits:
+        """The best hits (Q, K) of each query among the documents that an SQL condition holds for.
+
+        `check` is called before each query; what it raises ends the search.
+        """
         # No more than there are, which a huge k would be no number of Lance's for.
         candidates = min(max(_CANDIDATES_PER_HIT * k, _LEAST_CANDIDATES), max(self._rows, 1))
         parts: list[Hits] = []
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             terms = [self._terms(query) for query in queries[start : start + _QUERIES_AT_ONCE]]
-            rows = [self._candidates(of_query, candidates, where) for of_query in terms]
+            rows = []
+            for of_query in terms:
+                if check is not None:
+                    check()
+                rows.append(self._candidates(of_query, candidates, where))
+            if check is not None:
+                check()  # scores are of all these queries at once
             parts.append(_best(rows, self._scores(terms, rows), k))
         depth = max((part.rows.shape[1] for part in parts), default=0)
         hits = empty_hits(len(queries), depth)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,8 +159,12 @@ class Index:
         *,
         search_parameters: Mapping[str, int] | None = None,
         filter: Filter | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Hits:
         """The best min(k, documents that match) hits of each query vector (Q, D) over all shards.
+
+        `check` is called before each shard is searched, for whoever may not need the answer any more; what it raises
+        ends the search.
 
         `filter` names the documents that may be hits by their columns, as `index.filters` describes, or is an SQL
         condition; it is applied before ranking, so k hits come back whenever k documents match. On an index placed by
@@ -175,7 +179,7 @@ class Index:
         prepared = prepare_queries(vectors, self.manifest)
         parameters = resolve_parameters(self.manifest, k, search_parameters)
         asks, visits_some = self.planner.first(prepared, k, parameters, is_filtered=filter is not None)
-        best = self.answer(prepared, k, asks, parameters, filter)
+        best = self.answer(prepared, k, asks, parameters, filter, check)
         if not visits_some:
             return best
         best = merge_hits(
@@ -183,12 +187,22 @@ class Index:
         )
         short = self.planner.rest(best)
         if len(short):
-            found = self.answer(prepared[short], k, self.planner.everywhere(k, parameters), parameters)
+            asks = self.planner.everywhere(k, parameters)
+            found = self.answer(prepared[short], k, asks, parameters, check=check)
             best.scores[short], best.rows[short] = found.scores, found.rows
         return best
 
-    def search_lexical(self, queries: Sequence[str], k: int, *, filter: Filter | None = None) -> Hits:
+    def search_lexical(
+        self,
+        queries: Sequence[str],
+        k: int,
+        *,
+        filter: Filter | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Hits:
         """The best hits of each query text by BM25 over tokens, (Q, K) with K at most k; as `search` for `filter`.
+
+        `check` is called before each query, as `search` calls it before each shard.
 
         A hit shares a token with its query. A query without tokens, such as punctuation alone, has no hits.
 
@@ -197,7 +211,8 @@ class Index:
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for at least 1 hit")
-        return self._lexical_side.search(queries, k, None if filter is None else self._condition(filter))
+        condition = None if filter is None else self._condition(filter)
+        return self._lexical_side.search(queries, k, condition, check)
 
     def lexical_scores(self, queries: Sequence[str], rows: Sequence[Rows]) -> list[NDArray[np.float32]]:
         """The BM25 scores (n,) of each query's rows (n,), as `search_lexical` gives them; 0 where no token is shared.
@@ -223,13 +238,19 @@ class Index:
         asks: Sequence[Ask],
         parameters: Mapping[str, int],
         filter: Filter | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Hits:
-        """The best k hits of prepared queries (Q, D) in what is asked of shards, by their positions here."""
+        """The best k hits of prepared queries (Q, D) in what is asked of shards, by their positions here.
+
+        `check` is called before each of them.
+        """
         allowed = None if filter is None else self._allowed(filter)
         parameters = {name: value for name, value in parameters.items() if name != SHARDS_PROBE}
         # Memory holds a few answers, however many shards there are.
         found: list[Hits] = []
         for ask in asks:
+            if check is not None:
+                check()
             shard, rows = self.shards[ask.shard], allowed[ask.shard] if allowed else None
             if rows is not None and not rows.count:
                 continue

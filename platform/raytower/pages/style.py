@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _LIGHT = (
     "--bg:#f7f7f5;--card:#fff;--text:#1d1f23;--soft:#5c626c;--line:#d5d7db;--edge:#858b95;--accent:#1b5fc1;"
     "--up:#17693a;--down:#a8261c;--c1:#1b5fc1;--c2:#b4560b;--c3:#6b4fbb;--c4:#0f7f8c;--c5:#17693a;--c6:#a8261c"
@@ -13,6 +15,11 @@ _DARK = (
 _FONTS = (
     'system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","PingFang SC","Hiragino Sans GB","Microsoft YaHei",'
     '"Noto Sans CJK SC","Source Han Sans SC","WenQuanYi Micro Hei",sans-serif'
+)
+# By name, since a renderer without a browser knows no `system-ui`, and writes nothing where it knows none of a list.
+_NAMED_FONTS = (
+    "'Noto Sans','DejaVu Sans','Liberation Sans',Arial,Helvetica,'Segoe UI',Roboto,'Noto Sans CJK SC','PingFang SC',"
+    "'Microsoft YaHei','WenQuanYi Micro Hei',sans-serif"
 )
 _COLOURS = f":root{{color-scheme:light dark;{_LIGHT}}}@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
 _SHAPES = (
@@ -30,6 +37,15 @@ _SHAPES = (
 )
 PLOT_STYLE = f"{_COLOURS}{_SHAPES}.ground{{fill:var(--card)}}"
 """Of a plot in a file of its own."""
+_BY_NAME = dict(rule.removeprefix("--").split(":") for rule in _LIGHT.split(";"))
+FLAT_PLOT_STYLE = re.sub(
+    r"var\(--(\w+)\)",
+    lambda found: _BY_NAME[found[1]],
+    f"{_SHAPES}.ground{{fill:var(--card)}}".replace(
+        f"font:12px {_FONTS}", f"font-size:12px;font-family:{_NAMED_FONTS}"
+    ),
+)
+"""The same, light, for renderers that know no variables."""
 STYLE = (
     f"{_COLOURS}{_SHAPES}*{{box-sizing:border-box}}"
     f"body{{margin:0;background:var(--bg);color:var(--text);font:16px/1.6 {_FONTS}}}"

@@ -137,7 +137,9 @@ _SPLITS = {"dev": "dev"}
 _FREE_KEYS = {
     **dict.fromkeys(("train-retriever", "train-reranker", "train-classifier"), FREE_KEYS),
     "encode": frozenset({"workers", "tokens_per_batch"}),
-    **dict.fromkeys(("search", "rerank", "similarity"), frozenset({"workers"})),
+    **dict.fromkeys(
+        ("search", "rerank", "similarity", "mine", "classify", "evaluate"), frozenset({"workers"})
+    ),
     # `num` decides into how many shards an index is built.
     **dict.fromkeys(
         ("index build", "index compact"),
@@ -173,13 +175,15 @@ _GAINED: dict[str, dict[str, Any]] = {
         "explain": False,
         "suspect_share": 0.02,
     },
+    "serve reload": {"mode": None, "hybrid": {"fusion": None, "weight": None}},
     # An index of before has no lexical side, which `index compact` adds; it is not built anew for it.
     "index build": {"lexical": True, "tokens": {"stemmer": None, "unspaced": "icu"}},
 }
 # What `evaluate` has gained; null and false are what was done before.
-_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids", "stages", "plots")
+_NEWER_OF_EVALUATE = ("run", "compare", "metrics", "ignore_identical_ids", "stages", "plots", "figures")
 # What mine and evaluate have gained for modes.
 _BY_VECTORS = {"mode": "dense", "hybrid": {"fusion": None, "weight": None}}
+_GAINED_WORKERS = ("similarity", "mine", "classify", "evaluate")
 _GAINED_AN_ENGINE = ("mine", "evaluate", "classify", "similarity")
 
 
@@ -952,8 +956,9 @@ def _without_newer(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """Without keys that came later, where they say what was done before them: a finished step stays finished."""
     gained = _GAINED.get(job, {})
     values = {name: value for name, value in values.items() if name not in gained or value != gained[name]}
-    if job == "similarity":
+    if job in _GAINED_WORKERS:
         values = {name: value for name, value in values.items() if name != "workers"}
+    if job == "similarity":
         # What null means of an encoder, and the default was.
         values["threshold"] = 0.8 if values["threshold"] is None else values["threshold"]
         if isinstance(below := values.get("compute"), dict):  # as keys were named once

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raytower.data.pieces import Survey, read_pieces, survey
@@ -51,10 +53,10 @@ def rerank(config: RerankFileConfig) -> dict[str, Any]:
             `RankedWriter.write` refuses.
     """
     start = time.perf_counter()
-    file_type, surveyed, starts, has_scores = _prepare(config)
+    file_type, surveyed, starts, has = _prepare(config)
     shares = _shares(surveyed, starts)
     workers = workers_for(config.workers, surveyed.num_rows, 1, len(shares), use_gpus=config.engine != "onnx")
-    job = _job(config, file_type, surveyed, shares, has_scores)
+    job = _job(config, file_type, surveyed, shares, has)
     figures, num_done = run_shares(job, workers, partial(join_parts, file_type=file_type))
     seconds = time.perf_counter() - start
     return {
@@ -95,17 +97,21 @@ def plan_rerank(config: RerankFileConfig) -> dict[str, Any]:
 class RerankWorker:
     """Scores and sorts the candidates of a share, which holds whole queries."""
 
-    def __init__(self, config: RerankFileConfig, fusion: Fusion | None, file_type: RankedFileType) -> None:
+    def __init__(
+        self, config: RerankFileConfig, fusion: Fusion | None, file_type: RankedFileType, titled: bool
+    ) -> None:
+        """`titled`: whether some candidates have titles, which their rows then have too."""
         self._config = config
         self._scorer = load_scorer(config.reranker, config, config.max_length)
         self._fusion = fusion
         self._file_type = file_type
+        self._titled = titled
 
     def __call__(self, table: pa.Table, sink: Sink) -> dict[str, Any]:
-        """Write the lists of `table` (query, document, score, query_id, document_id)."""
+        """Write the lists of `table` (query, document, score, query_id, document_id, title)."""
         logits_R = self._score(table)
         columns = {name: table[name].to_pylist() for name in table.column_names}
-        writer = RankedWriter(sink, self._file_type, reranked=True)
+        writer = RankedWriter(sink, self._file_type, reranked=True, titled=self._titled)
         ends = [*_starts_of(table)[1:].tolist(), table.num_rows]
         first = written = 0
         for end in ends:
@@ -135,6 +141,9 @@ class RerankWorker:
         else:
             # By the logit: a sigmoid makes large ones equal.
             order = np.argsort(-logits_C, kind="stable")
+        is_title = _is_title(
+            pa.array(columns["title"], pa.string()), pa.array(columns["document"])
+        ).to_pylist()
         return [
             RankedText(
                 columns["query_id"][place],
@@ -145,24 +154,37 @@ class RerankWorker:
                 columns["document"][place],
                 columns["score"][place],
                 float(logits_C[place]),
+                columns["title"][place] if is_title[place] else None,
             )
             for rank, place in enumerate(order[: self._config.k].tolist(), start=1)
         ]
 
 
-def open_worker(config: RerankFileConfig, fusion: Fusion | None, file_type: RankedFileType) -> ShareWorker:
-    return RerankWorker(config, fusion, file_type)
+def open_worker(
+    config: RerankFileConfig, fusion: Fusion | None, file_type: RankedFileType, titled: bool
+) -> ShareWorker:
+    return RerankWorker(config, fusion, file_type, titled)
 
 
-def _prepare(config: RerankFileConfig) -> tuple[RankedFileType, Survey, NDArray[np.int64], bool]:
-    """Also the row at which each query begins, and whether all rows have a recall score."""
+@dataclass(frozen=True)
+class _Has:
+    """What the candidates of an input have."""
+
+    scores: bool
+    """Whether all have a recall score."""
+    titles: bool
+    """Whether some have a title beside their text."""
+
+
+def _prepare(config: RerankFileConfig) -> tuple[RankedFileType, Survey, NDArray[np.int64], _Has]:
+    """Also the row at which each query begins."""
     refuse_output_inside(config.output, config.input.path)
     file_type = ranked_file_type(config.output, config.file_type)
     surveyed = survey(
         config.input, "ranked", on_error=config.on_error, quarantine=quarantine_of(config.output)
     )
     starts, hashes = [], []
-    row = missing = 0
+    row = missing = num_titles = 0
     last: str | None = None
     for table in read_pieces(surveyed.pieces):
         keys = _keys_of(table)
@@ -173,11 +195,17 @@ def _prepare(config: RerankFileConfig) -> tuple[RankedFileType, Survey, NDArray[
         last = keys[-1]
         row += table.num_rows
         missing += table["score"].null_count
+        num_titles += pc.sum(_is_title(table["title"], table["document"])).as_py() or 0
     if len(np.unique(np.array(hashes, dtype=np.uint64))) < len(hashes):
         raise _scattered(surveyed)
     if 0 < missing < row:
         log(f"{missing:,} of {row:,} candidates have no recall score, so none is used")
-    return file_type, surveyed, np.array(starts, dtype=np.int64), not missing
+    return file_type, surveyed, np.array(starts, dtype=np.int64), _Has(not missing, num_titles > 0)
+
+
+def _is_title(titles: pa.Array, documents: pa.Array) -> pa.Array:
+    """Whether each title says something beside the text (C,); where it is all that there is, it is the document."""
+    return pc.and_(pc.not_equal(titles, documents), pc.not_equal(titles, ""))
 
 
 def _keys_of(table: pa.Table) -> list[str]:
@@ -229,17 +257,17 @@ def _job(
     file_type: RankedFileType,
     surveyed: Survey,
     shares: Sequence[Share],
-    has_scores: bool,
+    has: _Has,
 ) -> FileJob:
     """Raises InputError where the reranker or the fusion weight cannot be used, before any worker begins."""
     reranker = CrossEncoder.load(config.reranker)
-    if not has_scores and config.fusion_weight not in (None, 1):
+    if not has.scores and config.fusion_weight not in (None, 1):
         raise InputError(
             f"fusion_weight is {config.fusion_weight}, but not all rows of {config.input.path!r} have a recall score "
             "to mix with; give them as a third column, or set fusion_weight to null"
         )
     fusion = fusion_of(config.reranker, reranker.fusion, config.fusion_weight)
-    if fusion is not None and not has_scores:
+    if fusion is not None and not has.scores:
         log(
             "the reranker stores a fusion with recall scores, which the input has not; the rerank score alone orders"
         )
@@ -249,7 +277,7 @@ def _job(
         output=Location.of(config.output),
         shares=shares,
         open_worker=open_worker,
-        arguments=(config.model_copy(update=places), fusion, file_type),
+        arguments=(config.model_copy(update=places), fusion, file_type, has.titles),
         content={
             "settings": config.model_dump(mode="json", exclude=_FREE_KEYS),
             "read_as": config.input.model_dump(mode="json", exclude={"path"}),
@@ -257,6 +285,7 @@ def _job(
             "reranker": reranker.fingerprint,
             "fusion": fusion.to_dict() if fusion else None,
             "input": content_of(surveyed),
+            "has_titles": True,  # parts of before had none
         },
         verb="scored",
         unit="pairs",

@@ -40,6 +40,8 @@ _SCHEMA = pa.schema(
         ("text", pa.string()),
     ]
 )
+# Of documents of which some have one.
+_TITLE = pa.field("title", pa.string())
 # Of a reranked list: what it was recalled with, and the reranker's raw logit.
 _SCORES = pa.schema([("recall_score", pa.float64()), ("rerank_score", pa.float64())])
 _FIRST_LINE_BYTES = 2**20
@@ -59,16 +61,20 @@ class RankedText:
     text: str
     recall_score: float | None = None
     rerank_score: float | None = None
+    title: str | None = None
 
 
 class RankedWriter:
     """Writes lists of one type into a part of the output. `close` ends it."""
 
-    def __init__(self, sink: Sink, file_type: RankedFileType, *, reranked: bool) -> None:
-        """`reranked` adds recall_score and rerank_score to JSON lines and Parquet."""
+    def __init__(
+        self, sink: Sink, file_type: RankedFileType, *, reranked: bool, titled: bool = False
+    ) -> None:
+        """`reranked` adds recall_score and rerank_score to JSON lines and Parquet, `titled` the documents' titles."""
         self._sink = sink
         self._file_type = file_type
-        self._schema = pa.schema([*_SCHEMA, *_SCORES]) if reranked else _SCHEMA
+        own = [*_SCHEMA, *([_TITLE] if titled else [])]
+        self._schema = pa.schema([*own, *_SCORES] if reranked else own)
         self._run = RunWriter(sink, _RUN_TAG) if file_type == "trec" else None
         self._parquet = pq.ParquetWriter(sink, self._schema) if file_type == "parquet" else None
 

@@ -28,6 +28,8 @@ from raytower.retrieval.retriever import Hit
 from raytower.retrieval.search import open_search, plan_search, search
 from raytower.storage import Location, absolute_if_local
 
+TITLE_COLUMN = "title"
+"""Of an index whose documents have titles; their texts may hold them too (`input.text_fields`)."""
 _MAX_QUERIES_PER_SHARE = 1_024
 # What decides how a search is done, and not what it finds.
 _FREE_KEYS = {"workers", "output", "rows_per_batch", "tokens_per_batch", "on_error", "input", "query"}
@@ -106,10 +108,11 @@ class SearchWorker:
         self._rows_per_batch = config.rows_per_batch
         self._file_type = file_type
         self._reranks = config.reranker is not None
+        self._has_titles = TITLE_COLUMN in index.table.schema.names
 
     def __call__(self, table: pa.Table, sink: Sink) -> dict[str, Any]:
         """The hits of the queries of `table` (id, text); raises InputError as `RankedWriter.write`."""
-        writer = RankedWriter(sink, self._file_type, reranked=self._reranks)
+        writer = RankedWriter(sink, self._file_type, reranked=self._reranks, titled=self._has_titles)
         counts = {"hits": 0, "without_hits": 0, "without_words": 0}
         for start in range(0, table.num_rows, self._rows_per_batch):
             rows = table.slice(start, self._rows_per_batch)
@@ -130,9 +133,24 @@ def open_worker(config: SearchConfig, version: str, file_type: RankedFileType) -
 
 def _ranked(query_id: str, query: str, hits: list[Hit]) -> list[RankedText]:
     return [
-        RankedText(query_id, query, hit.rank, hit.id, hit.score, hit.text, hit.recall_score, hit.rerank_score)
+        RankedText(
+            query_id,
+            query,
+            hit.rank,
+            hit.id,
+            hit.score,
+            hit.text,
+            hit.recall_score,
+            hit.rerank_score,
+            _title_of(hit),
+        )
         for hit in hits
     ]
+
+
+def _title_of(hit: Hit) -> str | None:
+    title = hit.metadata.get(TITLE_COLUMN)
+    return None if title is None else str(title)
 
 
 def _prepare(config: SearchConfig) -> tuple[RankedFileType, Survey, list[Share]]:
@@ -198,6 +216,7 @@ def _job(config: SearchConfig, file_type: RankedFileType, surveyed: Survey, shar
             "reranker": reranker.fingerprint if reranker else None,
             "fusion": fusion.to_dict() if fusion else None,
             "input": content_of(surveyed),
+            "has_titles": True,  # parts of before had none
         },
         texts_per_row=_texts_per_query(config),
         verb="searched",

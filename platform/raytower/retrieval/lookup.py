@@ -7,6 +7,7 @@ from collections.abc import Collection
 import pyarrow as pa
 
 from raytower.index.reader import Index
+from raytower.index.table import DocumentTable
 
 
 def find_documents(index: Index, column: str, values: Collection[str], wanted: str) -> dict[str, list[str]]:
@@ -14,10 +15,17 @@ def find_documents(index: Index, column: str, values: Collection[str], wanted: s
 
     Memory holds `values`, the matches and a batch of documents.
     """
+    return find_in_table(index.table, column, values, wanted)
+
+
+def find_in_table(
+    table: DocumentTable, column: str, values: Collection[str], wanted: str
+) -> dict[str, list[str]]:
+    """As `find_documents`, of a version's table alone: no shard of the index has to be opened, or fetched."""
     found: dict[str, list[str]] = {}
     if not values:
         return found
-    for batch in index.table.find(
+    for batch in table.find(
         column, pa.array(sorted(values), pa.string()), list(dict.fromkeys([column, wanted]))
     ):
         # Values are compared as text, because metadata such as labels may be numbers.

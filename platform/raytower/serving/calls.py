@@ -176,7 +176,8 @@ class ServedModel:
     """A model as callers see it. `dimensions` are the leading parts of its vectors that it was trained for."""
 
     name: str
-    max_length: int
+    max_length: int | None
+    """None of an encoder that is not loaded yet."""
     dim: int | None = None
     dimensions: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()

@@ -33,6 +33,8 @@ def reload_server(config: ServeReloadConfig) -> dict[str, Any]:
     """
     outside = set(ServerConfig.model_fields)
     changes = config.model_dump(mode="json", exclude=outside, exclude_none=True)
+    # A section of which nothing is given changes nothing.
+    changes = {name: value for name, value in changes.items() if value != {}}
     # The server may run in another folder.
     places = {
         name: absolute_if_local(value)

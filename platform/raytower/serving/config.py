@@ -48,7 +48,8 @@ class CollectionConfig(Config):
     """Cross-encoder directory, hub id or URI; null serves without one."""
     mode: SearchMode = "dense"
     """How documents are recalled for requests that do not say: dense by vectors, lexical by words (BM25), hybrid by
-    both. All three are served where the index has a lexical side."""
+    both. All three are served where the index has a lexical side. With lexical the encoder is loaded by the first
+    request that asks for vectors."""
     hybrid: HybridConfig = HybridConfig()
     """How mode hybrid makes one score of two."""
     classifier: str | None = None
@@ -295,6 +296,11 @@ class ServeReloadConfig(ServerConfig):
     """Another reranker, `none` serves without one; null keeps the one that is served."""
     classifier: str | None = None
     """Another classifier, `none` serves without one; null keeps the one that is served."""
+    mode: SearchMode | None = None
+    """Another way to recall documents for requests that do not say: dense, lexical or hybrid; null keeps the one that
+    is served."""
+    hybrid: HybridConfig = HybridConfig()
+    """How mode hybrid makes one score of two; what is null in it stays as it is served."""
     fusion_weight: FractionField | None = None
     """Another weight of the rerank score; null keeps the one that is served."""
 

@@ -180,7 +180,13 @@ class Conducting:
         served = self._active[name]
         if version is None and changes and "index" not in changes:
             version = served.generation.index_version
-        settings = {**served.settings, **changes}
+        # Of a section, such as hybrid, what is not named stays too.
+        sections = {
+            name: {**old, **value}
+            for name, value in changes.items()
+            if isinstance(value, Mapping) and isinstance(old := served.settings.get(name), Mapping)
+        }
+        settings = {**served.settings, **changes, **sections}
         return await self._swap(
             name, await self._resolve(name, settings, None if version == "newest" else version)
         )
@@ -294,6 +300,7 @@ def _described(generation: Generation) -> dict[str, Any]:
         "classifier": generation.classifier and generation.classifier.uri,
         "fusion_weight": generation.fusion and generation.fusion.weight,
         "modes": list(generation.modes),
+        "hybrid": {"fusion": generation.hybrid.way, "weight": generation.hybrid.weight},
     }
 
 

@@ -139,7 +139,7 @@ class SearchEngine:
                 return
             parts = await asyncio.to_thread(self._open_parts, generation)
             # A model's first pass is slow, so it is made here and not in a user's request.
-            for mode in generation.modes:
+            for mode in parts.warm_modes:
                 await self._try(parts, _WARM_UP_MS, mode)
             self._prepared[generation.id] = parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
@@ -97,6 +98,11 @@ class Generation(_Document):
     def id(self) -> str:
         """12 hexadecimal digits over everything that the generation says."""
         return _id_of(self)
+
+
+def needs_no_encoder(mode: SearchMode, classify_modes: Iterable[str]) -> bool:
+    """Whether a collection that searches so by default, and labels texts so, encodes nothing unless it is asked to."""
+    return mode == "lexical" and not {"labels", "votes"} & set(classify_modes)
 
 
 # Every request asks; a cached property would go along into copies with other values.

@@ -11,9 +11,11 @@ from raytower.index.manifest import IndexManifest
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.models.fusion import Fusion
-from raytower.serving.generation import Generation
-from raytower.serving.models import ModelPool
-from raytower.serving.parts import PairModel, Parts, RecallStage
+from raytower.serving.calls import ServedModel
+from raytower.serving.generation import Generation, needs_no_encoder
+from raytower.serving.late_encoder import LateEncoder
+from raytower.serving.models import ModelPool, model_name, trained_dimensions
+from raytower.serving.parts import PairModel, Parts, RecallStage, TextModel
 from raytower.serving.recall import LocalRecall
 
 
@@ -51,12 +53,19 @@ class LocalParts:
         Raises:
             FormatError: the encoder's vectors have another length than the index's.
         """
-        encoder = self._models.encoder(generation)
-        if encoder.served.dim != manifest.dim:
-            raise FormatError(
-                f"encoder {generation.encoder.uri!r} gives vectors of {encoder.served.dim}, the index holds "
-                f"{manifest.dim}"
+        # Then a request that asks for vectors loads it.
+        late = needs_no_encoder(generation.modes[0], generation.classify_modes)
+        encoder: TextModel
+        if late:
+            unloaded = ServedModel(
+                name=model_name(generation.encoder.uri),
+                max_length=None,
+                dim=manifest.dim,
+                dimensions=trained_dimensions(generation.encoder.uri),
             )
+            encoder = LateEncoder(lambda: self._encoder(generation, manifest), unloaded)
+        else:
+            encoder = self._encoder(generation, manifest)
         return Parts(
             generation=generation,
             recall=recall(),
@@ -68,7 +77,17 @@ class LocalParts:
             kind=manifest.kind,
             metric=manifest.metric,
             measured_recall=manifest.recall,
+            loads_late=late,
         )
+
+    def _encoder(self, generation: Generation, manifest: IndexManifest) -> TextModel:
+        encoder = self._models.encoder(generation)
+        if encoder.served.dim != manifest.dim:
+            raise FormatError(
+                f"encoder {generation.encoder.uri!r} gives vectors of {encoder.served.dim}, the index holds "
+                f"{manifest.dim}"
+            )
+        return encoder
 
 
 def checked_manifest(generation: Generation) -> IndexManifest:

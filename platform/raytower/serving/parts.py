@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from raytower.index.hybrid import HybridFusion
 from raytower.index.table import Document
 from raytower.models.fusion import Fusion
+from raytower.models.search_mode import SearchMode
 from raytower.retrieval.retriever import EncodedQueries
 from raytower.serving.calls import ServedModel, TokenCounts
 from raytower.serving.forwards import Lane
@@ -166,3 +167,11 @@ class Parts:
     kind: str = ""
     metric: str = ""
     measured_recall: float | None = None
+    loads_late: bool = False
+    """Whether the encoder is loaded by the first request that needs it."""
+
+    @property
+    def warm_modes(self) -> tuple[SearchMode, ...]:
+        """The ways of searching that a query is sent through before a generation is served."""
+        modes = self.generation.modes
+        return tuple(mode for mode in modes if mode == "lexical") if self.loads_late else modes

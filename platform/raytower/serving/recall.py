@@ -71,14 +71,18 @@ class LocalRecall:
 
     async def search(self, vectors: Vectors, k: int, filter: Filter | None, deadline: Deadline) -> Recalled:
         """The best min(k, documents that match) rows for each vector of (Q, D)."""
-        found = await self._run(lambda: self.index.search(vectors, k, filter=filter), deadline)
+        found = await self._run(
+            lambda: self.index.search(vectors, k, filter=filter, check=deadline.check), deadline
+        )
         return Recalled(found.scores, found.rows)
 
     async def search_lexical(
         self, queries: Sequence[str], k: int, filter: Filter | None, deadline: Deadline
     ) -> Recalled:
         """The best rows for each text by its words, at most k. The table alone is asked, wherever the shards are."""
-        found = await self._run(lambda: self.index.search_lexical(queries, k, filter=filter), deadline)
+        found = await self._run(
+            lambda: self.index.search_lexical(queries, k, filter=filter, check=deadline.check), deadline
+        )
         wordless = len(queries) - int((found.rows >= 0).any(axis=1).sum())
         return Recalled(found.scores, found.rows, wordless=wordless)
 

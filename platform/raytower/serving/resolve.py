@@ -26,6 +26,7 @@ from raytower.serving.generation import (
     Generation,
     HybridEntry,
     ModelEntry,
+    needs_no_encoder,
 )
 from raytower.storage import Location, absolute_if_local
 
@@ -80,7 +81,9 @@ def generation_of(collection: str, config: CollectionConfig, version: str | None
     """
     manifest = open_manifest(config.index, version)
     encoder_name = _encoder_name(config, manifest)
-    encoder, path = _encoder_entry(encoder_name)
+    # An encoder that records no fingerprint is loaded for it, but not one that may never be needed.
+    late = needs_no_encoder(config.mode, config.classify_modes)
+    encoder, path = _encoder_entry(encoder_name, manifest.fingerprint if late else None)
     check_fingerprint(manifest, encoder.fingerprint, encoder_name)
     check_mode(manifest, config.mode)
     reranker, fusion = _reranker(config)
@@ -123,14 +126,18 @@ def _encoder_name(config: CollectionConfig, manifest: IndexManifest) -> str:
     return name
 
 
-def _encoder_entry(name: str) -> tuple[ModelEntry, Path]:
+def _encoder_entry(name: str, unrecorded: str | None) -> tuple[ModelEntry, Path]:
+    """`unrecorded` is taken for a fingerprint that the directory does not record; None loads the encoder for it."""
     from raytower.models.directory import resolve_model  # torch, which checking a config does without
     from raytower.models.encoder import Encoder, read_encoder_info
     from raytower.models.model_class import refuse_other_class
 
     path = resolve_model(name)
     refuse_other_class(path, "encoder")
-    return _entry(name, path, read_encoder_info(path), lambda: Encoder.load(path).fingerprint), path
+    info = read_encoder_info(path)
+    if unrecorded is not None and not info.get("fingerprint"):
+        return ModelEntry(uri=absolute_if_local(name), fingerprint=unrecorded), path
+    return _entry(name, path, info, lambda: Encoder.load(path).fingerprint), path
 
 
 def _classifier_entry(name: str) -> ModelEntry:

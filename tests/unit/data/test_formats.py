@@ -272,6 +272,7 @@ def _ranked(query: str, document: str, score: float | None = None, **ids: str) -
         "score": score,
         "query_id": None,
         "document_id": None,
+        "title": None,
         **ids,
     }
 
@@ -282,7 +283,7 @@ def test_candidates_a_row_each(tmp_path: Path) -> None:
     scored = write(tmp_path / "b.txt", "q\tx\t0.5\nq\ty\t-1e-3\n")
     assert read(scored, "ranked") == [_ranked("q", "x", 0.5), _ranked("q", "y", -0.001)]
     named = write(tmp_path / "c.tsv", "score\ttitle\tquery\n0.5\tx\tq\n")
-    assert read(named, "ranked") == [_ranked("q", "x", 0.5)]
+    assert read(named, "ranked") == [_ranked("q", "x", 0.5, title="x")]
     rows = [{"query_id": "7", "query": "q", "rank": 1, "id": "d", "score": 2, "text": "x"}]
     expected = [_ranked("q", "x", 2.0, query_id="7", document_id="d")]
     assert read(write_jsonl(tmp_path / "d.jsonl", rows), "ranked") == expected

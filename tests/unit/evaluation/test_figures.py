@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from raytower.evaluation.figures import ScoreSample, curve_ks, query_groups, recall_by_k, script_of
 from raytower.evaluation.page import comparison_plots, evaluation_plots, render_comparison_page, render_page
@@ -72,6 +75,53 @@ def test_scores_of_relevant_and_other_documents() -> None:
     assert equal.histogram()["edges"][0] == 0  # type: ignore[index]
 
 
+def test_areas_of_queries_by_hand() -> None:
+    sample = ScoreSample(4, 4)
+    assert sample.areas(0) is None
+    ids = [["a", "b", "c", "d"], ["a", "b"], ["a", "b", "b"], ["a"]]
+    # Of the first the pairs (b, a), (b, c), (d, a), (d, c): none is right and one a tie, 0.5 of 4. The second has found
+    # nothing relevant, and the fourth nothing else. The third has b twice: 0.5 at its first place is above a.
+    scores = [[0.9, 0.5, 0.5, 0.1], [0.9, 0.8], [0.4, 0.5, 0.3], [0.2]]
+    relevant = [{"b": 1.0, "d": 2.0, "a": 0.0}, {"x": 1.0}, {"b": 1.0}, {"a": 1.0}]
+    sample.add(0, ids[:3], scores[:3], relevant[:3])
+    sample.add(3, ids[3:], scores[3:], relevant[3:])
+    found = sample.areas(0)
+    assert found is not None
+    assert (found["by_query"], found["queries"]) == (pytest.approx((0.125 + 1) / 2), 2)
+    # Together: b .5, d .1, b .5, a .2 against a .9, c .5, a .9, b .8, a .4.
+    assert found["pooled"] == pytest.approx((1.5 + 0 + 1.5 + 0) / 20)
+    assert found["low"] <= found["by_query"] <= found["high"]
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=8), min_size=1, max_size=6
+    )
+)
+def test_areas_are_scikit_learns(queries: list[list[tuple[int, bool]]]) -> None:
+    """Each query's by `roc_auc_score`, over those that have both kinds; all scores together likewise."""
+    sample = ScoreSample(len(queries), 8)
+    for place, query in enumerate(queries):
+        ids = [f"d{number}" for number in range(len(query))]
+        wanted = {name: 1.0 for name, (_, right) in zip(ids, query, strict=True) if right}
+        sample.add(place, [ids], [[score / 5 for score, _ in query]], [wanted])
+    both = [query for query in queries if len({right for _, right in query}) == 2]
+    found = sample.areas(0)
+    if not both:
+        assert found is None
+        return
+    assert found is not None
+    theirs = [
+        roc_auc_score([right for _, right in query], [score / 5 for score, _ in query]) for query in both
+    ]
+    assert found["by_query"] == pytest.approx(np.mean(theirs))
+    assert found["queries"] == len(both)
+    every = [row for query in queries for row in query]
+    assert found["pooled"] == pytest.approx(
+        roc_auc_score([right for _, right in every], [score / 5 for score, _ in every])
+    )
+
+
 def test_of_many_queries_scores_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raytower.evaluation.figures._MOST_SCORES", 20)
     sample = ScoreSample(12, 5)  # 60 scores: every third query
@@ -82,6 +132,11 @@ def test_of_many_queries_scores_are_sampled(monkeypatch: pytest.MonkeyPatch) -> 
     shown = sample.histogram()
     assert shown is not None
     assert (sum(shown["others"]), shown["every"]) == (4, 3)
+    # Areas are those of every query, and the one of all scores is of the sample.
+    sample.add(1, [["x", "y"]], [[1.0, 0.0]], [{"x": 1.0}])
+    found = sample.areas(0)
+    assert found is not None
+    assert (found["by_query"], found["queries"], found["pooled"]) == (1.0, 1, None)
 
 
 def test_where_a_loss_comes_from_by_hand() -> None:
@@ -131,6 +186,8 @@ def test_pages_show_all_that_there_is() -> None:
             "Scores of what was found",
             "18–31",
             "Han and Latin",
+            "each query by itself (1,150)",
+            "0.7421",
         ),
     ):
         assert expected in shown, expected

@@ -32,6 +32,7 @@ from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError
 from raytower.evaluation.config import EvaluateConfig, TuneFusionConfig
 from raytower.evaluation.evaluate import evaluate, plan_evaluate
+from raytower.evaluation.page import evaluation_plots
 from raytower.evaluation.tuning import plan_tune_fusion, tune_fusion_on_dev
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
@@ -1043,6 +1044,50 @@ def test_recall_and_time_at_settings_of_the_index(world: World, tmp_path: Path) 
     assert sum(point["used"] for point in points) == 1
     assert {point["k"] for point in points} == {10}
     assert all(point["milliseconds"] > 0 for point in points)
+
+
+def test_the_auc_of_an_index_is_scikit_learns(world: World, tmp_path: Path) -> None:
+    """Every list is the whole corpus, by brute force; a judged text that stands there twice counts once."""
+    result = _evaluate(world, tmp_path, rows_per_batch=2, k=[1, len(CORPUS)])
+    judged = {wanted for _, wanted in QUERIES}
+    areas, scores, labels = [], [], []
+    for query in dict.fromkeys(query for query, _ in QUERIES):
+        cosines = (world.vectors @ world.encode([query])[0]).tolist()
+        names = [text if text in judged else f"{place} {text}" for place, text in enumerate(CORPUS)]
+        once = dict(zip(names, cosines, strict=True))
+        right = [(query, name) in QUERIES for name in once]
+        if any(right):
+            areas.append(roc_auc_score(right, list(once.values())))
+        scores += once.values()
+        labels += right
+    assert result["auc"]["by_query"] == pytest.approx(np.mean(areas), abs=1e-9)
+    assert result["auc"]["queries"] == len(areas) == 4
+    # Queries that are texts of the corpus have cosines of 1 there, which float32 tells apart by its last digit.
+    assert result["auc"]["pooled"] == pytest.approx(roc_auc_score(labels, scores), abs=0.005)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["auc"] == result["auc"]
+    assert "Relevant documents above others" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_plots_are_drawn_beside_the_page(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py", reason="resvg_py, which the extra [png] brings, is not installed")
+    _evaluate(world, tmp_path, figures="png")
+    drawn = {place.stem for place in (tmp_path / "out").glob("*.png")}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert drawn == {plot.name for plot in evaluation_plots(report)} >= {"recall-by-k", "scores"}
+    for name in ("a", "b"):
+        _evaluate(world, tmp_path, output=str(tmp_path / name))
+    values = {"compare": [str(tmp_path / "a"), str(tmp_path / "b")], "figures": "png"}
+    evaluate(make_config(EvaluateConfig, {**values, "output": str(tmp_path / "compared")}))
+    assert (tmp_path / "compared" / "differences.png").is_file()
+    (tmp_path / "out" / "scores.png").write_bytes(b"somebody's")
+    with pytest.raises(InputError, match=r"holds a 'scores\.png' that raytower has not drawn"):
+        _evaluate(world, tmp_path, figures="png")
+
+
+def test_plots_are_drawn_beside_a_page_alone() -> None:
+    with pytest.raises(InputError, match="figures is png, and there is no page to draw them beside"):
+        make_config(EvaluateConfig, {"index": "i", "queries": "q", "figures": "png"})
 
 
 def test_only_an_index_has_stages(tmp_path: Path) -> None:

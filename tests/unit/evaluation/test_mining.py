@@ -38,6 +38,15 @@ def test_a_pair_holds_in_both_directions() -> None:
     assert by_id.include("b", candidates("x", "y")).tolist() == [True, False]
 
 
+def test_entries_are_found_by_hash_wherever_they_lie() -> None:
+    """The least and the greatest hash, one that is not there, and no entry at all."""
+    greatest = np.uint64(2**64 - 1)
+    keys = np.array([greatest, 7, 0, 7], dtype=np.uint64)
+    asked = np.array([[0, 1], [7, 8], [greatest, greatest - np.uint64(1)]], dtype=np.uint64)
+    assert KnownPositives(keys)._hold(asked).tolist() == [[True, False]] * 3
+    assert not KnownPositives(keys[:0])._hold(asked).any()
+
+
 def test_limits_take_off_whatever_the_sign() -> None:
     """A ratio loosened the limit of scores below 0, as inner products are."""
     scores = [2.0, 0.0, -2.0]

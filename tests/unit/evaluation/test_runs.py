@@ -10,6 +10,7 @@ from typing import Any
 import ir_measures
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from raytower.config import make_config
 from raytower.data.qrels import is_trec_qrels, read_trec_qrels
@@ -79,6 +80,31 @@ def test_batch_recall_by_text(tmp_path: Path) -> None:
     by_id = read_run(jsonl, "auto", "id")
     assert {query: each.documents for query, each in by_id.lists.items()} == {"1": ["d7", "d8"], "2": ["9"]}
     assert by_id.num_wrong_ranks == 0
+
+
+def test_the_auc_of_a_run_is_scikit_learns(tmp_path: Path) -> None:
+    """Of each judged query by itself, and of all scores; documents that nobody judged are not relevant."""
+    lists = {
+        "q1": [("a", 9.0), ("b", 8.0), ("c", 8.0), ("d", 1.0)],
+        "q2": [("a", 0.5), ("b", 0.25)],
+        "q3": [("x", 3.0), ("y", 2.0)],
+        "q4": [("z", 7.0)],
+    }
+    wanted = {"q1": {"b": 1, "d": 2}, "q2": {"b": 1}, "q3": {"x": 1, "y": 1}, "q4": {"z": 1}}
+    run = [f"{query} Q0 {doc} 1 {score} x" for query, ranked in lists.items() for doc, score in ranked]
+    qrels = [f"{query} 0 {doc} {grade}" for query, judged in wanted.items() for doc, grade in judged.items()]
+    files = (_write(tmp_path / "run.trec", *run), _write(tmp_path / "qrels.txt", *qrels, "q1 0 a 0"))
+    result = evaluate(make_config(EvaluateConfig, {"run": files[0], "queries": files[1]}))
+    rows = {
+        query: ([doc in wanted[query] for doc, _ in ranked], [score for _, score in ranked])
+        for query, ranked in lists.items()
+    }
+    both = [rows[query] for query in ("q1", "q2")]  # the others have found nothing that is not relevant
+    assert result["auc"]["by_query"] == pytest.approx(np.mean([roc_auc_score(*row) for row in both]))
+    assert result["auc"]["queries"] == 2
+    every = [[value for row in rows.values() for value in row[side]] for side in (0, 1)]
+    assert result["auc"]["pooled"] == pytest.approx(roc_auc_score(*every))
+    assert result["queries"] == 4
 
 
 def test_a_query_that_was_asked_twice_counts_once(tmp_path: Path) -> None:

@@ -20,13 +20,15 @@ from raytower.data.pieces import Piece, read_pieces, survey
 from raytower.errors import InputError
 from raytower.file_jobs import run as run_module
 from raytower.file_jobs.plan import (
+    NUMBER,
     Share,
     choose_rows_per_share,
     choose_workers,
     shares_between,
     shares_of,
+    shares_of_rows,
 )
-from raytower.file_jobs.run import FileJob, Sink, join_bytes, join_parquet, run_shares
+from raytower.file_jobs.run import FileBeside, FileJob, Sink, join_bytes, join_parquet, run_shares
 from raytower.storage import Location, writer_lease
 from raytower.workers import Node
 
@@ -205,3 +207,67 @@ def test_the_identity_tells_what_decides_the_output(tmp_path: Path) -> None:
     assert json.loads(json.dumps(first.content)) == first.content
     assert run_module._record(first.part(3)).name == "part-00000003.json"
     assert sum(table.num_rows for table in read_pieces(first.shares[0].pieces)) == 3
+
+
+class Numbered:
+    """Writes the numbers of a share's rows, and beside them those that are divisible by 4."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self._fail_at = fail_at
+
+    def __call__(self, table: pa.Table, sink: Sink, *beside: Sink) -> dict[str, Any]:
+        numbers = table[NUMBER].to_pylist()
+        for each in beside:
+            each.write("".join(f"{number}\n" for number in numbers if number % 4 == 0).encode())
+        if self._fail_at in numbers:
+            raise KeyboardInterrupt
+        Upper.calls += table["text"].to_pylist()
+        sink.write("".join(f"{number}\n" for number in numbers).encode())
+        return {}
+
+
+def numbered(fail_at: int | None = None) -> Numbered:
+    return Numbered(fail_at)
+
+
+def numbered_job(folder: Path, fail_at: int | None = None) -> FileJob:
+    (folder / "in.txt").write_text("".join(f"text {i}\n" for i in range(10)))
+    surveyed = survey(InputConfig(path=str(folder / "in.txt")), "lines", 3)
+    return FileJob(
+        output=Location.of(folder / "out.txt"),
+        shares=shares_of(surveyed.pieces, are_numbered=True),
+        open_worker=numbered,
+        arguments=(fail_at,),
+        content={},
+        beside=[FileBeside(Location.of(folder / "fours.txt"), join_bytes)],
+    )
+
+
+def test_rows_are_numbered_over_the_whole_input_and_two_files_are_written(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_shares(numbered_job(tmp_path, fail_at=7), None, join_bytes)
+    assert sorted(place.name for place in tmp_path.iterdir() if place.is_file()) == ["in.txt"]
+    parts = tmp_path / ".out.txt.parts"
+    # The second share is whole in one of its two parts alone.
+    (parts / "part-00000001-1").write_bytes(b"4\nhalf")
+    Upper.calls = []
+    run_shares(numbered_job(tmp_path), None, join_bytes)
+    assert Upper.calls == [f"text {i}" for i in range(3, 10)]
+    assert (tmp_path / "out.txt").read_text() == "".join(f"{i}\n" for i in range(10))
+    assert (tmp_path / "fours.txt").read_text() == "0\n4\n8\n"
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["fours.txt", "in.txt", "out.txt"]
+
+
+def test_shares_of_rows_without_pieces_are_their_numbers() -> None:
+    shares = shares_of_rows(7, 3)
+    assert [(share.first_row, share.num_rows) for share in shares] == [(0, 3), (3, 3), (6, 1)]
+    assert [run_module._rows_of(share).to_pydict() for share in shares] == [
+        {NUMBER: [0, 1, 2]},
+        {NUMBER: [3, 4, 5]},
+        {NUMBER: [6]},
+    ]
+
+
+def test_shares_between_groups_are_numbered_by_their_first_row() -> None:
+    shares = shares_between(pieces_with(4, 4, 4), np.array([0, 3, 9]), 4)
+    assert [share.first_row for share in shares] == [0, 9]

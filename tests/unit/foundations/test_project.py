@@ -71,8 +71,8 @@ RAY_FREE = [
     "cli",
 ]
 HEAVY = ["torch", "transformers", "faiss", "ray", "lance", "numpy", "pyarrow"]
-# Modules of extras that [test] leaves out, and the packages that bring them.
-LEFT_OUT = {"wandb": ["wandb"], "mlflow": ["mlflow-skinny"]}
+# Modules of extras that [test] leaves out, or that tests skip where they are not, and the packages that bring them.
+LEFT_OUT = {"wandb": ["wandb"], "mlflow": ["mlflow-skinny"], "resvg_py": ["resvg_py"]}
 
 
 def imports_of(path: Path, *, for_types: bool = True) -> set[str]:

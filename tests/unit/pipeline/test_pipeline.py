@@ -188,6 +188,7 @@ def test_keys_that_change_no_result_run_nothing(work: Work) -> None:
         "train-retriever": {"log_every_steps": 1, "workers": {"num": 4}},
         "encode": {"workers": {"num": 3}},
         "index_build": {"workers": {"num_cpus": 3}},
+        "mine": {"workers": {"num": 3}},
     }
     assert work.run(**free) == []
     assert work.run(index_build={"workers": {"num": 3}}) == [BUILD, MINE, EVALUATE], "into as many shards"

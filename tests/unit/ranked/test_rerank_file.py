@@ -188,3 +188,63 @@ def test_names_in_a_header_or_in_json_lines(dummy_reranker_dir: Path, tmp_path: 
     for name in ("named.tsv", "named.jsonl"):
         rerank(config_of(dummy_reranker_dir, str(tmp_path / name), tmp_path / "b.tsv"))
         assert (tmp_path / "b.tsv").read_bytes() == (tmp_path / "a.tsv").read_bytes()
+
+
+TITLED = ["opening hours", "a password", "the stock market"]
+
+
+def test_titles_of_an_index_come_through(
+    dummy_encoder_dir: Path, dummy_reranker_dir: Path, tmp_path: Path
+) -> None:
+    """Of the documents that have one, in what search finds, at once or reranked, and in what rerank makes of that."""
+    titles = ["Hours", None, "Stocks"]
+    write_version(tmp_path / "index", "000001", dummy_encoder_dir, 1, TITLED, titles)
+    title_of = dict(zip(TITLED, titles, strict=True))
+    (tmp_path / "q.txt").write_text("when are you open\nreset it\n")
+    values = {"index": str(tmp_path / "index"), "input": str(tmp_path / "q.txt"), "k": 3}
+    for name, more in (
+        ("recall.jsonl", {}),
+        ("recall.parquet", {}),
+        ("once.jsonl", {"reranker": str(dummy_reranker_dir)}),
+    ):
+        search_one_or_many(make_config(SearchConfig, {**values, "output": str(tmp_path / name), **more}))
+    for name in ("recall.jsonl", "recall.parquet"):
+        for ending in ("jsonl", "parquet"):
+            output = tmp_path / f"{name}.{ending}"
+            rerank(config_of(dummy_reranker_dir, str(tmp_path / name), output))
+    names = ["query_id", "query", "rank", "id", "score", "text", "title"]
+    for place in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.parquet")]:
+        if place.suffix == ".parquet":
+            rows = pq.read_table(place).to_pylist()
+        else:
+            rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+        assert len(rows) == 6
+        assert [row["title"] for row in rows] == [title_of[row["text"]] for row in rows], place
+        assert list(rows[0])[:7] == names
+    # Without titles there is no such column, and what was written with them is a former result.
+    plain = write_candidates(tmp_path / "c.tsv")
+    rerank(config_of(dummy_reranker_dir, plain, tmp_path / "recall.parquet.parquet"))
+    assert "title" not in pq.read_schema(tmp_path / "recall.parquet.parquet").names
+    rerank(config_of(dummy_reranker_dir, str(tmp_path / "once.jsonl"), tmp_path / "recall.parquet.parquet"))
+
+
+def test_a_title_alone_is_the_document(dummy_reranker_dir: Path, tmp_path: Path) -> None:
+    """Beside a text it is the title of that document, which was taken for the document, and the text was not read."""
+    rows = [("q", "a title", "opening hours"), ("q", "", "a password")]
+    alone = "".join(f"{query}\t{text}\n" for query, _, text in rows)
+    both = "".join(f"{query}\t{title}\t{text}\n" for query, title, text in rows)
+    (tmp_path / "alone.tsv").write_text(f"query\ttitle\n{alone}")
+    (tmp_path / "both.tsv").write_text(f"query\ttitle\ttext\n{both}")
+    found = {}
+    for name in ("alone", "both"):
+        rerank(config_of(dummy_reranker_dir, str(tmp_path / f"{name}.tsv"), tmp_path / f"{name}.jsonl"))
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        found[name] = {row["text"]: row for row in map(json.loads, lines)}
+    assert found["alone"].keys() == found["both"].keys() == {"opening hours", "a password"}
+    for text, row in found["alone"].items():
+        assert "title" not in row
+        assert row["score"] == pytest.approx(found["both"][text]["score"], abs=1e-6)
+    assert {text: row["title"] for text, row in found["both"].items()} == {
+        "opening hours": "a title",
+        "a password": None,
+    }

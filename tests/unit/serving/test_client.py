@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from raytower.errors import InputError, RaytowerError
+from raytower.index.search_config import HybridConfig
 from raytower.serving.client import reload_server, roll_server_back, server_status
 from raytower.serving.config import ServeReloadConfig, ServeRollbackConfig, ServeStatusConfig
 
@@ -59,12 +60,19 @@ def test_only_keys_that_are_given_are_sent(admin: Admin, monkeypatch: pytest.Mon
     assert reload_server(ServeReloadConfig(url=admin.url)) == {"changed": True}
     monkeypatch.setenv("ADMIN_KEY", "open sesame")
     config = ServeReloadConfig(
-        url=admin.url, key_env="ADMIN_KEY", collection="law", reranker="none", fusion_weight=0.0
+        url=admin.url,
+        key_env="ADMIN_KEY",
+        collection="law",
+        reranker="none",
+        fusion_weight=0.0,
+        mode="hybrid",
+        hybrid=HybridConfig(weight=0.4),
     )
     reload_server(config)
     roll_server_back(ServeRollbackConfig(url=admin.url))
     server_status(ServeStatusConfig(url=admin.url))
-    wanted = {"collection": "law", "reranker": "none", "fusion_weight": 0.0}
+    wanted: dict[str, Any] = {"collection": "law", "reranker": "none", "fusion_weight": 0.0, "mode": "hybrid"}
+    wanted["hybrid"] = {"weight": 0.4}
     assert admin.asked == [
         ("POST", "/below/v1/admin/reload", {}, None),
         ("POST", "/below/v1/admin/reload", wanted, "Bearer open sesame"),

@@ -142,6 +142,21 @@ def test_keys_that_are_not_named_stay_and_so_does_the_version() -> None:
     run(lambda: Server(Holder()), work)
 
 
+def test_of_a_section_what_is_not_named_stays_too() -> None:
+    async def work(server: Server) -> None:
+        # Another encoder, since what is resolved here changes with no mode.
+        first = {"mode": "hybrid", "hybrid": {"fusion": "reciprocal_ranks"}, "encoder": "other"}
+        await server.conducting.reload(first)
+        await server.conducting.reload({"hybrid": {"weight": 0.4}})
+        hybrid = {"fusion": "reciprocal_ranks", "weight": 0.4}
+        assert server.published.asked[-1][0] == {**first, "hybrid": hybrid}
+        # Null takes what the index was tuned for.
+        await server.conducting.reload({"hybrid": {"weight": None}})
+        assert server.published.asked[-1][0]["hybrid"] == {"fusion": "reciprocal_ranks", "weight": None}
+
+    run(lambda: Server(Holder()), work)
+
+
 def test_a_refusal_names_the_member_and_nothing_changes() -> None:
     async def work(server: Server) -> None:
         server.published.newest = "2"

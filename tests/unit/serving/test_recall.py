@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,48 @@ def test_a_document_is_found_by_its_id_or_not(recall: LocalRecall) -> None:
     assert found is not None
     assert (found.text, found.metadata) == (TEXTS[4], {"number": 4})
     assert asyncio.run(ask("it's none")) is None
+
+
+def test_a_search_that_becomes_late_ends_between_queries_and_between_shards(
+    recall: LocalRecall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of a request that nobody waits for went on with its other queries."""
+    asked: list[str] = []
+    real = recall.index.table.best_matches
+
+    def slow(*arguments: Any) -> Any:
+        asked.append("query")
+        time.sleep(0.05)
+        return real(*arguments)
+
+    monkeypatch.setattr(type(recall.index.table), "best_matches", lambda self, *arguments: slow(*arguments))
+
+    async def by_words() -> None:
+        await recall.search_lexical(["sun 3"] * 40, 3, None, Deadline.after(120))
+
+    with pytest.raises(OutOfTimeError):
+        asyncio.run(by_words())
+    time.sleep(0.3)  # for the thread to end
+    assert 1 <= len(asked) <= 5
+    shard = type(recall.index.shards[0])
+    searched: list[int] = []
+    answer = shard.search
+
+    def slow_shard(self: Any, *arguments: Any) -> Any:
+        searched.append(1)
+        time.sleep(0.1)
+        return answer(self, *arguments)
+
+    monkeypatch.setattr(shard, "search", slow_shard)
+
+    async def by_vectors() -> None:
+        await recall.search(np.ones((1, 32), np.float32), 3, None, Deadline.after(60))
+
+    assert len(recall.index.shards) == 2
+    with pytest.raises(OutOfTimeError):
+        asyncio.run(by_vectors())
+    time.sleep(0.3)
+    assert len(searched) == 1
 
 
 def test_a_search_that_is_late_is_not_begun(recall: LocalRecall) -> None:

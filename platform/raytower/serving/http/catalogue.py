@@ -30,7 +30,9 @@ _ModelKind = Literal["encoder", "reranker", "classifier"]
 
 class ModelFacts(BaseModel):
     name: str
-    max_length: int = Field(description="tokens; longer texts are cut")
+    max_length: int | None = Field(
+        description="tokens; longer texts are cut. Null of an encoder that no request has needed yet"
+    )
     dim: int | None = None
     dimensions: list[int] = Field(default=[], description="shorter vectors that it was trained for")
     labels: list[str] = []
@@ -65,7 +67,7 @@ class ModelEntry(BaseModel):
     created: int
     owned_by: str
     kind: _ModelKind
-    max_length: int
+    max_length: int | None
     dim: int | None = None
     dimensions: list[int] = []
     collections: list[str]

@@ -337,15 +337,15 @@ async def _embed(
     exchange: Exchange, call: EmbedCall, timeout_ms: int | None, refuse_cut: bool = False
 ) -> EmbedAnswer:
     deadline = exchange.deadline(timeout_ms)
-    served = exchange.served()
+    exchange.served()
     answer = await exchange.ask(exchange.engine.embed, call, deadline)
     check_finite("a vector", answer.vectors, answer)
     if refuse_cut:
-        refuse_cut_texts(answer, served.encoder.max_length)
+        refuse_cut_texts(answer, exchange.served().encoder.max_length)
     return answer
 
 
-def refuse_cut_texts(answer: Any, max_length: int) -> None:
+def refuse_cut_texts(answer: Any, max_length: int | None) -> None:
     """For callers that said they want no text cut. Raises TooLargeError."""
     if answer.counts.truncated:
         raise TooLargeError(
