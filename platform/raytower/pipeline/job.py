@@ -216,6 +216,8 @@ class _Step:
 
     @property
     def output(self) -> str | None:
+    repeats: int = 0
+    """How many earlier steps are the same job with the same settings, as a second compaction of an index is."""
         return getattr(self.config, "output", None)
 
     @property
@@ -251,7 +253,10 @@ class _Step:
     @property
     def slot(self) -> str:
         """By which name the state file remembers it."""
-        return self.output or f"{self.job} without output {_hash(self.settings)}"
+        if self.output is not None:
+            return self.output
+        again = f" ({self.repeats + 1})" if self.repeats else ""
+        return f"{self.job} without output {_hash(self.settings)}{again}"
 
     def origin(self, keys: Mapping[int, str]) -> _Origin:
         """What it comes from, once all that it reads is there. `keys` has those of its makers.
@@ -781,7 +786,9 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
         former_key = _key_after(former_key, step.job, _former_values(step.job, job_config))
         inputs = tuple(_inputs(step.job, job_config, steps, f"step {number} ({step.job})"))
         changes = _changed_key(step.job, job_config)
-        steps.append(_Step(number, step.job, job_config, inputs, changes, (key, former_key)))
+        made = _Step(number, step.job, job_config, inputs, changes, (key, former_key))
+        repeats = sum((other.job, other.settings) == (made.job, made.settings) for other in steps)
+        steps.append(replace(made, repeats=repeats))
     _check_order(steps)
     return steps
 

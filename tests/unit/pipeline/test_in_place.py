@@ -157,6 +157,18 @@ def test_what_others_have_changed_is_made_right_again_but_never_built_over(work:
         run_pipeline(work.config())
 
 
+def test_the_same_step_twice_is_two_steps(work: Work) -> None:
+    """They shared one record, so that neither was ever finished."""
+    steps = [vars(step) for step in work.config().steps]
+    twice = [*steps[:2], steps[3], *steps[2:4]]
+    config = make_config(PipelineConfig, {"state": "runs/state.json", "steps": twice})
+    assert [step["job"] for step in run_pipeline(config)["steps"]] == [ENCODE, BUILD, COMPACT, SYNC, COMPACT]
+    assert [step["skipped"] for step in run_pipeline(config)["steps"]] == [True] * 5
+    Path("fresh.jsonl").write_text(rows(range(26)))
+    assert [step["skipped"] for step in run_pipeline(config)["steps"]] == [True] * 3 + [False] * 2
+    assert [step["state"] for step in pipeline_status(config)["steps"]] == ["finished"] * 5
+
+
 def test_a_step_that_failed_says_so_and_goes_on(work: Work) -> None:
     work.fail_in = COMPACT
     with pytest.raises(RaytowerError, match="no more room"):
