@@ -35,6 +35,7 @@ from raytower.index.build import build_identity
 from raytower.index.config import IndexBuildConfig
 from raytower.index.versions import index_folder, open_manifest, published_version
 from raytower.models.directory import INFO_NAME
+from raytower.index.change_config import IndexSyncConfig
 from raytower.only_job import only_job
 from raytower.pipeline.apart import Processes
 from raytower.pipeline.config import PipelineConfig
@@ -339,6 +340,8 @@ class _State:
         self._place = place
         self._steps = steps
         self._lease = lease
+    others: bool = False
+    """Whether what it changed in place holds changes by commands that are no steps, which no build may undo."""
         self._lock = threading.RLock()
         values = place.read_json() if place.exists() else {"format_version": _STATE_VERSION, "steps": {}}
         self._records: dict[str, _Record] = {}
@@ -461,9 +464,56 @@ class _State:
 
     def has_changed(self, step: _Step) -> bool:
         """Whether a step's output is as steps that change it in place left it, so that nothing of others is in it."""
-        records = [self.of(other) for other in self._changes_of(step)]
-        contents = [record.content for record in records if record is not None]
-        return bool(contents) and content_of(step.kind, step.output or "") in contents
+        slots = {other.slot for other in self._changes_of(step)} | self._slots_of_changes(step.output or "")
+        now = content_of(step.kind, step.output or "")
+        known = [
+            record.others for name, record in self._records.items() if name in slots and record.content == now
+        ]
+        return bool(known) and not any(known)
+
+    def _slots_of_changes(self, output: str) -> set[str]:
+        """By their slots what has changed an output in place, steps with former settings too."""
+        made = {name: self._lineage.get(record.key) for name, record in self._records.items()}
+        return {
+            name
+            for name, origin in made.items()
+            if origin is not None
+            and STEP_JOBS.get(origin["job"]) is None
+            and origin["writes"] is not None
+            and is_inside(origin["writes"], output)
+        }
+
+    def holds_others(self, step: _Step) -> bool:
+        """Whether what a step is about to change holds changes by commands that are no steps, and will hold them then.
+
+        A synchronisation that deletes leaves nothing but its input. What a killed step has left counts as its own.
+        """
+        changed = step.changed
+        if changed is None or changed.kind != "index":
+            return False
+        if isinstance(step.config, IndexSyncConfig) and step.config.gone == "delete":
+            return False
+        records = [
+            record
+            for other in self._steps
+            if other.changed is not None
+            and is_inside(other.changed.name, changed.name)
+            and (record := self.of(other)) is not None
+        ]
+        now = step.content()
+        known = [record.others for record in records if record.content == now]
+        if not known and any(not record.finished for record in records):
+            known = [record.others for record in records]
+        return any(known) if known else bool(open_manifest(changed.name).applied)
+
+
+def _is_state(values: Any) -> bool:
+    """Whether a JSON file is a state of this version or of one before; the first ones had keys of steps alone."""
+    if not isinstance(values, dict):
+        return False
+    if "format_version" in values:
+        return values["format_version"] in _READ_VERSIONS
+    return all(_FORMER_KEY.fullmatch(key) for key in values)
 
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
@@ -551,7 +601,9 @@ def _run_recorded(step: _Step, origin: _Origin, state: _State, run: _Runner) -> 
         if record is not None and not record.finished:
             state.put(step, timed(replace(record, error=str(error) or type(error).__name__)))
         raise
-    state.put(step, timed(_finished(step, origin.key, figures)))
+    begun = state.of(step)
+    finished = replace(_finished(step, origin.key, figures), others=begun is not None and begun.others)
+    state.put(step, timed(finished))
     return figures
 
 
@@ -694,7 +746,8 @@ def _run(step: _Step, origin: _Origin, state: _State, run: _Runner, when: str) -
     begun = _Record(key=origin.key, finished=False, when=when)
     if step.changed is not None:
         # What steps left there last is still what to know it by.
-        state.put(step, replace(begun, content=record.content if record else None), origin)
+        content = record.content if record else None
+        state.put(step, replace(begun, content=content, others=state.holds_others(step)), origin)
     elif owned:
         # From now on the job may write there. Only what a job refuses to write over is known by what it was.
         content = step.content() if _is_kept(step) else None

@@ -157,6 +157,33 @@ def test_what_others_have_changed_is_made_right_again_but_never_built_over(work:
         run_pipeline(work.config())
 
 
+def test_a_build_takes_no_change_of_others_back_that_later_steps_have_built_upon(work: Work) -> None:
+    """A document that was deleted by hand came back: the compaction after it counted all as the pipeline's own."""
+    steps = [vars(step) for step in work.config().steps if step.job in (ENCODE, BUILD, COMPACT)]
+    config = make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps})
+    run_pipeline(config)
+    delete_from_index(IndexDeleteConfig(index="runs/index", ids=["3"]))
+    run_pipeline(config)
+    Path("corpus.jsonl").write_text(rows(range(30)))
+    with pytest.raises(InputError, match="was changed 1 times since it was built"):
+        run_pipeline(config)
+    assert Index.open("runs/index").num_rows == 19
+    replaced = [*steps[:1], {**steps[1], "config": {**steps[1]["config"], "replace": True}}, *steps[2:]]
+    run_pipeline(make_config(PipelineConfig, {"state": "runs/state.json", "steps": replaced}))
+    assert Index.open("runs/index").num_rows == 30
+    Path("corpus.jsonl").write_text(rows(range(31)))
+    run_pipeline(config)
+    assert Index.open("runs/index").num_rows == 31, "all of it is the pipeline's own again"
+
+
+def test_a_build_takes_the_place_of_what_steps_of_other_settings_have_changed(work: Work) -> None:
+    """With both changed at once it was refused, as if others had changed the index."""
+    work.run()
+    Path("corpus.jsonl").write_text(rows(range(5, 20)))
+    assert work.run({SYNC: {"max_gone": 0.9}, COMPACT: {"seed": 1}}) == list(JOBS)
+    assert Index.open("runs/index").num_rows == 24
+
+
 def test_the_same_step_twice_is_two_steps(work: Work) -> None:
     """They shared one record, so that neither was ever finished."""
     steps = [vars(step) for step in work.config().steps]
