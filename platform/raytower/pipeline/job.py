@@ -98,6 +98,8 @@ _ROUNDS_STATE = "pipeline.json"
 _NO_MODEL = "none"
 # The keys that name what a job reads: one setting has one name in all commands.
 INPUT_KEYS: dict[str, Kind] = {
+# The keys that name files of rows which a job writes beside its output.
+_BESIDE_OUTPUT = ("suspects",)
     "train.path": "rows",
     "train.paths": "rows",
     "dev.path": "rows",
@@ -240,8 +242,17 @@ class _Step:
 
     @property
     def access(self) -> Access:
-        names = tuple(item.name for item in self.inputs)
-        return Access(names, () if self.written is None else (self.written,))
+        return Access(tuple(item.name for item in self.inputs), self.all_written)
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Files of rows that it writes beside its output."""
+        named = (getattr(self.config, key, None) for key in _BESIDE_OUTPUT)
+        return tuple(place for place in named if isinstance(place, str))
+
+    @property
+    def all_written(self) -> tuple[str, ...]:
+        return (*([] if self.written is None else [self.written]), *self.beside)
+
 
     @property
     def makers(self) -> set[int]:
@@ -441,7 +452,8 @@ class _State:
             return None if self._is_as_left(step) else f"something else has changed {step.written} since"
         if record.content != step.content():
             return "its output is gone, or not whole"
-        return None
+        gone = next((place for place in step.beside if is_empty(place)), None)
+        return None if gone is None else f"{gone} is gone"
 
     def _is_as_left(self, step: _Step) -> bool:
         """Whether what a step changed is as it, or a later step, left it, or as one that was killed may have."""
@@ -907,7 +919,9 @@ def _inputs_of_pipelines(job: str, config: Config, earlier: Sequence[_Step], tit
 
 def _makers(place: str, earlier: Sequence[_Step]) -> tuple[int, ...]:
     """Numbers of the steps that write, or change, any of what is read at a place."""
-    return tuple(step.number for step in earlier if step.written and may_hold(place, step.written))
+    return tuple(
+        step.number for step in earlier if any(may_hold(place, written) for written in step.all_written)
+    )
 
 
 def _places(config: Config) -> Iterator[tuple[str, Kind, Any]]:
@@ -940,9 +954,13 @@ def _check_order(steps: Sequence[_Step]) -> None:
     What a later step changes in place may only be read by a step that changes it too: what any other has read would
     never be there again.
     """
-    writing = [(step, step.output) for step in steps if step.output is not None]
-    for place, (step, output) in enumerate(writing):
-        for other, other_output in writing[place + 1 :]:
+    writing = [
+        (step, place)
+        for step in steps
+        for place in (*([] if step.output is None else [step.output]), *step.beside)
+    ]
+    for number, (step, output) in enumerate(writing):
+        for other, other_output in writing[number + 1 :]:
             if is_inside(output, other_output) or is_inside(other_output, output):
                 raise InputError(
                     f"{step.title} and {other.title} write to {output!r} and {other_output!r}, of which one holds the "

@@ -17,7 +17,8 @@ from raytower.config import Config, make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.build import build_index
 from raytower.pipeline.config import PipelineConfig
-from raytower.pipeline.content import content_of
+from raytower.pipeline.content import content_of, may_hold
+from raytower.pipeline.graph import waits
 from raytower.pipeline.job import (
     _PIPELINES_OF,
     INPUT_KEYS,
@@ -345,6 +346,27 @@ def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
         Path("runs/state.json").write_text(content)
         with pytest.raises(FormatError, match="no state of a pipeline"):
             plan_pipeline(work.config())
+
+
+def test_a_file_of_suspects_is_an_output_too() -> None:
+    """Beside others a step that read them did not wait for the step that writes them."""
+    folder: dict[str, Any] = {
+        "encoder": "start",
+        "index": "runs/index",
+        "input": "texts.tsv",
+        "mode": "votes",
+    }
+    suspects = {**folder, "labelled": True, "output": "runs/labels.tsv", "suspects": "runs/suspects.tsv"}
+    steps: list[dict[str, Any]] = [
+        {"job": "classify", "config": suspects},
+        {"job": "classify", "config": {**folder, "input": "runs/suspects.tsv", "output": "runs/again.tsv"}},
+    ]
+    writer, reader = _prepare(make_config(PipelineConfig, {"state": "s", "steps": steps}))
+    assert reader.makers == {1}
+    assert waits([writer.access, reader.access], may_hold) == [frozenset(), frozenset({0})]
+    steps[1]["config"]["output"] = "runs/suspects.tsv"
+    with pytest.raises(InputError, match=r"write to 'runs/suspects\.tsv' and 'runs/suspects\.tsv'"):
+        _prepare(make_config(PipelineConfig, {"state": "s", "steps": steps}))
 
 
 def test_every_key_that_names_something_to_read_counts() -> None:
