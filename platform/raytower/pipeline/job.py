@@ -26,8 +26,10 @@ from typing import Any
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, former_keys, make_config
 from raytower.data.config import InputConfig, PathConfig
+from raytower.data.beir import is_beir
 from raytower.data.records import RecordKind
 from raytower.encoding.job import JOB_NAME
+from raytower.data.sources import would_read
 from raytower.errors import FormatError, InputError, OtherOutputError
 from raytower.evaluation.config import TuneFusionConfig
 from raytower.evaluation.reports import check_reports_output
@@ -863,6 +865,7 @@ def _changed_key(job: str, config: Config) -> str | None:
     if isinstance(config, TuneFusionConfig):
         stored = "index" if config.reranker is None else "reranker"
         return stored if config.store else None
+    _check_state(config.state, steps)
     return "index" if job in _CHANGE_INDEX else None
 
 
@@ -968,11 +971,7 @@ def _check_order(steps: Sequence[_Step]) -> None:
                 )
         for reader in steps[: step.number]:
             for item in reader.inputs:
-                if is_inside(item.name, output):
-                    raise InputError(
-                        f"{reader.title} reads {item.key} {item.name!r}, which {step.title} writes; put the step that "
-                        "writes it first, or name another output"
-                    )
+                _refuse_reading(reader, item, step, output)
     for step in steps:
         if (changed := step.changed) is None:
             continue
@@ -993,6 +992,39 @@ def _settings(config: Config) -> dict[str, Any]:
     dumped = config.model_dump(mode="json")
     fields = type(config).model_fields
     return {
+def _check_state(state: str, steps: Sequence[_Step]) -> None:
+    """Raises InputError where the state would lie in what a step writes, or be read as rows."""
+    for step in steps:
+        for written in step.all_written:
+            if is_inside(state, written) or is_inside(written, state):
+                raise InputError(
+                    f"state {state!r} lies where {step.title} writes ({written!r}), and one would destroy the other; "
+                    "name a file outside of all that steps write"
+                )
+        for item in step.inputs:
+            if item.rows is not None and would_read(item.name, state) and not is_beir(item.rows):
+                raise InputError(
+                    f"state {state!r} lies in {item.key} {item.name!r} of {step.title}, which would read it as rows; "
+                    "name a file outside of all that steps read"
+                )
+
+
+def _refuse_reading(reader: _Step, item: _Input, writer: _Step, output: str) -> None:
+    """Raises InputError where an input is, or would hold from the next run on, what the same or a later step writes."""
+    if is_inside(item.name, output):
+        raise InputError(
+            f"{reader.title} reads {item.key} {item.name!r}, which {writer.title} writes; put the step that writes it "
+            "first, or name another output"
+        )
+    # Folders of models, embeddings and indexes are no data; a BEIR folder is read by the names of its own files.
+    is_data = output in writer.beside or writer.kind in ("rows", "report", "rounds")
+    if is_data and item.rows is not None and would_read(item.name, output) and not is_beir(item.rows):
+        raise InputError(
+            f"{reader.title} reads {item.key} {item.name!r}, and {writer.title} writes {output!r} there, which the "
+            "next run would read too; name another output, or an input that does not take it"
+        )
+
+
         name: _settings(value) if isinstance(value, Config) else dumped[name]
         for name, value in config
         # The name of an objective is its class's default, and tells it from others.

@@ -348,6 +348,39 @@ def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
             plan_pipeline(work.config())
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("runs/mined.tsv", "lies where step 4 mine writes"),
+        ("runs/index/state.json", "lies where step 3 index build writes"),
+        ("./runs/../runs/report", "lies where step 5 evaluate writes"),
+        ("runs/mined.tsv/state.json", "lies where step 4 mine writes"),
+    ],
+)
+def test_a_state_among_the_outputs_is_refused(work: Work, state: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_pipeline(work.config().model_copy(update={"state": state}))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("path", "output"), [("data", "data/mined.tsv"), ("data/*.tsv", "data/mined.tsv")])
+def test_a_step_whose_input_would_hold_a_later_output_is_refused(work: Work, path: str, output: str) -> None:
+    """The first run read it not, and the next one did: steps that never were finished, and rows read twice."""
+    Path("data").mkdir()
+    shutil.copy("train.tsv", "data/pairs.tsv")
+    change: dict[str, dict[str, Any]] = {TRAIN: {"train": path}, MINE: {"output": output}}
+    with pytest.raises(
+        InputError, match=rf"step 1 train-retriever reads .* step 4 mine writes '{output}' there"
+    ):
+        run_pipeline(work.config(change))
+    with pytest.raises(InputError, match=r"state 'data/state\.tsv' lies in train\.path"):
+        run_pipeline(work.config({TRAIN: {"train": path}}).model_copy(update={"state": "data/state.tsv"}))
+    change[MINE]["output"] = "data/mined/now.tsv"
+    assert path == "data" or plan_pipeline(work.config(change))
+    change |= {MINE: {}, ENCODE: {"output": "data/embeddings"}, BUILD: {"embeddings": "data/embeddings"}}
+    assert plan_pipeline(work.config(change)), "embeddings are no data"
+
+
 def test_a_file_of_suspects_is_an_output_too() -> None:
     """Beside others a step that read them did not wait for the step that writes them."""
     folder: dict[str, Any] = {
