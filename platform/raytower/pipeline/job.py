@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -25,19 +26,19 @@ from typing import Any
 
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, former_keys, make_config
-from raytower.data.config import InputConfig, PathConfig
 from raytower.data.beir import is_beir
+from raytower.data.config import InputConfig, PathConfig
 from raytower.data.records import RecordKind
-from raytower.encoding.job import JOB_NAME
 from raytower.data.sources import would_read
+from raytower.encoding.job import JOB_NAME
 from raytower.errors import FormatError, InputError, OtherOutputError
 from raytower.evaluation.config import TuneFusionConfig
 from raytower.evaluation.reports import check_reports_output
 from raytower.index.build import build_identity
+from raytower.index.change_config import IndexSyncConfig
 from raytower.index.config import IndexBuildConfig
 from raytower.index.versions import index_folder, open_manifest, published_version
 from raytower.models.directory import INFO_NAME
-from raytower.index.change_config import IndexSyncConfig
 from raytower.only_job import only_job
 from raytower.pipeline.apart import Processes
 from raytower.pipeline.config import PipelineConfig
@@ -59,6 +60,7 @@ from raytower.training.config import EVERY_STEPS, FREE_KEYS
 _STATE_VERSION = 3
 # Version 2 lacks the lineage, and when a step ran.
 _READ_VERSIONS = (2, 3)
+_FORMER_KEY = re.compile(r"[0-9a-f]{16}")
 # A look at who holds the lock takes it for a moment.
 _LOCK_SECONDS = 1.0
 # Each job, and what it writes; None has no output: it changes something in place, or tells a server.
@@ -96,12 +98,12 @@ _PIPELINES_OF = {
     "refresh": "raytower.refresh.job:pipelines_of",
 }
 _ROUNDS_STATE = "pipeline.json"
+# The keys that name files of rows which a job writes beside its output.
+_BESIDE_OUTPUT = ("suspects",)
 # What `serve reload` says in place of a model to serve without one.
 _NO_MODEL = "none"
 # The keys that name what a job reads: one setting has one name in all commands.
 INPUT_KEYS: dict[str, Kind] = {
-# The keys that name files of rows which a job writes beside its output.
-_BESIDE_OUTPUT = ("suspects",)
     "train.path": "rows",
     "train.paths": "rows",
     "dev.path": "rows",
@@ -214,6 +216,8 @@ class _Step:
     """The config's key that names what it changes in place; null changes nothing."""
     former_keys: tuple[str, str]
     """Its keys in state files of before: with the config's keys as they are named now, and as they were named once."""
+    repeats: int = 0
+    """How many earlier steps are the same job with the same settings, as a second compaction of an index is."""
 
     @property
     def title(self) -> str:
@@ -221,8 +225,6 @@ class _Step:
 
     @property
     def output(self) -> str | None:
-    repeats: int = 0
-    """How many earlier steps are the same job with the same settings, as a second compaction of an index is."""
         return getattr(self.config, "output", None)
 
     @property
@@ -243,9 +245,6 @@ class _Step:
         return self.output if self.changed is None else self.changed.name
 
     @property
-    def access(self) -> Access:
-        return Access(tuple(item.name for item in self.inputs), self.all_written)
-    @property
     def beside(self) -> tuple[str, ...]:
         """Files of rows that it writes beside its output."""
         named = (getattr(self.config, key, None) for key in _BESIDE_OUTPUT)
@@ -255,6 +254,9 @@ class _Step:
     def all_written(self) -> tuple[str, ...]:
         return (*([] if self.written is None else [self.written]), *self.beside)
 
+    @property
+    def access(self) -> Access:
+        return Access(tuple(item.name for item in self.inputs), self.all_written)
 
     @property
     def makers(self) -> set[int]:
@@ -338,6 +340,8 @@ class _Record:
     seconds: float | None = None
     error: str | None = None
     """Why it has failed, empty where it was killed; null of one that is finished or at work."""
+    others: bool = False
+    """Whether what it changed in place holds changes by commands that are no steps, which no build may undo."""
 
 
 class _State:
@@ -353,20 +357,24 @@ class _State:
         self._place = place
         self._steps = steps
         self._lease = lease
-    others: bool = False
-    """Whether what it changed in place holds changes by commands that are no steps, which no build may undo."""
         self._lock = threading.RLock()
-        values = place.read_json() if place.exists() else {"format_version": _STATE_VERSION, "steps": {}}
+        values: Any = place.read_json() if place.exists() else {"format_version": _STATE_VERSION, "steps": {}}
         self._records: dict[str, _Record] = {}
         self._lineage: dict[str, dict[str, Any]] = {}
-        if not isinstance(values, dict) or values.get("format_version", _STATE_VERSION) not in _READ_VERSIONS:
+        if not _is_state(values):
             raise FormatError(
                 f"{place} is no state of a pipeline that this raytower reads (version {_STATE_VERSION}); name another "
                 "file as state"
             )
         if "format_version" in values:
-            self._records = {name: _Record(**record) for name, record in values["steps"].items()}
-            self._lineage = values.get("lineage", {})
+            try:
+                self._records = {name: _Record(**record) for name, record in values["steps"].items()}
+                self._lineage = dict(values.get("lineage", {}))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise FormatError(
+                    f"{place} is damaged, or was changed by hand ({error}); bring it back, or name another file as "
+                    "state"
+                ) from error
         else:
             self._adopt(values, steps)
 
@@ -857,6 +865,7 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
         repeats = sum((other.job, other.settings) == (made.job, made.settings) for other in steps)
         steps.append(replace(made, repeats=repeats))
     _check_order(steps)
+    _check_state(config.state, steps)
     return steps
 
 
@@ -865,7 +874,6 @@ def _changed_key(job: str, config: Config) -> str | None:
     if isinstance(config, TuneFusionConfig):
         stored = "index" if config.reranker is None else "reranker"
         return stored if config.store else None
-    _check_state(config.state, steps)
     return "index" if job in _CHANGE_INDEX else None
 
 
@@ -984,14 +992,6 @@ def _check_order(steps: Sequence[_Step]) -> None:
                     )
 
 
-# --- keys ----------------------------------------------------------------------------------------------------------
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """What a config sets otherwise than by default, so that a key that is added later changes no step's key."""
-    dumped = config.model_dump(mode="json")
-    fields = type(config).model_fields
-    return {
 def _check_state(state: str, steps: Sequence[_Step]) -> None:
     """Raises InputError where the state would lie in what a step writes, or be read as rows."""
     for step in steps:
@@ -1025,6 +1025,14 @@ def _refuse_reading(reader: _Step, item: _Input, writer: _Step, output: str) -> 
         )
 
 
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What a config sets otherwise than by default, so that a key that is added later changes no step's key."""
+    dumped = config.model_dump(mode="json")
+    fields = type(config).model_fields
+    return {
         name: _settings(value) if isinstance(value, Config) else dumped[name]
         for name, value in config
         # The name of an objective is its class's default, and tells it from others.

@@ -340,12 +340,25 @@ def test_the_names_of_classes_are_no_file(work: Work) -> None:
     assert [step["skipped"] for step in plan["steps"]] == [False]
 
 
-def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"format_version": 4}',
+        '{"precious": 1}',
+        '{"format_version": 3}',
+        '{"format_version": 3, "steps": []}',
+        '{"format_version": 3, "steps": {"runs/encoder": {}}}',
+        '{"format_version": 3, "steps": {"runs/encoder": {"key": "k", "finished": true, "new": 1}}}',
+    ],
+)
+def test_a_state_that_cannot_be_read_is_refused_and_left_as_it_is(work: Work, content: str) -> None:
+    """A JSON file of something else was taken for a state of before, and written over."""
     Path("runs").mkdir()
-    for content in ("[]", '{"format_version": 4}'):
-        Path("runs/state.json").write_text(content)
-        with pytest.raises(FormatError, match="no state of a pipeline"):
-            plan_pipeline(work.config())
+    Path("runs/state.json").write_text(content)
+    with pytest.raises(FormatError, match=r"no state of a pipeline|is damaged, or was changed by hand"):
+        run_pipeline(work.config())
+    assert Path("runs/state.json").read_text() == content
 
 
 @pytest.mark.parametrize(
