@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -490,6 +491,24 @@ class TestUpload:
         assert (tmp_path / "a.tar.xz").read_bytes() == (tmp_path / "b.tar.xz").read_bytes(), (
             "uploaded once, then known"
         )
+
+    def test_secrets_of_a_checkout_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All that git does not ignore went along, for every user of a node to read."""
+        shutil.copy(ROOT / ".rayignore", tmp_path)
+        named = (
+            "jobs/encode_corpus.py",
+            "platform/raytower/__init__.py",
+            "platform/raytower/data/rows.py",
+            "own.tsv",
+        )
+        secret = (".env", ".aws/credentials", "deploy/.env", "s3.env", "jobs/.netrc", "platform/key.pem")
+        for name in (*named, *secret):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("")
+        monkeypatch.setattr(
+            upload_module.raytower, "__file__", str(tmp_path / "platform" / "raytower" / "__init__.py")
+        )
+        assert set(plan_upload(None, 2**20).files) == set(named)
 
     def test_an_installed_package_travels_as_platform(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
