@@ -32,9 +32,17 @@ from raytower.cluster.jobs import check_job, computes_itself, written_by
 from raytower.cluster.paths import lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import There, ask_head
-from raytower.cluster.upload import ARCHIVE_NAME, Upload, entrypoint, pack, plan_upload, runtime_environment
+from raytower.cluster.upload import (
+    ARCHIVE_NAME,
+    ConfigFile,
+    Upload,
+    entrypoint,
+    pack,
+    plan_upload,
+    runtime_environment,
+)
 from raytower.commands import COMMANDS, find_reference
-from raytower.config import load_config, make_config
+from raytower.config import load_config, make_config, read_config_file
 from raytower.ending import TERMINATED
 from raytower.errors import EndedJobError, InputError, RaytowerError, import_extra
 from raytower.progress import log
@@ -54,7 +62,7 @@ class _Job:
     name: str
     arguments: tuple[str, ...]
     """Its own, without --config."""
-    config_file: Path | None
+    config_file: ConfigFile | None
     values: dict[str, Any]
     """Its config as plain values; of a pipeline with the configs of its steps as their jobs read them."""
 
@@ -196,7 +204,8 @@ def _read_job(config: SubmitConfig) -> _Job:
         raise InputError(
             "arguments hold --dry-run, --json or --help, which are those of submit; name them once"
         )
-    read = load_config(config_class, given.config_path, given.overrides)
+    content = None if given.config_path is None else read_config_file(given.config_path)
+    read = load_config(config_class, given.config_path, given.overrides, content)
     values = read.model_dump(mode="json")
     for number, step in enumerate(values.get("steps") or [] if name == "pipeline" else []):
         source = f"step {number + 1} {step['job']}"
@@ -207,7 +216,9 @@ def _read_job(config: SubmitConfig) -> _Job:
     return _Job(
         name=name,
         arguments=tuple(_without_config(config.arguments)),
-        config_file=None if given.config_path is None else Path(given.config_path),
+        config_file=None
+        if given.config_path is None or content is None
+        else ConfigFile(name=Path(given.config_path).name, content=content),
         values=values,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ from raytower.cluster.jobs import JOBS, check_job, computes_itself, written_by
 from raytower.cluster.paths import _USES, NamedPath, lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, NodeType, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import _SCRIPT, There, read_answer
-from raytower.cluster.upload import Upload, entrypoint, pack, plan_upload, runtime_environment
+from raytower.cluster.upload import ConfigFile, Upload, entrypoint, pack, plan_upload, runtime_environment
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config
 from raytower.errors import InputError
@@ -519,7 +520,7 @@ class TestUpload:
         (package / "cli" / "__init__.py").write_text("")
         (package / "cli" / "__pycache__" / "x.pyc").write_bytes(b"0")
         monkeypatch.setattr(upload_module.raytower, "__file__", str(package / "__init__.py"))
-        upload = plan_upload(tmp_path / "c.yaml", 2**20)
+        upload = plan_upload(ConfigFile(name="c.yaml", content=b""), 2**20)
         assert list(upload.files) == ["platform/raytower/__init__.py", "platform/raytower/cli/__init__.py"]
         assert entrypoint("index build", upload, ["--replace"], False) == [
             *(
@@ -549,8 +550,7 @@ class TestUpload:
         upload_module._refuse_large({"a": 1000}, 1000)
 
     def test_what_is_packed(self, tmp_path: Path) -> None:
-        config = tmp_path / "mine.yaml"
-        config.write_text("encoder: s3://b/e\n")
+        config = ConfigFile(name="mine.yaml", content=b"encoder: s3://b/e\n")
         (tmp_path / "run.sh").write_text("#!/bin/sh\n")
         (tmp_path / "run.sh").chmod(0o755)
         upload = Upload(root=tmp_path, files={"jobs/run.sh": tmp_path / "run.sh"}, config_file=config)
@@ -562,7 +562,7 @@ class TestUpload:
             assert json.loads(variables.read()) == {"KEY": "geheim"}
         assert modes == {
             "jobs/run.sh": 0o755,
-            ".submitted/config/mine.yaml": 0o644,
+            ".submitted/config/mine.yaml": 0o600,
             ".submitted/environment.json": 0o600,
         }
         assert entrypoint("encode", upload, [], True) == [
@@ -843,6 +843,31 @@ class TestPlan:
         assert plan["driver"] == {"CPU": 0, "memory": 0}
         assert 0 < plan["upload_bytes"] < 10_000
         assert "value" not in out
+
+    def test_a_config_from_a_pipe_travels(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`--config <(…)` was read twice, and the second time it was empty: the job ran with defaults."""
+        packed: list[Upload] = []
+        monkeypatch.setattr(submit_module, "pack", lambda upload, *_: packed.append(upload) or 1)
+        content = b"encoder: s3://b/e\ninput: s3://b/c/\noutput: s3://b/out\n"
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        given = [
+            "submit",
+            "encode",
+            "--config",
+            f"/dev/fd/{reader}",
+            "--address",
+            stand_in.address,
+            "--dry-run",
+        ]
+        assert main(given) == 0
+        os.close(reader)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]["output"] == "s3://b/out"
+        (upload,) = packed
+        assert upload.config_file == ConfigFile(name=str(reader), content=content)
 
     def test_a_job_that_computes_gets_cpus_of_a_node(
         self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
