@@ -617,6 +617,20 @@ class TestHead:
         )
         assert another.types == ()
 
+    def test_the_machines_of_no_cluster_are_another_s(self, tmp_path: Path) -> None:
+        """As `ray start --head --autoscaling-config=…`, which names no address either."""
+        (tmp_path / "start.py").write_text("input()")
+        (tmp_path / "scaling.yaml").write_text("available_node_types: {small: {resources: {CPU: 2}}}\n")
+        command = [
+            sys.executable,
+            str(tmp_path / "start.py"),
+            f"--autoscaling-config={tmp_path}/scaling.yaml",
+        ]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as start:
+            found = self.ask(environment={})
+            start.communicate("\n")
+        assert found.types == ()
+
     def test_on_kubernetes_it_cannot_know(self) -> None:
         assert self.ask(environment={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}).types is None
 
