@@ -27,7 +27,7 @@ from typing import Any
 from raytower import escapes
 from raytower.cli.arguments import read_arguments
 from raytower.cluster.config import SubmitConfig
-from raytower.cluster.dashboard import JOB_KEY, OUTPUT_KEY, Dashboard, refuse_second_job
+from raytower.cluster.dashboard import JOB_KEY, OUTPUT_KEY, Dashboard, is_loopback, refuse_second_job
 from raytower.cluster.jobs import check_job, computes_itself, written_by
 from raytower.cluster.paths import lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, demands, driver_cpus, undecided, unmet
@@ -322,6 +322,10 @@ def _client(dashboard: Dashboard) -> Any:
         "dashboard_sdk",
     ):  # which say on stderr what they upload, and that a log has ended
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    if is_loopback(
+        dashboard.address
+    ):  # Ray's client would send the token to a proxy that the environment names
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
     # Ray puts what the environment says in place of an address that it is given.
     taken = {
         name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ

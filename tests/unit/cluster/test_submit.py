@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -140,6 +141,8 @@ class TestArguments:
             (["encode", "--encodr", "e", "--address", "h:1"], "nearest known key is 'encoder'"),
             (["encode", *ENCODE], "address is null and RAY_API_SERVER_ADDRESS unset"),
             (["encode", *ENCODE, "--address", "ray://h:10001"], "it must be that of the dashboard"),
+            (["encode", *ENCODE, "--address", "http://[::1"], "it must be that of the dashboard"),
+            (["encode", *ENCODE, "--address", "h:dashboard"], "it must be that of the dashboard"),
             (["encode", *ENCODE, "--env", "NO_SUCH_1"], "env names NO_SUCH_1, which is not set here"),
             (["encode", "--input", "a.tsv", "--config", "/no/such.yaml"], "/no/such.yaml': cannot be read"),
         ],
@@ -446,6 +449,18 @@ class TestToken:
         assert found is not None
         assert found.value == "cc"
 
+    @pytest.mark.parametrize(
+        "content", [b"aa\n# mine\n", b"aa bb", b"\xff\xfe\x00a", "schlüssel".encode(), b"a\x07"]
+    )
+    def test_what_is_no_token_is_refused_and_not_shown(self, content: bytes, tmp_path: Path) -> None:
+        """Two lines were told to be an address where no dashboard answers; other bytes ended with a traceback."""
+        (tmp_path / "token").write_bytes(content)
+        with pytest.raises(
+            InputError, match=rf"^{tmp_path}/token holds no token: one is a single word"
+        ) as raised:
+            find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
+        assert "aa" not in str(raised.value)
+
     def test_a_named_file_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"RAY_AUTH_TOKEN_PATH names '.*none', which cannot be read"):
             find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
@@ -640,6 +655,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.status: int | None = None
+        self.leads_to: str | None = None
         self.answers: dict[str, Any] = {
             "/api/version": {"version": "4", "ray_version": version("ray")},
             "/api/v0/cluster_metadata": {"data": {"pythonVersion": python_version()}},
@@ -653,8 +669,10 @@ class StandIn:
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 stand_in.asked.append((path, self.headers.get("Authorization")))
-                answer = stand_in.answers[path]
+                answer = stand_in.answers.get(path, {})
                 self.send_response(stand_in.status or 200)
+                if stand_in.leads_to is not None:
+                    self.send_header("Location", stand_in.leads_to)
                 self.end_headers()
                 self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
@@ -683,12 +701,20 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
         submit_module, "plan_upload", lambda file, most: Upload(root=ROOT, files=files, config_file=file)
     )
     made = StandIn()
-    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
+    with serving(made):
+        yield made
+
+
+@contextmanager
+def serving(stand_in: StandIn) -> Iterator[None]:
+    thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    try:
+        yield
+    finally:
+        stand_in.server.shutdown()
+        thread.join()
+        stand_in.server.server_close()
 
 
 class TestRefusals:
@@ -741,6 +767,20 @@ class TestRefusals:
         assert "refuses the token of RAY_AUTH_TOKEN: it is another cluster's, or has expired" in said
         assert "0123abc" not in said
         assert stand_in.asked == [("/api/version", None), ("/api/version", "Bearer 0123abc")]
+
+    def test_a_token_goes_nowhere_else(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was sent on to where an answer led, and to the proxy that the environment names for all addresses."""
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "0123abc")
+        elsewhere = StandIn()
+        with serving(elsewhere):
+            monkeypatch.setenv("http_proxy", elsewhere.address)
+            monkeypatch.setenv("no_proxy", "")
+            stand_in.status, stand_in.leads_to = 302, f"{elsewhere.address}/api/version"
+            said = self.refused(stand_in, capsys, "encode", *ENCODE)
+        assert f"it sends on to '{elsewhere.address}/api/version', where no token is sent" in said
+        assert elsewhere.asked == []
 
     def test_other_versions(self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
         stand_in.answers["/api/version"] = {"ray_version": "1.2.3"}
