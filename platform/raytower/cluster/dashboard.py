@@ -189,6 +189,15 @@ class Dashboard:
             if row["state"] == "ALIVE"
         ]
 
+    def check_job(self, job: str) -> None:
+        """Raises InputError where the cluster knows no job of this id."""
+        known = [row["submission_id"] for row in self.ask("/api/jobs/") if row.get("submission_id")]
+        if job not in known:
+            raise InputError(
+                f"follow is {job!r}, and the cluster at {self.address} knows no job of that id; `raytower submit` "
+                f"and `ray job list --address {self.address}` tell ids; a new cluster has none of before"
+            )
+
     def running_jobs(self) -> list[RunningJob]:
         """The jobs that were submitted by raytower and have not ended."""
         return [

@@ -131,6 +131,7 @@ def submit(config: SubmitConfig) -> dict[str, Any]:
     if config.follow is not None:
         dashboard = Dashboard.at(config.address)
         dashboard.check_versions()
+        dashboard.check_job(config.follow)
         return _follow(_client(dashboard), config.follow, dashboard.address)
     ready = _prepare(config)
     client = _client(ready.dashboard)
@@ -143,14 +144,20 @@ def submit(config: SubmitConfig) -> dict[str, Any]:
         )
         _warn_of_variables(ready)
         begun = time.perf_counter()
-        client.submit_job(
-            submission_id=named,
-            entrypoint=ready.entrypoint,
-            runtime_env=runtime_environment(archive, bool(ready.variables)),
-            metadata=ready.metadata,
-            entrypoint_num_cpus=ready.driver["CPU"],
-            entrypoint_memory=int(ready.driver["memory"]),
-        )
+        try:
+            client.submit_job(
+                submission_id=named,
+                entrypoint=ready.entrypoint,
+                runtime_env=runtime_environment(archive, bool(ready.variables)),
+                metadata=ready.metadata,
+                entrypoint_num_cpus=ready.driver["CPU"],
+                entrypoint_memory=int(ready.driver["memory"]),
+            )
+        except Exception as error:  # of Ray's client, which has no class of its own
+            raise RaytowerError(
+                f"the cluster at {ready.dashboard.address} did not take the job: {_short(str(error))}; `ray job list` "
+                f"says whether {named} is there all the same"
+            ) from error
     log(f"submitted {named}: {ready.entrypoint}")
     if config.detach:
         log(_how_to_follow(named, ready.dashboard.address))
@@ -356,9 +363,7 @@ def _follow(client: Any, job: str, address: str, begun: float | None = None) -> 
             if not _is_to_stop(job):
                 log(_how_to_follow(job, address))
                 raise
-            client.stop_job(job)
-            log(f"stopping {job}")
-            _wait_for_end(client, job)
+            _stop(client, job, address)
             raise
         except SystemExit:
             log(_how_to_follow(job, address))
@@ -380,7 +385,20 @@ def _follow(client: Any, job: str, address: str, begun: float | None = None) -> 
         raise EndedJobError(f"job {job} was stopped", TERMINATED)
     code = info.driver_exit_code
     why = f"failed with exit code {code}" if code is not None else f"failed: {_short(info.message)}"
-    raise EndedJobError(f"job {job} {why}; its log is above", code or 1)
+    # Ray tells a signal by its number below zero, a shell by 128 and it.
+    raise EndedJobError(f"job {job} {why}; its log is above", 128 - code if code and code < 0 else code or 1)
+
+
+def _stop(client: Any, job: str, address: str) -> None:
+    """Stop the job and wait for its end. Raises RaytowerError where it cannot be reached, and may go on."""
+    try:
+        client.stop_job(job)
+        log(f"stopping {job}")
+        _wait_for_end(client, job)
+    except Exception as error:
+        raise RaytowerError(
+            f"{job} could not be stopped: {_short(str(error))}; {_how_to_follow(job, address)}"
+        ) from error
 
 
 def _wait_until_shown(client: Any, job: str, shown: _Log) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -870,6 +872,78 @@ class TestRefusals:
         given = json.dumps([*ENCODE, "--dry-run"])
         said = self.refused(stand_in, capsys, "encode", f"--arguments={given}")
         assert "arguments hold --dry-run, --json or --help, which are those of submit" in said
+
+
+class FakeClient:
+    """In place of Ray's client: a job that ended with `code`, and errors where they are wanted."""
+
+    def __init__(self, code: int | None = None, fails_in: str | None = None) -> None:
+        self.code, self.fails_in = code, fails_in
+
+    def submit_job(self, **_: object) -> str:
+        if self.fails_in == "submit":
+            raise RuntimeError("Request failed with status code 500:\nTraceback")
+        return "encode-1"
+
+    def get_job_info(self, job: str) -> Any:
+        status = SimpleNamespace(value="FAILED", is_terminal=lambda: True)
+        return SimpleNamespace(metadata={}, status=status, driver_exit_code=self.code, message="gone")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        if self.fails_in == "stop":
+            raise KeyboardInterrupt
+        yield "a line\n"
+
+    def stop_job(self, job: str) -> None:
+        raise RuntimeError("Connection aborted")
+
+
+class TestEnds:
+    """How the command ends where the job or the cluster does not do as it should."""
+
+    def run(self, stand_in: StandIn, patch: pytest.MonkeyPatch, client: FakeClient, *given: str) -> int:
+        patch.setattr(submit_module, "_client", lambda _: client)
+        return main(["submit", *given, "--address", stand_in.address])
+
+    @pytest.mark.parametrize(("code", "expected"), [(3, 3), (-9, 137), (None, 1), (0, 1)])
+    def test_by_the_job_s_exit_code_or_its_signal(
+        self, code: int | None, expected: int, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.run(stand_in, monkeypatch, FakeClient(code), "encode", *ENCODE) == expected
+
+    @pytest.mark.parametrize(
+        ("fails_in", "message"),
+        [
+            (
+                "submit",
+                "did not take the job: Request failed with status code 500: Traceback; `ray job list` says",
+            ),
+            ("stop", "could not be stopped: Connection aborted; the job goes on: `raytower submit --address"),
+        ],
+    )
+    def test_a_cluster_that_fails_is_said_without_a_traceback(
+        self,
+        fails_in: str,
+        message: str,
+        stand_in: StandIn,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        assert self.run(stand_in, monkeypatch, FakeClient(fails_in=fails_in), "encode", *ENCODE) == 1
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("raytower: ")]
+        assert message in said
+
+    def test_following_a_job_that_nobody_knows(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It said that the job goes on."""
+        stand_in.answers["/api/jobs/"] = [{"submission_id": "encode-1"}, {"submission_id": None}]
+        assert self.run(stand_in, monkeypatch, FakeClient(3), "--follow", "encode-1") == 3
+        assert self.run(stand_in, monkeypatch, FakeClient(3), "--follow", "../encode-2?") == 2
+        said = capsys.readouterr().err
+        assert "follow is '../encode-2?', and the cluster at" in said
+        assert "goes on" not in said
 
 
 class TestPlan:
