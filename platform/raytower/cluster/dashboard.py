@@ -53,7 +53,7 @@ def find_token(environment: Mapping[str, str]) -> Token | None:
     if environment.get("RAY_AUTH_TOKEN"):
         return _token(environment["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN")
     named = environment.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named or _TOKEN_FILE).expanduser()
+    file = Path(os.path.expanduser(named or _TOKEN_FILE))
     try:
         value = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

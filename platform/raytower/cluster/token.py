@@ -56,7 +56,7 @@ def plan_init(config: ClusterInitConfig) -> dict[str, Any]:
     Raises:
         InputError: the token that is there is empty, is no file, or others may read it.
     """
-    place = Path(config.token_file).expanduser().absolute()
+    place = Path(os.path.expanduser(config.token_file)).absolute()
     if config.replace or not place.exists():
         return {"token_file": str(place), "made": True}
     if not place.is_file() or not place.read_bytes().strip():
