@@ -34,7 +34,7 @@ from raytower.encoding.job import JOB_NAME
 from raytower.errors import FormatError, InputError, OtherOutputError
 from raytower.evaluation.config import TuneFusionConfig
 from raytower.evaluation.reports import check_reports_output
-from raytower.index.build import build_identity
+from raytower.index.build import build_identity, find_damage
 from raytower.index.change_config import IndexSyncConfig
 from raytower.index.config import IndexBuildConfig
 from raytower.index.versions import index_folder, open_manifest, published_version
@@ -816,7 +816,8 @@ def _in_place_of_later_builds(
     if config.replace or published_version(index) is None:
         return config
     newest, identity = open_manifest(index), build_identity(config)
-    if identity in newest.built[-1:]:
+    is_whole = find_damage(index, newest) is None
+    if identity in newest.built[-1:] and (is_whole or not newest.applied):
         return config
     if newest.applied and is_ours():
         return config.model_copy(update={"replace": True})

@@ -18,12 +18,13 @@ from raytower.adapt import job as adapt_job
 from raytower.cli import main
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config
-from raytower.errors import InputError, RaytowerError
+from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.evaluation.config import TuneFusionConfig
 from raytower.index.build import build_index
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
 from raytower.index.compact import compact_index
+from raytower.index.config import IndexBuildConfig
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest, version_names
 from raytower.pipeline import content
@@ -182,6 +183,26 @@ def test_a_build_takes_the_place_of_what_steps_of_other_settings_have_changed(wo
     Path("corpus.jsonl").write_text(rows(range(5, 20)))
     assert work.run({SYNC: {"max_gone": 0.9}, COMPACT: {"seed": 1}}) == list(JOBS)
     assert Index.open("runs/index").num_rows == 24
+
+
+@pytest.mark.parametrize("part", ["shards", "lexical"])
+def test_an_index_that_is_not_whole_is_built_again(work: Work, part: str) -> None:
+    """It counted as finished, and `index build`, which its reader's message asks for, had nothing to build."""
+    work.run()
+    shutil.rmtree(f"runs/index/{part}")
+    assert [step["state"] for step in pipeline_status(work.config())["steps"]][1] == "changed"
+    assert BUILD in work.run()
+    assert Index.open("runs/index").num_rows == 24
+    assert work.run() == []
+    config = make_config(IndexBuildConfig, {**work.config().steps[1].config, "output": "runs/alone"})
+    build_index(config, HERE)
+    shutil.rmtree(f"runs/alone/{part}")
+    build_index(config, HERE)
+    assert Index.open("runs/alone").num_rows == 20
+    delete_from_index(IndexDeleteConfig(index="runs/alone", ids=["3"]))
+    shutil.rmtree(f"runs/alone/{part}")
+    with pytest.raises(FormatError, match="changed 1 times since this build, which replace: true does anew"):
+        build_index(config, HERE)
 
 
 def test_the_same_step_twice_is_two_steps(work: Work) -> None:
