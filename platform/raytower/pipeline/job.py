@@ -385,7 +385,10 @@ class _State:
             figures = next((finished[key] for key in step.former_keys if key in finished), None)
             if figures is None or (step.output is not None and is_empty(step.output)):
                 break
-            origin = step.origin(keys)
+            try:
+                origin = step.origin(keys)
+            except InputError:  # what it reads is gone, which is said where the step's turn comes
+                break
             keys[step.number] = origin.key
             self._note(origin)
             self._records[step.slot] = _finished(step, origin.key, figures)

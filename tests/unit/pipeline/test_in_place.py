@@ -367,6 +367,22 @@ def test_how_each_step_stands(work: Work, capsys: pytest.CaptureFixture[str]) ->
     assert "what it reads is made anew" in " ".join(table.split())
 
 
+def test_a_state_of_before_whose_input_is_gone_is_shown(work: Work) -> None:
+    """--status ended with the message that the input is missing, and showed no step."""
+    config = make_config(
+        PipelineConfig, {"state": "runs/state.json", "steps": [vars(work.config().steps[0])]}
+    )
+    (step,) = _prepare(config)
+    Path("runs/embeddings").mkdir(parents=True)
+    Path("runs/embeddings/job.json").write_text("{}")
+    Path("runs/state.json").write_text(json.dumps({step.former_keys[0]: {}}))
+    Path("corpus.jsonl").unlink()
+    (stands,) = pipeline_status(config)["steps"]
+    assert stands["state"] == "missing"
+    with pytest.raises(InputError, match=r"step 1 encode: no file or folder at 'corpus\.jsonl'"):
+        run_pipeline(config)
+
+
 def test_a_foreign_output_is_told_and_nothing_of_it_is_taken(work: Work) -> None:
     Path("runs/embeddings").mkdir(parents=True)
     Path("runs/embeddings/notes.txt").write_text("mine")
