@@ -593,14 +593,22 @@ def _run_steps(steps: Sequence[_Step], state: _State, parallel: int) -> list[dic
     def end(position: int, figures: dict[str, Any]) -> None:
         results[position] = {"job": steps[position].job, "skipped": False, **figures}
 
-    order = waits([step.access for step in steps], may_hold)
-    failed = run_graph(order, parallel, begin, end, stop=processes.stop)
+    failed = run_graph(_order(steps), parallel, begin, end, stop=processes.stop)
     if failed:
         first, *others = sorted(failed)
         for position in others:
             log(f"{steps[position].title} failed: {failed[position]}")
         raise failed[first]
     return [results[position] for position in range(len(steps))]
+
+
+def _order(steps: Sequence[_Step]) -> list[frozenset[int]]:
+    """For each step the positions of those that have to end before it. A server takes one change at a time."""
+    servers = [step.config.url if isinstance(step.config, ServeReloadConfig) else None for step in steps]
+    return [
+        others | {n for n in range(number) if servers[number] is not None and servers[n] == servers[number]}
+        for number, others in enumerate(waits([step.access for step in steps], may_hold))
+    ]
 
 
 # Runs a job by its name and config; returns its figures.

@@ -29,7 +29,14 @@ from raytower.index.reader import Index
 from raytower.index.versions import open_manifest, version_names
 from raytower.pipeline import content
 from raytower.pipeline.config import PipelineConfig
-from raytower.pipeline.job import STEP_JOBS, _prepare, pipeline_status, plan_pipeline, run_pipeline
+from raytower.pipeline.job import (
+    STEP_JOBS,
+    _order,
+    _prepare,
+    pipeline_status,
+    plan_pipeline,
+    run_pipeline,
+)
 from raytower.refresh import job as refresh_job
 from raytower.storage import Location, writer_lease
 from tests.support.encoding_here import encode_here
@@ -245,6 +252,22 @@ def test_who_reads_what_a_later_step_changes_is_refused(work: Work) -> None:
 def test_a_reload_that_does_not_name_its_index_is_refused(work: Work) -> None:
     with pytest.raises(InputError, match=r"step 6 \(serve reload\): index is null.*name the index"):
         plan_pipeline(work.config({RELOAD: {"index": None}}))
+
+
+def test_reloads_of_one_server_wait_for_each_other(work: Work) -> None:
+    """Side by side the server refused the second: "another change is under way"."""
+    reload = {"index": "runs/index", "url": URL}
+    others = [{**reload, "collection": "a"}, {**reload, "collection": "b"}, {**reload, "url": f"{URL}9"}]
+    steps = [vars(step) for step in work.config().steps[:2]]
+    steps += [{"job": RELOAD, "config": config} for config in others]
+    config = make_config(PipelineConfig, {"state": "s", "steps": steps})
+    assert _order(_prepare(config)) == [
+        frozenset(),
+        frozenset({0}),
+        frozenset({1}),
+        frozenset({1, 2}),
+        frozenset({1}),
+    ]
 
 
 def test_a_reload_without_a_reranker_reads_none(work: Work) -> None:
