@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import slower
 
+# Until all tests are collected, which imports all there is: see `pytest_runtestloop`.
+gc.disable()
+
 # Time limits of single examples would fail where the machine is busy; `ci` draws the same examples in every run.
 settings.register_profile(
     "local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], derandomize=False
@@ -65,10 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in waiting)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     """All that was imported stays: looking through it again and again is an eighth of the unit tests' time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(50_000, 10, 10)
 
 

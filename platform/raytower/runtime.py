@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray._private import ray_constants
@@ -26,6 +26,7 @@ from ray._private.utils import get_num_cpus
 from ray._private.worker import filter_autoscaler_events
 
 from raytower import ending
+from raytower.collecting import collect_later
 from raytower.config import WorkersConfig
 from raytower.errors import InputError, RaytowerError
 from raytower.progress import log
@@ -43,6 +44,8 @@ _LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_st
 _PRIVATE_FOLDER = "rtray-"
 _RAY_FOLDER = "ray"
 _JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
+# In that time a worker has imported its libraries, and begun to work.
+_IMPORTING_S = 10.0
 # What each of Ray's processes finds in its environment, unless the user has set it: no telemetry; and no progress logs
 # of Ray Data's own, which would drown ours.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING"}
@@ -210,6 +213,8 @@ def _take_worker_output(show_all: bool) -> None:
 
 
 def _shut_down() -> None:
+    # A thread that was left in a call to Serve would start another Ray, which is not closed, in place of this one.
+    ray.init = _refuse_to_start
     if ending.has_begun():
         time.sleep(SIGNALLED_S)
     node = ray._private.worker.global_worker.node  # None once `ray.shutdown` was called
@@ -218,6 +223,10 @@ def _shut_down() -> None:
         node.kill_all_processes(check_alive=False)
         ending.leave()
     ray.shutdown(_exiting_interpreter=True)
+
+
+def _refuse_to_start(*arguments: object, **settings: object) -> NoReturn:
+    raise RaytowerError("this process ends, and starts no Ray any more")
 
 
 def abandon() -> None:
@@ -354,6 +363,7 @@ def worker_environment() -> dict[str, str]:
 
 def set_up_worker() -> None:
     """Run in each local worker when it starts."""
+    collect_later(_IMPORTING_S)
     # Paths are relative to the folder that the job was started from; it is on no import path (see _current_folder).
     os.chdir(os.environ[_JOB_FOLDER])
     # Ray Train's monitor would look for the cluster among all that run on the machine, and fail where there are two.

@@ -21,6 +21,9 @@ from raytower.progress import MARK
 _KEPT_LINES = 10_000
 # Of a line that Ray itself writes; some have a paragraph of advice behind what happened.
 _SHOWN_CHARACTERS = 300
+# Processes of Ray Serve itself. They tell of requests whose client went away, by tracebacks; what matters of them we
+# say ourselves.
+_SERVES_OWN = ("ProxyActor", "ServeController")
 # Lines of a worker that failed come this much later than its failure.
 _LATE_SECONDS = 1.0
 
@@ -62,7 +65,8 @@ class WorkerOutput:
             else:
                 with self._lock:
                     self._kept.append(f"({source}) {line}\n")
-                shown = f"({source}) {line}" if self.show_all and data.get("pid") != "raylet" else None
+                is_rays_own = data.get("pid") == "raylet" or name in _SERVES_OWN
+                shown = f"({source}) {line}" if self.show_all and not is_rays_own else None
             if shown is not None and not ending.has_begun():
                 sys.stderr.write(f"{shown}\n")
         sys.stderr.flush()

@@ -110,14 +110,7 @@ def plan_workers(
     there = nodes
     nodes = [node for node in there if node.cpus > 0 and node.suits(asked)]
     if not nodes and asked.num is None:
-        suitable = ""
-        if there and asked.ray_options:
-            wanted = _listed(asked.resources, asked.label_selector)
-            suitable = f" and {wanted} (they are: {_what_nodes_have(there, asked)})"
-        raise InputError(
-            f"workers.num is null, and the cluster has no node with CPUs{suitable} now that could decide; where nodes "
-            "come with demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
-        )
+        raise nobody_decides(_lacking(there, asked))
     if not nodes:
         return _with(asked, num=asked.num or 1, num_cpus=asked.num_cpus or 1, num_gpus=asked.num_gpus or 0)
     num_gpus = asked.num_gpus
@@ -160,6 +153,26 @@ def _with(asked: FittedWorkersConfig, *, num: int, num_cpus: float, num_gpus: fl
         resources=asked.resources,
         label_selector=asked.label_selector,
     )
+
+
+def nobody_decides(lacking: str = "") -> InputError:
+    """The refusal of null as workers.num where no machine is there that could decide.
+
+    Args:
+        lacking: what the nodes would have to have besides CPUs, and what they have.
+    """
+    return InputError(
+        f"workers.num is null, and the cluster has no node with CPUs{lacking} now that could decide; where nodes come "
+        "with demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
+    )
+
+
+def _lacking(nodes: Sequence[Node], asked: FittedWorkersConfig) -> str:
+    """` and 1 TPU (they are: …)` of nodes none of which suits, "" where there is none or nothing else is asked for."""
+    if not nodes or not asked.ray_options:
+        return ""
+    wanted = _listed(asked.resources, asked.label_selector)
+    return f" and {wanted} (they are: {_what_nodes_have(nodes, asked)})"
 
 
 def refuse_without_room(worker: WorkersConfig, nodes: Sequence[Node]) -> None:

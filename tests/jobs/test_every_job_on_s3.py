@@ -130,7 +130,7 @@ def world(
     write_format_2(local / "old", "flat")
     with (
         s3_server(tmp_path_factory.mktemp("s3")) as server,
-        busy_front(server, every=6) as front,
+        busy_front(server, every=23) as front,
         pytest.MonkeyPatch.context() as patch,
         no_ray(),
     ):

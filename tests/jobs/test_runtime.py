@@ -275,6 +275,17 @@ def test_a_ray_that_was_given_up_and_then_shut_down_leaves_nothing_to_be_killed(
 
 
 @pytest.mark.processes
+def test_a_process_that_ends_starts_no_other_ray() -> None:
+    """As Serve's calls would in a thread that was left to itself: one with Ray's own settings."""
+    # What is registered first runs last, after our Ray has been shut down.
+    late = (
+        "import atexit\n\ndef again():\n    import ray\n    ray.init(num_cpus=1)\n\natexit.register(again)\n"
+    )
+    done = run(late + START.replace("ray.shutdown()", ""))
+    assert "this process ends, and starts no Ray any more" in done.stderr
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["token", "disabled"])
 def test_a_mode_that_ray_did_not_see_is_refused(mode: str) -> None:
     other = {"token": "disabled", "disabled": "token"}[mode]

@@ -39,6 +39,49 @@ def _bell(middle: float, width: float, rows: int) -> list[int]:
     return [round(rows * share / sum(shares)) for share in shares]
 
 
+def _figures() -> dict[str, Any]:
+    """All that a page draws."""
+    return {
+        "recall_by_k": [
+            {"stage": "encoder", "points": _curve(0.43, 0.45)},
+            {"stage": "fusion", "points": _curve(0.45, 0.43)},
+            {"stage": "reranker", "points": _curve(0.5, 0.36)},
+        ],
+        "scores": {
+            "edges": [0.4 + 0.015 * place for place in range(41)],
+            "relevant": _bell(0.82, 0.08, 1100),
+            "others": _bell(0.66, 0.1, 50_000),
+            "every": 1,
+        },
+        "group_metric": "ndcg@10",
+        "groups": {
+            "length": [
+                _group("3–9", 0.44),
+                _group("10–17", 0.5),
+                _group("18–31", 0.56),
+                _group("32–210", 0.6),
+            ],
+            "script": [_group("Han", 0.55), _group("Latin", 0.5), _group("Han and Latin", 0.46, 0.06)],
+        },
+        "recall_against_time": [
+            {
+                "parameter": "nprobe",
+                "setting": setting,
+                "used": setting == 16,
+                "milliseconds": milliseconds,
+                "k": 10,
+                **metric(recall),
+            }
+            for setting, milliseconds, recall in (
+                (2, 0.1, 0.4),
+                (8, 0.22, 0.56),
+                (16, 0.4, 0.6),
+                (64, 1.3, 0.61),
+            )
+        ],
+    }
+
+
 def report() -> dict[str, Any]:
     """What report.json may hold, with everything that a page can show."""
     hits = [
@@ -68,45 +111,7 @@ def report() -> dict[str, Any]:
             "reranker": "models/reranker",
             "k": [1, 5, 10],
         },
-        "figures": {
-            "recall_by_k": [
-                {"stage": "encoder", "points": _curve(0.43, 0.45)},
-                {"stage": "fusion", "points": _curve(0.45, 0.43)},
-                {"stage": "reranker", "points": _curve(0.5, 0.36)},
-            ],
-            "scores": {
-                "edges": [0.4 + 0.015 * place for place in range(41)],
-                "relevant": _bell(0.82, 0.08, 1100),
-                "others": _bell(0.66, 0.1, 50_000),
-                "every": 1,
-            },
-            "group_metric": "ndcg@10",
-            "groups": {
-                "length": [
-                    _group("3–9", 0.44),
-                    _group("10–17", 0.5),
-                    _group("18–31", 0.56),
-                    _group("32–210", 0.6),
-                ],
-                "script": [_group("Han", 0.55), _group("Latin", 0.5), _group("Han and Latin", 0.46, 0.06)],
-            },
-            "recall_against_time": [
-                {
-                    "parameter": "nprobe",
-                    "setting": setting,
-                    "used": setting == 16,
-                    "milliseconds": milliseconds,
-                    "k": 10,
-                    **metric(recall),
-                }
-                for setting, milliseconds, recall in (
-                    (2, 0.1, 0.4),
-                    (8, 0.22, 0.56),
-                    (16, 0.4, 0.6),
-                    (64, 1.3, 0.61),
-                )
-            ],
-        },
+        "figures": _figures(),
         "worst_queries": [worst, {**worst, "query_id": "q2", "hits": []}],
     }
 

@@ -131,6 +131,43 @@ class BusyFront:
     """Session tokens that requests brought; empty of those that brought none."""
 
 
+class _Passing(BaseHTTPRequestHandler):
+    """Reads requests and writes answers as S3's clients want them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def asked_bytes(self) -> float:
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        return int(last) - int(first) + 1 if first and last else math.inf
+
+    def read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return b"".join(parts)
+
+    def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name not in _OF_ONE_HOP:
+                self.send_header(name, value)
+        # Of HEAD it says how long the object is, and nothing follows.
+        is_head = self.command == "HEAD"
+        length = headers.get("content-length", "0") if is_head else str(len(content))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if not is_head:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
 @contextmanager
 def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
     """A front before `server` on a port of its own, in a thread of this process."""
@@ -138,12 +175,10 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
     lock, due = threading.Lock(), set[tuple[str, str]]()
     count = 0
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(_Passing):
         def handle_one(self) -> None:
             nonlocal count
-            body = self._body()
+            body = self.read_body()
             who = (self.command, self.path)
             line = f"{self.command} {self.path} {self.headers.get('User-Agent', '')}"
             with lock:
@@ -156,9 +191,9 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
                 words = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
                 # pyarrow's client has no room for more bytes than it asked for: a longer refusal is a broken stream to
                 # it, which it does not ask for again (Arrow's footer is 10 bytes).
-                if self._asked_bytes() < len(words):
+                if self.asked_bytes() < len(words):
                     words = b""
-                self._answer(503, {"content-type": "application/xml"}, words)
+                self.answer(503, {"content-type": "application/xml"}, words)
                 return
             kept = {name: value for name, value in self.headers.items() if name.lower() not in _OF_ONE_HOP}
             connection = http.client.HTTPConnection(server.address, timeout=60)
@@ -169,40 +204,9 @@ def busy_front(server: S3Server, every: int) -> Iterator[BusyFront]:
             finally:
                 connection.close()
             headers = {name.lower(): value for name, value in reply.getheaders()}
-            self._answer(reply.status, headers, content)
+            self.answer(reply.status, headers, content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815 - names of the library
-
-        def _asked_bytes(self) -> float:
-            first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-            return int(last) - int(first) + 1 if first and last else math.inf
-
-        def _body(self) -> bytes:
-            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            while self.rfile.readline().strip():
-                pass
-            return b"".join(parts)
-
-        def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            self.send_response_only(status)
-            for name, value in headers.items():
-                if name not in _OF_ONE_HOP:
-                    self.send_header(name, value)
-            # Of HEAD it says how long the object is, and nothing follows.
-            is_head = self.command == "HEAD"
-            length = headers.get("content-length", "0") if is_head else str(len(content))
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            if not is_head:
-                self.wfile.write(content)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
 
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True

@@ -101,9 +101,13 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()
     for name in SLOW:
         importlib.import_module(name)
     gc.freeze()
+    gc.enable()
+    # What its processes import besides, Ray above all, is not looked through again and again either.
+    gc.set_threshold(50_000, 10, 10)
     told = serve(socket.socket(fileno=int(sys.argv[1])))
     if told is None:
         os._exit(0)

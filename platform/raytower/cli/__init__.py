@@ -21,6 +21,7 @@ from raytower import __version__, escapes
 from raytower.cli import help
 from raytower.cli.about import ABOUT
 from raytower.cli.arguments import read_arguments
+from raytower.collecting import nothing_is_garbage
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, dump_config, load_config, to_json
 from raytower.ending import INTERRUPTED, TERMINATED, bounded_ending, signal_code
@@ -137,16 +138,23 @@ def _execute(name: str, given: Sequence[str], default_config: Path | None) -> No
     path = default_config if arguments.config_path is None else arguments.config_path
     config = load_config(config_class, path, arguments.overrides)
     if arguments.dry_run:
-        plan = find_reference(command.plan)(config) if command.plan else {}
+        plan = _imported(command.plan)(config) if command.plan else {}
         _show(escapes.lines(dump_config(config).rstrip("\n")))
         _show_json({"plan": plan})
         return
-    result = find_reference(command.run)(config)
+    result = _imported(command.run)(config)
     if arguments.as_json or not (command.always_rendered or sys.stdout.isatty()):
         _show_json(result)
     else:
         render = find_reference(command.render or "raytower.cli.tables:render_result")
         _show(render(result))
+
+
+def _imported(reference: str) -> Callable[[Config], Any]:
+    """What a command does, with all the libraries that it needs."""
+    with nothing_is_garbage():
+        function: Callable[[Config], Any] = find_reference(reference)
+    return function
 
 
 def _show_json(value: Any) -> None:

@@ -46,6 +46,7 @@ from raytower.config import load_config, make_config, read_config_file
 from raytower.ending import TERMINATED
 from raytower.errors import EndedJobError, InputError, RaytowerError, import_extra
 from raytower.progress import log
+from raytower.workers import nobody_decides
 
 # Handed over where a config asks for what they are for, and they are set here; a login of another kind will do too.
 _WANDB_VARIABLE = "WANDB_API_KEY"
@@ -284,10 +285,7 @@ def _driver_demand(driver: dict[str, float]) -> list[Demand]:
 def _refuse_undecided(job: _Job, working: Sequence[object]) -> None:
     fitted = ("encode", "index sync", "train-retriever", "train-reranker", "train-classifier")
     if job.name in fitted and not working and undecided(job.values):
-        raise InputError(
-            "workers.num is null, and the cluster has no node with CPUs now that could decide; where nodes come with "
-            "demand say what to ask for, such as --workers.num 4 --workers.num_cpus 8 --workers.num_gpus 1"
-        )
+        raise nobody_decides()
 
 
 def _refuse_lacking(

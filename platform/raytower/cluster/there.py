@@ -24,7 +24,6 @@ _SCRIPT = f"""
 import glob, json, os, sys
 import yaml
 types, found = [], False
-address = os.environ.get("RAY_ADDRESS")
 for path in glob.glob("/proc/[0-9]*/cmdline"):
     try:
         words = open(path, "rb").read().decode(errors="replace").split("\\0")
@@ -32,7 +31,7 @@ for path in glob.glob("/proc/[0-9]*/cmdline"):
         continue
     options = dict(word.partition("=")[::2] for word in words)
     file = options.get("--autoscaling-config")
-    if not file or not address or options.get("--gcs-address") != address:
+    if not file or options.get("--gcs-address", "") != os.environ.get("RAY_ADDRESS"):
         continue
     config = yaml.safe_load(open(os.path.expanduser(file)))
     for name, kind in (config.get("available_node_types") or {{}}).items():

@@ -634,17 +634,14 @@ class TestHead:
         )
         assert another.types == ()
 
-    def test_the_machines_of_no_cluster_are_another_s(self, tmp_path: Path) -> None:
-        """As `ray start --head --autoscaling-config=…`, which names no address either."""
-        (tmp_path / "start.py").write_text("input()")
-        (tmp_path / "scaling.yaml").write_text("available_node_types: {small: {resources: {CPU: 2}}}\n")
-        command = [
-            sys.executable,
-            str(tmp_path / "start.py"),
-            f"--autoscaling-config={tmp_path}/scaling.yaml",
-        ]
+    def test_a_head_that_is_being_started_is_none_of_a_process_without_one(self, tmp_path: Path) -> None:
+        """`ray start --autoscaling-config=…` names no address."""
+        script, config = tmp_path / "start.py", tmp_path / "scaling.yaml"
+        script.write_text("input()")
+        config.write_text("max_workers: 5\navailable_node_types: {small: {resources: {CPU: 2}}}\n")
+        command = [sys.executable, str(script), f"--autoscaling-config={config}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as start:
-            found = self.ask(environment={})
+            found = self.ask()
             start.communicate("\n")
         assert found.types == ()
 

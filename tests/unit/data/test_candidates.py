@@ -198,7 +198,8 @@ def test_bad_rows(tmp_path: Path, bad: Any, reason: str) -> None:
     assert [row["query"] for row in rows_of(surveyed)] == ["r", "r", "q"]
 
 
-def test_bad_parquet_rows(tmp_path: Path) -> None:
+def _bad_table() -> pa.Table:
+    """Rows of which the first, the 13th and the last are good."""
     broken = pa.array([b"a", b"\xff"]).view(pa.string())
     good = ["a", "b"]
     documents = [
@@ -234,7 +235,7 @@ def test_bad_parquet_rows(tmp_path: Path) -> None:
     query: list[str | None] = ["q"] * 13
     query[10] = None
     table = pa.table({"query": query, "documents": documents, "scores": scores})
-    table = pa.concat_tables(
+    return pa.concat_tables(
         [table, pa.table({
             "query": ["q", "q"],
             "documents": pa.ListArray.from_arrays(pa.array([0, 2, 4], pa.int32()),
@@ -242,8 +243,11 @@ def test_bad_parquet_rows(tmp_path: Path) -> None:
             "scores": [[0.0, 1.0], [0.0, 1.0]],
         })]
     )  # fmt: skip
+
+
+def test_bad_parquet_rows(tmp_path: Path) -> None:
     path = tmp_path / "c.parquet"
-    pq.write_table(table, path, row_group_size=4)
+    pq.write_table(_bad_table(), path, row_group_size=4)
     surveyed, entries = quarantined(path, "candidates", tmp_path / "q")
     assert [(entry["line"], entry["reason"]) for entry in entries] == [
         (2, "'documents' is null, must be a list of strings"),

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "platform" / "raytower"
 # The floors of the house, lowest first. A file may import what its own folder holds and what stands on a lower floor.
 FLOORS = [
-    {"__init__", "config_words", "errors", "escapes", "requirements"},
+    {"__init__", "collecting", "config_words", "errors", "escapes", "requirements"},
     {"collectives", "config", "ending", "metrics", "progress", "storage"},
     {"pages"},
     {"only_job", "worker_output", "workers"},

@@ -47,6 +47,19 @@ def test_a_server_shows_its_replicas_but_not_the_raylet(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "(ServeReplica 7) a warning\n"
 
 
+@pytest.mark.parametrize("actor", ["ProxyActor", "ServeController"])
+def test_tracebacks_of_serve_itself_are_kept(actor: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = WorkerOutput()
+    output.show_all = True
+    output.expect()
+    output.take(message("Task exception was never retrieved", actor=actor))
+    assert capsys.readouterr().err == ""
+    kept = output.keep()
+    assert kept is not None
+    assert kept.read_text() == f"({actor} 7) Task exception was never retrieved\n"
+    kept.unlink()
+
+
 def test_where_nothing_was_kept_there_is_no_file() -> None:
     output = WorkerOutput()
     output.expect()

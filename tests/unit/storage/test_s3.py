@@ -617,6 +617,17 @@ def built(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
     return s3.uri("bucket/flat/index"), vectors
 
 
+def _copy_embeddings(s3: S3Server, key: str, manifest: EmbeddingsManifest, folder: Path) -> pa.Table:
+    """The rows of `s3://bucket/key`, whose files have the checksums of its manifest, by way of a folder here."""
+    folder.mkdir()
+    for entry in manifest.files:
+        content = s3.read("bucket", f"{key}/{entry.name}")
+        assert hashlib.sha256(content).hexdigest() == entry.sha256
+        (folder / entry.name).write_bytes(content)
+    manifest.write(Location.of(folder))
+    return read_folder(folder)
+
+
 class TestIndex:
     def test_encode_build_verify_and_search(
         self,
@@ -655,18 +666,9 @@ class TestIndex:
         )
         remote = EmbeddingsManifest.read(Location.of(f"{root}/embeddings"))
         assert remote.fingerprint == local["fingerprint"]
-        for entry in remote.files:
-            (tmp_path / "copy").mkdir(exist_ok=True)
-            content = s3.read("bucket", f"{prefix}/embeddings/{entry.name}")
-            assert hashlib.sha256(content).hexdigest() == entry.sha256
-            (tmp_path / "copy" / entry.name).write_bytes(content)
-        remote.write(Location.of(tmp_path / "copy"))
-        assert read_folder(tmp_path / "copy")["text"].to_pylist() == texts
-        assert (
-            read_folder(tmp_path / "copy")
-            .drop_columns(["id"])
-            .equals(read_folder(tmp_path / "out").drop_columns(["id"]))
-        )
+        copied = _copy_embeddings(s3, f"{prefix}/embeddings", remote, tmp_path / "copy")
+        assert copied["text"].to_pylist() == texts
+        assert copied.drop_columns(["id"]).equals(read_folder(tmp_path / "out").drop_columns(["id"]))
 
         settings = ["--workers.num_cpus", "0.5", "--workers.num", "2", "--shards", "2"]
         command = ["index", "build", "--embeddings", f"{root}/embeddings", "--output", f"{root}/index"]

@@ -32,6 +32,36 @@ from tests.support.tiny_models import build_tiny_encoder
 from tests.support.tiny_training import batches_of, retriever_config, write_labelled, write_pairs
 
 
+def _kept_checkpoints_are_left(
+    reported: list[tuple[Any, dict[str, Any]]],
+    num_left: int | None,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """All of a run, the last two, or none, beside its output; those of another run are put aside, and said to be."""
+    # Ray gives the best first where there is a metric.
+    result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
+    output = Location.of(folder / "out")
+    _leave_checkpoints(result, num_left, output, "a")
+    kept = sorted((folder / "out.checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
+    assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
+    _leave_checkpoints(result, 2, Location.of(folder / "last"), "a")
+    assert sorted(path.name for path in (folder / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
+    _leave_checkpoints(result, 0, Location.of(folder / "none"), "a")
+    assert not (folder / "none.checkpoints").exists()
+    # They stay where the run that made them goes on, and make room for those of another, whose steps are fewer.
+    _make_room_for_checkpoints(output, "a")
+    assert len(list((folder / "out.checkpoints").iterdir())) == 3
+    _make_room_for_checkpoints(output, "b")
+    _leave_checkpoints(result, 1, output, "b")
+    assert [path.name for path in (folder / "out.checkpoints").iterdir()] == ["step-12"]
+    former = folder / ".out.checkpoints.former-1"
+    assert sorted(path.name for path in former.iterdir()) == ["step-12", "step-4", "step-8"]
+    assert TextClassifier.load(former / "step-12").labels[0] == "topics##a"
+    assert str(former) in capfd.readouterr().err
+
+
 def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     still_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,27 +113,7 @@ def test_measurements_by_epochs_accuracy_and_kept_checkpoints(
     ranks = [metrics["accuracy"] for _, metrics in reported]
     assert len({row["accuracy"] for row in outcome["history"]}) == 1
     assert ranks[0] == outcome["best"] > ranks[1] == ranks[2]
-    # Ray gives the best first where there is a metric.
-    result: Any = SimpleNamespace(best_checkpoints=[reported[2], reported[0], reported[1]])
-    output = Location.of(tmp_path / "out")
-    _leave_checkpoints(result, config.num_left_checkpoints, output, "a")
-    kept = sorted((tmp_path / "out.checkpoints").iterdir())
-    assert [path.name for path in kept] == ["step-12", "step-4", "step-8"]
-    assert all(TextClassifier.load(path).labels[0] == "topics##a" for path in kept)
-    _leave_checkpoints(result, 2, Location.of(tmp_path / "last"), "a")
-    assert sorted(path.name for path in (tmp_path / "last.checkpoints").iterdir()) == ["step-12", "step-8"]
-    _leave_checkpoints(result, 0, Location.of(tmp_path / "none"), "a")
-    assert not (tmp_path / "none.checkpoints").exists()
-    # They stay where the run that made them goes on, and make room for those of another, whose steps are fewer.
-    _make_room_for_checkpoints(output, "a")
-    assert len(list((tmp_path / "out.checkpoints").iterdir())) == 3
-    _make_room_for_checkpoints(output, "b")
-    _leave_checkpoints(result, 1, output, "b")
-    assert [path.name for path in (tmp_path / "out.checkpoints").iterdir()] == ["step-12"]
-    former = tmp_path / ".out.checkpoints.former-1"
-    assert sorted(path.name for path in former.iterdir()) == ["step-12", "step-4", "step-8"]
-    assert TextClassifier.load(former / "step-12").labels[0] == "topics##a"
-    assert str(former) in capfd.readouterr().err
+    _kept_checkpoints_are_left(reported, config.num_left_checkpoints, tmp_path, capfd)
 
 
 @pytest.mark.parametrize(
