@@ -135,13 +135,16 @@ def load_config(
     config_class: type[ConfigT],
     path: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    content: bytes | None = None,
 ) -> ConfigT:
     """Read `path` (YAML or JSON), lay `overrides` (nested or dotted keys) over it and validate.
+
+    `content` is the file's, where it has been read: a pipe can be read once.
 
     Raises:
         InputError: the file is missing or no mapping, a key is unknown, or a value breaks its rule.
     """
-    below = {} if path is None else _read_file(path)
+    below = {} if path is None else _read_file(path, content)
     above = nested_keys(overrides or {})
     merged = _lay_over(config_class, below, above)
     return _validated(config_class, merged, _source_of(None if path is None else _named(path), below, above))
@@ -215,15 +218,22 @@ def _named(path: str | Path) -> str:
     return f"config file {str(path)!r}"
 
 
-def _read_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | Path) -> bytes:
+    """The content of a config file. Raises InputError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{_named(path)}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_file(path: str | Path, content: bytes | None) -> dict[str, Any]:
     """A config file's keys and values, as they stand there."""
     name = _named(path)
+    content = read_config_file(path) if content is None else content
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        loaded = yaml.load(content.decode("utf-8"), Loader)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8: {error}; save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-13-45 is a ValueError

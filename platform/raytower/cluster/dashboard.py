@@ -51,11 +51,11 @@ def find_token(environment: Mapping[str, str]) -> Token | None:
     if environment.get("RAY_AUTH_MODE", "token").lower() != "token":
         return None
     if environment.get("RAY_AUTH_TOKEN"):
-        return Token(value=environment["RAY_AUTH_TOKEN"].strip(), source="RAY_AUTH_TOKEN")
+        return _token(environment["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN")
     named = environment.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named or _TOKEN_FILE).expanduser()
+    file = Path(os.path.expanduser(named or _TOKEN_FILE))
     try:
-        value = file.read_text(encoding="utf-8").strip()
+        value = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         if not named:
             return None
@@ -63,7 +63,30 @@ def find_token(environment: Mapping[str, str]) -> Token | None:
             f"RAY_AUTH_TOKEN_PATH names {named!r}, which cannot be read ({error.strerror}); name the file of the "
             "cluster's token, or unset it (~/.ray/auth_token is taken then)"
         ) from error
-    return Token(value=value, source=str(file)) if value else None
+    return _token(value, str(file)) if value.strip() else None
+
+
+def _token(value: str, source: str) -> Token:
+    """Raises InputError where what was found is no token: it goes into a header, which is one line of ASCII."""
+    value = value.strip()
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise InputError(
+            f"{source} holds no token: one is a single word of ASCII characters, and this is several, or other "
+            "characters; put nothing but the cluster's token there"
+        )
+    return Token(value=value, source=source)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirection is an answer like another: urllib would send the token on to wherever it leads."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is this machine's own, which no proxy is to be asked for."""
+    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +106,12 @@ class Dashboard:
                 "--address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` forwards it there)"
             )
         named = given if "://" in given else f"http://{given}"
-        parts = urlsplit(named)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(named)
+            is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets without an end, a port that is no number
+            is_one = False
+        if not is_one:
             raise InputError(
                 f"address is {given!r}; it must be that of the dashboard, http://HOST:8265 or https://…, through which "
                 "jobs are submitted"
@@ -102,12 +129,16 @@ class Dashboard:
             InputError: nobody answers within seconds, what answers is no dashboard, or it refuses the token.
         """
         request = urllib.request.Request(f"{self.address}{path}", headers=self.headers)
+        direct = [urllib.request.ProxyHandler({})] if is_loopback(self.address) else []
+        opener = urllib.request.build_opener(_NoRedirect, *direct)
         try:
-            with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+            with opener.open(request, timeout=_ANSWER_S) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 raise self._refused() from error
+            if (other := error.headers.get("Location")) is not None:
+                raise self._is_no_dashboard(f"it sends on to {other!r}, where no token is sent") from error
             raise self._is_no_dashboard(f"it answers {path} with status {error.code}") from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
@@ -157,6 +188,15 @@ class Dashboard:
             for row in rows
             if row["state"] == "ALIVE"
         ]
+
+    def check_job(self, job: str) -> None:
+        """Raises InputError where the cluster knows no job of this id."""
+        known = [row["submission_id"] for row in self.ask("/api/jobs/") if row.get("submission_id")]
+        if job not in known:
+            raise InputError(
+                f"follow is {job!r}, and the cluster at {self.address} knows no job of that id; `raytower submit` "
+                f"and `ray job list --address {self.address}` tell ids; a new cluster has none of before"
+            )
 
     def running_jobs(self) -> list[RunningJob]:
         """The jobs that were submitted by raytower and have not ended."""

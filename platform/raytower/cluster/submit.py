@@ -27,14 +27,22 @@ from typing import Any
 from raytower import escapes
 from raytower.cli.arguments import read_arguments
 from raytower.cluster.config import SubmitConfig
-from raytower.cluster.dashboard import JOB_KEY, OUTPUT_KEY, Dashboard, refuse_second_job
+from raytower.cluster.dashboard import JOB_KEY, OUTPUT_KEY, Dashboard, is_loopback, refuse_second_job
 from raytower.cluster.jobs import check_job, computes_itself, written_by
 from raytower.cluster.paths import lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import There, ask_head
-from raytower.cluster.upload import ARCHIVE_NAME, Upload, entrypoint, pack, plan_upload, runtime_environment
+from raytower.cluster.upload import (
+    ARCHIVE_NAME,
+    ConfigFile,
+    Upload,
+    entrypoint,
+    pack,
+    plan_upload,
+    runtime_environment,
+)
 from raytower.commands import COMMANDS, find_reference
-from raytower.config import load_config, make_config
+from raytower.config import load_config, make_config, read_config_file
 from raytower.ending import TERMINATED
 from raytower.errors import EndedJobError, InputError, RaytowerError, import_extra
 from raytower.progress import log
@@ -55,7 +63,7 @@ class _Job:
     name: str
     arguments: tuple[str, ...]
     """Its own, without --config."""
-    config_file: Path | None
+    config_file: ConfigFile | None
     values: dict[str, Any]
     """Its config as plain values; of a pipeline with the configs of its steps as their jobs read them."""
 
@@ -124,6 +132,7 @@ def submit(config: SubmitConfig) -> dict[str, Any]:
     if config.follow is not None:
         dashboard = Dashboard.at(config.address)
         dashboard.check_versions()
+        dashboard.check_job(config.follow)
         return _follow(_client(dashboard), config.follow, dashboard.address)
     ready = _prepare(config)
     client = _client(ready.dashboard)
@@ -136,14 +145,20 @@ def submit(config: SubmitConfig) -> dict[str, Any]:
         )
         _warn_of_variables(ready)
         begun = time.perf_counter()
-        client.submit_job(
-            submission_id=named,
-            entrypoint=ready.entrypoint,
-            runtime_env=runtime_environment(archive, bool(ready.variables)),
-            metadata=ready.metadata,
-            entrypoint_num_cpus=ready.driver["CPU"],
-            entrypoint_memory=int(ready.driver["memory"]),
-        )
+        try:
+            client.submit_job(
+                submission_id=named,
+                entrypoint=ready.entrypoint,
+                runtime_env=runtime_environment(archive, bool(ready.variables)),
+                metadata=ready.metadata,
+                entrypoint_num_cpus=ready.driver["CPU"],
+                entrypoint_memory=int(ready.driver["memory"]),
+            )
+        except Exception as error:  # of Ray's client, which has no class of its own
+            raise RaytowerError(
+                f"the cluster at {ready.dashboard.address} did not take the job: {_short(str(error))}; `ray job list` "
+                f"says whether {named} is there all the same"
+            ) from error
     log(f"submitted {named}: {ready.entrypoint}")
     if config.detach:
         log(_how_to_follow(named, ready.dashboard.address))
@@ -197,7 +212,8 @@ def _read_job(config: SubmitConfig) -> _Job:
         raise InputError(
             "arguments hold --dry-run, --json or --help, which are those of submit; name them once"
         )
-    read = load_config(config_class, given.config_path, given.overrides)
+    content = None if given.config_path is None else read_config_file(given.config_path)
+    read = load_config(config_class, given.config_path, given.overrides, content)
     values = read.model_dump(mode="json")
     for number, step in enumerate(values.get("steps") or [] if name == "pipeline" else []):
         source = f"step {number + 1} {step['job']}"
@@ -208,7 +224,9 @@ def _read_job(config: SubmitConfig) -> _Job:
     return _Job(
         name=name,
         arguments=tuple(_without_config(config.arguments)),
-        config_file=None if given.config_path is None else Path(given.config_path),
+        config_file=None
+        if given.config_path is None or content is None
+        else ConfigFile(name=Path(given.config_path).name, content=content),
         values=values,
     )
 
@@ -309,6 +327,10 @@ def _client(dashboard: Dashboard) -> Any:
         "dashboard_sdk",
     ):  # which say on stderr what they upload, and that a log has ended
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    if is_loopback(
+        dashboard.address
+    ):  # Ray's client would send the token to a proxy that the environment names
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
     # Ray puts what the environment says in place of an address that it is given.
     taken = {
         name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ
@@ -339,9 +361,7 @@ def _follow(client: Any, job: str, address: str, begun: float | None = None) -> 
             if not _is_to_stop(job):
                 log(_how_to_follow(job, address))
                 raise
-            client.stop_job(job)
-            log(f"stopping {job}")
-            _wait_for_end(client, job)
+            _stop(client, job, address)
             raise
         except SystemExit:
             log(_how_to_follow(job, address))
@@ -363,7 +383,20 @@ def _follow(client: Any, job: str, address: str, begun: float | None = None) -> 
         raise EndedJobError(f"job {job} was stopped", TERMINATED)
     code = info.driver_exit_code
     why = f"failed with exit code {code}" if code is not None else f"failed: {_short(info.message)}"
-    raise EndedJobError(f"job {job} {why}; its log is above", code or 1)
+    # Ray tells a signal by its number below zero, a shell by 128 and it.
+    raise EndedJobError(f"job {job} {why}; its log is above", 128 - code if code and code < 0 else code or 1)
+
+
+def _stop(client: Any, job: str, address: str) -> None:
+    """Stop the job and wait for its end. Raises RaytowerError where it cannot be reached, and may go on."""
+    try:
+        client.stop_job(job)
+        log(f"stopping {job}")
+        _wait_for_end(client, job)
+    except Exception as error:
+        raise RaytowerError(
+            f"{job} could not be stopped: {_short(str(error))}; {_how_to_follow(job, address)}"
+        ) from error
 
 
 def _wait_until_shown(client: Any, job: str, shown: _Log) -> Any:

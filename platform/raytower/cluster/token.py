@@ -30,15 +30,24 @@ def init_cluster(config: ClusterInitConfig) -> dict[str, Any]:
     place = Path(plan["token_file"])
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Beside it and whole before it has the name: whoever reads it finds the old token or the new one.
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, prefix=".auth_token", delete=False) as file:
-            file.write(secrets.token_hex(_BYTES))
-        os.replace(file.name, place)
+        _write(place, secrets.token_hex(_BYTES))
     except OSError as error:
         raise InputError(
             f"token_file: {place} cannot be written ({error.strerror}); name one in a folder of yours by --token_file"
         ) from error
     return plan
+
+
+def _write(place: Path, token: str) -> None:
+    """Beside it and whole before it has the name: whoever reads it finds the old token or the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=place.parent, prefix=".auth_token", delete=False) as file:
+        try:
+            file.write(token)
+            file.flush()
+            os.replace(file.name, place)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def plan_init(config: ClusterInitConfig) -> dict[str, Any]:
@@ -47,10 +56,10 @@ def plan_init(config: ClusterInitConfig) -> dict[str, Any]:
     Raises:
         InputError: the token that is there is empty, is no file, or others may read it.
     """
-    place = Path(config.token_file).expanduser().absolute()
+    place = Path(os.path.expanduser(config.token_file)).absolute()
     if config.replace or not place.exists():
         return {"token_file": str(place), "made": True}
-    if not place.is_file() or not place.read_text(encoding="utf-8").strip():
+    if not place.is_file() or not place.read_bytes().strip():
         raise InputError(f"token_file: {place} holds no token; --replace writes one")
     mode = place.stat().st_mode & 0o777
     if mode & _OTHERS:

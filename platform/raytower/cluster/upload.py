@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,20 +31,28 @@ _STOP_WAIT_S = "10"
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A job's config file as it was read: what was checked is what travels, of a pipe too."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Upload:
     """Files by their names in the upload."""
 
     root: Path | None
     """The checkout; None where the installed package is uploaded, which brings no jobs/."""
     files: Mapping[str, Path]
-    config_file: Path | None
+    config_file: ConfigFile | None
 
     @property
     def size_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files.values())
 
 
-def plan_upload(config_file: Path | None, max_bytes: int) -> Upload:
+def plan_upload(config_file: ConfigFile | None, max_bytes: int) -> Upload:
     """What would be uploaded: what Ray's `--working-dir` takes of the checkout, else the installed package.
 
     Raises:
@@ -115,7 +123,7 @@ def entrypoint(job: str, upload: Upload, arguments: Sequence[str], with_variable
     return ["python", *through, *start, *config, *arguments]
 
 
-def _name_of_config(file: Path) -> str:
+def _name_of_config(file: ConfigFile) -> str:
     return f"{_OWN_FOLDER}/config/{file.name}"
 
 
@@ -130,20 +138,15 @@ def runtime_environment(archive: Path, with_variables: bool) -> dict[str, object
 
 
 def pack(upload: Upload, variables: Mapping[str, str], archive: Path) -> int:
-    """Write the archive and return its bytes. The file of variables is for its owner alone where it is unpacked."""
+    """Write the archive and return its bytes. Config and variables are for their owner alone where it is unpacked."""
     with tarfile.open(archive, "w:xz") as packed:
-        for name, path, mode in _entries(upload):
-            _add(packed, name, path.read_bytes(), mode)
+        for name, path in upload.files.items():
+            _add(packed, name, path.read_bytes(), 0o755 if os.access(path, os.X_OK) else 0o644)
+        if upload.config_file is not None:
+            _add(packed, _name_of_config(upload.config_file), upload.config_file.content, 0o600)
         if variables:
             _add(packed, _ENVIRONMENT_FILE, json.dumps(dict(sorted(variables.items()))).encode(), 0o600)
     return archive.stat().st_size
-
-
-def _entries(upload: Upload) -> Iterator[tuple[str, Path, int]]:
-    for name, path in upload.files.items():
-        yield name, path, 0o755 if os.access(path, os.X_OK) else 0o644
-    if upload.config_file is not None:
-        yield _name_of_config(upload.config_file), upload.config_file, 0o644
 
 
 def _add(packed: tarfile.TarFile, name: str, content: bytes, mode: int) -> None:

@@ -150,18 +150,37 @@ def find_files(path: str, file_format: str = "auto") -> Found:
     return Found(_make_files(list(found.values()), base), tuple(ignored))
 
 
-def refuse_output_inside(output: str, path: str) -> None:
-    """Raise InputError where a job would write below a folder, or over a file, that it reads from."""
-    base, pattern = split_glob(path)
-    place = Location.of(output)
-    # By their real names: one place may be named by a link, or with `..`.
-    below, above = (os.path.realpath(each.path) if each.is_local else each.path for each in (place, base))
-    is_below = place.filesystem == base.filesystem and PurePosixPath(below).is_relative_to(above)
-    if is_below and (pattern is None or "**" in pattern):
+def refuse_output_inside(output: str, path: str, *, is_folder: bool = False) -> None:
+    """Raise InputError where a job would write below a folder, or over a file, that it reads from.
+
+    Args:
+        output: what it writes.
+        path: its input, as `find_files` takes it.
+        is_folder: whether the output is a folder of files that no input counts as data.
+    """
+    if would_read(path, output, is_folder=is_folder):
         raise InputError(
             f"output {output!r} lies inside the input {path!r}, where the next run would read it as data; give an "
             "output outside"
         )
+
+
+def would_read(path: str, output: str, *, is_folder: bool = False) -> bool:
+    """Whether an input takes what lies at `output`: it is that, a folder above it, or a glob that matches it.
+
+    A glob without `**` takes no folder, but for the files that it matches in it.
+    """
+    base, pattern = split_glob(path)
+    place = Location.of(output)
+    # By their real names: one place may be named by a link, or with `..`.
+    below, above = (
+        PurePosixPath(os.path.realpath(each.path) if each.is_local else each.path) for each in (place, base)
+    )
+    if place.filesystem != base.filesystem or not below.is_relative_to(above):
+        return False
+    if pattern is None or "**" in pattern:
+        return True
+    return not is_folder and _matches(below.relative_to(above).parts, pattern)
 
 
 def single_file(location: Location) -> SourceFile:

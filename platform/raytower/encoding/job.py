@@ -209,7 +209,7 @@ def _surveyed(config: EncodeConfig) -> Iterator[_Job]:
 def _survey(
     config: EncodeConfig, workers: WorkersConfig, rejected: Location
 ) -> tuple[Survey, tuple[Piece, ...], int]:
-    refuse_output_inside(config.output, config.input.path)
+    refuse_output_inside(config.output, config.input.path, is_folder=True)
 
     def read(rows: int, say: bool = True) -> Survey:
         # Steps that fill a file evenly: whoever names the size and whoever leaves it to be chosen get the same files.

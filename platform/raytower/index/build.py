@@ -136,7 +136,8 @@ class ShardPlan:
 def build_index(config: IndexBuildConfig, run: Run | None = None) -> dict[str, Any]:
     """Build, measure and publish a version.
 
-    A build that is finished already, whatever was changed since, is not done again unless `replace` is true.
+    A build that is finished already, whatever was changed since, is not done again unless `replace` is true, or files
+    of it are gone and nothing was changed since.
 
     Returns:
         version, kind, shards, rows, recall, recall_target_reached, search_parameters, seconds, output.
@@ -193,8 +194,17 @@ def _is_built(config: IndexBuildConfig, index: Location, before: IndexManifest, 
 
     Raises:
         InputError: the index was changed since another build, and `replace` is false.
+        FormatError: it came of this build, is damaged now, and holds changes.
     """
     if config.replace:
+        return False
+    if identity in before.built and (damage := find_damage(index, before)) is not None:
+        if before.applied:
+            raise FormatError(
+                f"{damage}; it was changed {len(before.applied)} times since this build, which replace: true does anew "
+                "without all that"
+            )
+        log(f"{damage}; it is built again")
         return False
     if identity in before.built:
         log(f"{index} holds this build already, and version {before.version} came of it; nothing to build")
@@ -207,6 +217,15 @@ def _is_built(config: IndexBuildConfig, index: Location, before: IndexManifest, 
             "all that: set replace: true, or build into another folder"
         )
     return False
+
+
+def find_damage(index: Location, manifest: IndexManifest) -> str | None:
+    """What is wrong with the files of a published version, as `refuse_damaged` finds it; None where nothing is."""
+    try:
+        refuse_damaged(index, manifest, DocumentTable.open(index, manifest.table_version))
+    except FormatError as error:
+        return str(error)
+    return None
 
 
 def _draft(

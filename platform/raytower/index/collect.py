@@ -12,6 +12,7 @@ from raytower.index.manifest import (
     PLACEMENTS_NAME,
     QUERIES_NAME,
     SHARDS_NAME,
+    SYNC_NAME,
     IndexManifest,
 )
 from raytower.index.shard_build import SHARD_NAME
@@ -76,7 +77,9 @@ def _garbage(index: Location, kept: list[IndexManifest], unfinished: bool) -> li
     needed |= {file.sha256 for manifest in kept if manifest.lexical for file in manifest.lexical.counts}
     folders = (SHARDS_NAME, PLACEMENTS_NAME, QUERIES_NAME, LEXICAL_NAME, WORK_NAME)
     places = [place for name in folders for place in (index / name).children()]
-    return [
+    # Whoever removes it is the one writer, so that a synchronisation which was killed has left it.
+    left_behind = [index / SYNC_NAME] if (index / SYNC_NAME).exists() else []
+    return left_behind + [
         place
         for place in places
         if place.name.partition(".")[0] not in needed and (unfinished or _age(place) > _FRESH_SECONDS)

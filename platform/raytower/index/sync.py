@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from raytower.index.build import figures
 from raytower.index.change import publish_change, refuse_other_origin, with_documents
 from raytower.index.change_config import IndexSyncConfig
 from raytower.index.embeddings import Embeddings
-from raytower.index.manifest import IndexManifest
+from raytower.index.manifest import SYNC_NAME, IndexManifest
 from raytower.index.reader import check_fingerprint
 from raytower.index.shard_build import digest_of
 from raytower.index.table import DocumentTable, unified
@@ -134,14 +135,18 @@ def sync_index(config: IndexSyncConfig, engine: ReadyEncoder | None = None) -> d
 def _workplace(index: Location) -> Iterator[Location]:
     """A folder in the index, where every node sees it, for what the encoding job reads and writes; gone at the end.
 
-    There is one writer, so that what lies there before was left by one that was killed.
+    There is one writer, so that what lies there before was left by one that was killed; or by one that was frozen until
+    its lease was lost, which may yet write there. So each has a folder of its own, and removes no other at its end.
     """
-    folder = index / ".sync"
-    folder.delete()
+    above = index / SYNC_NAME
+    above.delete()
+    folder = above / uuid.uuid4().hex
     try:
         yield folder
     finally:
         folder.delete()
+        if not above.children():
+            above.delete()
 
 
 def plan_sync(config: IndexSyncConfig) -> dict[str, Any]:

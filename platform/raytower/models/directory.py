@@ -161,7 +161,7 @@ def _find(name: str) -> Path:
     if "://" in name:
         place = Location.of(name)
         return place.local_path if place.is_local else fetch_model(place)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1

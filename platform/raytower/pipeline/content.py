@@ -28,6 +28,7 @@ from raytower.evaluation.reports import (
     REPORT_NAME,
     RUN_NAME,
 )
+from raytower.index.build import find_damage
 from raytower.index.versions import open_manifest, published_version
 from raytower.models.content import hash_model
 from raytower.models.directory import INFO_NAME, read_info, resolve_model
@@ -108,7 +109,9 @@ def content_of_output(kind: Kind, output: str) -> str | None:
         if kind == "rounds":
             return _content_of_rounds(place)
         if kind == "index":
-            return open_manifest(place).built[0] if published_version(place) else None
+            if published_version(place) is None or find_damage(place, newest := open_manifest(place)):
+                return None
+            return newest.built[0]
         if kind == "embeddings":
             sizes = {info.base_name: info.size for info in place.infos()}
             files = EmbeddingsManifest.read(place).files
@@ -154,6 +157,8 @@ def mark_of(kind: Kind, output: str) -> str | None:
         return None if graphs is None else _hash(graphs)
     if kind == "embeddings":
         return (place / JOB_NAME).sha256() if (place / JOB_NAME).is_file() else None
+    if kind == "index":
+        return open_manifest(place).built[0] if published_version(place) else None
     return content_of_output(kind, output)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -25,13 +26,16 @@ from typing import Any
 
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import Config, former_keys, make_config
+from raytower.data.beir import is_beir
 from raytower.data.config import InputConfig, PathConfig
 from raytower.data.records import RecordKind
+from raytower.data.sources import would_read
 from raytower.encoding.job import JOB_NAME
 from raytower.errors import FormatError, InputError, OtherOutputError
 from raytower.evaluation.config import TuneFusionConfig
 from raytower.evaluation.reports import check_reports_output
-from raytower.index.build import build_identity
+from raytower.index.build import build_identity, find_damage
+from raytower.index.change_config import IndexSyncConfig
 from raytower.index.config import IndexBuildConfig
 from raytower.index.versions import index_folder, open_manifest, published_version
 from raytower.models.directory import INFO_NAME
@@ -56,6 +60,7 @@ from raytower.training.config import EVERY_STEPS, FREE_KEYS
 _STATE_VERSION = 3
 # Version 2 lacks the lineage, and when a step ran.
 _READ_VERSIONS = (2, 3)
+_FORMER_KEY = re.compile(r"[0-9a-f]{16}")
 # A look at who holds the lock takes it for a moment.
 _LOCK_SECONDS = 1.0
 # Each job, and what it writes; None has no output: it changes something in place, or tells a server.
@@ -93,6 +98,8 @@ _PIPELINES_OF = {
     "refresh": "raytower.refresh.job:pipelines_of",
 }
 _ROUNDS_STATE = "pipeline.json"
+# The keys that name files of rows which a job writes beside its output.
+_BESIDE_OUTPUT = ("suspects",)
 # What `serve reload` says in place of a model to serve without one.
 _NO_MODEL = "none"
 # The keys that name what a job reads: one setting has one name in all commands.
@@ -213,6 +220,8 @@ class _Step:
     """The config's key that names what it changes in place; null changes nothing."""
     former_keys: tuple[str, str]
     """Its keys in state files of before: with the config's keys as they are named now, and as they were named once."""
+    repeats: int = 0
+    """How many earlier steps are the same job with the same settings, as a second compaction of an index is."""
 
     @property
     def title(self) -> str:
@@ -240,9 +249,18 @@ class _Step:
         return self.output if self.changed is None else self.changed.name
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """Files of rows that it writes beside its output."""
+        named = (getattr(self.config, key, None) for key in _BESIDE_OUTPUT)
+        return tuple(place for place in named if isinstance(place, str))
+
+    @property
+    def all_written(self) -> tuple[str, ...]:
+        return (*([] if self.written is None else [self.written]), *self.beside)
+
+    @property
     def access(self) -> Access:
-        names = tuple(item.name for item in self.inputs)
-        return Access(names, () if self.written is None else (self.written,))
+        return Access(tuple(item.name for item in self.inputs), self.all_written)
 
     @property
     def makers(self) -> set[int]:
@@ -255,7 +273,10 @@ class _Step:
     @property
     def slot(self) -> str:
         """By which name the state file remembers it."""
-        return self.output or f"{self.job} without output {_hash(self.settings)}"
+        if self.output is not None:
+            return self.output
+        again = f" ({self.repeats + 1})" if self.repeats else ""
+        return f"{self.job} without output {_hash(self.settings)}{again}"
 
     def origin(self, keys: Mapping[int, str]) -> _Origin:
         """What it comes from, once all that it reads is there. `keys` has those of its makers.
@@ -323,6 +344,8 @@ class _Record:
     seconds: float | None = None
     error: str | None = None
     """Why it has failed, empty where it was killed; null of one that is finished or at work."""
+    others: bool = False
+    """Whether what it changed in place holds changes by commands that are no steps, which no build may undo."""
 
 
 class _State:
@@ -339,17 +362,23 @@ class _State:
         self._steps = steps
         self._lease = lease
         self._lock = threading.RLock()
-        values = place.read_json() if place.exists() else {"format_version": _STATE_VERSION, "steps": {}}
+        values: Any = place.read_json() if place.exists() else {"format_version": _STATE_VERSION, "steps": {}}
         self._records: dict[str, _Record] = {}
         self._lineage: dict[str, dict[str, Any]] = {}
-        if not isinstance(values, dict) or values.get("format_version", _STATE_VERSION) not in _READ_VERSIONS:
+        if not _is_state(values):
             raise FormatError(
                 f"{place} is no state of a pipeline that this raytower reads (version {_STATE_VERSION}); name another "
                 "file as state"
             )
         if "format_version" in values:
-            self._records = {name: _Record(**record) for name, record in values["steps"].items()}
-            self._lineage = values.get("lineage", {})
+            try:
+                self._records = {name: _Record(**record) for name, record in values["steps"].items()}
+                self._lineage = dict(values.get("lineage", {}))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise FormatError(
+                    f"{place} is damaged, or was changed by hand ({error}); bring it back, or name another file as "
+                    "state"
+                ) from error
         else:
             self._adopt(values, steps)
 
@@ -360,7 +389,10 @@ class _State:
             figures = next((finished[key] for key in step.former_keys if key in finished), None)
             if figures is None or (step.output is not None and is_empty(step.output)):
                 break
-            origin = step.origin(keys)
+            try:
+                origin = step.origin(keys)
+            except InputError:  # what it reads is gone, which is said where the step's turn comes
+                break
             keys[step.number] = origin.key
             self._note(origin)
             self._records[step.slot] = _finished(step, origin.key, figures)
@@ -437,7 +469,8 @@ class _State:
             return None if self._is_as_left(step) else f"something else has changed {step.written} since"
         if record.content != step.content():
             return "its output is gone, or not whole"
-        return None
+        gone = next((place for place in step.beside if is_empty(place)), None)
+        return None if gone is None else f"{gone} is gone"
 
     def _is_as_left(self, step: _Step) -> bool:
         """Whether what a step changed is as it, or a later step, left it, or as one that was killed may have."""
@@ -460,9 +493,56 @@ class _State:
 
     def has_changed(self, step: _Step) -> bool:
         """Whether a step's output is as steps that change it in place left it, so that nothing of others is in it."""
-        records = [self.of(other) for other in self._changes_of(step)]
-        contents = [record.content for record in records if record is not None]
-        return bool(contents) and content_of(step.kind, step.output or "") in contents
+        slots = {other.slot for other in self._changes_of(step)} | self._slots_of_changes(step.output or "")
+        now = content_of(step.kind, step.output or "")
+        known = [
+            record.others for name, record in self._records.items() if name in slots and record.content == now
+        ]
+        return bool(known) and not any(known)
+
+    def _slots_of_changes(self, output: str) -> set[str]:
+        """By their slots what has changed an output in place, steps with former settings too."""
+        made = {name: self._lineage.get(record.key) for name, record in self._records.items()}
+        return {
+            name
+            for name, origin in made.items()
+            if origin is not None
+            and STEP_JOBS.get(origin["job"]) is None
+            and origin["writes"] is not None
+            and is_inside(origin["writes"], output)
+        }
+
+    def holds_others(self, step: _Step) -> bool:
+        """Whether what a step is about to change holds changes by commands that are no steps, and will hold them then.
+
+        A synchronisation that deletes leaves nothing but its input. What a killed step has left counts as its own.
+        """
+        changed = step.changed
+        if changed is None or changed.kind != "index":
+            return False
+        if isinstance(step.config, IndexSyncConfig) and step.config.gone == "delete":
+            return False
+        records = [
+            record
+            for other in self._steps
+            if other.changed is not None
+            and is_inside(other.changed.name, changed.name)
+            and (record := self.of(other)) is not None
+        ]
+        now = step.content()
+        known = [record.others for record in records if record.content == now]
+        if not known and any(not record.finished for record in records):
+            known = [record.others for record in records]
+        return any(known) if known else bool(open_manifest(changed.name).applied)
+
+
+def _is_state(values: Any) -> bool:
+    """Whether a JSON file is a state of this version or of one before; the first ones had keys of steps alone."""
+    if not isinstance(values, dict):
+        return False
+    if "format_version" in values:
+        return values["format_version"] in _READ_VERSIONS
+    return all(_FORMER_KEY.fullmatch(key) for key in values)
 
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
@@ -517,14 +597,22 @@ def _run_steps(steps: Sequence[_Step], state: _State, parallel: int) -> list[dic
     def end(position: int, figures: dict[str, Any]) -> None:
         results[position] = {"job": steps[position].job, "skipped": False, **figures}
 
-    order = waits([step.access for step in steps], may_hold)
-    failed = run_graph(order, parallel, begin, end, stop=processes.stop)
+    failed = run_graph(_order(steps), parallel, begin, end, stop=processes.stop)
     if failed:
         first, *others = sorted(failed)
         for position in others:
             log(f"{steps[position].title} failed: {failed[position]}")
         raise failed[first]
     return [results[position] for position in range(len(steps))]
+
+
+def _order(steps: Sequence[_Step]) -> list[frozenset[int]]:
+    """For each step the positions of those that have to end before it. A server takes one change at a time."""
+    servers = [step.config.url if isinstance(step.config, ServeReloadConfig) else None for step in steps]
+    return [
+        others | {n for n in range(number) if servers[number] is not None and servers[n] == servers[number]}
+        for number, others in enumerate(waits([step.access for step in steps], may_hold))
+    ]
 
 
 # Runs a job by its name and config; returns its figures.
@@ -550,7 +638,9 @@ def _run_recorded(step: _Step, origin: _Origin, state: _State, run: _Runner) -> 
         if record is not None and not record.finished:
             state.put(step, timed(replace(record, error=str(error) or type(error).__name__)))
         raise
-    state.put(step, timed(_finished(step, origin.key, figures)))
+    begun = state.of(step)
+    finished = replace(_finished(step, origin.key, figures), others=begun is not None and begun.others)
+    state.put(step, timed(finished))
     return figures
 
 
@@ -693,7 +783,8 @@ def _run(step: _Step, origin: _Origin, state: _State, run: _Runner, when: str) -
     begun = _Record(key=origin.key, finished=False, when=when)
     if step.changed is not None:
         # What steps left there last is still what to know it by.
-        state.put(step, replace(begun, content=record.content if record else None), origin)
+        content = record.content if record else None
+        state.put(step, replace(begun, content=content, others=state.holds_others(step)), origin)
     elif owned:
         # From now on the job may write there. Only what a job refuses to write over is known by what it was.
         content = step.content() if _is_kept(step) else None
@@ -740,7 +831,8 @@ def _in_place_of_later_builds(
     if config.replace or published_version(index) is None:
         return config
     newest, identity = open_manifest(index), build_identity(config)
-    if identity in newest.built[-1:]:
+    is_whole = find_damage(index, newest) is None
+    if identity in newest.built[-1:] and (is_whole or not newest.applied):
         return config
     if newest.applied and is_ours():
         return config.model_copy(update={"replace": True})
@@ -785,8 +877,11 @@ def _prepare(config: PipelineConfig) -> list[_Step]:
         former_key = _key_after(former_key, step.job, _former_values(step.job, job_config))
         inputs = tuple(_inputs(step.job, job_config, steps, f"step {number} ({step.job})"))
         changes = _changed_key(step.job, job_config)
-        steps.append(_Step(number, step.job, job_config, inputs, changes, (key, former_key)))
+        made = _Step(number, step.job, job_config, inputs, changes, (key, former_key))
+        repeats = sum((other.job, other.settings) == (made.job, made.settings) for other in steps)
+        steps.append(replace(made, repeats=repeats))
     _check_order(steps)
+    _check_state(config.state, steps)
     return steps
 
 
@@ -851,7 +946,9 @@ def _inputs_of_pipelines(job: str, config: Config, earlier: Sequence[_Step], tit
 
 def _makers(place: str, earlier: Sequence[_Step]) -> tuple[int, ...]:
     """Numbers of the steps that write, or change, any of what is read at a place."""
-    return tuple(step.number for step in earlier if step.written and may_hold(place, step.written))
+    return tuple(
+        step.number for step in earlier if any(may_hold(place, written) for written in step.all_written)
+    )
 
 
 def _places(config: Config) -> Iterator[tuple[str, Kind, Any]]:
@@ -884,9 +981,13 @@ def _check_order(steps: Sequence[_Step]) -> None:
     What a later step changes in place may only be read by a step that changes it too: what any other has read would
     never be there again.
     """
-    writing = [(step, step.output) for step in steps if step.output is not None]
-    for place, (step, output) in enumerate(writing):
-        for other, other_output in writing[place + 1 :]:
+    writing = [
+        (step, place)
+        for step in steps
+        for place in (*([] if step.output is None else [step.output]), *step.beside)
+    ]
+    for number, (step, output) in enumerate(writing):
+        for other, other_output in writing[number + 1 :]:
             if is_inside(output, other_output) or is_inside(other_output, output):
                 raise InputError(
                     f"{step.title} and {other.title} write to {output!r} and {other_output!r}, of which one holds the "
@@ -894,11 +995,7 @@ def _check_order(steps: Sequence[_Step]) -> None:
                 )
         for reader in steps[: step.number]:
             for item in reader.inputs:
-                if is_inside(item.name, output):
-                    raise InputError(
-                        f"{reader.title} reads {item.key} {item.name!r}, which {step.title} writes; put the step that "
-                        "writes it first, or name another output"
-                    )
+                _refuse_reading(reader, item, step, output)
     for step in steps:
         if (changed := step.changed) is None:
             continue
@@ -909,6 +1006,39 @@ def _check_order(steps: Sequence[_Step]) -> None:
                         f"{reader.title} reads {item.key} {item.name!r}, which {step.title} changes after it, so that "
                         "it would never count as finished; put the step that changes it first"
                     )
+
+
+def _check_state(state: str, steps: Sequence[_Step]) -> None:
+    """Raises InputError where the state would lie in what a step writes, or be read as rows."""
+    for step in steps:
+        for written in step.all_written:
+            if is_inside(state, written) or is_inside(written, state):
+                raise InputError(
+                    f"state {state!r} lies where {step.title} writes ({written!r}), and one would destroy the other; "
+                    "name a file outside of all that steps write"
+                )
+        for item in step.inputs:
+            if item.rows is not None and would_read(item.name, state) and not is_beir(item.rows):
+                raise InputError(
+                    f"state {state!r} lies in {item.key} {item.name!r} of {step.title}, which would read it as rows; "
+                    "name a file outside of all that steps read"
+                )
+
+
+def _refuse_reading(reader: _Step, item: _Input, writer: _Step, output: str) -> None:
+    """Raises InputError where an input is, or would hold from the next run on, what the same or a later step writes."""
+    if is_inside(item.name, output):
+        raise InputError(
+            f"{reader.title} reads {item.key} {item.name!r}, which {writer.title} writes; put the step that writes it "
+            "first, or name another output"
+        )
+    # Folders of models, embeddings and indexes are no data; a BEIR folder is read by the names of its own files.
+    is_data = output in writer.beside or writer.kind in ("rows", "report", "rounds")
+    if is_data and item.rows is not None and would_read(item.name, output) and not is_beir(item.rows):
+        raise InputError(
+            f"{reader.title} reads {item.key} {item.name!r}, and {writer.title} writes {output!r} there, which the "
+            "next run would read too; name another output, or an input that does not take it"
+        )
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Location:
             return uri
         text = os.fspath(uri)
         if "://" not in text:
-            return Location(pafs.LocalFileSystem(), str(Path(text).expanduser().absolute()))
+            return Location(pafs.LocalFileSystem(), str(Path(os.path.expanduser(text)).absolute()))
         _refuse_credentials(text)
         try:
             if text.startswith(s3.PREFIX):
@@ -330,7 +330,7 @@ def absolute_if_local(name: str) -> str:
     """
     if name.startswith(s3.PREFIX):
         return str(Location.of(name))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return str(path.absolute()) if "://" not in name and path.exists() else name
 
 

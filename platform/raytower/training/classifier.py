@@ -90,7 +90,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
                 config, train.path, "labelled", config.objective.formats, config.objective.name
             )
         for place in train.places:
-            refuse_output_inside(config.output, place)
+            refuse_output_inside(config.output, place, is_folder=True)
         surveyed = _survey_labels(train, config.on_error, quarantine_of(config.output), "train")
         share = config.dev.share if config.dev else None
         return surveyed if share is None else set_dev_aside(surveyed, share, config.seed)

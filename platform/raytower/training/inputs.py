@@ -60,7 +60,7 @@ def survey_training(
         InputError: a split of what is no BEIR folder, bad rows under on_error fail, rows that fit none of `kinds`, or
             a `wanted` that is none of them.
     """
-    refuse_output_inside(config.output, path)
+    refuse_output_inside(config.output, path, is_folder=True)
     source = TrainRows(path=path, split=split, instructions=instructions)
     refuse_split(source)
     if wanted != "auto" and wanted not in kinds:

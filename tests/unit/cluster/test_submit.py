@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +40,7 @@ from raytower.cluster.jobs import JOBS, check_job, computes_itself, written_by
 from raytower.cluster.paths import _USES, NamedPath, lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, NodeType, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import _SCRIPT, There, read_answer
-from raytower.cluster.upload import Upload, entrypoint, pack, plan_upload, runtime_environment
+from raytower.cluster.upload import ConfigFile, Upload, entrypoint, pack, plan_upload, runtime_environment
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config
 from raytower.errors import InputError
@@ -138,6 +143,8 @@ class TestArguments:
             (["encode", "--encodr", "e", "--address", "h:1"], "nearest known key is 'encoder'"),
             (["encode", *ENCODE], "address is null and RAY_API_SERVER_ADDRESS unset"),
             (["encode", *ENCODE, "--address", "ray://h:10001"], "it must be that of the dashboard"),
+            (["encode", *ENCODE, "--address", "http://[::1"], "it must be that of the dashboard"),
+            (["encode", *ENCODE, "--address", "h:dashboard"], "it must be that of the dashboard"),
             (["encode", *ENCODE, "--env", "NO_SUCH_1"], "env names NO_SUCH_1, which is not set here"),
             (["encode", "--input", "a.tsv", "--config", "/no/such.yaml"], "/no/such.yaml': cannot be read"),
         ],
@@ -444,6 +451,18 @@ class TestToken:
         assert found is not None
         assert found.value == "cc"
 
+    @pytest.mark.parametrize(
+        "content", [b"aa\n# mine\n", b"aa bb", b"\xff\xfe\x00a", "schlüssel".encode(), b"a\x07"]
+    )
+    def test_what_is_no_token_is_refused_and_not_shown(self, content: bytes, tmp_path: Path) -> None:
+        """Two lines were told to be an address where no dashboard answers; other bytes ended with a traceback."""
+        (tmp_path / "token").write_bytes(content)
+        with pytest.raises(
+            InputError, match=rf"^{tmp_path}/token holds no token: one is a single word"
+        ) as raised:
+            find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
+        assert "aa" not in str(raised.value)
+
     def test_a_named_file_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"RAY_AUTH_TOKEN_PATH names '.*none', which cannot be read"):
             find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
@@ -491,6 +510,24 @@ class TestUpload:
             "uploaded once, then known"
         )
 
+    def test_secrets_of_a_checkout_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All that git does not ignore went along, for every user of a node to read."""
+        shutil.copy(ROOT / ".rayignore", tmp_path)
+        named = (
+            "jobs/encode_corpus.py",
+            "platform/raytower/__init__.py",
+            "platform/raytower/data/rows.py",
+            "own.tsv",
+        )
+        secret = (".env", ".aws/credentials", "deploy/.env", "s3.env", "jobs/.netrc", "platform/key.pem")
+        for name in (*named, *secret):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("")
+        monkeypatch.setattr(
+            upload_module.raytower, "__file__", str(tmp_path / "platform" / "raytower" / "__init__.py")
+        )
+        assert set(plan_upload(None, 2**20).files) == set(named)
+
     def test_an_installed_package_travels_as_platform(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -500,7 +537,7 @@ class TestUpload:
         (package / "cli" / "__init__.py").write_text("")
         (package / "cli" / "__pycache__" / "x.pyc").write_bytes(b"0")
         monkeypatch.setattr(upload_module.raytower, "__file__", str(package / "__init__.py"))
-        upload = plan_upload(tmp_path / "c.yaml", 2**20)
+        upload = plan_upload(ConfigFile(name="c.yaml", content=b""), 2**20)
         assert list(upload.files) == ["platform/raytower/__init__.py", "platform/raytower/cli/__init__.py"]
         assert entrypoint("index build", upload, ["--replace"], False) == [
             *(
@@ -530,8 +567,7 @@ class TestUpload:
         upload_module._refuse_large({"a": 1000}, 1000)
 
     def test_what_is_packed(self, tmp_path: Path) -> None:
-        config = tmp_path / "mine.yaml"
-        config.write_text("encoder: s3://b/e\n")
+        config = ConfigFile(name="mine.yaml", content=b"encoder: s3://b/e\n")
         (tmp_path / "run.sh").write_text("#!/bin/sh\n")
         (tmp_path / "run.sh").chmod(0o755)
         upload = Upload(root=tmp_path, files={"jobs/run.sh": tmp_path / "run.sh"}, config_file=config)
@@ -543,7 +579,7 @@ class TestUpload:
             assert json.loads(variables.read()) == {"KEY": "geheim"}
         assert modes == {
             "jobs/run.sh": 0o755,
-            ".submitted/config/mine.yaml": 0o644,
+            ".submitted/config/mine.yaml": 0o600,
             ".submitted/environment.json": 0o600,
         }
         assert entrypoint("encode", upload, [], True) == [
@@ -618,6 +654,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.status: int | None = None
+        self.leads_to: str | None = None
         self.answers: dict[str, Any] = {
             "/api/version": {"version": "4", "ray_version": version("ray")},
             "/api/v0/cluster_metadata": {"data": {"pythonVersion": python_version()}},
@@ -631,8 +668,10 @@ class StandIn:
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 stand_in.asked.append((path, self.headers.get("Authorization")))
-                answer = stand_in.answers[path]
+                answer = stand_in.answers.get(path, {})
                 self.send_response(stand_in.status or 200)
+                if stand_in.leads_to is not None:
+                    self.send_header("Location", stand_in.leads_to)
                 self.end_headers()
                 self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
@@ -661,12 +700,20 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
         submit_module, "plan_upload", lambda file, most: Upload(root=ROOT, files=files, config_file=file)
     )
     made = StandIn()
-    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
+    with serving(made):
+        yield made
+
+
+@contextmanager
+def serving(stand_in: StandIn) -> Iterator[None]:
+    thread = threading.Thread(target=stand_in.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    try:
+        yield
+    finally:
+        stand_in.server.shutdown()
+        thread.join()
+        stand_in.server.server_close()
 
 
 class TestRefusals:
@@ -719,6 +766,20 @@ class TestRefusals:
         assert "refuses the token of RAY_AUTH_TOKEN: it is another cluster's, or has expired" in said
         assert "0123abc" not in said
         assert stand_in.asked == [("/api/version", None), ("/api/version", "Bearer 0123abc")]
+
+    def test_a_token_goes_nowhere_else(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was sent on to where an answer led, and to the proxy that the environment names for all addresses."""
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "0123abc")
+        elsewhere = StandIn()
+        with serving(elsewhere):
+            monkeypatch.setenv("http_proxy", elsewhere.address)
+            monkeypatch.setenv("no_proxy", "")
+            stand_in.status, stand_in.leads_to = 302, f"{elsewhere.address}/api/version"
+            said = self.refused(stand_in, capsys, "encode", *ENCODE)
+        assert f"it sends on to '{elsewhere.address}/api/version', where no token is sent" in said
+        assert elsewhere.asked == []
 
     def test_other_versions(self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
         stand_in.answers["/api/version"] = {"ray_version": "1.2.3"}
@@ -810,6 +871,78 @@ class TestRefusals:
         assert "arguments hold --dry-run, --json or --help, which are those of submit" in said
 
 
+class FakeClient:
+    """In place of Ray's client: a job that ended with `code`, and errors where they are wanted."""
+
+    def __init__(self, code: int | None = None, fails_in: str | None = None) -> None:
+        self.code, self.fails_in = code, fails_in
+
+    def submit_job(self, **_: object) -> str:
+        if self.fails_in == "submit":
+            raise RuntimeError("Request failed with status code 500:\nTraceback")
+        return "encode-1"
+
+    def get_job_info(self, job: str) -> Any:
+        status = SimpleNamespace(value="FAILED", is_terminal=lambda: True)
+        return SimpleNamespace(metadata={}, status=status, driver_exit_code=self.code, message="gone")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        if self.fails_in == "stop":
+            raise KeyboardInterrupt
+        yield "a line\n"
+
+    def stop_job(self, job: str) -> None:
+        raise RuntimeError("Connection aborted")
+
+
+class TestEnds:
+    """How the command ends where the job or the cluster does not do as it should."""
+
+    def run(self, stand_in: StandIn, patch: pytest.MonkeyPatch, client: FakeClient, *given: str) -> int:
+        patch.setattr(submit_module, "_client", lambda _: client)
+        return main(["submit", *given, "--address", stand_in.address])
+
+    @pytest.mark.parametrize(("code", "expected"), [(3, 3), (-9, 137), (None, 1), (0, 1)])
+    def test_by_the_job_s_exit_code_or_its_signal(
+        self, code: int | None, expected: int, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.run(stand_in, monkeypatch, FakeClient(code), "encode", *ENCODE) == expected
+
+    @pytest.mark.parametrize(
+        ("fails_in", "message"),
+        [
+            (
+                "submit",
+                "did not take the job: Request failed with status code 500: Traceback; `ray job list` says",
+            ),
+            ("stop", "could not be stopped: Connection aborted; the job goes on: `raytower submit --address"),
+        ],
+    )
+    def test_a_cluster_that_fails_is_said_without_a_traceback(
+        self,
+        fails_in: str,
+        message: str,
+        stand_in: StandIn,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        assert self.run(stand_in, monkeypatch, FakeClient(fails_in=fails_in), "encode", *ENCODE) == 1
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("raytower: ")]
+        assert message in said
+
+    def test_following_a_job_that_nobody_knows(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It said that the job goes on."""
+        stand_in.answers["/api/jobs/"] = [{"submission_id": "encode-1"}, {"submission_id": None}]
+        assert self.run(stand_in, monkeypatch, FakeClient(3), "--follow", "encode-1") == 3
+        assert self.run(stand_in, monkeypatch, FakeClient(3), "--follow", "../encode-2?") == 2
+        said = capsys.readouterr().err
+        assert "follow is '../encode-2?', and the cluster at" in said
+        assert "goes on" not in said
+
+
 class TestPlan:
     def test_it_says_what_would_be_done_and_no_value_of_a_variable(
         self,
@@ -835,6 +968,31 @@ class TestPlan:
         assert plan["driver"] == {"CPU": 0, "memory": 0}
         assert 0 < plan["upload_bytes"] < 10_000
         assert "value" not in out
+
+    def test_a_config_from_a_pipe_travels(
+        self, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`--config <(…)` was read twice, and the second time it was empty: the job ran with defaults."""
+        packed: list[Upload] = []
+        monkeypatch.setattr(submit_module, "pack", lambda upload, *_: packed.append(upload) or 1)
+        content = b"encoder: s3://b/e\ninput: s3://b/c/\noutput: s3://b/out\n"
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        given = [
+            "submit",
+            "encode",
+            "--config",
+            f"/dev/fd/{reader}",
+            "--address",
+            stand_in.address,
+            "--dry-run",
+        ]
+        assert main(given) == 0
+        os.close(reader)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]["output"] == "s3://b/out"
+        (upload,) = packed
+        assert upload.config_file == ConfigFile(name=str(reader), content=content)
 
     def test_a_job_that_computes_gets_cpus_of_a_node(
         self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]

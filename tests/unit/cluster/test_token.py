@@ -57,6 +57,14 @@ def test_an_empty_one_is_none(place: Path) -> None:
         run(place)
 
 
+def test_a_folder_in_its_place_is_refused_and_no_token_stays_beside_it(place: Path) -> None:
+    place.mkdir(parents=True)
+    for replace in (False, True):
+        with pytest.raises(InputError, match="token_file: "):
+            run(place, replace=replace)
+    assert [path.name for path in place.parent.iterdir()] == ["auth_token"]
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match="--token_file"):

@@ -89,6 +89,22 @@ def test_an_output_inside_the_input_is_seen_behind_any_name(tmp_path: Path) -> N
     refuse_output_inside(f"{tmp_path}/in/../out", f"{tmp_path}/in")
 
 
+def test_an_output_that_a_glob_matches_is_seen(tmp_path: Path) -> None:
+    """Only globs with `**` were looked at, so that a job read its own output when it ran again."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tsv").write_text("a\tb\n")
+    for output, pattern in (
+        ("in/out.tsv", "in/*.tsv"),
+        ("in/out.tsv", "*/out.[st]sv"),
+        ("in/deep/out", "in/**/*.tsv"),
+    ):
+        with pytest.raises(InputError, match="lies inside the input"):
+            refuse_output_inside(str(tmp_path / output), f"{tmp_path}/{pattern}")
+    refuse_output_inside(f"{tmp_path}/in/out.jsonl", f"{tmp_path}/in/*.tsv")
+    refuse_output_inside(f"{tmp_path}/in/deep/out.tsv", f"{tmp_path}/in/*.tsv")
+    refuse_output_inside(f"{tmp_path}/in/embeddings", f"{tmp_path}/in/*", is_folder=True)
+
+
 def test_folder_without_data_files(tmp_path: Path) -> None:
     write(tmp_path / "notes.md", "x")
     with pytest.raises(InputError, match=r"holds no data file \(looked for .*\.jsonl.*glob"):

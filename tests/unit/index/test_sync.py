@@ -15,11 +15,12 @@ from raytower.encoding import job as encoding_job
 from raytower.encoding.config import EncodeConfig
 from raytower.errors import FormatError, InputError
 from raytower.index.change import delete_from_index
-from raytower.index.change_config import IndexDeleteConfig, IndexSyncConfig
+from raytower.index.change_config import IndexDeleteConfig, IndexGcConfig, IndexSyncConfig
+from raytower.index.collect import collect_garbage
 from raytower.index.compact import compact_index, plan_compact
 from raytower.index.config import IndexCompactConfig
 from raytower.index.reader import Index
-from raytower.index.sync import plan_sync, sync_index
+from raytower.index.sync import _workplace, plan_sync, sync_index
 from raytower.index.versions import open_manifest, version_names
 from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
@@ -212,10 +213,9 @@ def test_workers_of_other_nodes_find_what_they_encode_in_the_index(
     documents["d1"]["text"] = "other words"
     assert sync(index, write(tmp_path / "corpus", documents))["changed"] == 1
     (config,) = asked
-    assert {config.input.path, config.output} == {
-        f"{index}/.sync/corpus.parquet",
-        f"{index}/.sync/embeddings",
-    }
+    workplace = Path(config.output).parent
+    assert workplace.parent == index / ".sync"
+    assert config.input.path == str(workplace / "corpus.parquet")
     assert not (index / ".sync").exists()
     assert found(index)["d1"]["text"] == "other words"
 
@@ -261,3 +261,27 @@ def test_compaction_measures_with_other_queries_where_asked(
     (expected,) = ForwardEngine(Encoder.load(str(encoder_dir))).encode(["a star"])
     assert np.allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
     assert compact_index(config, run=HERE)["compacted"] is False, "these queries are the index's own by now"
+
+
+def test_a_sync_that_lost_its_lease_takes_nothing_from_the_next(tmp_path: Path) -> None:
+    """Both worked in one folder, which the first one removed when it found out."""
+    frozen, following = _workplace(Location.of(tmp_path)), _workplace(Location.of(tmp_path))
+    first = frozen.__enter__()
+    (first / "corpus.parquet").write_bytes(b"of the first")
+    second = following.__enter__()
+    (second / "corpus.parquet").write_bytes(b"of the second")
+    (first / "embeddings").make_dir()  # it goes on where it was
+    frozen.__exit__(None, None, None)
+    assert (second / "corpus.parquet").read_bytes() == b"of the second"
+    following.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_sync_left_is_garbage(index: Path) -> None:
+    """Texts and vectors of all that was new stayed until the next synchronisation."""
+    left = index / ".sync" / "of-a-killed-one" / "corpus.parquet"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x" * 1000)
+    freed = collect_garbage(IndexGcConfig(index=str(index), keep=1))["freed_bytes"]
+    assert freed >= 1000
+    assert not (index / ".sync").exists()

@@ -18,17 +18,25 @@ from raytower.adapt import job as adapt_job
 from raytower.cli import main
 from raytower.commands import COMMANDS, find_reference
 from raytower.config import make_config
-from raytower.errors import InputError, RaytowerError
+from raytower.errors import FormatError, InputError, RaytowerError
 from raytower.evaluation.config import TuneFusionConfig
 from raytower.index.build import build_index
 from raytower.index.change import delete_from_index
 from raytower.index.change_config import IndexDeleteConfig
 from raytower.index.compact import compact_index
+from raytower.index.config import IndexBuildConfig
 from raytower.index.reader import Index
 from raytower.index.versions import open_manifest, version_names
 from raytower.pipeline import content
 from raytower.pipeline.config import PipelineConfig
-from raytower.pipeline.job import STEP_JOBS, _prepare, pipeline_status, plan_pipeline, run_pipeline
+from raytower.pipeline.job import (
+    STEP_JOBS,
+    _order,
+    _prepare,
+    pipeline_status,
+    plan_pipeline,
+    run_pipeline,
+)
 from raytower.refresh import job as refresh_job
 from raytower.storage import Location, writer_lease
 from tests.support.encoding_here import encode_here
@@ -157,6 +165,65 @@ def test_what_others_have_changed_is_made_right_again_but_never_built_over(work:
         run_pipeline(work.config())
 
 
+def test_a_build_takes_no_change_of_others_back_that_later_steps_have_built_upon(work: Work) -> None:
+    """A document that was deleted by hand came back: the compaction after it counted all as the pipeline's own."""
+    steps = [vars(step) for step in work.config().steps if step.job in (ENCODE, BUILD, COMPACT)]
+    config = make_config(PipelineConfig, {"state": "runs/state.json", "steps": steps})
+    run_pipeline(config)
+    delete_from_index(IndexDeleteConfig(index="runs/index", ids=["3"]))
+    run_pipeline(config)
+    Path("corpus.jsonl").write_text(rows(range(30)))
+    with pytest.raises(InputError, match="was changed 1 times since it was built"):
+        run_pipeline(config)
+    assert Index.open("runs/index").num_rows == 19
+    replaced = [*steps[:1], {**steps[1], "config": {**steps[1]["config"], "replace": True}}, *steps[2:]]
+    run_pipeline(make_config(PipelineConfig, {"state": "runs/state.json", "steps": replaced}))
+    assert Index.open("runs/index").num_rows == 30
+    Path("corpus.jsonl").write_text(rows(range(31)))
+    run_pipeline(config)
+    assert Index.open("runs/index").num_rows == 31, "all of it is the pipeline's own again"
+
+
+def test_a_build_takes_the_place_of_what_steps_of_other_settings_have_changed(work: Work) -> None:
+    """With both changed at once it was refused, as if others had changed the index."""
+    work.run()
+    Path("corpus.jsonl").write_text(rows(range(5, 20)))
+    assert work.run({SYNC: {"max_gone": 0.9}, COMPACT: {"seed": 1}}) == list(JOBS)
+    assert Index.open("runs/index").num_rows == 24
+
+
+@pytest.mark.parametrize("part", ["shards", "lexical"])
+def test_an_index_that_is_not_whole_is_built_again(work: Work, part: str) -> None:
+    """It counted as finished, and `index build`, which its reader's message asks for, had nothing to build."""
+    work.run()
+    shutil.rmtree(f"runs/index/{part}")
+    assert [step["state"] for step in pipeline_status(work.config())["steps"]][1] == "changed"
+    assert BUILD in work.run()
+    assert Index.open("runs/index").num_rows == 24
+    assert work.run() == []
+    config = make_config(IndexBuildConfig, {**work.config().steps[1].config, "output": "runs/alone"})
+    build_index(config, HERE)
+    shutil.rmtree(f"runs/alone/{part}")
+    build_index(config, HERE)
+    assert Index.open("runs/alone").num_rows == 20
+    delete_from_index(IndexDeleteConfig(index="runs/alone", ids=["3"]))
+    shutil.rmtree(f"runs/alone/{part}")
+    with pytest.raises(FormatError, match="changed 1 times since this build, which replace: true does anew"):
+        build_index(config, HERE)
+
+
+def test_the_same_step_twice_is_two_steps(work: Work) -> None:
+    """They shared one record, so that neither was ever finished."""
+    steps = [vars(step) for step in work.config().steps]
+    twice = [*steps[:2], steps[3], *steps[2:4]]
+    config = make_config(PipelineConfig, {"state": "runs/state.json", "steps": twice})
+    assert [step["job"] for step in run_pipeline(config)["steps"]] == [ENCODE, BUILD, COMPACT, SYNC, COMPACT]
+    assert [step["skipped"] for step in run_pipeline(config)["steps"]] == [True] * 5
+    Path("fresh.jsonl").write_text(rows(range(26)))
+    assert [step["skipped"] for step in run_pipeline(config)["steps"]] == [True] * 3 + [False] * 2
+    assert [step["state"] for step in pipeline_status(config)["steps"]] == ["finished"] * 5
+
+
 def test_a_step_that_failed_says_so_and_goes_on(work: Work) -> None:
     work.fail_in = COMPACT
     with pytest.raises(RaytowerError, match="no more room"):
@@ -185,6 +252,22 @@ def test_who_reads_what_a_later_step_changes_is_refused(work: Work) -> None:
 def test_a_reload_that_does_not_name_its_index_is_refused(work: Work) -> None:
     with pytest.raises(InputError, match=r"step 6 \(serve reload\): index is null.*name the index"):
         plan_pipeline(work.config({RELOAD: {"index": None}}))
+
+
+def test_reloads_of_one_server_wait_for_each_other(work: Work) -> None:
+    """Side by side the server refused the second: "another change is under way"."""
+    reload = {"index": "runs/index", "url": URL}
+    others = [{**reload, "collection": "a"}, {**reload, "collection": "b"}, {**reload, "url": f"{URL}9"}]
+    steps = [vars(step) for step in work.config().steps[:2]]
+    steps += [{"job": RELOAD, "config": config} for config in others]
+    config = make_config(PipelineConfig, {"state": "s", "steps": steps})
+    assert _order(_prepare(config)) == [
+        frozenset(),
+        frozenset({0}),
+        frozenset({1}),
+        frozenset({1, 2}),
+        frozenset({1}),
+    ]
 
 
 def test_a_reload_without_a_reranker_reads_none(work: Work) -> None:
@@ -305,6 +388,22 @@ def test_how_each_step_stands(work: Work, capsys: pytest.CaptureFixture[str]) ->
     table = find_reference(COMMANDS["pipeline"].render or "")(shown)
     assert "lineage" not in table
     assert "what it reads is made anew" in " ".join(table.split())
+
+
+def test_a_state_of_before_whose_input_is_gone_is_shown(work: Work) -> None:
+    """--status ended with the message that the input is missing, and showed no step."""
+    config = make_config(
+        PipelineConfig, {"state": "runs/state.json", "steps": [vars(work.config().steps[0])]}
+    )
+    (step,) = _prepare(config)
+    Path("runs/embeddings").mkdir(parents=True)
+    Path("runs/embeddings/job.json").write_text("{}")
+    Path("runs/state.json").write_text(json.dumps({step.former_keys[0]: {}}))
+    Path("corpus.jsonl").unlink()
+    (stands,) = pipeline_status(config)["steps"]
+    assert stands["state"] == "missing"
+    with pytest.raises(InputError, match=r"step 1 encode: no file or folder at 'corpus\.jsonl'"):
+        run_pipeline(config)
 
 
 def test_a_foreign_output_is_told_and_nothing_of_it_is_taken(work: Work) -> None:

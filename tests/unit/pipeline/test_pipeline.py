@@ -17,7 +17,8 @@ from raytower.config import Config, make_config
 from raytower.errors import FormatError, InputError
 from raytower.index.build import build_index
 from raytower.pipeline.config import PipelineConfig
-from raytower.pipeline.content import content_of
+from raytower.pipeline.content import content_of, may_hold
+from raytower.pipeline.graph import waits
 from raytower.pipeline.job import (
     _PIPELINES_OF,
     INPUT_KEYS,
@@ -340,12 +341,79 @@ def test_the_names_of_classes_are_no_file(work: Work) -> None:
     assert [step["skipped"] for step in plan["steps"]] == [False]
 
 
-def test_a_state_that_cannot_be_read_is_refused(work: Work) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"format_version": 4}',
+        '{"precious": 1}',
+        '{"format_version": 3}',
+        '{"format_version": 3, "steps": []}',
+        '{"format_version": 3, "steps": {"runs/encoder": {}}}',
+        '{"format_version": 3, "steps": {"runs/encoder": {"key": "k", "finished": true, "new": 1}}}',
+    ],
+)
+def test_a_state_that_cannot_be_read_is_refused_and_left_as_it_is(work: Work, content: str) -> None:
+    """A JSON file of something else was taken for a state of before, and written over."""
     Path("runs").mkdir()
-    for content in ("[]", '{"format_version": 4}'):
-        Path("runs/state.json").write_text(content)
-        with pytest.raises(FormatError, match="no state of a pipeline"):
-            plan_pipeline(work.config())
+    Path("runs/state.json").write_text(content)
+    with pytest.raises(FormatError, match=r"no state of a pipeline|is damaged, or was changed by hand"):
+        run_pipeline(work.config())
+    assert Path("runs/state.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("runs/mined.tsv", "lies where step 4 mine writes"),
+        ("runs/index/state.json", "lies where step 3 index build writes"),
+        ("./runs/../runs/report", "lies where step 5 evaluate writes"),
+        ("runs/mined.tsv/state.json", "lies where step 4 mine writes"),
+    ],
+)
+def test_a_state_among_the_outputs_is_refused(work: Work, state: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_pipeline(work.config().model_copy(update={"state": state}))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("path", "output"), [("data", "data/mined.tsv"), ("data/*.tsv", "data/mined.tsv")])
+def test_a_step_whose_input_would_hold_a_later_output_is_refused(work: Work, path: str, output: str) -> None:
+    """The first run read it not, and the next one did: steps that never were finished, and rows read twice."""
+    Path("data").mkdir()
+    shutil.copy("train.tsv", "data/pairs.tsv")
+    change: dict[str, dict[str, Any]] = {TRAIN: {"train": path}, MINE: {"output": output}}
+    with pytest.raises(
+        InputError, match=rf"step 1 train-retriever reads .* step 4 mine writes '{output}' there"
+    ):
+        run_pipeline(work.config(change))
+    with pytest.raises(InputError, match=r"state 'data/state\.tsv' lies in train\.path"):
+        run_pipeline(work.config({TRAIN: {"train": path}}).model_copy(update={"state": "data/state.tsv"}))
+    change[MINE]["output"] = "data/mined/now.tsv"
+    assert path == "data" or plan_pipeline(work.config(change))
+    change |= {MINE: {}, ENCODE: {"output": "data/embeddings"}, BUILD: {"embeddings": "data/embeddings"}}
+    assert plan_pipeline(work.config(change)), "embeddings are no data"
+
+
+def test_a_file_of_suspects_is_an_output_too() -> None:
+    """Beside others a step that read them did not wait for the step that writes them."""
+    folder: dict[str, Any] = {
+        "encoder": "start",
+        "index": "runs/index",
+        "input": "texts.tsv",
+        "mode": "votes",
+    }
+    suspects = {**folder, "labelled": True, "output": "runs/labels.tsv", "suspects": "runs/suspects.tsv"}
+    steps: list[dict[str, Any]] = [
+        {"job": "classify", "config": suspects},
+        {"job": "classify", "config": {**folder, "input": "runs/suspects.tsv", "output": "runs/again.tsv"}},
+    ]
+    writer, reader = _prepare(make_config(PipelineConfig, {"state": "s", "steps": steps}))
+    assert reader.makers == {1}
+    assert waits([writer.access, reader.access], may_hold) == [frozenset(), frozenset({0})]
+    steps[1]["config"]["output"] = "runs/suspects.tsv"
+    with pytest.raises(InputError, match=r"write to 'runs/suspects\.tsv' and 'runs/suspects\.tsv'"):
+        _prepare(make_config(PipelineConfig, {"state": "s", "steps": steps}))
 
 
 def test_every_key_that_names_something_to_read_counts() -> None:

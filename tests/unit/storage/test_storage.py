@@ -12,9 +12,25 @@ from pathlib import Path
 import pytest
 
 from raytower.errors import InputError, RaytowerError
-from raytower.storage import Location, StorageRefusedError, local, publish_directory, writer_lease
+from raytower.storage import (
+    Location,
+    StorageRefusedError,
+    absolute_if_local,
+    local,
+    publish_directory,
+    writer_lease,
+)
 from raytower.storage import location as location_module
 from tests.support.storage_races import HOLD, line_of, race, start
+
+
+def test_a_tilde_is_a_home_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~state.json` ended with a traceback; as in a shell it is a name like another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Location.of("~/x").path == str(tmp_path / "home" / "x")
+    assert Location.of("~nobody of this name/x").path == str(tmp_path / "~nobody of this name" / "x")
+    assert absolute_if_local("~nobody of this name") == "~nobody of this name"
 
 
 def test_one_of_many_processes_creates_a_file(tmp_path: Path) -> None:
