@@ -19,10 +19,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raytower.errors import InputError
+from raytower.progress import log
 
 _ANSWER_S = 10.0
 _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _TOKEN_FILE = "~/.ray/auth_token"
+# Modes of a file that others than its owner may use.
+_OTHERS = 0o077
 _MAX_NODES = 10_000
 _RUNNING = ("PENDING", "RUNNING")
 # What a job that was submitted here says of itself. Ray's metadata are texts, and everybody with the token sees them.
@@ -63,6 +66,12 @@ def find_token(environment: Mapping[str, str]) -> Token | None:
             f"RAY_AUTH_TOKEN_PATH names {named!r}, which cannot be read ({error.strerror}); name the file of the "
             "cluster's token, or unset it (~/.ray/auth_token is taken then)"
         ) from error
+    mode = file.stat().st_mode & 0o777
+    if value.strip() and mode & _OTHERS:
+        log(
+            f"warning: others may read {file} (mode {mode:o}), and whoever has read the token may run commands on the "
+            "cluster; `chmod 600` keeps it to you"
+        )
     return _token(value, str(file)) if value.strip() else None
 
 
@@ -106,6 +115,11 @@ class Dashboard:
                 "--address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` forwards it there)"
             )
         named = given if "://" in given else f"http://{given}"
+        if "@" in named:
+            raise InputError(
+                "address holds a name or a password, which would be shown in messages and logs; leave it out: the "
+                "dashboard asks for the cluster's token (RAY_AUTH_TOKEN_PATH)"
+            )
         try:
             parts = urlsplit(named)
             is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -463,6 +463,24 @@ class TestToken:
             find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
         assert "aa" not in str(raised.value)
 
+    @pytest.mark.parametrize(
+        ("mode", "is_said"), [(0o644, True), (0o640, True), (0o600, False), (0o400, False)]
+    )
+    def test_it_is_said_that_others_may_read_it(
+        self, mode: int, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "token").write_text("aa")
+        (tmp_path / "token").chmod(mode)
+        assert find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}) is not None
+        said = capsys.readouterr().err
+        assert (f"others may read {tmp_path}/token (mode {mode:o})" in said) == is_said
+        assert "aa" not in said.replace(str(tmp_path), "")
+
+    def test_an_address_with_a_password_is_refused_and_not_shown(self) -> None:
+        with pytest.raises(InputError, match=r"address holds a name or a password") as raised:
+            Dashboard.at("http://me:s3cret@127.0.0.1:8265")
+        assert "s3cret" not in str(raised.value)
+
     def test_a_named_file_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"RAY_AUTH_TOKEN_PATH names '.*none', which cannot be read"):
             find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
