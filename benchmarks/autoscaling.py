@@ -4,9 +4,9 @@
 
 A head without CPUs and Ray's autoscaler run on this machine, with its provider for tests: nodes of kind `cpu` have a
 CPU, those of kind `gpu` a CPU and a GPU that Ray alone believes in; three at most. One after the other run `encode`,
-`index build`, `evaluate` (submitted, since its own process computes), `train-retriever` (which asks for the label of the
-GPU nodes) and `rerank` (which asks for the GPU). Prints a line for each change, by the table of processes, and at the
-end when each node came, worked and went.
+`index build` of larger vectors and of what was encoded, `evaluate` (submitted, since its own process computes),
+`train-retriever` (which asks for the label of the GPU nodes) and `rerank` (which asks for the GPU). Prints a line for
+each change, by the table of processes, and at the end when each node came, worked and went.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
         with AutoscaledCluster(KINDS, idle_s=arguments.idle, dashboard=True) as cluster:
             try:
                 cluster.run("encode", *jobs.encode())
+                cluster.run("large build", *jobs.build_large())
                 cluster.run("index build", *jobs.build())
                 assert cluster.dashboard is not None
                 submitted = ("--address", cluster.dashboard, "--driver-cpus", "1", "--shared", folder)

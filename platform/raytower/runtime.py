@@ -24,6 +24,8 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
 from ray._private.worker import filter_autoscaler_events
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytower import ending
 from raytower.config import WorkersConfig
@@ -43,6 +45,7 @@ _LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_st
 _PRIVATE_FOLDER = "rtray-"
 _RAY_FOLDER = "ray"
 _JOB_FOLDER = "RAYTOWER_JOB_FOLDER"
+_HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 # What each of Ray's processes finds in its environment, unless the user has set it: no telemetry; and no progress logs
 # of Ray Data's own, which would drown ours.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING"}
@@ -109,6 +112,36 @@ def check_room(worker: WorkersConfig) -> None:
         InputError: no node has room for one of them, and the nodes were joined by hand, so that none comes by itself.
     """
     refuse_without_room(worker, _alive_nodes())
+
+
+def hold_on_head() -> None:
+    """Called once Ray runs: have the head hold what Ray Data and Ray Train keep for all jobs of a cluster.
+
+    Left to itself Ray starts these actors on the node of the first driver that needs them, and never ends them. A node
+    that came for a submitted pipeline would be busy with them for ever, and other jobs would lose them with it.
+    """
+    heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    if not heads or heads[0] == ray.get_runtime_context().get_node_id():
+        return
+    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
+    try:
+        ray.get(ray.remote(num_cpus=0)(_start_kept_actors).options(scheduling_strategy=there).remote())
+    except RayError as error:
+        log(
+            "warning: what Ray Data keeps for all jobs could not be started on the head "
+            f"({one_line(error)}); it is held by this node, which does not go by itself then"
+        )
+
+
+def _start_kept_actors() -> None:
+    """Start them, where they are not there yet, on the node of this process: Ray has no setting for their place."""
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_autoscaling_coordinator()
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
 
 
 def _alive_nodes() -> list[Node]:

@@ -1,6 +1,6 @@
 """A cluster on this machine whose nodes come with demand and go when they are idle, and what is seen of them.
 
-Ray's autoscaler (version 2, which `ray up` takes) starts and ends the nodes by Ray's own provider for tests: a node is a
+Ray's autoscaler, of version 2 as with `ray up`, starts and ends the nodes by Ray's own provider for tests: a node is a
 raylet of this machine with the CPUs and GPUs that its kind says, GPUs that no library finds among them. The head has no
 CPU, so that all work waits for nodes. Everything listens on loopback and asks for a token.
 
@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,15 +102,11 @@ def stays(sights: Sequence[Sight]) -> list[Stay]:
                 stay = found[node]
                 jobs = tuple(dict.fromkeys((*stay.jobs, *sight.jobs)))
                 began = sight.second if stay.began is None else stay.began
-                found[node] = replaced(stay, began=began, ended=end, jobs=jobs)
+                found[node] = replace(stay, began=began, ended=end, jobs=jobs)
         for node, stay in found.items():
             if node not in sight.nodes and stay.went is None:
-                found[node] = replaced(stay, went=sight.second)
+                found[node] = replace(stay, went=sight.second)
     return list(found.values())
-
-
-def replaced(stay: Stay, **changes: Any) -> Stay:
-    return Stay(**{**stay.__dict__, **changes})
 
 
 def most_at_once(sights: Sequence[Sight], job: str, title: str) -> int:

@@ -1,4 +1,4 @@
-"""Small jobs for clusters whose nodes come with demand: their inputs, and the arguments of `raytower` that ask for nodes.
+"""Small jobs for clusters whose nodes come with demand: their inputs, and `raytower`'s arguments that ask for nodes.
 
 A GPU of such a node is one to Ray alone. So a training asks for GPU nodes by their label, and a rerank, which computes
 where PyTorch sees no GPU on a CPU, by the GPU itself.
@@ -15,10 +15,12 @@ from transformers import BertModel
 
 from raytower.models.encoder import Encoder, EncoderSettings
 from tests.support.autoscaled import Kind
+from tests.support.index_cases import unit_vectors, write_embeddings
 from tests.support.tiny_models import build_tiny_reranker, tiny_config, tiny_tokenizer
 from tests.support.tiny_training import write_pairs
 
 ROWS_PER_FILE = 16
+_LARGE_ROWS = 40_000
 POOL = {"pool": "gpu"}
 KINDS = {"cpu": Kind(cpus=1, most=2), "gpu": Kind(cpus=1, gpus=1, labels=POOL, most=2)}
 CPU_WORKERS = {"num": 2, "num_cpus": 1, "num_gpus": 0}
@@ -63,6 +65,22 @@ class ScaleJobs:
         }
         return self._job(("index", "build"), "index", values)
 
+    def build_large(self) -> tuple[str, ...]:
+        """Of vectors that nothing has encoded: shards that take seconds, so that a second node is there in time."""
+        vectors = self.folder / "vectors"
+        if not vectors.exists():
+            names = [f"id {row}" for row in range(_LARGE_ROWS)]
+            write_embeddings(vectors, names, unit_vectors(_LARGE_ROWS, 64), rows_per_file=_LARGE_ROWS // 4)
+        values = {
+            "embeddings": str(vectors),
+            "kind": "hnsw",
+            "hnsw": {"ef_construction": 400},
+            "shards": 4,
+            "lexical": False,
+            "workers": CPU_WORKERS,
+        }
+        return self._job(("index", "build"), "large", values)
+
     def evaluate(self) -> tuple[str, ...]:
         values = {
             "encoder": str(self.folder / "encoder"),
@@ -84,13 +102,13 @@ class ScaleJobs:
         }
         return self._job(("train-retriever",), "model", values)
 
-    def rerank(self) -> tuple[str, ...]:
+    def rerank(self, output: str = "ranked.tsv") -> tuple[str, ...]:
         values = {
             "reranker": str(self.folder / "reranker"),
             "input": {"path": str(self.folder / "candidates.tsv")},
             "workers": {"num": 1, "num_cpus": 1, "num_gpus": 1},
         }
-        return self._job(("rerank",), "ranked.tsv", values)
+        return self._job(("rerank",), output, values)
 
     def _job(self, command: tuple[str, ...], output: str, values: dict[str, Any]) -> tuple[str, ...]:
         config = self.folder / f"{'-'.join(command)}-{output}.json"
