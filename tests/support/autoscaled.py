@@ -46,11 +46,12 @@ _OWN = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
 
 @dataclass(frozen=True)
 class Kind:
-    """A node type: what each node has, its labels, and how many there may be at once."""
+    """A node type: what each node has, its labels, and how many there are at least and at most."""
 
     cpus: int
     gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    least: int = 0
     most: int = 2
 
 
@@ -245,7 +246,7 @@ def autoscaling_config(
                 "object_store_memory": _STORE_BYTES,
             },
             "labels": dict(kind.labels),
-            "min_workers": 0,
+            "min_workers": kind.least,
             "max_workers": kind.most,
             "node_config": {},
         }
@@ -351,8 +352,7 @@ class AutoscaledCluster:
         self.watch.end()
         self._stop()
 
-    def start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
-        """`raytower ARGUMENTS…` as a driver beside the head; its output goes to `log`."""
+    def _start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "raytower.cli", *arguments]
         with log.open("wb") as output:
             return subprocess.Popen(
@@ -360,14 +360,14 @@ class AutoscaledCluster:
             )
 
     def run(self, job: str, *arguments: str, limit_s: float = 400) -> str:
-        """The same, to its end, written down by the watch as `job`; what it said.
+        """`raytower ARGUMENTS…` to its end, as a driver beside the head that the watch calls `job`; what it said.
 
         Raises:
             RuntimeError: it failed, or did not end within `limit_s`; with what it said.
         """
         log = self.folder / f"{job.replace(' ', '-')}.log"
         with self.watch.during(job):
-            driver = self.start(*arguments, log=log)
+            driver = self._start(*arguments, log=log)
             try:
                 code: int | None = driver.wait(timeout=limit_s)
             except subprocess.TimeoutExpired:

@@ -90,7 +90,7 @@ class ScaleJobs:
         }
         return self._job(("evaluate",), "report", values)
 
-    def train(self) -> tuple[str, ...]:
+    def train(self, **workers: Any) -> tuple[str, ...]:
         values = {
             "model": str(self.folder / "encoder"),
             "train": {"path": str(self.folder / "pairs.tsv")},
@@ -98,7 +98,7 @@ class ScaleJobs:
             "epochs": 3,
             "max_length": 32,
             "dtype": "float32",
-            "workers": {**CPU_WORKERS, "label_selector": POOL},
+            "workers": {**CPU_WORKERS, "label_selector": POOL, **workers},
         }
         return self._job(("train-retriever",), "model", values)
 
