@@ -69,15 +69,14 @@ def cluster() -> Iterator[AutoscaledCluster]:
 
 
 def nodes_of(cluster: AutoscaledCluster, job: str) -> list[Stay]:
-    """The nodes that came while a job ran, once all are gone; each had work, and none went in the midst of it."""
+    """The nodes that came while a job ran, once all are gone; each had work, and was idle when it was taken away."""
     cluster.wait_until_nodes(0)
     sights = cluster.watch.sights
+    # Whether a process still works that is about to end, as those of ended actors are for seconds, only Ray knows.
+    assert {node for sight in sights for node in sight.nodes} == cluster.taken_as_idle()
     seconds = [sight.second for sight in sights if job in sight.jobs]
     found = [stay for stay in stays(sights) if seconds[0] <= stay.came <= seconds[-1]]
-    for stay in found:
-        assert stay.ended is not None, f"{stay.name} had no work: {comings_and_goings(sights)}"
-        assert stay.went is not None
-        assert stay.went > stay.ended, f"{stay.name} went while it worked"
+    assert all(stay.began for stay in found), comings_and_goings(sights)
     return found
 
 

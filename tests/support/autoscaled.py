@@ -382,6 +382,11 @@ class AutoscaledCluster:
             raise RuntimeError(f"{job} {how}:\n{said}")
         return said
 
+    def taken_as_idle(self) -> set[str]:
+        """Ids of the nodes that their raylets let go because they had nothing to do; by the autoscaler's log."""
+        said = (self.folder / "s" / "session_latest" / "logs" / "monitor.log").read_text(errors="replace")
+        return set(re.findall(r"Drained ray on (\w+)\(success=True", said))
+
     def wait_until_nodes(self, count: int, seconds: float = 120) -> None:
         """Until so many nodes are there beside the head; fails after `seconds`."""
         wait_for(lambda: len(self.watch.nodes) == count, f"a cluster of {count} nodes", seconds)
