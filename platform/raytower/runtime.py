@@ -24,6 +24,8 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
 from ray._private.worker import filter_autoscaler_events
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytower import ending
 from raytower.collecting import collect_later
@@ -32,7 +34,7 @@ from raytower.errors import InputError, RaytowerError, find_cause
 from raytower.progress import log
 from raytower.storage.errors import one_line
 from raytower.worker_output import OUTPUT
-from raytower.workers import Node, refuse_without_room
+from raytower.workers import DRIVER_CPUS_VARIABLE, Node, refuse_without_room
 
 # A signal to the whole group ends Ray's processes in about 0.3 s; asked meanwhile, Ray blocks the whole interpreter.
 SIGNALLED_S = 1.0
@@ -49,6 +51,7 @@ _IMPORTING_S = 10.0
 # How often the head of a joined cluster is looked for, and after how long it counts as gone.
 _WATCH_S = 2.0
 _HEAD_LOST_S = 10.0
+_HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 # What each of Ray's processes finds in its environment, unless the user has set it: no telemetry; and no progress logs
 # of Ray Data's own, which would drown ours.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "WARNING"}
@@ -153,8 +156,44 @@ def run_tasks(
         raise RaytowerError(f"a task of {job} failed: {cause}") from error
 
 
+def hold_on_head() -> None:
+    """Called once Ray runs: have the head hold what Ray Data and Ray Train keep for all jobs of a cluster.
+
+    Left to itself Ray starts these actors on the node of the first driver that needs them, and never ends them. A node
+    that came for a submitted pipeline would be busy with them for ever, and other jobs would lose them with it.
+    """
+    heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    if not heads or heads[0] == ray.get_runtime_context().get_node_id():
+        return
+    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
+    try:
+        ray.get(ray.remote(num_cpus=0)(_start_kept_actors).options(scheduling_strategy=there).remote())
+    except RayError as error:
+        log(
+            "warning: what Ray Data keeps for all jobs could not be started on the head "
+            f"({one_line(error)}); it is held by this node, which does not go by itself then"
+        )
+
+
+def _start_kept_actors() -> None:
+    """Start them, where they are not there yet, on the node of this process: Ray has no setting for their place."""
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_autoscaling_coordinator()
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
+
+
 def _alive_nodes() -> list[Node]:
-    return [_node_of(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
+    held = float(os.environ.get(DRIVER_CPUS_VARIABLE, 0))
+    own = ray.get_runtime_context().get_node_id() if held else None
+    return [
+        _node_of(node["Resources"], node.get("Labels") or {}, held if node.get("NodeID") == own else 0)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def _labels_here() -> dict[str, str]:
@@ -162,8 +201,9 @@ def _labels_here() -> dict[str, str]:
     return ResourceAndLabelSpec().resolve(is_head=True).labels or {}
 
 
-def _node_of(resources: dict[str, float], labels: dict[str, str]) -> Node:
-    cpus = resources.get("CPU", 0.0)
+def _node_of(resources: dict[str, float], labels: dict[str, str], held: float = 0) -> Node:
+    """A node of which a submitted job's own process holds some CPUs for as long as it waits for its workers."""
+    cpus = max(resources.get("CPU", 0.0) - held, 0.0)
     return Node(
         cpus=cpus - 1 if cpus > 1 else cpus,
         gpus=resources.get("GPU", 0.0),

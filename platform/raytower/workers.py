@@ -21,6 +21,8 @@ from raytower.requirements import has_labels
 _NODE_GROUP = "ray.io/node-group"
 _NODE_ID = "ray.io/node-id"
 _NODES_SHOWN = 8
+# How many CPUs a submitted job's own process holds on the node where it runs; set by `raytower submit`.
+DRIVER_CPUS_VARIABLE = "RAYTOWER_DRIVER_CPUS"
 
 
 @dataclass(frozen=True, kw_only=True)

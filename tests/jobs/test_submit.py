@@ -162,6 +162,35 @@ def test_a_job_that_fails_ends_with_its_own_exit_code(
     assert "bad.jsonl:2: " in done.stderr
 
 
+@pytest.mark.slow  # half a minute, where nothing else runs
+def test_a_pipeline_leaves_room_for_workers_that_fit_themselves_to_the_machine(
+    cluster: Cluster, dummy_encoder_dir: Path, tmp_path: Path
+) -> None:
+    """Its own process held half of the node, and a training waited for more than was left, for ever."""
+    (tmp_path / "train.tsv").write_text(
+        "".join(f"text {n}\tkind {n % 2}\n" for n in range(32)), encoding="utf-8"
+    )
+    training = {
+        "model": str(dummy_encoder_dir),
+        "train": {"path": f"{tmp_path}/train.tsv"},
+        "output": f"{tmp_path}/classifier",
+        "batch_size": 8,
+        "max_length": 16,
+    }
+    pipeline = {
+        "state": f"{tmp_path}/state.json",
+        "steps": [{"job": "train-classifier", "config": training}],
+    }
+    (tmp_path / "pipeline.json").write_text(json.dumps(pipeline), encoding="utf-8")
+    shared = ["--shared", str(tmp_path), "--shared", str(dummy_encoder_dir.parent)]
+    done = run(cluster, "pipeline", "--config", f"{tmp_path}/pipeline.json", *shared, cwd=tmp_path)
+    assert result(done)["result"]["steps"][0]["skipped"] is False
+    said = re.search(r"workers: 1, each with (\d+) CPUs", done.stderr)
+    assert said is not None, done.stderr
+    assert int(said[1]) > 2
+    assert (tmp_path / "classifier" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow  # minutes, where the cluster shares two cores with other tests
 def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(
     cluster: Cluster, dummy_encoder_dir: Path, tmp_path: Path
@@ -244,7 +273,7 @@ def test_variables_reach_driver_and_tasks_and_are_shown_nowhere(
     whole = plan_upload(None, 2**26)
     upload = Upload(root=whole.root, files={**whole.files, "both.py": script}, config_file=None)
     pack(upload, {"A_SECRET": SECRET}, tmp_path / "upload.tar.xz")
-    environment = runtime_environment(tmp_path / "upload.tar.xz", True)
+    environment = runtime_environment(tmp_path / "upload.tar.xz", True, 0)
     done = cluster.run(
         [*by_ray(cluster, environment), *entrypoint("encode", upload, [], True)[:3], "both.py"], cwd=tmp_path
     )

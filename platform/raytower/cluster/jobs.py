@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from raytower.cluster.resources import DriverWork
 from raytower.errors import InputError
 
 # Commands that have a file in jobs/.
@@ -36,10 +37,10 @@ JOBS = (
     "tune-classify",
     "tune-fusion",
 )
-# Those whose own process runs models over all rows, or has steps that do.
-_COMPUTING = {
-    *("adapt", "demo", "evaluate", "export", "pipeline", "refresh", "tune-classify", "tune-fusion"),
-}
+# Those whose own process runs models over all rows.
+_ALONE = {"export", "tune-classify", "tune-fusion"}
+# Those whose own process has work besides that of workers, or steps that have.
+_BESIDE_WORKERS = {"adapt", "demo", "evaluate", "pipeline", "refresh"}
 
 
 def check_job(name: str) -> str:
@@ -51,9 +52,11 @@ def check_job(name: str) -> str:
     return name
 
 
-def computes_itself(name: str) -> bool:
-    """Whether the job's own process needs CPUs, and must not run beside the cluster's scheduler."""
-    return name in _COMPUTING
+def driver_work(name: str) -> DriverWork:
+    """What a job's own process computes, which must not run beside the cluster's scheduler where it is something."""
+    if name in _ALONE:
+        return "alone"
+    return "beside workers" if name in _BESIDE_WORKERS else "none"
 
 
 def written_by(name: str, values: Mapping[str, Any]) -> str | None:

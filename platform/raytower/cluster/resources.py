@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _DRIVER_CPUS = 8
+# The driver, a worker, and a CPU for the tasks that feed it.
+_ROOM_FOR_BOTH = 3
+_PART_OF_CPU = 0.1
+DriverWork = Literal["none", "beside workers", "alone"]
+"""What a job's own process computes: nothing, something besides its workers, or all of the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +35,20 @@ class Demand:
     together: int = 1
 
 
-def driver_cpus(asked: float | None, computes: bool, nodes: Sequence[Mapping[str, float]]) -> float:
-    """CPUs for a job's own process: those that were asked for, else some of a node where the process computes.
+def driver_cpus(asked: float | None, work: DriverWork, nodes: Sequence[Mapping[str, float]]) -> float:
+    """CPUs for a job's own process: those that were asked for, else what its work needs of a node.
 
-    8 where a node has more; of a largest node with 4 CPUs 3, since the tasks that feed it need one; of one with 1 that
-    one. 8 where nodes come with demand and none is there yet.
+    One that computes alone has 8 where a node has more; of a largest node with 4 CPUs 3; of one with 1 that; 8 where
+    nodes come with demand and none is there yet. One whose workers wait for room beside it leaves that to them: it has
+    1, and a tenth of a node with 1 or 2 CPUs, which keeps it off a head without any.
     """
     if asked is not None:
         return asked
-    if not computes:
+    if work == "none":
         return 0
     largest = max((node.get("CPU", 0) for node in nodes), default=0)
+    if work == "beside workers":
+        return 1 if largest == 0 or largest >= _ROOM_FOR_BOTH else _PART_OF_CPU
     return _DRIVER_CPUS if largest == 0 else max(min(_DRIVER_CPUS, math.floor(largest) - 1), min(largest, 1))
 
 

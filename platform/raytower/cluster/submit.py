@@ -28,7 +28,7 @@ from raytower import escapes
 from raytower.cli.arguments import read_arguments
 from raytower.cluster.config import SubmitConfig
 from raytower.cluster.dashboard import JOB_KEY, OUTPUT_KEY, Dashboard, is_loopback, refuse_second_job
-from raytower.cluster.jobs import check_job, computes_itself, written_by
+from raytower.cluster.jobs import check_job, driver_work, written_by
 from raytower.cluster.paths import lacking_paths, named_paths, named_variables
 from raytower.cluster.resources import Demand, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import There, ask_head
@@ -149,7 +149,7 @@ def submit(config: SubmitConfig) -> dict[str, Any]:
             client.submit_job(
                 submission_id=named,
                 entrypoint=ready.entrypoint,
-                runtime_env=runtime_environment(archive, bool(ready.variables)),
+                runtime_env=runtime_environment(archive, bool(ready.variables), ready.driver["CPU"]),
                 metadata=ready.metadata,
                 entrypoint_num_cpus=ready.driver["CPU"],
                 entrypoint_memory=int(ready.driver["memory"]),
@@ -178,7 +178,7 @@ def _prepare(config: SubmitConfig) -> _Prepared:
     nodes = dashboard.nodes()
     working = [node for node in nodes if node.get("CPU", 0) > 0]
     driver = {
-        "CPU": driver_cpus(config.driver_cpus, computes_itself(job.name), working),
+        "CPU": driver_cpus(config.driver_cpus, driver_work(job.name), working),
         "memory": float(config.driver_memory or 0),
     }
     # A head without CPUs runs the job's own process, and other machines its workers.

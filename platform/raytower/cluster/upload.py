@@ -18,6 +18,7 @@ from pathlib import Path
 import raytower
 from raytower.cluster.environment import FILE_VARIABLE
 from raytower.errors import InputError
+from raytower.workers import DRIVER_CPUS_VARIABLE
 
 # Beside platform/ and jobs/ in the upload; no file of a checkout is called so.
 _OWN_FOLDER = ".submitted"
@@ -127,10 +128,14 @@ def _name_of_config(file: ConfigFile) -> str:
     return f"{_OWN_FOLDER}/config/{file.name}"
 
 
-def runtime_environment(archive: Path, with_variables: bool) -> dict[str, object]:
-    """Ray's runtime environment of a job whose upload is `archive`."""
+def runtime_environment(archive: Path, with_variables: bool, driver_cpus: float) -> dict[str, object]:
+    """Ray's runtime environment of a job whose upload is `archive`, and whose own process holds so many CPUs."""
     environment: dict[str, object] = {"working_dir": str(archive)}
-    variables = {"PYTHONPATH": _SOURCE_ROOT, "RAY_JOB_STOP_WAIT_TIME_S": _STOP_WAIT_S}
+    variables = {
+        "PYTHONPATH": _SOURCE_ROOT,
+        "RAY_JOB_STOP_WAIT_TIME_S": _STOP_WAIT_S,
+        DRIVER_CPUS_VARIABLE: f"{driver_cpus:g}",
+    }
     if with_variables:
         variables[FILE_VARIABLE] = _ENVIRONMENT_FILE
         environment["worker_process_setup_hook"] = "raytower.cluster.environment.take"

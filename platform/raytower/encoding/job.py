@@ -56,7 +56,7 @@ from raytower.models.tokenising import tokenise
 from raytower.models.trained_prefixes import own_prefix
 from raytower.only_job import only_job
 from raytower.progress import log
-from raytower.runtime import check_room, ensure_ray, find_nodes
+from raytower.runtime import check_room, ensure_ray, find_nodes, hold_on_head
 from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
@@ -332,6 +332,7 @@ def _content_hash(pieces: Sequence[Piece]) -> str:
 
 def _run(job: _Job, missing: Sequence[Piece]) -> list[EncodedPiece]:
     """Encode the pieces in `missing`."""
+    hold_on_head()
     config = job.config
     paths = {name: absolute_if_local(getattr(config, name)) for name in ("encoder", "output")}
     pieces = ray.put(list(job.pieces))

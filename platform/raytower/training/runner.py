@@ -27,7 +27,7 @@ from raytower.models.device import fast_dtype, warn_of_slow_dtype
 from raytower.models.directory import INFO_NAME
 from raytower.only_job import only_job
 from raytower.progress import log
-from raytower.runtime import check_room, ensure_ray, find_nodes
+from raytower.runtime import check_room, ensure_ray, find_nodes, hold_on_head
 from raytower.shared_storage import check_shared
 from raytower.storage import (
     Lease,
@@ -535,6 +535,7 @@ def _num_to_keep(config: TrainJobConfig, has_dev: bool) -> int | None:
 
 
 def _run_trainer(plan: TrainingPlan, name: str) -> ray.train.Result:
+    hold_on_head()
     config, dev, storage = plan.config, plan.task.dev, plan.storage
     checkpoints = ray.train.CheckpointConfig(
         num_to_keep=_num_to_keep(config, dev is not None),

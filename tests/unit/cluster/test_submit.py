@@ -36,9 +36,9 @@ from raytower.cluster.dashboard import (
     other_versions,
     refuse_second_job,
 )
-from raytower.cluster.jobs import JOBS, check_job, computes_itself, written_by
+from raytower.cluster.jobs import JOBS, check_job, driver_work, written_by
 from raytower.cluster.paths import _USES, NamedPath, lacking_paths, named_paths, named_variables
-from raytower.cluster.resources import Demand, NodeType, demands, driver_cpus, undecided, unmet
+from raytower.cluster.resources import Demand, DriverWork, NodeType, demands, driver_cpus, undecided, unmet
 from raytower.cluster.there import _SCRIPT, There, read_answer
 from raytower.cluster.upload import ConfigFile, Upload, entrypoint, pack, plan_upload, runtime_environment
 from raytower.commands import COMMANDS, find_reference
@@ -66,8 +66,10 @@ class TestJobs:
             check_job("zzz")
 
     def test_jobs_whose_own_process_computes_are_jobs(self) -> None:
-        assert {name for name in JOBS if computes_itself(name)} >= {"evaluate", "tune-classify"}
-        assert not {"encode", "mine", "classify"} & {name for name in JOBS if computes_itself(name)}
+        work = {name: driver_work(name) for name in JOBS}
+        assert {name for name in JOBS if work[name] == "alone"} == {"export", "tune-classify", "tune-fusion"}
+        assert {name for name in JOBS if work[name] == "beside workers"} >= {"evaluate", "pipeline"}
+        assert {work[name] for name in ("encode", "mine", "classify")} == {"none"}
 
     @pytest.mark.parametrize(
         ("name", "values", "output"),
@@ -283,23 +285,27 @@ class TestPaths:
 
 class TestResources:
     @pytest.mark.parametrize(
-        ("asked", "computes", "cpus", "expected"),
+        ("asked", "work", "cpus", "expected"),
         [
-            (None, False, [16], 0),
-            (None, True, [16, 4], 8),
-            (None, True, [4], 3),
-            (None, True, [2], 1),
-            (None, True, [1], 1),
-            (None, True, [0.5], 0.5),
-            (None, True, [], 8),
-            (2.0, True, [16], 2),
-            (0.0, True, [16], 0),
+            (None, "none", [16], 0),
+            (None, "alone", [16, 4], 8),
+            (None, "alone", [4], 3),
+            (None, "alone", [2], 1),
+            (None, "alone", [1], 1),
+            (None, "alone", [0.5], 0.5),
+            (None, "alone", [], 8),
+            (None, "beside workers", [16, 1], 1),
+            (None, "beside workers", [3], 1),
+            (None, "beside workers", [2], 0.1),
+            (None, "beside workers", [], 1),
+            (2.0, "alone", [16], 2),
+            (0.0, "beside workers", [16], 0),
         ],
     )
     def test_cpus_of_a_job_s_own_process(
-        self, asked: float | None, computes: bool, cpus: list[float], expected: float
+        self, asked: float | None, work: DriverWork, cpus: list[float], expected: float
     ) -> None:
-        assert driver_cpus(asked, computes, [{"CPU": number} for number in cpus]) == expected
+        assert driver_cpus(asked, work, [{"CPU": number} for number in cpus]) == expected
 
     @pytest.mark.parametrize(
         ("values", "any_node", "trains", "expected"),
@@ -606,10 +612,14 @@ class TestUpload:
         ]
 
     def test_the_runtime_environment_names_a_file_and_no_value(self, tmp_path: Path) -> None:
-        plain = runtime_environment(tmp_path / "u.tar.xz", False)
-        assert plain["env_vars"] == {"PYTHONPATH": "platform", "RAY_JOB_STOP_WAIT_TIME_S": "10"}
+        plain = runtime_environment(tmp_path / "u.tar.xz", False, 0.1)
+        assert plain["env_vars"] == {
+            "PYTHONPATH": "platform",
+            "RAY_JOB_STOP_WAIT_TIME_S": "10",
+            "RAYTOWER_DRIVER_CPUS": "0.1",
+        }
         assert "worker_process_setup_hook" not in plain
-        secret = runtime_environment(tmp_path / "u.tar.xz", True)
+        secret = runtime_environment(tmp_path / "u.tar.xz", True, 0)
         assert secret["worker_process_setup_hook"] == "raytower.cluster.environment.take"
         assert secret["env_vars"]["RAYTOWER_ENVIRONMENT_FILE"] == ".submitted/environment.json"  # type: ignore[index]
 
@@ -1015,7 +1025,8 @@ class TestPlan:
     def test_a_job_that_computes_gets_cpus_of_a_node(
         self, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        given = ["evaluate", "--index", "s3://b/i", "--queries", "s3://b/q.tsv", "--output", "s3://b/r"]
-        given += ["--encoder", "s3://b/e"]
-        assert main(["submit", *given, "--address", stand_in.address, "--dry-run"]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]["driver"]["CPU"] == 3
+        queries = ["--index", "s3://b/i", "--queries", "s3://b/q.tsv", "--encoder", "s3://b/e"]
+        for job, cpus in (("tune-fusion", 3), ("evaluate", 1)):
+            given = [job, *queries, *(["--output", "s3://b/r"] if job == "evaluate" else [])]
+            assert main(["submit", *given, "--address", stand_in.address, "--dry-run"]) == 0
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]["driver"]["CPU"] == cpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,7 +160,10 @@ class TestFoundNodes:
 
     @staticmethod
     def run_ray(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float], dead: int = 0) -> None:
-        found = [{"Alive": number >= dead, "Resources": node} for number, node in enumerate(nodes)]
+        found = [
+            {"NodeID": f"{number}", "Alive": number >= dead, "Resources": node}
+            for number, node in enumerate(nodes)
+        ]
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray, "nodes", lambda: found)
 
@@ -185,3 +189,15 @@ class TestFoundNodes:
             monkeypatch, {"CPU": 64, "GPU": 8}, {"CPU": 0}, {"CPU": 96, "GPU": 4}, {"CPU": 8}, dead=1
         )
         assert runtime.find_nodes() == [Node(cpus=95, gpus=4), Node(cpus=7)]
+
+    @pytest.mark.parametrize(("held", "cpus"), [("1", 2), ("0.1", 2.9), ("0", 3), ("8", 0)])
+    def test_what_a_submitted_job_s_own_process_holds_is_none_of_its_workers(
+        self, held: str, cpus: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A training would ask for CPUs that its own driver holds until it has ended."""
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        monkeypatch.setenv("RAYTOWER_DRIVER_CPUS", held)
+        self.run_ray(monkeypatch, {"CPU": 0}, {"CPU": 4}, {"CPU": 8})
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "1"))
+        found = runtime.find_nodes()
+        assert [node.cpus for node in found] == pytest.approx([cpus, 7] if cpus else [7])
