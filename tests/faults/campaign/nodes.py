@@ -122,7 +122,8 @@ class _Nodes:
 
         pytest.MonkeyPatch().setattr(RayParams, "update_if_absent", update_if_absent)
         self._cluster = RayCluster()
-        self._add(num_cpus=0, include_dashboard=False)
+        # With a dashboard, as clusters have it: Ray Train asks it whether the controller of a killed driver has ended.
+        self._add(num_cpus=0, include_dashboard=True)
         for _ in range(NUM_NODES):
             self._add(num_cpus=CPUS_PER_NODE)
         return str(self._cluster.address)
