@@ -33,7 +33,8 @@ class SubmitConfig(Config):
     """Folders that are mounted at the same path on all nodes, so that the job's config may name paths in them."""
     driver_cpus: float | None = Field(default=None, ge=0)
     """CPUs that the job's own process holds, which then runs on a node that has them; null is 8, or what the largest
-    node has to spare, where that process computes (evaluate, tune-classify and the like), and else 0: the head."""
+    node has to spare, where it alone computes (export, tune-classify, tune-fusion), 1 where it has workers beside it
+    (evaluate, pipelines and the like), and else 0: the head."""
     driver_memory: ByteSize | None = Field(default=None, gt=0)
     """Memory that the job's own process holds; null holds none back for it."""
     max_upload: ByteSize = Field(default=ByteSize(64 * 2**20), gt=0)
