@@ -53,7 +53,9 @@ def test_the_table_counts_what_is_whole() -> None:
 def test_a_few_faults_lose_nothing(tmp_path: Path) -> None:
     """The whole campaign takes half an hour: `python -m tests.faults.campaign`."""
     few = ["driver/mining", "s3/mining", "disk/evaluating", "stall/evaluating"]
-    command = [sys.executable, "-m", "tests.faults.campaign", "--injections", str(len(few)), "--only", *few]
+    # Seed 7 draws the ways that take seconds: a store that fails now and then, and a stall that is forgiven.
+    drawn = ["--seed", "7", "--injections", str(len(few)), "--only", *few]
+    command = [sys.executable, "-m", "tests.faults.campaign", *drawn]
     ended = subprocess.run(
         command, env=clean_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=1500
     )

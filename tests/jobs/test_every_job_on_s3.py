@@ -37,6 +37,9 @@ from tests.support.s3_server import CACHE, BusyFront, S3Server, busy_front, s3_s
 from tests.support.tiny_training import answer, question
 from tests.unit.index.test_convert import write_format_2
 
+# It mostly waits for a server, which is a process of its own.
+pytestmark = pytest.mark.processes
+
 SECRET, TOKEN = f"s3cret{secrets.token_hex(12)}", f"t0ken{secrets.token_hex(12)}"
 BUCKET = "s3://bucket"
 DOCUMENTS = 24
@@ -292,7 +295,6 @@ class TestJobs:
             assert first() != found
 
 
-@pytest.mark.processes
 @pytest.mark.slow  # a Ray of its own whose every process is looked at for minutes
 def test_a_pipeline_with_a_training_on_workers_of_ray(world: World, tmp_path: Path) -> None:
     """A process of its own with a Ray of its own; its processes and Ray's logs are looked at while it runs."""
