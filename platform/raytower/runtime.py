@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +126,7 @@ def check_room(worker: WorkersConfig) -> None:
 
 def run_tasks(
     start: Callable[[int], Any], numbers: Sequence[int], at_once: int, job: str
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any]]:
     """Run tasks, `at_once` side by side; the number and the result of each, as they end.
 
     Args:
@@ -148,12 +148,13 @@ def run_tasks(
             finished, _ = ray.wait(list(running), num_returns=1)
             yield running.pop(finished[0]), ray.get(finished[0])
     except Exception as error:
-        for reference in running:
-            ray.cancel(reference, force=True)
         cause = find_cause(error)
         if isinstance(cause, RaytowerError):
             raise cause from None
         raise RaytowerError(f"a task of {job} failed: {cause}") from error
+    finally:  # also where whoever takes the results has failed
+        for reference in running:
+            ray.cancel(reference, force=True)
 
 
 def hold_on_head() -> None:

@@ -277,6 +277,21 @@ def test_a_ray_that_was_given_up_and_then_shut_down_leaves_nothing_to_be_killed(
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
+def test_tasks_are_ended_where_whoever_takes_their_results_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytower import runtime
+
+    ended: list[str] = []
+    monkeypatch.setattr("ray.wait", lambda running, num_returns: (running[:1], running[1:]))
+    monkeypatch.setattr("ray.get", lambda reference: f"result of {reference}")
+    monkeypatch.setattr("ray.cancel", lambda reference, force: ended.append(reference))
+    results = runtime.run_tasks(lambda number: f"task {number}", range(4), 3, "the job")
+    assert next(results) == (0, "result of task 0")
+    results.close()
+    assert ended == ["task 1", "task 2"]
+    assert dict(runtime.run_tasks(lambda number: f"task {number}", range(2), 2, "the job")).keys() == {0, 1}
+    assert ended == ["task 1", "task 2"]
+
+
 def test_it_is_said_that_the_head_is_gone_and_that_it_answers_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,15 +25,20 @@ from raytower.annotation.rows_out import RowWriter, header_of
 from raytower.data.pieces import Survey, read_pieces
 from raytower.file_jobs.plan import NUMBER, choose_rows_per_share, shares_of
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, join_bytes, run_shares, workers_for
-from raytower.index.hybrid import HybridFusion, check_mode
-from raytower.index.reader import Index, check_fingerprint
+from raytower.index.hybrid import HybridFusion
+from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.models.compute import PARAMETER_BYTES
 from raytower.models.cross_encoder import CrossEncoder
-from raytower.models.encoder import Encoder
 from raytower.models.forward import ForwardEngine
 from raytower.progress import log
-from raytower.retrieval.load import load_query_engine, load_reranker, open_index_manifest, own_or
+from raytower.retrieval.load import (
+    load_encoder_of,
+    load_query_engine,
+    load_reranker,
+    open_index_manifest,
+    own_or,
+)
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Candidate, PairScorer, Retriever, Vectors, count_wordless
 from raytower.retrieval.scores import finite_logits
@@ -395,11 +400,8 @@ def _encoder_name(config: MineConfig) -> str:
 def _job(config: MineConfig, survey: Survey) -> FileJob:
     """Raises InputError and FormatError where models and index do not go together, before any worker begins."""
     manifest = open_manifest(config.index)
-    check_mode(manifest, config.mode)
     name = config.encoder or manifest.encoder
-    encoder = None if config.mode == "lexical" else Encoder.load(name)
-    if encoder is not None:
-        check_fingerprint(manifest, encoder.fingerprint, name)
+    encoder = load_encoder_of(manifest, config.mode, name)
     rerankers = {
         key: place
         for key, place in (

@@ -327,9 +327,8 @@ def _client(dashboard: Dashboard) -> Any:
         "dashboard_sdk",
     ):  # which say on stderr what they upload, and that a log has ended
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
-    if is_loopback(
-        dashboard.address
-    ):  # Ray's client would send the token to a proxy that the environment names
+    if is_loopback(dashboard.address):
+        # Ray's client would send the token to a proxy that the environment names.
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
     # Ray puts what the environment says in place of an address that it is given.
     taken = {

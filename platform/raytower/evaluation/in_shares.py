@@ -23,13 +23,19 @@ from raytower.evaluation.passes import depth_of, nothing_yet, search_batch
 from raytower.evaluation.reports import RUN_NAME, RunWriter
 from raytower.file_jobs.plan import NUMBER, choose_rows_per_share, shares_of_rows
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, join_bytes, run_shares, workers_for
-from raytower.index.hybrid import HybridFusion, check_mode
+from raytower.index.hybrid import HybridFusion
 from raytower.index.manifest import IndexManifest
-from raytower.index.reader import Index, check_fingerprint
+from raytower.index.reader import Index
 from raytower.models.cross_encoder import CrossEncoder
-from raytower.models.encoder import Encoder
 from raytower.progress import log
-from raytower.retrieval.load import fusion_in, fusion_of, load_query_engine, load_retriever, own_or
+from raytower.retrieval.load import (
+    fusion_in,
+    fusion_of,
+    load_encoder_of,
+    load_query_engine,
+    load_retriever,
+    own_or,
+)
 from raytower.storage import Location, absolute_if_local
 
 _MAX_QUERIES_PER_SHARE = 1_024
@@ -80,10 +86,7 @@ class Together:
 
 def put_together(config: EvaluateConfig, manifest: IndexManifest, encoder_name: str) -> Together:
     """Raises InputError and FormatError where models, fusion and index do not go together, before any work."""
-    check_mode(manifest, config.mode)
-    encoder = None if config.mode == "lexical" else Encoder.load(encoder_name)
-    if encoder is not None:
-        check_fingerprint(manifest, encoder.fingerprint, encoder_name)
+    encoder = load_encoder_of(manifest, config.mode, encoder_name)
     reranker = CrossEncoder.load(config.reranker) if config.reranker else None
     fusion = fusion_of(config.reranker, reranker.fusion if reranker else None, config.fusion_weight)
     fusion = fusion_in(config.mode, fusion, config.fusion_weight)

@@ -15,15 +15,13 @@ from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.file_jobs.plan import Share, choose_rows_per_share, shares_of
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, run_shares, workers_for
-from raytower.index.hybrid import check_mode
-from raytower.index.reader import Index, check_fingerprint
+from raytower.index.reader import Index
 from raytower.index.versions import open_manifest
 from raytower.models.cross_encoder import CrossEncoder
-from raytower.models.encoder import Encoder
 from raytower.progress import log
 from raytower.ranked.rows import RankedText, RankedWriter, join_parts, ranked_file_type
 from raytower.retrieval.config import RankedFileType, SearchConfig
-from raytower.retrieval.load import fusion_in, fusion_of, own_or
+from raytower.retrieval.load import fusion_in, fusion_of, load_encoder_of, own_or
 from raytower.retrieval.retriever import Hit
 from raytower.retrieval.search import open_search, plan_search, search
 from raytower.storage import Location, absolute_if_local
@@ -187,11 +185,8 @@ def _job(config: SearchConfig, file_type: RankedFileType, surveyed: Survey, shar
     """Raises InputError where models, fusion and index do not go together, before any worker begins."""
     assert config.output is not None
     manifest = open_manifest(config.index)
-    check_mode(manifest, config.mode)
     name = config.encoder or manifest.encoder
-    encoder = None if config.mode == "lexical" else Encoder.load(name)
-    if encoder is not None:
-        check_fingerprint(manifest, encoder.fingerprint, name)
+    encoder = load_encoder_of(manifest, config.mode, name)
     reranker = CrossEncoder.load(config.reranker) if config.reranker else None
     fusion = fusion_of(config.reranker, reranker.fusion if reranker else None, config.fusion_weight)
     fusion = fusion_in(config.mode, fusion, config.fusion_weight)

@@ -138,6 +138,21 @@ def open_index_manifest(
     return manifest
 
 
+def load_encoder_of(manifest: IndexManifest, mode: SearchMode, name: str) -> Encoder | None:
+    """The encoder `name` of queries to an index version; None in mode lexical, which needs none.
+
+    Raises:
+        InputError: there is no such model, or the version cannot be searched in this mode.
+        FormatError: the index was made by another encoder.
+    """
+    check_mode(manifest, mode)
+    if mode == "lexical":
+        return None
+    encoder = Encoder.load(name)
+    check_fingerprint(manifest, encoder.fingerprint, name)
+    return encoder
+
+
 def own_or(prefix: str | None, encoder: Encoder, role: Literal["query", "document"], name: str) -> str:
     """The configured prefix, or the own of the encoder `name` where it is null."""
     return own_prefix(encoder, role, name) if prefix is None else prefix
