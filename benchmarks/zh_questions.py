@@ -1,143 +1,172 @@
-"""The demo's way on Chinese questions: zero-shot beside trained, on a corpus sample that holds every relevant text.
+"""An encoder and a reranker for Chinese questions from all judged pairs, and what each step of search finds.
 
-    python benchmarks/zh_questions.py --data DIR --model DIR --work DIR [--corpus-rows 50000] [--train-rows 8000]
+    python benchmarks/zh_questions.py --work DIR [--data DIR] [--model DIR] [--corpus-rows 20000]
 
-DIR of --data holds train.tsv (pairs), dev.tsv (pairs) and corpus.tsv (one text a line). Prints one table. Of the whole
-corpus: --corpus-rows 0; without training: --train-rows 0.
+Puts the files that docs/results/zh_questions/pipeline.yaml and measure.yaml name into DIR, runs both there by
+`raytower pipeline` (which goes on where it was, and runs nothing twice), and prints the table of all dev queries in
+the whole corpus, or in a sample that holds every relevant text. Pairs for tuning are held out by whole groups of
+paraphrases, so that no training text says what one of them does.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
-import time
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from raytower.config import make_config
-from raytower.encoding.config import EncodeConfig
-from raytower.encoding.job import encode
-from raytower.evaluation.config import EvaluateConfig
-from raytower.evaluation.evaluate import evaluate
-from raytower.index.build import build_index
-from raytower.index.config import IndexBuildConfig
-from raytower.training.config import TrainRetrieverConfig
-from raytower.training.retriever import train_retriever
+import numpy as np
+import questions as zh
+from numpy.typing import NDArray
 
-METRICS = ("hit@1", "hit@10", "recall@1", "recall@10", "recall@50", "mrr@10", "ndcg@10")
+PIPELINES = zh.REPOSITORY / "docs" / "results" / "zh_questions"
+METRICS = ("recall@1", "recall@10", "recall@50", "mrr@10", "ndcg@10")
+# Title, output of its evaluation, and the output that its gain is counted from.
+ROWS = (
+    ("zero-shot, dense", "zero_shot", None),
+    ("zero-shot, hybrid", "zero_shot_hybrid", "zero_shot"),
+    ("trained, dense", "trained", "zero_shot"),
+    ("trained, hybrid", "trained_hybrid", "trained"),
+    ("trained, 20 reranked", "reranked", "trained"),
+)
+HELD_OUT = 1_600
+_LARGEST_GROUP = 12
+_TUNE_ROWS = 20_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--prefix", default="query: ")
-    parser.add_argument("--corpus-rows", type=int, default=50_000)
-    parser.add_argument("--train-rows", type=int, default=8_000)
+    parser.add_argument("--data", type=Path, default=zh.DEFAULT_DATA)
+    parser.add_argument("--model", type=Path, default=zh.DEFAULT_MODEL)
+    parser.add_argument("--corpus-rows", type=int, help="null searches the whole corpus")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    sample(arguments)
-    rows = {"zero-shot": measure("zero-shot", arguments.model, arguments)}
-    if arguments.train_rows:
-        train(arguments)
-        rows["trained"] = measure("trained", str(arguments.work / "encoder"), arguments)
-    print("| encoder | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
-    for name, values in rows.items():
-        cells = []
-        for metric in METRICS:
-            low, high = values["intervals"][metric]
-            cells.append(f"{values[metric]:.3f} [{low:.3f}, {high:.3f}]")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    prepare(arguments.work, arguments.data / "zh_questions", arguments.model.resolve())
+    put_corpus(arguments)
+    for name in ("pipeline.yaml", "measure.yaml"):
+        shutil.copyfile(PIPELINES / name, arguments.work / name)
+        command = [sys.executable, "-m", "raytower.cli", "pipeline", "--config", name]
+        environment = {"HF_HUB_OFFLINE": "1", **os.environ}
+        if code := subprocess.run(command, cwd=arguments.work, env=environment).returncode:
+            raise SystemExit(f"{name} ended with {code}; run this again to go on")
+    print("\n".join(table(arguments.work / "runs")))
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """One pass over the sampled pairs."""
-    started = time.perf_counter()
-    figures = train_retriever(
-        make_config(
-            TrainRetrieverConfig,
-            {
-                "model": arguments.model,
-                "train": {"path": str(arguments.work / "train.tsv"), "format": "pairs"},
-                "output": str(arguments.work / "encoder"),
-                "batch_size": 64,
-                "max_length": 64,
-                "query_prefix": arguments.prefix,
-                "document_prefix": arguments.prefix,
-                "optimizer": {"lr": 2e-5},
-            },
-        )
+def prepare(work: Path, data: Path, model: Path) -> None:
+    """The files of pipeline.yaml, by fixed seeds."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "model").exists():
+        (work / "model").symlink_to(model)
+    pairs = [pair_of(row) for row in zh.read_lines(data / "recall" / "train.tsv")]
+    group_of = groups(pairs)
+    held = held_out(pairs, group_of)
+    tune = [pair for pair in pairs if group_of[pair[0]] in held]
+    train = [pair for pair in pairs if group_of[pair[0]] not in held]
+    random.Random(zh.SAMPLE_SEED).shuffle(train)
+    held_texts = {text for pair in tune for text in pair}
+    rows = [row.split("\t") for row in zh.read_lines(data / "sort" / "train_labeled.tsv")[1:]]
+    judged = [
+        {"query": query, "document": document, "score": int(label)}
+        for query, document, label in rows
+        if query not in held_texts and document not in held_texts
+    ]
+    relevant = list(dict.fromkeys(document for _, document in tune))
+    others = dict.fromkeys(zh.read_lines(data / "recall" / "train_unsupervised.txt"))
+    drawn = random.Random(zh.SAMPLE_SEED).sample(
+        [text for text in others if text not in held_texts], _TUNE_ROWS - len(relevant)
     )
-    print(f"training: {figures['steps']} steps, {time.perf_counter() - started:.0f} s")
+    lines = [json.dumps(row, ensure_ascii=False) for row in judged]
+    put(work / "train.tsv", ["\t".join(pair) for pair in train])
+    put(work / "judged.jsonl", lines)
+    put(work / "texts.txt", list(dict.fromkeys(text for pair in train for text in pair)))
+    put(work / "tune.tsv", ["\t".join(pair) for pair in tune])
+    put(work / "tune_corpus.txt", [*relevant, *drawn])
+    put(work / "dev.tsv", zh.read_lines(data / "recall" / "dev.tsv"))
+    put(work / "dev_labeled.tsv", zh.read_lines(data / "sort" / "dev_labeled.tsv"))
 
 
-def sample(arguments: argparse.Namespace) -> None:
-    """Corpus: every relevant text and a seeded draw of others. Training: a seeded draw of the pairs."""
-    draw = random.Random(0)
-    dev = read_lines(arguments.data / "dev.tsv")
-    needed = {line.split("\t")[1] for line in dev}
-    corpus = read_lines(arguments.data / "corpus.tsv")
-    others = [text for text in corpus if text not in needed]
-    room = arguments.corpus_rows - len(needed) if arguments.corpus_rows else len(others)
-    kept = set(draw.sample(range(len(others)), max(room, 0)))
-    chosen = [text for text in corpus if text in needed] + [others[row] for row in sorted(kept)]
-    write_lines(arguments.work / "corpus.txt", chosen)
-    write_lines(arguments.work / "dev.tsv", dev)
-    train = read_lines(arguments.data / "train.tsv")
-    write_lines(arguments.work / "train.tsv", draw.sample(train, min(arguments.train_rows, len(train))))
+def put_corpus(arguments: argparse.Namespace) -> None:
+    if arguments.corpus_rows is None:
+        texts = list(dict.fromkeys(zh.read_lines(arguments.data / "zh_questions" / "recall" / "corpus.tsv")))
+    else:
+        texts = zh.dev_sample(arguments.data, arguments.corpus_rows).corpus
+    put(arguments.work / "corpus.txt", texts)
 
 
-def measure(name: str, encoder: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Encode, index (HNSW, 2 shards) and evaluate on all dev queries; prints the time of each stage."""
-    work = arguments.work
-    encoded = encode(
-        make_config(
-            EncodeConfig,
-            {
-                "encoder": encoder,
-                "input": {"path": str(work / "corpus.txt")},
-                "output": str(work / f"embeddings-{name}"),
-                "prefix": arguments.prefix,
-                "max_length": 64,
-                "dtype": "bfloat16",
-                "workers": {"min": 2, "num": 2},
-            },
-        )
-    )
-    values = {
-        "embeddings": str(work / f"embeddings-{name}"),
-        "output": str(work / f"index-{name}"),
-        "kind": "hnsw",
+def put(path: Path, lines: Sequence[str]) -> None:
+    """Write where it changes something: the pipeline runs anew what reads a file that is newer."""
+    text = "".join(f"{line}\n" for line in lines)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        zh.write_atomically(path, text)
+
+
+def pair_of(row: str) -> tuple[str, str]:
+    left, right = row.split("\t")
+    return left, right
+
+
+def groups(pairs: zh.Pairs) -> dict[str, str]:
+    """The group of each text: texts that a chain of pairs connects are one group (union-find)."""
+    parent: dict[str, str] = {}
+
+    def root(text: str) -> str:
+        while parent.setdefault(text, text) != text:
+            parent[text] = text = parent[parent[text]]
+        return text
+
+    for left, right in pairs:
+        parent[root(left)] = root(right)
+    return {text: root(text) for text in list(parent)}
+
+
+def held_out(pairs: zh.Pairs, group_of: dict[str, str]) -> set[str]:
+    """Groups drawn until they hold `HELD_OUT` pairs, none of them large."""
+    sizes: dict[str, int] = {}
+    for left, _ in pairs:
+        sizes[group_of[left]] = sizes.get(group_of[left], 0) + 1
+    names = sorted(name for name, size in sizes.items() if size <= _LARGEST_GROUP)
+    random.Random(zh.SAMPLE_SEED).shuffle(names)
+    held: set[str] = set()
+    count = 0
+    for name in names:
+        if count >= HELD_OUT:
+            break
+        held.add(name)
+        count += sizes[name]
+    return held
+
+
+def table(runs: Path) -> list[str]:
+    """A row for each step that was measured: its metrics, and its gain with paired intervals over queries."""
+    found = {
+        name: read_values(runs / name) for _, name, _ in ROWS if (runs / name / "per_query.jsonl").is_file()
     }
-    built = build_index(make_config(IndexBuildConfig, {**values, "shards": 2}))
-    figures = evaluate(
-        make_config(
-            EvaluateConfig,
-            {
-                "encoder": encoder,
-                "index": str(work / f"index-{name}"),
-                "queries": {"path": str(work / "dev.tsv"), "format": "pairs"},
-                "query_prefix": arguments.prefix,
-                "output": str(work / f"report-{name}"),
-                "dtype": "bfloat16",
-                "max_length": 64,
-            },
-        )
-    )
-    print(
-        f"{name}: encode {encoded['seconds']:.0f} s ({encoded['tokens_per_second']:,.0f} tokens/s), "
-        f"index {built['seconds']:.0f} s (recall {built['recall']}), evaluate {figures['seconds']:.0f} s"
-    )
-    return figures
+    lines = [
+        "| step | " + " | ".join(METRICS) + " | gain in recall@1 | recall@10 | mrr@10 | ndcg@10 |",
+        "|---" * (len(METRICS) + 5) + "|",
+    ]
+    for title, name, base in ROWS:
+        if name not in found:
+            continue
+        cells = [title, *(f"{found[name][metric].mean():.4f}" for metric in METRICS)]
+        for metric in ("recall@1", "recall@10", "mrr@10", "ndcg@10"):
+            has_base = base is not None and base in found
+            cells.append(
+                zh.difference_with_interval(found[name][metric], found[str(base)][metric]) if has_base else ""
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
-def read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def read_values(output: Path) -> dict[str, NDArray[np.float64]]:
+    """Each metric of an evaluation by query (Q,), in the order of the dev file."""
+    rows = [json.loads(line)["metrics"] for line in zh.read_lines(output / "per_query.jsonl")]
+    return {metric: np.array([row[metric] for row in rows]) for metric in METRICS}
 
 
 if __name__ == "__main__":
