@@ -333,8 +333,8 @@ class Miner:
     def _pass_screen(self, batch: Sequence[Pair], drawn: Sequence[list[Candidate]]) -> list[list[Candidate]]:
         """The first `num_negatives` of each pair's drawn candidates that pass the screen; without one, the first.
 
-        A cross-encoder scores no more than it has to: first a few of each pair, then, of pairs that too few are left
-        of, all others. The result is that of scoring all.
+        A cross-encoder scores little more than it has to: first a few of each pair, then, of pairs that too few are
+        left of, twice as many each time. The result is that of scoring all.
         """
         wanted, screen = self._config.num_negatives, self._config.screen
         if screen is None or self._screen is None:
@@ -345,13 +345,12 @@ class Miner:
         limits = [screen.limit(score) for (score,) in own]
         taken: list[list[Candidate]] = [[] for _ in batch]
         rest = [list(items) for items in drawn]
-        for num_scored in (wanted * _SCREENED_FIRST, None):
-            lacking = [place for place, items in enumerate(taken) if len(items) < wanted and rest[place]]
+        num_scored = wanted * _SCREENED_FIRST
+        while lacking := [place for place, items in enumerate(taken) if len(items) < wanted and rest[place]]:
             looked_at = [rest[place][:num_scored] for place in lacking]
+            num_scored *= 2
             queries = [batch[place].query for place in lacking]
             texts = [[item.text for item in items] for items in looked_at]
-            if not lacking:
-                break
             for place, items, scores in zip(
                 lacking, looked_at, self._logits(self._screen, "screen", queries, texts), strict=True
             ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from raytower.annotation.classify import classify, plan_classify
 from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityConfig
 from raytower.annotation.cosines import pair_cosines
 from raytower.annotation.labels import count_votes, label_logits, rank_labels
-from raytower.annotation.mine import mine, plan_mine
+from raytower.annotation.mine import Miner, mine, plan_mine
 from raytower.annotation.similarity import average_precision, measure_scores, plan_similarity, similarity
 from raytower.cli.tables import render_evaluation, render_tuning
 from raytower.config import make_config
@@ -425,6 +426,33 @@ def test_a_screen_drops_what_a_cross_encoder_takes_for_positives(
     values = _values(world, pairs)
     plan = plan_mine(make_config(MineConfig, {**values, "output": str(tmp_path / "o.tsv"), **settings}))
     assert plan["screened_pairs"] == 1 + 2 * 3
+
+
+def test_a_screen_scores_few_more_than_it_needs(
+    world: World, dummy_reranker_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 30 candidates the first 2, then 4 more, then 8: as many as one that passes takes."""
+    query, positive = "tiger lemons", TEXTS[3]
+    near = list(dict.fromkeys(CORPUS[place] for place in world.nearest(query, 30)))
+    near = [text for text in near if text not in (query, positive)]
+    logits = _logits(dummy_reranker_dir, query, [positive, *near])
+    # One of the third to sixth that lies below all before it; the margin lets it pass, and none before it.
+    first = next(place for place in range(2, 6) if logits[place + 1] < min(logits[1 : place + 1]))
+    margin = float(logits[0] - (min(logits[1 : first + 1]) + logits[first + 1]) / 2)
+    scored: list[int] = []
+    logits_of = Miner._logits
+
+    def counted(self: Miner, scorer: Any, key: Any, queries: Any, texts: Sequence[Sequence[str]]) -> Any:
+        scored.append(sum(map(len, texts)))
+        return logits_of(self, scorer, key, queries, texts)
+
+    monkeypatch.setattr(Miner, "_logits", counted)
+    screen = {"reranker": str(dummy_reranker_dir), "margin": margin}
+    _, (_, row) = _mine(
+        world, tmp_path, [(query, positive)], recall_k=30, num_negatives=1, sampling="top", screen=screen
+    )
+    assert row[2] == near[first]
+    assert scored == [1, 2, 4]
 
 
 def test_mining_takes_the_nearest_and_leaves_a_margin(world: World, tmp_path: Path) -> None:
