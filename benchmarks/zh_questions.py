@@ -1,11 +1,11 @@
 """An encoder and a reranker for Chinese questions from all judged pairs, and what each step of search finds.
 
-    python benchmarks/zh_questions.py --work DIR [--data DIR] [--model DIR] [--corpus-rows 20000]
+    python benchmarks/zh_questions.py --work DIR [--data DIR] [--model DIR] [--corpus-rows 20000] [--rerankers]
 
-Puts the files that docs/results/zh_questions/pipeline.yaml and measure.yaml name into DIR, runs both there by
+Puts the files that docs/results/zh_questions/*.yaml name into DIR, runs pipeline.yaml and measure.yaml there by
 `raytower pipeline` (which goes on where it was, and runs nothing twice), and prints the table of all dev queries in
-the whole corpus, or in a sample that holds every relevant text. Pairs for tuning are held out by whole groups of
-paraphrases, so that no training text says what one of them does.
+the whole corpus, or in a sample that holds every relevant text. `--rerankers`: rerankers.yaml too, and its table.
+Pairs for tuning are held out by whole groups of paraphrases, so that no training text says what one of them does.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ ROWS = (
     ("trained, hybrid", "trained_hybrid", "trained"),
     ("trained, 20 reranked", "reranked", "trained"),
 )
+RERANKERS = ("pointwise_bce", "pointwise_classes", "pairwise", "listwise", "distilled", "reranker")
 HELD_OUT = 1_600
 _LARGEST_GROUP = 12
 _TUNE_ROWS = 20_000
+_KINDS_PAIRS = 20_000
+_KINDS_QUERIES = 1_000
 
 
 def main() -> None:
@@ -44,17 +47,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=zh.DEFAULT_DATA)
     parser.add_argument("--model", type=Path, default=zh.DEFAULT_MODEL)
-    parser.add_argument("--corpus-rows", type=int, help="null searches the whole corpus")
+    parser.add_argument("--corpus-rows", type=int, help="without it the whole corpus is searched")
+    parser.add_argument("--rerankers", action="store_true")
     arguments = parser.parse_args()
     prepare(arguments.work, arguments.data / "zh_questions", arguments.model.resolve())
     put_corpus(arguments)
-    for name in ("pipeline.yaml", "measure.yaml"):
+    for name in ("pipeline.yaml", "measure.yaml", *(["rerankers.yaml"] if arguments.rerankers else [])):
         shutil.copyfile(PIPELINES / name, arguments.work / name)
         command = [sys.executable, "-m", "raytower.cli", "pipeline", "--config", name]
         environment = {"HF_HUB_OFFLINE": "1", **os.environ}
         if code := subprocess.run(command, cwd=arguments.work, env=environment).returncode:
             raise SystemExit(f"{name} ended with {code}; run this again to go on")
     print("\n".join(table(arguments.work / "runs")))
+    if arguments.rerankers:
+        print("\n" + "\n".join(table_of_rerankers(arguments.work / "runs")))
 
 
 def prepare(work: Path, data: Path, model: Path) -> None:
@@ -88,6 +94,27 @@ def prepare(work: Path, data: Path, model: Path) -> None:
     put(work / "tune_corpus.txt", [*relevant, *drawn])
     put(work / "dev.tsv", zh.read_lines(data / "recall" / "dev.tsv"))
     put(work / "dev_labeled.tsv", zh.read_lines(data / "sort" / "dev_labeled.tsv"))
+    put_for_kinds(work, data, lines, held_texts)
+
+
+def put_for_kinds(work: Path, data: Path, judged: Sequence[str], held_texts: set[str]) -> None:
+    """The files of rerankers.yaml: as many (query, document) pairs for each kind."""
+
+    def drawn(rows: Sequence[str], count: int) -> list[str]:
+        return random.Random(zh.SAMPLE_SEED).sample(rows, count)
+
+    header, *rows = zh.read_lines(data / "sort" / "train_pairwise.tsv")
+    triples = [
+        row for row in rows if not held_texts.intersection(texts := row.split("\t")) and texts[1] != texts[2]
+    ]
+    dev: dict[str, list[str]] = {}
+    for row in zh.read_lines(work / "dev.tsv"):
+        dev.setdefault(pair_of(row)[0], []).append(row)
+    put(work / "judged_20k.jsonl", drawn(judged, _KINDS_PAIRS))
+    put(work / "triples_10k.tsv", [header, *drawn(triples, _KINDS_PAIRS // 2)])
+    # The mined ones have two negatives each.
+    put(work / "train_6k.tsv", zh.read_lines(work / "train.tsv")[: _KINDS_PAIRS // 3])
+    put(work / "dev_1k.tsv", [row for query in drawn(list(dev), _KINDS_QUERIES) for row in dev[query]])
 
 
 def put_corpus(arguments: argparse.Namespace) -> None:
@@ -163,9 +190,42 @@ def table(runs: Path) -> list[str]:
     return lines
 
 
+def table_of_rerankers(runs: Path) -> list[str]:
+    """A row for each reranker: its AUC, and nDCG@10 and MRR@10 of 20 and 100 candidates beside recall alone."""
+    lines = [
+        "| reranker | training, s | AUC | weight | candidates | ms a query | ndcg@10 | gain | mrr@10 | gain |",
+        "|---" * 10 + "|",
+    ]
+    every = read_queries(runs / "trained")
+    for name in RERANKERS:
+        card = json.loads((runs / name / "raytower.json").read_text(encoding="utf-8"))
+        for depth in (20, 100):
+            output = runs / f"{name}_{depth}"
+            report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+            found = read_queries(output)
+            cells = [name, f"{card['figures']['seconds']:.0f}", f"{card['figures']['best']:.4f}"]
+            cells += [
+                f"{card['fusion']['weight']:.2f}",
+                str(depth),
+                f"{report['milliseconds']['rerank']:.0f}",
+            ]
+            for metric in ("ndcg@10", "mrr@10"):
+                values = np.array([row[metric] for row in found.values()])
+                base = np.array([every[query][metric] for query in found])
+                cells += [f"{values.mean():.4f}", zh.difference_with_interval(values, base)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def read_queries(output: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each query of an evaluation, in the order of its file."""
+    rows = [json.loads(line) for line in zh.read_lines(output / "per_query.jsonl")]
+    return {row["query"]: row["metrics"] for row in rows}
+
+
 def read_values(output: Path) -> dict[str, NDArray[np.float64]]:
-    """Each metric of an evaluation by query (Q,), in the order of the dev file."""
-    rows = [json.loads(line)["metrics"] for line in zh.read_lines(output / "per_query.jsonl")]
+    """Each metric of an evaluation by query (Q,)."""
+    rows = read_queries(output).values()
     return {metric: np.array([row[metric] for row in rows]) for metric in METRICS}
 
 
