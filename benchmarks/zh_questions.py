@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import questions as zh
@@ -36,6 +37,7 @@ ROWS = (
 )
 RERANKERS = ("pointwise_bce", "pointwise_classes", "pairwise", "listwise", "distilled", "reranker")
 HELD_OUT = 1_600
+Row = TypeVar("Row")
 _LARGEST_GROUP = 12
 _TUNE_ROWS = 20_000
 _KINDS_PAIRS = 20_000
@@ -72,8 +74,7 @@ def prepare(work: Path, data: Path, model: Path) -> None:
     group_of = groups(pairs)
     held = held_out(pairs, group_of)
     tune = [pair for pair in pairs if group_of[pair[0]] in held]
-    train = [pair for pair in pairs if group_of[pair[0]] not in held]
-    random.Random(zh.SAMPLE_SEED).shuffle(train)
+    train = shuffled([pair for pair in pairs if group_of[pair[0]] not in held], seed=1)
     held_texts = {text for pair in tune for text in pair}
     rows = [row.split("\t") for row in zh.read_lines(data / "sort" / "train_labeled.tsv")[1:]]
     judged = [
@@ -83,9 +84,7 @@ def prepare(work: Path, data: Path, model: Path) -> None:
     ]
     relevant = list(dict.fromkeys(document for _, document in tune))
     others = dict.fromkeys(zh.read_lines(data / "recall" / "train_unsupervised.txt"))
-    drawn = random.Random(zh.SAMPLE_SEED).sample(
-        [text for text in others if text not in held_texts], _TUNE_ROWS - len(relevant)
-    )
+    drawn = shuffled([text for text in others if text not in held_texts])[: _TUNE_ROWS - len(relevant)]
     lines = [json.dumps(row, ensure_ascii=False) for row in judged]
     put(work / "train.tsv", ["\t".join(pair) for pair in train])
     put(work / "judged.jsonl", lines)
@@ -99,10 +98,6 @@ def prepare(work: Path, data: Path, model: Path) -> None:
 
 def put_for_kinds(work: Path, data: Path, judged: Sequence[str], held_texts: set[str]) -> None:
     """The files of rerankers.yaml: as many (query, document) pairs for each kind."""
-
-    def drawn(rows: Sequence[str], count: int) -> list[str]:
-        return random.Random(zh.SAMPLE_SEED).sample(rows, count)
-
     header, *rows = zh.read_lines(data / "sort" / "train_pairwise.tsv")
     triples = [
         row for row in rows if not held_texts.intersection(texts := row.split("\t")) and texts[1] != texts[2]
@@ -110,11 +105,11 @@ def put_for_kinds(work: Path, data: Path, judged: Sequence[str], held_texts: set
     dev: dict[str, list[str]] = {}
     for row in zh.read_lines(work / "dev.tsv"):
         dev.setdefault(pair_of(row)[0], []).append(row)
-    put(work / "judged_20k.jsonl", drawn(judged, _KINDS_PAIRS))
-    put(work / "triples_10k.tsv", [header, *drawn(triples, _KINDS_PAIRS // 2)])
-    # The mined ones have two negatives each.
-    put(work / "train_6k.tsv", zh.read_lines(work / "train.tsv")[: _KINDS_PAIRS // 3])
-    put(work / "dev_1k.tsv", [row for query in drawn(list(dev), _KINDS_QUERIES) for row in dev[query]])
+    put(work / "judged_20k.jsonl", shuffled(judged)[:_KINDS_PAIRS])
+    put(work / "triples_10k.tsv", [header, *triples[: _KINDS_PAIRS // 2]])
+    # Two of three get negatives, two each.
+    put(work / "train_10k.tsv", zh.read_lines(work / "train.tsv")[: _KINDS_PAIRS // 2])
+    put(work / "dev_1k.tsv", [row for query in shuffled(list(dev))[:_KINDS_QUERIES] for row in dev[query]])
 
 
 def put_corpus(arguments: argparse.Namespace) -> None:
@@ -130,6 +125,12 @@ def put(path: Path, lines: Sequence[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         zh.write_atomically(path, text)
+
+
+def shuffled(rows: Sequence[Row], seed: int = zh.SAMPLE_SEED) -> list[Row]:
+    found = list(rows)
+    random.Random(seed).shuffle(found)
+    return found
 
 
 def pair_of(row: str) -> tuple[str, str]:
@@ -156,15 +157,14 @@ def held_out(pairs: zh.Pairs, group_of: dict[str, str]) -> set[str]:
     sizes: dict[str, int] = {}
     for left, _ in pairs:
         sizes[group_of[left]] = sizes.get(group_of[left], 0) + 1
-    names = sorted(name for name, size in sizes.items() if size <= _LARGEST_GROUP)
-    random.Random(zh.SAMPLE_SEED).shuffle(names)
     held: set[str] = set()
     count = 0
-    for name in names:
+    for name in shuffled(sorted(sizes), seed=7):
         if count >= HELD_OUT:
             break
-        held.add(name)
-        count += sizes[name]
+        if sizes[name] <= _LARGEST_GROUP:
+            held.add(name)
+            count += sizes[name]
     return held
 
 
