@@ -35,7 +35,7 @@ ROWS = (
     ("trained, hybrid", "trained_hybrid", "trained"),
     ("trained, 20 reranked", "reranked", "trained"),
 )
-RERANKERS = ("pointwise_bce", "pointwise_classes", "pairwise", "listwise", "distilled", "reranker")
+RERANKERS = ("pointwise_bce", "pointwise_classes", "pairwise", "listwise", "distilled", "judging", "reranker")
 HELD_OUT = 1_600
 Row = TypeVar("Row")
 _LARGEST_GROUP = 12
@@ -97,7 +97,7 @@ def prepare(work: Path, data: Path, model: Path) -> None:
 
 
 def put_for_kinds(work: Path, data: Path, judged: Sequence[str], held_texts: set[str]) -> None:
-    """The files of rerankers.yaml: as many (query, document) pairs for each kind."""
+    """All triples, and the files of rerankers.yaml: as many (query, document) pairs for each kind."""
     header, *rows = zh.read_lines(data / "sort" / "train_pairwise.tsv")
     triples = [
         row for row in rows if not held_texts.intersection(texts := row.split("\t")) and texts[1] != texts[2]
@@ -106,6 +106,7 @@ def put_for_kinds(work: Path, data: Path, judged: Sequence[str], held_texts: set
     for row in zh.read_lines(work / "dev.tsv"):
         dev.setdefault(pair_of(row)[0], []).append(row)
     put(work / "judged_20k.jsonl", shuffled(judged)[:_KINDS_PAIRS])
+    put(work / "triples.tsv", [header, *triples])
     put(work / "triples_10k.tsv", [header, *triples[: _KINDS_PAIRS // 2]])
     # Two of three get negatives, two each.
     put(work / "train_10k.tsv", zh.read_lines(work / "train.tsv")[: _KINDS_PAIRS // 2])
