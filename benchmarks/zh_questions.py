@@ -35,7 +35,7 @@ ROWS = (
     ("trained, hybrid", "trained_hybrid", "trained"),
     ("trained, 20 reranked", "reranked", "trained"),
 )
-RERANKERS = ("pointwise_bce", "pointwise_classes", "pairwise", "listwise", "distilled", "judging", "reranker")
+RERANKERS = ("pointwise_bce", "pointwise_classes", "pairwise", "listwise", "distilled", "reranker")
 HELD_OUT = 1_600
 Row = TypeVar("Row")
 _LARGEST_GROUP = 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from raytower.commands import COMMANDS, find_reference
@@ -32,6 +34,7 @@ from raytower.training.config import TrainRetrieverConfig
 from raytower.training.retriever import RetrieverTask
 from raytower.training.runner import finished_run, run_identity, run_key
 from tests.support.data_files import beir_folder
+from tests.support.doc_pages import ROOT
 from tests.support.encoding_here import encode_here
 from tests.support.index_cases import HERE
 from tests.support.tiny_models import build_tiny_encoder
@@ -598,3 +601,19 @@ def test_a_comparison_is_made_anew_where_what_it_compares_has_changed(tmp_path: 
     early = {"state": str(tmp_path / "s2"), "steps": [steps[2], *steps[:2]]}
     with pytest.raises(InputError, match="step 1"):
         plan_pipeline(make_config(PipelineConfig, early))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/*.yaml")), ids=lambda path: path.stem)
+def test_configs_of_the_results_are_valid(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipelines that the results tell people to copy: keys, and the order of what is written and read."""
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "steps" in values:
+        steps = _prepare(make_config(PipelineConfig, values))
+        assert [step.job for step in steps] == [step["job"] for step in values["steps"]]
+    else:
+        named = re.match(r"# raytower ([a-z]+(?:-[a-z]+| build)?)[:,]", path.read_text(encoding="utf-8"))
+        assert named is not None
+        make_config(find_reference(COMMANDS[named[1]].config), values, source=path.name)
