@@ -18,14 +18,11 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from gpu_training import NUM_COLUMNS, Batch, backward
+from gpu_training import Batch, backward, make_batch
 from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaModel
 
 from raytower.models.encoder import Encoder, EncoderSettings
-from raytower.models.token_block import TokenBlock
 from raytower.models.two_tower import TwoTower
-from raytower.objectives.keys import BatchKeys, text_keys
-from raytower.objectives.targets import Targets
 from raytower.training.config import OptimizerConfig
 from raytower.training.optimizer import make_optimizer, make_schedule
 from raytower.training.step import TrainingStep
@@ -34,7 +31,6 @@ from raytower.training.word_gradients import WordGradients
 VOCABULARIES = {"250,002 rows": 250_002, "5,000 rows": 5_000}
 PAIRS, LENGTH, TOKENS_PER_CHUNK = 64, 64, 1_024
 _PADDING_ID = 1
-_FIRST_ORDINARY_ID = 5
 
 
 def main() -> None:
@@ -53,7 +49,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {title: [] for title in ways}
     for repeat in range(arguments.repeats + 1):
         for title, (size, _) in ways.items():
-            taken = backward_seconds(steps[title], make_batch(size))
+            taken = backward_seconds(steps[title], make_batch(PAIRS, LENGTH, size))
             if repeat:  # the first makes the optimizer's moments and fills caches
                 seconds[title].append(taken)
     print(f"{arguments.dtype}, {arguments.threads} threads, median of {arguments.repeats}")
@@ -63,6 +59,7 @@ def main() -> None:
 
 
 def make_step(vocabulary: int, dtype: str, is_ours: bool) -> TrainingStep:
+    """A randomly initialised encoder whose table has `vocabulary` rows, as a training job makes it."""
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=vocabulary,
@@ -78,15 +75,6 @@ def make_step(vocabulary: int, dtype: str, is_ours: bool) -> TrainingStep:
     schedule = make_schedule(optimizer, num_steps=1_000_000, warmup_ratio=0.1)
     words = WordGradients.of(tower) if is_ours else None
     return TrainingStep(tower, optimizer, schedule, dtype=getattr(torch, dtype), words=words)
-
-
-def make_batch(vocabulary: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    shape = (NUM_COLUMNS, PAIRS, LENGTH)
-    ids = torch.randint(_FIRST_ORDINARY_ID, vocabulary, shape, generator=generator).tolist()
-    queries, documents = ([f"{side}{row}" for row in range(PAIRS)] for side in "qd")
-    keys = BatchKeys(query=text_keys(queries), documents=(text_keys(documents),))
-    return Batch([TokenBlock.of(column) for column in ids], Targets(keys=keys))
 
 
 def backward_seconds(step: TrainingStep, batch: Batch) -> float:

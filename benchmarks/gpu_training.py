@@ -189,10 +189,10 @@ def make_step(
     return TrainingStep(tower, optimizer, schedule, dtype=dtype, words=WordGradients.of(tower))
 
 
-def make_batch(num_pairs: int, length: int) -> Batch:
+def make_batch(num_pairs: int, length: int, vocabulary: int = VOCABULARY) -> Batch:
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_COLUMNS, num_pairs, length)
-    ids = torch.randint(FIRST_ORDINARY_ID, VOCABULARY, shape, generator=generator).tolist()
+    ids = torch.randint(FIRST_ORDINARY_ID, vocabulary, shape, generator=generator).tolist()
     queries, documents = ([f"{side}{row}" for row in range(num_pairs)] for side in "qd")
     keys = BatchKeys(query=text_keys(queries), documents=(text_keys(documents),))
     return Batch([TokenBlock.of(column) for column in ids], Targets(keys=keys))
