@@ -41,7 +41,6 @@ from raytower.retrieval.load import (
 )
 from raytower.retrieval.plans import plan_rows
 from raytower.retrieval.retriever import Candidate, PairScorer, Retriever, Vectors, count_wordless
-from raytower.retrieval.scores import finite_logits
 from raytower.storage import Location, absolute_if_local
 
 _COLUMNS = {
@@ -273,10 +272,11 @@ class Miner:
         """
         if self._teacher is None:
             return [[1, *[0] * (len(documents) - 1)] if documents else [] for documents in lists]
-        return self._logits(self._teacher, "teacher", [pair.query for pair in batch], lists)
+        return self._logits(self._teacher, [pair.query for pair in batch], lists)
 
+    @staticmethod
     def _logits(
-        self, scorer: PairScorer, key: str, queries: Sequence[str], lists: Sequence[Sequence[str]]
+        scorer: PairScorer, queries: Sequence[str], lists: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """The logit of each document in the list of each query; one call scores all pairs.
 
@@ -285,13 +285,9 @@ class Miner:
         """
         flat = [query for query, documents in zip(queries, lists, strict=True) for _ in documents]
         texts = [text for documents in lists for text in documents]
-        logits = finite_logits(scorer, flat, texts, name=self._name_of(key), role=key)
+        logits = scorer.score(flat, texts)
         ends = np.cumsum([len(documents) for documents in lists])[:-1]
         return [part.tolist() for part in np.split(logits, ends)]
-
-    def _name_of(self, key: str) -> str | None:
-        screen = self._config.screen
-        return screen.reranker if key == "screen" and screen is not None else self._config.teacher
 
     def _limits(
         self, batch: Sequence[Pair], vectors: Vectors | None, rows: dict[str, int]
@@ -339,9 +335,7 @@ class Miner:
         wanted, screen = self._config.num_negatives, self._config.screen
         if screen is None or self._screen is None:
             return [items[:wanted] for items in drawn]
-        own = self._logits(
-            self._screen, "screen", [pair.query for pair in batch], [[pair.document] for pair in batch]
-        )
+        own = self._logits(self._screen, [pair.query for pair in batch], [[pair.document] for pair in batch])
         limits = [screen.limit(score) for (score,) in own]
         taken: list[list[Candidate]] = [[] for _ in batch]
         rest = [list(items) for items in drawn]
@@ -352,7 +346,7 @@ class Miner:
             queries = [batch[place].query for place in lacking]
             texts = [[item.text for item in items] for items in looked_at]
             for place, items, scores in zip(
-                lacking, looked_at, self._logits(self._screen, "screen", queries, texts), strict=True
+                lacking, looked_at, self._logits(self._screen, queries, texts), strict=True
             ):
                 passed = [score < limits[place] for score in scores]
                 self.counts.screened_out += passed.count(False)

@@ -27,7 +27,6 @@ from raytower.models.encoder import Encoder
 from raytower.progress import log
 from raytower.retrieval.load import load_engine, load_reranker, own_or
 from raytower.retrieval.plans import plan_reranker_rows, plan_rows
-from raytower.retrieval.scores import finite_logits
 from raytower.storage import Location, absolute_if_local
 
 # By whether the input is labelled.
@@ -186,11 +185,10 @@ def _cosine_judge(config: SimilarityConfig) -> PairJudge:
 
 def _reranker_judge(config: SimilarityConfig) -> PairJudge:
     assert config.reranker is not None
-    name = config.reranker
-    scorer = load_reranker(name, config)
+    scorer = load_reranker(config.reranker, config)
 
     def judge(queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float64]:
-        return scorer.activated(finite_logits(scorer, queries, documents, name=name, role="reranker"))
+        return scorer.activated(scorer.score(queries, documents))
 
     return judge
 

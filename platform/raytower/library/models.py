@@ -179,7 +179,7 @@ class Reranker(_Loaded):
         """Raw relevance logits, float32 (N,), of the pairs (queries[i], documents[i]).
 
         Raises:
-            InputError: the lists differ in length, or an element is no string.
+            InputError: the lists differ in length, an element is no string, or a logit is infinite or no number.
         """
         pairs = texts_of(queries, "queries"), texts_of(documents, "documents")
         with self._lock:

@@ -70,6 +70,8 @@ class CrossEncoder(SequenceClassifier):
     """How a pair is put before the model."""
     answers: AnswerTokens | None = None
     """The tokens of a causal language model that are compared; None of a classifier."""
+    name: str = "that was made here"
+    """What it was loaded by, for messages."""
 
     @classmethod
     def load(cls, name: str | Path) -> CrossEncoder:
@@ -79,13 +81,18 @@ class CrossEncoder(SequenceClassifier):
             FormatError: it is an encoder or a classifier, weights are missing, it has other than 1 or 2 labels, its
                 logit has an activation that is not known here, or nothing says how a causal language model reranks.
         """
-        path = resolve_transformer(str(name))
+        loaded = cls._open(resolve_transformer(str(name))).eval()
+        loaded.name = str(name)
+        return loaded
+
+    @classmethod
+    def _open(cls, path: Path) -> CrossEncoder:
         layout = _read_any_layout(path)
         refuse_other_class(path, "reranker")
         if layout is None and is_causal(path):
             raise refuse_plain(path)
         if layout is not None and layout.answers is not None:
-            return CausalCrossEncoder.open(path, layout).eval()
+            return CausalCrossEncoder.open(path, layout)
         model, missing = load_classifier(path)
         if missing:
             raise FormatError(
@@ -99,7 +106,7 @@ class CrossEncoder(SequenceClassifier):
         layout = layout or RerankerLayout(PairFormat(), None)
         tokenizer = load_tokenizer(path, model.config)
         max_length = recorded_max_length(path, model, layout.max_length)
-        loaded = cls(model, tokenizer, max_length, read_info(path)).eval()
+        loaded = cls(model, tokenizer, max_length, read_info(path))
         loaded.activation = _read_activation(path, model.config, model.config.num_labels)
         loaded.pairs = layout.pairs
         loaded._check_template(path)
@@ -278,7 +285,8 @@ class CrossScorer(LogitsEngine[CrossEncoder]):
         """Raw relevance logits, float32 (N,), of the pairs (queries[i], documents[i]).
 
         Raises:
-            InputError: the two lists differ in length, or a text is no valid Unicode; it is named.
+            InputError: the two lists differ in length, a text is no valid Unicode, or a logit is infinite or no number;
+                the first such text is named. Scores that are no numbers would leave the order as it was.
             RaytowerError: one pair alone does not fit into memory.
         """
         if len(queries) != len(documents):
@@ -286,7 +294,14 @@ class CrossScorer(LogitsEngine[CrossEncoder]):
                 f"{len(queries)} queries and {len(documents)} documents given; pairs need equally many"
             )
         logits_NC = self.logits(queries, documents)
-        return logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
+        logits = logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
+        bad = np.flatnonzero(~np.isfinite(logits))
+        if len(bad):
+            raise InputError(
+                f"reranker {self.model.name!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores must "
+                "be finite; set dtype to float32, or name another model"
+            )
+        return logits
 
     @property
     def gives_probabilities(self) -> bool:

@@ -31,7 +31,6 @@ from raytower.ranked.rows import RankedText, RankedWriter, join_parts, ranked_fi
 from raytower.retrieval.config import RankedFileType
 from raytower.retrieval.load import fusion_of, load_scorer
 from raytower.retrieval.plans import plan_reranker_rows
-from raytower.retrieval.scores import finite_logits
 from raytower.storage import Location, absolute_if_local
 
 _MAX_PAIRS_PER_SHARE = 8_192
@@ -128,9 +127,7 @@ class RerankWorker:
         parts = []
         for start in range(0, table.num_rows, self._config.rows_per_batch):
             rows = table.slice(start, self._config.rows_per_batch)
-            queries, documents = rows["query"].to_pylist(), rows["document"].to_pylist()
-            name = self._config.reranker
-            parts.append(finite_logits(self._scorer, queries, documents, name=name, role="reranker"))
+            parts.append(self._scorer.score(rows["query"].to_pylist(), rows["document"].to_pylist()))
         return np.concatenate(parts)
 
     def _sort(self, columns: dict[str, list[Any]], logits_C: NDArray[np.float32]) -> list[RankedText]:

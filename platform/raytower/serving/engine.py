@@ -247,7 +247,7 @@ class SearchEngine:
                 f"collection {collection!r} has no reranker; start the server with `reranker` set"
             )
         with self._admit(parts.scorer.predict(len(call.documents), Lane.BULK), deadline, urgent=False):
-            scored = await parts.scorer.score(Pairs([call.query], [call.documents], Lane.BULK), deadline)
+            scored = await _score(parts, Pairs([call.query], [call.documents], Lane.BULK), deadline)
         return RerankAnswer(
             generation=parts.generation.id,
             index_version=parts.generation.index_version,
@@ -450,7 +450,6 @@ class SearchEngine:
         clock: _Stages,
     ) -> Scored | None:
         """Logits of the first candidates, as many as the time allows; None where it allows none."""
-        assert parts.scorer is not None
         heads = [found[: call.recall_k] for found in rows]
         try:
             fetched = await parts.recall.documents(
@@ -464,10 +463,22 @@ class SearchEngine:
                 Lane.RERANK if urgent else Lane.BULK,
                 may_shorten=True,
             )
-            scored = await parts.scorer.score(pairs, deadline.earlier(_reserve_ms(clock, deadline)))
+            scored = await _score(parts, pairs, deadline.earlier(_reserve_ms(clock, deadline)))
         except OutOfTimeError:
             return None  # the order of recall is still an answer
         return scored if scored.depth else None
+
+
+async def _score(parts: Parts, pairs: Pairs, deadline: Deadline) -> Scored:
+    """Raises NotFiniteError: no order can be told from such logits, and that of recall would pass for theirs."""
+    assert parts.scorer is not None
+    scored = await parts.scorer.score(pairs, deadline)
+    if not all(np.isfinite(logits).all() for logits in scored.logits):
+        raise NotFiniteError(
+            f"reranker {parts.scorer.served.name!r} gave a logit that is not a number (NaN or infinity); its weights "
+            f"are damaged; generation {parts.generation.id}"
+        )
+    return scored
 
 
 async def _recall(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import raytower
 from raytower.annotation.classify import classify, plan_classify
 from raytower.annotation.config import ClassifyConfig, MineConfig, SimilarityConfig
 from raytower.annotation.cosines import pair_cosines
@@ -563,11 +565,37 @@ def test_a_teacher_scores_the_mined_candidates(
     np.testing.assert_allclose(labels, [score for scores in logits for score in scores], atol=1e-5)
 
 
-def test_mining_refuses_a_teacher_whose_logits_are_no_numbers(world: World, tmp_path: Path) -> None:
-    reranker = build_tiny_reranker(tmp_path / "broken")
+def _broken_reranker(folder: Path, bias: float) -> Path:
+    reranker = build_tiny_reranker(folder)
     weights = load_file(reranker / "model.safetensors")
-    weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], float("inf"))
+    weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], bias)
     save_file(weights, reranker / "model.safetensors", {"format": "pt"})
+    return reranker
+
+
+@pytest.mark.parametrize("where", ["evaluate", "stages", "tune-fusion", "search", "library"])
+def test_a_reranker_whose_logits_are_no_numbers_is_named_wherever_it_orders(
+    world: World, tmp_path: Path, where: str
+) -> None:
+    """NaN left the order of recall, which was measured and answered as the reranker's."""
+    reranker = str(_broken_reranker(tmp_path / "damaged", math.nan))
+    with pytest.raises(
+        InputError, match=r"reranker '.*damaged' scores query .* with nan; scores must be fin"
+    ):
+        if where in ("evaluate", "stages"):
+            _evaluate(world, tmp_path, reranker=reranker, stages=where == "stages")
+        elif where == "library":
+            raytower.load_reranker(reranker).rank("moon", ["a", "b"])
+        elif where == "search":
+            raytower.open_index(world.index).search("tiger lemons", rerank=reranker)
+        else:
+            values: dict[str, Any] = {"encoder": world.encoder, "index": world.index, "reranker": reranker}
+            values["queries"] = {"path": _write(tmp_path / "queries.tsv", QUERIES)}
+            tune_fusion_on_dev(make_config(TuneFusionConfig, values))
+
+
+def test_mining_refuses_a_teacher_whose_logits_are_no_numbers(world: World, tmp_path: Path) -> None:
+    reranker = _broken_reranker(tmp_path / "broken", float("inf"))
     with pytest.raises(InputError, match="scores query 'tiger lemons' with inf; scores must be finite"):
         _mine_lists(world, tmp_path, [("tiger lemons", "x")], **CANDIDATES, teacher=str(reranker))
     assert not (tmp_path / "mined.jsonl").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ from raytower.serving.calls import (
 from raytower.serving.engine import EngineLimits, SearchEngine
 from raytower.serving.errors import (
     NotConfiguredError,
+    NotFiniteError,
     NotFoundError,
     NotReadyError,
     OutOfTimeError,
@@ -315,6 +317,21 @@ def test_reranking_leaves_the_time_that_fetching_takes() -> None:
         return await engine.search("default", search(), Deadline.after(1000))
 
     assert asyncio.run(run()).reranked_k == 0
+
+
+def test_a_reranker_whose_logits_are_no_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the damaged logit is none of the answer's: it has sunk below the first k."""
+
+    async def run() -> None:
+        engine = await Made().serve()
+        monkeypatch.setitem(FakeScorer.LOGITS, "east", math.nan)
+        deadline = Deadline.after(LATER)
+        with pytest.raises(NotFiniteError, match="reranker 'judge' gave a logit that is not a number"):
+            await engine.search("default", search(k=1), deadline)
+        with pytest.raises(NotFiniteError, match="reranker 'judge' gave a logit that is not a number"):
+            await engine.rerank("default", RerankCall(query="north", documents=("east", "north")), deadline)
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("late", [True, False])
