@@ -6,11 +6,12 @@ Shape legend: Q queries, C corpus texts of this worker, D embedding dimension, K
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,10 +34,11 @@ from raytower.training.shares import gather_rows_in_order, own_rows
 
 @dataclass(frozen=True)
 class DevSet:
-    """Queries, the corpus to search, and for each query the positions of its relevant texts in that corpus.
+    """Queries, the corpus to search, and for each query the positions of its relevant documents in that corpus.
 
-    `own` is each query's own position there, -1 where the corpus does not hold it or it is relevant to itself: a text
-    that asks is no answer.
+    The corpus holds each text once; where documents are judged by id, each document, copies of a text too. `own` is
+    each query's own position there, -1 where the corpus does not hold it or it is relevant to itself: what asks is no
+    answer.
     """
 
     queries: list[str]
@@ -59,20 +61,77 @@ class DevSet:
         return [query for query, _ in pairs], [document for _, document in pairs]
 
 
+@dataclass
+class _Asked:
+    """Queries and their relevant documents under keys: their ids where documents are judged by id, else their texts."""
+
+    queries: dict[str, str]
+    documents: dict[str, str]
+    grades: dict[str, dict[str, float]]
+    """Query → document → judgement."""
+    instructions: dict[str, str | None]
+
+    def by_text(self) -> _Asked:
+        """The same under their texts; of several judgements the highest."""
+        grades: dict[str, dict[str, float]] = {}
+        instructions: dict[str, str | None] = {}
+        for query, judged in self.grades.items():
+            known = grades.setdefault(self.queries[query], {})
+            for document, grade in judged.items():
+                text = self.documents[document]
+                known[text] = max(known.get(text, 0.0), grade)
+            if query in self.instructions:
+                instructions.setdefault(self.queries[query], self.instructions[query])
+        texts = {text: text for text in self.documents.values()}
+        return _Asked({query: query for query in grades}, texts, grades, instructions)
+
+
 def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) -> DevSet:
     """Read dev pairs and a sample of the corpus that holds every relevant text; memory holds the sample only.
 
-    The documents of all rows of a query are relevant to it, with their judgements where a BEIR folder has them. Equal
-    texts of the corpus count once. Of training rows that were set aside, the document that the query is trained to find
-    is relevant.
+    The documents of all rows of a query are relevant to it. Equal texts of the corpus count once. The documents of a
+    BEIR folder are judged by id, as `evaluate` judges those of an index of its corpus: a copy under another id is
+    another document. Of another corpus, which lacks those ids, its texts are relevant. Of training rows that were set
+    aside, the document that the query is trained to find is relevant.
 
     Raises:
         InputError: a split of what is no BEIR folder, bad rows, or training rows that name no relevant document.
     """
-    positives: dict[str, dict[str, float]] = {}
-    instructions: dict[str, str | None] = {}
     read = dev_tables(config, "pairs", set_aside, config.split, instructions=True)
     judged = _judgements(config)
+    asked = _read_asked(config, read, judged)
+    corpus = config.path if config.corpus is None and judged is not None else config.corpus
+    sampled = [] if corpus is None else _sample(corpus, config.corpus_rows, asked.documents)
+    by_id = judged is not None and any(
+        asked.documents.get(identifier) == text for identifier, text in sampled
+    )
+    if not by_id:
+        asked = asked.by_text()
+    rows: dict[str, str] = {}
+    for identifier, text in [*sampled, *asked.documents.items()]:
+        key = identifier if by_id else text
+        rows.setdefault(key, asked.documents.get(key, text))
+    places = {key: place for place, key in enumerate(rows)}
+    return DevSet(
+        queries=[asked.queries[query] for query in asked.grades],
+        corpus=list(rows.values()),
+        relevant=[[places[document] for document in documents] for documents in asked.grades.values()],
+        own=[
+            -1 if query in documents or rows.get(query) != asked.queries[query] else places[query]
+            for query, documents in asked.grades.items()
+        ],
+        grades=[list(documents.values()) for documents in asked.grades.values()],
+        instructions=[asked.instructions.get(query) for query in asked.grades]
+        if asked.instructions
+        else None,
+    )
+
+
+def _read_asked(
+    config: RetrieverDevConfig, read: Iterable[pa.Table], judged: dict[str, dict[str, float]] | None
+) -> _Asked:
+    """The dev rows, under ids where there are judgements by id."""
+    asked = _Asked({}, {}, {}, {})
     for table in read:
         names = table.column_names
         if "query" in names and "label" in names:
@@ -86,37 +145,28 @@ def load_dev_set(config: RetrieverDevConfig, set_aside: Sequence[Piece] = ()) ->
                 "pairs by dev.path"
             )
         rows = table.to_pydict()
-        grades = [1.0] * table.num_rows
-        if judged is not None:
-            ids = zip(rows["query_id"], rows["document_id"], strict=True)
-            grades = [judged[query_id][document_id] for query_id, document_id in ids]
-        for query, document, grade in zip(*best_documents(rows), grades, strict=True):
-            known = positives.setdefault(query, {})
-            known[document] = max(known.get(document, 0.0), grade)
-        if INSTRUCTION.name in rows:
-            for query, instruction in zip(rows["query"], rows[INSTRUCTION.name], strict=True):
-                instructions.setdefault(query, instruction)
-    places: dict[str, int] = {}
-    for documents in positives.values():
-        for document in documents:
-            places.setdefault(document, len(places))
-    corpus = config.path if config.corpus is None and judged is not None else config.corpus
-    if corpus is not None:
-        surveyed = survey_input(NamedInput(path=corpus), "corpus", remember=remembered)
-        wanted = max(config.corpus_rows - len(places), 0) / surveyed.num_rows
-        for (text,) in _survey_rows(surveyed, ("text",)):
-            if text not in places and _position(text) < wanted:
-                places[text] = len(places)
-    relevant = [[places[document] for document in documents] for documents in positives.values()]
-    own = [-1 if query in documents else places.get(query, -1) for query, documents in positives.items()]
-    return DevSet(
-        queries=list(positives),
-        corpus=list(places),
-        relevant=relevant,
-        own=own,
-        grades=[list(documents.values()) for documents in positives.values()],
-        instructions=[instructions.get(query) for query in positives] if instructions else None,
-    )
+        texts = best_documents(rows)
+        keys = texts if judged is None else (rows["query_id"], rows["document_id"])
+        said = rows.get(INSTRUCTION.name, [None] * table.num_rows)
+        for query_key, document_key, query, document, instruction in zip(*keys, *texts, said, strict=True):
+            grade = 1.0 if judged is None else judged[query_key][document_key]
+            asked.grades.setdefault(query_key, {})[document_key] = grade
+            asked.queries[query_key], asked.documents[document_key] = query, document
+            if INSTRUCTION.name in rows:
+                asked.instructions.setdefault(query_key, instruction)
+    return asked
+
+
+def _sample(corpus: str, num_rows: int, documents: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Ids and texts of a corpus, in its order: every relevant one, and of the others as many as `num_rows` leaves."""
+    surveyed = survey_input(NamedInput(path=corpus), "corpus", remember=remembered)
+    wanted = max(num_rows - len(documents), 0) / surveyed.num_rows
+    texts = set(documents.values())
+    return [
+        (identifier, text)
+        for identifier, text in _survey_rows(surveyed, ("id", "text"))
+        if identifier in documents or text in texts or _position(text) < wanted
+    ]
 
 
 def _judgements(config: RetrieverDevConfig) -> dict[str, dict[str, float]] | None:
@@ -158,19 +208,29 @@ def evaluate_recall(
     Raises:
         InputError: `metric` is unknown.
     """
-    own_corpus = own_rows(len(dev.corpus))
+    # Copies of a text are computed once, so that they tie, and are put in the order of their rows.
+    rows_of: dict[str, list[int]] = {}
+    for row, text in enumerate(dev.corpus):
+        rows_of.setdefault(text, []).append(row)
+    texts = list(rows_of)
+    own_corpus = own_rows(len(texts))
     own_queries = encode_queries(engine, dev, instruction_format, prefixes[0])
     query_QD = gather_rows_in_order(own_queries, len(dev.queries))
-    corpus_CD = torch.as_tensor(engine.encode([dev.corpus[row] for row in own_corpus], prefixes[1]))
+    corpus_CD = torch.as_tensor(engine.encode([texts[place] for place in own_corpus], prefixes[1]))
     name, _, k = metric.partition("@")
     own_k = {int(k)}
     cutoffs = sorted({1, 10} | own_k)
     mrr_ks, ndcg_ks = ({10} | (own_k if name == wanted else set()) for wanted in ("mrr", "ndcg"))
     # One more than is looked at, as a query's own text may be among them.
     ranked = _rank_documents(query_QD, corpus_CD, own_corpus, depth=max(cutoffs) + 1)
+    rows = list(rows_of.values())
     ids = [
-        [str(row) for row in rows if row != own or row < 0]
-        for rows, own in zip(ranked.tolist(), dev.own, strict=True)
+        [
+            str(row)
+            for _, row in sorted((-score, row) for score, place in found for row in rows[place])
+            if row != own
+        ]
+        for found, own in zip(ranked, dev.own, strict=True)
     ]
     grades = dev.grades or [[1.0] * len(rows) for rows in dev.relevant]
     judged = [
@@ -186,27 +246,41 @@ def evaluate_recall(
 
 def _rank_documents(
     query_QD: Tensor, corpus_CD: Tensor, own_corpus: NDArray[np.int64], depth: int
-) -> NDArray[np.int64]:
-    """Corpus positions of the best documents over all workers, (Q, K), best first; -1 where there are no more."""
+) -> list[list[tuple[float, int]]]:
+    """Score and place of the best texts of each query over all workers, best first, equal ones by place."""
     device = corpus_CD.device
     places_C = torch.from_numpy(own_corpus).to(device)
     kept = min(depth, len(corpus_CD))
     scores, places = [], []
     for block_qD in query_QD.split(256):
-        top = (block_qD @ corpus_CD.T).topk(kept, dim=1)
-        scores.append(top.values)
-        places.append(places_C[top.indices])
+        values_qK, columns_qK = _best(block_qD @ corpus_CD.T, kept)
+        scores.append(values_qK)
+        places.append(places_C[columns_qK])
     # Workers' shares may differ by one text, so short lists are filled with scores that never win.
     score_QK = torch.full((len(query_QD), depth), -torch.inf, device=device)
     place_QK = torch.zeros((len(query_QD), depth), dtype=torch.int64, device=device)
     score_QK[:, :kept], place_QK[:, :kept] = torch.cat(scores), torch.cat(places)
-    all_score = torch.cat(gather_constants(score_QK).split(len(query_QD)), dim=1)
-    all_place = torch.cat(gather_constants(place_QK).split(len(query_QD)), dim=1)
-    best = all_score.topk(depth, dim=1)
-    ranked = torch.gather(all_place, 1, best.indices)
-    # Where the corpus is smaller than the depth, fillers remain at the end; -1 makes them name no document.
-    ranked[torch.isinf(best.values)] = -1
-    return ranked.cpu().numpy()
+    score_QA, place_QA = (
+        torch.cat(gather_constants(each).split(len(query_QD)), dim=1).cpu().numpy()
+        for each in (score_QK, place_QK)
+    )
+    order_QK = np.lexsort((place_QA, -score_QA), axis=1)[:, :depth]
+    ordered = (np.take_along_axis(each, order_QK, 1).tolist() for each in (score_QA, place_QA))
+    return [
+        [(score, place) for score, place in zip(*found, strict=True) if score > -np.inf]
+        for found in zip(*ordered, strict=True)
+    ]
+
+
+def _best(scores_qC: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The highest scores of each row and their columns, (q, kept); of equal scores the first columns."""
+    values_qK, columns_qK = scores_qC.topk(kept, dim=1)
+    # topk takes any of those that tie with the last; only such rows need the slower sort.
+    tied = ((scores_qC >= values_qK[:, -1:]).sum(1) > kept).nonzero()[:, 0]
+    if len(tied):
+        ordered = scores_qC[tied].sort(dim=1, descending=True, stable=True)
+        values_qK[tied], columns_qK[tied] = ordered.values[:, :kept], ordered.indices[:, :kept]
+    return values_qK, columns_qK
 
 
 def _survey_rows(surveyed: Survey, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
