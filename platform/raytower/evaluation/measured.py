@@ -14,7 +14,7 @@ from raytower.evaluation.figures import GROUP_METRIC, STAGES, ScoreSample, query
 from raytower.evaluation.judgements import Judgements, absent_text
 from raytower.evaluation.measures import Measures, count_unjudged
 from raytower.metrics import MRR_DEPTH, Floats, mean_interval, ranking_metrics
-from raytower.retrieval.retriever import Hit
+from raytower.retrieval.retriever import Hit, num_spare
 
 RANKING_METRIC = f"mrr@{MRR_DEPTH}"  # what the worst queries are chosen by
 SHOWN_HITS = 5
@@ -54,7 +54,7 @@ class Measured:
     identical_ids: int = 0
     """Documents that were left out because their id is the query's."""
     ignores_identical: bool = False
-    """Whether stages leave such documents out too."""
+    """Whether such documents are left out."""
     curve_ks: Sequence[int] = ()
     """At which k each stage's recall is kept; none where nothing shows it."""
     stage_parts: dict[str, list[dict[str, Floats]]] = field(default_factory=dict)
@@ -66,6 +66,18 @@ class Measured:
         default_factory=lambda: {"encode": 0.0, "recall": 0.0, "rerank": 0.0}
     )
     _worst: list[_WorstQuery] = field(default_factory=list)
+
+    def left_out(self, part: slice) -> list[set[str]]:
+        """For each query of `part` the documents that are no answers to it: its own text and, if asked, its own id."""
+        ids = self.judgements.ids[part]
+        own = self.judgements.own[part] if self.judgements.own else [()] * len(ids)
+        same_ids = [{query_id} if self.ignores_identical else set() for query_id in ids]
+        return [{*texts} | same for texts, same in zip(own, same_ids, strict=True)]
+
+    @cached_property
+    def num_spare(self) -> int:
+        """How much deeper to look, so that as many hits remain where some are left out."""
+        return num_spare(self.judgements.own) + self.ignores_identical
 
     def add(self, part: slice, ranked_ids: Sequence[Sequence[str]], shown: Sequence[Sequence[Hit]]) -> None:
         """The final order of the queries in `part`.
@@ -98,10 +110,10 @@ class Measured:
 
     def stage_values(self, part: slice, ranked_ids: Sequence[Sequence[str]]) -> dict[str, Floats]:
         """recall@k at each of `curve_ks`, and nDCG, one value a query of `part`."""
-        if self.ignores_identical:
+        if self.num_spare:
             ranked_ids = [
-                [doc_id for doc_id in ids if doc_id != query_id]
-                for query_id, ids in zip(self.judgements.ids[part], ranked_ids, strict=True)
+                [doc_id for doc_id in ids if doc_id not in out]
+                for out, ids in zip(self.left_out(part), ranked_ids, strict=True)
             ]
         ids, relevant, _ = self._counted(part, ranked_ids)
         values = ranking_metrics(ids, relevant, self.curve_ks)
@@ -204,6 +216,7 @@ class Measured:
             "relevant_missing": self.judgements.num_missing,
             "queries_without_relevant": self.judgements.num_without_relevant,
             "identical_ids": self.identical_ids,
+            "queries_in_corpus": self.judgements.num_own,
             "reranked": self.recall is not None,
             "recall_stage": None
             if self.recall is None

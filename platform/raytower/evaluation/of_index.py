@@ -36,8 +36,9 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
         value is 0 or 1, else a bootstrap), `unjudged` (documents among the first k of all lists that nobody judged, by
         k), `auc` (of the final order; see `ScoreSample.areas`), `relevant_missing` (judged documents that the index
         does not hold; they count as missed), `queries_without_relevant` (left out), `identical_ids` (documents left out
-        because their id is the query's),
-        `reranked`, `recall_stage` (the metrics before reranking, null without a reranker), `mode`,
+        because their id is the query's), `queries_in_corpus` (queries of pairs whose text the
+        index holds, left out of their own answers), `reranked`, `recall_stage` (the metrics before reranking, null
+        without a reranker), `mode`,
         `queries_without_words` (they share no token with a document; mode hybrid has for them what dense has, lexical
         nothing), `index_version`, `seconds`, `queries_per_second`, `output`; with `stages` `loss_by_stage` (see
         there) and `stages_seconds`.
@@ -65,7 +66,7 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     measured = nothing_yet(config, measures, judgements, depth)
     others = None
     if config.stages:
-        others = OtherStages(index, config.mode, depth + config.ignore_identical_ids, measured)
+        others = OtherStages(index, config.mode, depth + measured.num_spare, measured)
     _measure(retriever, measured, config, others)
     now = time.perf_counter()
     stages_seconds = others.seconds if others is not None else 0.0
@@ -82,7 +83,7 @@ def evaluate_index(config: EvaluateConfig) -> dict[str, Any]:
     if others is not None:
         result["loss_by_stage"] = loss_by_stage(measured.stages, config.k, config.seed)
         result["stages_seconds"] = round(stages_seconds, 3)
-        curve = recall_against_time(index, others.sample, measured, depth)
+        curve = recall_against_time(index, others.sample, measured, depth + measured.num_spare)
     if config.output is not None or config.plots is not None:
         settings = {"encoder": name, **_settings_of(retriever, index, config)}
         _write(config, result, measured, settings, curve, index.table)

@@ -119,15 +119,21 @@ def measure_run(judged: JudgedRun, config: EvaluateConfig, writer: RunWriter | N
         InputError: a metric that cannot be used.
     """
     measures = Measures(config.metrics, config.k)
-    measured = Measured(measures, judge_run(judged.queries), config.k, config.seed)
+    measured = Measured(
+        measures,
+        judge_run(judged.queries, judged.run.lists),
+        config.k,
+        config.seed,
+        ignores_identical=config.ignore_identical_ids,
+    )
     if config.run is not None:
         depth = max((len(each.documents) for each in judged.run.lists.values()), default=1)
         measured.scores = ScoreSample(len(judged.keys), depth)
         if config.output is not None or config.plots is not None:
             measured.curve_ks = curve_ks(config.k, max(depth, *config.k))
     for part, lists in batches(judged.run, judged.keys, config.rows_per_batch):
-        if config.ignore_identical_ids:
-            lists = _without_identical(lists, measured, part)
+        if measured.num_spare:
+            lists = _without_own(lists, measured, part)
         documents = [each.documents for each in lists]
         measured.add_stage("run", part, documents)
         measured.add(part, documents, [_first_hits(each) for each in lists])
@@ -166,12 +172,13 @@ def read_judged_run(queries: QueriesConfig, run: RunFileConfig) -> JudgedRun:
     return judged
 
 
-def _without_identical(lists: Sequence[RankedList], measured: Measured, part: slice) -> list[RankedList]:
-    """The lists without the document whose id is the query's."""
+def _without_own(lists: Sequence[RankedList], measured: Measured, part: slice) -> list[RankedList]:
+    """The lists without the documents that are the query's own text or have its id."""
     kept = []
-    for query_id, each in zip(measured.judgements.ids[part], lists, strict=True):
-        pairs = [pair for pair in zip(each.documents, each.scores, strict=True) if pair[0] != query_id]
-        measured.identical_ids += len(each.documents) - len(pairs)
+    ids = measured.judgements.ids[part]
+    for query_id, out, each in zip(ids, measured.left_out(part), lists, strict=True):
+        pairs = [pair for pair in zip(each.documents, each.scores, strict=True) if pair[0] not in out]
+        measured.identical_ids += measured.ignores_identical and query_id in each.documents
         kept.append(RankedList([document for document, _ in pairs], [score for _, score in pairs]))
     return kept
 

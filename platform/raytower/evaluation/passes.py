@@ -14,7 +14,7 @@ from raytower.evaluation.measures import Measures
 from raytower.evaluation.stages import OtherStages
 from raytower.metrics import MRR_DEPTH, NDCG_DEPTH
 from raytower.models.search_mode import SearchMode
-from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order
+from raytower.retrieval.retriever import Candidate, Hit, Retriever, count_wordless, recall_order, without_own
 
 # The stage that a mode's recall is.
 _STAGE_OF: dict[SearchMode, str] = {"dense": "index", "lexical": "lexical", "hybrid": "fusion"}
@@ -44,11 +44,11 @@ def search_batch(
     times = [time.perf_counter()]
     encoded = retriever.encode(texts)
     times.append(time.perf_counter())
-    # One more where one may be left out.
-    candidates = retriever.recall(encoded, depth + config.ignore_identical_ids)
+    # More where some may be left out.
+    candidates = retriever.recall(encoded, depth + measured.num_spare)
     measured.wordless += count_wordless(candidates, config.mode)
-    if config.ignore_identical_ids:
-        candidates = _without_identical(candidates, part, measured, depth)
+    if measured.num_spare:
+        candidates = _without_own(candidates, part, measured, depth)
     times.append(time.perf_counter())
     by_recall = [recall_order(items) for items in candidates]
     final = by_recall
@@ -72,16 +72,16 @@ def _ids(ranked: list[list[Hit]]) -> list[list[str]]:
     return [[hit.id for hit in hits] for hits in ranked]
 
 
-def _without_identical(
+def _without_own(
     candidates: list[list[Candidate]], part: slice, measured: Measured, depth: int
 ) -> list[list[Candidate]]:
-    """At most `depth` candidates of each query, without the one whose id is the query's."""
-    kept = []
-    for query_id, items in zip(measured.judgements.ids[part], candidates, strict=True):
-        others = [item for item in items if item.id != query_id]
-        measured.identical_ids += len(items) - len(others)
-        kept.append(others[:depth])
-    return kept
+    """At most `depth` candidates of each query, without those that are the query's own text or have its id."""
+    if measured.ignores_identical:
+        ids = measured.judgements.ids[part]
+        measured.identical_ids += sum(
+            item.id == query_id for query_id, items in zip(ids, candidates, strict=True) for item in items
+        )
+    return without_own(candidates, measured.left_out(part), depth)
 
 
 def depth_of(config: EvaluateConfig, measures: Measures) -> int:

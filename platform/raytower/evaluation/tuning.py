@@ -72,6 +72,7 @@ def tune_reranker(config: TuneFusionConfig, reranker: str) -> dict[str, Any]:
         judgements.relevant,
         recall_k=config.recall_k,
         queries_at_once=config.rows_per_batch,
+        own=judgements.own,
     )
     if config.store:
         store_fusion(reranker, tuned)
@@ -127,6 +128,7 @@ def tune_lexical_weight(config: TuneFusionConfig) -> dict[str, Any]:
         config.hybrid.fusion or DEFAULT_WAY,
         recall_k=config.recall_k,
         queries_at_once=config.rows_per_batch,
+        own=judgements.own,
     )
     version = _stored(config.index, index, tuned, len(judgements.ids)) if config.store else index.version
     return {

@@ -298,8 +298,8 @@ class CrossScorer(LogitsEngine[CrossEncoder]):
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):
             raise InputError(
-                f"reranker {self.model.name!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores must "
-                "be finite; set dtype to float32, or name another model"
+                f"reranker {self.model.name!r} scores query {queries[bad[0]][:80]!r} with {logits[bad[0]]}; scores "
+                "must be finite; set dtype to float32, or name another model"
             )
         return logits
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ from raytower.models.search_mode import SearchMode
 from raytower.retrieval.ranking import rank
 
 Vectors = NDArray[np.float32]
+# Of a query with more documents to leave out, fewer than asked for may remain.
+_MOST_SPARE = 1_000
 
 
 class TextEncoder(Protocol):
@@ -149,6 +151,24 @@ def _candidates(index: Index, found: Hits, *, is_lexical: bool = False) -> list[
     ]
     ends = np.cumsum(real.sum(axis=1)).tolist()
     return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def num_spare(left_out: Sequence[Collection[str]]) -> int:
+    """How much deeper to look, so that as many candidates remain where `without_own` leaves out those of a query."""
+    return min(max(map(len, left_out), default=0), _MOST_SPARE)
+
+
+def without_own(
+    candidates: Sequence[Sequence[Candidate]], left_out: Sequence[Collection[str]], k: int
+) -> list[list[Candidate]]:
+    """At most `k` candidates of each query, without those whose id is left out of its list; none is, where none is
+    given."""
+    if not left_out:
+        return [list(items[:k]) for items in candidates]
+    return [
+        [item for item in items if item.id not in out][:k]
+        for out, items in zip(left_out, candidates, strict=True)
+    ]
 
 
 def count_wordless(candidates: Sequence[Sequence[Candidate]], mode: SearchMode) -> int:

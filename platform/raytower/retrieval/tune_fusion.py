@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from raytower.metrics import MRR_DEPTH, reciprocal_rank
 from raytower.models.directory import INFO_NAME
 from raytower.models.fusion import Fusion
 from raytower.progress import Progress
-from raytower.retrieval.retriever import Retriever
+from raytower.retrieval.retriever import Retriever, num_spare, without_own
 from raytower.storage import Location
 
 # Divided, not summed up, so that each of 0, 0.05 … 1 is the float nearest to what is written.
@@ -99,6 +99,7 @@ def tune_on_queries(
     relevant: Sequence[Mapping[str, float]],
     recall_k: int = 100,
     queries_at_once: int = 256,
+    own: Sequence[Collection[str]] = (),
 ) -> TunedFusion:
     """Recall and rerank `queries` with `retriever` (its own fusion is ignored) and tune on the candidates.
 
@@ -108,6 +109,7 @@ def tune_on_queries(
         relevant: judgement by document id, for each query.
         recall_k: documents that are recalled for each query; all of them are reranked.
         queries_at_once: queries that are encoded, searched and reranked together.
+        own: ids of documents that are no answer, for each query; see `Judgements.own`.
     """
     recall_scores: list[ArrayLike] = []
     logits: list[ArrayLike] = []
@@ -115,7 +117,11 @@ def tune_on_queries(
     progress = Progress("reranked", "queries", len(queries))
     for start in range(0, len(queries), queries_at_once):
         batch = list(queries[start : start + queries_at_once])
-        candidates = retriever.recall(retriever.encode(batch), recall_k)
+        candidates = without_own(
+            retriever.recall(retriever.encode(batch), recall_k + num_spare(own)),
+            own[start : start + len(batch)],
+            recall_k,
+        )
         logits.extend(retriever.score(batch, candidates))
         for items, judged in zip(candidates, relevant[start : start + len(batch)], strict=True):
             recall_scores.append([item.score for item in items])

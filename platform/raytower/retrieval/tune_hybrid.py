@@ -5,7 +5,7 @@ Shape legend: Q queries, n candidates of one query.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from raytower.index.search_config import HybridWay
 from raytower.index.table import ID
 from raytower.metrics import MRR_DEPTH, reciprocal_rank
 from raytower.progress import Progress
-from raytower.retrieval.retriever import Retriever
+from raytower.retrieval.retriever import Retriever, num_spare
 from raytower.retrieval.tune_fusion import WEIGHTS
 
 
@@ -38,7 +38,10 @@ class TunedHybrid:
 
 
 def tune_hybrid(
-    candidates: Sequence[Candidates], relevance: Sequence[NDArray[np.bool_]], way: HybridWay
+    candidates: Sequence[Candidates],
+    relevance: Sequence[NDArray[np.bool_]],
+    way: HybridWay,
+    kept: Sequence[NDArray[np.bool_]] | None = None,
 ) -> TunedHybrid:
     """The weight among 0, 0.05 … 1 with the highest MRR@10. Of equal ones the smallest, which trusts vectors more.
 
@@ -46,6 +49,8 @@ def tune_hybrid(
         candidates: of each query.
         relevance: for each query whether its candidates are relevant, (n,).
         way: how both scores become one.
+        kept: for each query which of its candidates may be answers, (n,); None for all. The others count for the
+            scales of scores, as in a search whose hits are left out after it.
 
     Raises:
         InputError: there are no candidates.
@@ -54,6 +59,9 @@ def tune_hybrid(
         raise InputError("no query has a candidate; a weight cannot be tuned on nothing")
     base = HybridFusion(way=way)
     sides = [base.sides(each.dense, each.lexical) for each in candidates]
+    if kept is not None:
+        sides = [(dense[mask], lexical[mask]) for (dense, lexical), mask in zip(sides, kept, strict=True)]
+        relevance = [judged[mask] for judged, mask in zip(relevance, kept, strict=True)]
     curve = tuple(_mrr(weight, sides, relevance) for weight in WEIGHTS)
     # index() finds the first of equal values. Without rounding, a sum's order would break ties.
     values = [round(value, 12) for value in curve]
@@ -75,6 +83,7 @@ def tune_hybrid_on_queries(
     way: HybridWay,
     recall_k: int = 100,
     queries_at_once: int = 256,
+    own: Sequence[Collection[str]] = (),
 ) -> TunedHybrid:
     """Search `queries` by vectors and by words, and tune on the union of both.
 
@@ -85,33 +94,36 @@ def tune_hybrid_on_queries(
         way: how both scores become one.
         recall_k: candidates of each side.
         queries_at_once: queries that are encoded and searched together.
+        own: ids of documents that are no answer, for each query; see `Judgements.own`.
     """
     index = retriever.index
     assert index is not None
     candidates: list[Candidates] = []
     relevance: list[NDArray[np.bool_]] = []
+    kept: list[NDArray[np.bool_]] = []
+    depth = recall_k + num_spare(own)
     progress = Progress("searched", "queries", len(queries))
     for start in range(0, len(queries), queries_at_once):
         batch = list(queries[start : start + queries_at_once])
         vectors = retriever.encode(batch).vectors
         assert vectors is not None
-        dense, lexical = index.search(vectors, recall_k), index.search_lexical(batch, recall_k)
+        dense, lexical = index.search(vectors, depth), index.search_lexical(batch, depth)
         found = unite(index, batch, vectors, dense, lexical)
         candidates += found
-        relevance += _relevance(index, found, relevant[start : start + len(batch)])
+        ids = _ids_of(index, found)
+        for place, each in enumerate(ids, start):
+            out = own[place] if own else ()
+            relevance.append(np.array([relevant[place].get(doc_id, 0.0) > 0 for doc_id in each], np.bool_))
+            kept.append(np.array([doc_id not in out for doc_id in each], np.bool_))
         progress.advance(len(batch))
-    return tune_hybrid(candidates, relevance, way)
+    return tune_hybrid(candidates, relevance, way, kept)
 
 
-def _relevance(
-    index: Index, candidates: Sequence[Candidates], relevant: Sequence[Mapping[str, float]]
-) -> list[NDArray[np.bool_]]:
+def _ids_of(index: Index, candidates: Sequence[Candidates]) -> list[list[str]]:
+    """The ids of the documents of each query's candidates."""
     rows = np.unique(np.concatenate([each.rows for each in candidates]))
     ids = index.table.take(rows, [ID])[ID].to_pylist()
-    return [
-        np.array([judged.get(ids[place], 0.0) > 0 for place in np.searchsorted(rows, each.rows)], np.bool_)
-        for each, judged in zip(candidates, relevant, strict=True)
-    ]
+    return [[ids[place] for place in np.searchsorted(rows, each.rows)] for each in candidates]
 
 
 def _mrr(
