@@ -22,7 +22,9 @@ from raytower.annotation.cosines import cosines
 from raytower.annotation.negatives import KnownPositives, distinct_texts, draw_order, score_limits
 from raytower.annotation.rows_in import survey_rows
 from raytower.annotation.rows_out import RowWriter, header_of
+from raytower.data.beir import is_beir
 from raytower.data.pieces import Survey, read_pieces
+from raytower.data.sources import refuse_several_splits
 from raytower.file_jobs.plan import NUMBER, choose_rows_per_share, shares_of
 from raytower.file_jobs.run import FileJob, ShareWorker, Sink, content_of, join_bytes, run_shares, workers_for
 from raytower.index.hybrid import HybridFusion
@@ -375,6 +377,8 @@ class Miner:
 
 def _survey(config: MineConfig) -> Survey:
     rows = choose_rows_per_share(_texts_per_pair(config), _MAX_PAIRS_PER_SHARE)
+    if not is_beir(config.input):
+        refuse_several_splits(config.input.path, config.input.format)
     return survey_rows(config, "pairs", *_COLUMNS.values(), rows_per_piece=rows)
 
 

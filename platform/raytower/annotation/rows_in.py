@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from raytower.annotation.config import AnnotationConfig
 from raytower.annotation.rows_out import check_rows_output, refuse_name_of_another_type
-from raytower.data.pieces import DEFAULT_ROWS_PER_PIECE, Survey, read_pieces
+from raytower.data.pieces import DEFAULT_ROWS_PER_PIECE, Survey, read_pieces, say_unread
 from raytower.data.pieces import survey as survey_input
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
@@ -34,7 +34,9 @@ def survey_rows(
     refuse_output_inside(config.output, config.input.path)
     check_rows_output(config.output, *written)
     refuse_name_of_another_type(config.output, config.file_type)
-    return survey_input(config.input, kind, rows_per_piece, config.on_error, quarantine_of(config.output))
+    surveyed = survey_input(config.input, kind, rows_per_piece, config.on_error, quarantine_of(config.output))
+    say_unread(config.input.path, kind, surveyed)
+    return surveyed
 
 
 def row_batches(survey: Survey, rows_per_batch: int) -> Iterator[pa.Table]:

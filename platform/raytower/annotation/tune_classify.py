@@ -32,7 +32,7 @@ from raytower.annotation.label_figures import (
 from raytower.annotation.labellers import IndexLabeller
 from raytower.annotation.labels import Prediction, count_votes
 from raytower.annotation.rows_in import row_batches
-from raytower.data.pieces import Survey
+from raytower.data.pieces import Survey, say_unread
 from raytower.data.pieces import survey as survey_input
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
@@ -326,9 +326,11 @@ def _survey(config: TuneClassifyConfig) -> Survey:
     place = check_output(config.output, is_folder=False)
     if place.exists() and place.size_bytes():
         read_settings(place)  # nothing else may be written over
-    return survey_input(
+    surveyed = survey_input(
         config.input, "labelled", on_error=config.on_error, quarantine=quarantine_of(config.output)
     )
+    say_unread(config.input.path, "labelled", surveyed)
+    return surveyed
 
 
 def _read(config: TuneClassifyConfig, survey: Survey) -> list[tuple[str, str]]:

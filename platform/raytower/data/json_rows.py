@@ -41,7 +41,9 @@ def load_json(lines: Sequence[str], numbers: Sequence[int], source: Source) -> R
             continue
         if keys not in unread:
             unread[keys] = _unread(keys, layout)
-            refuse_other_kind(f"{source.file}:{number}", layout.kind, unread[keys])
+            refuse_other_kind(
+                f"{source.file}:{number}", layout.kind, unread[keys], frozenset(keys) - unread[keys]
+            )
         records.append(record)
         num_positives.append(positives)
         kept.append(number)

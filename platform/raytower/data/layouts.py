@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -56,11 +56,12 @@ _COLUMN_NAMES = _HEADER_WORDS | {
 _VERDICTS = {
     "label", "labels", "score", "scores", "similarity", "similarities", "relevance", "relevances", "relevant",
     "relatedness", "duplicate", "duplicates", "paraphrase", "match", "matches", "verdict", "entailment", "judgement",
-    "judgment", "标签", "分数", "得分", "相似度", "相关性", "相关度",
+    "judgment", "correct", "grade", "grades", "sim", "标签", "分数", "得分", "相似度", "相关性", "相关度", "匹配",
+    "匹配度", "是否匹配", "是否相关", "是否相似", "是否正确", "是否重复",
 }  # fmt: skip
 _BESIDE_VERDICTS = {
     "is", "are", "gold", "human", "true", "final", "mean", "avg", "average", "pair", "sentence", "text", "semantic",
-    "textual", "cosine", "binary", "sts", "teacher", "reranker", "rerank", "ce", "bm",
+    "textual", "cosine", "cos", "binary", "sts", "teacher", "reranker", "rerank", "ce", "bm",
 }  # fmt: skip
 _VERDICTS_BY_SIGN = ({"is", "positive"}, {"is", "negative"}, {"is", "pos"}, {"is", "neg"})
 # Names of a second text beside `text`, which then is one side of a pair.
@@ -269,23 +270,37 @@ def _refuse_commas(file: SourceFile, config: InputConfig, delimiter: str, first:
         )
 
 
-def refuse_other_kind(place: str, kind: RecordKind, unread: Iterable[str]) -> None:
-    """Refuse to train rows as what they are not: a verdict on a pair, or negatives, that the kind would pass over.
+def refuse_other_kind(
+    place: str, kind: RecordKind, unread: Collection[str], used: Container[str | None]
+) -> None:
+    """Refuse to read rows as what they are not: a verdict on a pair, negatives, or the text of a document under its
+    title, that the kind would pass over.
 
     Args:
         place: the file, or the file and its line.
         kind: what the rows are read as.
         unread: names of columns or keys of the file that the kind does not read.
+        used: those that it reads.
 
     Raises:
         InputError: naming the column, what the rows are, and what to do.
     """
+    if kind in ("pairs", "triples", "scored") and "title" in used and "text" in unread:
+        # An index holds both, joined: the title alone would be none of its documents, and the whole a negative.
+        raise InputError(
+            f"{place}: the file has 'title' and 'text', and {kind} would read 'title' alone as the document; join both "
+            "by a space in a column 'document', as an index of title and text holds them, or take 'text' out if the "
+            "title is the document"
+        )
     for column in sorted(unread):
         words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\x00-\x7f]+", column)}
         if kind == "pairs" and (_are_all(words, _VERDICTS, _BESIDE_VERDICTS) or words in _VERDICTS_BY_SIGN):
             raise InputError(
                 f"{place}: the file has {column!r}, so its rows are scored and not pairs (every row would count as "
-                f"a match); read it as scored, with that column named label, or take the column out if it is no verdict"
+                "a match); to train or to compare them, read it as scored (train.format, or labelled of similarity), "
+                "with that column named label; to evaluate, mine or measure dev recall, keep the rows that match, "
+                "without that column, or give a BEIR folder, whose qrels hold grades; if it is no verdict, take the "
+                "column out"
             )
         if kind == "labelled" and column.lower() in _SECOND_TEXTS:
             raise InputError(
@@ -375,7 +390,7 @@ def _table_columns(
     kind, fields = layout.kind, layout.fields
     used = {name_among(field, first) for field in fields}
     if len(first) > 2:
-        refuse_other_kind(f"{file}:1", kind, set(first) - used)
+        refuse_other_kind(f"{file}:1", kind, set(first) - used, used)
     if is_corpus_like(kind):
         return _corpus_columns(file, config, fields, first)
     expected = EXPECTED_HEADER.get(kind)
@@ -431,7 +446,7 @@ def parquet_columns(file: SourceFile, layout: Layout, schema: pa.Schema) -> dict
     """
     refuse_repeated(file, schema.names)
     used = {name_among(field, schema.names) for field in layout.fields}
-    refuse_other_kind(str(file), layout.kind, set(schema.names) - used)
+    refuse_other_kind(str(file), layout.kind, set(schema.names) - used, used)
     types = pa.types
     chosen: dict[str, str | None] = {}
     for field in layout.fields:

@@ -29,12 +29,14 @@ from raytower.data.row_batch import Chunk, Rejection
 from raytower.data.slices import Extent
 from raytower.data.sources import find_files
 from raytower.errors import InputError
+from raytower.progress import log
 from raytower.storage import Location
 
 DEFAULT_ROWS_PER_PIECE = 8192
 # lines, tsv and csv go together
 _FORMAT_FAMILIES = {"jsonl": "jsonl", "json": "jsonl", "parquet": "columnar", "arrow": "columnar"}
 _NAMED_FILES = 5
+_NAMED_COLUMNS = 8
 _BUCKETS = 16
 _last = threading.local()
 
@@ -376,6 +378,14 @@ def say_files(what: str, names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - _NAMED_FILES} more" if len(names) > _NAMED_FILES else ""
         print(f"raytower: {what} {', '.join(names[:_NAMED_FILES])}{more}", file=sys.stderr)
+
+
+def say_unread(path: str, kind: RecordKind, surveyed: Survey) -> None:
+    """Name the columns of an input that its kind does not read; nothing where there are none."""
+    if surveyed.unread_columns:
+        names = ", ".join(map(repr, surveyed.unread_columns[:_NAMED_COLUMNS]))
+        more = len(surveyed.unread_columns) - _NAMED_COLUMNS
+        log(f"{path}: read as {kind}, of which {names}{f' and {more} more' if more > 0 else ''} are no part")
 
 
 def _survey_beir(config: InputConfig, kind: RecordKind, rows_per_piece: int, rejects: Rejects) -> Survey:

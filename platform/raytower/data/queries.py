@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from raytower.data import beir
 from raytower.data.config import InputConfig, NamedInput, QueryFormat
 from raytower.data.layouts import Source
-from raytower.data.pieces import read_pieces, survey
+from raytower.data.pieces import read_pieces, say_unread, survey
 from raytower.data.qrels import is_trec_qrels, parted, read_trec_qrels
 from raytower.errors import InputError
 
@@ -98,6 +98,7 @@ def _by_id(order: list[str], qrels: dict[str, dict[str, float]], texts: dict[str
 
 def _read_pairs(path: str) -> QuerySet:
     surveyed = survey(NamedInput(path=path), "pairs")
+    say_unread(path, "pairs", surveyed)
     ids: dict[str, str] = {}
     relevant: dict[str, dict[str, None]] = {}
     for piece, table in zip(surveyed.pieces, read_pieces(surveyed.pieces), strict=True):

@@ -46,6 +46,12 @@ _ABOUT = _OUR_FILES | {
 }  # fmt: skip
 # `<output>` with this suffix is the folder of the rows that the job rejected.
 QUARANTINE_SUFFIX = ".quarantine"
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "训练": "train", "训练集": "train", "dev": "dev", "开发集": "dev",
+    "valid": "validation", "validation": "validation", "val": "validation", "验证": "validation",
+    "验证集": "validation", "test": "test", "testing": "test", "测试": "test", "测试集": "test", "eval": "eval",
+    "evaluation": "eval",
+}  # fmt: skip
 _INDEX_VERSION = re.compile(r"/versions/[0-9]{6,}\.json$")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -148,6 +154,35 @@ def find_files(path: str, file_format: str = "auto") -> Found:
             f"name the files with a glob such as 'folder/*', or give another folder{passed_over}"
         )
     return Found(_make_files(list(found.values()), base), tuple(ignored))
+
+
+def refuse_several_splits(path: str, file_format: str = "auto") -> None:
+    """Raise InputError for a folder whose files, or folders, are called train, dev, test: it would be read as one.
+
+    A glob is taken by its word.
+    """
+    base, pattern = split_glob(path)
+    if pattern is not None or not base.is_dir():
+        return
+    splits: dict[str, list[str]] = defaultdict(list)
+    for file in find_files(path, file_format).files:
+        *folders, _ = _parts_below(file.location, base)
+        split = next(filter(None, map(_split_of, [PurePosixPath(file.stem).name, *reversed(folders)])), None)
+        if split is not None:
+            splits[split].append("/".join(_parts_below(file.location, base)))
+    if len(splits) > 1:
+        found = "; ".join(f"{split}: {', '.join(names[:3])}" for split, names in splits.items())
+        wanted = f"{path.rstrip('/')}/{(splits.get('train') or next(iter(splits.values())))[0]}"
+        raise InputError(
+            f"folder {path!r} holds files of more than one split ({found}), which would all be read as one; name the "
+            f"file that is wanted, such as {wanted!r}, or a glob"
+        )
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a file or folder is named after, by its first or last word: `train-00000-of-00002`, `faq_dev`."""
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    return next((_SPLIT_WORDS[word] for word in (*words[:1], *words[-1:]) if word in _SPLIT_WORDS), None)
 
 
 def refuse_output_inside(output: str, path: str, *, is_folder: bool = False) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from raytower.data.beir import is_beir
 from raytower.data.config import DevRows, NamedInput, TrainRows
-from raytower.data.pieces import Piece, Survey, read_piece
+from raytower.data.pieces import Piece, Survey, read_piece, say_unread
 from raytower.data.pieces import survey as survey_input
 from raytower.data.records import RecordKind
 from raytower.data.rejects import quarantine_of
-from raytower.data.sources import refuse_output_inside
+from raytower.data.sources import refuse_output_inside, refuse_several_splits
 from raytower.data.survey_notes import counted, remembered
 from raytower.errors import InputError
 from raytower.progress import log
@@ -28,7 +28,6 @@ from raytower.storage import Location, known_sha256
 from raytower.training.config import DevConfig, TrainJobConfig
 from raytower.training.dev_split import set_dev_aside
 
-_NAMED_COLUMNS = 8
 # Few, because a piece of a compressed file is found by reading all before it. More where these hold too few rows, as
 # where each file has a line.
 _SAMPLED_PIECES = 4
@@ -63,6 +62,8 @@ def survey_training(
     refuse_output_inside(config.output, path, is_folder=True)
     source = TrainRows(path=path, split=split, instructions=instructions)
     refuse_split(source)
+    if not is_beir(source):
+        refuse_several_splits(path)
     if wanted != "auto" and wanted not in kinds:
         raise InputError(
             f"train.format is {wanted!r}, and objective {objective} trains from {', '.join(kinds)}; change one of them"
@@ -121,10 +122,7 @@ def _likeliest_kind(source: NamedInput, kinds: Sequence[RecordKind]) -> list[Rec
 
 
 def _name_what_is_left_out(path: str, kind: RecordKind, surveyed: Survey) -> None:
-    if surveyed.unread_columns:
-        names = ", ".join(map(repr, surveyed.unread_columns[:_NAMED_COLUMNS]))
-        more = len(surveyed.unread_columns) - _NAMED_COLUMNS
-        log(f"{path}: read as {kind}, of which {names}{f' and {more} more' if more > 0 else ''} are no part")
+    say_unread(path, kind, surveyed)
     if surveyed.num_repeated:
         log(
             f"{path}: {surveyed.num_repeated:,} documents are left out, which stand twice in their row, such as a "
@@ -158,7 +156,11 @@ def dev_tables(
     if split is None and is_beir(source):
         # Never the training split, which is what a reader of pairs would take.
         source = DevRows(path=dev.path, split="dev")
-    return tables(survey_input(source, kind, remember=remembered))
+    if not is_beir(source):
+        refuse_several_splits(dev.path)
+    surveyed = survey_input(source, kind, remember=remembered)
+    say_unread(dev.path, kind, surveyed)
+    return tables(surveyed)
 
 
 def refuse_single_text(survey: Survey, columns: Sequence[str]) -> None:

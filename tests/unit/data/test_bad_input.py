@@ -12,10 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytower.annotation.config import MineConfig
+from raytower.annotation.rows_in import survey_rows
+from raytower.config import make_config
 from raytower.data.config import InputConfig
 from raytower.data.pieces import read_piece, survey
+from raytower.data.queries import read_queries
 from raytower.data.records import RecordKind
 from raytower.errors import InputError
+from raytower.training.config import RetrieverDevConfig
+from raytower.training.dev_recall import load_dev_set
 from tests.support.data_files import quarantined, read, rows_of, survey_of, write, write_jsonl
 
 _SCORED = b"query\ttitle\tlabel\nq\tt\t1\n"
@@ -214,6 +220,11 @@ def test_judged_files_are_refused_as_pairs(tmp_path: Path, name: str, content: s
         ("pairs", "isDuplicate", 1, "scored"),
         ("pairs", "relevance", 2, "scored"),
         ("pairs", "相似度", 1, "scored"),
+        ("pairs", "is_correct", 0, "scored"),
+        ("pairs", "relevance_grade", 0, "scored"),
+        ("pairs", "cos_sim", 0.1, "scored"),
+        ("pairs", "是否匹配", 0, "scored"),
+        ("pairs", "是否相关", "否", "scored"),
         ("pairs", "hard_negatives", ["n"], "triples"),
         ("triples", "negative_2", "n", "triples"),
     ],
@@ -229,6 +240,42 @@ def test_a_verdict_or_negatives_are_not_passed_over(
             survey_of(file, kind)
 
 
+def test_a_verdict_has_a_remedy_for_those_that_have_no_format(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"query": "a", "document": "b", "is_correct": 0}])
+    with pytest.raises(InputError, match=r"to evaluate, mine or .* keep the rows that match.*BEIR folder"):
+        read_queries(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triples", "scored"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.tsv", "x.parquet"])
+def test_a_title_is_no_document_beside_its_text(tmp_path: Path, kind: RecordKind, name: str) -> None:
+    """An index joins the two, so that mining found the whole document as a negative of its title."""
+    row = {"query": "a", "title": "b", "text": "c"}
+    row |= {"triples": {"negative": "d"}, "scored": {"label": "1"}}.get(kind, {})
+    path = tmp_path / name
+    if name == "x.parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        line = "\t".join(row) + "\n" + "\t".join(row.values()) + "\n"
+        write(path, json.dumps(row) + "\n" if name == "x.jsonl" else line)
+    with pytest.raises(InputError, match=rf"{name}.* has 'title' and 'text', and {kind} would read 'title'"):
+        survey_of(path, kind)
+
+
+def test_columns_that_are_not_read_are_named_wherever_rows_are_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"query": "a", "document": "b", "quality": 0}])
+    values = {"index": "i", "input": {"path": str(path)}, "output": str(tmp_path / "mined.tsv")}
+    for read_rows in (
+        lambda: read_queries(str(path)),
+        lambda: load_dev_set(RetrieverDevConfig(path=str(path))),
+        lambda: survey_rows(make_config(MineConfig, values), "pairs"),
+    ):
+        read_rows()
+        assert f"{path}: read as pairs, of which 'quality' are no part" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -239,6 +286,9 @@ def test_a_verdict_or_negatives_are_not_passed_over(
         "negative_ids",
         "numNegatives",
         "query_score_url",
+        "correct_spelling",
+        "grade_level",
+        "simple",
     ],
 )
 def test_a_part_of_a_name_is_no_verdict_and_no_negative(tmp_path: Path, key: str) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytower.data.config import InputConfig
-from raytower.data.sources import find_files, refuse_output_inside
+from raytower.data.sources import find_files, refuse_output_inside, refuse_several_splits
 from raytower.errors import InputError
 from tests.support.data_files import read, survey_of, write
 
@@ -144,3 +144,49 @@ def test_json_and_parquet_without_extension(tmp_path: Path) -> None:
 
 def test_a_path_alone_is_an_input() -> None:
     assert InputConfig.model_validate("corpus/*.tsv") == InputConfig(path="corpus/*.tsv")
+
+
+class TestSeveralSplits:
+    """A folder of train, dev and test files was read as one: the test rows were trained."""
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train.tsv", "dev.tsv", "test.tsv"),
+            ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"),
+            ("Train.jsonl.gz", "val.jsonl.gz"),
+            ("faq_train.csv", "faq_eval.csv"),
+            ("LCQMC.train.tsv", "LCQMC.valid.tsv"),
+            ("train/0000.parquet", "validation/0000.parquet"),
+            ("训练集.tsv", "测试集.tsv"),
+        ],
+    )
+    def test_it_is_refused_with_its_files_and_a_remedy(self, tmp_path: Path, names: tuple[str, ...]) -> None:
+        for name in names:
+            write(tmp_path / "data" / name, "x")
+        with pytest.raises(InputError, match="more than one split") as refused:
+            refuse_several_splits(str(tmp_path / "data") + "/")
+        for name in (*names, f"such as '{tmp_path}/data/{names[0]}', or a glob"):
+            assert name in str(refused.value)
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
+            ("trainers.tsv", "tests.tsv", "devices.tsv"),
+            ("train.tsv", "more.tsv"),
+            ("a.tsv", "b.tsv"),
+            ("train.tsv", "README.md", "_test.tsv"),
+        ],
+    )
+    def test_other_folders_are_read(self, tmp_path: Path, names: tuple[str, ...]) -> None:
+        for name in names:
+            write(tmp_path / "data" / name, "x")
+        refuse_several_splits(str(tmp_path / "data"))
+
+    def test_a_glob_and_a_file_are_taken_by_their_word(self, tmp_path: Path) -> None:
+        for name in ("train.tsv", "test.tsv"):
+            write(tmp_path / "data" / name, "x")
+        refuse_several_splits(str(tmp_path / "data" / "*"))
+        refuse_several_splits(str(tmp_path / "data" / "train.tsv"))
+        refuse_several_splits(str(tmp_path / "nothing"))

@@ -626,6 +626,14 @@ def test_mining_into_tsv_refuses_tabs(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "mined.tsv").exists()
 
 
+def test_mining_refuses_a_folder_of_several_splits(world: World, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).with_suffix(".tsv").write_text("tiger lemons\tx\n")
+    values = {**_values(world, str(tmp_path)), "output": str(tmp_path.parent / "mined.tsv")}
+    with pytest.raises(InputError, match=r"more than one split .*test\.tsv.* such as '.*/train\.tsv'"):
+        plan_mine(make_config(MineConfig, values))
+
+
 def test_mining_refuses_a_depth_that_cannot_do() -> None:
     values = {"encoder": "e", "index": "i", "input": {"path": "p"}, "output": "o"}
     with pytest.raises(InputError, match="raise recall_k"):

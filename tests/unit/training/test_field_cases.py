@@ -92,6 +92,19 @@ def test_dev_reads_the_dev_split(tmp_path: Path) -> None:
         survey_training(config, str(folder), "pairs", config.objective.formats, "o", config.train.split)
 
 
+def test_a_folder_of_train_dev_and_test_is_refused_as_training_and_dev_rows(tmp_path: Path) -> None:
+    for name in ("train", "dev", "test"):
+        write(tmp_path / "data" / f"{name}.tsv", f"{name} query\t{name} document\n")
+    folder = str(tmp_path / "data")
+    values = {"model": "m", "train": folder, "output": "o", "workers": {"num": 1}}
+    config = make_config(TrainRetrieverConfig, values)
+    with pytest.raises(InputError, match=r"more than one split .*test\.tsv.* such as '.*/data/train\.tsv'"):
+        survey_training(config, folder, "pairs", config.objective.formats, "o")
+    with pytest.raises(InputError, match="more than one split"):
+        load_dev_set(RetrieverDevConfig(path=folder))
+    assert survey_training(config, f"{folder}/*", "pairs", config.objective.formats, "o").num_rows == 3
+
+
 class _Fixed:
     """Vectors by text."""
 
