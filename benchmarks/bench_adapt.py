@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_200)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--dev-share", type=float, default=0.25)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -56,14 +58,16 @@ def main() -> None:
         "dev_share": arguments.dev_share,
         "pairs": {"rules": rules},
         "training": {
-            "batch_size": 32,
+            "batch_size": arguments.batch_size,
             "epochs": 1,
             "max_length": arguments.max_length,
-            "workers": {"num": 1, "num_cpus": 1},
+            "dtype": "bfloat16",
+            "objective": {"name": "in_batch_negatives", "scale": 50},
+            "optimizer": {"lr": arguments.lr},
         },
-        "encoding": {"max_length": arguments.max_length, "workers": {"num": 1, "num_cpus": 1}},
-        "indexing": {"kind": "flat", "workers": {"num": 1, "num_cpus": 1}},
-        "mining": {"num_negatives": 1, "max_length": arguments.max_length},
+        "encoding": {"max_length": arguments.max_length, "dtype": "bfloat16"},
+        "indexing": {"kind": "flat"},
+        "mining": {"num_negatives": 1, "max_length": arguments.max_length, "dtype": "bfloat16"},
     }
     print(json.dumps(adapt(make_config(AdaptConfig, config)), indent=1, ensure_ascii=False))
     if arguments.set == "insuranceqa":
@@ -110,14 +114,11 @@ def judge(arguments: argparse.Namespace) -> None:
         ("given", arguments.model),
         ("trained", str(work / "adapted" / "rounds" / "round-1" / "encoder")),
     ):
-        shared: dict[str, Any] = {"workers": {"num": 1, "num_cpus": 1}}
         embeddings, index = str(work / name / "embeddings"), str(work / name / "index")
         values = {"encoder": encoder, "input": str(work / "corpus.jsonl"), "output": embeddings}
-        encode(make_config(EncodeConfig, {**values, "max_length": arguments.max_length, **shared}))
+        encode(make_config(EncodeConfig, {**values, "max_length": arguments.max_length, "dtype": "bfloat16"}))
         build_index(
-            make_config(
-                IndexBuildConfig, {"embeddings": embeddings, "output": index, "kind": "flat", **shared}
-            )
+            make_config(IndexBuildConfig, {"embeddings": embeddings, "output": index, "kind": "flat"})
         )
         reports.append(str(work / name / "report"))
         queries = str(work / "judged.jsonl")

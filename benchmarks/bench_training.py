@@ -1,11 +1,13 @@
 """Training: raytower beside sentence-transformers' trainer, same model, pairs, batches, schedule and cores.
 
     python benchmarks/bench_training.py speed [--steps 60] [--repeats 3] [--no-ray]
-    python benchmarks/bench_training.py quality --output DIR [--side ours theirs] [--seeds 0 1 2]
+    python benchmarks/bench_training.py quality --output DIR [--side ours theirs] [--seeds 0 1 2] [--train FILE]
+        [--peer-batch-size N] [--peer-lr LR] [--peer-pairs N] [--peer-dtype bfloat16]
 
 speed: pairs a second of one process with all cores, both sides in turn, and of `raytower train-retriever` beside our
 own bare step, so that Ray's cost shows. quality: recall on all dev queries after one epoch, against a corpus sample
-that holds every relevant text; one JSON file for each side and seed, so that a run can be made in pieces.
+that holds every relevant text; one JSON file for each side and seed, so that a run can be made in pieces. With
+`--peer-*` the peer gets its own batch, learning rate and share of the pairs, as for a comparison at equal time.
 The peer is SentenceTransformerTrainer with MultipleNegativesRankingLoss (needs `datasets` and `accelerate`).
 """
 
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +95,14 @@ def parse() -> argparse.Namespace:
     speed_parser.set_defaults(run=speed)
     quality_parser = commands.add_parser("quality", parents=[shared])
     quality_parser.add_argument("--output", type=Path, required=True)
+    quality_parser.add_argument("--train", type=Path, help="a file of pairs, in place of the data's own")
+    quality_parser.add_argument("--peer-batch-size", type=int)
+    quality_parser.add_argument("--peer-lr", type=float)
+    quality_parser.add_argument("--peer-pairs", type=int, help="the peer trains on the first so many")
+    quality_parser.add_argument("--peer-dtype", choices=["float32", "bfloat16"], default="float32")
     quality_parser.add_argument("--side", nargs="*", choices=["ours", "theirs"], default=["ours", "theirs"])
     quality_parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    quality_parser.add_argument("--dtype", default="bfloat16", help="of our side; theirs trains in float32")
+    quality_parser.add_argument("--dtype", default="bfloat16", help="of our side")
     quality_parser.add_argument(
         "--workers", type=int, default=2, help="of our side; the cores are shared out"
     )
@@ -189,7 +196,9 @@ def train_ours(settings: Settings, pairs: zh.Pairs, dtype: str) -> Clock:
     return clock
 
 
-def train_theirs(settings: Settings, pairs: zh.Pairs, seed: int, bf16: bool = False) -> tuple[Any, Clock]:
+def train_theirs(
+    settings: Settings, pairs: zh.Pairs, seed: int, bf16: bool = False, no_duplicates: bool = False
+) -> tuple[Any, Clock]:
     """sentence-transformers' trainer, one epoch over `pairs`: the trained model and when each step ended."""
     from datasets import Dataset
     from sentence_transformers import (
@@ -228,6 +237,7 @@ def train_theirs(settings: Settings, pairs: zh.Pairs, seed: int, bf16: bool = Fa
             max_grad_norm=settings.max_grad_norm,
             seed=seed,
             bf16=bf16,
+            batch_sampler="no_duplicates" if no_duplicates else "batch_sampler",
             use_cpu=True,
             save_strategy="no",
             logging_strategy="no",
@@ -318,19 +328,20 @@ def optimizer_values(settings: Settings) -> dict[str, float]:
 
 def quality(settings: Settings, arguments: argparse.Namespace) -> None:
     """Train what is missing of the sides and seeds asked for, then print the table of all that is there."""
-    pairs = zh.training_pairs(arguments.data, arguments.pairs)
+    pairs = quality_pairs(arguments)
     dev = zh.dev_sample(arguments.data, arguments.corpus_rows, arguments.queries)
-    recorded = {
-        **vars(settings),
-        "model": Path(settings.model).name,
-        "pairs": len(pairs),
-        "queries": len(dev.queries),
-        "corpus_rows": len(dev.corpus),
-        "max_length": zh.MAX_LENGTH,
-    }
+    peer = replace(
+        settings,
+        batch_size=arguments.peer_batch_size or settings.batch_size,
+        lr=arguments.peer_lr or settings.lr,
+    )
+    peer_pairs = pairs[: arguments.peer_pairs]
+    # Each side's records are of its own settings, so that another peer leaves ours as they are.
+    ours = recorded_of(settings, pairs, dev)
+    theirs = recorded_of(peer, peer_pairs, dev)
     folder: Path = arguments.output
 
-    def once(name: str, make: Callable[[], tuple[str | Path, float]]) -> None:
+    def once(name: str, recorded: dict[str, Any], make: Callable[[], tuple[str | Path, float]]) -> None:
         if zh.is_done(folder / f"{name}.json", recorded):
             return
         encoder_dir, seconds = make()
@@ -344,21 +355,42 @@ def quality(settings: Settings, arguments: argparse.Namespace) -> None:
             flush=True,
         )
 
-    once("zero_shot", lambda: (settings.model, 0.0))
+    once("zero_shot", ours, lambda: (settings.model, 0.0))
     for seed in arguments.seeds:
         if "theirs" in arguments.side:
-            once(f"theirs-float32-seed{seed}", lambda: quality_theirs(settings, pairs, folder, seed))  # noqa: B023
+            name = f"theirs-{arguments.peer_dtype}-batch{peer.batch_size}-lr{peer.lr:g}-seed{seed}"
+            once(name, theirs, lambda: quality_theirs(peer, peer_pairs, folder / name, seed, arguments))  # noqa: B023
         if "ours" in arguments.side:
             name = f"ours-{arguments.dtype}-seed{seed}"
-            once(name, lambda: quality_ours(settings, pairs, folder / name, seed, arguments))  # noqa: B023
-    print_quality(folder, recorded)
+            once(name, ours, lambda: quality_ours(settings, pairs, folder / name, seed, arguments))  # noqa: B023
+    print_quality(folder, dev)
 
 
-def quality_theirs(settings: Settings, pairs: zh.Pairs, folder: Path, seed: int) -> tuple[Path, float]:
-    model, clock = train_theirs(settings, pairs, seed)
-    encoder_dir = folder / f"theirs-float32-seed{seed}" / "encoder"
-    model.save(str(encoder_dir), create_model_card=False)
-    return encoder_dir, clock[-1] - clock[0]
+def quality_pairs(arguments: argparse.Namespace) -> zh.Pairs:
+    if arguments.train is None:
+        return zh.training_pairs(arguments.data, arguments.pairs)
+    rows = [row.split("\t") for row in zh.read_lines(arguments.train)]
+    return [(left, right) for left, right in rows][: arguments.pairs]
+
+
+def recorded_of(settings: Settings, pairs: zh.Pairs, dev: zh.DevSample) -> dict[str, Any]:
+    return {
+        **vars(settings),
+        "model": Path(settings.model).name,
+        "pairs": len(pairs),
+        "queries": len(dev.queries),
+        "corpus_rows": len(dev.corpus),
+        "max_length": zh.MAX_LENGTH,
+    }
+
+
+def quality_theirs(
+    settings: Settings, pairs: zh.Pairs, folder: Path, seed: int, arguments: argparse.Namespace
+) -> tuple[Path, float]:
+    bf16 = arguments.peer_dtype == "bfloat16"
+    model, clock = train_theirs(settings, pairs, seed, bf16, no_duplicates=True)
+    model.save(str(folder / "encoder"), create_model_card=False)
+    return folder / "encoder", clock[-1] - clock[0]
 
 
 def quality_ours(
@@ -370,35 +402,41 @@ def quality_ours(
     return folder / "encoder", float(figures["seconds"])
 
 
-def print_quality(folder: Path, recorded: dict[str, Any]) -> None:
+def print_quality(folder: Path, dev: zh.DevSample) -> None:
     """Means over the seeds that are there, intervals over queries, and paired differences."""
     sides: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        if zh.is_done(path, recorded):
-            sides.setdefault(path.stem.rpartition("-seed")[0] or path.stem, []).append(zh.read_record(path))
+        record = zh.read_record(path)
+        if (record["queries"], record["corpus_rows"]) == (len(dev.queries), len(dev.corpus)):
+            sides.setdefault(path.stem.rpartition("-seed")[0] or path.stem, []).append(record)
     zero_shot = {k: zh.recall_values(sides["zero_shot"][0], k) for k in KS}
     print(
-        f"\n{recorded['pairs']:,} pairs, batch {recorded['batch_size']}, lr {recorded['lr']}, "
-        f"scale {recorded['scale']}; {recorded['queries']:,} queries, {recorded['corpus_rows']:,} corpus texts; "
-        "means over seeds, 95 % bootstrap intervals over queries"
+        f"\n{len(dev.queries):,} queries, {len(dev.corpus):,} corpus texts; means over seeds, 95 % bootstrap "
+        "intervals over queries"
     )
     print(
-        "| side | seeds | recall@1 | recall@10 | recall@1 less zero-shot | recall@10 less zero-shot | "
-        "recall@10 of each seed |\n|---|---|---|---|---|---|---|"
+        "| side | seeds | pairs | batch | lr | seconds | recall@1 | recall@10 | recall@1 less zero-shot | "
+        "recall@10 less zero-shot | recall@10 of each seed |" + "\n" + "|---" * 11 + "|"
     )
-    means: dict[str, NDArray[np.float64]] = {}
+    means: dict[str, dict[int, NDArray[np.float64]]] = {}
     for name in sorted(sides, key=lambda name: name != "zero_shot"):
         records = sides[name]
         values = {k: np.mean([zh.recall_values(record, k) for record in records], axis=0) for k in KS}
-        means[name] = values[10]
-        cells = [name, str(len(records)), *(zh.with_interval(values[k]) for k in KS)]
+        means[name] = values
+        settings = records[0]["settings"]
+        cells = [name, str(len(records))]
+        cells += [f"{settings[key]:,}" for key in ("pairs", "batch_size", "lr")]
+        cells += [f"{statistics.median(record['train_seconds'] for record in records):.0f}"]
+        cells += [zh.with_interval(values[k]) for k in KS]
         cells += [zh.difference_with_interval(values[k], zero_shot[k]) for k in KS]
         cells += [", ".join(f"{record['recall@10']:.4f}" for record in records)]
         print("| " + " | ".join(cells) + " |")
-    for name in means:
-        if name.startswith("ours") and "theirs-float32" in means:
-            difference = zh.difference_with_interval(means[name], means["theirs-float32"])
-            print(f"\nrecall@10 of {name} less theirs-float32: {difference} (paired)")
+    for ours in (name for name in means if name.startswith("ours")):
+        for theirs in (name for name in means if name.startswith("theirs")):
+            found = [
+                f"recall@{k} {zh.difference_with_interval(means[ours][k], means[theirs][k])}" for k in KS
+            ]
+            print(f"\n{ours} less {theirs} (paired): {', '.join(found)}")
 
 
 if __name__ == "__main__":
