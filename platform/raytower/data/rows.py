@@ -19,7 +19,7 @@ from raytower.data.candidates import make_candidates
 from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
-from raytower.data.plain_labels import EXPONENT, WHOLE_NUMBER, written_out
+from raytower.data.plain_labels import EXPONENT, SPACES, UNSEEN_IN_LABELS, WHOLE_NUMBER, written_out
 from raytower.data.records import HEADERLESS, RecordField, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
 from raytower.data.slices import MAX_LINE_BYTES, Extent, RangeReader, Slice, iter_slices
@@ -192,7 +192,8 @@ def _reject_unseen(batch: RowBatch, column: str, label: str) -> None:
 
 def _plain_labels(labels: pa.Array) -> pa.Array:
     """Each label in its normal form; see data/plain_labels.py."""
-    trimmed = pc.utf8_trim_whitespace(labels)
+    seen = pc.replace_substring_regex(pc.utf8_normalize(labels, form="NFC"), UNSEEN_IN_LABELS, "")
+    trimmed = pc.utf8_trim_whitespace(pc.replace_substring_regex(seen, SPACES, " "))
     has_exponent = pc.fill_null(pc.match_substring_regex(trimmed, EXPONENT), False)
     if has_exponent.true_count:
         numbers = pa.array(map(written_out, trimmed.filter(has_exponent).to_pylist()), pa.string())

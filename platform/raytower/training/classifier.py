@@ -18,7 +18,7 @@ from raytower.data.config import NamedInput
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
-from raytower.data.plain_labels import in_order, plain_label
+from raytower.data.plain_labels import alike, are_scores, in_order, missing_value, plain_label
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.errors import InputError
@@ -51,6 +51,9 @@ from raytower.training.step import TrainingStep
 from raytower.training.task import Task
 
 _CPU = torch.device("cpu")
+# Different texts are counted up to some more than so many.
+_TEXTS_COUNTED = 10_000
+_MANY_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,11 @@ def _load_start(config: TrainClassifierConfig, start: str, labels: Sequence[str]
 def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str], Counter[str]]:
     """The labels in the order of the classes, and how many training rows have each."""
     counts: Counter[str] = Counter()
+    texts: set[str] = set()
     for table in tables(surveyed):
         counts.update(table["label"].to_pylist())
+        if len(texts) < _TEXTS_COUNTED:
+            texts.update(table["text"].to_pylist())
     labels = in_order(counts) if config.labels is None else _read_labels(config.labels)
     unknown = sorted(set(counts) - set(labels))
     if unknown:
@@ -190,7 +196,50 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
             f"{config.train.origin}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
         )
     _name_likely_header(surveyed, counts)
+    if config.labels is None:
+        _refuse_doubtful(config.train.origin, counts, len(texts))
     return labels, counts
+
+
+def _refuse_doubtful(origin: str, counts: Counter[str], num_texts: int) -> None:
+    """What makes classes that nobody means; a list of labels in `labels` says that they are meant.
+
+    Args:
+        origin: the input, for messages.
+        counts: rows of each label.
+        num_texts: distinct texts, counted up to some number.
+
+    Raises:
+        InputError: two labels that differ in case or width alone, a missing value that is written out, more labels
+            than texts, or numbers that are scores.
+    """
+    meant = "; where they are meant, list all labels in a file and name it by labels"
+    if pair := alike(counts):
+        first, second = pair
+        raise InputError(
+            f"{origin}: labels {first!r} ({counts[first]:,} rows) and {second!r} ({counts[second]:,}) differ in case or "
+            f"width alone, and would be two classes; write one of them{meant}"
+        )
+    if missing := missing_value(counts):
+        raise InputError(
+            f"{origin}: {counts[missing]:,} rows have the label {missing!r}, as tools write a missing value; leave such "
+            f"rows out, or give them a label{meant}"
+        )
+    if num_texts < min(len(counts), _TEXTS_COUNTED):
+        raise InputError(
+            f"{origin}: {len(counts):,} labels for {num_texts:,} different texts; columns are text, then label: swap "
+            f"them{meant}"
+        )
+    if are_scores(counts):
+        raise InputError(
+            f"{origin}: labels are numbers such as {min(counts)!r}, {len(counts):,} of them in {counts.total():,} rows: "
+            f"scores rather than classes; write classes, or train on pairs and scores by train-reranker{meant}"
+        )
+    if counts.total() >= _MANY_ROWS and 2 * len(counts) > counts.total():
+        log(
+            f"{origin}: {len(counts):,} labels in {counts.total():,} rows: most classes have one row, and no other row "
+            "to learn them from"
+        )
 
 
 def _name_likely_header(surveyed: Survey, counts: Counter[str]) -> None:
