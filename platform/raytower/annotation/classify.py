@@ -35,6 +35,7 @@ from raytower.annotation.suspecting import COLUMNS as SUSPECT_COLUMNS
 from raytower.annotation.suspecting import Suspicion, suspect
 from raytower.data.pieces import Survey
 from raytower.data.sources import refuse_output_inside
+from raytower.errors import InputError
 from raytower.file_jobs.plan import choose_rows_per_share, shares_of
 from raytower.file_jobs.run import (
     FileBeside,
@@ -263,6 +264,7 @@ class _Known:
             _check_settings(config, settings, classifier.fingerprint)
             figures = {"fingerprint": classifier.fingerprint}
             labels = LabelsOfClassifier(classifier.labels)
+            _refuse_unknown(decider.positive, labels, config.classifier)
             return cls(settings, depth, decider, labels, None, figures, figures, None)
         assert config.encoder is not None
         assert config.index is not None
@@ -272,6 +274,8 @@ class _Known:
         _check_settings(config, settings, encoder.fingerprint)
         prefix = own_or(config.query_prefix, encoder, "query", config.encoder)
         table = DocumentTable.open(Location.of(config.index), manifest.table_version)
+        documents = LabelsOfDocuments(table, config.label_field)
+        _refuse_unknown(decider.positive, documents, config.index)
         identity = {
             "fingerprint": encoder.fingerprint,
             "query_prefix": prefix,
@@ -282,7 +286,7 @@ class _Known:
             settings,
             depth,
             decider,
-            LabelsOfDocuments(table, config.label_field),
+            documents,
             manifest.version,
             identity,
             {"index_version": manifest.version},
@@ -292,6 +296,14 @@ class _Known:
     def tally(self, config: ClassifyConfig) -> LabelTally:
         """An empty one."""
         return LabelTally(self.decider, [k for k in HIT_CUTOFFS if k <= self.depth], config.seed)
+
+
+def _refuse_unknown(positive: str | None, known: KnownLabels, origin: str) -> None:
+    """Raises InputError where the positive class is a label that is never given."""
+    if positive is not None and known.missing([positive]):
+        raise InputError(
+            f"positive is {positive!r}, a label that {origin!r} never gives; name one that it gives"
+        )
 
 
 def _decider_of(config: ClassifyConfig, settings: ClassifySettings | None) -> Decider:

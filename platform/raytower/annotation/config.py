@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from raytower.annotation.classify_settings import VoteKind
 from raytower.config import Config, OnError
 from raytower.data.config import InputConfig
+from raytower.data.plain_labels import plain_label
 from raytower.retrieval.config import BatchConfig, FileWorkersConfig, ModeConfig, RerankConfig
 
 FileType = Literal["tsv", "jsonl"]
+Label = Annotated[str, AfterValidator(plain_label)]  # in the form that rows bring theirs in
 Sampling = Literal["random", "top", "score"]
 _OF_RETRIEVAL = ("encoder", "index", "label_field", "votes", "temperature", "query_prefix")
 
@@ -157,7 +159,7 @@ class ClassifyConfig(BatchConfig):
     tuned: str | None = None
     """File that tune-classify wrote: votes, k and temperature, chances in place of scores, cut and threshold are as it
     found them; null takes those of this config."""
-    positive: str | None = None
+    positive: Label | None = None
     """Of two classes the one that is looked for: its average precision, and precision, recall and F1; null has none."""
     cut: float | None = None
     """With `positive`: the score from which on a text gets that label; null gives it where it is the first one."""
@@ -248,7 +250,7 @@ class TuneClassifyConfig(BatchConfig):
     calibration: Literal["auto", "temperature", "isotonic", "none"] = "auto"
     """How scores become chances that the first label is right: by one number, or by a rising function, which wants some
     thousand rows; auto takes the better one on rows that it was not fitted on, none leaves scores as they are."""
-    positive: str | None = None
+    positive: Label | None = None
     """Of two classes the one that is looked for; the cut with its best F1 is found. Null has none."""
     min_accuracy: float | None = Field(default=None, gt=0, le=1)
     """Find the threshold below which texts get no label, so that of the others this share is right; null labels all."""

@@ -56,9 +56,17 @@ class LabelsOfDocuments:
     label_field: str
 
     def missing(self, labels: Collection[str]) -> set[str]:
-        column = self.label_field if self.label_field in self.table.schema.names else "text"
+        has_field = self.label_field in self.table.schema.names
+        column = self.label_field if has_field else "text"
         wanted = set(labels)
-        return wanted - find_in_table(self.table, column, wanted, "id").keys()
+        wanted -= find_in_table(self.table, column, wanted, "id").keys()
+        if wanted:  # documents may write them otherwise (1.0), or have one in their text alone
+            for batch in self.table.scan(["id", "text", *([self.label_field] if has_field else [])]):
+                if not wanted:
+                    break
+                for row in batch.to_pylist():
+                    wanted.discard(label_of(row["id"], row["text"], row, self.label_field, "labels"))
+        return wanted
 
 
 class LabelsOfClassifier:

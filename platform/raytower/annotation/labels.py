@@ -101,16 +101,18 @@ def label_logits(labels: Sequence[str], logits: NDArray[np.float32], depth: int)
 def label_of(
     id: str, text: str, metadata: Mapping[str, Any], label_field: str, mode: Literal["labels", "votes"]
 ) -> str:
-    """A document's label: its `label_field` where it has one; in mode labels else its text.
+    """A document's label: its `label_field` where it has one; in mode labels else its text. In the form that rows have.
 
     Raises:
         InputError: a document without the label field in mode votes.
     """
     label = metadata.get(label_field)
     if label is not None:
-        return plain_label(label) if isinstance(label, (str, int, float)) else str(label)
+        # Rows write true as 1: a boolean is refused there, and that is the remedy.
+        plain = int(label) if isinstance(label, bool) else label
+        return plain_label(plain if isinstance(plain, (str, int, float)) else str(plain))
     if mode == "labels":
-        return text
+        return plain_label(text)
     raise InputError(
         f"document {id!r} of the index has no {label_field!r}, so it cannot vote; encode a corpus "
         f"with a column {label_field!r}, name another label_field, or set mode to labels"

@@ -1,9 +1,10 @@
 """Labels in their normal form: what users take for one label is one, however a tool has written it down.
 
 A whole number is written without a fraction (pandas makes 1.0 of 1 as soon as one value of a column is missing) and
-without a plus, a number with an exponent is written out (JSON knows no difference between 1e3 and 1000), and space around
-a label is no part of it: `1`, `1.0`, `+1` and ` 1 ` are the label `1`. Characters are composed (macOS writes folder names
-decomposed), spaces within a label are single ones, and what nobody sees is left out. Imports no library of data.
+without a plus, a number with an exponent is written out (JSON knows no difference between 1e3 and 1000), and space
+around a label is no part of it: `1`, `1.0`, `+1` and ` 1 ` are the label `1`. Characters are composed (macOS writes
+folder names decomposed), spaces within a label are single ones, and what nobody sees is left out. Imports no library of
+data.
 """
 
 from __future__ import annotations

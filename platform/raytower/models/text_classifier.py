@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from raytower.data.plain_labels import plain_label
 from raytower.errors import FormatError, InputError
 from raytower.models.class_ranks import rank_classes, softmax
 from raytower.models.directory import load_tokenizer, read_info, transformer_folder
@@ -70,8 +71,8 @@ class TextClassifier(SequenceClassifier):
         """A classifier to train: on top of any encoder, with a fresh head (seed torch before), or a finished one.
 
         Raises:
-            InputError: fewer than 2 labels, or a blank or repeated one; or `name` is a finished classifier whose
-                labels are not these in this order, so its head cannot go on.
+            InputError: fewer than 2 labels, or a blank or repeated one; or `name` is a finished classifier of other
+                labels, so its head cannot go on. It keeps the order of its own.
         """
         _check_labels(labels)
         path = transformer_folder(resolve_transformer(str(name)))
@@ -83,10 +84,11 @@ class TextClassifier(SequenceClassifier):
             tokenizer = load_tokenizer(path, model.config)
             pad_apart(model, tokenizer)
             return cls(model, tokenizer, recorded_max_length(path, model))
-        if _labels_of(finished) != tuple(labels):
+        own = tuple(map(plain_label, _labels_of(finished)))
+        if sorted(own) != sorted(labels):
             raise InputError(
-                f"{str(path)!r} is a finished classifier and {_difference(_labels_of(finished), labels)}; train from "
-                "an encoder, or give this classifier's own labels in its order (id2label in config.json)"
+                f"{str(path)!r} is a finished classifier and {_difference(own, labels)}; train from "
+                "an encoder, or give this classifier's own labels (id2label in config.json)"
             )
         other = cls.load(path)
         # Its metric history belongs to the weights before this training.
@@ -149,4 +151,4 @@ def _difference(have: Sequence[str], want: Sequence[str]) -> str:
     gone = [label for label in have if label not in set(want)]
     if gone:
         return f"knows {gone[0]!r}, one of {len(gone)} labels that are not asked for"
-    return "has the same labels in another order"
+    return "has one label twice"

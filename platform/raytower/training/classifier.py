@@ -102,6 +102,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
     def prepare(cls, config: TrainClassifierConfig, surveyed: Survey) -> Self:
         labels, counts = _labels(config, surveyed)
         model = _load_start(config, config.start, labels)
+        labels = _in_order_of(model, labels, config)
         texts = spaced_rows(surveyed)["text"]
         shares = cut_shares(model.tokenise, {"text": [texts]}, config.max_length)
         say_cut_shares(shares, config.max_length, len(texts))
@@ -201,6 +202,21 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
     return labels, counts
 
 
+def _in_order_of(model: TextClassifier, labels: Sequence[str], config: TrainClassifierConfig) -> list[str]:
+    """The labels in the order of the model's logits: a finished classifier keeps that of its own.
+
+    Raises:
+        InputError: a list of labels asks for another order.
+    """
+    own = list(map(plain_label, model.labels))
+    if config.labels is not None and own != list(labels):
+        raise InputError(
+            f"{config.start!r} is a finished classifier that has the labels of {config.labels!r} in another "
+            "order; give them in its order (id2label in config.json), or leave labels out"
+        )
+    return own
+
+
 def _refuse_doubtful(origin: str, counts: Counter[str], num_texts: int) -> None:
     """What makes classes that nobody means; a list of labels in `labels` says that they are meant.
 
@@ -217,13 +233,13 @@ def _refuse_doubtful(origin: str, counts: Counter[str], num_texts: int) -> None:
     if pair := alike(counts):
         first, second = pair
         raise InputError(
-            f"{origin}: labels {first!r} ({counts[first]:,} rows) and {second!r} ({counts[second]:,}) differ in case or "
-            f"width alone, and would be two classes; write one of them{meant}"
+            f"{origin}: labels {first!r} ({counts[first]:,} rows) and {second!r} ({counts[second]:,}) differ in case "
+            f"or width alone, and would be two classes; write one of them{meant}"
         )
     if missing := missing_value(counts):
         raise InputError(
-            f"{origin}: {counts[missing]:,} rows have the label {missing!r}, as tools write a missing value; leave such "
-            f"rows out, or give them a label{meant}"
+            f"{origin}: {counts[missing]:,} rows have the label {missing!r}, as tools write a missing value; leave "
+            f"such rows out, or give them a label{meant}"
         )
     if num_texts < min(len(counts), _TEXTS_COUNTED):
         raise InputError(
@@ -232,8 +248,8 @@ def _refuse_doubtful(origin: str, counts: Counter[str], num_texts: int) -> None:
         )
     if are_scores(counts):
         raise InputError(
-            f"{origin}: labels are numbers such as {min(counts)!r}, {len(counts):,} of them in {counts.total():,} rows: "
-            f"scores rather than classes; write classes, or train on pairs and scores by train-reranker{meant}"
+            f"{origin}: labels are numbers such as {min(counts)!r}, {len(counts):,} of them in {counts.total():,} "
+            f"rows: scores rather than classes; write classes, or train on pairs and scores by train-reranker{meant}"
         )
     if counts.total() >= _MANY_ROWS and 2 * len(counts) > counts.total():
         log(

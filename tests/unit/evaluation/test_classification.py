@@ -504,6 +504,25 @@ def test_an_unseen_label_is_counted_and_named(world: World, capsys: pytest.Captu
     assert tuned["labels_missing"] == 1
 
 
+def test_labels_that_documents_write_otherwise_are_those_of_the_rows(world: World) -> None:
+    """1.0 in the corpus is the label 1 of the rows; so are labels with spaces, and texts that are labels."""
+    index = world.index([*((text, "1.0") for text in FRUIT), *((text, " hot  water ") for text in WATER)])
+    asked = [(FRUIT[0], "1"), (WATER[0], "hot water")]
+    for mode in ("labels", "votes"):
+        result, lines = world.classify(index, asked, mode=mode, k=3)
+        assert [line["label"] for line in lines] == ["1", "hot water"]
+        assert (result["accuracy"], result["labels_missing"]) == (1.0, 0)
+
+
+def test_a_positive_class_is_one_that_is_given(world: World) -> None:
+    index = world.index([*((text, "1") for text in FRUIT), *((text, "0") for text in WATER)])
+    asked = [(FRUIT[0], "1"), (WATER[0], "0")]
+    result, _ = world.classify(index, asked, positive="1.0", cut=0.9)
+    assert (result["accuracy"], result["labels_missing"]) == (1.0, 0)
+    with pytest.raises(InputError, match=r"positive is '2', a label that .* never gives"):
+        world.classify(index, asked, positive="2", cut=0.9)
+
+
 def test_an_index_of_a_single_label_gives_it_to_all(world: World) -> None:
     index = world.index([(text, "fruit") for text in FRUIT])
     for mode in ("labels", "votes"):

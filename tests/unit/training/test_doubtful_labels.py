@@ -11,12 +11,13 @@ import pytest
 
 from raytower.config import make_config
 from raytower.errors import InputError
-from raytower.training.classifier import plan_train_classifier
+from raytower.models.text_classifier import TextClassifier
+from raytower.training.classifier import ClassifierTask, plan_train_classifier
 from raytower.training.config import TrainClassifierConfig
 from tests.support.data_files import read, write
 
 
-def plan(encoder: Path, rows: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+def config_of(encoder: Path | None, rows: str, tmp_path: Path, **changes: Any) -> TrainClassifierConfig:
     path = write(tmp_path / "rows.tsv", rows)
     values = {
         "model": str(encoder),
@@ -26,7 +27,11 @@ def plan(encoder: Path, rows: str, tmp_path: Path, **changes: Any) -> dict[str, 
         "max_length": 32,
         "workers": {"num": 1},
     }
-    return plan_train_classifier(make_config(TrainClassifierConfig, {**values, **changes}))
+    return make_config(TrainClassifierConfig, {**values, **changes})
+
+
+def plan(encoder: Path, rows: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return plan_train_classifier(config_of(encoder, rows, tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -52,12 +57,16 @@ def test_one_label_to_the_eye_is_one_class(label: str, same: str, tmp_path: Path
         assert [row["label"] for row in read(tmp_path / name, "labelled")] == [label, label]
 
 
-@pytest.mark.parametrize(("label", "other"), [("True", "TRUE"), ("Ａ", "a"), ("１", "1"), ("straße", "STRASSE")])
+@pytest.mark.parametrize(
+    ("label", "other"), [("True", "TRUE"), ("Ａ", "a"), ("１", "1"), ("straße", "STRASSE")]
+)
 def test_labels_that_differ_in_case_or_width_are_refused_with_both(
     label: str, other: str, still_encoder: Path, tmp_path: Path
 ) -> None:
     rows = f"one\t{label}\ntwo\t{other}\nthree\t{label}\nfour\tz\n"
-    with pytest.raises(InputError, match=rf"labels '{label}' \(2 rows\) and '{other}' \(1\) differ in case or"):
+    with pytest.raises(
+        InputError, match=rf"labels '{label}' \(2 rows\) and '{other}' \(1\) differ in case or"
+    ):
         plan(still_encoder, rows, tmp_path)
     names = write(tmp_path / "names.txt", f"{label}\n{other}\nz\n")
     assert plan(still_encoder, rows, tmp_path, labels=str(names))["labels"] == 3
@@ -104,3 +113,22 @@ def test_classes_of_one_row_are_said(
     rows = "".join(f"question {number}\tanswer {number}\n" for number in range(8))
     assert plan(still_encoder, rows, tmp_path)["labels"] == 8
     assert "8 labels in 8 rows: most classes have one row" in capsys.readouterr().err
+
+
+def test_a_finished_classifier_keeps_its_order_unless_a_list_asks_for_another(
+    still_encoder: Path, tmp_path: Path
+) -> None:
+    """Its classes are 1.0 and 0.0, in this order: rows labelled 0 and 1 train on in it."""
+    finished = TextClassifier.start_from(still_encoder, ["1.0", "0.0"])
+    finished.save(tmp_path / "finished")
+    rows = "one\t0\ntwo\t1\nthree\t1\n"
+    started: dict[str, Any] = {"model": None, "init_from": str(tmp_path / "finished")}
+    assert task_of(started, rows, tmp_path).labels == ("1", "0")
+    names = write(tmp_path / "names.txt", "0\n1\n")
+    with pytest.raises(InputError, match="in another order"):
+        task_of({**started, "labels": str(names)}, rows, tmp_path)
+
+
+def task_of(changes: dict[str, Any], rows: str, tmp_path: Path) -> ClassifierTask:
+    config = config_of(None, rows, tmp_path, **changes)
+    return ClassifierTask.prepare(config, ClassifierTask.survey(config))
