@@ -204,6 +204,7 @@ def _table_layout(file: SourceFile, config: InputConfig, layout: Layout, head: b
     if is_corpus_like(layout.kind) and not has_header and len(columns) > 1:
         _refuse_labels(file, config, head[start:])
         _refuse_commas(file, config, delimiter, first)
+        _refuse_two_texts(file, config, delimiter, head[start:])
     start, number = (after_line, 2) if has_header else (start, 1)
     return Layout(layout.kind, file_format, layout.fields, columns, delimiter, start, number)
 
@@ -267,6 +268,22 @@ def _refuse_commas(file: SourceFile, config: InputConfig, delimiter: str, first:
             f"{file}: read as CSV without a header, the first row has the id {first[0][:60]!r}, which reads like a "
             f"text, and the text {first[1][:60]!r}. Add the header `id{delimiter}text` if they are that; if each "
             f"line is a text, name the file .txt{config.remedy('or set input.format to lines')}"
+        )
+
+
+def _refuse_two_texts(file: SourceFile, config: InputConfig, delimiter: str, head: bytes) -> None:
+    """Refuse two texts a line, of which the first would be an id that is never read: most of them read like texts."""
+    rows = [line.decode("utf-8", errors="replace").split("\t") for line in head.split(b"\n") if line.strip()]
+    pairs = [row for row in rows if len(row) == 2]
+    if (
+        config.format == "auto"
+        and delimiter == "\t"
+        and 2 * sum(" " in row[0].strip() for row in pairs) > len(rows)
+    ):
+        raise InputError(
+            f"{file}: read without a header, a row has the id {pairs[0][0][:60]!r} and the text {pairs[0][1][:60]!r}, "
+            "and most of its ids read like texts. Add the header `id<TAB>text` if they are ids; if each line is one "
+            f"text, name the file .txt{config.remedy('or set input.format to lines')}; of pairs, a corpus is one column"
         )
 
 

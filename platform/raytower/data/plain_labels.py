@@ -59,6 +59,11 @@ def alike(labels: Mapping[str, int]) -> tuple[str, str] | None:
     return None
 
 
+def are_numbers(labels: Iterable[str]) -> bool:
+    """Whether all of the labels are numbers."""
+    return all(map(_NUMBER.fullmatch, labels))
+
+
 def missing_value(labels: Iterable[str]) -> str | None:
     """The label that says that a value is missing, if there is one: `nan`, and among numbers `none`, `null`, `inf`, ….
 
@@ -67,13 +72,13 @@ def missing_value(labels: Iterable[str]) -> str | None:
     found = list(labels)
     suspects = [label for label in found if label.casefold() in _MISSING]
     others = [label for label in found if label not in suspects]
-    are_numbers = bool(others) and all(map(_NUMBER.fullmatch, others))
-    return next((label for label in suspects if are_numbers or label.casefold() == "nan"), None)
+    of_numbers = bool(others) and are_numbers(others)
+    return next((label for label in suspects if of_numbers or label.casefold() == "nan"), None)
 
 
 def are_scores(labels: Counter[str]) -> bool:
     """Whether labels are numbers that measure and name no class: not whole, and most rows with one of their own."""
-    if not all(map(_NUMBER.fullmatch, labels)):
+    if not are_numbers(labels):
         return False
     fractions = [label for label in labels if "." in label]
     return len(fractions) >= _SCORES and 2 * len(labels) > labels.total()
@@ -106,6 +111,6 @@ def keyed_by_label(given: Any) -> Any:
 def in_order(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their classes: by value where all are numbers (2 before 10), else by text."""
     found = list(labels)
-    if all(map(_NUMBER.fullmatch, found)):
+    if are_numbers(found):
         return sorted(found, key=lambda label: (float(label), label))
     return sorted(found)

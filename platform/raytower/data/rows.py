@@ -111,6 +111,8 @@ def _split(texts: Sequence[str], numbers: Sequence[int], source: Source) -> RowB
     lines: list[int] = []
     rows: list[list[str]] = []
     rejections: list[Rejection] = []
+    # Of one column a row may well say what the header says.
+    has_header = layout.first_line > 1 and len(layout.columns) > 1
     for number, text in zip(numbers, texts, strict=True):
         try:
             values = _values(text, layout)
@@ -121,6 +123,10 @@ def _split(texts: Sequence[str], numbers: Sequence[int], source: Source) -> RowB
             rejections.append(Rejection(number, "empty text: the line is blank"))
         elif len(values) != len(layout.columns):
             rejections.append(Rejection(number, _wrong_count(len(values), layout)))
+        elif has_header and tuple(values) == layout.columns:
+            rejections.append(
+                Rejection(number, "the header once more, as where files were joined; remove the line")
+            )
         else:
             lines.append(number)
             rows.append(values)
@@ -199,7 +205,8 @@ def _plain_labels(labels: pa.Array) -> pa.Array:
         numbers = pa.array(map(written_out, trimmed.filter(has_exponent).to_pylist()), pa.string())
         trimmed = pc.replace_with_mask(trimmed, has_exponent, numbers)
     whole = pc.replace_substring_regex(trimmed, WHOLE_NUMBER, r"\1")
-    return pc.if_else(pc.equal(whole, "-0"), "0", whole)
+    whole = pc.if_else(pc.equal(whole, "-0"), "0", whole)
+    return pc.if_else(pc.equal(whole, ""), labels, whole)  # what shows nothing stays, to be told so
 
 
 def _reject_equal_sides(batch: RowBatch) -> None:

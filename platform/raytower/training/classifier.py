@@ -18,7 +18,7 @@ from raytower.data.config import NamedInput
 from raytower.data.layouts import Source
 from raytower.data.pieces import Piece, Survey, read_piece
 from raytower.data.pieces import survey as survey_input
-from raytower.data.plain_labels import alike, are_scores, in_order, missing_value, plain_label
+from raytower.data.plain_labels import alike, are_numbers, are_scores, in_order, missing_value, plain_label
 from raytower.data.rejects import quarantine_of
 from raytower.data.sources import refuse_output_inside
 from raytower.errors import InputError
@@ -196,8 +196,8 @@ def _labels(config: TrainClassifierConfig, surveyed: Survey) -> tuple[list[str],
         raise InputError(
             f"{config.train.origin}: the only label is {next(iter(counts))!r}; a classifier needs rows of at least two"
         )
-    _name_likely_header(surveyed, counts)
     if config.labels is None:
+        _name_likely_header(surveyed, counts)
         _refuse_doubtful(config.train.origin, counts, len(texts))
     return labels, counts
 
@@ -259,7 +259,11 @@ def _refuse_doubtful(origin: str, counts: Counter[str], num_texts: int) -> None:
 
 
 def _name_likely_header(surveyed: Survey, counts: Counter[str]) -> None:
-    """Say so where the first row looks like the header of other columns: two words, the second a label of its own."""
+    """Say so where the first row looks like the header of other columns: two words, the second a label of its own.
+
+    Raises:
+        InputError: all other labels are numbers.
+    """
     source, first = surveyed.pieces[0].source, read_piece(surveyed.pieces[0]).slice(0, 1).to_pylist()[0]
     if (
         not isinstance(source, Source)
@@ -267,6 +271,12 @@ def _name_likely_header(surveyed: Survey, counts: Counter[str]) -> None:
         or source.layout.first_line > 1
     ):
         return
+    others = [label for label in counts if label != first["label"]]
+    if counts[first["label"]] == 1 and are_numbers(others) and not are_numbers([first["label"]]):
+        raise InputError(
+            f"{surveyed.files[0]}:1: {first['label']!r} is the only label that is no number, as in a header; name its "
+            "columns text and label, or list all labels in a file and name it by labels"
+        )
     are_words = first["text"].isidentifier() and first["label"].isidentifier()
     if are_words and counts[first["label"]] == 1:
         log(

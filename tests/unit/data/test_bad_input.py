@@ -538,3 +538,13 @@ def test_a_file_that_changes_or_goes_after_the_survey(tmp_path: Path) -> None:
 def test_rows_per_piece_below_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows_per_piece is 0"):
         survey_of(write(tmp_path / "x.txt", "a\n"), "corpus", rows_per_piece=0)
+
+
+def test_two_texts_a_line_are_no_ids_and_texts(tmp_path: Path) -> None:
+    """The first of them would be an id, and never be read."""
+    path = write(tmp_path / "x.tsv", "how to open an account\topen an account\nwhere to pay\tpay where\n")
+    with pytest.raises(
+        InputError, match=r"x\.tsv: read without a header, a row has the id 'how to open an account'"
+    ):
+        read(path, "corpus")
+    assert len(read(write(tmp_path / "y.tsv", "doc-1\topen an account\ndoc-2\tpay\n"), "corpus")) == 2

@@ -132,3 +132,19 @@ def test_a_finished_classifier_keeps_its_order_unless_a_list_asks_for_another(
 def task_of(changes: dict[str, Any], rows: str, tmp_path: Path) -> ClassifierTask:
     config = config_of(None, rows, tmp_path, **changes)
     return ClassifierTask.prepare(config, ClassifierTask.survey(config))
+
+
+def test_a_lone_word_before_numbers_is_a_header(still_encoder: Path, tmp_path: Path) -> None:
+    rows = "Review Text\tStar Rating\none\t1\ntwo\t0\nthree\t1\n"
+    with pytest.raises(InputError, match=r"rows\.tsv:1: 'Star Rating' is the only label that is no number"):
+        plan(still_encoder, rows, tmp_path)
+
+
+def test_the_header_once_more_is_no_row(tmp_path: Path) -> None:
+    for name, rows in (
+        ("labelled", "text\tlabel\na\tx\ntext\tlabel\nb\ty\n"),
+        ("pairs", "query\tdocument\na\tx\n" * 2),
+    ):
+        path = write(tmp_path / f"{name}.tsv", rows)
+        with pytest.raises(InputError, match=r":3: the header once more"):
+            read(path, name)  # type: ignore[arg-type]
