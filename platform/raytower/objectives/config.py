@@ -26,9 +26,14 @@ ClassWeights = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, allo
 
 
 class ObjectiveSettings(Config):
-    """Base of all settings. `formats` are the record kinds that the objective trains from."""
+    """Base of all settings. `formats` are the record kinds that the objective trains from.
+
+    `first_is_relevant`: of a candidate list it takes the first document for the relevant one and all others for
+    negatives, whatever their scores are.
+    """
 
     formats: ClassVar[tuple[str, ...]]
+    first_is_relevant: ClassVar[bool] = False
     computed_in: ClassVar[str | None] = None
 
     name: str
@@ -81,6 +86,7 @@ class InBatchNegatives(EncoderSettings):
     """The objective with its settings. Cosines differ by at most 2, so a margin lies in 0..2."""
 
     formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "labelled")
+    first_is_relevant: ClassVar[bool] = True
 
     name: Literal["in_batch_negatives"] = "in_batch_negatives"
     scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
@@ -110,6 +116,7 @@ class HardestNegative(EncoderSettings):
     """The objective with its margin, a difference of cosines."""
 
     formats: ClassVar[tuple[str, ...]] = ("pairs", "triples", "candidates", "labelled")
+    first_is_relevant: ClassVar[bool] = True
 
     name: Literal["hardest_negative"] = "hardest_negative"
     margin: float = Field(default=0.2, gt=0, le=2)
@@ -247,6 +254,7 @@ class PairwiseMargin(RerankerSettings):
     """The objective; `margin` is a difference of two scores in 0..1."""
 
     formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+    first_is_relevant: ClassVar[bool] = True
     activation: ClassVar[Literal["sigmoid", "identity"]] = "sigmoid"
 
     name: Literal["pairwise_margin"] = "pairwise_margin"
@@ -258,6 +266,7 @@ class ListwiseSoftmax(RerankerSettings):
     """The objective; it has no settings."""
 
     formats: ClassVar[tuple[str, ...]] = ("triples", "candidates")
+    first_is_relevant: ClassVar[bool] = True
     activation: ClassVar[Literal["sigmoid", "identity"]] = "identity"
 
     name: Literal["listwise_softmax"] = "listwise_softmax"

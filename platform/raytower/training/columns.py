@@ -73,6 +73,22 @@ class TextColumns:
         return placed.reshape(shape)
 
 
+def without_ties(rows: Rows) -> Rows:
+    """Rows without the documents of a candidate list that score as high as its first: right as well, they are no
+    negatives. For objectives that take the first document alone for the relevant one."""
+    if "scores" not in rows:
+        return rows
+    kept = [
+        [place for place, score in enumerate(scores) if place == 0 or score < scores[0]]
+        for scores in rows["scores"]
+    ]
+    columns = {
+        name: [[row[place] for place in places] for row, places in zip(rows[name], kept, strict=True)]
+        for name in ("documents", "scores")
+    }
+    return {**rows, **columns}
+
+
 def text_columns(
     rows: Rows, num_documents: int | None = None, negatives: Sequence[Sequence[str | None]] = ()
 ) -> TextColumns:

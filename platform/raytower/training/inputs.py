@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -253,6 +253,43 @@ def refuse_equal_scores(survey: Survey, objective: str) -> None:
         f"{', '.join(survey.files[:3])}: the scores of each row are all equal, and objective {objective} learns their "
         "order; give the documents of a query different scores"
     )
+
+
+def check_first_documents(survey: Survey, objective: str) -> None:
+    """Say how many candidate lists have documents that score as high as their first: these are no negatives of it.
+
+    Raises:
+        InputError: the scores of a list are all equal, so that none of its documents is the relevant one.
+    """
+    if "scores" not in survey.schema.names:
+        return
+    found = counted(survey, "lists with several best documents", lambda: _count_ties(survey))
+    if found["query"] is not None:
+        raise InputError(
+            f"{', '.join(survey.files[:3])}: the {found['length']} documents of query {found['query'][:80]!r} have one "
+            f"score, and objective {objective} takes one of them for relevant and the others for not; give the "
+            "relevant one a higher score, take such rows out, or train by an objective that reads scores"
+        )
+    if found["tied"]:
+        log(
+            f"{found['tied']:,} of {survey.num_rows:,} rows have several documents with the best score: objective "
+            f"{objective} takes the first for relevant, and the others of them are no negatives"
+        )
+
+
+def _count_ties(survey: Survey) -> dict[str, Any]:
+    """`tied`: lists whose second document scores as the first. `query`, `length`: of a list of one score, if any."""
+    tied = 0
+    for table in tables(survey):
+        scores = pc.list_flatten(table["scores"]).to_numpy()
+        lengths = pc.list_value_length(table["scores"]).to_numpy()
+        ends = np.cumsum(lengths)
+        best, second, last = scores[ends - lengths], scores[ends - lengths + 1], scores[ends - 1]
+        if len(equal := np.flatnonzero(best == last)):  # they fall along the list
+            row = int(equal[0])
+            return {"tied": tied, "query": table["query"][row].as_py(), "length": int(lengths[row])}
+        tied += int((best == second).sum())
+    return {"tied": tied, "query": None, "length": 0}
 
 
 def count_documents(survey: Survey, wanted: int | None) -> int | None:

@@ -26,12 +26,18 @@ from raytower.training.backbone import (
     prepare_backbone,
 )
 from raytower.training.batches import Rows, num_rows
-from raytower.training.columns import JudgedPairs, judged_pairs
+from raytower.training.columns import JudgedPairs, judged_pairs, without_ties
 from raytower.training.config import ALONE, TrainRerankerConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
-from raytower.training.inputs import check_labels, count_documents, refuse_equal_scores, survey_training
+from raytower.training.inputs import (
+    check_first_documents,
+    check_labels,
+    count_documents,
+    refuse_equal_scores,
+    survey_training,
+)
 from raytower.training.live_engine import LiveEngine
 from raytower.training.runner import fit, plan_training
 from raytower.training.sets import configs_of, naming_set, survey_sets, surveys_of
@@ -111,6 +117,8 @@ class RerankerTask(Task[TrainRerankerConfig]):
     def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedPairs:
         model = cast(LogitsModel, step.model)
         own = self.set_of(rows)
+        if own.config.objective.first_is_relevant:
+            rows = without_ties(rows)
         pairs = judged_pairs(rows, own.num_documents)
         block = model.inner.tokenise([pairs.queries, pairs.documents], self.config.max_length)
         chunks = model.plan_chunks(block, step.shares(pairs.rows_of_pairs, len(pairs.list_lengths)))
@@ -185,6 +193,8 @@ def _check_rows(config: TrainRerankerConfig, surveyed: Survey) -> None:
     elif "scores" in names and objective.name in _GRADED:
         check_labels(surveyed, lambda labels: _loss_of_single_documents(config, labels))
         refuse_equal_scores(surveyed, objective.name)
+    elif objective.first_is_relevant:
+        check_first_documents(surveyed, objective.name)
 
 
 def _say_what_is_cut(

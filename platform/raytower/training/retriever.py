@@ -40,13 +40,14 @@ from raytower.training.backbone import (
     prepare_backbone,
 )
 from raytower.training.batches import Rows, num_rows
-from raytower.training.columns import TextColumns, query_prefixes, text_columns
+from raytower.training.columns import TextColumns, query_prefixes, text_columns, without_ties
 from raytower.training.config import ALONE, RetrieverDevConfig, RetrieverDevSet, TrainRetrieverConfig
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_recall import DevSet, encode_queries, evaluate_recall, load_dev_set
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
 from raytower.training.inputs import (
+    check_first_documents,
     check_labels,
     count_documents,
     refuse_no_negative,
@@ -198,6 +199,8 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
     def load_batch(self, step: TrainingStep, rows: Rows) -> LoadedTexts:
         tower = cast(TwoTower, step.model)
         own = self.set_of(rows)
+        if own.config.objective.first_is_relevant:
+            rows = without_ties(rows)
         columns = text_columns(rows, own.num_documents, _hard_labels(own, rows))
         query_prefix, document_prefix = _prefixes(tower.encoder, own.config)
         before = query_prefixes(columns.instructions, own.config.instruction_format, query_prefix)
@@ -535,6 +538,8 @@ def _check_rows(config: TrainRetrieverConfig, surveyed: Survey) -> None:
         check_labels(surveyed, lambda labels_B: _loss_of_equal_vectors(config, labels_B))
     elif "documents" in names or "negative" in names:
         refuse_no_negative(surveyed)
+        if objective.first_is_relevant:
+            check_first_documents(surveyed, objective.name)
     elif "document" in names:
         refuse_single_text(surveyed, ("query", "document"))
     elif "text" in names:
