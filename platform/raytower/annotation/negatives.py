@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from raytower.annotation.config import Sampling
+from raytower.data.plain_texts import plain_text
 from raytower.retrieval.retriever import Candidate
 
 
@@ -20,7 +21,8 @@ class KnownPositives:
     """Which documents are positives of a query, by text and by id; at most 32 bytes for each pair.
 
     Pairs hold in both directions: where `b` is a positive of `a`, `a` is one of `b`. In pairs of texts of one kind,
-    such as paraphrases, each text is a query in one row and a document in another.
+    such as paraphrases, each text is a query in one row and a document in another. Texts that differ in case, width or
+    space alone are one.
 
     Entries are kept as hashes of 64 bits. Of a thousand million lookups less than one is expected to find a wrong
     entry, and such an error only drops one candidate.
@@ -36,19 +38,24 @@ class KnownPositives:
         columns = (pairs[name].to_pylist() for name in ("query", "document", "query_id", "document_id"))
         keys = []
         for query, document, query_id, document_id in zip(*columns, strict=True):
-            keys.append(_key(query, "text", document))
-            keys.append(_key(document, "text", query))
+            asked, found = plain_text(query), plain_text(document)
+            keys.append(_key(asked, "text", found))
+            keys.append(_key(found, "text", asked))
             if document_id is not None:
-                keys.append(_key(query, "id", document_id))
+                keys.append(_key(asked, "id", document_id))
             if query_id is not None:
-                keys.append(_key(document, "id", query_id))
+                keys.append(_key(found, "id", query_id))
         return np.array(keys, dtype=np.uint64)
 
     def include(self, query: str, candidates: Sequence[Candidate]) -> NDArray[np.bool_]:
         """Whether each candidate is a known positive of the text `query`, or has its own text; bool [K]."""
-        keys = [(_key(query, "text", item.text), _key(query, "id", item.id)) for item in candidates]
+        asked, texts = plain_text(query), [plain_text(item.text) for item in candidates]
+        keys = [
+            (_key(asked, "text", text), _key(asked, "id", item.id))
+            for item, text in zip(candidates, texts, strict=True)
+        ]
         known = self._hold(np.array(keys, dtype=np.uint64).reshape(-1, 2)).any(axis=1)
-        return known | np.array([item.text == query for item in candidates], dtype=bool)
+        return known | np.array([text == asked for text in texts], dtype=bool)
 
     def _hold(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether each of some hashes, of any shape, is an entry."""

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raytower.data.normalised import normalised
 from raytower.data.records import INSTRUCTION
 from raytower.data.row_batch import RowBatch, mask_of
 from raytower.data.visible import describe_unseen, shows_nothing
@@ -49,12 +50,12 @@ def _drop_repeated(batch: RowBatch) -> None:
     """Leave each document once in its row, where it scores best; what is left must still hold something to compare.
 
     A positive among its own negatives would be trained as relevant and as irrelevant at once. Texts that differ in
-    space around them alone are one, as for objectives/keys.py.
+    case, width or space alone are one, as for objectives/keys.py.
     """
     lengths = _lengths(batch, "documents")
     row = np.repeat(np.arange(len(lengths)), lengths)  # [elements], as all below
     documents, scores = batch.columns["documents"].flatten(), batch.columns["scores"].flatten()
-    texts = pc.utf8_trim_whitespace(documents).dictionary_encode().indices.to_numpy().astype(np.int64)
+    texts = normalised(documents).dictionary_encode().indices.to_numpy().astype(np.int64)
     best_first = np.lexsort((-scores.to_numpy(), row))  # stable
     key = row * (int(texts.max(initial=0)) + 1) + texts
     _, first = np.unique(key[best_first], return_index=True)

@@ -19,6 +19,7 @@ from raytower.data.candidates import make_candidates
 from raytower.data.columns import admit, faults, reject_faults
 from raytower.data.json_rows import load_json
 from raytower.data.layouts import Layout, Source, name_among, refuse_repeated
+from raytower.data.normalised import normalised
 from raytower.data.plain_labels import EXPONENT, SPACES, UNSEEN_IN_LABELS, WHOLE_NUMBER, written_out
 from raytower.data.records import HEADERLESS, RecordField, is_corpus_like
 from raytower.data.row_batch import Chunk, Rejection, RowBatch, mask_of
@@ -211,9 +212,9 @@ def _plain_labels(labels: pa.Array) -> pa.Array:
 
 def _reject_equal_sides(batch: RowBatch) -> None:
     """Reject the triples whose negative is their document: they would train it as relevant and irrelevant at once."""
-    document, negative = (pc.utf8_trim_whitespace(batch.columns[name]) for name in ("document", "negative"))
+    document, negative = (batch.columns[name] for name in ("document", "negative"))
     batch.reject(
-        mask_of(pc.equal(document, negative)),
+        mask_of(pc.equal(normalised(document), normalised(negative))),
         lambda i: (
             f"negative is the document itself, {document[i].as_py()[:60]!r}; a negative is another text"
         ),

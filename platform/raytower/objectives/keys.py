@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from raytower.collectives import gather_constants, rank
+from raytower.data.plain_texts import plain_text
 from raytower.models.device import send
 
 NO_KEY = 0
@@ -213,7 +214,7 @@ def text_keys(
     ids: Sequence[str | None] | None = None,
     labels: Sequence[str | None] | None = None,
 ) -> Tensor:
-    """int64 (B, 3): keys of the stripped text, of the id and of the label, for BatchKeys.
+    """int64 (B, 3): keys of the text in its plain form, of the id and of the label, for BatchKeys.
 
     A text is None where a row has no document in this column.
     """
@@ -221,7 +222,7 @@ def text_keys(
     given_ids = nothing if ids is None else ids
     given_labels = nothing if labels is None else labels
     rows = [
-        [_key(None if text is None else text.strip()), _key(name), _key(label)]
+        [_key(None if text is None else plain_text(text)), _key(name), _key(label)]
         for text, name, label in zip(texts, given_ids, given_labels, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), 3)

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raytower.data.normalised import normalised
 from raytower.data.pieces import Survey, read_piece
 from raytower.data.survey_notes import counted
 from raytower.progress import log
 from raytower.training.config import DevConfig
-from raytower.training.normalised import normalised
 
 # Between the two texts of a pair; normalised texts hold no line break.
 _BETWEEN = "\n"

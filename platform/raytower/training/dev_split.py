@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raytower.data.normalised import normalised
 from raytower.data.pieces import Picked, Piece, Survey, read_piece
 from raytower.errors import InputError
 from raytower.progress import log
-from raytower.training.normalised import normalised
 
 Hashes = NDArray[np.uint64]
 

@@ -1,4 +1,4 @@
-"""Texts in the form in which two of them count as the same."""
+"""Columns of texts in the form in which two of them count as the same; `plain_texts` has it of one text."""
 
 from __future__ import annotations
 
