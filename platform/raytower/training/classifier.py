@@ -39,6 +39,7 @@ from raytower.training.backbone import (
 )
 from raytower.training.batches import Rows
 from raytower.training.config import ClassifierDevConfig, ClassifierTrainInput, TrainClassifierConfig
+from raytower.training.contradictions import say_contradictions
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_split import set_dev_aside
@@ -103,6 +104,7 @@ class ClassifierTask(Task[TrainClassifierConfig]):
         labels, counts = _labels(config, surveyed)
         model = _load_start(config, config.start, labels)
         labels = _in_order_of(model, labels, config)
+        say_contradictions(surveyed)
         texts = spaced_rows(surveyed)["text"]
         shares = cut_shares(model.tokenise, {"text": [texts]}, config.max_length)
         say_cut_shares(shares, config.max_length, len(texts))

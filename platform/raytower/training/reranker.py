@@ -28,6 +28,7 @@ from raytower.training.backbone import (
 from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import JudgedPairs, judged_pairs, without_ties
 from raytower.training.config import ALONE, TrainRerankerConfig
+from raytower.training.contradictions import say_contradictions
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_scored import ScoredPairs, load_scored_pairs, scored_metrics
@@ -93,6 +94,7 @@ class RerankerTask(Task[TrainRerankerConfig]):
             with naming_set(name):
                 count = count_documents(surveys[name], own.train.num_documents)
                 _check_rows(own, surveys[name])
+                say_contradictions(surveys[name])
                 _say_what_is_cut(own, surveys[name], model, count)
             sets[name] = RowSet(own, count, name=name)
         alone = sets.pop(ALONE, RowSet(config))

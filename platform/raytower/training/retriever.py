@@ -42,6 +42,7 @@ from raytower.training.backbone import (
 from raytower.training.batches import Rows, num_rows
 from raytower.training.columns import TextColumns, query_prefixes, text_columns, without_ties
 from raytower.training.config import ALONE, RetrieverDevConfig, RetrieverDevSet, TrainRetrieverConfig
+from raytower.training.contradictions import say_contradictions
 from raytower.training.cut_texts import cut_shares, say_cut_shares, spaced_rows
 from raytower.training.dev_overlap import say_overlap
 from raytower.training.dev_recall import DevSet, encode_queries, evaluate_recall, load_dev_set
@@ -152,6 +153,7 @@ class RetrieverTask(Task[TrainRetrieverConfig]):
         for name, own in configs.items():
             with naming_set(name):
                 _check_rows(own, surveys[name])
+                say_contradictions(surveys[name])
                 counts[name] = count_documents(surveys[name], own.train.num_documents)
                 _say_what_is_cut(own, surveys[name], encoder, counts[name])
         other = other_encoder_name(config)
