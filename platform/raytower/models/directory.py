@@ -37,6 +37,7 @@ _HUB_PATTERNS = [
     "*.txt",
     "*.model",
     "*.safetensors",
+    "*/adapter_config.json",
     "*/config.json",
     "*/model.safetensors",
 ]
@@ -90,11 +91,7 @@ def resolve_model(name: str) -> Path:
     """
     path = _find(name)
     _refuse_pointers(path)
-    if (path / _ADAPTER).is_file():
-        raise FormatError(
-            f"model {name!r} holds a LoRA adapter ({_ADAPTER}); merge it into its base model "
-            "(merge_and_unload() of peft) and save that"
-        )
+    _refuse_adapter(path, name)
     _refuse_own_modules(path)
     path = _in_native_form(path, name)
     body = transformer_folder(path)
@@ -166,6 +163,17 @@ def _find(name: str) -> Path:
         return path
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
     return _missing(name) if looks_local or path.exists() else _download(name)
+
+
+def _refuse_adapter(path: Path, name: str) -> None:
+    """Refuse an adapter beside the weights: they alone would load, without what was trained on top of them."""
+    for folder in (path, transformer_folder(path)):
+        file = folder / _ADAPTER
+        if file.is_file():
+            raise FormatError(
+                f"model {name!r} holds a LoRA adapter ({file.relative_to(path).as_posix()}); merge it into its base "
+                "model (merge_and_unload() of peft) and save that"
+            )
 
 
 def _refuse_own_modules(path: Path) -> None:

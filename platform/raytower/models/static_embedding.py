@@ -59,13 +59,18 @@ def load_static(place: Path) -> tuple[StaticBackbone, PreTrainedTokenizerFast]:
     """The table of a StaticEmbedding's folder and its tokenizer, which adds no special tokens.
 
     Raises:
-        FormatError: no table, or fewer rows than tokens.
+        FormatError: no table, one whose parts do not fit each other, or fewer rows than tokens.
     """
     with loading(place, "its table of token vectors"):
         tensors = load_file(place / _WEIGHTS)
-    table_VH = tensors.get("embedding.weight")
-    if table_VH is None:
-        table_VH = _fold(tensors, place)
+        table_VH = tensors.get("embedding.weight")
+        if table_VH is None:
+            table_VH = _fold(tensors, place / _WEIGHTS)
+        if table_VH.ndim != 2:
+            raise FormatError(
+                f"{str(place / _WEIGHTS)!r} has a table of shape {tuple(table_VH.shape)}; it must have two "
+                "dimensions, a vector a token; download the model again"
+            )
     with loading(place, "its tokenizer"):
         rules = Tokenizer.from_file(str(place / "tokenizer.json"))
     rules.post_processor = None
@@ -97,16 +102,33 @@ def save_static(backbone: StaticBackbone, tokenizer: PreTrainedTokenizerFast, fo
     rules.save(str(folder / "tokenizer.json"))
 
 
-def _fold(tensors: dict[str, Tensor], place: Path) -> Tensor:
-    """model2vec's form: rows that tokens share by `mapping`, times a weight a token."""
+def _fold(tensors: dict[str, Tensor], file: Path) -> Tensor:
+    """model2vec's form: rows that tokens share by `mapping`, times a weight a token.
+
+    Raises:
+        FormatError: no embeddings, a mapping to a row that they do not have, or more or fewer weights than tokens.
+    """
     if "embeddings" not in tensors:
         raise FormatError(
-            f"{str(place / _WEIGHTS)!r} holds {sorted(tensors)}; a StaticEmbedding has embedding.weight, or embeddings "
+            f"{str(file)!r} holds {sorted(tensors)}; a StaticEmbedding has embedding.weight, or embeddings "
             "as model2vec writes them"
         )
     table_VH = tensors["embeddings"].float()
     if "mapping" in tensors:
-        table_VH = table_VH[tensors["mapping"].to(torch.long)]
+        rows_V = tensors["mapping"].to(torch.long)
+        outside = rows_V[(rows_V < 0) | (rows_V >= len(table_VH))]
+        if len(outside):
+            raise FormatError(
+                f"{str(file)!r} maps a token to row {int(outside[0])} of its embeddings, which have {len(table_VH)} "
+                "rows; they do not belong together: download the model again"
+            )
+        table_VH = table_VH[rows_V]
     if "weights" in tensors:
-        table_VH = table_VH * tensors["weights"].float()[:, None]
+        weights_V = tensors["weights"].float()
+        if weights_V.shape != table_VH.shape[:1]:
+            raise FormatError(
+                f"{str(file)!r} has weights of shape {tuple(weights_V.shape)} for {len(table_VH)} tokens; they do not "
+                "belong together: download the model again"
+            )
+        table_VH = table_VH * weights_V[:, None]
     return table_VH.contiguous()

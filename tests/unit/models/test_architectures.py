@@ -428,6 +428,11 @@ def test_the_older_layout_loads(tmp_path: Path) -> None:
     assert np.abs(peer.encode(TEXTS) - expected).max() < 1e-6
     assert CrossEncoder.start_from(folder).num_labels == 1
     assert TextClassifier.start_from(folder, ["a", "b"]).labels == ("a", "b")
+    (below / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        FormatError, match=r"holds a LoRA adapter \(0_Transformer/adapter_config\.json\); merge it"
+    ):
+        Encoder.load(folder)
 
 
 def test_the_width_is_that_of_the_vectors(tmp_path: Path) -> None:

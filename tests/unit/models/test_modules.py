@@ -499,6 +499,29 @@ class TestStatic:
         expected = np.mean([shared[mapping[i]].double().numpy() * weights[i].item() for i in ids], axis=0)
         assert np.abs(vectors[-1] - expected / np.linalg.norm(expected)).max() < 1e-6
 
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            ({"mapping": [0, 7]}, "maps a token to row 7 of its embeddings, which have 7 rows"),
+            ({"mapping": [-1, 6]}, "maps a token to row -1 of its embeddings, which have 7 rows"),
+            ({"weights": [0.5, 1.0]}, r"has weights of shape \(2,\) for \d+ tokens"),
+            ({"embeddings": [0.5, 1.0]}, r"has a table of shape \(\d+,\); it must have two dimensions, a"),
+        ],
+    )
+    def test_a_table_whose_parts_do_not_fit_is_refused(
+        self, tmp_path: Path, spoil: dict[str, list[float]], message: str
+    ) -> None:
+        folder = self.save(tmp_path / "model", Normalize())
+        table = load_file(folder / "model.safetensors")["embedding.weight"]
+        tensors = {"embeddings": table[:7].clone(), "mapping": torch.arange(len(table)) % 7}
+        changes = {name: torch.tensor(values) for name, values in spoil.items()}
+        if "embeddings" in changes:
+            tensors["mapping"] %= 2
+        save_file({**tensors, **changes}, folder / "model.safetensors")
+        with pytest.raises(FormatError, match=message) as refused:
+            Encoder.load(folder)
+        assert "model.safetensors" in str(refused.value)
+
     def test_it_trains(self, tmp_path: Path) -> None:
         folder = self.save(tmp_path / "model", Normalize())
         config = TrainRetrieverConfig(
