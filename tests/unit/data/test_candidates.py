@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytower.data.normalised import normalised
 from raytower.data.pieces import read_piece, read_pieces
+from raytower.data.plain_texts import plain_text
 from raytower.data.records import canonical_schema
 from raytower.errors import InputError
 from tests.support.data_files import Row, quarantined, read, rows_of, survey_of, write, write_jsonl
@@ -313,18 +315,22 @@ def test_formats_without_lists_are_refused(
     assert str(raised.value).startswith(expected)
 
 
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
 _TEXTS = st.builds(lambda text: text + "x", st.text(st.sampled_from("a汉\n\t\u2028🙂 "), max_size=4))
 _SCORES = st.integers(-2, 2) | st.floats(allow_nan=False, allow_infinity=False)
 _CANDIDATES = st.lists(st.tuples(_TEXTS, _SCORES), min_size=2, max_size=6).filter(
-    lambda items: len({text.strip() for text, _ in items}) > 1
+    lambda items: len({_spaced(text) for text, _ in items}) > 1
 )
 
 
 def _once(texts: list[str]) -> list[str]:
-    """The first of texts that are equal but for space around them."""
+    """The first of texts that are equal but for space."""
     first: dict[str, str] = {}
     for text in texts:
-        first.setdefault(text.strip(), text)
+        first.setdefault(_spaced(text), text)
     return list(first.values())
 
 
@@ -348,7 +354,9 @@ def test_reading_by_pieces_is_reading_the_whole(
             rows.append({"query": query, "positive": positives, "negatives": [negative, "y"]})
             relevant = _once(positives)
             others = [
-                text for text in (negative, "y") if text.strip() not in [known.strip() for known in positives]
+                text
+                for text in (negative, "y")
+                if _spaced(text) not in [_spaced(known) for known in positives]
             ]
             zeros = [0.0] * len(others)
             expected += [_record(query, [text, *others], [1.0, *zeros]) for text in relevant]
@@ -358,7 +366,7 @@ def test_reading_by_pieces_is_reading_the_whole(
             kept = [
                 (text, float(score))
                 for place, (text, score) in enumerate(best)
-                if text.strip() not in [other.strip() for other, _ in best[:place]]
+                if _spaced(text) not in [_spaced(other) for other, _ in best[:place]]
             ]
             expected.append(_record(query, [text for text, _ in kept], [score for _, score in kept]))
     good = list(rows)
@@ -380,3 +388,8 @@ def test_reading_by_pieces_is_reading_the_whole(
     assert firsts == [sum(map(len, forwards[:number])) for number in range(len(forwards))]
     assert (mixed.num_rows, mixed.num_rejected) == (len(expected), len(bad))
     assert [entry["reason"] for entry in entries] == ["empty document 2"] * len(bad)
+
+
+@given(st.text(st.sampled_from("aAｂB汉字ﬁé \t\u2028\u3000\x1c\x85"), max_size=8))
+def test_a_column_and_a_text_have_one_plain_form(text: str) -> None:
+    assert normalised(pa.array([text])).to_pylist() == [plain_text(text)]
