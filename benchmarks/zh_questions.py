@@ -208,7 +208,7 @@ def table_of_rerankers(runs: Path) -> list[str]:
             cells += [
                 f"{card['fusion']['weight']:.2f}",
                 str(depth),
-                f"{report['milliseconds']['rerank']:.0f}",
+                f"{report['milliseconds']['rerank'] / len(found):.0f}",
             ]
             for metric in ("ndcg@10", "mrr@10"):
                 values = np.array([row[metric] for row in found.values()])
